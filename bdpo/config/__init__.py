@@ -1,0 +1,76 @@
+"""The configuration of a run: typed sections, YAML, dotted overrides; one module a section.
+
+Order of precedence: the defaults here < the YAML file < `section.key=value` overrides. Unknown keys
+and wrong types are refused with the key's full path. The resolved config is saved in the run folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from bdpo.config.base import SANDBOX, Section, worker_range
+from bdpo.config.data import DataConfig
+from bdpo.config.evaluate import EvaluateConfig
+from bdpo.config.method import MethodConfig
+from bdpo.config.model import ModelConfig
+from bdpo.config.reading import Dumper, apply_override, explain, read_yaml
+from bdpo.config.score import ScoreConfig
+from bdpo.config.train import TrainConfig
+from bdpo.errors import UserError
+
+__all__ = [
+    "SANDBOX",
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "ScoreConfig",
+    "TrainConfig",
+    "load_config",
+    "parse_config",
+    "worker_range",
+]
+
+
+class Config(Section):
+    """Everything about one run. `run_dir` holds all that it makes."""
+
+    run_dir: str
+    seed: int = Field(0, ge=0)
+    model: ModelConfig
+    data: DataConfig
+    score: ScoreConfig = ScoreConfig()
+    method: MethodConfig = MethodConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    fresh: bool = Field(False, exclude=True, description="discard what the run folder holds, start over")
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML that `load_config` reads back."""
+        return yaml.dump(self.model_dump(), Dumper=Dumper, sort_keys=False)
+
+
+def load_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, lay dotted overrides over it, and validate.
+
+    Raises:
+        UserError: one line that names the file or override and the key, with the nearest known key.
+    """
+    values = read_yaml(Path(file))
+    for override in overrides:
+        apply_override(values, override)
+    return parse_config(values, str(file))
+
+
+def parse_config(values: dict[str, Any], source: str) -> Config:
+    """Validate plain values; `source` is what an error message names."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain(error, Config)}") from None

@@ -1,0 +1,30 @@
+"""Section `data`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from bdpo.config.base import Fraction, Positive, Section
+
+
+class DataConfig(Section):
+    """Where preference pairs come from and which of them are used."""
+
+    path: str = Field(description="file, folder or hub name of a data set, or `sandbox`")
+    format: Literal["auto", "preference", "preference_text", "pku_saferlhf", "hh_rlhf", "sharegpt"] = "auto"
+    split: str = "train"
+    limit: Positive | None = Field(None, description="read at most so many rows")
+    sample: dict[Literal["safe", "unsafe"], Positive] | None = Field(
+        None, description="keep so many pairs of each group, drawn with the seed"
+    )
+    max_length: Positive = Field(2048, description="tokens of prompt and response together")
+    max_prompt_length: Positive = Field(1024, description="longer prompts are quarantined")
+    max_bad_fraction: Fraction = Field(0.05, description="more quarantined rows than this stop the run")
+
+    @model_validator(mode="after")
+    def _room_for_a_response(self) -> DataConfig:
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError("max_prompt_length must be below max_length, to leave room for a response")
+        return self
