@@ -26,7 +26,8 @@ from bdpo.mi import balance_weights
 from bdpo.models import model_config
 from bdpo.packing import tree_tokens
 from bdpo.plan import TrainingPlan
-from bdpo.runs import MetricsLog, RunDir, discard
+from bdpo.runs import MetricsLog, RunDir
+from bdpo.storage import discard
 from bdpo.tokens import ChatTokenizer, encode_pairs, load_tokenizer
 from bdpo.zero3 import build_engine, export
 

@@ -14,7 +14,8 @@ from filelock import FileLock
 
 from bdpo.config import Config
 from bdpo.logps import LogpsModel
-from bdpo.models import cache_folder, load_model, model_folder
+from bdpo.models import load_model, model_folder
+from bdpo.storage import cache_folder
 from bdpo.tokens import ChatTokenizer
 
 
