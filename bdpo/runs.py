@@ -3,7 +3,7 @@
     <run_dir>/config.yaml            the resolved config of the last command
     <run_dir>/data/pairs/*.parquet   prepared pairs, and data/manifest.json: the account of every row
     <run_dir>/scores/*.parquet       one row of scores a pair, and scores/manifest.json
-    <run_dir>/train/                 checkpoints, and train/manifest.json
+    <run_dir>/train/                 checkpoints, recoveries.jsonl, and train/manifest.json
     <run_dir>/model/                 the trained model, as from_pretrained loads it
     <run_dir>/metrics.jsonl          one line an optimizer step
     <run_dir>/eval/<name>/           per-item scores and summary.json of the model of that name
@@ -41,6 +41,7 @@ class RunDir:
         self.scores = self.root / "scores"
         self.train = self.root / "train"
         self.model = self.root / "model"
+        self.recoveries = self.train / "recoveries.jsonl"
         self.metrics = self.root / "metrics.jsonl"
         self.report = self.root / "report"
         self.private = self.root / "private"
@@ -157,7 +158,7 @@ def discard(*paths: Path) -> None:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one line an optimizer step, written by one worker."""
+    """`metrics.jsonl`: one line an optimizer step, written by one worker; `recoveries.jsonl` likewise."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -166,12 +167,13 @@ class MetricsLog:
         """Drop what was logged after the checkpoint that training resumes from."""
         write_text(self.file, "".join(json.dumps(row) + "\n" for row in self.read() if row["step"] <= steps))
 
-    def append(self, metrics: dict[str, float]) -> None:
+    def append(self, metrics: dict[str, Any]) -> None:
         """Add the metrics of a step."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(metrics) + "\n")
 
-    def read(self) -> list[dict[str, float]]:
+    def read(self) -> list[dict[str, Any]]:
         """All whole lines; one that a killed process left unfinished does not count."""
         if not self.file.exists():
             return []
