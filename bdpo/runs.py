@@ -3,7 +3,7 @@
     <run_dir>/config.yaml            the resolved config of the last command
     <run_dir>/data/pairs/*.parquet   prepared pairs, and data/manifest.json: the account of every row
     <run_dir>/scores/*.parquet       one row of scores a pair, and scores/manifest.json
-    <run_dir>/train/                 checkpoints, and train/manifest.json
+    <run_dir>/train/                 checkpoints, recoveries.jsonl, and train/manifest.json
     <run_dir>/model/                 the trained model, as from_pretrained loads it
     <run_dir>/metrics.jsonl          one line an optimizer step
     <run_dir>/eval/<name>/           per-item scores and summary.json of the model of that name
@@ -18,6 +18,7 @@ whose inputs changed is refused instead of being taken for finished.
 from __future__ import annotations
 
 import json
+import math
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -43,6 +44,7 @@ class RunDir:
         self.scores = self.root / "scores"
         self.train = self.root / "train"
         self.model = self.root / "model"
+        self.recoveries = self.train / "recoveries.jsonl"
         self.metrics = self.root / "metrics.jsonl"
         self.report = self.root / "report"
         self.private = self.root / "private"
@@ -59,6 +61,10 @@ class RunDir:
     def responses(self, name: str) -> StoragePath:
         """What the evaluated model called `name` generated."""
         return self.private / "responses" / name
+
+    def has_model(self) -> bool:
+        """Whether the trained model is there; it is whole then."""
+        return (self.model / "config.json").is_file()
 
     def open(self, config: Config) -> AbstractContextManager[Any]:
         """Make the folder, or find it again, for this command alone; returns the lock that says so.
@@ -142,44 +148,49 @@ def refuse_other(what: object, made_with: Fingerprint, now: Fingerprint) -> None
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one line an optimizer step, written by one worker.
+    """`metrics.jsonl`: one line an optimizer step, written by one worker; `recoveries.jsonl` likewise.
 
-    An object cannot be appended to: on object storage the worker keeps the lines and writes them all, at
-    intervals of `WRITE_SECONDS` and whenever a checkpoint is made.
+    An object cannot be appended to: on object storage the worker keeps the lines and writes all of them, at
+    intervals of `WRITE_SECONDS` and before a checkpoint.
     """
 
     WRITE_SECONDS = 10.0
 
     def __init__(self, file: StoragePath) -> None:
         self.file = file
-        self.lines: list[str] = []  # of object storage
-        self.written = time.monotonic()
+        self.rows: list[dict[str, Any]] | None = None  # of object storage: what was read, and came after
+        self.written = -math.inf
 
     def keep(self, steps: int) -> None:
         """Drop what was logged after the checkpoint that training resumes from."""
-        self.lines = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= steps]
-        write_text(self.file, "".join(self.lines))
+        self.rows = [row for row in self.read() if row["step"] <= steps]
+        write_text(self.file, _lines(self.rows))
 
-    def append(self, metrics: dict[str, float]) -> None:
+    def append(self, metrics: dict[str, Any]) -> None:
         """Add the metrics of a step."""
-        line = json.dumps(metrics) + "\n"
         if isinstance(self.file, Path):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(line)
+                stream.write(_lines([metrics]))
             return
-        self.lines.append(line)
+        self.rows = [*(self.read() if self.rows is None else self.rows), metrics]
         if time.monotonic() - self.written > self.WRITE_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Make sure that all lines lie in the run folder: before a checkpoint that counts on them."""
-        if not isinstance(self.file, Path):
-            write_text(self.file, "".join(self.lines))
+        """Have all lines in the run folder: before a checkpoint, which counts on those of its steps."""
+        if not isinstance(self.file, Path) and self.rows is not None:
+            write_text(self.file, _lines(self.rows))
             self.written = time.monotonic()
 
-    def read(self) -> list[dict[str, float]]:
+    def read(self) -> list[dict[str, Any]]:
         """All whole lines; one that a killed process left unfinished does not count."""
-        if not self.file.exists():
+        try:
+            *lines, _ = self.file.read_text(encoding="utf-8").split("\n")
+        except FileNotFoundError:
             return []
-        *lines, _ = self.file.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines]
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

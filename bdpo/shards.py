@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bdpo.runs import Fingerprint, refuse_other
-from bdpo.storage import StoragePath, matching, write_bytes
+from bdpo.storage import StoragePath, matching, parquet_bytes, write_bytes
 
 _NAME = re.compile(r"part-(\d{9})-([0-9a-f]{16})\.parquet")
 _METADATA_KEY = b"bdpo.fingerprint"
@@ -36,9 +36,7 @@ class ShardStore:
     def write(self, first_row: int, table: pa.Table) -> StoragePath:
         """Commit the rows from `first_row` on."""
         metadata = {_METADATA_KEY: json.dumps(self.fingerprint).encode()}
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table.cast(self.schema).replace_schema_metadata(metadata), buffer)
-        content = buffer.getvalue()
+        content = parquet_bytes(table.cast(self.schema).replace_schema_metadata(metadata))
         shard = self.folder / f"part-{first_row:09d}-{_digest(content)}.parquet"
         write_bytes(shard, content, self.mode)
         return shard

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 from upath import UPath
@@ -194,7 +195,19 @@ def discard(*paths: StoragePath) -> None:
 
 def matching(folder: StoragePath, pattern: str) -> list[StoragePath]:
     """What a glob pattern finds in a folder, in order; nothing in one that is not there."""
-    return sorted(folder.glob(pattern), key=str)  # type: ignore[arg-type, union-attr, return-value]
+    return sorted(folder.glob(pattern), key=str)
+
+
+def parquet_bytes(table: pa.Table) -> pa.Buffer:
+    """The content of a Parquet file."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def write_parquet(file: StoragePath, table: pa.Table) -> None:
+    """Write a whole Parquet file or none."""
+    write_bytes(file, parquet_bytes(table))
 
 
 def open_parquet(file: StoragePath) -> Any:
