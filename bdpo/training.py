@@ -6,22 +6,22 @@ becomes of a checkpoint. No reference model is ever loaded: what it said of ever
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 
 from bdpo.config import Config
-from bdpo.data import read_pairs
+from bdpo.data import count_pairs, read_pairs
 from bdpo.logps import pair_logps, why_plain_rows
-from bdpo.losses import LOSSES, LossOutput, PairLogps
+from bdpo.losses import LOSSES, REFERENCE_FREE, LossOutput, PairLogps
 from bdpo.mi import balance_weights
 from bdpo.models import model_config
 from bdpo.packing import tree_tokens
@@ -33,13 +33,13 @@ from bdpo.zero3 import build_engine, export
 Metrics = dict[str, float]
 Report = Callable[[Path, Metrics], None]
 
-# |loss - ln 2| before the first update: rounding of two forward passes of the same weights.
+# How far the loss is off before the first update, of 1 or more: rounding of two passes of the same weights.
 STEP_0_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 
 
 @dataclass(frozen=True)
 class TrainingPairs:
-    """Pairs and their scores, row by row the same; tensors have shape (pairs,)."""
+    """Pairs and their scores, row by row the same; tensors have shape (pairs,), what is not known is NaN."""
 
     config: Config
     chat: ChatTokenizer
@@ -51,10 +51,12 @@ class TrainingPairs:
 
     @classmethod
     def load(cls, config: Config, run: RunDir, scores: pa.Table) -> TrainingPairs:
-        """Join scores with the prepared pairs and weigh them by `method`."""
-        table = read_pairs(run.pairs, 0, scores.num_rows)
-        if table["pair_id"] != scores["pair_id"]:
+        """Join `scores`, of all or some of the prepared pairs, with these and weigh them by `method`."""
+        table = read_pairs(run.pairs, 0, count_pairs(run.pairs))
+        rows = pc.index_in(scores["pair_id"], table["pair_id"].combine_chunks())
+        if rows.null_count:
             raise RuntimeError(f"{run.scores}: not the scores of the pairs in {run.pairs}")
+        table = table.take(rows)
         weights = balance_weights(_column(scores, "mi_chosen"), _column(scores, "mi_rejected"), config.method)
         plain = why_plain_rows(model_config(config.model), config.data.max_length)
         return cls(config, load_tokenizer(config.model), table, scores, *weights, shared_rows=plain is None)
@@ -107,7 +109,8 @@ def train(config: Config, run: RunDir, scores: pa.Table, checkpoint: Path | None
     part of a checkpoint, which is removed when it returns, and the metrics of its step.
 
     Raises:
-        RuntimeError: step-0 loss is not ln 2, or the checkpoint is of another number of workers.
+        RuntimeError: policy and reference differ before the first step, or the checkpoint is of another
+            number of workers.
         FloatingPointError: a loss is not finite; the message names the pairs.
     """
     data = TrainingPairs.load(config, run, scores)
@@ -144,11 +147,11 @@ def train_step(engine: Any, data: TrainingPairs, plan: TrainingPlan, step: int) 
     learning_rate = engine.get_lr()[0]
     sums: dict[str, torch.Tensor] = {}
     for number, indices in enumerate(micro_batches, start=1):
-        output = _loss(engine, data, indices or pairs_of_step[:1])
+        pairs, output = _loss(engine, data, indices or pairs_of_step[:1])
         # The engine averages gradients over workers; the loss is a mean over the global batch.
         scale = workers / len(pairs_of_step) if indices else 0.0
         if number == 1 and step == 0:
-            _require_ln2(output, data.config)
+            _require_reference(pairs, output, data.config)
         engine.set_gradient_accumulation_boundary(number == len(micro_batches))
         engine.backward(output.loss.sum() * scale)
         engine.step()
@@ -187,21 +190,31 @@ def load_checkpoint(engine: Any, folder: Path) -> tuple[int, int]:
     return client_state["cursor"]["step"], client_state["cursor"]["num_tokens"]
 
 
-def _loss(engine: Any, data: TrainingPairs, indices: Sequence[int]) -> LossOutput:
-    output = LOSSES[data.config.method.name](data.logps(engine, indices), data.config.method)
+def _loss(engine: Any, data: TrainingPairs, indices: Sequence[int]) -> tuple[PairLogps, LossOutput]:
+    pairs = data.logps(engine, indices)
+    output = LOSSES[data.config.method.name](pairs, data.config.method)
     finite = torch.isfinite(output.loss)
     if not finite.all():
         bad = data.table["pair_id"].take(torch.tensor(indices)[~finite.cpu()].tolist()).to_pylist()
         raise FloatingPointError(f"the loss of pairs {', '.join(bad)} is not finite")
-    return output
+    return pairs, output
 
 
-def _require_ln2(output: LossOutput, config: Config) -> None:
-    """Before any update policy and reference are the same model, so every pair's loss is ln 2."""
-    off = (output.loss.detach() - math.log(2)).abs().max().item()
+def _require_reference(pairs: PairLogps, output: LossOutput, config: Config) -> None:
+    """Before any update policy and reference are the same model, so every pair's loss is that of Δ = 0.
+
+    That is ln 2 for DPO and all that differ from it by weights or by label smoothing.
+    """
+    method = config.method
+    if method.name in REFERENCE_FREE:
+        return
+    same = replace(pairs, policy_chosen=pairs.reference_chosen, policy_rejected=pairs.reference_rejected)
+    expected = LOSSES[method.name](same, method).loss
+    off, worst = ((output.loss.detach() - expected).abs() / expected.clamp(min=1)).max(0)
     if off > STEP_0_TOLERANCE[config.model.dtype]:
         raise RuntimeError(
-            f"before the first step the loss is off ln 2 by {off:.2g}: policy and reference differ; "
+            f"before the first step the loss of {method.name} is {output.loss[worst]:.5g} instead of "
+            f"{expected[worst]:.5g}: policy and reference differ; "
             "compare model and data with the fingerprint in scores/manifest.json"
         )
 

@@ -4,7 +4,7 @@
 
 Reads <run_dir>/data/pairs and <run_dir>/scores, writes <run_dir>/metrics.jsonl, checkpoints under
 <run_dir>/train and the trained model to <run_dir>/model. The same command after a kill goes on from the
-last checkpoint.
+last checkpoint. Methods without a reference (cpo, simpo) want no scores: they begin with the data.
 """
 
 from __future__ import annotations
@@ -18,23 +18,33 @@ from typing import Any
 
 from bdpo.config import Config
 from bdpo.errors import UserError
+from bdpo.losses import REFERENCE_FREE
 from bdpo.models import json_digest
 from bdpo.plan import TrainingPlan
-from bdpo.runs import Fingerprint, MetricsLog, RunDir, finished, write_manifest
-from bdpo.scoring import read_scores, score_fingerprint
+from bdpo.runs import Fingerprint, MetricsLog, RunDir, finished, read_manifest, write_manifest
+from bdpo.scoring import score_fingerprint
+from bdpo.selection import safety_account, training_rows
 from pipelines.cli import connect, console, main, progress_bar, require
+from pipelines.prepare import run_prepare
 
 
 def run_train(config: Config, run: RunDir) -> dict[str, Any]:
     """Train on the scored pairs unless that is done; returns the manifest of the training."""
+    if config.method.name in REFERENCE_FREE and read_manifest(run.data / "manifest.json") is None:
+        run_prepare(config, run)
     fingerprint = train_fingerprint(config, run)
     manifest = finished(run.train / "manifest.json", fingerprint)
     if manifest is None or not run.model.is_dir():  # a lost model is exported from the last checkpoint
         started = time.perf_counter()
         steps = _fit(config, run, fingerprint)
-        results = {"steps": steps, "seconds": time.perf_counter() - started}
-        last = MetricsLog(run.metrics).read()[-1]
-        manifest = write_manifest(run.train / "manifest.json", fingerprint, **results, last=last)
+        manifest = write_manifest(
+            run.train / "manifest.json",
+            fingerprint,
+            steps=steps,
+            seconds=time.perf_counter() - started,
+            safety=safety_account(config, run),
+            last=MetricsLog(run.metrics).read()[-1],
+        )
     last = manifest["last"]
     console.print(
         f"[bold]training[/]  {manifest['steps']} steps: loss {last['loss']:.3f}, "
@@ -59,7 +69,14 @@ def train_fingerprint(config: Config, run: RunDir) -> Fingerprint:
 
 def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
     """Run Ray Train to the end; returns the number of optimizer steps."""
-    scores = read_scores(config, run)
+    scores = training_rows(config, run)
+    safety = safety_account(config, run)
+    if safety:
+        console.print(
+            f"[bold]safety[/]    {safety['kept']} pairs kept + {safety['turned_round']} turned round (only "
+            f"rejected is safe) + {safety['dropped']} dropped (both responses are unsafe)",
+            soft_wrap=True,
+        )
     total_steps = TrainingPlan([0] * scores.num_rows, config.train, config.seed).total_steps
     _refuse_other_workers(config, run, fingerprint)
     connect()
