@@ -5,6 +5,7 @@
     <run_dir>/scores/*.parquet       one row of scores a pair, and scores/manifest.json
     <run_dir>/train/                 checkpoints, and train/manifest.json
     <run_dir>/model/                 the trained model, as from_pretrained loads it
+    <run_dir>/adapter/               the LoRA adapter that is merged into it, as PEFT loads it
     <run_dir>/metrics.jsonl          one line an optimizer step
     <run_dir>/eval/<name>/           per-item scores and summary.json of the model of that name
     <run_dir>/report/                summary and figures
@@ -41,13 +42,14 @@ class RunDir:
         self.scores = self.root / "scores"
         self.train = self.root / "train"
         self.model = self.root / "model"
+        self.adapter = self.root / "adapter"
         self.metrics = self.root / "metrics.jsonl"
         self.report = self.root / "report"
         self.private = self.root / "private"
 
     def results(self) -> list[Path]:
         """All that a run makes, its config and lock aside."""
-        made = [self.data, self.scores, self.train, self.model, self.metrics, self.report]
+        made = [self.data, self.scores, self.train, self.model, self.adapter, self.metrics, self.report]
         return [*made, self.root / "eval", self.private / "responses"]
 
     def eval(self, name: str) -> Path:

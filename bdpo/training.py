@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 
+from bdpo.adapters import export_merged
 from bdpo.config import Config
 from bdpo.data import count_pairs, read_pairs
 from bdpo.logps import pair_logps, why_plain_rows
@@ -105,6 +108,8 @@ class TrainingPairs:
 def train(config: Config, run: RunDir, scores: pa.Table, checkpoint: Path | None, report: Report) -> None:
     """Train to the last step, from `checkpoint` if there is one, then write the model to `run.model`.
 
+    With LoRA the adapter goes to `run.adapter` first, and `run.model` is the base with it merged in.
+
     Called by every worker of an initialised process group. `report` gets a folder with this worker's
     part of a checkpoint, which is removed when it returns, and the metrics of its step.
 
@@ -136,12 +141,14 @@ def train(config: Config, run: RunDir, scores: pa.Table, checkpoint: Path | None
             log.append(metrics)
         if step % config.train.save_steps == 0 or step == plan.total_steps:
             save_checkpoint(engine, step, num_tokens, metrics, report)
-    _export_whole(engine, data.chat, run)
+    _export(engine, data, run)
 
 
 def train_step(engine: Any, data: TrainingPairs, plan: TrainingPlan, step: int) -> Metrics:
     """One optimizer step on the global batch of `step`; returns its metrics, the same on every worker."""
     rank, workers = dist.get_rank(), dist.get_world_size()
+    # Dropout, which LoRA may have, is a function of the step too: a resumed training draws the same.
+    torch.manual_seed(int(np.random.default_rng([plan.seed, step, rank]).integers(2**63)))
     micro_batches = plan.micro_batches(step, workers)[rank]
     pairs_of_step = plan.global_batch(step)
     learning_rate = engine.get_lr()[0]
@@ -167,7 +174,9 @@ def save_checkpoint(engine: Any, step: int, num_tokens: int, metrics: Metrics, r
     """Every worker writes its part of the engine's state, and the cursor, to a folder of its own."""
     with tempfile.TemporaryDirectory(prefix="bdpo-checkpoint-") as folder:
         cursor = {"step": step, "num_tokens": num_tokens, "workers": dist.get_world_size()}
-        engine.save_checkpoint(folder, tag="state", client_state={"cursor": cursor})
+        state = {"cursor": cursor}
+        # What LoRA leaves frozen is in the base model.
+        engine.save_checkpoint(folder, tag="state", client_state=state, exclude_frozen_parameters=True)
         dist.barrier()
         report(Path(folder), metrics)
 
@@ -184,7 +193,8 @@ def load_checkpoint(engine: Any, folder: Path) -> tuple[int, int]:
             f"{folder}: a checkpoint of {parts} workers cannot be resumed by {dist.get_world_size()}; "
             f"set train.workers={parts}"
         )
-    path, client_state = engine.load_checkpoint(str(folder), tag="state")
+    all_trained = all(parameter.requires_grad for parameter in engine.module.parameters())
+    path, client_state = engine.load_checkpoint(str(folder), tag="state", load_module_strict=all_trained)
     if path is None:
         raise RuntimeError(f"{folder}: not a checkpoint that DeepSpeed can load")
     return client_state["cursor"]["step"], client_state["cursor"]["num_tokens"]
@@ -219,15 +229,25 @@ def _require_reference(pairs: PairLogps, output: LossOutput, config: Config) -> 
         )
 
 
-def _export_whole(engine: Any, chat: ChatTokenizer, run: RunDir) -> None:
-    """Write the model under a temporary name, then rename: a folder `model` is always complete."""
-    unfinished = run.root / ".model.unfinished"
+def _export(engine: Any, data: TrainingPairs, run: RunDir) -> None:
+    lora = data.config.train.lora is not None
+    with _whole(run.adapter if lora else run.model) as folder:
+        export(engine, data.chat, folder)
+    if lora and dist.get_rank() == 0:
+        with _whole(run.model) as folder:
+            export_merged(data.config.model, run.adapter, data.chat, folder)
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """What is written under this temporary name is renamed when it is complete; by the first worker."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
     if dist.get_rank() == 0:
         discard(unfinished)
-    export(engine, chat, unfinished)
+    yield unfinished
     if dist.get_rank() == 0:
-        discard(run.model)
-        unfinished.rename(run.model)
+        discard(folder)
+        unfinished.rename(folder)
 
 
 def _column(table: pa.Table, name: str) -> torch.Tensor:

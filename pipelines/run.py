@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
+from bdpo.adapters import check_lora
 from bdpo.config import Config, worker_range
 from bdpo.evaluation import load_items
 from bdpo.losses import REFERENCE_FREE
@@ -44,6 +45,7 @@ def _preflight(config: Config, run: RunDir) -> None:
     """What would stop a later stage stops the run before its first."""
     check_inputs(config)
     load_items(config.evaluate)
+    check_lora(config)
     run_prepare(config, run)
     if read_manifest(run.eval("trained") / "summary.json") is None:
         connect()

@@ -3,8 +3,9 @@
     python -m pipelines.train --config pipelines/configs/sandbox.yaml [section.key=value ...]
 
 Reads <run_dir>/data/pairs and <run_dir>/scores, writes <run_dir>/metrics.jsonl, checkpoints under
-<run_dir>/train and the trained model to <run_dir>/model. The same command after a kill goes on from the
-last checkpoint. Methods without a reference (cpo, simpo) want no scores: they begin with the data.
+<run_dir>/train and the trained model to <run_dir>/model; with train.lora the adapter to <run_dir>/adapter as
+well. The same command after a kill goes on from the last checkpoint. Methods without a reference (cpo, simpo)
+want no scores: they begin with the data.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bdpo.adapters import check_lora
 from bdpo.config import Config
 from bdpo.errors import UserError
 from bdpo.losses import REFERENCE_FREE
@@ -34,7 +36,8 @@ def run_train(config: Config, run: RunDir) -> dict[str, Any]:
         run_prepare(config, run)
     fingerprint = train_fingerprint(config, run)
     manifest = finished(run.train / "manifest.json", fingerprint)
-    if manifest is None or not run.model.is_dir():  # a lost model is exported from the last checkpoint
+    exports = [run.model, run.adapter] if config.train.lora else [run.model]
+    if manifest is None or not all(map(Path.is_dir, exports)):  # exported again from the last checkpoint
         started = time.perf_counter()
         steps = _fit(config, run, fingerprint)
         manifest = write_manifest(
@@ -79,6 +82,7 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
         )
     total_steps = TrainingPlan([0] * scores.num_rows, config.train, config.seed).total_steps
     _refuse_other_workers(config, run, fingerprint)
+    check_lora(config)
     connect()
     require("train", config.train.workers, config.train.gpus_per_worker)
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -162,4 +166,4 @@ def _progress(metrics_file: Path, total_steps: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main(run_train, __doc__, lambda run: [run.train, run.model, run.metrics])
+    main(run_train, __doc__, lambda run: [run.train, run.model, run.adapter, run.metrics])

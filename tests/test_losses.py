@@ -235,29 +235,31 @@ def test_without_label_noise_cdpo_and_robust_are_dpo():
         assert torch.equal(LOSSES[name](pairs, MethodConfig(name=name, label_smoothing=0.0)).loss, dpo)
 
 
+SHAPES = [(3, 5, 8), (9, 1, 4), (1, 14, 2)]  # tokens of prompt, chosen, rejected
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Two models, the pairs, and what both say of them."""
+    pairs = encoded_pairs(SHAPES)
+    policy, reference = tiny_qwen2(seed=0), tiny_qwen2(seed=1)
+    ours = copy.deepcopy(policy)
+
+    def logps(model, who):
+        sides = pair_logps(LogpsModel(model, max_length=128), pairs)
+        return {f"{who}_{side}": v for side, v in zip(("chosen", "rejected"), sides, strict=True)}
+
+    with torch.no_grad():
+        references = logps(copy.deepcopy(reference), "reference")
+    _, chosen, rejected = (tensor(column) for column in zip(*SHAPES, strict=True))
+    unused = {name: torch.zeros(3) for name in FIELDS}
+    tokens = {"chosen_tokens": chosen, "rejected_tokens": rejected}
+    known = PairLogps(**unused | references | tokens | logps(ours, "policy"))
+    return SimpleNamespace(encoded=pairs, policy=policy, reference=reference, ours=ours, logps=known)
+
+
 class TestAgainstTRL:
     """One batch of a tiny model through both."""
-
-    SHAPES = [(3, 5, 8), (9, 1, 4), (1, 14, 2)]  # tokens of prompt, chosen, rejected
-
-    @pytest.fixture(scope="class")
-    def batch(self):
-        """Two models, the pairs, and what both say of them."""
-        pairs = encoded_pairs(self.SHAPES)
-        policy, reference = tiny_qwen2(seed=0), tiny_qwen2(seed=1)
-        ours = copy.deepcopy(policy)
-
-        def logps(model, who):
-            sides = pair_logps(LogpsModel(model, max_length=128), pairs)
-            return {f"{who}_{side}": v for side, v in zip(("chosen", "rejected"), sides, strict=True)}
-
-        with torch.no_grad():
-            references = logps(copy.deepcopy(reference), "reference")
-        _, chosen, rejected = (tensor(column) for column in zip(*self.SHAPES, strict=True))
-        unused = {name: torch.zeros(3) for name in FIELDS}
-        tokens = {"chosen_tokens": chosen, "rejected_tokens": rejected}
-        known = PairLogps(**unused | references | tokens | logps(ours, "policy"))
-        return SimpleNamespace(encoded=pairs, policy=policy, reference=reference, ours=ours, logps=known)
 
     @pytest.mark.parametrize(
         ("name", "loss_type"), [("dpo", "sigmoid"), ("ipo", "ipo"), ("robust", "robust")]

@@ -9,6 +9,17 @@ from pydantic import Field
 from bdpo.config.base import Fraction, Positive, Section
 
 
+class LoraConfig(Section):
+    """LoRA: the model is frozen, low-rank adapters of its linear layers are trained (PEFT's vocabulary)."""
+
+    r: Positive = Field(16, description="rank")
+    alpha: Positive = Field(32, description="the adapter counts alpha / r times")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = Field(
+        "all-linear", description="names of layers, a regular expression, or all linear layers but the head"
+    )
+
+
 class TrainConfig(Section):
     """Optimisation, its distribution over workers, and checkpoints."""
 
@@ -27,4 +38,5 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = True
     save_steps: Positive = 100
     save_total_limit: Positive = 2
+    lora: LoraConfig | None = Field(None, description="train adapters; they want a higher learning_rate")
     max_failures: int = Field(2, ge=-1, description="worker failures to recover from; -1: any number")
