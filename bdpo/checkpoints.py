@@ -83,7 +83,8 @@ def save_checkpoint(engine: Any, cursor: Cursor, metrics: Metrics, staging: Stag
     """
     folder = staging.new()
     try:
-        engine.save_checkpoint(str(folder), tag="state")
+        # What LoRA leaves frozen is in the base model.
+        engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True)
         torch.save(_rng_state(), folder / f"rng_state_{dist.get_rank()}.pth")
         part = {
             "workers": dist.get_world_size(),
@@ -172,7 +173,8 @@ def _load(engine: Any, folder: Path) -> Cursor:
             f"{folder}: a checkpoint of {part['workers']} workers cannot be resumed by {workers}; "
             f"set train.workers={part['workers']}, or fresh=true to start over"
         )
-    engine.load_checkpoint(str(folder), tag="state")
+    all_trained = all(parameter.requires_grad for parameter in engine.module.parameters())
+    engine.load_checkpoint(str(folder), tag="state", load_module_strict=all_trained)
     _set_rng_state(torch.load(folder / f"rng_state_{dist.get_rank()}.pth", weights_only=True))
     return Cursor(part["step"], part["epoch"], part["num_tokens"])
 
@@ -187,7 +189,7 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _sha256(file: StoragePath) -> str:
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _rng_state() -> dict[str, torch.Tensor]:

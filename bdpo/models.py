@@ -147,7 +147,7 @@ def files_digest(files: Sequence[StoragePath], root: Path | None = None) -> str:
             continue
         with file.open("rb") as stream:
             name = str(file.relative_to(root)) if root and isinstance(file, Path) else file.name
-            digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+            digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return json_digest(digests)
 
 

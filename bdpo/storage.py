@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeAlias
 from urllib.parse import urlsplit
 
 import fsspec
@@ -35,9 +35,9 @@ from upath import UPath
 
 from bdpo.errors import UserError
 
-StoragePath = Path | UPath
+StoragePath: TypeAlias = Path | UPath
 
-MARKERS = ("manifest.json", "config.json")
+MARKERS = ("manifest.json", "config.json", "adapter_config.json")
 """The files that say that the folder they lie in is whole: the last to be uploaded, the first to go."""
 
 BEAT_SECONDS = 5.0
