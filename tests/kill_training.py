@@ -31,6 +31,8 @@ from typing import Any
 import psutil
 import torch
 
+from bdpo.config import load_config
+
 ROOT = Path(__file__).parents[1]
 KINDS = "worker", "driver", "node"
 MOMENTS = "step", "write", "copy"
@@ -58,18 +60,26 @@ class Nodes:
     """A head without CPUs for the driver, and nodes of one CPU: one more than there are workers."""
 
     def __init__(self, workers: int) -> None:
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-        from ray.cluster_utils import Cluster
-
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-        for _ in range(workers + 1):
-            self.cluster.add_node(num_cpus=1)
+        self.workers, self.environment = workers, dict(os.environ)
 
     def __enter__(self) -> Nodes:
+        # A folder of its own: in /tmp/ray a bare ray.init() of somebody else would find this cluster.
+        self.folder = tempfile.mkdtemp(prefix="ray-")
+        os.environ |= {"RAY_TMPDIR": self.folder, "RAY_AUTH_MODE": "token"}
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 0, "include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(self.workers + 1):
+            self.cluster.add_node(num_cpus=1)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.cluster.shutdown()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.environ.clear()
+        os.environ.update(self.environment)
 
     def command(self, stage: str, config: Path, run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
         """`python -m pipelines.<stage>` on this cluster."""
@@ -165,9 +175,16 @@ def disturb(
     assert driver.returncode == 0, output
     account.recovered = len(account.kills)
     for note in rows(run, "train/recoveries.jsonl"):
-        account.lost_steps += note["reached"] - note["step"] if "step" in note else 0
+        lost = note["reached"] - note["step"] if "step" in note else 0
+        assert lost <= 2 * save_steps(run), note  # one checkpoint on its way, one about to be written
+        account.lost_steps += lost
         account.refused += len(note["damaged"])
     return account
+
+
+def save_steps(run: Path) -> int:
+    """How often `run` is saved."""
+    return load_config(run / "config.yaml").train.save_steps
 
 
 def loaded_other_than(undisturbed: Path, run: Path) -> int:
