@@ -133,13 +133,18 @@ def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
 
 
-def is_moment(run: Path, moment: str, step: int, checkpoints: set[str]) -> bool:
+def checkpoints(run: Path) -> set[Path]:
+    """Folders of checkpoints, whole or not."""
+    return {folder for folder in (run / "train" / "ray").glob("checkpoint_*") if folder.is_dir()}
+
+
+def is_moment(run: Path, moment: str, step: int, before: set[Path]) -> bool:
     """Whether the training of `run` is past `step` and in the middle of what is to be disturbed."""
     if len(rows(run)) < step:
         return False
     digest = sha256(str(run.resolve()).encode()).hexdigest()[:16]
     written = list(Path(tempfile.gettempdir()).glob(f"bdpo-{digest}-*"))
-    copied = {folder.name for folder in (run / "train" / "ray").glob("checkpoint_*")} - checkpoints
+    copied = checkpoints(run) - before
     return moment == "step" or (moment == "write" and bool(written)) or bool(copied)
 
 
@@ -158,8 +163,8 @@ def disturb(
     for kind, moment in kills:
         done = len(rows(run))
         step = rng.randint(done, max(done, steps - 2))
-        checkpoints = {folder.name for folder in (run / "train" / "ray").glob("checkpoint_*")}
-        while driver.poll() is None and not is_moment(run, moment, step, checkpoints):
+        before = checkpoints(run)
+        while driver.poll() is None and not is_moment(run, moment, step, before):
             time.sleep(0.002)
         time.sleep(rng.random() * 0.05)
         attempts = len(rows(run, "train/recoveries.jsonl"))
@@ -189,7 +194,7 @@ def save_steps(run: Path) -> int:
 
 def loaded_other_than(undisturbed: Path, run: Path) -> int:
     """Number of checkpoints that `run` was resumed from and that differ from those of the undisturbed."""
-    originals = {_part(folder)["step"]: folder for folder in (undisturbed / "train/ray").glob("checkpoint_*")}
+    originals = {_part(folder)["step"]: folder for folder in checkpoints(undisturbed)}
     different = 0
     for note in rows(run, "train/recoveries.jsonl"):
         if note.get("checkpoint"):
