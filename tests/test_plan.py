@@ -69,7 +69,7 @@ def test_held_out_pairs_depend_on_the_seed_and_leave_some_to_train_on():
 
 
 def test_a_warmup_that_takes_all_steps_is_refused():
-    with pytest.raises(UserError, match="the warmup takes all 3 steps; lower it, or raise train.max_steps"):
+    with pytest.raises(UserError, match=r"the warmup takes all 3 steps; lower it, or raise train.max_steps"):
         TrainingPlan([1] * 64, TrainConfig(max_steps=3, warmup_ratio=0.9), 0)
     assert TrainingPlan([1] * 64, TrainConfig(max_steps=3, warmup_ratio=0.7), 0).warmup_steps == 2
     assert TrainingPlan([1], TrainConfig(), 0).warmup_steps == 0
