@@ -94,6 +94,7 @@ def save_checkpoint(engine: Any, cursor: Cursor, metrics: Metrics, staging: Stag
         }
         write_text(folder / f"part-{dist.get_rank()}.json", json.dumps(part))
     except (OSError, RuntimeError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
         # torch.save turns what the system says into "[enforce fail at inline_container.cc:672]".
         if isinstance(error, OSError) or "inline_container" in str(error):
             raise UserError(

@@ -95,7 +95,7 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
 
     from pipelines.recovery import Recovery, final_cause, restore_checkpoints
 
-    damaged = restore_checkpoints(run.train / "ray", committed, config.train)
+    whole, damaged = restore_checkpoints(run.train / "ray", committed, config.train)
     if damaged:
         note = {"damaged": damaged}
         MetricsLog(run.recoveries).append(note)
@@ -104,7 +104,7 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
     gpus, best = config.train.gpus_per_worker, config.train.best_metric
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config, "run_dir": run.root, "scores": scores},
+        train_loop_config={"config": config, "run_dir": run.root, "scores": scores, "resumes": whole > 0},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
@@ -143,6 +143,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
         report,
     )
 
+    from bdpo.checkpoints import none_whole
     from bdpo.training import train
 
     def report_in_background(folder: Path, metrics: dict[str, float]) -> None:
@@ -153,6 +154,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     def reported() -> Sequence[Any]:
         return get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
 
+    if arguments["resumes"] and not reported():
+        raise none_whole({})  # whatever the reason, never from zero
     run = RunDir(arguments["run_dir"])
     train(arguments["config"], run, arguments["scores"], reported, report_in_background)
 
