@@ -22,41 +22,45 @@ from bdpo.tokens import load_tokenizer
 
 PAIRS = 22  # 3 steps of 8, 8 and 6 pairs
 
-# Trains each of the configs, one after the other; checkpoints lie in <run_dir>/checkpoints/<step>.
+# Trains each of the configs, one after the other, with checkpoints in <run_dir>/checkpoints/<step>. Runs
+# <run_dir>/fault.py before, and writes what stopped a training to <run_dir>/error-<rank>.txt.
 WORKER = """
-import contextlib, shutil, sys
+import contextlib, json, resource, shutil, sys
 from pathlib import Path
 import pyarrow.parquet as pq, torch
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
-from bdpo.config import load_config
-from bdpo.runs import RunDir
 from bdpo import training
+from bdpo.config import load_config
+from bdpo.errors import UserError
+from bdpo.runs import RunDir
 
-class Saved:
+class Reported:
     def __init__(self, folder):
-        self.checkpoint, self.path, self.metrics = self, str(folder), {"step": int(folder.name)}
-        part = folder / "part-0.json"
-        if part.is_file():
-            self.metrics = training_metrics(part)
+        self.checkpoint, self.path = self, str(folder)
+        self.metrics = json.loads((folder / "metrics.json").read_text())
     def as_directory(self):
         return contextlib.nullcontext(self.path)
 
-def training_metrics(part):
-    import json
-    return json.loads(part.read_text())["metrics"]
-
-FAULT
+build_engine = training.build_engine
 for file in sys.argv[1:]:
     config = load_config(file)
-    run = RunDir(config.run_dir)
+    run, rank = RunDir(config.run_dir), torch.distributed.get_rank()
+    checkpoints, fault = run.root / "checkpoints", run.root / "fault.py"
     def reported():
         torch.distributed.barrier()
-        return [Saved(folder) for folder in (run.root / "checkpoints").glob("*")]
+        return [Reported(folder) for folder in checkpoints.glob("*")]
     def report(folder, metrics):
-        shutil.copytree(folder, run.root / "checkpoints" / str(metrics["step"]), dirs_exist_ok=True)
+        shutil.copytree(folder, checkpoints / str(metrics["step"]), dirs_exist_ok=True)
         shutil.rmtree(folder)
-    training.train(config, run, pq.read_table(run.root / "scores.parquet"), reported, report)
+        (checkpoints / str(metrics["step"]) / "metrics.json").write_text(json.dumps(metrics))
+    exec(fault.read_text() if fault.exists() else "")
+    try:
+        training.train(config, run, pq.read_table(run.root / "scores.parquet"), reported, report)
+    except (UserError, FloatingPointError) as error:
+        (run.root / f"error-{rank}.txt").write_text(str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    training.build_engine = build_engine
 """
 
 
@@ -79,8 +83,8 @@ def score(folder, chat, tied=False):
     return config
 
 
-def launch(configs, workers=1, fault=""):
-    """Run WORKER in processes of its own, with code that breaks something; all exit codes must be 0."""
+def launch(configs, workers=1):
+    """Run WORKER in processes of its own, all exit codes being 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -89,7 +93,7 @@ def launch(configs, workers=1, fault=""):
         file.write_text(config.to_yaml())
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER.replace("FAULT", fault), *map(str, files)],
+            [sys.executable, "-c", WORKER, *map(str, files)],
             env=os.environ
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
             | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
@@ -99,7 +103,7 @@ def launch(configs, workers=1, fault=""):
         )
         for rank in range(workers)
     ]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * workers, "\n".join(outputs)
 
 
@@ -117,7 +121,13 @@ def copied(scored, folder, checkpoints=(), **changes):
 def trained(scored, folder, workers=1, checkpoints=(), **changes):
     """Train a copy of the scored run with a changed config, in processes of its own; returns its folder."""
     launch([copied(scored, folder, checkpoints, **changes)], workers)
+    assert not errors(folder)
     return RunDir(folder)
+
+
+def errors(folder):
+    """What stopped a training, of each worker that it stopped."""
+    return [file.read_text() for file in sorted(folder.glob("error-*.txt"))]
 
 
 def metrics(run, name="loss"):
@@ -187,5 +197,7 @@ def test_a_partitioned_tied_head_trains_as_a_whole_one(tmp_path, tiny_chat):
 
 def test_scores_of_another_model_stop_the_run_before_its_first_update(scored, tmp_path, tiny_chat):
     other = save_model(tmp_path / "other", tiny_chat, seed=7)
-    with pytest.raises(AssertionError, match="policy and reference differ"):
-        trained(scored, tmp_path / "run", model={"name_or_path": str(other)})
+    launch([copied(scored, tmp_path / "run", model={"name_or_path": str(other)})])
+    (error,) = errors(tmp_path / "run")
+    assert "policy and reference differ" in error
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
