@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bdpo.config import SANDBOX, Config, ModelConfig
 from bdpo.errors import UserError
-from bdpo.storage import StoragePath, error_line, fetch, storage_path
+from bdpo.storage import StoragePath, error_line, fetch, sha256, storage_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -143,11 +143,9 @@ def files_digest(files: Sequence[StoragePath], root: Path | None = None) -> str:
     """SHA-256 over names (below `root`, else bare) and contents of files, as 32 hexadecimal digits."""
     digests = {}
     for file in files:
-        if not file.is_file():
-            continue
-        with file.open("rb") as stream:
+        if file.is_file():
             name = str(file.relative_to(root)) if root and isinstance(file, Path) else file.name
-            digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+            digests[name] = sha256(file)
     return json_digest(digests)
 
 

@@ -198,6 +198,13 @@ def matching(folder: StoragePath, pattern: str) -> list[StoragePath]:
     return sorted(folder.glob(pattern), key=str)
 
 
+def sha256(file: StoragePath) -> str:
+    """SHA-256 of a file's content, which is never all in memory."""
+    content: Any = file.open("rb")
+    with content as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def parquet_bytes(table: pa.Table) -> pa.Buffer:
     """The content of a Parquet file."""
     buffer = pa.BufferOutputStream()
