@@ -146,6 +146,12 @@ def read_pairs(folder: Path, first: int, count: int) -> pa.Table:
     return pa.concat_tables(tables) if tables else PAIR_SCHEMA.empty_table()
 
 
+def pair_ids(folder: Path) -> Iterator[str]:
+    """The ids of all pairs in `folder`, in order; their texts are not read."""
+    for part in _parts(folder):
+        yield from pq.read_table(part, columns=["pair_id"])["pair_id"].to_pylist()
+
+
 def count_pairs(folder: Path) -> int:
     """How many pairs `prepare` wrote into `folder`."""
     return sum(pq.read_metadata(part).num_rows for part in _parts(folder))

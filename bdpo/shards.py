@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,19 +35,22 @@ class ShardStore:
     mode: int = 0o644
 
     def write(self, first_row: int, table: pa.Table) -> Path:
-        """Commit the rows from `first_row` on: temporary name, fsync, rename."""
+        """Commit the rows from `first_row` on: temporary name, fsync, rename. The table's metadata stays."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700 if self.mode == 0o600 else 0o755)
-        metadata = {_METADATA_KEY: json.dumps(self.fingerprint).encode()}
+        metadata = {**(table.schema.metadata or {}), _METADATA_KEY: json.dumps(self.fingerprint).encode()}
         buffer = pa.BufferOutputStream()
         pq.write_table(table.cast(self.schema).replace_schema_metadata(metadata), buffer)
         content = buffer.getvalue()
         shard = self.folder / f"part-{first_row:09d}-{_digest(content)}.parquet"
         temporary = self.folder / f".{shard.name}.{os.getpid()}"
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, self.mode), "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.rename(shard)
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, self.mode), "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.rename(shard)
+        finally:
+            temporary.unlink(missing_ok=True)  # a full disk wants its space back
         return shard
 
     def finished(self) -> dict[int, int]:
@@ -58,21 +61,33 @@ class ShardStore:
         """
         return {first_row: self._rows(shard) for first_row, shard in self._shards()}
 
-    def missing(self, total_rows: int, shard_rows: int) -> list[tuple[int, int]]:
+    def missing(
+        self, total_rows: int, shard_rows: int, given_up: Collection[int] = ()
+    ) -> list[tuple[int, int]]:
         """(first row, number of rows) still to be made so that all rows are there exactly once.
 
-        Finished shards stay, of whatever size they are; the gaps between them are cut into `shard_rows`.
+        Finished shards stay, of whatever size they are, but for one that overlaps another; the gaps
+        between them are cut into `shard_rows`. Rows that are `given_up` are not asked for again.
         """
         gaps, row = [], 0
-        for first, rows in [*sorted(self.finished().items()), (total_rows, 0)]:
+        taken = [*self.finished().items(), *((row, 1) for row in given_up)]
+        for first, rows in [*sorted(taken), (total_rows, 0)]:
+            if first < row:
+                self.remove(first)
+                continue
             gaps += [(start, min(shard_rows, first - start)) for start in range(row, first, shard_rows)]
             row = first + rows
         return gaps
 
+    def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """Shard after shard in the order of the rows, each with its metadata."""
+        for _, shard in self._shards():
+            yield pq.read_table(shard, columns=columns, partitioning=None)
+
     def read(self) -> pa.Table:
         """All rows in order."""
-        tables = [pq.read_table(shard, partitioning=None) for _, shard in self._shards()]
-        return pa.concat_tables(tables).replace_schema_metadata(None) if tables else self.schema.empty_table()
+        tables = [table.replace_schema_metadata(None) for table in self.tables()]
+        return pa.concat_tables(tables) if tables else self.schema.empty_table()
 
     def read_shard(self, first_row: int) -> pa.Table:
         """The rows of the shard that starts at `first_row`."""
