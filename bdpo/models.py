@@ -167,16 +167,18 @@ def _sha256(file: Path) -> str:
 
 
 def _read_once(file: Path) -> str:
-    """The file's SHA-256, kept in the cache folder under what identifies the file and its last change."""
+    """The file's SHA-256, kept in the cache folder together with what a change of the file would change."""
     status = file.stat()
-    changed = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-    kept = cache_folder() / "digests" / json_digest([str(file.resolve()), *changed])
-    if kept.is_file():
-        return kept.read_text(encoding="utf-8")
+    now = json_digest([status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino])
+    kept = cache_folder() / "digests" / json_digest(str(file.resolve()))
+    with suppress(OSError, ValueError):
+        then, digest = kept.read_text(encoding="utf-8").split()
+        if then == now:
+            return digest
     digest = _sha256(file)
     if time.time_ns() - status.st_mtime_ns > _SETTLED_NS:
         with suppress(OSError):  # without a cache it is only slower
-            write_text(kept, digest)
+            write_text(kept, f"{now} {digest}")
     return digest
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from bdpo.config import MethodConfig
@@ -15,7 +16,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 GROUPS = ("safe", "unsafe", None)
 _COLOURS = {"safe": "#0072b2", "unsafe": "#d55e00", None: "#555555"}  # told apart by every eye (Okabe, Ito)
 _POINTS = 4000
-_BARS = 24
+_BARS = 15
 
 
 def mi_summary(scores: pa.Table, method: MethodConfig) -> list[dict[str, Any]]:
@@ -46,33 +47,30 @@ def _mi_of(mi: np.ndarray, method: MethodConfig) -> dict[str, Any]:
     }
 
 
-def mi_table(scores: pa.Table, method: MethodConfig) -> Table:
-    """The distribution of the MI, two lines a group, with a histogram on one scale for all."""
-    headings = ["queries", "pairs", "better", "response", "mean", *(f"{q:.0%}" for q in QUANTILES)]
+def mi_tables(scores: pa.Table, method: MethodConfig) -> list[Table]:
+    """The distribution of the MI, a table a group, with histograms on one scale for all."""
     values = np.concatenate([scores["mi_chosen"].to_numpy(), scores["mi_rejected"].to_numpy()])
     low, high = np.quantile(values, [0.005, 0.995])
-    table = Table(title="mutual information, nats per token", title_justify="left")
-    for heading in [*headings, "< 0", "< floor"]:
-        table.add_column(heading, justify="left" if heading in ("queries", "response") else "right")
-    table.add_column(f"{low:.2f} to {high:.2f}", no_wrap=True)
-    for row, (_, *both) in zip(mi_summary(scores, method), _by_group(scores), strict=True):
-        first = [row["group"] or "all", f"{row['pairs']:,}", f"{row['chosen_better']:.0%}"]
-        for side, mi in zip(("chosen", "rejected"), both, strict=True):
-            of_side = row[side]
-            numbers = [f"{number:.3f}" for number in (of_side["mean"], *of_side["quantiles"])]
-            shares = [f"{of_side[share]:.1%}" for share in ("negative", "floored")]
-            table.add_row(*first, side, *numbers, *shares, _histogram(mi, low, high))
-            first = ["", "", f"{(both[1] > both[0]).mean():.0%}"]
-        table.add_section()
-    return table
+    tables = []
+    for row, (_, chosen, rejected) in zip(mi_summary(scores, method), _by_group(scores), strict=True):
+        title = f"{row['group'] or 'all'} queries: {row['pairs']:,} pairs, chosen better understood"
+        table = _table(f"{title} in {row['chosen_better']:.0%}", "nats/token")
+        for heading in ["mean", *(f"{q:.0%}" for q in QUANTILES), "< 0", "< floor"]:
+            table.add_column(heading, justify="right")
+        table.add_column(f"{low:.2f} to {high:.2f}", no_wrap=True)
+        for side, mi in (("chosen", chosen), ("rejected", rejected)):
+            numbers = [f"{number:.3f}" for number in (row[side]["mean"], *row[side]["quantiles"])]
+            shares = [f"{row[side][share]:.0%}" for share in ("negative", "floored")]
+            table.add_row(side, *numbers, *shares, _histogram(mi, low, high))
+        tables.append(table)
+    return tables
 
 
 def work_table(workers: dict[str, dict[str, float]]) -> Table:
     """What every scoring worker did: pairs, real tokens, busy time, speed, and how much padding cost."""
-    table = Table(title="work of the scoring actors", title_justify="left")
-    headings = ["actor", "pairs", "tokens", "busy", "tokens/s", "padded / real"]
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "actor" else "right")
+    table = _table("work of the scoring actors", "actor")
+    for heading in ("pairs", "tokens", "busy", "tokens/s", "padded / real"):
+        table.add_column(heading, justify="right")
     total = {key: sum(work[key] for work in workers.values()) for key in next(iter(workers.values()))}
     for name, work in [*sorted(workers.items()), ("all", total)]:
         if name == "all":
@@ -85,6 +83,13 @@ def work_table(workers: dict[str, dict[str, float]]) -> Table:
             f"{work['tokens'] / work['seconds']:,.0f}",
             f"{work['tokens_forwarded'] / work['tokens']:.3f}",
         )
+    return table
+
+
+def _table(title: str, rows: str) -> Table:
+    """Fits a terminal of 80 columns."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column(rows)
     return table
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -63,14 +64,15 @@ def on_pool(
     low, high = worker_range(workers)
     require(stage, low, gpus)
     device = "cuda" if gpus else "cpu"
-    return dataset.map(
-        actor,
-        fn_constructor_kwargs={**arguments, "device": device},
-        compute=ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=queue),
-        num_cpus=1,
-        num_gpus=gpus or None,
-        max_task_retries=ATTEMPTS - 1,
-    )
+    with warnings.catch_warnings(action="ignore"):  # Ray 2.60 has no other way yet to bound the retries
+        return dataset.map(
+            actor,
+            fn_constructor_kwargs={**arguments, "device": device},
+            compute=ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=queue),
+            num_cpus=1,
+            num_gpus=gpus or None,
+            max_task_retries=ATTEMPTS - 1,
+        )
 
 
 def consume(

@@ -18,7 +18,7 @@ from typing import Any
 from bdpo.config import Config
 from bdpo.data import count_pairs
 from bdpo.errors import UserError
-from bdpo.report import mi_table, work_table
+from bdpo.report import mi_tables, work_table
 from bdpo.runs import Fingerprint, RunDir, finished
 from bdpo.scoring import (
     MOST_UNSCORABLE,
@@ -94,8 +94,8 @@ def show_scores(config: Config, run: RunDir) -> None:
     """
     manifest, scores = finished_scores(run)
     made_with = manifest["fingerprint"]
-    console.print(mi_table(scores, config.method))
-    console.print(work_table(manifest["workers"]))
+    for table in (*mi_tables(scores, config.method), work_table(manifest["workers"])):
+        console.print(table, "")
     console.print(
         f"{manifest['rows']:,} pairs, {made_with['dtype']}, unconditional={made_with['unconditional']}, "
         f"at most {made_with['max_length']} tokens, weights {made_with['weights'][:12]}",
