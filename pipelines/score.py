@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
-from bdpo.config import Config
+from bdpo.config import Config, worker_range
 from bdpo.data import count_pairs
 from bdpo.errors import UserError
 from bdpo.report import mi_tables, work_table
@@ -33,7 +34,7 @@ from pipelines.cli import console, main
 from pipelines.pool import ATTEMPTS, consume, on_pool, shard_dataset
 from pipelines.prepare import run_prepare
 
-# A shard that kills its actors comes again in so many: a row is found in two or three rounds.
+# A shard that kills its actors comes again in so many pieces, and they in so many.
 FINER = 32
 
 
@@ -43,19 +44,17 @@ def run_score(config: Config, run: RunDir) -> dict[str, Any]:
     fingerprint = score_fingerprint(config, run)
     manifest = finished(run.scores / "manifest.json", fingerprint)
     total = count_pairs(run.pairs)
-    missing = score_store(run, fingerprint).missing(total, config.score.shard_rows)
-    if manifest is None or missing:  # a finished run may have lost or damaged shards since
+    # A finished run may have lost or damaged shards since.
+    if manifest is None or score_store(run, fingerprint).missing(total, config.score.shard_rows):
         started = time.perf_counter()
-        _score(config, run, fingerprint, total, missing)
+        _score(config, run, fingerprint, total)
         manifest = finish_scores(run, fingerprint, time.perf_counter() - started)
     console.print(f"[bold]scores[/]    {manifest['rows']} pairs")
     return manifest
 
 
-def _score(
-    config: Config, run: RunDir, fingerprint: Fingerprint, total: int, missing: list[tuple[int, int]]
-) -> None:
-    """Score what is missing. Shards under which their actors died come again in smaller ones, down to a row.
+def _score(config: Config, run: RunDir, fingerprint: Fingerprint, total: int) -> None:
+    """Score what is missing, in rounds: what failed with its actors comes again, at last row by row.
 
     Raises:
         UserError: pairs cannot be scored, and all others are; or the run folder cannot be written.
@@ -69,21 +68,34 @@ def _score(
         if len(reasons) > MOST_UNSCORABLE:
             raise unscorable(run, reasons)
 
-    store, size = score_store(run, fingerprint), config.score.shard_rows
+    store = score_store(run, fingerprint)
     arguments = {"config": config, "run_dir": run.root, "fingerprint": fingerprint}
     pool = config.score.workers, config.score.gpus_per_worker
-    while missing:
-        queue = 2 if size == config.score.shard_rows else 1
-        shards = shard_dataset(missing, may_fail=MOST_UNSCORABLE)
-        dataset = on_pool(shards, "score", ShardScorer, arguments, *pool, queue=queue)
-        consume(dataset, "score", total, missing, note)
-        missing = store.missing(total, max(1, size // FINER), reasons)
-        if size == 1:
-            reasons |= {row: f"its worker died of it {ATTEMPTS} times" for row, _ in missing}
+    may_fail = MOST_UNSCORABLE + 4 * worker_range(config.score.workers)[1]  # all that dying nodes had in hand
+    for number, size in enumerate(_rounds(config.score.shard_rows)):
+        missing = store.missing(total, size, reasons)
+        if not missing:
             break
-        size = max(1, size // FINER)
+        if number:
+            rows = sum(rows for _, rows in missing)
+            console.print(f"{rows} pairs were lost with their actors; again, {size} in a shard")
+        dataset = shard_dataset(missing, may_fail)
+        dataset = on_pool(dataset, "score", ShardScorer, arguments, *pool, queue=1 if number else 2)
+        consume(dataset, "score", total, missing, note)
+    else:
+        alone = store.missing(total, 1, reasons)
+        reasons |= {row: f"its actor died of it, {ATTEMPTS} times alone" for row, _ in alone}
     if reasons:
         raise unscorable(run, reasons)
+
+
+def _rounds(shard_rows: int) -> Iterator[int]:
+    """Rows in a shard, round by round: once more the same, as it may have been the machine; then finer."""
+    yield shard_rows
+    while shard_rows > 1:
+        yield shard_rows
+        shard_rows = max(1, shard_rows // FINER)
+    yield 1
 
 
 def show_scores(config: Config, run: RunDir) -> None:

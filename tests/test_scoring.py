@@ -132,7 +132,7 @@ def test_pairs_that_cannot_be_scored_are_named_when_all_others_are_scored(
     assert "\n" not in message
     assert f"pair_id {ids[3]} (row 3 of data/pairs): IndexError at test_scoring.py:" in message
     assert f"pair_id {ids[12]} (row 12 of data/pairs): a log-prob is not finite" in message
-    assert f"pair_id {ids[21]} (row 21 of data/pairs): its worker died of it" in message
+    assert f"pair_id {ids[21]} (row 21 of data/pairs): its actor died of it" in message
     assert message.count("pair_id") == 3
     assert "text of a prompt" not in message
     store = score_store(run, score_fingerprint(config, run))
