@@ -81,7 +81,7 @@ class Damage:
 class Scoring:
     """A scoring command on a folder of its own."""
 
-    def __init__(self, folder: Path, address: str = "") -> None:
+    def __init__(self, folder: Path, address: str = "local") -> None:
         self.folder, self.scores = folder, folder / "run" / "scores"
         self.environment = os.environ | {"RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"}
         folder.mkdir()
@@ -113,11 +113,6 @@ class Scoring:
         """What the shard files hold, read without any code of ours."""
         shards = sorted(self.scores.glob("part-*"))
         return pa.concat_tables([pq.read_table(file).replace_schema_metadata(None) for file in shards])
-
-
-def shards_of(reference: Scoring) -> int:
-    """How many shards the whole has."""
-    return len(reference.committed())
 
 
 def kill_driver(scoring: Scoring, rng: random.Random, shards: int) -> dict[str, int]:
@@ -215,11 +210,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kill-scoring-") as folder, two_nodes() as (cluster, nodes):
         reference = Scoring(Path(folder) / "reference")
         finish(reference.start())
-        shards = shards_of(reference)
+        shards = len(reference.committed())
+        if not (reference.scores / "manifest.json").is_file():
+            sys.exit(f"the undisturbed run failed:\n{(reference.folder / 'log').read_text()[-4000:]}")
         for number in range(arguments.kills):
             rng = random.Random(f"{arguments.seed} {number}")
             kind = ("driver", "actor", "node")[number % 3]
-            scoring = Scoring(Path(folder) / str(number), cluster.address if kind == "node" else "")
+            scoring = Scoring(Path(folder) / str(number), cluster.address if kind == "node" else "local")
             if kind == "node":
                 before = kill_node(scoring, rng, shards, cluster, nodes)
             else:
