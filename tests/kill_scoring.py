@@ -33,7 +33,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bdpo.scoring import ShardScorer
+from bdpo.config import load_config
+from bdpo.data import count_pairs
+from bdpo.models import with_sandbox_files
+from bdpo.runs import RunDir
+from bdpo.scoring import ShardScorer, score_fingerprint, score_store
+from pipelines import cli, score
+from pipelines.prepare import run_prepare
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "pipelines" / "configs" / "sandbox.yaml"
@@ -83,15 +89,28 @@ class Scoring:
 
     def __init__(self, folder: Path, address: str = "local") -> None:
         self.folder, self.scores = folder, folder / "run" / "scores"
+        self.overrides = [f"run_dir={folder}/run", "score.shard_rows=16", f"score.workers=[1, {WORKERS}]"]
         self.environment = os.environ | {"RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"}
         folder.mkdir()
 
     def start(self) -> subprocess.Popen[bytes]:
         """The driver, with its output in `log`."""
-        overrides = [f"run_dir={self.folder}/run", "score.shard_rows=16", f"score.workers=[1, {WORKERS}]"]
-        command = [sys.executable, "-m", "tests.kill_scoring", "--score", "--config", str(CONFIG), *overrides]
+        command = [sys.executable, "-m", "tests.kill_scoring", "--score", "--config", str(CONFIG)]
+        command += self.overrides
         with (self.folder / "log").open("a") as log:
             return subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=log, stderr=log)
+
+    def undisturbed(self) -> None:
+        """Score all in this process, shard after shard, without Ray."""
+        config = with_sandbox_files(load_config(CONFIG, self.overrides))
+        run = RunDir(config.run_dir)
+        run.open(config).release()
+        run_prepare(config, run)
+        fingerprint = score_fingerprint(config, run)
+        scorer = ShardScorer(config, run.root, fingerprint, "cpu")
+        shards = score_store(run, fingerprint).missing(count_pairs(run.pairs), config.score.shard_rows)
+        for first, rows in shards:
+            scorer({"first": first, "rows": rows})
 
     def begun(self) -> list[tuple[int, int]]:
         """(first row, process) of every attempt at a shard so far."""
@@ -209,10 +228,8 @@ def main() -> None:
     total, harmed = Damage(), 0
     with tempfile.TemporaryDirectory(prefix="kill-scoring-") as folder, two_nodes() as (cluster, nodes):
         reference = Scoring(Path(folder) / "reference")
-        finish(reference.start())
+        reference.undisturbed()
         shards = len(reference.committed())
-        if not (reference.scores / "manifest.json").is_file():
-            sys.exit(f"the undisturbed run failed:\n{(reference.folder / 'log').read_text()[-4000:]}")
         for number in range(arguments.kills):
             rng = random.Random(f"{arguments.seed} {number}")
             kind = ("driver", "actor", "node")[number % 3]
@@ -231,10 +248,8 @@ def main() -> None:
     sys.exit(bool(harmed))
 
 
-def score() -> None:
+def score_noting() -> None:
     """`python -m pipelines.score` with actors that note what they begin."""
-    from pipelines import cli, score
-
     score.ShardScorer = NotingScorer
     cli.main(score.run_score, "", lambda run: [run.data, run.scores])
 
@@ -242,6 +257,6 @@ def score() -> None:
 if __name__ == "__main__":
     if "--score" in sys.argv:
         sys.argv.remove("--score")
-        score()
+        score_noting()
     else:
         main()
