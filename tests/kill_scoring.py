@@ -205,8 +205,12 @@ def damage(scoring: Scoring, reference: Scoring, before: dict[str, int]) -> Dama
 
 
 @contextmanager
-def two_nodes() -> Iterator[tuple[Any, list[Any]]]:
-    """A cluster whose head has no CPU: its driver needs none, its actors live on two other nodes."""
+def two_nodes(folder: str) -> Iterator[tuple[Any, list[Any]]]:
+    """A cluster whose head has no CPU: its driver needs none, its actors live on two other nodes.
+
+    A Cluster announces itself to every `ray.init()` on the machine; in a folder of its own it does not.
+    """
+    os.environ["RAY_TMPDIR"] = folder
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
@@ -226,7 +230,7 @@ def main() -> None:
         RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16), RAY_USAGE_STATS_ENABLED="0"
     )
     total, harmed = Damage(), 0
-    with tempfile.TemporaryDirectory(prefix="kill-scoring-") as folder, two_nodes() as (cluster, nodes):
+    with tempfile.TemporaryDirectory(prefix="kill-scoring-") as folder, two_nodes(folder) as (cluster, nodes):
         reference = Scoring(Path(folder) / "reference")
         reference.undisturbed()
         shards = len(reference.committed())

@@ -74,7 +74,9 @@ class FullDiskScorer(ShardScorer):
 @pytest.fixture(scope="module")
 def ray_cluster():
     """A local cluster whose workers are sent the classes of this module."""
-    cli.connect()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_ADDRESS", "local")
+        cli.connect()
     import ray
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
