@@ -9,14 +9,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdpo.config import SANDBOX, Config, ModelConfig
 from bdpo.errors import UserError
-from bdpo.runs import write_text
+from bdpo.storage import StoragePath, cache_folder, error_line, fetch, storage_path, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,13 +26,8 @@ _SETTLED_NS = 2 * 10**9
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
-def cache_folder() -> Path:
-    """Where things that are made once on a machine are kept: `$BDPO_CACHE`, else `~/.cache/bdpo`."""
-    return Path(os.environ.get("BDPO_CACHE") or Path.home() / ".cache" / "bdpo")
-
-
 def model_folder(model: ModelConfig) -> Path:
-    """The local folder of a model: the sandbox's, a folder as named, or the hub's cached snapshot.
+    """The local folder of a model: the sandbox's, a folder as named, or the cached one of a URL or the hub.
 
     Raises:
         UserError: nothing is found under the name, or its safetensors weights are missing or damaged.
@@ -42,7 +37,9 @@ def model_folder(model: ModelConfig) -> Path:
 
         return sandbox_folder(sandbox_seed(model)) / "model"
     folder = Path(model.name_or_path).expanduser()
-    if not folder.is_dir():
+    if "://" in model.name_or_path:
+        folder = fetched_folder(model.name_or_path, "model.name_or_path")
+    elif not folder.is_dir():
         folder = hub_snapshot(model.name_or_path, model.revision, "model.name_or_path")
     if not (folder / "config.json").is_file():
         raise UserError(f"model.name_or_path={model.name_or_path}: the folder has no config.json")
@@ -149,21 +146,24 @@ def weights_digest(folder: Path) -> str:
 
 
 def files_digest(
-    files: list[Path], root: Path | None = None, read: Callable[[Path], str] | None = None
+    files: Sequence[StoragePath], root: Path | None = None, read: Callable[[Any], str] | None = None
 ) -> str:
     """SHA-256 over names (below `root`, else bare) and contents of files, as 32 hexadecimal digits.
 
     `read` is what tells the SHA-256 of one file.
     """
     read = read or _sha256
-    return json_digest(
-        {str(file.relative_to(root or file.parent)): read(file) for file in files if file.is_file()}
-    )
+    digests = {}
+    for file in files:
+        if file.is_file():
+            name = str(file.relative_to(root)) if root and isinstance(file, Path) else file.name
+            digests[name] = read(file)
+    return json_digest(digests)
 
 
-def _sha256(file: Path) -> str:
+def _sha256(file: StoragePath) -> str:
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def _read_once(file: Path) -> str:
@@ -191,6 +191,20 @@ def json_digest(value: Any) -> str:
 def first_line(error: Exception) -> str:
     """The first line of a library's error: enough for one line of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def fetched_folder(url: str, key: str) -> Path:
+    """The cached copy of a folder on object storage; `key` is what an error names.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    try:
+        return fetch(storage_path(url, key))
+    except UserError:
+        raise
+    except Exception as error:  # every protocol of fsspec has errors of its own
+        raise UserError(f"{key}={url}: cannot be read ({error_line(error)})") from None
 
 
 def hub_snapshot(name: str, revision: str | None, key: str) -> Path:

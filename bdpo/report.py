@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from bdpo.config import MethodConfig
+from bdpo.storage import StoragePath, write_bytes
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 GROUPS = ("safe", "unsafe", None)
@@ -100,7 +101,7 @@ def _histogram(values: np.ndarray, low: float, high: float) -> str:
     return "".join(" ▁▂▃▄▅▆▇█"[height] for height in heights)
 
 
-def mi_scatter(scores: pa.Table, file: Path) -> None:
+def mi_scatter(scores: pa.Table, file: StoragePath) -> None:
     """Figure 2 of the paper: MI of the rejected against the chosen response, a colour for each group.
 
     Of many pairs only a fixed number is drawn, always the same ones.
@@ -122,8 +123,9 @@ def mi_scatter(scores: pa.Table, file: Path) -> None:
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=160)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=160, format=file.suffix[1:])
+    write_bytes(file, picture.getvalue())
 
 
 def _by_group(scores: pa.Table) -> list[tuple[str | None, np.ndarray, np.ndarray]]:

@@ -25,10 +25,11 @@ from bdpo.data import pair_ids, read_pairs
 from bdpo.errors import UserError
 from bdpo.logps import LogpsModel, pair_trees
 from bdpo.mi import mutual_information
-from bdpo.models import first_line, load_model, model_folder, weights_digest
+from bdpo.models import load_model, model_folder, weights_digest
 from bdpo.packing import Tree, length_sorted_batches
 from bdpo.runs import Fingerprint, RunDir, finished, read_manifest, write_manifest
 from bdpo.shards import ShardStore
+from bdpo.storage import StoragePath, error_line
 from bdpo.tokens import EncodedPair, encode_pairs, load_tokenizer, tokenizer_fingerprint
 
 SCORE_SCHEMA = pa.schema(
@@ -276,7 +277,7 @@ def _attempt(score: Callable[[pa.Table], pa.Table], pairs: pa.Table) -> pa.Table
 class ShardScorer:
     """An actor of the scoring pool: reads a range of pairs, scores it, commits the shard itself."""
 
-    def __init__(self, config: Config, run_dir: Path, fingerprint: Fingerprint, device: str) -> None:
+    def __init__(self, config: Config, run_dir: StoragePath, fingerprint: Fingerprint, device: str) -> None:
         self.run = RunDir(run_dir)
         self.store = score_store(self.run, fingerprint)
         self.scorer = ReferenceScorer(config, device)
@@ -293,12 +294,10 @@ class ShardScorer:
         stop = ""
         try:
             unscorable = self._commit(first, read_pairs(self.run.pairs, first, rows))
-        except OSError as error:
-            stop = (
-                f"run_dir={self.run.root}: cannot be read or written ({error.strerror or first_line(error)})"
-            )
         except torch.AcceleratorError:
-            os._exit(1)  # a new process has a GPU again; the driver finds the row by what kills its worker
+            os._exit(1)  # a new process has a GPU again; the driver finds the row by what kills its actor
+        except Exception as error:  # of the storage: what scoring raises is a reason
+            stop = f"run_dir={self.run.root}: cannot be read or written ({error_line(error)})"
         scored = 0 if stop else rows - len(unscorable)
         return {"first": first, "rows": scored, "unscorable": json.dumps(unscorable), "stop": stop}
 

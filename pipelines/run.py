@@ -16,8 +16,9 @@ from rich.table import Table
 from bdpo.config import Config, worker_range
 from bdpo.evaluation import load_items
 from bdpo.report import mi_scatter, mi_summary
-from bdpo.runs import RunDir, read_manifest, write_text
+from bdpo.runs import RunDir, read_manifest
 from bdpo.scoring import read_scores
+from bdpo.storage import write_text
 from pipelines.cli import check_inputs, connect, console, main, require
 from pipelines.evaluate import evaluate_model, print_comparison
 from pipelines.prepare import account_line

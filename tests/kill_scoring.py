@@ -98,7 +98,8 @@ class Scoring:
         command = [sys.executable, "-m", "tests.kill_scoring", "--score", "--config", str(CONFIG)]
         command += self.overrides
         with (self.folder / "log").open("a") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=log, stderr=log)
+            self.driver = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=log, stderr=log)
+        return self.driver
 
     def undisturbed(self) -> None:
         """Score all in this process, shard after shard, without Ray."""
@@ -238,10 +239,13 @@ def main() -> None:
             rng = random.Random(f"{arguments.seed} {number}")
             kind = ("driver", "actor", "node")[number % 3]
             scoring = Scoring(Path(folder) / str(number), cluster.address if kind == "node" else "local")
-            if kind == "node":
-                before = kill_node(scoring, rng, shards, cluster, nodes)
-            else:
-                before = (kill_driver if kind == "driver" else kill_actor)(scoring, rng, shards)
+            try:
+                if kind == "node":
+                    before = kill_node(scoring, rng, shards, cluster, nodes)
+                else:
+                    before = (kill_driver if kind == "driver" else kill_actor)(scoring, rng, shards)
+            finally:
+                scoring.driver.kill()
             done = damage(scoring, reference, before)
             print(f"{number:3} {kind:6} killed after {len(before):2} of {shards} shards: {done}", flush=True)
             if not done.harmless:

@@ -460,7 +460,8 @@ def test_the_drivers_memory_does_not_grow_with_the_pairs(tmp_path, model):
         store.write(first, table.replace_schema_metadata({"bdpo.work": json.dumps(work)}))
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     arguments = [sys.executable, "-c", RESUME, str(tmp_path / "config.yaml")]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"RAY_ADDRESS": "local"}
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows, started, peak = (float(number) for number in done.stdout.splitlines()[-1].split()[1:])
     assert rows == count

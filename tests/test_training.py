@@ -22,22 +22,41 @@ from bdpo.tokens import load_tokenizer
 
 PAIRS = 22  # 3 steps of 8, 8 and 6 pairs
 
+# Trains each of the configs, one after the other; checkpoints lie in <run_dir>/checkpoints/<step>.
 WORKER = """
-import sys, json
+import contextlib, shutil, sys
 from pathlib import Path
-import pyarrow.parquet as pq, torch, shutil
+import pyarrow.parquet as pq, torch
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 from bdpo.config import load_config
 from bdpo.runs import RunDir
-from bdpo.training import train
+from bdpo import training
 
-config = load_config(sys.argv[1])
-run, rank = RunDir(config.run_dir), torch.distributed.get_rank()
-checkpoint = Path(sys.argv[2]) if len(sys.argv) > 2 else None
-def report(folder, metrics):
-    shutil.copytree(folder, run.root / "checkpoints" / str(metrics["step"]), dirs_exist_ok=True)
-train(config, run, pq.read_table(run.root / "scores.parquet"), checkpoint, report)
+class Saved:
+    def __init__(self, folder):
+        self.checkpoint, self.path, self.metrics = self, str(folder), {"step": int(folder.name)}
+        part = folder / "part-0.json"
+        if part.is_file():
+            self.metrics = training_metrics(part)
+    def as_directory(self):
+        return contextlib.nullcontext(self.path)
+
+def training_metrics(part):
+    import json
+    return json.loads(part.read_text())["metrics"]
+
+FAULT
+for file in sys.argv[1:]:
+    config = load_config(file)
+    run = RunDir(config.run_dir)
+    def reported():
+        torch.distributed.barrier()
+        return [Saved(folder) for folder in (run.root / "checkpoints").glob("*")]
+    def report(folder, metrics):
+        shutil.copytree(folder, run.root / "checkpoints" / str(metrics["step"]), dirs_exist_ok=True)
+        shutil.rmtree(folder)
+    training.train(config, run, pq.read_table(run.root / "scores.parquet"), reported, report)
 """
 
 
@@ -60,17 +79,17 @@ def score(folder, chat, tied=False):
     return config
 
 
-def launch(config, workers=1, checkpoint=None):
-    """Run WORKER in processes of its own; returns what they printed, all exit codes being 0."""
+def launch(configs, workers=1, fault=""):
+    """Run WORKER in processes of its own, with code that breaks something; all exit codes must be 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    Path(config.run_dir).mkdir(exist_ok=True)
-    file = Path(config.run_dir) / "config.yaml"
-    file.write_text(config.to_yaml())
+    files = [Path(config.run_dir) / "config.yaml" for config in configs]
+    for config, file in zip(configs, files, strict=True):
+        file.write_text(config.to_yaml())
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(file), *([str(checkpoint)] if checkpoint else [])],
+            [sys.executable, "-c", WORKER.replace("FAULT", fault), *map(str, files)],
             env=os.environ
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
             | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
@@ -80,18 +99,24 @@ def launch(config, workers=1, checkpoint=None):
         )
         for rank in range(workers)
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * workers, "\n".join(outputs)
 
 
-def trained(scored, folder, workers=1, checkpoint=None, **changes):
-    """Train a copy of the scored run with a changed config; returns its folder."""
+def copied(scored, folder, checkpoints=(), **changes):
+    """A copy of the scored run with some checkpoints in it; returns its changed config."""
     values = scored.model_dump() | {"run_dir": str(folder)}
     for section, keys in changes.items():
         values[section] = values[section] | keys
-    if not folder.exists():
-        shutil.copytree(scored.run_dir, folder)
-    launch(parse_config(values, "test"), workers, checkpoint)
+    shutil.copytree(scored.run_dir, folder)
+    for checkpoint in checkpoints:
+        shutil.copytree(checkpoint, folder / "checkpoints" / checkpoint.name)
+    return parse_config(values, "test")
+
+
+def trained(scored, folder, workers=1, checkpoints=(), **changes):
+    """Train a copy of the scored run with a changed config, in processes of its own; returns its folder."""
+    launch([copied(scored, folder, checkpoints, **changes)], workers)
     return RunDir(folder)
 
 
@@ -158,25 +183,6 @@ def test_a_partitioned_tied_head_trains_as_a_whole_one(tmp_path, tiny_chat):
     assert torch.equal(ours["lm_head.weight"], ours["model.embed_tokens.weight"])
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_resumed_training_ends_exactly_as_the_uninterrupted_one(scored, tmp_path, workers):
-    whole = trained(scored, tmp_path / "whole", workers)
-    resumed = tmp_path / "resumed"
-    shutil.copytree(whole.root, resumed)
-    shutil.rmtree(resumed / "model")
-    run = trained(scored, resumed, workers, checkpoint=whole.root / "checkpoints" / "2")
-    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(run).items())
-    for name in ("step", "loss", "grad_norm", "learning_rate", "num_tokens"):
-        assert metrics(run, name) == metrics(whole, name)
-
-
-def test_a_checkpoint_of_other_workers_is_refused(scored, uninterrupted, tmp_path):
-    with pytest.raises(
-        AssertionError, match=r"checkpoint of 1 workers cannot be resumed by 2; set train.workers=1"
-    ):
-        trained(scored, tmp_path / "run", 2, uninterrupted.root / "checkpoints" / "2")
 
 
 def test_scores_of_another_model_stop_the_run_before_its_first_update(scored, tmp_path, tiny_chat):
