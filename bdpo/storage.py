@@ -93,11 +93,14 @@ def write_bytes(file: StoragePath, content: bytes | pa.Buffer, mode: int = 0o644
         return
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if mode == 0o600 else 0o777)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(file)
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.rename(file)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk wants its space back
 
 
 @contextmanager
