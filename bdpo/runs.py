@@ -8,6 +8,7 @@
     <run_dir>/metrics.jsonl          one line an optimizer step
     <run_dir>/eval/<name>/           per-item scores and summary.json of the model of that name
     <run_dir>/report/                summary and figures
+    <run_dir>/tune/                  the trials of a search, their table, figures and best.yaml
     <run_dir>/private/               quarantined rows and generated text; mode 0700
 
 A stage writes its manifest last. The manifest carries the fingerprint of all that went in, so a stage
@@ -43,6 +44,7 @@ class RunDir:
         self.model = self.root / "model"
         self.metrics = self.root / "metrics.jsonl"
         self.report = self.root / "report"
+        self.tune = self.root / "tune"
         self.private = self.root / "private"
 
     def results(self) -> list[Path]:
@@ -57,6 +59,13 @@ class RunDir:
     def responses(self, name: str) -> Path:
         """What the evaluated model called `name` generated."""
         return self.private / "responses" / name
+
+    def part(self, *names: str) -> RunDir:
+        """A run folder inside this one's `tune`: results of its own, with this run's pairs and scores."""
+        part = RunDir(self.tune.joinpath(*names))
+        part.data, part.pairs, part.scores = self.data, self.pairs, self.scores
+        part.private = self.private.joinpath("tune", *names)
+        return part
 
     def open(self, config: Config) -> FileLock:
         """Make the folder, or find it again, for this command alone; returns the lock that says so.

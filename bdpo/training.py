@@ -26,6 +26,7 @@ from bdpo.mi import balance_weights
 from bdpo.models import model_config
 from bdpo.packing import tree_tokens
 from bdpo.plan import TrainingPlan
+from bdpo.rungs import Rungs
 from bdpo.runs import MetricsLog, RunDir, discard
 from bdpo.tokens import ChatTokenizer, encode_pairs, load_tokenizer
 from bdpo.zero3 import build_engine, export
@@ -100,11 +101,19 @@ class TrainingPairs:
         )
 
 
-def train(config: Config, run: RunDir, scores: pa.Table, checkpoint: Path | None, report: Report) -> None:
+def train(
+    config: Config,
+    run: RunDir,
+    scores: pa.Table,
+    checkpoint: Path | None,
+    report: Report,
+    rungs: Rungs | None = None,
+) -> None:
     """Train to the last step, from `checkpoint` if there is one, then write the model to `run.model`.
 
     Called by every worker of an initialised process group. `report` gets a folder with this worker's
-    part of a checkpoint, which is removed when it returns, and the metrics of its step.
+    part of a checkpoint, which is removed when it returns, and the metrics of its step. At each of
+    `rungs` there is a checkpoint, the model is handed over, and training waits whether it is to go on.
 
     Raises:
         RuntimeError: step-0 loss is not ln 2, or the checkpoint is of another number of workers.
@@ -118,6 +127,8 @@ def train(config: Config, run: RunDir, scores: pa.Table, checkpoint: Path | None
     if dist.get_rank() == 0:
         log.keep(step)
     while step < plan.total_steps:
+        if rungs and step in rungs.steps and not _at_rung(engine, data.chat, run, rungs, step):
+            return
         started = time.perf_counter()
         metrics = train_step(engine, data, plan, step)
         step += 1
@@ -131,7 +142,8 @@ def train(config: Config, run: RunDir, scores: pa.Table, checkpoint: Path | None
         }
         if dist.get_rank() == 0:
             log.append(metrics)
-        if step % config.train.save_steps == 0 or step == plan.total_steps:
+        at_rung = rungs is not None and step in rungs.steps
+        if step % config.train.save_steps == 0 or step == plan.total_steps or at_rung:
             save_checkpoint(engine, step, num_tokens, metrics, report)
     _export_whole(engine, data.chat, run)
 
@@ -204,6 +216,15 @@ def _require_ln2(output: LossOutput, config: Config) -> None:
             f"before the first step the loss is off ln 2 by {off:.2g}: policy and reference differ; "
             "compare model and data with the fingerprint in scores/manifest.json"
         )
+
+
+def _at_rung(engine: Any, chat: ChatTokenizer, run: RunDir, rungs: Rungs, step: int) -> bool:
+    """Hand the model over, unless a training before this one did: somebody may be reading it."""
+    if not rungs.exported(step):
+        _export_whole(engine, chat, run)
+        dist.barrier()
+        rungs.hand_over(step)
+    return rungs.wait(step)
 
 
 def _export_whole(engine: Any, chat: ChatTokenizer, run: RunDir) -> None:

@@ -42,7 +42,7 @@ from bdpo.evaluation.summary import comparison_table, invalid_lines, summarise
 from bdpo.runs import Fingerprint, RunDir, finished, write_manifest
 from bdpo.shards import ShardStore
 from pipelines.cli import connect, console, main, progress_bar, require
-from pipelines.pool import consume, on_pool, shard_dataset
+from pipelines.pool import consume, on_pool, run_here, shard_dataset
 
 
 def run_evaluate(config: Config, run: RunDir) -> None:
@@ -53,8 +53,11 @@ def run_evaluate(config: Config, run: RunDir) -> None:
     print_comparison({name: run.eval(name) for name in names})
 
 
-def evaluate_model(config: Config, run: RunDir, name: str) -> dict[str, Any]:
-    """Evaluate the model called `name` unless that is done and valid; returns its summary."""
+def evaluate_model(config: Config, run: RunDir, name: str, here: bool = False) -> dict[str, Any]:
+    """Evaluate the model called `name` unless that is done and valid; returns its summary.
+
+    With `here` this process does it, with what it was given, instead of a pool.
+    """
     if config.evaluate.capability:
         harness_version()  # before the hours of everything else
     model = evaluated_model(config, run, name)
@@ -65,8 +68,9 @@ def evaluate_model(config: Config, run: RunDir, name: str) -> dict[str, Any]:
     scores_file = run.eval(name) / "scores.parquet"
     if summary is None or not summary["valid"] or not scores_file.is_file():
         started = time.perf_counter()
-        _answer(config, name, model, answer_store(run, name, fingerprint))
-        _judge(config, name, answer_store(run, name, fingerprint), scores)
+        answers = answer_store(run, name, fingerprint)
+        _answer(config, name, model, answers, here)
+        _judge(config, name, answers, scores, here)
         table = scores.read().sort_by("item_id")
         pq.write_table(table, scores_file)
         seconds = time.perf_counter() - started
@@ -75,24 +79,28 @@ def evaluate_model(config: Config, run: RunDir, name: str) -> dict[str, Any]:
     return {**summary, "capability": capability} if capability else summary
 
 
-def _answer(config: Config, name: str, model: EvaluatedModel, answers: ShardStore) -> None:
+def _answer(config: Config, name: str, model: EvaluatedModel, answers: ShardStore, here: bool) -> None:
     evaluate, total = config.evaluate, len(planned_items(config))
     missing = answers.missing(total, evaluate.batch_size)
-    if missing:
+    arguments = {"config": config, "model": model, "store": answers}
+    if missing and here:
+        run_here(ShardAnswerer, arguments, evaluate.gpus_per_worker, missing)
+    elif missing:
         pool = evaluate.workers, evaluate.gpus_per_worker
-        arguments = {"config": config, "model": model, "store": answers}
         dataset = on_pool(shard_dataset(missing), "evaluate", ShardAnswerer, arguments, *pool)
         consume(dataset, f"answer {name}", total, missing)
 
 
-def _judge(config: Config, name: str, answers: ShardStore, scores: ShardStore) -> None:
+def _judge(config: Config, name: str, answers: ShardStore, scores: ShardStore, here: bool) -> None:
     """Only a judge that is a model of its own gets the pool; an endpoint is kept busy by one actor."""
     evaluate, total = config.evaluate, len(planned_items(config))
     forget_failures(scores)
     missing = scores.missing(total, evaluate.batch_size)
-    if missing:
+    arguments = {"config": config, "answers": answers, "scores": scores}
+    if missing and here:
+        run_here(ShardJudge, arguments, evaluate.gpus_per_worker, missing)
+    elif missing:
         pool = (evaluate.workers, evaluate.gpus_per_worker) if evaluate.judge == "finetuned" else (1, 0)
-        arguments = {"config": config, "answers": answers, "scores": scores}
         dataset = on_pool(shard_dataset(missing), "evaluate", ShardJudge, arguments, *pool)
         consume(dataset, f"judge {name}", total, missing)
 

@@ -55,6 +55,18 @@ def on_pool(
     )
 
 
+def run_here(actor: type, arguments: dict[str, Any], gpus: float, shards: Sequence[tuple[int, int]]) -> None:
+    """Run every shard in this process, one after the other, and give the GPU's memory back."""
+    work = actor(**arguments, device="cuda" if gpus else "cpu")
+    for first, rows in shards:
+        work({"first": first, "rows": rows})
+    if gpus:
+        import torch
+
+        del work
+        torch.cuda.empty_cache()
+
+
 def consume(dataset: Dataset, title: str, total: int, missing: Sequence[tuple[int, int]]) -> None:
     """Run it to the end with a progress bar in rows, those that were done before included.
 

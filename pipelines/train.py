@@ -14,15 +14,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bdpo.config import Config
 from bdpo.errors import UserError
 from bdpo.models import json_digest
 from bdpo.plan import TrainingPlan
+from bdpo.rungs import Rungs
 from bdpo.runs import Fingerprint, MetricsLog, RunDir, finished, write_manifest
 from bdpo.scoring import read_scores, score_fingerprint
 from pipelines.cli import connect, console, main, progress_bar, require
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from ray.train.torch import TorchTrainer
 
 
 def run_train(config: Config, run: RunDir) -> dict[str, Any]:
@@ -64,13 +69,20 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
     _refuse_other_workers(config, run, fingerprint)
     connect()
     require("train", config.train.workers, config.train.gpus_per_worker)
+    with _progress(run.metrics, total_steps):
+        make_trainer(config, run, scores).fit()
+    return total_steps
+
+
+def make_trainer(config: Config, run: RunDir, scores: pa.Table, rungs: Rungs | None = None) -> TorchTrainer:
+    """Ray Train over the workers of `train`, which stand still at the rungs."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     gpus = config.train.gpus_per_worker
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,
-        train_loop_config={"config": config, "run_dir": run.root, "scores": scores},
+        train_loop_config={"config": config, "run": run, "scores": scores, "rungs": rungs},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
@@ -84,9 +96,6 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.save_total_limit),
         ),
     )
-    with _progress(run.metrics, total_steps):
-        trainer.fit()
-    return total_steps
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -98,13 +107,13 @@ def train_worker(arguments: dict[str, Any]) -> None:
     def report(folder: Path, metrics: dict[str, float]) -> None:
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
-    config, run, scores = arguments["config"], RunDir(arguments["run_dir"]), arguments["scores"]
+    config, run, scores, rungs = (arguments[name] for name in ("config", "run", "scores", "rungs"))
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        train(config, run, scores, None, report)
+        train(config, run, scores, None, report, rungs)
     else:
         with checkpoint.as_directory() as folder:
-            train(config, run, scores, Path(folder), report)
+            train(config, run, scores, Path(folder), report, rungs)
 
 
 def _refuse_other_workers(config: Config, run: RunDir, fingerprint: Fingerprint) -> None:

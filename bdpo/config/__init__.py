@@ -21,6 +21,7 @@ from bdpo.config.model import ModelConfig
 from bdpo.config.reading import Dumper, apply_override, explain, read_yaml
 from bdpo.config.score import ScoreConfig
 from bdpo.config.train import TrainConfig
+from bdpo.config.tune import Range, TuneConfig
 from bdpo.errors import UserError
 
 __all__ = [
@@ -30,8 +31,10 @@ __all__ = [
     "EvaluateConfig",
     "MethodConfig",
     "ModelConfig",
+    "Range",
     "ScoreConfig",
     "TrainConfig",
+    "TuneConfig",
     "load_config",
     "parse_config",
     "worker_range",
@@ -49,6 +52,7 @@ class Config(Section):
     method: MethodConfig = MethodConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    tune: TuneConfig = TuneConfig()
     fresh: bool = Field(False, exclude=True, description="discard what the run folder holds, start over")
 
     def to_yaml(self) -> str:

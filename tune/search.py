@@ -1,0 +1,251 @@
+"""Search for the safest model that still answers benign requests: Ray Tune around training and evaluation.
+
+    python -m tune.search --config pipelines/configs/tune-sandbox.yaml [section.key=value ...]
+
+Scores once (or finds the scores), runs the trials of `tune.space` with early stopping at rungs, evaluates
+the best on prompts that no trial was judged by, and writes <run_dir>/tune: results.parquet, best.yaml (a
+config for pipelines.run), summary.json and figures. The same command after a kill goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.live import Live
+from rich.table import Table
+
+from bdpo.config import Config, TuneConfig
+from bdpo.errors import UserError
+from bdpo.evaluation.answers import planned_items
+from bdpo.evaluation.judges import judge_fingerprint
+from bdpo.evaluation.reading import read_evaluation
+from bdpo.models import json_digest
+from bdpo.runs import Fingerprint, MetricsLog, RunDir, discard, write_manifest, write_text
+from bdpo.scoring import read_scores
+from bdpo.search import (
+    Trial,
+    check_measures,
+    check_space,
+    part_of,
+    results_table,
+    status,
+    trial_config,
+    winner,
+)
+from bdpo.search_figures import draw_search
+from bdpo.sweep import Sweep
+from pipelines.cli import check_inputs, connect, console, main
+from pipelines.evaluate import evaluate_model, print_comparison
+from pipelines.score import run_score
+from pipelines.train import train_fingerprint
+
+# Where and how often is not what: these keys may change between a kill and the resume.
+_FREE = {"num_samples", "max_concurrent_trials", "max_failures"}
+
+
+def run_search(config: Config, run: RunDir) -> None:
+    """Run the trials that are missing, then write and print what came of all of them."""
+    _refuse_early(config)
+    run_score(config, run)
+    scores = read_scores(config, run)
+    sweep = Sweep(config, run, sweep_fingerprint(config, run))
+    sweep.begin()
+    sweep.forget_invalid()
+    todo = sweep.missing() + len(sweep.open_trials())
+    at_a_time = trials_at_a_time(config) if todo else 0
+    base = run.part("base", "search")
+    if not evaluate_model(part_of(config, "search"), base, "base")["valid"]:
+        raise UserError(
+            "the evaluation of the base model is invalid: there is nothing to compare trials with"
+        )
+    if todo:
+        base_scores = pq.read_table(base.eval("base") / "scores.parquet")
+        _run_trials(sweep, scores, base_scores, todo, at_a_time)
+    _finish(sweep)
+
+
+def _refuse_early(config: Config) -> None:
+    """What would stop a trial, or the report, stops the sweep before its first."""
+    check_space(config)
+    check_measures(config)
+    check_inputs(config)
+    if config.evaluate.engine != "transformers":
+        raise UserError("evaluate.engine: a sweep evaluates with engine=transformers")
+    for part in ("search", "held_out"):
+        planned_items(part_of(config, part))
+
+
+def sweep_fingerprint(config: Config, run: RunDir) -> Fingerprint:
+    """Everything that trials and their comparison depend on, field by field."""
+    tune = config.tune.model_dump(exclude=_FREE | {"space"})
+    space = config.tune.model_dump(include={"space"})["space"]
+    evaluate = {
+        f"prompts of {part}": json_digest([asdict(item) for item in planned_items(part_of(config, part))])
+        for part in ("search", "held_out")
+    }
+    return {
+        **{f"tune.space.{key}": dimension for key, dimension in space.items()},
+        **{f"tune.{key}": value for key, value in tune.items()},
+        **train_fingerprint(config, run),
+        "train.workers": config.train.workers,
+        **evaluate,
+        **judge_fingerprint(config.evaluate),
+        "evaluate.max_new_tokens": config.evaluate.max_new_tokens,
+        "evaluate.temperature": config.evaluate.temperature,
+    }
+
+
+def trials_at_a_time(config: Config) -> int:
+    """How many trials the cluster holds, at most `tune.max_concurrent_trials`.
+
+    A trial has its training workers and its evaluation on a GPU share of its own for as long as it lives, so
+    trials never wait for each other. While it evaluates its workers wait: the processors are shared.
+
+    Raises:
+        UserError: not even one.
+    """
+    connect()
+    import ray
+
+    total, train, evaluate = ray.cluster_resources(), config.train, config.evaluate
+    needs = {
+        "CPU": (train.workers, f"train.workers={train.workers} x 1"),
+        "GPU": (
+            train.workers * train.gpus_per_worker + evaluate.gpus_per_worker,
+            f"train.workers={train.workers} x {train.gpus_per_worker:g}, and "
+            f"evaluate.gpus_per_worker={evaluate.gpus_per_worker:g}",
+        ),
+    }
+    fits = []
+    for resource, (need, sum_of) in needs.items():
+        there = total.get(resource, 0)
+        if need > there:
+            raise UserError(
+                f"tune: a trial needs {need:g} {resource} ({sum_of}), the cluster has {there:g}; "
+                "lower them: a share of a GPU is enough for a small model"
+            )
+        if need:
+            fits.append(int(there / need + 1e-9))
+    return min(*fits, config.tune.max_concurrent_trials or min(fits))
+
+
+def _run_trials(sweep: Sweep, scores: pa.Table, base_scores: pa.Table, todo: int, at_a_time: int) -> None:
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # they would write what is in our files anyway
+    connect()
+    from ray import tune
+    from ray.tune import FailureConfig, PlacementGroupFactory, RunConfig, Tuner
+
+    from tune.steering import Failures, Suggestions, Survival
+    from tune.trial import TrialActor
+
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    gpus = sweep.config.evaluate.gpus_per_worker
+    # A driver without GPU stays on the head node, which no autoscaler takes away.
+    bundle = {"CPU": 0, "GPU": gpus} if gpus else {"CPU": 0, "node:__internal_head__": 0.001}
+    actor = tune.with_parameters(TrialActor, sweep=sweep, scores=scores, base_scores=base_scores)
+    discard(sweep.run.tune / "ray")
+    tuner = Tuner(
+        tune.with_resources(actor, PlacementGroupFactory([bundle])),
+        tune_config=tune.TuneConfig(
+            search_alg=Suggestions(sweep),
+            scheduler=Survival(sweep),
+            num_samples=todo,
+            max_concurrent_trials=at_a_time,
+            reuse_actors=True,
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(sweep.run.tune),
+            failure_config=FailureConfig(max_failures=sweep.config.tune.max_failures),
+            callbacks=[Failures(sweep)],
+            verbose=0,
+        ),
+    )
+    title = f"trials, {at_a_time} at a time"
+    with Live(get_renderable=lambda: trials_table(sweep, title), console=console, refresh_per_second=1):
+        tuner.fit()
+
+
+def trials_table(sweep: Sweep, title: str) -> Table:
+    """Every trial as it stands: parameters, how far it is, and what its last rung showed, in percent."""
+    trials, settings = sweep.trials(), sweep.config.tune
+    best = winner(trials, settings)
+    table = Table(
+        title=title, title_justify="left", caption=f"{settings.metric} and {settings.constraint}, percent"
+    )
+    for column in ("trial", *settings.space, "status", "step", "safety", "compliance", "allowed"):
+        table.add_column(column, justify="left" if column in ("trial", "status") else "right")
+    for trial in trials:
+        last = trial.rungs[-1].measured if trial.rungs else None
+        numbers = ("", "", "")
+        if last is not None:
+            allowed = last.base - settings.max_over_refusal
+            shown = (last.objective["value"], last.constrained["value"], allowed)
+            numbers = tuple(f"{100 * value:.1f}" for value in shown)  # type: ignore[assignment]
+        values = [f"{v:g}" if isinstance(v, float) else str(v) for v in trial.params.values()]
+        steps = len(MetricsLog(sweep.folder(trial.name).metrics).read())
+        style = "bold green" if best and trial.name == best.name else None
+        table.add_row(trial.name, *values, status(trial, trials, settings), str(steps), *numbers, style=style)
+    return table
+
+
+def _finish(sweep: Sweep) -> None:
+    """The best trial and the base on prompts that no trial was judged by; table, figures and best.yaml."""
+    run, trials, settings = sweep.run, sweep.trials(), sweep.config.tune
+    results, best = results_table(trials, settings), winner(trials, settings)
+    console.print(trials_table(sweep, "trials, on the prompts of the search"))
+    _print_failures(trials)
+    pq.write_table(results, run.tune / "results.parquet")
+    draw_search(results, settings, read_evaluation(run.part("base", "search").eval("base")).summary, run.tune)
+    if best is None:
+        console.print(
+            f"no trial is within tune.max_over_refusal={settings.max_over_refusal}", style="bold red"
+        )
+        sys.exit(1)
+    for trial in trials:
+        if trial.name != best.name:
+            discard(sweep.folder(trial.name).model)
+    base, chosen = run.part("base", "held_out"), sweep.folder(best.name)
+    held_out = part_of(sweep.config_of(best), "held_out")
+    summaries = {
+        "base": evaluate_model(held_out, base, "base"),
+        "best": evaluate_model(held_out, chosen, "trained"),
+    }
+    write_text(run.tune / "best.yaml", _best_config(sweep, best).to_yaml())
+    write_manifest(
+        run.tune / "summary.json", sweep.fingerprint, best=best.name, params=best.params, held_out=summaries
+    )
+    console.print("held-out prompts:")
+    print_comparison({"base": base.eval("base"), "best": chosen.eval("trained")})
+    values = " ".join(f"{key}={value}" for key, value in best.params.items())
+    console.print(f"[bold]best[/]      trial {best.name}: {values}", soft_wrap=True)
+    console.print(f"results   {run.tune}: best.yaml, results.parquet, summary.json, *.png", soft_wrap=True)
+
+
+def _print_failures(trials: Sequence[Trial]) -> None:
+    for trial in trials:
+        if trial.failure is not None:
+            line = f"trial {trial.name} {trial.failure['kind']}: {trial.failure['error']}"
+            console.print(line, style="red", soft_wrap=True, markup=False)
+
+
+def _best_config(sweep: Sweep, best: Trial) -> Config:
+    """What `pipelines.run` takes: trains the best trial again and evaluates it on the held-out prompts."""
+    config = trial_config(sweep.config, best.params, f"{sweep.run.root}-best")
+    evaluate = config.evaluate.model_copy(update={"part": "held_out"})
+    return config.model_copy(update={"evaluate": evaluate, "tune": TuneConfig()})
+
+
+def _results(run: RunDir) -> list[Path]:
+    return [run.data, run.scores, run.tune, run.private / "tune"]
+
+
+if __name__ == "__main__":
+    main(run_search, __doc__, _results)
