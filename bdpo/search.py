@@ -222,10 +222,10 @@ def survives(trial: Trial, trials: Sequence[Trial], tune: TuneConfig) -> bool:
 
 def status(trial: Trial, trials: Sequence[Trial], tune: TuneConfig) -> str:
     """`failed`, `invalid`, `completed`, `stopped` at a rung, or `open`."""
-    if trial.failure is not None:
-        return str(trial.failure["kind"])
     if len(trial.rungs) == len(tune.rungs):
         return "completed"
+    if trial.failure is not None:
+        return str(trial.failure["kind"])
     return "stopped" if trial.rungs and not survives(trial, trials, tune) else "open"
 
 
@@ -234,9 +234,7 @@ def winner(trials: Sequence[Trial], tune: TuneConfig) -> Trial | None:
     feasible = [
         trial
         for trial in trials
-        if len(trial.rungs) == len(tune.rungs)
-        and trial.failure is None
-        and trial.rungs[-1].measured.violation <= 0
+        if len(trial.rungs) == len(tune.rungs) and trial.rungs[-1].measured.violation <= 0
     ]
 
     def rank(trial: Trial) -> tuple[float, float]:

@@ -137,10 +137,13 @@ def trials_at_a_time(config: Config) -> int:
 
 
 def _run_trials(sweep: Sweep, scores: pa.Table, base_scores: pa.Table, todo: int, at_a_time: int) -> None:
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # they would write what is in our files anyway
+    # Tune's own files, tables and tracebacks would say again what the sweep's files and table say.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     connect()
     from ray import tune
-    from ray.tune import FailureConfig, PlacementGroupFactory, RunConfig, Tuner
+    from ray.tune import CheckpointConfig, FailureConfig, PlacementGroupFactory, RunConfig, Tuner
 
     from tune.steering import Failures, Suggestions, Survival
     from tune.trial import TrialActor
@@ -164,6 +167,7 @@ def _run_trials(sweep: Sweep, scores: pa.Table, base_scores: pa.Table, todo: int
             name="ray",
             storage_path=str(sweep.run.tune),
             failure_config=FailureConfig(max_failures=sweep.config.tune.max_failures),
+            checkpoint_config=CheckpointConfig(checkpoint_at_end=False),  # trials keep their own
             callbacks=[Failures(sweep)],
             verbose=0,
         ),
@@ -171,6 +175,8 @@ def _run_trials(sweep: Sweep, scores: pa.Table, base_scores: pa.Table, todo: int
     title = f"trials, {at_a_time} at a time"
     with Live(get_renderable=lambda: trials_table(sweep, title), console=console, refresh_per_second=1):
         tuner.fit()
+    if sweep.missing() or sweep.open_trials():  # Tune takes Ctrl-C for itself, and returns
+        raise KeyboardInterrupt
 
 
 def trials_table(sweep: Sweep, title: str) -> Table:
