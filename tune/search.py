@@ -37,6 +37,7 @@ from bdpo.search import (
     results_table,
     status,
     trial_config,
+    trials_at_a_time,
     winner,
 )
 from bdpo.search_figures import draw_search
@@ -59,7 +60,7 @@ def run_search(config: Config, run: RunDir) -> None:
     sweep.begin()
     sweep.forget_invalid()
     todo = sweep.missing() + len(sweep.open_trials())
-    at_a_time = trials_at_a_time(config) if todo else 0
+    at_a_time = trials_at_a_time(config, _cluster()) if todo else 0
     base = run.part("base", "search")
     if not evaluate_model(part_of(config, "search"), base, "base")["valid"]:
         raise UserError(
@@ -102,38 +103,11 @@ def sweep_fingerprint(config: Config, run: RunDir) -> Fingerprint:
     }
 
 
-def trials_at_a_time(config: Config) -> int:
-    """How many trials the cluster holds, at most `tune.max_concurrent_trials`.
-
-    A trial has its training workers and its evaluation on a GPU share of its own for as long as it lives, so
-    trials never wait for each other. While it evaluates its workers wait: the processors are shared.
-
-    Raises:
-        UserError: not even one.
-    """
+def _cluster() -> dict[str, float]:
     connect()
     import ray
 
-    total, train, evaluate = ray.cluster_resources(), config.train, config.evaluate
-    needs = {
-        "CPU": (train.workers, f"train.workers={train.workers} x 1"),
-        "GPU": (
-            train.workers * train.gpus_per_worker + evaluate.gpus_per_worker,
-            f"train.workers={train.workers} x {train.gpus_per_worker:g}, and "
-            f"evaluate.gpus_per_worker={evaluate.gpus_per_worker:g}",
-        ),
-    }
-    fits = []
-    for resource, (need, sum_of) in needs.items():
-        there = total.get(resource, 0)
-        if need > there:
-            raise UserError(
-                f"tune: a trial needs {need:g} {resource} ({sum_of}), the cluster has {there:g}; "
-                "lower them: a share of a GPU is enough for a small model"
-            )
-        if need:
-            fits.append(int(there / need + 1e-9))
-    return min(*fits, config.tune.max_concurrent_trials or min(fits))
+    return dict(ray.cluster_resources())
 
 
 def _run_trials(sweep: Sweep, scores: pa.Table, base_scores: pa.Table, todo: int, at_a_time: int) -> None:
@@ -173,7 +147,12 @@ def _run_trials(sweep: Sweep, scores: pa.Table, base_scores: pa.Table, todo: int
         ),
     )
     title = f"trials, {at_a_time} at a time"
-    with Live(get_renderable=lambda: trials_table(sweep, title), console=console, refresh_per_second=1):
+    with Live(
+        get_renderable=lambda: trials_table(sweep, title),
+        console=console,
+        refresh_per_second=1,
+        transient=True,
+    ):
         tuner.fit()
     if sweep.missing() or sweep.open_trials():  # Tune takes Ctrl-C for itself, and returns
         raise KeyboardInterrupt
@@ -186,7 +165,8 @@ def trials_table(sweep: Sweep, title: str) -> Table:
     table = Table(
         title=title, title_justify="left", caption=f"{settings.metric} and {settings.constraint}, percent"
     )
-    for column in ("trial", *settings.space, "status", "step", "safety", "compliance", "allowed"):
+    keys = [key.rpartition(".")[2] for key in settings.space]
+    for column in ("trial", *keys, "status", "step", "safety", "compliance", "allowed"):
         table.add_column(column, justify="left" if column in ("trial", "status") else "right")
     for trial in trials:
         last = trial.rungs[-1].measured if trial.rungs else None
