@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -28,15 +28,16 @@ def draw_search(results: pa.Table, tune: TuneConfig, base: dict[str, Any], folde
     """Write `space.png`, `front.png` and `progress.png`, and each as PDF.
 
     `results` are the rows of `results_table`, `base` what `summarise` gave for the base model on the same
-    prompts. Only trials that reached the last rung are drawn in the first two: the others were measured on
-    fewer prompts, with a model in the middle of its schedule. Nothing is drawn of which there is nothing.
+    prompts. Numbers are drawn of trials that reached the last rung alone: the others were measured on fewer
+    prompts, with a model in the middle of its schedule. Nothing is drawn of which there is nothing.
     """
     rows = [row for row in results.to_pylist() if row["status"] == "completed"]
-    axes_keys = [key for key in tune.space if _is_number(rows, key)]
-    if rows and len(axes_keys) == 1:
-        _save(_curve(rows, tune, axes_keys[0], base), folder / "space")
-    elif rows and axes_keys:
-        _save(_map(rows, tune, axes_keys[0], axes_keys[1]), folder / "space")
+    stopped = [row for row in results.to_pylist() if row["status"] == "stopped"]
+    numbers = [key for key in tune.space if _is_number(rows, key)]
+    if len(numbers) == 1:
+        _save(_curve(rows, tune, numbers[0], base), folder / "space")
+    elif numbers:
+        _save(_map(rows, stopped, tune, numbers[0], numbers[1]), folder / "space")
     if rows:
         _save(_front(rows, tune, base), folder / "front")
         _save(_progress(rows, tune), folder / "progress")
@@ -51,43 +52,33 @@ def pareto_front(points: list[tuple[float, float]]) -> list[int]:
     ]
 
 
-def _map(rows: list[Row], tune: TuneConfig, x: str, y: str) -> Figure:
+def _map(rows: list[Row], stopped: list[Row], tune: TuneConfig, x: str, y: str) -> Figure:
     """Trials over two keys, coloured by the objective; between them it is interpolated."""
+    from matplotlib.tri import Triangulation
+
     figure, axes = _figure()
     xs, ys = (np.array([float(row[key]) for row in rows]) for key in (x, y))
     values = 100 * np.array([row["objective"] for row in rows])
-    flat_x, flat_y = (_flat(tune, key, v) for key, v in ((x, xs), (y, ys)))
-    style: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": 100}
-    spread = np.stack([flat_x - flat_x.mean(), flat_y - flat_y.mean()])
-    if len(rows) > 3 and np.linalg.matrix_rank(spread, tol=1e-6) == 2:
-        axes.tricontourf(xs, ys, values, levels=np.linspace(0, 100, 21), alpha=0.6, **style)
+    style: dict[str, Any] = {"cmap": "viridis", "vmin": 10 * ((values.min() - 1e-9) // 10), "vmax": 100}
+    flat = np.stack([_flat(tune, x, xs), _flat(tune, y, ys)])
+    if len(rows) > 3 and np.linalg.matrix_rank(flat - flat.mean(axis=1, keepdims=True), tol=1e-6) == 2:
+        triangles = Triangulation(xs, ys, Triangulation(*flat).triangles)
+        levels = np.linspace(style["vmin"], 100, 21)
+        axes.tricontourf(triangles, values, levels=levels, alpha=0.55, **style)
     feasible = np.array([row["feasible"] for row in rows])
+    edge: dict[str, Any] = {"s": 55, "ec": "black", "lw": 0.8, "zorder": 3, "clip_on": False, **style}
     for mask, marker, label in ((feasible, "o", "within the bound"), (~feasible, "X", "refuses too much")):
         if mask.any():
-            points = axes.scatter(
-                xs[mask],
-                ys[mask],
-                c=values[mask],
-                marker=marker,
-                s=80,
-                ec="black",
-                lw=0.8,
-                label=label,
-                **style,
-            )
+            points = axes.scatter(xs[mask], ys[mask], c=values[mask], marker=marker, label=label, **edge)
     for row, value in zip(rows, values, strict=True):
-        text: dict[str, Any] = {
-            "xytext": (0, 8),
-            "textcoords": "offset points",
-            "ha": "center",
-            "fontsize": 8,
-        }
+        text: dict[str, Any] = {"xytext": (8, 5), "textcoords": "offset points", "fontsize": 8}
         axes.annotate(f"{value:.0f}", (float(row[x]), float(row[y])), **text)
+    if stopped:
+        at = [[float(row[key]) for row in stopped] for key in (x, y)]
+        axes.plot(*at, ".", c=_GREY, label="stopped early", clip_on=False)
     _mark_winner(axes, rows, x, y)
-    for key, set_scale in ((x, axes.set_xscale), (y, axes.set_yscale)):
-        if _is_log(tune, key):
-            set_scale("log")
-    axes.set(xlabel=_KEYS.get(x, x), ylabel=_KEYS.get(y, y))
+    _scale(axes, "x", tune, x)
+    _scale(axes, "y", tune, y)
     figure.colorbar(points, ax=axes, label=f"{_label(tune.metric)} (percent)")
     _legend(axes)
     return figure
@@ -107,9 +98,8 @@ def _curve(rows: list[Row], tune: TuneConfig, key: str, base: dict[str, Any]) ->
         )
         axes.axhline(100 * _at(base, path), c=colour, lw=0.8, ls=":", label=f"{_label(path)}, base")
     axes.axhline(100 * _bound(rows), c=_GREY, lw=0.8, ls="--", label="least compliance allowed")
-    if _is_log(tune, key):
-        axes.set_xscale("log")
-    axes.set(xlabel=_KEYS.get(key, key), ylabel="percent (95 % interval)", ylim=(-3, 103))
+    _scale(axes, "x", tune, key)
+    axes.set(ylabel="percent (95 % interval)", ylim=(-3, 103))
     _legend(axes)
     return figure
 
@@ -153,7 +143,7 @@ def _progress(rows: list[Row], tune: TuneConfig) -> Figure:
         )
     known = np.isfinite(best)
     axes.step(order[known], best[known], where="post", c=_GREEN, label="best so far within the bound")
-    axes.set(xlabel="completed trials", ylabel=f"{_label(tune.metric)} (percent)", ylim=(-3, 103))
+    axes.set(xlabel="completed trials", ylabel=f"{_label(tune.metric)} (percent)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(axes)
     return figure
@@ -184,7 +174,8 @@ def _save(figure: Figure, file: Path) -> None:
 def _mark_winner(axes: Axes, rows: list[Row], x: str, y: str) -> None:
     for row in rows:
         if row["winner"]:
-            ring: dict[str, Any] = {"ms": 17, "mfc": "none", "mec": _GREEN, "mew": 2, "label": "chosen"}
+            ring: dict[str, Any] = {"ms": 13, "mfc": "none", "mec": _GREEN, "mew": 2, "label": "chosen"}
+            ring |= {"zorder": 4, "clip_on": False, "ls": "none"}
             axes.plot(float(row[x]), float(row[y]), "o", **ring)
 
 
@@ -205,6 +196,21 @@ def _is_number(rows: list[Row], key: str) -> bool:
     return len({row[key] for row in rows}) > 1 and all(
         isinstance(row[key], int | float) and not isinstance(row[key], bool) for row in rows
     )
+
+
+def _scale(axes: Axes, which: Literal["x", "y"], tune: TuneConfig, key: str) -> None:
+    """An axis as wide as the space, with numbers that people read."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    dimension, axis = tune.space[key], {"x": axes.xaxis, "y": axes.yaxis}[which]
+    axes.set(**{f"{which}label": _KEYS.get(key, key)})
+    if isinstance(dimension, Range):
+        axes.set(**{f"{which}scale": "log" if dimension.log else "linear"})
+        axes.set(**{f"{which}lim": (dimension.min, dimension.max)})
+        if dimension.log:
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
 
 
 def _is_log(tune: TuneConfig, key: str) -> bool:

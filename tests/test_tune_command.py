@@ -31,7 +31,7 @@ PAIRS, STEPS, RUNGS = 22, 3, (2, 3)
 RATES = [1e-3, 1e30, 2e-3]  # the second cannot be trained with
 SWEEP = """
 import ray, tune.search as search
-ray.init(num_cpus=3, log_to_driver=False, logging_level="ERROR")  # one short of two trials
+ray.init("local", num_cpus=3, log_to_driver=False, logging_level="ERROR")  # one short of two trials
 search.main(search.run_search, "", search._results)
 """
 # Counts, in every process, how often the reference model is asked: once a shard of the scoring, and no more.

@@ -154,6 +154,7 @@ def _run_trials(sweep: Sweep, scores: pa.Table, base_scores: pa.Table, todo: int
         transient=True,
     ):
         tuner.fit()
+    discard(sweep.run.tune / "ray")
     if sweep.missing() or sweep.open_trials():  # Tune takes Ctrl-C for itself, and returns
         raise KeyboardInterrupt
 
