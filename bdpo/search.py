@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from bdpo.config import Config, Range, TuneConfig, parse_config
 from bdpo.errors import UserError
 from bdpo.evaluation.summary import invalid_lines, measures, summarise
+from bdpo.plan import TrainingPlan
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -67,6 +68,9 @@ class Rung:
     measured: Measured
     finished: float
     """Seconds since the epoch, by which it is decided who was there before."""
+    train_seconds: float = 0.0
+    """From the rung before, or the start, until the model was there."""
+    evaluate_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def check_space(config: Config) -> None:
     """
     for key, dimension in config.tune.space.items():
         section, _, name = key.partition(".")
-        for value in _ends(key, dimension) if isinstance(dimension, Range) else dimension:
+        for value in _ends(key, dimension):
             trial_config(config, {key: value}, config.run_dir)
         if section not in ("method", "train") or name in _NOT_SEARCHED:
             raise UserError(
@@ -201,6 +205,17 @@ def trials_at_a_time(config: Config, cluster: Mapping[str, float]) -> int:
     return min(*fits, config.tune.max_concurrent_trials or min(fits))
 
 
+def check_rungs(config: Config, pairs: int) -> None:
+    """Make sure that the rungs of every trial are different steps.
+
+    Raises:
+        UserError: see `rung_steps`.
+    """
+    for params in [{}, *({key: end} for key, dim in config.tune.space.items() for end in _ends(key, dim))]:
+        trial = trial_config(config, params, config.run_dir)
+        rung_steps(trial.tune.rungs, TrainingPlan([0] * pairs, trial.train, trial.seed).total_steps)
+
+
 def rung_steps(rungs: Sequence[float], total_steps: int) -> list[int]:
     """The steps after which a trial is evaluated: shares of its own total, rounded up.
 
@@ -283,6 +298,8 @@ def results_table(trials: Sequence[Trial], tune: TuneConfig) -> pa.Table:
         row: dict[str, Any] = {"trial": trial.name, "status": status(trial, trials, tune)}
         row |= {"winner": best is not None and trial.name == best.name} | trial.params
         row |= {"rungs": len(trial.rungs), "error": (trial.failure or {}).get("error")}
+        for name in ("train_seconds", "evaluate_seconds"):
+            row[name] = sum(getattr(rung, name) for rung in trial.rungs)
         if trial.rungs:
             last = trial.rungs[-1]
             row |= {"step": last.step, "score": last.measured.score, "finished": last.finished}
@@ -373,10 +390,17 @@ def _takes_whole_numbers(key: str) -> bool:
     section, _, name = key.partition(".")
     known = Config.model_fields.get(section)
     field = getattr(known and known.annotation, "model_fields", {}).get(name)
-    return field is not None and int in (get_args(field.annotation) or (field.annotation,))
+    return field is not None and _has_int(field.annotation)
 
 
-def _ends(key: str, dimension: Range) -> list[Any]:
-    """Both ends of a range, as the key wants them."""
+def _has_int(annotation: Any) -> bool:
+    """In `int`, `int | None`, and what is annotated with more."""
+    return annotation is int or any(_has_int(part) for part in get_args(annotation))
+
+
+def _ends(key: str, dimension: Range | list[Any]) -> list[Any]:
+    """All values of a list, both ends of a range, as the key wants them."""
+    if isinstance(dimension, list):
+        return dimension
     ends = (dimension.min, dimension.max)
     return [int(end) if _takes_whole_numbers(key) and end == int(end) else end for end in ends]

@@ -80,24 +80,22 @@ class Sweep:
         params: Params = suggest(self.config, len(trials), trials)
         trial = Trial(f"{len(trials):04d}", params)
         run = self.folder(trial.name)
-        write_manifest(run.root / "trial.json", self.fingerprint, params=params)
+        write_manifest(run.root / "trial.json", self.fingerprint, params=params, begun=time.time())
         run.record(self.config_of(trial))
         return trial
 
-    def record_rung(self, trial: Trial, step: int, measured: Measured, **seconds: float) -> None:
+    def record_rung(
+        self,
+        trial: Trial,
+        step: int,
+        measured: Measured,
+        train_seconds: float = 0.0,
+        evaluate_seconds: float = 0.0,
+    ) -> None:
         """Commit what a trial showed after `step` steps."""
-        results: dict[str, Any] = {
-            "step": step,
-            "measured": asdict(measured),
-            "finished": time.time(),
-            **seconds,
-        }
-        write_manifest(
-            self.folder(trial.name).root / "rungs" / f"{step:09d}.json",
-            self.fingerprint,
-            **results,
-            score=measured.score,
-        )
+        rung = Rung(step, measured, time.time(), train_seconds, evaluate_seconds)
+        file = self.folder(trial.name).root / "rungs" / f"{step:09d}.json"
+        write_manifest(file, self.fingerprint, **asdict(rung), score=measured.score)
 
     def record_failure(self, name: str, kind: str, error: str) -> None:
         """Commit that a trial has no score; `error` is one line without text of the data."""
@@ -112,12 +110,13 @@ class Sweep:
     def tidy(self, name: str) -> None:
         """Remove what only a trial that goes on needs: its checkpoints, and the model if it cannot win."""
         run, end = self.folder(name), self.status(self.trial(name))
-        if end in ("completed", "stopped"):
+        if end in ("completed", "stopped", "failed"):
             discard(run.train)
-        if end == "stopped":
+        if end in ("stopped", "failed"):
             discard(run.model)
 
 
 def _rung(manifest: dict[str, Any] | None) -> Rung:
     there = manifest or {}
-    return Rung(there["step"], Measured(**there["measured"]), there["finished"])
+    seconds = there["train_seconds"], there["evaluate_seconds"]
+    return Rung(there["step"], Measured(**there["measured"]), there["finished"], *seconds)

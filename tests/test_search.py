@@ -19,6 +19,7 @@ from bdpo.search import (
     Rung,
     Trial,
     check_measures,
+    check_rungs,
     check_space,
     goes_on,
     measure,
@@ -206,6 +207,12 @@ class TestRungs:
         else:
             with pytest.raises(UserError, match=r"tune\.rungs"):
                 rung_steps(shares, total)
+
+    def test_rungs_that_some_trial_cannot_have_are_refused_for_all(self):
+        config = configured(space={"train.max_steps": {"min": 3, "max": 9}}, rungs=[0.5, 0.6, 1.0])
+        with pytest.raises(UserError, match=r"of 3 steps these are \[2, 2, 3\]"):
+            check_rungs(config, pairs=640)
+        check_rungs(configured(space={"train.max_steps": {"min": 5, "max": 9}}, rungs=[0.5, 1.0]), pairs=640)
 
     def test_the_clock_decides_and_not_the_order_of_reading(self):
         tune = configured().tune

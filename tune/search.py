@@ -27,11 +27,12 @@ from bdpo.evaluation.answers import planned_items
 from bdpo.evaluation.judges import judge_fingerprint
 from bdpo.evaluation.reading import read_evaluation
 from bdpo.models import json_digest
-from bdpo.runs import Fingerprint, MetricsLog, RunDir, discard, write_manifest, write_text
+from bdpo.runs import Fingerprint, RunDir, discard, write_manifest, write_text
 from bdpo.scoring import read_scores
 from bdpo.search import (
     Trial,
     check_measures,
+    check_rungs,
     check_space,
     part_of,
     results_table,
@@ -56,6 +57,7 @@ def run_search(config: Config, run: RunDir) -> None:
     _refuse_early(config)
     run_score(config, run)
     scores = read_scores(config, run)
+    check_rungs(config, scores.num_rows)
     sweep = Sweep(config, run, sweep_fingerprint(config, run))
     sweep.begin()
     sweep.forget_invalid()
@@ -177,7 +179,8 @@ def trials_table(sweep: Sweep, title: str) -> Table:
             shown = (last.objective["value"], last.constrained["value"], allowed)
             numbers = tuple(f"{100 * value:.1f}" for value in shown)  # type: ignore[assignment]
         values = [f"{v:g}" if isinstance(v, float) else str(v) for v in trial.params.values()]
-        steps = len(MetricsLog(sweep.folder(trial.name).metrics).read())
+        log = sweep.folder(trial.name).metrics
+        steps = log.read_bytes().count(b"\n") if log.exists() else 0  # a line a step
         style = "bold green" if best and trial.name == best.name else None
         table.add_row(trial.name, *values, status(trial, trials, settings), str(steps), *numbers, style=style)
     return table

@@ -62,4 +62,4 @@ class Failures(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called once, when there is no recovery left."""
-        self.sweep.record_failure(trial.config["trial"], "failed", "its process died")
+        self.sweep.record_failure(trial.config["trial"], "failed", "its own process failed, see Ray's logs")
