@@ -148,9 +148,9 @@ def _run_trials(sweep: Sweep, scores: pa.Table, base_scores: pa.Table, todo: int
             verbose=0,
         ),
     )
-    title = f"trials, {at_a_time} at a time"
+    console.print(f"[bold]trials[/]    {todo} to do, {at_a_time} at a time")
     with Live(
-        get_renderable=lambda: trials_table(sweep, title),
+        get_renderable=lambda: trials_table(sweep),
         console=console,
         refresh_per_second=1,
         transient=True,
@@ -161,13 +161,11 @@ def _run_trials(sweep: Sweep, scores: pa.Table, base_scores: pa.Table, todo: int
         raise KeyboardInterrupt
 
 
-def trials_table(sweep: Sweep, title: str) -> Table:
+def trials_table(sweep: Sweep) -> Table:
     """Every trial as it stands: parameters, how far it is, and what its last rung showed, in percent."""
     trials, settings = sweep.trials(), sweep.config.tune
     best = winner(trials, settings)
-    table = Table(
-        title=title, title_justify="left", caption=f"{settings.metric} and {settings.constraint}, percent"
-    )
+    table = Table(caption=f"{settings.metric}, {settings.constraint} on the prompts of the search, percent")
     keys = [key.rpartition(".")[2] for key in settings.space]
     for column in ("trial", *keys, "status", "step", "safety", "compliance", "allowed"):
         table.add_column(column, justify="left" if column in ("trial", "status") else "right")
@@ -190,7 +188,7 @@ def _finish(sweep: Sweep) -> None:
     """The best trial and the base on prompts that no trial was judged by; table, figures and best.yaml."""
     run, trials, settings = sweep.run, sweep.trials(), sweep.config.tune
     results, best = results_table(trials, settings), winner(trials, settings)
-    console.print(trials_table(sweep, "trials, on the prompts of the search"))
+    console.print(trials_table(sweep))
     _print_failures(trials)
     pq.write_table(results, run.tune / "results.parquet")
     draw_search(results, settings, read_evaluation(run.part("base", "search").eval("base")).summary, run.tune)
