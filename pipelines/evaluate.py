@@ -80,29 +80,34 @@ def evaluate_model(config: Config, run: RunDir, name: str, here: bool = False) -
 
 
 def _answer(config: Config, name: str, model: EvaluatedModel, answers: ShardStore, here: bool) -> None:
-    evaluate, total = config.evaluate, len(planned_items(config))
-    missing = answers.missing(total, evaluate.batch_size)
     arguments = {"config": config, "model": model, "store": answers}
-    if missing and here:
-        run_here(ShardAnswerer, arguments, evaluate.gpus_per_worker, missing)
-    elif missing:
-        pool = evaluate.workers, evaluate.gpus_per_worker
-        dataset = on_pool(shard_dataset(missing), "evaluate", ShardAnswerer, arguments, *pool)
-        consume(dataset, f"answer {name}", total, missing)
+    missing = answers.missing(len(planned_items(config)), config.evaluate.batch_size)
+    _work_off(config, f"answer {name}", ShardAnswerer, arguments, missing, here)
 
 
 def _judge(config: Config, name: str, answers: ShardStore, scores: ShardStore, here: bool) -> None:
-    """Only a judge that is a model of its own gets the pool; an endpoint is kept busy by one actor."""
-    evaluate, total = config.evaluate, len(planned_items(config))
+    """Only a judge that is a model of its own gets the pool; the others are kept busy from here."""
     forget_failures(scores)
-    missing = scores.missing(total, evaluate.batch_size)
     arguments = {"config": config, "answers": answers, "scores": scores}
+    missing = scores.missing(len(planned_items(config)), config.evaluate.batch_size)
+    here = here or config.evaluate.judge != "finetuned"
+    _work_off(config, f"judge {name}", ShardJudge, arguments, missing, here)
+
+
+def _work_off(
+    config: Config,
+    title: str,
+    actor: type,
+    arguments: dict[str, Any],
+    missing: list[tuple[int, int]],
+    here: bool,
+) -> None:
+    evaluate, total = config.evaluate, len(planned_items(config))
     if missing and here:
-        run_here(ShardJudge, arguments, evaluate.gpus_per_worker, missing)
+        run_here(actor, arguments, evaluate.gpus_per_worker, title, total, missing)
     elif missing:
-        pool = (evaluate.workers, evaluate.gpus_per_worker) if evaluate.judge == "finetuned" else (1, 0)
-        dataset = on_pool(shard_dataset(missing), "evaluate", ShardJudge, arguments, *pool)
-        consume(dataset, f"judge {name}", total, missing)
+        pool = evaluate.workers, evaluate.gpus_per_worker
+        consume(on_pool(shard_dataset(missing), "evaluate", actor, arguments, *pool), title, total, missing)
 
 
 def _capability(

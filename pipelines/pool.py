@@ -55,11 +55,20 @@ def on_pool(
     )
 
 
-def run_here(actor: type, arguments: dict[str, Any], gpus: float, shards: Sequence[tuple[int, int]]) -> None:
-    """Run every shard in this process, one after the other, and give the GPU's memory back."""
+def run_here(
+    actor: type,
+    arguments: dict[str, Any],
+    gpus: float,
+    title: str,
+    total: int,
+    missing: Sequence[tuple[int, int]],
+) -> None:
+    """The same without a pool: every shard in this process, and the GPU's memory is given back."""
     work = actor(**arguments, device="cuda" if gpus else "cpu")
-    for first, rows in shards:
-        work({"first": first, "rows": rows})
+    with progress_bar(title, total, total - sum(rows for _, rows in missing)) as advance:
+        for first, rows in missing:
+            work({"first": first, "rows": rows})
+            advance(rows)
     if gpus:
         import torch
 

@@ -29,7 +29,7 @@ from pipelines.evaluate import evaluate_model
 
 ROOT = Path(__file__).parents[1]
 PAIRS, STEPS, RUNGS = 22, 3, (2, 3)
-RATES = [1e-3, 1e30, 2e-3]  # the second cannot be trained with
+RATES = [1e30, 1e-3]  # the first cannot be trained with
 SWEEP = """
 import ray, tune.search as search
 ray.init("local", num_cpus=3, log_to_driver=False, logging_level="ERROR")  # one short of two trials
@@ -62,7 +62,7 @@ sys.meta_path.insert(0, Counting)
 
 
 def sweep_config(folder, chat, **evaluate):
-    """A search over three learning rates, of three steps with two rungs, by two workers."""
+    """A search over two learning rates, of three steps with two rungs, by two workers."""
     words = ("amber", "basil", "cedar", "delta", "ember", "fern")
     harmful = [["ab"[n % 2], "x", f"take the {word}"] for n, word in enumerate(words)]
     kinds = [("t", "safe"), ("u", "safe"), ("contrast_t", "unsafe"), ("contrast_u", "unsafe")]
@@ -139,16 +139,17 @@ def swept(tmp_path_factory, tiny_chat):
     (folder / "config.yaml").write_text(sweep_config(folder, tiny_chat).to_yaml())
     trials = folder / "run" / "tune" / "trials"
     process = start(folder, "-c", SWEEP, "--config", str(folder / "config.yaml"))
-    wait_for(process, trials / "0000" / "rungs" / "000000002.exported")
+    wait_for(process, trials / "0001" / "rungs" / "000000002.exported")
     kill_a_worker(process)
-    wait_for(process, trials / "0002" / "rungs" / "000000002.exported")
-    kept = {file: file.stat().st_mtime_ns for file in trials.glob("000[01]/**/*.json")}
+    wait_for(process, trials / "0001" / "rungs" / "000000002.json")
     process.send_signal(signal.SIGKILL)
     process.wait()
+    kept = {file: file.stat().st_mtime_ns for file in trials.rglob("*.json")}
+    assert not list(trials.glob("*/rungs/000000003.exported")), "killed too late"
     time.sleep(3)  # the cluster dies with its driver
     code, out, err = command(folder)
     assert code == 0, err
-    assert {file: file.stat().st_mtime_ns for file in kept} == kept, "a finished trial was touched"
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept, "what was done was done again"
     return folder, out
 
 
@@ -158,25 +159,23 @@ class TestSweep:
         folder, _ = swept
         rows = pq.read_table(folder / "run" / "tune" / "results.parquet").to_pylist()
         assert [row["train.learning_rate"] for row in rows] == RATES
-        assert [row["status"] for row in rows] == ["completed", "failed", "completed"]
-        assert [row["step"] for row in rows] == [3, None, 3]
-        for name in ("0000", "0002"):
-            lines = (folder / "run" / "tune" / "trials" / name / "metrics.jsonl").read_text().splitlines()
-            assert len(lines) == STEPS
+        assert [row["status"] for row in rows] == ["failed", "completed"]
+        assert [row["step"] for row in rows] == [None, STEPS]
+        lines = (folder / "run" / "tune" / "trials" / "0001" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
     def test_trials_of_two_workers_do_not_share_three_processors(self, swept):
         folder, out = swept
         assert "1 at a time" in out
         trials = folder / "run" / "tune" / "trials"
-        begun = json.loads((trials / "0002" / "trial.json").read_text())["begun"]
-        ended = json.loads((trials / "0000" / "rungs" / "000000003.json").read_text())["finished"]
-        assert ended < begun
+        failed = (trials / "0000" / "failed.json").stat().st_mtime
+        assert failed < json.loads((trials / "0001" / "trial.json").read_text())["begun"]
 
     def test_a_trial_that_cannot_be_trained_is_a_recorded_failure(self, swept):
         folder, out = swept
         rows = pq.read_table(folder / "run" / "tune" / "results.parquet").to_pylist()
-        assert rows[1]["error"].startswith("FloatingPointError: the loss of pairs ")
-        assert "trial 0001 failed: FloatingPointError" in out
+        assert rows[0]["error"].startswith("FloatingPointError: the loss of pairs ")
+        assert "trial 0000 failed: FloatingPointError" in out
 
     def test_the_reference_model_is_asked_by_the_scoring_alone(self, swept):
         folder, _ = swept
@@ -188,7 +187,7 @@ class TestSweep:
         """By the pipeline, in one go: same weights bit by bit, same answers, same numbers."""
         folder, _ = swept
         run = RunDir(folder / "run")
-        best = run.part("trials", "0000")
+        best = run.part("trials", "0001")
         process = start(folder, "-m", "pipelines.run", "--config", str(run.tune / "best.yaml"))
         _, err = process.communicate(timeout=1200)
         assert process.returncode == 0, err
@@ -215,13 +214,13 @@ class TestSweep:
         process = start(folder, *arguments)
         out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
-        assert "trial 0000" in out
+        assert "best      trial 0001: train.learning_rate=0.001" in out
         assert {f: f.stat().st_mtime_ns for f in results} == results
         process = start(folder, *arguments, "tune.space={train.learning_rate: [0.1]}")
         _, err = process.communicate(timeout=600)
         assert process.returncode == 2
         line = err.strip().splitlines()[-1]
-        assert "made with tune.space.train.learning_rate=[0.001, 1e+30, 0.002], now it is [0.1]" in line
+        assert "made with tune.space.train.learning_rate=[1e+30, 0.001], now it is [0.1]" in line
 
     def test_text_stays_private(self, swept):
         folder, out = swept
