@@ -114,10 +114,8 @@ class TrialActor(tune.Trainable):
         self.sweep.tidy(self.trial.name)
 
 
-def _cause(error: BaseException) -> str:
-    """One line about what really failed: Ray wraps a worker's error into its own."""
-    failures = getattr(error, "worker_failures", None)
-    while failures or error.__cause__ is not None:
-        error = next(iter(failures.values())) if failures else error.__cause__  # type: ignore[assignment]
-        failures = getattr(error, "worker_failures", None)
-    return f"{type(error).__name__}: {first_line(error)}"  # type: ignore[arg-type]
+def _cause(error: Exception) -> str:
+    """One line about what really failed; of a worker Ray has the traceback, whose last line that is."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        return str(failure).strip().splitlines()[-1]
+    return f"{type(error).__name__}: {first_line(error)}"
