@@ -31,20 +31,29 @@ console = Console()
 
 
 def main(
-    stage: Callable[[Config, RunDir], object], what: str | None, results: Callable[[RunDir], list[Path]]
+    stage: Callable[[Config, RunDir], object],
+    what: str | None,
+    results: Callable[[RunDir], list[Path]],
+    dry_run: Callable[[Config], object] | None = None,
 ) -> None:
     """Run a stage as a command: exit 0 done, 2 wrong config, input or environment, 1 the run failed.
 
-    `results` names what the stage makes in the run folder: what fresh=true discards.
+    `results` names what the stage makes in the run folder: what fresh=true discards. `dry_run` is what
+    --dry-run does instead, without a run folder.
     """
     parser = argparse.ArgumentParser(
         description=what, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EPILOG
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
+    if dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="print what it needs, and do nothing")
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
+        if dry_run and arguments.dry_run:
+            dry_run(config)
+            return
         run = RunDir(config.run_dir)
         with run.open(config):
             resolved = with_sandbox_files(config)

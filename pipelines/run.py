@@ -20,6 +20,7 @@ from bdpo.runs import RunDir, read_manifest, write_text
 from bdpo.scoring import read_scores
 from pipelines.cli import check_inputs, connect, console, main, require
 from pipelines.evaluate import evaluate_model, print_comparison
+from pipelines.preflight import require_memory
 from pipelines.prepare import account_line
 from pipelines.score import run_score
 from pipelines.train import run_train
@@ -46,6 +47,7 @@ def _preflight(config: Config, run: RunDir) -> None:
     check_inputs(config)
     load_items(config.evaluate)
     if read_manifest(run.eval("trained") / "summary.json") is None:
+        require_memory(config)
         connect()
         for name in ("score", "train", "evaluate"):
             section = getattr(config, name)

@@ -4,7 +4,7 @@
 
 Reads <run_dir>/data/pairs and <run_dir>/scores, writes <run_dir>/metrics.jsonl, checkpoints under
 <run_dir>/train and the trained model to <run_dir>/model. The same command after a kill goes on from the
-last checkpoint.
+last checkpoint. --dry-run prints what each GPU would need, without a GPU, weights or data.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from bdpo.plan import TrainingPlan
 from bdpo.runs import Fingerprint, MetricsLog, RunDir, finished, write_manifest
 from bdpo.scoring import read_scores, score_fingerprint
 from pipelines.cli import connect, console, main, progress_bar, require
+from pipelines.preflight import print_plan
 
 
 def run_train(config: Config, run: RunDir) -> dict[str, Any]:
@@ -62,6 +63,7 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
     scores = read_scores(config, run)
     total_steps = TrainingPlan([0] * scores.num_rows, config.train, config.seed).total_steps
     _refuse_other_workers(config, run, fingerprint)
+    print_plan(config, scores.num_rows)
     connect()
     require("train", config.train.workers, config.train.gpus_per_worker)
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -145,4 +147,4 @@ def _progress(metrics_file: Path, total_steps: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main(run_train, __doc__, lambda run: [run.train, run.model, run.metrics])
+    main(run_train, __doc__, lambda run: [run.train, run.model, run.metrics], print_plan)
