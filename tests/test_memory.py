@@ -98,7 +98,6 @@ SHAPES = {
     "qwen2": {},
     "mistral": {"sliding_window": 40},  # plain rows
     "llama": {"num_key_value_heads": 4},
-    "gpt2": {"n_positions": 512},
     "gemma": {"head_dim": 8},
 }
 
