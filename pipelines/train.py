@@ -22,6 +22,7 @@ from bdpo.models import json_digest
 from bdpo.plan import TrainingPlan
 from bdpo.runs import Fingerprint, MetricsLog, RunDir, finished, write_manifest
 from bdpo.scoring import read_scores, score_fingerprint
+from bdpo.tracking import Tracking
 from pipelines.cli import connect, console, main, progress_bar, require
 from pipelines.preflight import print_plan
 
@@ -45,7 +46,8 @@ def run_train(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 # Where and how often is not what: these keys may change between a kill and the resume.
-_FREE = {"gpus_per_worker", "workers", "save_steps", "save_total_limit", "max_failures"}
+_FREE = {"gpus_per_worker", "gpu_memory", "workers", "report_to", "max_failures"}
+_FREE |= {"save_steps", "save_total_limit"}
 
 
 def train_fingerprint(config: Config, run: RunDir) -> Fingerprint:
@@ -64,6 +66,7 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
     total_steps = TrainingPlan([0] * scores.num_rows, config.train, config.seed).total_steps
     _refuse_other_workers(config, run, fingerprint)
     print_plan(config, scores.num_rows)
+    tracking = Tracking(config, run)
     connect()
     require("train", config.train.workers, config.train.gpus_per_worker)
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -86,7 +89,7 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.save_total_limit),
         ),
     )
-    with _progress(run.metrics, total_steps):
+    with _progress(tracking, total_steps):
         trainer.fit()
     return total_steps
 
@@ -122,16 +125,16 @@ def _refuse_other_workers(config: Config, run: RunDir, fingerprint: Fingerprint)
 
 
 @contextmanager
-def _progress(metrics_file: Path, total_steps: int) -> Iterator[None]:
-    """A bar that follows metrics.jsonl, which the first worker writes."""
-    log, stop = MetricsLog(metrics_file), threading.Event()
+def _progress(tracking: Tracking, total_steps: int) -> Iterator[None]:
+    """A bar and trackers that follow metrics.jsonl, which the first worker writes."""
+    stop = threading.Event()
 
     with progress_bar("train", total_steps) as advance:
 
         def follow() -> None:
             shown = 0
             while not stop.wait(0.5):
-                rows = log.read()
+                rows = tracking.follow()
                 if len(rows) != shown:
                     loss, margin = rows[-1]["loss"], rows[-1]["rewards/margins"]
                     advance(len(rows) - shown, f"loss {loss:.3f}  margin {margin:.2f}")
@@ -144,6 +147,7 @@ def _progress(metrics_file: Path, total_steps: int) -> Iterator[None]:
         finally:
             stop.set()
             thread.join()
+            tracking.close()
 
 
 if __name__ == "__main__":
