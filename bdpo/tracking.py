@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -87,9 +88,10 @@ class MLflow:
         self.last: dict[str, int] = {}
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        new = [self.metric(k, v, 0, step) for k, v in metrics.items() if step > self._last(k)]
+        now = int(time.time() * 1000)
+        new = [self.metric(k, v, now, step) for k, v in metrics.items() if step > self._last(k)]
         self.client.log_batch(self.run_id, metrics=new)
-        self.last |= dict.fromkeys(metrics, step)
+        self.last |= {metric.key: step for metric in new}
 
     def close(self) -> None:
         self.client.set_terminated(self.run_id)
@@ -117,9 +119,10 @@ class Tracking:
         for name in config.train.report_to:
             try:
                 self.trackers[name] = TRACKERS[name](run)
-            except ImportError:
+            except ImportError as error:
                 raise UserError(
-                    f"train.report_to: {name} is not installed; python -m pip install 'bdpo[tracking]'"
+                    f"train.report_to: {name} cannot be imported ({first_line(error)}); "
+                    "python -m pip install 'bdpo[tracking]'"
                 ) from None
             except Exception as error:  # every library has its own
                 raise UserError(f"train.report_to: {name} cannot be started ({first_line(error)})") from None

@@ -70,7 +70,7 @@ def test_every_step_is_there_once_after_a_worker_resumed_and_a_second_command(ru
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_an_extra_that_is_missing_is_one_line(run, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=rf"report_to: {name} is not installed.*bdpo\[tracking\]"):
+    with pytest.raises(UserError, match=rf"report_to: {name} cannot be imported.*bdpo\[tracking\]"):
         Tracking(config_of(run, name), run)
 
 
