@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from bdpo.adapters import add_lora
 from bdpo.config import SANDBOX, Config, TrainConfig
 from bdpo.errors import UserError
 from bdpo.logps import CHUNK_ELEMENTS, LogpsModel, why_plain_rows
@@ -99,7 +100,8 @@ def memory_need(config: Config, shape: PreTrainedConfig) -> Need:
     """What one of `train.workers` needs at its worst moment, in bytes."""
     model = _meta_model(config, shape, shape.num_hidden_layers)
     parameters = sum(p.numel() for p in model.parameters())
-    gpu, host = states(config, parameters)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    gpu, host = states(config, parameters, trainable)
     how = "layers computed again" if config.train.gradient_checkpointing else "all layers kept"
     gpu[f"activations, {how}"] = activations(config, shape)
     vocabulary, width = shape.vocab_size, shape.hidden_size
@@ -109,20 +111,20 @@ def memory_need(config: Config, shape: PreTrainedConfig) -> Need:
     return Need(parameters, gpu, host)
 
 
-def states(config: Config, parameters: int) -> tuple[dict[str, int], dict[str, int]]:
+def states(config: Config, parameters: int, trainable: int) -> tuple[dict[str, int], dict[str, int]]:
     """(on the GPU, offloaded): what DeepSpeed holds between steps, and its buffers, in bytes a worker.
 
-    Parameters 2 bytes in bfloat16, 4 in float32; gradients summed in float32; AdamW's two moments and,
-    from stage 1 on, a float32 copy of the parameters (deepspeed.runtime.zero.stage3,
+    Parameters 2 bytes in bfloat16, 4 in float32. Of those that are trained, gradients summed in float32,
+    AdamW's two moments and, from stage 1 on, a float32 copy (deepspeed.runtime.zero.stage3,
     estimate_zero3_model_states_mem_needs).
     """
     train, size = config.train, 2 if config.model.dtype == "bfloat16" else 4
 
-    def of(stage: int, bytes_each: int) -> int:
-        return math.ceil(parameters * bytes_each / (train.workers if train.zero_stage >= stage else 1))
+    def of(count: int, stage: int, bytes_each: int) -> int:
+        return math.ceil(count * bytes_each / (train.workers if train.zero_stage >= stage else 1))
 
-    held = {"parameters": of(3, size), "gradients, float32": of(2, 4)}
-    held["optimizer, float32"] = of(1, 12 if train.zero_stage else 8)
+    held = {"parameters": of(parameters, 3, size), "gradients, float32": of(trainable, 2, 4)}
+    held["optimizer, float32"] = of(trainable, 1, 12 if train.zero_stage else 8)
     away = set()
     if train.offload:
         away = {"optimizer, float32"} | ({"gradients, float32"} if train.zero_stage > 1 else set())
@@ -133,7 +135,7 @@ def states(config: Config, parameters: int) -> tuple[dict[str, int], dict[str, i
         gpu["gathered parameters"] = min(parameters, MAX_LIVE_PARAMETERS) * size
         gpu["buffer to reduce gradients"] = min(parameters, REDUCE_BUCKET) * size
     elif train.zero_stage:
-        gpu["gradients of a backward"] = of(2, size)
+        gpu["gradients of a backward"] = of(trainable, 2, size)
     return gpu, {what: count for what, count in held.items() if what in away}
 
 
@@ -159,8 +161,8 @@ def refuse_too_little(config: Config, need: Need, gpu_bytes: float | None) -> No
     if gpu_bytes is not None and need.gpu_total > gpu_bytes:
         largest = max(need.gpu, key=lambda what: need.gpu[what])
         raise UserError(
-            f"train: each GPU would need {need.gpu_total / GIB:.1f} GiB and has {gpu_bytes / GIB:.1f}, most of "
-            f"it for {largest}; {_advice(config.train)}"
+            f"train: each GPU would need {need.gpu_total / GIB:.1f} GiB and has {gpu_bytes / GIB:.1f}, "
+            f"most of it for {largest}; {_advice(config.train)}"
         )
 
 
@@ -198,6 +200,8 @@ def _meta_model(config: Config, shape: PreTrainedConfig, layers: int) -> Any:
             attn_implementation="sdpa",
             trust_remote_code=config.model.trust_remote_code,
         )
+        if config.train.lora:
+            add_lora(model, config.train.lora, config.model, config.seed)
     return model.eval()  # training disables dropout
 
 

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from operator import methodcaller
+from pathlib import Path
 from typing import Any, Protocol
 
 from bdpo.config import Config
 from bdpo.errors import UserError
 from bdpo.models import first_line
-from bdpo.runs import MetricsLog, RunDir, discard, write_text
+from bdpo.runs import MetricsLog, RunDir
+from bdpo.storage import discard, whole_folder, write_text
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +37,20 @@ class Tracker(Protocol):
         """Send what is still on its way."""
 
 
-class TensorBoard:
-    """Event files under <run_dir>/train/tensorboard, written anew by each command that trains."""
+class _TensorBoard:
+    """Event files under <run_dir>/train/tensorboard, written anew by each command that trains.
+
+    On object storage they appear when the command ends.
+    """
 
     def __init__(self, run: RunDir) -> None:
         from tensorboardX import SummaryWriter
 
-        discard(run.train / "tensorboard")
-        self.writer = SummaryWriter(str(run.train / "tensorboard"))
+        self.place, folder = ExitStack(), run.train / "tensorboard"
+        discard(folder)
+        if not isinstance(folder, Path):
+            folder = self.place.enter_context(whole_folder(folder))
+        self.writer = SummaryWriter(str(folder))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -47,19 +58,19 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
+        self.place.close()
 
 
-class WandB:
+class _WandB:
     """A run of Weights & Biases that a second command continues; it drops steps it already has."""
 
     def __init__(self, run: RunDir) -> None:
         import wandb
 
         number = _remembered(run, "wandb", lambda: uuid.uuid4().hex)
+        folder = run.train if isinstance(run.train, Path) else Path(tempfile.mkdtemp(prefix="bdpo-wandb-"))
         settings = wandb.Settings(console="off", silent=True, x_disable_meta=True)
-        self.run = wandb.init(
-            dir=run.train, name=run.root.name, id=number, resume="allow", settings=settings
-        )
+        self.run = wandb.init(dir=folder, name=run.root.name, id=number, resume="allow", settings=settings)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if step >= self.run.step:
@@ -69,7 +80,7 @@ class WandB:
         self.run.finish()
 
 
-class MLflow:
+class _MLflow:
     """A run of MLflow that a second command continues."""
 
     def __init__(self, run: RunDir) -> None:
@@ -103,7 +114,11 @@ class MLflow:
         return self.last[name]
 
 
-TRACKERS: dict[str, Callable[[RunDir], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+TRACKERS: dict[str, Callable[[RunDir], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _WandB,
+    "mlflow": _MLflow,
+}
 
 
 class Tracking:
@@ -134,14 +149,14 @@ class Tracking:
         """
         rows = self.metrics.read()
         for row in rows[self.seen :]:
-            self._each(lambda tracker, row=row: tracker.log(int(row["step"]), _numbers(row)))
+            self._each(methodcaller("log", int(row["step"]), _numbers(row)))
         self.seen = max(self.seen, len(rows))
         return rows
 
     def close(self) -> None:
         """Report the last lines and end."""
         self.follow()
-        self._each(lambda tracker: tracker.close())
+        self._each(methodcaller("close"))
 
     def _each(self, do: Callable[[Tracker], object]) -> None:
         """A tracker that fails is left out and said so: metrics.jsonl has all, the training goes on."""
@@ -158,7 +173,7 @@ def _remembered(run: RunDir, name: str, create: Callable[[], str]) -> str:
     file = run.train / f"{name}.id"
     if not file.exists():
         write_text(file, create())
-    return file.read_text(encoding="utf-8")
+    return str(file.read_text(encoding="utf-8"))
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -23,8 +22,9 @@ from rich.progress import (
 from bdpo.config import Config, load_config
 from bdpo.errors import UserError
 from bdpo.models import with_sandbox_files
-from bdpo.runs import RunDir, discard
+from bdpo.runs import RunDir
 from bdpo.sources import read_rows
+from bdpo.storage import StoragePath, discard
 from bdpo.tokens import load_tokenizer
 
 console = Console()
@@ -33,7 +33,7 @@ console = Console()
 def main(
     stage: Callable[[Config, RunDir], object],
     what: str | None,
-    results: Callable[[RunDir], list[Path]],
+    results: Callable[[RunDir], list[StoragePath]],
     dry_run: Callable[[Config], object] | None = None,
 ) -> None:
     """Run a stage as a command: exit 0 done, 2 wrong config, input or environment, 1 the run failed.

@@ -56,7 +56,9 @@ def _batch_table(config: Config, pairs: int | None) -> Table:
         each = math.ceil(pairs / train.global_batch_size)
         total = train.max_steps or each * train.num_train_epochs
         table.add_row("pairs", f"{pairs:,}")
-        table.add_row("steps", f"{total:,}, {each:,} an epoch, {round(train.warmup_ratio * total)} to warm up")
+        table.add_row(
+            "steps", f"{total:,}, {each:,} an epoch, {round(train.warmup_ratio * total)} to warm up"
+        )
     return table
 
 

@@ -23,6 +23,11 @@ from pipelines.prepare import run_prepare
 def run_score(config: Config, run: RunDir) -> dict[str, Any]:
     """Prepare and score all pairs unless that is done; returns the manifest of the scores."""
     run_prepare(config, run)
+    return score_prepared(config, run)
+
+
+def score_prepared(config: Config, run: RunDir) -> dict[str, Any]:
+    """Score the prepared pairs unless that is done; returns the manifest of the scores."""
     fingerprint = score_fingerprint(config, run)
     manifest = finished(run.scores / "manifest.json", fingerprint)
     total = count_pairs(run.pairs)

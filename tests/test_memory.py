@@ -1,8 +1,6 @@
 """The memory that is foretold, against DeepSpeed's estimators and against what autograd really keeps."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -57,7 +55,7 @@ class TestAgainstDeepSpeed:
     N, WORKERS = 7_615_616_512, 8
 
     def ours(self, **train):
-        gpu, host = memory.states(config_of(workers=self.WORKERS, **train), self.N)
+        gpu, host = memory.states(config_of(workers=self.WORKERS, **train), self.N, self.N)
         buffers = ("gathered parameters", "buffer to reduce gradients")
         return sum(host.values()) * self.WORKERS, sum(v for k, v in gpu.items() if k not in buffers)
 
@@ -83,14 +81,14 @@ class TestAgainstDeepSpeed:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
         defaults = DeepSpeedZeroConfig(stage=3)
-        assert (memory.REDUCE_BUCKET, memory.MAX_LIVE_PARAMETERS) == (
+        assert (
             defaults.reduce_bucket_size,
             defaults.max_live_parameters,
-        )
+        ) == (memory.REDUCE_BUCKET, memory.MAX_LIVE_PARAMETERS)
 
 
 def test_without_partition_each_worker_holds_it_all():
-    gpu, host = memory.states(config_of(dtype="float32", workers=8, zero_stage=0), 1000)
+    gpu, host = memory.states(config_of(dtype="float32", workers=8, zero_stage=0), 1000, 1000)
     assert (sum(gpu.values()), host) == (16 * 1000, {})  # parameters, gradients, two moments
 
 
@@ -139,11 +137,26 @@ def test_activations_are_what_autograd_keeps_of_a_real_forward(model_type):
     assert found == pytest.approx(recomputed, rel=0.05)
 
 
+def test_of_a_model_with_lora_only_the_adapters_have_gradients_and_optimizer():
+    """Two matrices of rank 8 beside each of the seven linear layers of a block."""
+    name = "lmsys/vicuna-7b-v1.5"
+    config = config_of(name, zero_stage=0, dtype="float32", lora={"r": 8})
+    need = memory.memory_need(config, shape_of(name))
+    s = memory.KNOWN_SHAPES[name]
+    h, i = s["hidden_size"], s["intermediate_size"]
+    adapters = s["num_hidden_layers"] * 8 * (4 * (h + h) + 3 * (h + i))
+    assert need.gpu["gradients, float32"] == 4 * adapters
+    assert need.gpu["optimizer, float32"] == 8 * adapters
+    assert need.parameters - adapters == memory.memory_need(config_of(name), shape_of(name)).parameters
+
+
 def test_a_gpu_that_is_too_small_is_refused_before_it_is_taken():
     small = config_of("Qwen/Qwen2-7B-Instruct", gpu_memory=79, workers=1)
     shape = shape_of("Qwen/Qwen2-7B-Instruct")
     need = memory.memory_need(small, shape)
-    with pytest.raises(UserError, match=r"each GPU would need 1\d\d\.\d GiB and has 79\.0.*train\.offload=cpu"):
+    with pytest.raises(
+        UserError, match=r"each GPU would need 1\d\d\.\d GiB and has 79\.0.*train\.offload=cpu"
+    ):
         memory.refuse_too_little(small, need, memory.gpu_memory(small.train))
     offloaded = config_of("Qwen/Qwen2-7B-Instruct", gpu_memory=79, workers=1, offload="cpu")
     memory.refuse_too_little(offloaded, memory.memory_need(offloaded, shape), 79 * memory.GIB)

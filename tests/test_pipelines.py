@@ -12,8 +12,10 @@ import yaml
 from helpers import invented_pairs, save_model, tiny_config, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from bdpo.runs import RunDir, discard
+from bdpo.runs import RunDir
+from bdpo.storage import discard
 from pipelines import cli
+from pipelines.prepare import run_prepare
 from pipelines.run import run_all
 from pipelines.score import run_score
 from pipelines.train import run_train
@@ -192,6 +194,40 @@ class TestRun:
             json.loads((run / "scores" / "manifest.json").read_text())["fingerprint"]["unconditional"]
             == "bos"
         )
+
+
+@pytest.mark.ray
+def test_simpo_with_lora_runs_without_scores(inputs, tmp_path):
+    run = tmp_path / "run"
+    overrides = f"run_dir={run}", "method.name=simpo", "train.lora.r=4", "train.workers=1"
+    code, out, err = command("run", inputs / "config.yaml", *overrides)
+    assert code == 0, err
+    assert not (run / "scores").exists()
+    assert "mutual information" not in out
+    summary = json.loads((run / "report" / "summary.json").read_text())
+    assert summary["mi"] == []
+    assert list(summary["seconds"]) == ["evaluate base", "train", "evaluate trained"]
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    assert (run / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("stage", [run_all, run_train], ids=["run", "train"])
+def test_a_method_that_lacks_its_labels_is_refused_before_ray_starts(
+    inputs, tmp_path, monkeypatch, capsys, stage
+):
+    rows = [row | {"rejected_safe": None} if i < 4 else row for i, row in enumerate(invented_pairs(PAIRS))]
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    for module in ("run", "score", "train"):
+        monkeypatch.setattr(
+            f"pipelines.{module}.connect", lambda: pytest.fail("Ray is started"), raising=False
+        )
+    overrides = f"run_dir={tmp_path / 'run'}", f"data.path={data}", "method.name=safedpo"
+    if stage is run_train:
+        assert in_process(run_prepare, inputs / "config.yaml", monkeypatch, *overrides[:2]) == 0
+    assert in_process(stage, inputs / "config.yaml", monkeypatch, *overrides) == 2
+    error = capsys.readouterr().err
+    assert f"method.name=safedpo: wants chosen_safe and rejected_safe of every pair, 4 of {PAIRS}" in error
+    assert error.count("\n") == 1
 
 
 def in_process(stage, config_file, monkeypatch, *overrides):

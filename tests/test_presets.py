@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import CHATML, byte_tokenizer
 from test_tokens import MISTRAL
-from test_zero3 import launch, results
+from test_training import launch
+from test_zero3 import results
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bdpo.config import load_config
@@ -99,7 +100,7 @@ def twins(tmp_path_factory):
             ShardScorer(config, run.root, fingerprint, "cpu")({"first": 0, "rows": 16})
             finish_scores(run, fingerprint, 0.0)
             pq.write_table(read_scores(config, run), run.root / "scores.parquet")
-        launch(configs.values(), workers=2)
+        launch(list(configs.values()), workers=2)
         yield configs
 
 
@@ -154,7 +155,7 @@ def test_the_command_with_dry_run_leaves_no_run_folder(twins, tmp_path):
     file.write_text(config.to_yaml())
     done = subprocess.run(
         [sys.executable, "-m", "pipelines.train", "--config", file, "--dry-run", f"run_dir={run_dir}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "memory of each worker" in done.stdout

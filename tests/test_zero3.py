@@ -2,17 +2,14 @@
 
 import json
 import math
-import os
 import shutil
-import socket
-import subprocess
-import sys
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import invented_pairs, save_model, tiny_config, write_jsonl
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from test_training import launch
+from transformers import AutoModelForCausalLM
 
 from bdpo.config import parse_config
 from bdpo.data import prepare, read_pairs
@@ -36,66 +33,19 @@ VARIANTS = {
     "stage 3, all on the CPU": {"zero_stage": 3, "offload": "cpu", "offload_parameters": True},
 }
 
-# Trains run folder after run folder in the same processes.
-WORKER = """
-import json, sys, shutil
-import pyarrow.parquet as pq, torch
-torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo")
-from bdpo import zero3
-from bdpo.config import load_config
-from bdpo.runs import RunDir
-from bdpo.training import train
+# Put before a training: of the model that it loads, how much is there whole at any one time.
+WATCHED_LOAD = """
+import gc
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-peaks, load_model = [], zero3.load_model
-def measured(*arguments):
-    def resident(field):
-        lines = dict(line.split(":") for line in open("/proc/self/status"))
-        return int(lines[field].split()[0]) * 1024
-    import transformers.models.qwen2.modeling_qwen2
-    open("/proc/self/clear_refs", "w").write("5")  # VmHWM, the peak, starts anew
-    before = resident("VmRSS")
-    model = load_model(*arguments)
-    peaks.append(resident("VmHWM") - before)
-    return model
-zero3.load_model = measured
-
-for file in sys.argv[2:]:
-    config = load_config(file)
-    run = RunDir(config.run_dir)
-    train(config, run, pq.read_table(run.root / "scores.parquet"), None, lambda folder, metrics: None)
-config = load_config(sys.argv[2])
-if sys.argv[1]:
-    config = config.model_copy(update={"model": config.model.model_copy(update={"name_or_path": sys.argv[1]})})
-    zero3.build_engine(config, 1)
-    print("peak", torch.distributed.get_rank(), peaks[-1])
+gathered, enter = [], GatheredParameters.__enter__
+def watched(self):
+    enter(self)
+    parameters = [o for o in gc.get_objects() if isinstance(o, torch.nn.Parameter) and hasattr(o, "ds_id")]
+    gathered.append(sum(p.numel() for p in parameters))  # a partitioned one has 0
+    (run.root / f"gathered-{rank}").write_text(str(max(gathered)))
+GatheredParameters.__enter__ = watched
 """
-
-
-def launch(configs, workers, big_model=""):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    files = []
-    for config in configs:
-        run = RunDir(config.run_dir)
-        run.config.write_text(config.to_yaml())
-        files.append(str(run.config))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(big_model), *files],
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(workers)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * workers, "\n".join(outputs)
-    return outputs
 
 
 def scored(folder, chat, dtype, **train):
@@ -116,7 +66,7 @@ def scored(folder, chat, dtype, **train):
 
 
 def variant(config, folder, **train):
-    """A copy of the scored run with other options of training."""
+    """A copy of a run with other options of training."""
     shutil.copytree(config.run_dir, folder)
     values = config.model_dump()
     return parse_config(values | {"run_dir": str(folder), "train": values["train"] | train}, "test")
@@ -167,32 +117,24 @@ def plain_loop(config):
 
 
 @pytest.fixture(scope="module")
-def big_model(tmp_path_factory):
-    """268 MB in layers of 17 MB: what a worker holds of it can be seen in its resident memory."""
-    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "vocab_size": 262}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
-    model = Qwen2ForCausalLM(Qwen2Config(**shape, **heads))
-    folder = tmp_path_factory.mktemp("big")
-    model.save_pretrained(folder)
-    return folder, sum(p.numel() for p in model.parameters()) * 4
-
-
-@pytest.fixture(scope="module")
-def float32(tmp_path_factory, tiny_chat, big_model):
-    """(plain loop, every variant's results, what the two workers printed)."""
+def float32(tmp_path_factory, tiny_chat):
+    """(plain loop, every variant's config, how many parameters a worker had whole while loading)."""
     folder = tmp_path_factory.mktemp("float32")
     base = scored(
         folder, tiny_chat, "float32", max_steps=STEPS, lr_scheduler_type="constant", max_grad_norm=0.5
     )
     configs = [variant(base, folder / f"{i}", **train) for i, train in enumerate(VARIANTS.values())]
-    outputs = launch(configs[::-1], workers=2, big_model=big_model[0])
-    return plain_loop(base), dict(zip(VARIANTS, map(results, configs), strict=True)), outputs
+    loading = folder / f"{list(VARIANTS).index('stage 3')}"
+    (loading / "fault.py").write_text(WATCHED_LOAD)
+    launch(configs, workers=2)
+    gathered = [int((loading / f"gathered-{rank}").read_text()) for rank in range(2)]
+    return plain_loop(base), dict(zip(VARIANTS, configs, strict=True)), gathered
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_workers_train_as_the_plain_loop(float32, name):
-    (losses, norms, weights), found, _ = float32
-    rows, trained = found[name]
+    (losses, norms, weights), configs, _ = float32
+    rows, trained = results(configs[name])
     assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-4)
     assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-4)
     assert min(norms) > 0.5  # clipping is at work
@@ -200,14 +142,23 @@ def test_two_workers_train_as_the_plain_loop(float32, name):
         torch.testing.assert_close(trained[parameter], value, rtol=1e-4, atol=2e-5)
 
 
-def test_no_worker_holds_the_whole_model_while_it_is_loaded(float32, big_model):
-    peaks = {
-        int(rank): int(peak)
-        for output in float32[2]
-        for _, rank, peak in (line.split() for line in output.splitlines() if line.startswith("peak "))
-    }
-    whole = big_model[1]
-    assert whole / 2 <= peaks[1] < whole  # its half, and one layer at a time
+def test_no_worker_holds_the_whole_model_while_it_is_loaded(float32):
+    (_, _, weights), _, gathered = float32
+    largest = max(weight.numel() for weight in weights.values())
+    assert gathered == [largest] * 2  # one layer at a time
+
+
+def test_options_resume_exactly(float32, tmp_path):
+    names = ["stage 0", "stage 1", "stage 3, all on the CPU"]
+    whole = {name: float32[1][name] for name in names}
+    resumed = {name: variant(config, tmp_path / name) for name, config in whole.items()}
+    for config in resumed.values():
+        shutil.rmtree(RunDir(config.run_dir).model)
+        shutil.rmtree(RunDir(config.run_dir).root / "checkpoints" / "4")
+    launch(list(resumed.values()), workers=2)
+    for name in names:
+        (_, ours), (_, theirs) = results(resumed[name]), results(whole[name])
+        assert all(torch.equal(ours[weight], theirs[weight]) for weight in theirs), name
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -230,7 +181,7 @@ def bfloat16(tmp_path_factory, tiny_chat):
         folder, tiny_chat, "bfloat16", max_steps=12, lr_scheduler_type="constant", learning_rate=2e-4
     )
     configs = {stage: variant(base, folder / str(stage), zero_stage=stage) for stage in (3, 2, 1)}
-    launch(configs.values(), workers=1)
+    launch(list(configs.values()))
     start = load_model(base.model.name_or_path, base.model).state_dict()
     return start, plain_loop(base), {stage: results(config) for stage, config in configs.items()}
 

@@ -20,7 +20,7 @@ from bdpo.config.method import MethodConfig
 from bdpo.config.model import ModelConfig
 from bdpo.config.reading import Dumper, apply_override, explain, read_yaml
 from bdpo.config.score import ScoreConfig
-from bdpo.config.train import TrainConfig
+from bdpo.config.train import LoraConfig, TrainConfig
 from bdpo.errors import UserError
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvaluateConfig",
+    "LoraConfig",
     "MethodConfig",
     "ModelConfig",
     "ScoreConfig",
