@@ -142,6 +142,13 @@ def read_pairs(folder: StoragePath, first: int, count: int, columns: list[str] |
     return pa.concat_tables(tables) if tables else PAIR_SCHEMA.empty_table()
 
 
+def pair_ids(folder: StoragePath) -> Iterator[str]:
+    """The ids of all pairs in `folder`, in order; their texts are not read."""
+    for part in _parts(folder):
+        with pq.ParquetFile(open_parquet(part)) as parquet:
+            yield from parquet.read(["pair_id"])["pair_id"].to_pylist()
+
+
 def count_pairs(folder: StoragePath) -> int:
     """How many pairs `prepare` wrote into `folder`."""
     return sum(pq.read_metadata(open_parquet(part)).num_rows for part in _parts(folder))

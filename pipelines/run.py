@@ -89,10 +89,10 @@ def _mi_table(rows: list[dict[str, Any]]) -> Table:
         table.add_row(
             row["group"] or "all",
             str(row["pairs"]),
-            f"{row['mi_chosen']:.3f}",
-            f"{row['mi_rejected']:.3f}",
+            f"{row['chosen']['mean']:.3f}",
+            f"{row['rejected']['mean']:.3f}",
             f"{row['chosen_better']:.0%}",
-            f"{row['floored']:.0%}",
+            f"{(row['chosen']['floored'] + row['rejected']['floored']) / 2:.0%}",
         )
     return table
 

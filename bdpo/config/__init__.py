@@ -21,6 +21,7 @@ from bdpo.config.model import ModelConfig
 from bdpo.config.reading import Dumper, apply_override, explain, read_yaml
 from bdpo.config.score import ScoreConfig
 from bdpo.config.train import LoraConfig, TrainConfig
+from bdpo.config.tune import Range, TuneConfig
 from bdpo.errors import UserError
 
 __all__ = [
@@ -31,8 +32,10 @@ __all__ = [
     "LoraConfig",
     "MethodConfig",
     "ModelConfig",
+    "Range",
     "ScoreConfig",
     "TrainConfig",
+    "TuneConfig",
     "load_config",
     "parse_config",
     "worker_range",
@@ -50,6 +53,7 @@ class Config(Section):
     method: MethodConfig = MethodConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    tune: TuneConfig = TuneConfig()
     fresh: bool = Field(False, exclude=True, description="discard what the run folder holds, start over")
 
     @model_validator(mode="after")
