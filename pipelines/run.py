@@ -24,6 +24,7 @@ from bdpo.scoring import read_scores
 from bdpo.storage import write_text
 from pipelines.cli import check_inputs, connect, console, main, require
 from pipelines.evaluate import evaluate_model, print_comparison
+from pipelines.preflight import require_memory
 from pipelines.prepare import account_line, run_prepare
 from pipelines.score import score_prepared
 from pipelines.train import run_train
@@ -49,6 +50,7 @@ def _preflight(config: Config, run: RunDir) -> None:
     check_lora(config)
     run_prepare(config, run)
     if read_manifest(run.eval("trained") / "summary.json") is None:
+        require_memory(config)
         connect()
         for name in ("score", "train", "evaluate"):
             if name == "score" and config.method.name in REFERENCE_FREE:
