@@ -159,9 +159,16 @@ def detect(rows: Sequence[Row], source: str) -> str:
         return fitting[0]
     if fitting:
         raise UserError(f"{source}: columns fit the formats {' and '.join(fitting)}; set data.format")
-    found = ",".join(sorted({str(column) for row in rows for column in row}))
     wanted = "; ".join(f"{name} wants {columns}" for name, columns in _WANTED.items())
-    raise UserError(f"{source}: columns {found or '(none)'} fit no known format ({wanted})")
+    raise UserError(f"{source}: columns {_known(rows)} fit no known format ({wanted})")
+
+
+def _known(rows: Sequence[Row]) -> str:
+    """The columns that some format knows; another name may be a text, in a file without a header."""
+    columns = {str(column) for row in rows for column in row}
+    known = sorted(columns & {name for names in _WANTED.values() for name in names.split(",")})
+    others = len(columns) - len(known)
+    return ",".join(known + ([f"{others} unknown"] if others else [])) or "(none)"
 
 
 def _fits(name: str, row: Row) -> bool:

@@ -100,6 +100,20 @@ def model_config(model: ModelConfig) -> PreTrainedConfig:
     )
 
 
+def require_positions(config: Config) -> None:
+    """Make sure that the model has a position for each of `data.max_length` tokens.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    positions = getattr(model_config(config.model).get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < config.data.max_length:
+        raise UserError(
+            f"data.max_length={config.data.max_length}: {config.model.name_or_path} has no more than "
+            f"{positions} positions; lower it"
+        )
+
+
 def load_model(folder: Path, model: ModelConfig) -> PreTrainedModel:
     """The causal language model of a folder, in `model.dtype`, on the CPU (or where ZeRO-3 puts it).
 

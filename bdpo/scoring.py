@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from bdpo.config import Config
+from bdpo.config import Config, ModelConfig
 from bdpo.data import pair_ids, read_pairs
 from bdpo.errors import UserError
 from bdpo.logps import LogpsModel, pair_trees
@@ -228,7 +228,9 @@ def _within_memory(model: LogpsModel, trees: Sequence[Tree]) -> torch.Tensor | N
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on the GPU or on the CPU, where torch has no class for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    signs = ("DefaultCPUAllocator", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+    message = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in message for sign in signs)
 
 
 def _halved(batches: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
@@ -251,7 +253,7 @@ def score_apart(
         torch.AcceleratorError: the GPU is lost to this process, so no row can be blamed.
     """
     outcome = _attempt(score, pairs)
-    if pairs.num_rows == 1 or not isinstance(outcome, str):
+    if pairs.num_rows <= 1 or not isinstance(outcome, str):
         yield 0, outcome
         return
     half = pairs.num_rows // 2
@@ -274,6 +276,21 @@ def _attempt(score: Callable[[pa.Table], pa.Table], pairs: pa.Table) -> pa.Table
         return f"{type(error).__name__} at {Path(raised_at.filename).name}:{raised_at.lineno}"
 
 
+def _require_same_reference(model: ModelConfig, fingerprint: Fingerprint) -> None:
+    """Make sure that this node's model is the one whose name the scores will carry.
+
+    Raises:
+        UserError: it is another, and how.
+    """
+    here = {"weights": weights_digest(model_folder(model)), **tokenizer_fingerprint(model)}
+    for field, value in here.items():
+        if fingerprint[field] != value:
+            raise UserError(
+                f"model.name_or_path={model.name_or_path}: on host {socket.gethostname()} {field} differs "
+                "from that where the run was begun; put the same files on all nodes, or set model.revision"
+            )
+
+
 class ShardScorer:
     """An actor of the scoring pool: reads a range of pairs, scores it, commits the shard itself."""
 
@@ -282,6 +299,7 @@ class ShardScorer:
         self.store = score_store(self.run, fingerprint)
         self.stop = ""
         try:
+            _require_same_reference(config.model, fingerprint)
             self.scorer = ReferenceScorer(config, device)
         except UserError as error:  # said by the first shard; raised here, Ray would try five times more
             self.stop = str(error)
@@ -297,8 +315,14 @@ class ShardScorer:
         unscorable: dict[int, str] = {}
         stop = self.stop
         try:
+            pairs = read_pairs(self.run.pairs, first, rows)
+            if pairs.num_rows < rows:
+                stop = stop or (
+                    f"run_dir={self.run.root}: host {socket.gethostname()} does not see all prepared pairs "
+                    "there; it must be on storage that all nodes share"
+                )
             if not stop:
-                unscorable = self._commit(first, read_pairs(self.run.pairs, first, rows))
+                unscorable = self._commit(first, pairs)
         except torch.AcceleratorError:
             os._exit(1)  # a new process has a GPU again; the driver finds the row by what kills its actor
         except Exception as error:  # of the storage: what scoring raises is a reason

@@ -152,9 +152,11 @@ def _datasets(path: Path, config: DataConfig) -> Iterator[NumberedRow]:
     except KeyError:
         raise UserError(f"data.split={config.split}: data.path={path} has only {', '.join(data)}") from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        # Arrow's own messages quote the row that it cannot parse.
+        why = type(error).__name__ if isinstance(error, pa.ArrowInvalid) else first_line(error)
         raise UserError(
             f"data.path={path}: no such file, and as a data set of split {config.split} it cannot be "
-            f"loaded ({first_line(error)})"
+            f"loaded ({why})"
         ) from None
     tables = data.with_format("arrow").iter(batch_size=1024)
     return _arrow(batch for table in tables for batch in table.to_batches())

@@ -7,7 +7,7 @@ from typing import Any
 
 from bdpo.config import Config
 from bdpo.data import prepare
-from bdpo.models import files_digest
+from bdpo.models import files_digest, require_positions
 from bdpo.runs import Fingerprint, RunDir, finished, write_manifest
 from bdpo.selection import require_labels
 from bdpo.storage import matching
@@ -21,6 +21,7 @@ def run_prepare(config: Config, run: RunDir) -> dict[str, Any]:
     Raises:
         UserError: the data cannot be used, or `method` wants safety labels that they lack.
     """
+    require_positions(config)
     manifest_file = run.data / "manifest.json"
     fingerprint = _fingerprint(config)
     manifest = finished(manifest_file, fingerprint)

@@ -19,6 +19,8 @@ from typing import Any
 from bdpo.config import Config, worker_range
 from bdpo.data import count_pairs
 from bdpo.errors import UserError
+from bdpo.logps import why_plain_rows
+from bdpo.models import model_config
 from bdpo.report import mi_tables, work_table
 from bdpo.runs import Fingerprint, RunDir, finished
 from bdpo.scoring import (
@@ -74,6 +76,10 @@ def _score(config: Config, run: RunDir, fingerprint: Fingerprint, total: int) ->
             raise unscorable(run, reasons)
 
     store = score_store(run, fingerprint)
+    before = sum(rows for _, rows in store.missing(total, config.score.shard_rows))
+    why_plain = why_plain_rows(model_config(config.model), config.data.max_length)
+    if why_plain:
+        console.print(f"every response has a row of its own: {why_plain}", soft_wrap=True)
     arguments = {"config": config, "run_dir": run.root, "fingerprint": fingerprint}
     pool = config.score.workers, config.score.gpus_per_worker
     may_fail = MOST_UNSCORABLE + 4 * worker_range(config.score.workers)[1]  # all that dying nodes had in hand
@@ -89,6 +95,11 @@ def _score(config: Config, run: RunDir, fingerprint: Fingerprint, total: int) ->
         consume(dataset, "score", total, missing, note)
     else:
         alone = store.missing(total, 1, reasons)
+        if len(alone) == before > 1:
+            raise RuntimeError(
+                "every actor died, whatever it was given to score: it is not the pairs; Ray's log files of "
+                "the workers say why (session_latest/logs/worker-*.err)"
+            )
         reasons |= {row: f"its actor died of it, {ATTEMPTS} times alone" for row, _ in alone}
     if reasons:
         raise unscorable(run, reasons)

@@ -240,11 +240,12 @@ class TestDetect:
             damaged = {key: value for key, value in SOUND[name].items() if key != column}
             assert detect([damaged, {}, {**SOUND[name], column: None}, SOUND[name]], "pairs.jsonl") == name
 
-    def test_unknown_columns_are_named(self):
+    def test_of_the_columns_those_are_named_that_some_format_knows(self):
+        """Without a header the first row would be taken for the columns' names."""
         with pytest.raises(UserError) as caught:
-            detect([{"question": "secret words", "answer": 1}], "pairs.jsonl")
+            detect([{"question": "secret words", "secret words": 1, "chosen": 2}], "pairs.jsonl")
         message = str(caught.value)
-        assert message.startswith("pairs.jsonl: columns answer,question fit no known format")
+        assert message.startswith("pairs.jsonl: columns chosen,2 unknown fit no known format")
         assert "conversations,chosen,rejected" in message
         assert "secret" not in message
 

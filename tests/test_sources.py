@@ -103,7 +103,7 @@ def test_parquet_with_one_text_that_is_not_utf8(tmp_path, prepare_here, quaranti
         ("rows.csv", b"prompt,chosen\n\xff,1", "not UTF-8 at byte 14 (line 2)"),
         ("rows.csv", b'prompt,chosen\n1,2\n1,"zebra', "not valid CSV at line 3"),
         ("rows.parquet", b"zebra zebra zebra", "cannot be read"),
-        ("rows.jsonl", b'{"question": "zebra"}', "columns question fit no known format"),
+        ("rows.jsonl", b'{"question": "zebra"}', "columns 1 unknown fit no known format"),
         ("rows.jsonl", b"zebra", "no row can be read (row 1: not JSON)"),
     ],
 )
