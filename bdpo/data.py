@@ -128,11 +128,13 @@ def prepare(
 def read_pairs(folder: StoragePath, first: int, count: int, columns: list[str] | None = None) -> pa.Table:
     """Rows [first, first + count) of the pairs that `prepare` wrote; only their row groups are read.
 
-    `columns` are all by default.
+    Parts after them are not opened. `columns` are all by default.
     """
     tables = []
     position = 0
     for part in _parts(folder):
+        if position >= first + count:
+            break
         with pq.ParquetFile(open_parquet(part)) as parquet:
             for group in range(parquet.num_row_groups):
                 start, position = position, position + parquet.metadata.row_group(group).num_rows

@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from filelock import Timeout
 
 from bdpo.config import Config
 from bdpo.errors import UserError
-from bdpo.storage import StoragePath, error_line, lock, storage_path, write_text
+from bdpo.storage import StoragePath, error_line, lock, lock_holder, storage_path, write_text
 
 Fingerprint = dict[str, Any]  # field name -> JSON value
 
@@ -90,7 +90,8 @@ class RunDir:
         try:
             return self._open(config)
         except Timeout:
-            raise UserError(f"run_dir={self.root}: another command is at work in it") from None
+            holder = lock_holder(self.root)
+            raise UserError(f"run_dir={self.root}: another command is at work in it{holder}") from None
         except UserError:
             raise
         except Exception as error:  # every protocol of fsspec has errors of its own
@@ -103,12 +104,14 @@ class RunDir:
             raise UserError(f"run_dir={self.root}: not empty, and not a run folder (no config.yaml)")
         if isinstance(self.root, Path):
             self.root.mkdir(parents=True, exist_ok=True)
-        held = lock(self.root)
-        if not self.config.exists():
-            self.record(config)
-        if isinstance(self.private, Path):
-            self.private.mkdir(exist_ok=True)
-            self.private.chmod(0o700)
+        with ExitStack() as on_failure:
+            held = on_failure.push(lock(self.root))
+            if not self.config.exists():
+                self.record(config)
+            if isinstance(self.private, Path):
+                self.private.mkdir(exist_ok=True)
+                self.private.chmod(0o700)
+            on_failure.pop_all()
         return held
 
     def record(self, config: Config) -> None:

@@ -100,7 +100,10 @@ def finish_scores(run: RunDir, fingerprint: Fingerprint, seconds: float) -> dict
 
     for pair, scored in zip_longest(pair_ids(run.pairs), scored_ids()):
         if pair != scored:
-            raise RuntimeError(f"{run.scores}: row {rows} is not that of the pair in row {rows}")
+            raise RuntimeError(
+                f"{run.scores}: row {rows} is not that of the pair in row {rows}; "
+                "if the same command says so again, fresh=true starts over"
+            )
         rows += 1
     return write_manifest(
         run.scores / "manifest.json", fingerprint, rows=rows, seconds=seconds, workers=workers

@@ -3,7 +3,8 @@
 The shard is the commit unit of everything that many actors make together: scores, responses,
 verdicts. Its name carries the first row and a digest of the file's content, its Parquet metadata the
 fingerprint of the inputs. So a rerun knows which rows are done, and a damaged or foreign shard is
-never taken for one of ours.
+never taken for one of ours. Readers skip what is damaged; only `missing` removes it, for the command that
+has the run's lock. A file of another program is refused, and left alone.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bdpo.errors import UserError
 from bdpo.runs import Fingerprint, refuse_other
 from bdpo.storage import StoragePath, matching, parquet_bytes, write_bytes
 
@@ -42,12 +44,12 @@ class ShardStore:
         return shard
 
     def finished(self) -> dict[int, int]:
-        """First row -> number of rows of every valid shard; damaged and repeated ones are removed.
+        """First row -> number of rows of every valid shard.
 
         Raises:
-            UserError: a shard was made with other inputs; the message names the field.
+            UserError: a shard was made with other inputs, the message names the field; or a file is none.
         """
-        return {first: self._rows(shard, content) for first, shard, content in self._shards()}
+        return {first: _rows(content) for first, _, content in self._shards()}
 
     def missing(
         self, total_rows: int, shard_rows: int, given_up: Collection[int] = ()
@@ -55,20 +57,31 @@ class ShardStore:
         """(first row, number of rows) still to be made so that all rows are there exactly once.
 
         Finished shards stay, of whatever size they are, but for one that overlaps another; the gaps
-        between them are cut into `shard_rows`. Rows that are `given_up` are not asked for again.
+        between them are cut into `shard_rows`. Rows that are `given_up` are not asked for again. Damaged
+        and repeated shards are removed, and what killed processes left half written: this is for the
+        command alone that has the run's lock.
+
+        Raises:
+            UserError: as `finished`; nothing is removed then.
         """
         gaps, row = [], 0
-        taken = [*self.finished().items(), *((row, 1) for row in given_up)]
-        for first, rows in [*sorted(taken), (total_rows, 0)]:
+        taken = [(first, False, rows) for first, rows in self._tidied().items()]
+        taken += [(row, True, 1) for row in given_up]
+        for first, is_given_up, rows in [*sorted(taken), (total_rows, True, 0)]:
             if first < row:
-                self.remove(first)
+                if not is_given_up:
+                    self.remove(first)
                 continue
             gaps += [(start, min(shard_rows, first - start)) for start in range(row, first, shard_rows)]
             row = first + rows
         return gaps
 
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """Shard after shard in the order of the rows, each with its metadata."""
+        """Shard after shard in the order of the rows, each with its metadata.
+
+        Raises:
+            UserError: as `finished`.
+        """
         for *_, content in self._shards():
             yield pq.read_table(pa.BufferReader(content), columns=columns)
 
@@ -79,33 +92,70 @@ class ShardStore:
 
     def read_shard(self, first_row: int) -> pa.Table:
         """The rows of the shard that starts at `first_row`."""
-        shard = matching(self.folder, f"part-{first_row:09d}-*.parquet")[0]
-        return pq.read_table(pa.BufferReader(shard.read_bytes()))
+        ((*_, content),) = self._shards(f"part-{first_row:09d}-*")
+        return pq.read_table(pa.BufferReader(content))
 
     def remove(self, first_row: int) -> None:
         """Forget the shard that starts at `first_row`, so that its rows are made again."""
         for shard in matching(self.folder, f"part-{first_row:09d}-*.parquet"):
-            shard.unlink()
+            shard.unlink(missing_ok=True)
 
-    def _shards(self) -> Iterator[tuple[int, StoragePath, bytes]]:
-        """(first row, file, content) of valid shards, by first row.
+    def _tidied(self) -> dict[int, int]:
+        """`finished`, and all files of ours but these shards are removed."""
+        temporary = [file for file in matching(self.folder, ".part-*") if _NAME.fullmatch(file.stem[1:])]
+        leftover = {*matching(self.folder, "part-*"), *temporary}
+        found = {}
+        for first, shard, content in self._shards():
+            found[first] = _rows(content)
+            leftover.discard(shard)
+        for file in leftover:
+            file.unlink(missing_ok=True)
+        return found
 
-        A retried task may have written its rows twice: the first stays.
+    def _shards(self, pattern: str = "*") -> Iterator[tuple[int, StoragePath, bytes]]:
+        """(first row, file, content) of valid shards, by first row; the names match `pattern`.
+
+        A retried task may have written its rows twice: the first counts.
         """
         seen = -1
-        for shard in matching(self.folder, "part-*.parquet"):
-            match, content = _NAME.fullmatch(shard.name), shard.read_bytes()
-            if match and int(match[1]) != seen and _digest(content) == match[2]:
-                seen = int(match[1])
-                yield seen, shard, content
-            else:
-                shard.unlink()
+        for shard, match in _named(matching(self.folder, pattern)):
+            first = int(match[1])
+            content = _content(shard) if first != seen else b""
+            if _digest(content) == match[2]:
+                made_with = (pq.read_metadata(pa.BufferReader(content)).metadata or {}).get(
+                    _METADATA_KEY, b"{}"
+                )
+                refuse_other(shard, json.loads(made_with), self.fingerprint)
+                seen = first
+                yield first, shard, content
 
-    def _rows(self, shard: StoragePath, content: bytes) -> int:
-        parquet = pq.read_metadata(pa.BufferReader(content))
-        made_with = json.loads((parquet.metadata or {}).get(_METADATA_KEY, b"{}"))
-        refuse_other(shard, made_with, self.fingerprint)
-        return int(parquet.num_rows)
+
+def _named(files: Iterable[StoragePath]) -> list[tuple[StoragePath, re.Match[str]]]:
+    """The shards among the files of a folder, by name.
+
+    Raises:
+        UserError: another program writes Parquet here.
+    """
+    shards = []
+    for file in files:
+        match = _NAME.fullmatch(file.name)
+        if match:
+            shards.append((file, match))
+        elif file.name.startswith("part-") or (file.suffix == ".parquet" and not file.name.startswith(".")):
+            raise UserError(f"{file}: not a shard of bdpo; move it out of this folder")
+    return shards
+
+
+def _content(shard: StoragePath) -> bytes:
+    """Nothing, if another process removed it since it was listed."""
+    try:
+        return shard.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _rows(content: bytes) -> int:
+    return int(pq.read_metadata(pa.BufferReader(content)).num_rows)
 
 
 def _digest(content: bytes | pa.Buffer) -> str:

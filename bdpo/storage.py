@@ -10,6 +10,7 @@ them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ... for S3).
 from __future__ import annotations
 
 import _thread
+import errno
 import hashlib
 import json
 import os
@@ -84,7 +85,7 @@ def write_text(file: StoragePath, text: str, mode: int = 0o644) -> None:
 
 
 def write_bytes(file: StoragePath, content: bytes | pa.Buffer, mode: int = 0o644) -> None:
-    """Write a whole file or none: temporary name, fsync, rename; on object storage one PUT.
+    """Write a whole file or none: temporary name, fsync, rename, fsync; on object storage one PUT.
 
     A folder that is made for a private file (mode 0600) is private too. Modes are of local files alone.
     """
@@ -92,7 +93,7 @@ def write_bytes(file: StoragePath, content: bytes | pa.Buffer, mode: int = 0o644
         file.fs.pipe_file(file.path, bytes(content))
         return
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if mode == 0o600 else 0o777)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # pids are of one host, a mount of many
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as stream:
             stream.write(content)
@@ -101,6 +102,19 @@ def write_bytes(file: StoragePath, content: bytes | pa.Buffer, mode: int = 0o644
         temporary.rename(file)
     finally:
         temporary.unlink(missing_ok=True)  # a full disk wants its space back
+    _fsync_names(file.parent)
+
+
+def _fsync_names(folder: Path) -> None:
+    """Make a rename in a local folder last through a loss of power, where its file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -243,6 +257,17 @@ def lock(folder: StoragePath) -> AbstractContextManager[Any]:
     local = FileLock(folder / ".lock")
     local.acquire(timeout=0)
     return local
+
+
+def lock_holder(folder: StoragePath) -> str:
+    """The host and pid that a folder's lock names; nothing for a local one, which names none."""
+    if isinstance(folder, Path):
+        return ""
+    try:
+        found = json.loads((folder / ".lock").read_bytes())
+        return f" (pid {found['pid']} on {found['host']})"
+    except Exception:  # it has ended since, or the storage is away: no reason to say less of the rest
+        return ""
 
 
 class Lease:

@@ -32,6 +32,7 @@ from bdpo.scoring import (
     score_store,
     unscorable,
 )
+from bdpo.storage import discard
 from pipelines.cli import console, main
 from pipelines.pool import ATTEMPTS, consume, on_pool, shard_dataset
 from pipelines.prepare import run_prepare
@@ -53,6 +54,7 @@ def score_prepared(config: Config, run: RunDir) -> dict[str, Any]:
     total = count_pairs(run.pairs)
     # A finished run may have lost or damaged shards since.
     if manifest is None or score_store(run, fingerprint).missing(total, config.score.shard_rows):
+        discard(run.scores / "manifest.json")  # it says that all is there
         started = time.perf_counter()
         _score(config, run, fingerprint, total)
         manifest = finish_scores(run, fingerprint, time.perf_counter() - started)

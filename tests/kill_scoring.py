@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from bdpo.config import load_config
 from bdpo.data import count_pairs
 from bdpo.models import with_sandbox_files
 from bdpo.runs import RunDir
-from bdpo.scoring import ShardScorer, score_fingerprint, score_store
+from bdpo.scoring import SCORE_SCHEMA, ShardScorer, score_fingerprint, score_store
 from pipelines import cli, score
 from pipelines.prepare import run_prepare
 
@@ -138,7 +138,8 @@ class Scoring:
     def table(self) -> pa.Table:
         """What the shard files hold, read without any code of ours."""
         shards = sorted(self.scores.glob("part-*"))
-        return pa.concat_tables([pq.read_table(file).replace_schema_metadata(None) for file in shards])
+        tables = [pq.read_table(file).replace_schema_metadata(None) for file in shards]
+        return pa.concat_tables(tables) if tables else SCORE_SCHEMA.empty_table()
 
 
 def kill_driver(scoring: Scoring, rng: random.Random, shards: int) -> dict[str, int]:
@@ -157,11 +158,14 @@ def kill_driver(scoring: Scoring, rng: random.Random, shards: int) -> dict[str, 
 
 
 def kill_actor(scoring: Scoring, rng: random.Random, shards: int) -> dict[str, int]:
-    """Kill the actor that began a shard last."""
+    """Kill the actor that began a shard last, of those that have not ended by themselves."""
     driver = scoring.start_until_begun(rng.randrange(1, shards - 8))
     time.sleep(rng.uniform(0, 0.1))
     before = scoring.committed()
-    os.kill(scoring.begun()[-1][1], signal.SIGKILL)
+    for _, actor in reversed(scoring.begun()):
+        with suppress(ProcessLookupError):
+            os.kill(actor, signal.SIGKILL)
+            break
     finish(driver)
     return before
 

@@ -188,6 +188,8 @@ class TestOutput:
             expected = [row["chosen"] for row in rows[first : first + count]]
             assert table.column("chosen").to_pylist() == expected
         assert read_pairs(tmp_path / "pairs", len(rows), 5).num_rows == 0
+        parts[1].write_bytes(b"")
+        assert read_pairs(tmp_path / "pairs", edge - 3, 3).num_rows == 3  # the part after them is not opened
 
     def test_pair_id_is_of_the_content_alone(self, prepare_here, kept_pairs):
         prepare_here([pair_row(0), pair_row(1)])

@@ -23,6 +23,18 @@ def test_a_run_folder_is_for_one_command_at_a_time(tmp_path):
     RunDir(tmp_path / "run").open(config)
 
 
+def test_a_run_folder_that_could_not_be_opened_is_free_again(tmp_path):
+    run = RunDir(tmp_path / "run")
+    config = tiny_config(run.root, tmp_path, tmp_path)
+    run.record(config)
+    run.private.write_text("a file")
+    with pytest.raises(UserError, match="cannot be written") as failed:
+        run.open(config)
+    run.private.unlink()
+    with run.open(config):
+        assert failed  # and what its traceback refers to
+
+
 def test_a_folder_of_something_else_is_not_taken_for_a_run(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not a run folder"):

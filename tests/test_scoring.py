@@ -343,6 +343,22 @@ def test_rows_of_other_pairs_are_not_taken_for_finished(make_run):
         finish_scores(run, store.fingerprint, 1.0)
 
 
+def test_scores_that_are_made_again_are_not_said_to_be_finished(make_run, monkeypatch):
+    config, run = make_run(invented_pairs(20))
+    score_all(config, run)
+    store = score_store(run, score_fingerprint(config, run))
+    finish_scores(run, store.fingerprint, 1.0)
+    store.remove(8)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score, "_score", killed)
+    with pytest.raises(KeyboardInterrupt):
+        score.score_prepared(config, run)
+    assert not (run.scores / "manifest.json").exists()
+
+
 def other_weights(config, folder, chat):
     save_model(folder, chat, seed=1)
 

@@ -51,6 +51,14 @@ def test_rows_that_are_given_up_are_not_asked_for_and_all_others_are(tmp_path_fa
     assert asked == [row for row in range(total) if row not in given_up]
 
 
+def test_a_shard_stays_though_rows_of_it_are_given_up(store):
+    """Another attempt at it got through."""
+    for first, count in ((0, 3), (4, 1)):
+        store.write(first, rows(first, count))
+    assert store.missing(6, 6, given_up={0, 1, 4, 5}) == [(3, 1)]
+    assert store.finished() == {0: 3, 4: 1}
+
+
 def test_of_shards_that_overlap_one_goes(store):
     """A retried task may cut its rows otherwise than the first time."""
     for first, count in ((0, 4), (2, 2), (3, 3)):
@@ -85,20 +93,67 @@ def test_a_damaged_shard_is_made_again(store, damage):
 def test_what_a_killed_process_left_half_written_does_not_count(store):
     shard = store.write(0, rows(0, 3))
     shard.rename(shard.with_name(f".{shard.name}.123"))
+    assert store.read().num_rows == 0
     assert store.missing(3, 3) == [(0, 3)]
+    assert not list(store.folder.iterdir())  # it may be private text
 
 
 def test_rows_that_a_retried_task_wrote_twice_count_once(store):
     store.write(0, rows(0, 2))
     store.write(0, rows(5, 2))
-    assert store.read().num_rows == 2
+    once = store.read()
+    assert once.num_rows == 2
+    assert store.missing(2, 2) == []
+    assert len(list(store.folder.iterdir())) == 1
+    assert store.read() == once
+
+
+def test_readers_skip_what_is_damaged_and_remove_nothing(store):
+    """They do not have the run's lock."""
+    damaged, whole = store.write(0, rows(0, 2)), store.write(2, rows(2, 2))
+    content = damaged.read_bytes()[:-1]
+    damaged.write_bytes(content)
+    again = store.write(0, rows(0, 2).replace_schema_metadata({"again": ""}))
+    assert store.finished() == {0: 2, 2: 2}
+    assert store.read()["row"].to_pylist() == [0, 1, 2, 3]
+    assert store.read_shard(0)["row"].to_pylist() == [0, 1]
+    assert set(store.folder.iterdir()) == {damaged, whole, again}
+    assert damaged.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["part-00000-c000.snappy.parquet", "part-0.csv", "pairs.parquet"])
+@pytest.mark.parametrize("use", [lambda store: store.missing(4, 2), ShardStore.read, ShardStore.finished])
+def test_a_file_of_another_program_is_refused_and_nothing_is_removed(store, name, use):
+    damaged = store.write(0, rows(0, 2))
+    damaged.write_bytes(b"")
+    (store.folder / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"{name}: not a shard"):
+        use(store)
+    assert {file.name for file in store.folder.iterdir()} == {damaged.name, name}
+
+
+def test_a_shard_that_vanishes_while_it_is_read_is_skipped(store, monkeypatch):
+    gone, left = store.write(0, rows(0, 2)), store.write(2, rows(2, 2))
+    read_bytes = type(gone).read_bytes
+
+    def removed_by_another(file):
+        gone.unlink(missing_ok=True)
+        return read_bytes(file)
+
+    monkeypatch.setattr(type(gone), "read_bytes", removed_by_another)
+    assert store.missing(4, 2) == [(0, 2)]
+    assert list(store.folder.iterdir()) == [left]
 
 
 def test_shards_of_other_inputs_are_refused_by_field(store):
     store.write(0, rows(0, 2))
     other = ShardStore(store.folder, SCHEMA, store.fingerprint | {"weights": "b"})
-    with pytest.raises(UserError, match="weights=a, now it is b"):
-        other.finished()
+    damaged = other.write(2, rows(2, 2))
+    damaged.write_bytes(b"")
+    for use in (other.finished, other.read, lambda: other.missing(4, 2), lambda: other.read_shard(0)):
+        with pytest.raises(UserError, match="weights=a, now it is b"):
+            use()
+    assert damaged.exists()
 
 
 def test_private_shards_are_readable_by_their_owner_alone(tmp_path):

@@ -125,6 +125,27 @@ class TestFolders:
         assert (folder / "q.jsonl").read_text() == "new"
 
 
+class TestFiles:
+    def test_two_hosts_may_write_the_same_file_at_once(self, tmp_path, monkeypatch):
+        """Even if their processes have the same pid."""
+        file = tmp_path / "file"
+
+        def meanwhile(descriptor):
+            monkeypatch.undo()
+            write_bytes(file, b"theirs")
+
+        monkeypatch.setattr(os, "fsync", meanwhile)
+        write_bytes(file, b"ours")
+        assert file.read_bytes() == b"ours"
+        assert list(tmp_path.iterdir()) == [file]
+
+    def test_content_and_name_are_on_the_disk(self, tmp_path, monkeypatch):
+        synced = []
+        monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+        write_bytes(tmp_path / "file", b"whole")
+        assert synced == [(tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino]
+
+
 class TestFetch:
     def test_a_model_is_downloaded_once_and_again_when_it_changed(
         self, tmp_path, bucket, tiny_chat, monkeypatch
@@ -171,8 +192,10 @@ class TestLock:
 
     def test_one_command_at_a_time(self, folder, tmp_path):
         config = tiny_config(folder, tmp_path, tmp_path)
-        with RunDir(folder).open(config), pytest.raises(UserError, match="another command"):
+        with RunDir(folder).open(config), pytest.raises(UserError, match="another command") as refused:
             RunDir(folder).open(config)
+        holder = f"(pid {os.getpid()} on {socket.gethostname()})"
+        assert (holder in str(refused.value)) == (not isinstance(folder, Path))
         with RunDir(folder).open(config):
             pass
         assert RunDir(folder).config.read_text() == config.to_yaml()
