@@ -30,6 +30,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -173,11 +174,14 @@ def kill_actor(scoring: Scoring, rng: random.Random, shards: int) -> dict[str, i
 def kill_node(
     scoring: Scoring, rng: random.Random, shards: int, cluster: Any, nodes: list[Any]
 ) -> dict[str, int]:
-    """Kill one of the two nodes that have actors, and put another in its place."""
+    """Kill the node of the actor that began a shard last, and put another in its place."""
     driver = scoring.start_until_begun(rng.randrange(1, shards - 8))
     time.sleep(rng.uniform(0, 0.1))
     before = scoring.committed()
-    cluster.remove_node(nodes.pop(rng.randrange(len(nodes))), allow_graceful=False)
+    raylet = psutil.Process(scoring.begun()[-1][1]).ppid()
+    (node,) = (node for node in nodes if raylet == node.all_processes["raylet"][0].process.pid)
+    nodes.remove(node)
+    cluster.remove_node(node, allow_graceful=False)
     nodes.append(cluster.add_node(num_cpus=1))
     finish(driver)
     return before
