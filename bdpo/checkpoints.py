@@ -144,7 +144,7 @@ def why_incomplete(folder: StoragePath) -> str | None:
     """What is missing of a checkpoint, or shorter than it was written; None if nothing is."""
     try:
         workers = read_part(folder)["workers"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # other errors are of the storage
         return "part-0.json is missing or damaged"
     return next(filter(None, (_damage(folder, rank, hashes=False) for rank in range(workers))), None)
 
@@ -162,7 +162,7 @@ def _damage(folder: StoragePath, rank: int, hashes: bool = True) -> str | None:
                 return f"{name} is truncated"
             if hashes and sha256(folder / name) != file["sha256"]:
                 return f"{name} is damaged"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return f"{name} is missing or damaged"
     return None
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from jinja2 import TemplateError
 
-from bdpo.config import DataConfig, ModelConfig
+from bdpo.config import Config, DataConfig, ModelConfig
 from bdpo.errors import UserError
 from bdpo.models import files_digest, first_line, json_digest, model_folder
 
@@ -148,7 +148,7 @@ def load_tokenizer(model: ModelConfig) -> ChatTokenizer:
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of no files
         raise UserError(f"{folder}: no tokenizer can be loaded (its vocabulary is empty)")
     if model.chat_template:
-        tokenizer.chat_template = _read_template(Path(model.chat_template))
+        tokenizer.chat_template = read_template(model.chat_template)
     if not tokenizer.chat_template:
         raise UserError(
             f"model.name_or_path={model.name_or_path}: the tokenizer has no chat template; "
@@ -189,8 +189,19 @@ def tokenizer_fingerprint(model: ModelConfig) -> dict[str, str]:
     }
 
 
-def _read_template(file: Path) -> str:
+def with_template(config: Config) -> Config:
+    """The config with the template itself in place of its file, which other nodes may not have."""
+    if config.model.chat_template is None:
+        return config
+    model = config.model.model_copy(update={"chat_template": read_template(config.model.chat_template)})
+    return config.model_copy(update={"model": model})
+
+
+def read_template(file: str) -> str:
+    """The Jinja template of a file, or the template itself if that is given: no path has a brace."""
+    if "{" in file:
+        return file
     try:
-        return file.read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"model.chat_template={file}: cannot be read ({error})") from None

@@ -29,6 +29,7 @@ from bdpo.checkpoints import (
     Reported,
     Staging,
     load_first_whole,
+    none_whole,
     save_checkpoint,
 )
 from bdpo.config import Config, TrainConfig
@@ -46,8 +47,9 @@ from bdpo.storage import fetch, whole_folder
 from bdpo.tokens import ChatTokenizer, encode_pairs, load_tokenizer
 from bdpo.zero3 import build_engine, export
 
-# How far the loss is off before the first update, of 1 or more: rounding of two passes of the same weights.
-STEP_0_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+# How far the loss may be off before the first update: two passes of the same weights round differently, and
+# the sum over a response's tokens is off by the root of their number.
+STEP_0_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def train(
     plan = TrainingPlan(pairs.lengths, config.train, config.seed)
     engine = build_engine(config, plan.total_steps, plan.warmup_steps)
     staging, log = Staging(run), MetricsLog(run.metrics)
-    cursor = _resume(engine, run, log, reported)
+    cursor = _resume(engine, run, log, reported, config.train.save_steps)
     while cursor.step < plan.total_steps:
         if rungs and cursor.step in rungs.steps and not _at_rung(engine, pairs, run, rungs, cursor.step):
             return
@@ -170,12 +172,11 @@ def train(
         step = cursor.step + 1
         cursor = Cursor(step, step / plan.steps_per_epoch, cursor.num_tokens + tokens)
         metrics |= asdict(cursor) | {"tokens_per_second": tokens / (time.perf_counter() - started)}
-        last = step == plan.total_steps
-        if held_out and (last or step % config.train.eval_steps == 0):
+        last, at_rung = step == plan.total_steps, rungs is not None and step in rungs.steps
+        if held_out and (last or at_rung or step % config.train.eval_steps == 0):
             metrics |= evaluate(engine, held_out)
         if dist.get_rank() == 0:
             log.append(metrics)
-        at_rung = rungs is not None and step in rungs.steps
         if last or at_rung or step % config.train.save_steps == 0:
             reported()  # one checkpoint at a time is on its way to storage
             log.flush()
@@ -235,15 +236,21 @@ def best_first(train: TrainConfig, reported: Sequence[Reported]) -> list[Checkpo
     return [r.checkpoint for r in reversed(by_score)]
 
 
-def _resume(engine: Any, run: RunDir, log: MetricsLog, reported: Callable[[], Sequence[Reported]]) -> Cursor:
+def _resume(
+    engine: Any, run: RunDir, log: MetricsLog, reported: Callable[[], Sequence[Reported]], save_steps: int
+) -> Cursor:
     """Go on from the newest whole checkpoint and note that, or begin if none was ever reported."""
     newest_first = sorted(reported(), key=lambda r: r.metrics["step"], reverse=True)
     cursor, name = Cursor(), None
     damaged: dict[str, str] = {}
+    logged = log.read()
+    dist.barrier()  # before the first worker shortens the log
+    # A checkpoint is committed before the next but one is begun.
+    if not newest_first and logged and logged[-1]["step"] > 2 * save_steps:
+        raise none_whole({})
     if newest_first:
         cursor, name, damaged = load_first_whole(engine, [r.checkpoint for r in newest_first])
     if dist.get_rank() == 0:
-        logged = log.read()
         if newest_first or logged:
             reached = logged[-1]["step"] if logged else 0
             note = {"step": cursor.step, "reached": reached, "checkpoint": name, "damaged": damaged}
@@ -285,22 +292,32 @@ def _require_reference(pairs: PairLogps, output: LossOutput, config: Config) -> 
         return
     same = replace(pairs, policy_chosen=pairs.reference_chosen, policy_rejected=pairs.reference_rejected)
     expected = LOSSES[method.name](same, method).loss
-    off, worst = ((output.loss.detach() - expected).abs() / expected.clamp(min=1)).max(0)
-    if off > STEP_0_TOLERANCE[config.model.dtype]:
+    tokens = pairs.chosen_tokens + pairs.rejected_tokens
+    allowed = STEP_0_TOLERANCE[config.model.dtype] * (method.beta * tokens.sqrt()).clamp(min=1)
+    off, worst = ((output.loss.detach() - expected).abs() / expected.clamp(min=1) / allowed).max(0)
+    if off > 1:
         raise UserError(
             f"before the first step the loss of {method.name} is {output.loss[worst]:.5g} instead of "
             f"{expected[worst]:.5g}: policy and reference differ; "
-            "compare model and data with the fingerprint in scores/manifest.json"
+            "compare weights, dtype and chat_template with the fingerprint in scores/manifest.json"
         )
 
 
 def _at_rung(engine: Any, data: TrainingPairs, run: RunDir, rungs: Rungs, step: int) -> bool:
     """Hand the model over, unless a training before this one did: somebody may be reading it."""
-    if not rungs.exported(step):
+    if not _all_agree(rungs.exported(step)):
         _export(engine, data, run)
         dist.barrier()
-        rungs.hand_over(step)
-    return rungs.wait(step)
+        if dist.get_rank() == 0:
+            rungs.hand_over(step)
+    return _all_agree(rungs.wait(step))
+
+
+def _all_agree(answer: bool) -> bool:
+    """Whether every worker says yes: what lies in storage is not seen by all at the same moment."""
+    answers: list[bool] = [answer] * dist.get_world_size()
+    dist.all_gather_object(answers, answer)
+    return all(answers)
 
 
 def _export(engine: Any, data: TrainingPairs, run: RunDir) -> None:

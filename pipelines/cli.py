@@ -25,7 +25,7 @@ from bdpo.models import with_sandbox_files
 from bdpo.runs import RunDir
 from bdpo.sources import read_rows
 from bdpo.storage import StoragePath, discard
-from bdpo.tokens import load_tokenizer
+from bdpo.tokens import load_tokenizer, with_template
 
 console = Console()
 
@@ -63,7 +63,7 @@ def main(
             inspect(config, run)
             return
         with run.open(config):
-            resolved = with_sandbox_files(config)
+            resolved = with_template(with_sandbox_files(config))
             if config.fresh:
                 check_inputs(resolved)  # a typo must not cost a finished run
                 discard(*results(run))

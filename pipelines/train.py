@@ -94,10 +94,9 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
     steps = total_steps(ids, config.train, config.seed)
     check_lora(config)
     print_plan(config, scores.num_rows - len(held_out(ids, config.train.eval_fraction, config.seed)))
-    tracking = Tracking(config, run)
     connect()
     require("train", config.train.workers, config.train.gpus_per_worker)
-    with _progress(run, tracking, steps):
+    with _progress(run, Tracking(config, run), steps):
         fit(config, run, scores, fingerprint)
     return steps
 

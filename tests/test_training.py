@@ -103,7 +103,11 @@ def launch(configs, workers=1):
         )
         for rank in range(workers)
     ]
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0] * workers, "\n".join(outputs)
 
 
