@@ -264,10 +264,16 @@ def lock_holder(folder: StoragePath) -> str:
     if isinstance(folder, Path):
         return ""
     try:
-        found = json.loads((folder / ".lock").read_bytes())
+        found = json.loads(_get(folder / ".lock"))
         return f" (pid {found['pid']} on {found['host']})"
     except Exception:  # it has ended since, or the storage is away: no reason to say less of the rest
         return ""
+
+
+def _get(file: UPath) -> bytes:
+    """An object in one GET: an open file asks for its ETag first, which changes with every sign of life."""
+    content: bytes = file.fs.cat_file(file.path)
+    return content
 
 
 class Lease:
@@ -337,7 +343,7 @@ class Lease:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            content: dict[str, Any] = json.loads(self.file.read_bytes())
+            content: dict[str, Any] = json.loads(_get(self.file))
         except FileNotFoundError:
             return None
         return content
