@@ -284,8 +284,8 @@ def config_of(run_dir, inputs):
 
 def start(stage, config_file):
     arguments = [sys.executable, "-m", f"pipelines.{stage}", "--config", str(config_file)]
-    # A cluster of its own, and no worker of it killed, for whatever else runs on this machine.
-    environment = os.environ | {"RAY_ADDRESS": "local", "RAY_memory_monitor_refresh_ms": "0"}
+    # Ray kills workers when the machine runs out of memory, whoever took it.
+    environment = os.environ | {"RAY_memory_monitor_refresh_ms": "0"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
