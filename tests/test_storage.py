@@ -1,5 +1,6 @@
 """Object storage as a run's folder: the little that differs, on a real S3 server in a process of its own."""
 
+import io
 import json
 import os
 import shutil
@@ -177,6 +178,15 @@ class TestLock:
             pass
         assert RunDir(folder).config.read_text() == config.to_yaml()
 
+    def test_a_command_that_cannot_write_gives_the_lock_back(self, folder, tmp_path, monkeypatch):
+        config = tiny_config(folder, tmp_path, tmp_path)
+        monkeypatch.setattr(RunDir, "record", lambda *_: fail_after(io.StringIO()))
+        with pytest.raises(UserError, match="disk full"):
+            RunDir(folder).open(config)
+        monkeypatch.undo()
+        with RunDir(folder).open(config):
+            pass
+
     def test_the_lock_of_a_killed_command_is_taken(self, folder):
         code = f"""if True:
             import time
@@ -205,7 +215,7 @@ class TestLock:
         write_text(held.file, json.dumps({"token": "another's"}))
         held.beating.join(60)
         assert stopped
-        held.__exit__()
+        held.release()
         assert json.loads(held.file.read_bytes()) == {"token": "another's"}
 
 
