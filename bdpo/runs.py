@@ -22,15 +22,15 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
+from filelock import FileLock, Timeout
 
 from bdpo.config import Config
 from bdpo.errors import UserError
-from bdpo.storage import StoragePath, error_line, lock, lock_holder, storage_path, write_text
+from bdpo.storage import Lease, StoragePath, error_line, lock, lock_holder, storage_path, write_text
 
 Fingerprint = dict[str, Any]  # field name -> JSON value
 
@@ -81,7 +81,7 @@ class RunDir:
         """Whether the adapter that was trained with LoRA is there; it is whole then."""
         return (self.adapter / "adapter_config.json").is_file()
 
-    def open(self, config: Config) -> AbstractContextManager[Any]:
+    def open(self, config: Config) -> FileLock | Lease:
         """Make the folder, or find it again, for this command alone; returns the lock that says so.
 
         Raises:
@@ -99,7 +99,7 @@ class RunDir:
                 raise
             raise UserError(f"run_dir={self.root}: cannot be written ({error_line(error)})") from None
 
-    def _open(self, config: Config) -> AbstractContextManager[Any]:
+    def _open(self, config: Config) -> FileLock | Lease:
         if not self.config.is_file() and any(self.root.glob("[!.]*")):
             raise UserError(f"run_dir={self.root}: not empty, and not a run folder (no config.yaml)")
         if isinstance(self.root, Path):

@@ -22,7 +22,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Self, TypeAlias
 from urllib.parse import urlsplit
@@ -246,7 +246,7 @@ def arrow_filesystem(path: StoragePath) -> tuple[FileSystem, str]:
     return PyFileSystem(FSSpecHandler(path.fs)), path.path
 
 
-def lock(folder: StoragePath) -> AbstractContextManager[Any]:
+def lock(folder: StoragePath) -> FileLock | Lease:
     """Take a folder for this process alone, until the block ends or the process dies.
 
     Raises:
@@ -297,6 +297,10 @@ class Lease:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Stop beating and remove the object, if it is still this one's."""
         self.released.set()
         self.beating.join()
         if self._is_mine():
