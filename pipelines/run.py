@@ -13,13 +13,13 @@ from typing import Any
 
 from rich.table import Table
 
-from bdpo.config import Config, worker_range
-from bdpo.evaluation import load_items
+from bdpo.config import Config
 from bdpo.report import mi_scatter, mi_summary
 from bdpo.runs import RunDir, read_manifest, write_text
 from bdpo.scoring import read_scores
-from pipelines.cli import check_inputs, connect, console, main, require
+from pipelines.cli import console, main
 from pipelines.evaluate import evaluate_model, print_comparison
+from pipelines.preflight import refuse_what_cannot_end_well
 from pipelines.prepare import account_line
 from pipelines.score import run_score
 from pipelines.train import run_train
@@ -27,7 +27,8 @@ from pipelines.train import run_train
 
 def run_all(config: Config, run: RunDir) -> None:
     """Run every stage that is not done, then print and write the report."""
-    _preflight(config, run)
+    if read_manifest(run.eval("trained") / "summary.json") is None:
+        refuse_what_cannot_end_well(config, run)
     score = run_score(config, run)
     base = evaluate_model(config, run, "base")
     train = run_train(config, run)
@@ -39,17 +40,6 @@ def run_all(config: Config, run: RunDir) -> None:
         "evaluate trained": trained["seconds"],
     }
     _report(config, run, {"base": base, "trained": trained}, seconds)
-
-
-def _preflight(config: Config, run: RunDir) -> None:
-    """What would stop a later stage stops the run before its first."""
-    check_inputs(config)
-    load_items(config.evaluate)
-    if read_manifest(run.eval("trained") / "summary.json") is None:
-        connect()
-        for name in ("score", "train", "evaluate"):
-            section = getattr(config, name)
-            require(name, worker_range(section.workers)[0], section.gpus_per_worker)
 
 
 def _report(

@@ -44,7 +44,7 @@ def run_train(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 # Where and how often is not what: these keys may change between a kill and the resume.
-_FREE = {"gpus_per_worker", "workers", "save_steps", "save_total_limit", "max_failures"}
+_FREE = {"accelerator_type", "gpus_per_worker", "workers", "save_steps", "save_total_limit", "max_failures"}
 
 
 def train_fingerprint(config: Config, run: RunDir) -> Fingerprint:
@@ -63,7 +63,8 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
     total_steps = TrainingPlan([0] * scores.num_rows, config.train, config.seed).total_steps
     _refuse_other_workers(config, run, fingerprint)
     connect()
-    require("train", config.train.workers, config.train.gpus_per_worker)
+    accelerator = config.train.accelerator_type
+    require("train", config.train.workers, config.train.gpus_per_worker, accelerator=accelerator)
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -75,6 +76,7 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
             use_gpu=gpus > 0,
+            accelerator_type=accelerator,
             resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
         ),
         run_config=RunConfig(

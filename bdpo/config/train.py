@@ -14,6 +14,9 @@ class TrainConfig(Section):
 
     workers: Positive = 1
     gpus_per_worker: float = Field(1.0, ge=0)
+    accelerator_type: str | None = Field(
+        None, description="train on nodes of this GPU alone: H100, A100, ..."
+    )
     zero_stage: Literal[1, 2, 3] = 3
     global_batch_size: Positive = Field(64, description="pairs of one optimizer step, over all workers")
     tokens_per_micro_batch: Positive = Field(16384, description="padded tokens of one forward-backward")
