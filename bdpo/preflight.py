@@ -234,7 +234,7 @@ def check_token(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
     for node in nodes:
         if node.auth_mode != "token":
             raise UserError(
-                f"node {node.address}: RAY_AUTH_MODE={node.auth_mode}, so whoever reaches it runs code there; "
+                f"node {node.address}: RAY_AUTH_MODE={node.auth_mode}, whoever reaches it runs code there; "
                 "start Ray with RAY_AUTH_MODE=token and a token on every node"
             )
     return "RAY_AUTH_MODE=token on every node"

@@ -95,7 +95,7 @@ def _evaluate(run: RunDir, name: str) -> Stage:
     return _stage(
         f"evaluate {name}",
         summary is not None and bool(summary["valid"]),
-        answers > 0,
+        answers + verdicts > 0,
         answers=answers,
         verdicts=verdicts,
         valid=summary and summary["valid"],
