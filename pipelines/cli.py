@@ -56,8 +56,7 @@ def main(
         with run.open(config):
             resolved = with_sandbox_files(config)
             if config.fresh:
-                for check in (check_model, check_data):  # a typo must not cost a finished run
-                    check(resolved, run)
+                check_inputs(resolved)  # a typo must not cost a finished run
                 discard(*results(run))
             stage(resolved, run)
             run.record(config)
@@ -67,6 +66,16 @@ def main(
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def check_inputs(config: Config) -> None:
+    """Make sure that model, tokenizer and data can be read, before anything is discarded or begun.
+
+    Raises:
+        UserError: one of them cannot.
+    """
+    for check in (check_model, check_data):
+        check(config, RunDir(config.run_dir))
 
 
 _EPILOG = """\
