@@ -11,7 +11,6 @@ import hashlib
 import heapq
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from bdpo.errors import UserError
 from bdpo.formats import FORMATS, BadRow, Excluded, Pair, detect
 from bdpo.models import json_digest
 from bdpo.sources import NumberedRow, Row, Unreadable, read_rows
+from bdpo.storage import StoragePath, matching, open_parquet, private_file, whole_folder
 from bdpo.tokens import ChatTokenizer, PromptTooLong, encode_pair
 
 ROW_GROUP = 512
@@ -64,6 +64,7 @@ class _Account:
 
     source: str
     format: str
+    bad_rows: StoragePath
     rows: int = 0
     quarantined: Counter[str] = field(default_factory=Counter)
     excluded: Counter[str] = field(default_factory=Counter)
@@ -91,8 +92,8 @@ class _Account:
 def prepare(
     config: DataConfig,
     chat: ChatTokenizer,
-    out: Path,
-    quarantine: Path,
+    out: StoragePath,
+    quarantine: StoragePath,
     seed: int,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Any]:
@@ -114,30 +115,22 @@ def prepare(
         reason = first.reason if isinstance(first, Unreadable) else ""
         raise UserError(f"data.path={config.path}: no row can be read (row {number}: {reason})")
     name = detect(sample_rows, f"data.path={config.path}") if config.format == "auto" else config.format
-    account = _Account(config.path, name)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        with _private_file(quarantine) as bad:
+    account = _Account(config.path, name, quarantine / "quarantine.jsonl")
+    with whole_folder(out) as unfinished:
+        with private_file(account.bad_rows) as bad:
             pairs = _usable(chain(head, rows), _Checker(config, name, chat), account, bad, config, progress)
             if config.sample:
                 pairs = _sample(pairs, config, seed, account)
             _write(pairs, unfinished, account)
-        summary = account.summary()
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return summary
+        return account.summary()
 
 
-def read_pairs(folder: Path, first: int, count: int) -> pa.Table:
+def read_pairs(folder: StoragePath, first: int, count: int) -> pa.Table:
     """Rows [first, first + count) of the pairs that `prepare` wrote; only their row groups are read."""
     tables = []
     position = 0
     for part in _parts(folder):
-        with pq.ParquetFile(part) as parquet:
+        with pq.ParquetFile(open_parquet(part)) as parquet:
             for group in range(parquet.num_row_groups):
                 start, position = position, position + parquet.metadata.row_group(group).num_rows
                 begin, end = max(first, start), min(first + count, position)
@@ -146,13 +139,13 @@ def read_pairs(folder: Path, first: int, count: int) -> pa.Table:
     return pa.concat_tables(tables) if tables else PAIR_SCHEMA.empty_table()
 
 
-def count_pairs(folder: Path) -> int:
+def count_pairs(folder: StoragePath) -> int:
     """How many pairs `prepare` wrote into `folder`."""
-    return sum(pq.read_metadata(part).num_rows for part in _parts(folder))
+    return sum(pq.read_metadata(open_parquet(part)).num_rows for part in _parts(folder))
 
 
-def _parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.parquet"))
+def _parts(folder: StoragePath) -> list[StoragePath]:
+    return matching(folder, "*.parquet")
 
 
 class _Checker:
@@ -229,7 +222,7 @@ def _usable(
         raise UserError(
             f"data.path={config.path}: {account.quarantined.total()} of {account.rows} rows are bad, more "
             f"than data.max_bad_fraction={config.max_bad_fraction} ({reasons}); "
-            f"the first is row {first_bad}, all are in {bad.name}"
+            f"the first is row {first_bad}, all are in {account.bad_rows}"
         )
 
 
@@ -274,11 +267,3 @@ def _write(pairs: Iterator[_Usable], folder: Path, account: _Account) -> None:
             f"data.path={account.source}: none of {account.rows} rows is usable "
             f"({account.quarantined.total()} bad, {account.excluded.total()} excluded by its format)"
         )
-
-
-def _private_file(folder: Path) -> IO[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    file = folder / "quarantine.jsonl"
-    file.unlink(missing_ok=True)
-    return open(file, "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600))

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdpo.config import SANDBOX, Config, ModelConfig
 from bdpo.errors import UserError
+from bdpo.storage import StoragePath, error_line, fetch, storage_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,13 +23,8 @@ if TYPE_CHECKING:
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
-def cache_folder() -> Path:
-    """Where things that are made once on a machine are kept: `$BDPO_CACHE`, else `~/.cache/bdpo`."""
-    return Path(os.environ.get("BDPO_CACHE") or Path.home() / ".cache" / "bdpo")
-
-
 def model_folder(model: ModelConfig) -> Path:
-    """The local folder of a model: the sandbox's, a folder as named, or the hub's cached snapshot.
+    """The local folder of a model: the sandbox's, a folder as named, or the cached one of a URL or the hub.
 
     Raises:
         UserError: nothing is found under the name, or its safetensors weights are missing or damaged.
@@ -38,7 +34,9 @@ def model_folder(model: ModelConfig) -> Path:
 
         return sandbox_folder(sandbox_seed(model)) / "model"
     folder = Path(model.name_or_path).expanduser()
-    if not folder.is_dir():
+    if "://" in model.name_or_path:
+        folder = fetched_folder(model.name_or_path, "model.name_or_path")
+    elif not folder.is_dir():
         folder = hub_snapshot(model.name_or_path, model.revision, "model.name_or_path")
     if not (folder / "config.json").is_file():
         raise UserError(f"model.name_or_path={model.name_or_path}: the folder has no config.json")
@@ -141,14 +139,15 @@ def weights_digest(folder: Path) -> str:
     return files_digest([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
 
 
-def files_digest(files: list[Path], root: Path | None = None) -> str:
+def files_digest(files: Sequence[StoragePath], root: Path | None = None) -> str:
     """SHA-256 over names (below `root`, else bare) and contents of files, as 32 hexadecimal digits."""
     digests = {}
-    for file in filter(Path.is_file, files):
+    for file in files:
+        if not file.is_file():
+            continue
         with file.open("rb") as stream:
-            digests[str(file.relative_to(root or file.parent))] = hashlib.file_digest(
-                stream, "sha256"
-            ).hexdigest()
+            name = str(file.relative_to(root)) if root and isinstance(file, Path) else file.name
+            digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
     return json_digest(digests)
 
 
@@ -161,6 +160,20 @@ def json_digest(value: Any) -> str:
 def first_line(error: Exception) -> str:
     """The first line of a library's error: enough for one line of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def fetched_folder(url: str, key: str) -> Path:
+    """The cached copy of a folder on object storage; `key` is what an error names.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    try:
+        return fetch(storage_path(url, key))
+    except UserError:
+        raise
+    except Exception as error:  # every protocol of fsspec has errors of its own
+        raise UserError(f"{key}={url}: cannot be read ({error_line(error)})") from None
 
 
 def hub_snapshot(name: str, revision: str | None, key: str) -> Path:

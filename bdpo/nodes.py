@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from bdpo.runs import RunDir
+from bdpo.storage import error_line
 
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "pyarrow")
 
@@ -50,8 +51,8 @@ def _storage_error(run: RunDir, nonce: str) -> str | None:
             return "reads something else there"
     except FileNotFoundError:
         return "does not see what the driver wrote there"
-    except Exception as error:  # whatever a storage library raises
-        return f"cannot read it ({type(error).__name__})"
+    except Exception as error:  # every protocol of fsspec has errors of its own
+        return f"cannot read it ({error_line(error)})"
     return None
 
 

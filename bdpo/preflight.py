@@ -26,9 +26,10 @@ from bdpo.evaluation import load_items
 from bdpo.formats import FORMATS, BadRow, Excluded, Pair, detect
 from bdpo.models import model_config
 from bdpo.nodes import NodeFacts
-from bdpo.plan import TrainingPlan
 from bdpo.runs import RunDir, read_manifest
 from bdpo.sources import Unreadable, read_rows
+from bdpo.status import training_steps
+from bdpo.storage import error_line, write_bytes
 from bdpo.tokens import ChatTokenizer, EncodedPair, Message, PromptTooLong, encode_pair, load_tokenizer
 
 AUDITED_PAIRS = 10
@@ -164,7 +165,7 @@ def check_batches(config: Config, run: RunDir) -> str:
     steps = None
     if account:
         pairs = account["account"]["kept"]
-        steps = TrainingPlan([0] * pairs, train, config.seed).total_steps
+        steps = training_steps(config, pairs)
         found += f"; {pairs} pairs make {steps} steps"
     longest = 2 * data.max_length - 1
     if train.tokens_per_micro_batch < longest:
@@ -181,12 +182,11 @@ def check_storage(config: Config, run: RunDir) -> str:
     """The run folder or bucket can be written, read and cleaned."""
     probe, content = run.root / f".preflight-{uuid.uuid4().hex}", os.urandom(64)
     try:
-        run.root.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(content)
+        write_bytes(probe, content)
         whole = probe.read_bytes() == content
         probe.unlink()
-    except Exception as error:  # whatever a storage library raises: no permission, no bucket, no such host
-        raise UserError(f"run_dir={run.root}: cannot be written ({type(error).__name__})") from None
+    except Exception as error:  # every protocol of fsspec has errors of its own
+        raise UserError(f"run_dir={run.root}: cannot be written ({error_line(error)})") from None
     if not whole:
         raise UserError(f"run_dir={run.root}: does not give back what was written")
     return f"run_dir={run.root}: written and read"
@@ -293,7 +293,7 @@ def expected_hours(config: Config, run: RunDir, tokens_per_second: float | None)
     pair_tokens = sum(_tokens(ids) for ids in encoded) / len(encoded)
     pairs = _expected_pairs(config, run)
     score_tokens = pairs * pair_tokens
-    steps = TrainingPlan([0] * pairs, config.train, config.seed).total_steps
+    steps = training_steps(config, pairs)
     train_tokens = steps * min(config.train.global_batch_size, pairs) * pair_tokens
     found = (
         f"{score_tokens / 1e6:.3g} M tokens to score, {train_tokens / 1e6:.3g} M to train in {steps} steps"

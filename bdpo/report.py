@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from bdpo.config import MethodConfig
+from bdpo.storage import StoragePath, write_bytes
 
 GROUPS = ("safe", "unsafe", None)
 _COLOURS = {"safe": "#0072b2", "unsafe": "#d55e00", None: "#555555"}  # told apart by every eye (Okabe, Ito)
@@ -36,7 +37,7 @@ def mi_summary(scores: pa.Table, method: MethodConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def mi_scatter(scores: pa.Table, file: Path) -> None:
+def mi_scatter(scores: pa.Table, file: StoragePath) -> None:
     """Figure 2 of the paper: MI of the rejected against the chosen response, a colour for each group.
 
     Of many pairs only a fixed number is drawn, always the same ones.
@@ -58,8 +59,9 @@ def mi_scatter(scores: pa.Table, file: Path) -> None:
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=160)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=160, format=file.suffix[1:])
+    write_bytes(file, picture.getvalue())
 
 
 def _by_group(scores: pa.Table) -> list[tuple[str | None, np.ndarray, np.ndarray]]:

@@ -7,7 +7,6 @@ made of them. Nothing here depends on alpha, beta or training, so every trial sh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +21,7 @@ from bdpo.models import load_model, model_folder, weights_digest
 from bdpo.packing import Tree, length_sorted_batches
 from bdpo.runs import Fingerprint, RunDir, finished, read_manifest, write_manifest
 from bdpo.shards import ShardStore
+from bdpo.storage import StoragePath
 from bdpo.tokens import EncodedPair, encode_pairs, load_tokenizer, tokenizer_fingerprint
 
 SCORE_SCHEMA = pa.schema(
@@ -150,7 +150,7 @@ def reference_logps(
 class ShardScorer:
     """An actor of the scoring pool: reads a range of pairs, scores it, commits the shard itself."""
 
-    def __init__(self, config: Config, run_dir: Path, fingerprint: Fingerprint, device: str) -> None:
+    def __init__(self, config: Config, run_dir: StoragePath, fingerprint: Fingerprint, device: str) -> None:
         self.run = RunDir(run_dir)
         self.store = score_store(self.run, fingerprint)
         self.scorer = ReferenceScorer(config, device)

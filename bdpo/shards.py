@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bdpo.runs import Fingerprint, refuse_other
+from bdpo.storage import StoragePath, matching, parquet_bytes, write_bytes
 
 _NAME = re.compile(r"part-(\d{9})-([0-9a-f]{16})\.parquet")
 _METADATA_KEY = b"bdpo.fingerprint"
@@ -29,25 +28,17 @@ _METADATA_KEY = b"bdpo.fingerprint"
 class ShardStore:
     """Shards of `schema` in `folder`; `mode` is the file mode, 0600 for text that is private."""
 
-    folder: Path
+    folder: StoragePath
     schema: pa.Schema
     fingerprint: Fingerprint
     mode: int = 0o644
 
-    def write(self, first_row: int, table: pa.Table) -> Path:
-        """Commit the rows from `first_row` on: temporary name, fsync, rename."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700 if self.mode == 0o600 else 0o755)
+    def write(self, first_row: int, table: pa.Table) -> StoragePath:
+        """Commit the rows from `first_row` on."""
         metadata = {_METADATA_KEY: json.dumps(self.fingerprint).encode()}
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table.cast(self.schema).replace_schema_metadata(metadata), buffer)
-        content = buffer.getvalue()
+        content = parquet_bytes(table.cast(self.schema).replace_schema_metadata(metadata))
         shard = self.folder / f"part-{first_row:09d}-{_digest(content)}.parquet"
-        temporary = self.folder / f".{shard.name}.{os.getpid()}"
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, self.mode), "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.rename(shard)
+        write_bytes(shard, content, self.mode)
         return shard
 
     def finished(self) -> dict[int, int]:
@@ -56,7 +47,7 @@ class ShardStore:
         Raises:
             UserError: a shard was made with other inputs; the message names the field.
         """
-        return {first_row: self._rows(shard) for first_row, shard in self._shards()}
+        return {first: self._rows(shard, content) for first, shard, content in self._shards()}
 
     def missing(self, total_rows: int, shard_rows: int) -> list[tuple[int, int]]:
         """(first row, number of rows) still to be made so that all rows are there exactly once.
@@ -71,31 +62,35 @@ class ShardStore:
 
     def read(self) -> pa.Table:
         """All rows in order."""
-        tables = [pq.read_table(shard, partitioning=None) for _, shard in self._shards()]
+        tables = [pq.read_table(pa.BufferReader(content)) for *_, content in self._shards()]
         return pa.concat_tables(tables).replace_schema_metadata(None) if tables else self.schema.empty_table()
 
     def read_shard(self, first_row: int) -> pa.Table:
         """The rows of the shard that starts at `first_row`."""
-        return pq.read_table(next(self.folder.glob(f"part-{first_row:09d}-*.parquet")), partitioning=None)
+        shard = matching(self.folder, f"part-{first_row:09d}-*.parquet")[0]
+        return pq.read_table(pa.BufferReader(shard.read_bytes()))
 
     def remove(self, first_row: int) -> None:
         """Forget the shard that starts at `first_row`, so that its rows are made again."""
-        for shard in self.folder.glob(f"part-{first_row:09d}-*.parquet"):
+        for shard in matching(self.folder, f"part-{first_row:09d}-*.parquet"):
             shard.unlink()
 
-    def _shards(self) -> Iterator[tuple[int, Path]]:
-        """Valid shards by first row. A retried task may have written its rows twice: the first stays."""
+    def _shards(self) -> Iterator[tuple[int, StoragePath, bytes]]:
+        """(first row, file, content) of valid shards, by first row.
+
+        A retried task may have written its rows twice: the first stays.
+        """
         seen = -1
-        for shard in sorted(self.folder.glob("part-*.parquet")):
-            match = _NAME.fullmatch(shard.name)
-            if match and int(match[1]) != seen and _digest(shard.read_bytes()) == match[2]:
+        for shard in matching(self.folder, "part-*.parquet"):
+            match, content = _NAME.fullmatch(shard.name), shard.read_bytes()
+            if match and int(match[1]) != seen and _digest(content) == match[2]:
                 seen = int(match[1])
-                yield seen, shard
+                yield seen, shard, content
             else:
                 shard.unlink()
 
-    def _rows(self, shard: Path) -> int:
-        parquet = pq.read_metadata(shard)
+    def _rows(self, shard: StoragePath, content: bytes) -> int:
+        parquet = pq.read_metadata(pa.BufferReader(content))
         made_with = json.loads((parquet.metadata or {}).get(_METADATA_KEY, b"{}"))
         refuse_other(shard, made_with, self.fingerprint)
         return int(parquet.num_rows)

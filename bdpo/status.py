@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ from bdpo.errors import UserError
 from bdpo.evaluation.answers import MODEL_NAMES
 from bdpo.plan import TrainingPlan
 from bdpo.runs import MetricsLog, RunDir, read_manifest
+from bdpo.storage import StoragePath, matching, open_parquet
 
 State = Literal["done", "begun", "not begun"]
 Stage = dict[str, Any]  # `stage` and `state` first, then what there is to know, numbers and names alone
@@ -72,17 +74,17 @@ def _score(run: RunDir, pairs: int | None) -> Stage:
 def _train(run: RunDir, config: Config, pairs: int | None) -> Stage:
     metrics = MetricsLog(run.metrics).read()
     last: dict[str, Any] = metrics[-1] if metrics else {}
-    checkpoints = sorted(run.train.glob("ray/checkpoint_*"))
-    total = TrainingPlan([0] * pairs, config.train, config.seed).total_steps if pairs else None
+    checkpoints = matching(run.train / "ray", "checkpoint_*")
     manifest = read_manifest(run.train / "manifest.json")
     return _stage(
         "train",
-        manifest is not None and run.model.is_dir(),
+        manifest is not None and run.has_model(),
         bool(metrics),
         steps=int(last.get("step", 0)),
-        of=total,
+        of=training_steps(config, pairs) if pairs else None,
         checkpoints=len(checkpoints),
         last_checkpoint=checkpoints[-1].name if checkpoints else None,
+        recoveries=len(MetricsLog(run.recoveries).read()),
         loss=last.get("loss"),
         tokens_per_second=last.get("tokens_per_second"),
     )
@@ -102,12 +104,21 @@ def _evaluate(run: RunDir, name: str) -> Stage:
     )
 
 
-def _shards(folder: Path) -> tuple[int, int]:
-    """Number of shards in a folder, and of rows in them."""
-    shards = list(folder.glob("part-*.parquet"))
-    return len(shards), sum(_rows(shard) for shard in shards)
+def training_steps(config: Config, pairs: int) -> int:
+    """Optimizer steps of a training on so many prepared pairs, held-out ones aside."""
+    trained_on = pairs - math.ceil(config.train.eval_fraction * pairs)
+    return TrainingPlan([0] * trained_on, config.train, config.seed).total_steps
 
 
-def _rows(shard: Path) -> int:
-    with shard.open("rb") as stream:
-        return int(pq.read_metadata(stream).num_rows)
+def _shards(folder: StoragePath) -> tuple[int, int]:
+    """Number of shards in a folder, and of rows in them; a bucket answers many requests at a time."""
+    shards = matching(folder, "part-*.parquet")
+    with ThreadPoolExecutor(8) as pool:
+        return len(shards), sum(pool.map(_rows, shards))
+
+
+def _rows(shard: StoragePath) -> int:
+    try:
+        return int(pq.read_metadata(open_parquet(shard)).num_rows)
+    except FileNotFoundError:  # the run is at work: it was removed since it was listed
+        return 0

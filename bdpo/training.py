@@ -7,10 +7,10 @@ becomes of a checkpoint. No reference model is ever loaded: what it said of ever
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,29 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from bdpo.config import Config
+from bdpo.checkpoints import (
+    Checkpoint,
+    Cursor,
+    Metrics,
+    Report,
+    Reported,
+    Staging,
+    load_first_whole,
+    save_checkpoint,
+)
+from bdpo.config import Config, TrainConfig
 from bdpo.data import read_pairs
+from bdpo.errors import UserError
 from bdpo.logps import pair_logps, why_plain_rows
 from bdpo.losses import LOSSES, LossOutput, PairLogps
 from bdpo.mi import balance_weights
 from bdpo.models import model_config
 from bdpo.packing import tree_tokens
-from bdpo.plan import TrainingPlan
-from bdpo.runs import MetricsLog, RunDir, discard
+from bdpo.plan import TrainingPlan, deal, held_out
+from bdpo.runs import MetricsLog, RunDir
+from bdpo.storage import whole_folder
 from bdpo.tokens import ChatTokenizer, encode_pairs, load_tokenizer
 from bdpo.zero3 import build_engine, export
-
-Metrics = dict[str, float]
-Report = Callable[[Path, Metrics], None]
 
 # |loss - ln 2| before the first update: rounding of two forward passes of the same weights.
 STEP_0_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
@@ -70,6 +79,25 @@ class TrainingPairs:
         rows = self.scores.take(indices)
         return sum(sum(rows[f"{part}_tokens"].to_pylist()) for part in ("prompt", "chosen", "rejected"))
 
+    def names(self, indices: Sequence[int]) -> str:
+        """Ids of some pairs, for a message."""
+        return "pairs " + ", ".join(self.table["pair_id"].take(indices).to_pylist())
+
+    def split(self) -> tuple[TrainingPairs, TrainingPairs | None]:
+        """Those to train on, and those held out for evaluation if there are any."""
+        ids: list[str] = self.table["pair_id"].to_pylist()
+        out = held_out(ids, self.config.train.eval_fraction, self.config.seed)
+        return (self._take(sorted(set(range(len(ids))) - set(out))), self._take(out)) if out else (self, None)
+
+    def _take(self, rows: list[int]) -> TrainingPairs:
+        return replace(
+            self,
+            table=self.table.take(rows),
+            scores=self.scores.take(rows),
+            weight_chosen=self.weight_chosen[rows],
+            weight_rejected=self.weight_rejected[rows],
+        )
+
     def logps(self, model: Any, indices: Sequence[int]) -> PairLogps:
         """Forward the policy over some pairs and put the reference's log-probs beside its own."""
         pairs = encode_pairs(self.chat, self.table.take(indices).to_pylist(), self.config.data)
@@ -100,40 +128,44 @@ class TrainingPairs:
         )
 
 
-def train(config: Config, run: RunDir, scores: pa.Table, checkpoint: Path | None, report: Report) -> None:
-    """Train to the last step, from `checkpoint` if there is one, then write the model to `run.model`.
+def train(
+    config: Config, run: RunDir, scores: pa.Table, reported: Callable[[], Sequence[Reported]], report: Report
+) -> None:
+    """Train to the last step, from the newest whole checkpoint, then write the model to `run.model`.
 
     Called by every worker of an initialised process group. `report` gets a folder with this worker's
-    part of a checkpoint, which is removed when it returns, and the metrics of its step.
+    part of a checkpoint, which it removes, and the metrics of its step; `reported` waits until all that
+    was reported counts as a checkpoint and returns what is kept of it.
 
     Raises:
-        RuntimeError: step-0 loss is not ln 2, or the checkpoint is of another number of workers.
-        FloatingPointError: a loss is not finite; the message names the pairs.
+        UserError: policy and reference differ before the first step; none of the checkpoints is whole or
+            they are of another number of workers; the disk is full.
+        FloatingPointError: a loss or a gradient is not finite; the message names the pairs.
     """
-    data = TrainingPairs.load(config, run, scores)
-    plan = TrainingPlan(data.lengths, config.train, config.seed)
-    engine = build_engine(config, plan.total_steps)
-    step, num_tokens = load_checkpoint(engine, checkpoint) if checkpoint else (0, 0)
-    log = MetricsLog(run.metrics)
-    if dist.get_rank() == 0:
-        log.keep(step)
-    while step < plan.total_steps:
+    pairs, held_out = TrainingPairs.load(config, run, scores).split()
+    plan = TrainingPlan(pairs.lengths, config.train, config.seed)
+    engine = build_engine(config, plan.total_steps, plan.warmup_steps)
+    staging, log = Staging(run), MetricsLog(run.metrics)
+    cursor = _resume(engine, run, log, reported)
+    while cursor.step < plan.total_steps:
         started = time.perf_counter()
-        metrics = train_step(engine, data, plan, step)
-        step += 1
-        tokens = data.tokens(plan.global_batch(step - 1))
-        num_tokens += tokens
-        metrics |= {
-            "step": step,
-            "epoch": step / plan.steps_per_epoch,
-            "num_tokens": num_tokens,
-            "tokens_per_second": tokens / (time.perf_counter() - started),
-        }
+        metrics = train_step(engine, pairs, plan, cursor.step)
+        tokens = pairs.tokens(plan.global_batch(cursor.step))
+        step = cursor.step + 1
+        cursor = Cursor(step, step / plan.steps_per_epoch, cursor.num_tokens + tokens)
+        metrics |= asdict(cursor) | {"tokens_per_second": tokens / (time.perf_counter() - started)}
+        last = step == plan.total_steps
+        if held_out and (last or step % config.train.eval_steps == 0):
+            metrics |= evaluate(engine, held_out)
         if dist.get_rank() == 0:
             log.append(metrics)
-        if step % config.train.save_steps == 0 or step == plan.total_steps:
-            save_checkpoint(engine, step, num_tokens, metrics, report)
-    _export_whole(engine, data.chat, run)
+        if last or step % config.train.save_steps == 0:
+            reported()  # one checkpoint at a time is on its way to storage
+            log.flush()
+            save_checkpoint(engine, cursor, metrics, staging, report)
+    if config.train.load_best_model_at_end:
+        load_first_whole(engine, best_first(config.train, reported()))
+    _export_whole(engine, pairs.chat, run)
 
 
 def train_step(engine: Any, data: TrainingPairs, plan: TrainingPlan, step: int) -> Metrics:
@@ -152,69 +184,90 @@ def train_step(engine: Any, data: TrainingPairs, plan: TrainingPlan, step: int) 
         engine.set_gradient_accumulation_boundary(number == len(micro_batches))
         engine.backward(output.loss.sum() * scale)
         engine.step()
-        for name, values in {"loss": output.loss.detach(), **output.metrics}.items():
-            sums[name] = sums.get(name, torch.zeros((), device=values.device)) + bool(indices) * values.sum()
-    totals = torch.stack(list(sums.values())).double()
-    dist.all_reduce(totals)
-    means = dict(zip(sums, (totals / len(pairs_of_step)).tolist(), strict=True))
-    return {**means, "grad_norm": float(engine.get_global_grad_norm()), "learning_rate": learning_rate}
+        _add(sums, output, bool(indices))
+    grad_norm = float(engine.get_global_grad_norm())
+    # DeepSpeed leaves the weights as they are then, on every worker, and would go on with the next step.
+    if not (engine.was_step_applied() and math.isfinite(grad_norm)):
+        raise FloatingPointError(f"the gradient of step {step} is not finite: {data.names(pairs_of_step)}")
+    return {**_means(sums, len(pairs_of_step)), "grad_norm": grad_norm, "learning_rate": learning_rate}
 
 
-def save_checkpoint(engine: Any, step: int, num_tokens: int, metrics: Metrics, report: Report) -> None:
-    """Every worker writes its part of the engine's state, and the cursor, to a folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="bdpo-checkpoint-") as folder:
-        cursor = {"step": step, "num_tokens": num_tokens, "workers": dist.get_world_size()}
-        engine.save_checkpoint(folder, tag="state", client_state={"cursor": cursor})
-        dist.barrier()
-        report(Path(folder), metrics)
+@torch.no_grad()
+def evaluate(engine: Any, data: TrainingPairs) -> Metrics:
+    """Metrics of held-out pairs, prefixed with `eval_`, the same on every worker."""
+    rank, workers, rows = dist.get_rank(), dist.get_world_size(), range(data.table.num_rows)
+    sums: dict[str, torch.Tensor] = {}
+    engine.eval()
+    for indices in deal(rows, data.lengths, data.config.train.tokens_per_micro_batch, workers)[rank]:
+        _add(sums, _loss(engine, data, indices or rows[:1]), bool(indices))
+    engine.train()
+    metrics = {f"eval_{name}": mean for name, mean in _means(sums, len(rows)).items()}
+    best = data.config.train.best_metric
+    if best and best not in metrics:
+        raise UserError(f"train.metric_for_best_model={best}: there are {', '.join(sorted(metrics))}")
+    return metrics
 
 
-def load_checkpoint(engine: Any, folder: Path) -> tuple[int, int]:
-    """Restore the engine and return the cursor: (steps done, tokens seen).
+def best_first(train: TrainConfig, reported: Sequence[Reported]) -> list[Checkpoint]:
+    """Checkpoints by `metric_for_best_model`, the best one first, of equals the newest."""
+    metric, sign = train.best_metric, 1 if train.best_is_greatest else -1
+    by_score = sorted(reported, key=lambda r: (sign * r.metrics[metric], r.metrics["step"]))  # type: ignore[index]
+    return [r.checkpoint for r in reversed(by_score)]
 
-    Raises:
-        RuntimeError: the checkpoint is incomplete or was made by another number of workers.
-    """
-    parts = len(list(folder.glob("state/*_optim_states.pt")))
-    if parts != dist.get_world_size():
-        raise RuntimeError(
-            f"{folder}: a checkpoint of {parts} workers cannot be resumed by {dist.get_world_size()}; "
-            f"set train.workers={parts}"
-        )
-    path, client_state = engine.load_checkpoint(str(folder), tag="state")
-    if path is None:
-        raise RuntimeError(f"{folder}: not a checkpoint that DeepSpeed can load")
-    return client_state["cursor"]["step"], client_state["cursor"]["num_tokens"]
+
+def _resume(engine: Any, run: RunDir, log: MetricsLog, reported: Callable[[], Sequence[Reported]]) -> Cursor:
+    """Go on from the newest whole checkpoint and note that, or begin if none was ever reported."""
+    newest_first = sorted(reported(), key=lambda r: r.metrics["step"], reverse=True)
+    cursor, name = Cursor(), None
+    damaged: dict[str, str] = {}
+    if newest_first:
+        cursor, name, damaged = load_first_whole(engine, [r.checkpoint for r in newest_first])
+    if dist.get_rank() == 0:
+        logged = log.read()
+        if newest_first or logged:
+            reached = logged[-1]["step"] if logged else 0
+            note = {"step": cursor.step, "reached": reached, "checkpoint": name, "damaged": damaged}
+            MetricsLog(run.recoveries).append(note)
+        log.keep(cursor.step)
+    return cursor
 
 
 def _loss(engine: Any, data: TrainingPairs, indices: Sequence[int]) -> LossOutput:
     output = LOSSES[data.config.method.name](data.logps(engine, indices), data.config.method)
     finite = torch.isfinite(output.loss)
     if not finite.all():
-        bad = data.table["pair_id"].take(torch.tensor(indices)[~finite.cpu()].tolist()).to_pylist()
-        raise FloatingPointError(f"the loss of pairs {', '.join(bad)} is not finite")
+        bad = data.names(torch.tensor(indices)[~finite.cpu()].tolist())
+        raise FloatingPointError(f"the loss is not finite: {bad}")
     return output
+
+
+def _add(sums: dict[str, torch.Tensor], output: LossOutput, counts: bool) -> None:
+    """Add a micro-batch to the sums over pairs, unless it only stood in for an empty one."""
+    for name, values in {"loss": output.loss.detach(), **output.metrics}.items():
+        sums[name] = sums.get(name, torch.zeros((), device=values.device)) + counts * values.sum()
+
+
+def _means(sums: dict[str, torch.Tensor], pairs: int) -> Metrics:
+    """Sums of every worker -> means over all pairs."""
+    totals = torch.stack(list(sums.values())).double()
+    dist.all_reduce(totals)
+    return dict(zip(sums, (totals / pairs).tolist(), strict=True))
 
 
 def _require_ln2(output: LossOutput, config: Config) -> None:
     """Before any update policy and reference are the same model, so every pair's loss is ln 2."""
     off = (output.loss.detach() - math.log(2)).abs().max().item()
     if off > STEP_0_TOLERANCE[config.model.dtype]:
-        raise RuntimeError(
+        raise UserError(
             f"before the first step the loss is off ln 2 by {off:.2g}: policy and reference differ; "
             "compare model and data with the fingerprint in scores/manifest.json"
         )
 
 
 def _export_whole(engine: Any, chat: ChatTokenizer, run: RunDir) -> None:
-    """Write the model under a temporary name, then rename: a folder `model` is always complete."""
-    unfinished = run.root / ".model.unfinished"
-    if dist.get_rank() == 0:
-        discard(unfinished)
-    export(engine, chat, unfinished)
-    if dist.get_rank() == 0:
-        discard(run.model)
-        unfinished.rename(run.model)
+    """Write the model, whole or not at all; the first worker does, the others give it their parts."""
+    with whole_folder(run.model) if dist.get_rank() == 0 else nullcontext(Path()) as folder:
+        export(engine, chat, folder)
 
 
 def _column(table: pa.Table, name: str) -> torch.Tensor:

@@ -14,7 +14,8 @@ from filelock import FileLock
 
 from bdpo.config import Config
 from bdpo.logps import LogpsModel
-from bdpo.models import cache_folder, load_model, model_folder
+from bdpo.models import load_model, model_folder
+from bdpo.storage import cache_folder
 from bdpo.tokens import ChatTokenizer
 
 
@@ -42,7 +43,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     }
 
 
-def build_engine(config: Config, total_steps: int) -> Any:
+def build_engine(config: Config, total_steps: int, warmup_steps: int) -> Any:
     """The policy, a LogpsModel, in a DeepSpeed engine with AdamW and its schedule.
 
     The process group is there already. Under stage 3 the model is partitioned while it is loaded: no
@@ -65,8 +66,7 @@ def build_engine(config: Config, total_steps: int) -> Any:
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config.train.weight_decay), config.train.learning_rate
     )
-    warmup = round(config.train.warmup_ratio * total_steps)
-    scheduler = get_scheduler(config.train.lr_scheduler_type, optimizer, warmup, total_steps)
+    scheduler = get_scheduler(config.train.lr_scheduler_type, optimizer, warmup_steps, total_steps)
     engine, *_ = deepspeed.initialize(
         model=LogpsModel(model, config.data.max_length),
         optimizer=optimizer,

@@ -29,7 +29,8 @@ from bdpo.config.secrets import refuse_secrets
 from bdpo.errors import UserError
 from bdpo.models import with_sandbox_files
 from bdpo.preflight import check_data, check_model
-from bdpo.runs import RunDir, discard
+from bdpo.runs import RunDir
+from bdpo.storage import StoragePath, discard
 
 if TYPE_CHECKING:
     from ray.util.metrics import Gauge
@@ -38,7 +39,9 @@ console = Console()
 
 
 def main(
-    stage: Callable[[Config, RunDir], object], what: str | None, results: Callable[[RunDir], list[Path]]
+    stage: Callable[[Config, RunDir], object],
+    what: str | None,
+    results: Callable[[RunDir], list[StoragePath]],
 ) -> None:
     """Run a stage as a command: exit 0 done, 2 wrong config, input or environment, 1 the run failed.
 

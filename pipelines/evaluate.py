@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
-
-import pyarrow.parquet as pq
 
 from bdpo.config import Config
 from bdpo.errors import UserError
@@ -41,6 +39,7 @@ from bdpo.evaluation.reading import chosen_models, read_evaluation
 from bdpo.evaluation.summary import comparison_table, invalid_lines, summarise
 from bdpo.runs import Fingerprint, RunDir, finished, write_manifest
 from bdpo.shards import ShardStore
+from bdpo.storage import StoragePath, write_parquet
 from pipelines.cli import connect, console, main, progress_bar, require
 from pipelines.pool import consume, on_pool, shard_dataset
 
@@ -68,7 +67,7 @@ def evaluate_model(config: Config, run: RunDir, name: str) -> dict[str, Any]:
         _answer(config, name, model, answer_store(run, name, fingerprint))
         _judge(config, name, answer_store(run, name, fingerprint), scores)
         table = scores.read().sort_by("item_id")
-        pq.write_table(table, scores_file)
+        write_parquet(scores_file, table)
         seconds = time.perf_counter() - started
         summary = write_manifest(summary_file, scores.fingerprint, seconds=seconds, **summarise(table))
     capability = _capability(config, run, name, model, fingerprint)
@@ -106,7 +105,9 @@ def _capability(
         return {}
     fingerprint = capability_fingerprint(answers, evaluate.limit)
     folder = run.eval(name) / "capability"
-    files: dict[str, Path] = {benchmark: folder / f"{benchmark}.json" for benchmark in evaluate.capability}
+    files: dict[str, StoragePath] = {
+        benchmark: folder / f"{benchmark}.json" for benchmark in evaluate.capability
+    }
     done = {benchmark: finished(file, fingerprint) for benchmark, file in files.items()}
     missing = [benchmark for benchmark, result in done.items() if result is None or NOT_RUN in result]
     if missing:
@@ -130,10 +131,10 @@ def run_compare(roots: list[str]) -> None:
     Raises:
         UserError: a run has no finished evaluation, or they answered other prompts or had other judges.
     """
-    print_comparison(chosen_models([Path(root) for root in roots]))
+    print_comparison(chosen_models(roots))
 
 
-def print_comparison(folders: dict[str, Path]) -> None:
+def print_comparison(folders: Mapping[str, StoragePath]) -> None:
     """The models' numbers, then their paired differences; `folders` are <run_dir>/eval/<name>."""
     evaluations = {name: read_evaluation(folder) for name, folder in folders.items()}
     console.print(comparison_table({name: read.summary for name, read in evaluations.items()}))

@@ -38,7 +38,8 @@ from bdpo.preflight import (
     expected_hours,
     measure_throughput,
 )
-from bdpo.runs import RunDir
+from bdpo.runs import RunDir, read_manifest
+from bdpo.storage import write_text
 from pipelines.cli import cluster_nodes, connect, console, require
 
 MAX_UPLOAD_MIB = 100  # Ray's own limit is 512
@@ -53,6 +54,8 @@ def refuse_what_cannot_end_well(config: Config, run: RunDir) -> None:
     """
     for check in INPUT_CHECKS.values():
         check(config, run)
+    if read_manifest(run.eval("trained") / "summary.json") is not None:
+        return  # what is left to do needs no cluster
     connect()
     for check in _stage_checks().values():
         check(config, run)
@@ -105,7 +108,7 @@ def ask_nodes(run: RunDir | None) -> list[NodeFacts]:
     root = str(run.root) if run else None
     note = run.root / f".preflight-{nonce}" if run else None
     if note:
-        note.write_text(nonce)
+        write_text(note, nonce)
     try:
         task = ray.remote(num_cpus=0, max_retries=0)(node_facts)
         pending = []

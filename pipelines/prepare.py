@@ -9,6 +9,7 @@ from bdpo.config import Config
 from bdpo.data import prepare
 from bdpo.models import files_digest
 from bdpo.runs import Fingerprint, RunDir, finished, write_manifest
+from bdpo.storage import matching
 from bdpo.tokens import load_tokenizer, tokenizer_fingerprint
 from pipelines.cli import console, progress_bar
 
@@ -58,7 +59,7 @@ def _fingerprint(config: Config) -> Fingerprint:
 
 
 def _pairs_digest(run: RunDir) -> str:
-    return files_digest(sorted(run.pairs.glob("*.parquet")))
+    return files_digest(matching(run.pairs, "*.parquet"))
 
 
 def _digest_or_name(source: Path) -> str:

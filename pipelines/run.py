@@ -15,8 +15,9 @@ from rich.table import Table
 
 from bdpo.config import Config
 from bdpo.report import mi_scatter, mi_summary
-from bdpo.runs import RunDir, read_manifest, write_text
+from bdpo.runs import RunDir, read_manifest
 from bdpo.scoring import read_scores
+from bdpo.storage import write_text
 from pipelines.cli import console, main
 from pipelines.evaluate import evaluate_model, print_comparison
 from pipelines.preflight import refuse_what_cannot_end_well
@@ -27,8 +28,7 @@ from pipelines.train import run_train
 
 def run_all(config: Config, run: RunDir) -> None:
     """Run every stage that is not done, then print and write the report."""
-    if read_manifest(run.eval("trained") / "summary.json") is None:
-        refuse_what_cannot_end_well(config, run)
+    refuse_what_cannot_end_well(config, run)
     score = run_score(config, run)
     base = evaluate_model(config, run, "base")
     train = run_train(config, run)

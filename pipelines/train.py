@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from typing import Any
 from bdpo.config import Config
 from bdpo.errors import UserError
 from bdpo.models import json_digest
-from bdpo.plan import TrainingPlan
+from bdpo.plan import TrainingPlan, held_out
 from bdpo.runs import Fingerprint, MetricsLog, RunDir, finished, write_manifest
 from bdpo.scoring import read_scores, score_fingerprint
+from bdpo.storage import arrow_filesystem
 from pipelines.cli import connect, console, main, progress_bar, require
 
 
@@ -29,10 +30,11 @@ def run_train(config: Config, run: RunDir) -> dict[str, Any]:
     """Train on the scored pairs unless that is done; returns the manifest of the training."""
     fingerprint = train_fingerprint(config, run)
     manifest = finished(run.train / "manifest.json", fingerprint)
-    if manifest is None or not run.model.is_dir():  # a lost model is exported from the last checkpoint
+    if manifest is None or not run.has_model():  # a lost model is exported from the last checkpoint
         started = time.perf_counter()
         steps = _fit(config, run, fingerprint)
-        results = {"steps": steps, "seconds": time.perf_counter() - started}
+        recoveries = MetricsLog(run.recoveries).read()
+        results = {"steps": steps, "seconds": time.perf_counter() - started, "recoveries": recoveries}
         last = MetricsLog(run.metrics).read()[-1]
         manifest = write_manifest(run.train / "manifest.json", fingerprint, **results, last=last)
     last = manifest["last"]
@@ -44,7 +46,15 @@ def run_train(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 # Where and how often is not what: these keys may change between a kill and the resume.
-_FREE = {"accelerator_type", "gpus_per_worker", "workers", "save_steps", "save_total_limit", "max_failures"}
+_FREE = {
+    "accelerator_type",
+    "gpus_per_worker",
+    "workers",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "max_failures",
+}
 
 
 def train_fingerprint(config: Config, run: RunDir) -> Fingerprint:
@@ -60,15 +70,26 @@ def train_fingerprint(config: Config, run: RunDir) -> Fingerprint:
 def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
     """Run Ray Train to the end; returns the number of optimizer steps."""
     scores = read_scores(config, run)
-    total_steps = TrainingPlan([0] * scores.num_rows, config.train, config.seed).total_steps
-    _refuse_other_workers(config, run, fingerprint)
+    pairs = scores.num_rows - len(
+        held_out(scores["pair_id"].to_pylist(), config.train.eval_fraction, config.seed)
+    )
+    plan = TrainingPlan([0] * pairs, config.train, config.seed)
+    committed = _begin(config, run, fingerprint)
     connect()
     accelerator = config.train.accelerator_type
     require("train", config.train.workers, config.train.gpus_per_worker, accelerator=accelerator)
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    gpus = config.train.gpus_per_worker
+    from pipelines.recovery import Recovery, final_cause, restore_checkpoints
+
+    damaged = restore_checkpoints(run.train / "ray", committed, config.train)
+    if damaged:
+        note = {"damaged": damaged}
+        MetricsLog(run.recoveries).append(note)
+        console.print(_recovery_line(note))
+    filesystem, storage_path = arrow_filesystem(run.train)
+    gpus, best = config.train.gpus_per_worker, config.train.best_metric
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": config, "run_dir": run.root, "scores": scores},
@@ -81,61 +102,87 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
         ),
         run_config=RunConfig(
             name="ray",  # the same name finds the checkpoints of the run that was killed
-            storage_path=str(run.train),
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.train.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.train.save_total_limit),
+            # Ray deletes a checkpoint once newer or better ones are committed, and never the latest.
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=config.train.save_total_limit,
+                checkpoint_score_attribute=best,
+                checkpoint_score_order="max" if config.train.best_is_greatest else "min",
+            ),
+            callbacks=[Recovery(run.train / "begun.json")],  # type: ignore[list-item]
         ),
     )
-    with _progress(run.metrics, total_steps):
-        trainer.fit()
-    return total_steps
+    try:
+        with _progress(run, plan.total_steps):
+            trainer.fit()
+    except TrainingFailedError as error:
+        raise final_cause(error) from None
+    return plan.total_steps
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
-    import ray.train
+    from ray.train import (
+        Checkpoint,
+        CheckpointConsistencyMode,
+        CheckpointUploadMode,
+        get_all_reported_checkpoints,
+        report,
+    )
 
     from bdpo.training import train
 
-    def report(folder: Path, metrics: dict[str, float]) -> None:
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    def report_in_background(folder: Path, metrics: dict[str, float]) -> None:
+        # Training goes on while the folder is copied to storage; Ray removes it then.
+        checkpoint = Checkpoint.from_directory(folder)
+        report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
 
-    config, run, scores = arguments["config"], RunDir(arguments["run_dir"]), arguments["scores"]
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        train(config, run, scores, None, report)
-    else:
-        with checkpoint.as_directory() as folder:
-            train(config, run, scores, Path(folder), report)
+    def reported() -> Sequence[Any]:
+        return get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+
+    run = RunDir(arguments["run_dir"])
+    train(arguments["config"], run, arguments["scores"], reported, report_in_background)
 
 
-def _refuse_other_workers(config: Config, run: RunDir, fingerprint: Fingerprint) -> None:
-    """Remember what this training was begun with; refuse to go on with something else."""
+def _begin(config: Config, run: RunDir, fingerprint: Fingerprint) -> int | None:
+    """Remember what this training was begun with; returns the step of its last committed checkpoint, if any.
+
+    Raises:
+        UserError: it was begun with something else, or its checkpoints are of another number of workers.
+    """
     begun_file = run.train / "begun.json"
-    begun = finished(begun_file, fingerprint)
-    if begun and begun["workers"] != config.train.workers and any(run.train.glob("ray/checkpoint_*")):
+    begun = finished(begun_file, fingerprint) or {}
+    committed: int | None = begun.get("committed")
+    if committed and begun["workers"] != config.train.workers:
         raise UserError(
             f"{run.train}: the checkpoints are of train.workers={begun['workers']} and cannot be resumed by "
             f"{config.train.workers}; set train.workers={begun['workers']}, or fresh=true to start over"
         )
-    write_manifest(begun_file, fingerprint, workers=config.train.workers)
+    write_manifest(begun_file, fingerprint, workers=config.train.workers, committed=committed)
+    return committed
 
 
 @contextmanager
-def _progress(metrics_file: Path, total_steps: int) -> Iterator[None]:
-    """A bar that follows metrics.jsonl, which the first worker writes."""
-    log, stop = MetricsLog(metrics_file), threading.Event()
+def _progress(run: RunDir, total_steps: int) -> Iterator[None]:
+    """A bar that follows metrics.jsonl, which the first worker writes, and a line for each recovery."""
+    # On object storage each look at the log is a request, and its worker writes it no more often.
+    seconds = 0.5 if isinstance(run.metrics, Path) else MetricsLog.WRITE_SECONDS
+    stop, seen = threading.Event(), MetricsLog(run.recoveries).read()
 
     with progress_bar("train", total_steps) as advance:
 
         def follow() -> None:
-            shown = 0
-            while not stop.wait(0.5):
-                rows = log.read()
-                if len(rows) != shown:
-                    loss, margin = rows[-1]["loss"], rows[-1]["rewards/margins"]
-                    advance(len(rows) - shown, f"loss {loss:.3f}  margin {margin:.2f}")
-                    shown = len(rows)
+            steps = 0
+            while not stop.wait(seconds):
+                rows, notes = MetricsLog(run.metrics).read(), MetricsLog(run.recoveries).read()
+                for note in notes[len(seen) :]:
+                    console.print(_recovery_line(note))
+                seen[:] = notes
+                if len(rows) != steps:
+                    advance(len(rows) - steps, _progress_note(rows[-1]) if rows else "")
+                    steps = len(rows)
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
@@ -144,6 +191,24 @@ def _progress(metrics_file: Path, total_steps: int) -> Iterator[None]:
         finally:
             stop.set()
             thread.join()
+
+
+def _progress_note(row: dict[str, float]) -> str:
+    held_out = f"  eval loss {row['eval_loss']:.3f}" if "eval_loss" in row else ""
+    return (
+        f"loss {row['loss']:.3f}  margin {row['rewards/margins']:.2f}  "
+        f"accuracy {row['rewards/accuracies']:.0%}  {row['tokens_per_second']:,.0f} tokens/s{held_out}"
+    )
+
+
+def _recovery_line(note: dict[str, Any]) -> str:
+    """What a row of recoveries.jsonl says, for people."""
+    damaged = "; ".join(f"{name} is not used: {why}" for name, why in note["damaged"].items())
+    if "step" not in note:
+        return f"[bold]training[/]  {damaged}"
+    lost = note["reached"] - note["step"]
+    line = f"[bold]training[/]  goes on from step {note['step']}, {lost} steps are done again"
+    return f"{line} ({damaged})" if damaged else line
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from data_files import write_jsonl
 from hypothesis import settings
+from s3_server import s3_server
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -82,3 +83,10 @@ def kept_pairs(tmp_path):
 @pytest.fixture
 def quarantined_rows(tmp_path):
     return lambda: [json.loads(x) for x in (tmp_path / "private" / "quarantine.jsonl").open(encoding="utf-8")]
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The URL of an empty bucket on a real S3 server, which the environment names."""
+    with s3_server() as url:
+        yield url

@@ -125,7 +125,9 @@ class Nodes:
     def _takes_jobs(self) -> bool:
         """The API answers before the head's agent, which runs the jobs, is there."""
         try:
-            return requests.post(f"{self.url}/api/jobs/", json={"entrypoint": "true"}, headers=self.authorized).ok
+            return requests.post(
+                f"{self.url}/api/jobs/", json={"entrypoint": "true"}, headers=self.authorized
+            ).ok
         except requests.ConnectionError:
             return False
 

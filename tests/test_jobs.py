@@ -7,13 +7,11 @@ the data) is looked for in all that a job shows.
 
 import csv
 import json
-import re
 
 import pytest
-import requests
 import yaml
 from helpers import tiny_config, write_jsonl
-from ray_nodes import ROOT, nodes, wait_until
+from ray_nodes import nodes, wait_until
 
 from bdpo.errors import UserError
 from bdpo.runs import RunDir

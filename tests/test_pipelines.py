@@ -12,7 +12,8 @@ import yaml
 from helpers import invented_pairs, save_model, tiny_config, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from bdpo.runs import RunDir, discard
+from bdpo.runs import RunDir
+from bdpo.storage import discard
 from pipelines import cli
 from pipelines.run import run_all
 from pipelines.score import run_score

@@ -22,22 +22,45 @@ from bdpo.tokens import load_tokenizer
 
 PAIRS = 22  # 3 steps of 8, 8 and 6 pairs
 
+# Trains each of the configs, one after the other, with checkpoints in <run_dir>/checkpoints/<step>. Runs
+# <run_dir>/fault.py before, and writes what stopped a training to <run_dir>/error-<rank>.txt.
 WORKER = """
-import sys, json
+import contextlib, json, resource, shutil, sys
 from pathlib import Path
-import pyarrow.parquet as pq, torch, shutil
+import pyarrow.parquet as pq, torch
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
+from bdpo import training
 from bdpo.config import load_config
+from bdpo.errors import UserError
 from bdpo.runs import RunDir
-from bdpo.training import train
 
-config = load_config(sys.argv[1])
-run, rank = RunDir(config.run_dir), torch.distributed.get_rank()
-checkpoint = Path(sys.argv[2]) if len(sys.argv) > 2 else None
-def report(folder, metrics):
-    shutil.copytree(folder, run.root / "checkpoints" / str(metrics["step"]), dirs_exist_ok=True)
-train(config, run, pq.read_table(run.root / "scores.parquet"), checkpoint, report)
+class Reported:
+    def __init__(self, folder):
+        self.checkpoint, self.path = self, str(folder)
+        self.metrics = json.loads((folder / "metrics.json").read_text())
+    def as_directory(self):
+        return contextlib.nullcontext(self.path)
+
+build_engine = training.build_engine
+for file in sys.argv[1:]:
+    config = load_config(file)
+    run, rank = RunDir(config.run_dir), torch.distributed.get_rank()
+    checkpoints, fault = run.root / "checkpoints", run.root / "fault.py"
+    def reported():
+        torch.distributed.barrier()
+        return [Reported(folder) for folder in checkpoints.glob("*")]
+    def report(folder, metrics):
+        shutil.copytree(folder, checkpoints / str(metrics["step"]), dirs_exist_ok=True)
+        shutil.rmtree(folder)
+        (checkpoints / str(metrics["step"]) / "metrics.json").write_text(json.dumps(metrics))
+    exec(fault.read_text() if fault.exists() else "")
+    try:
+        training.train(config, run, pq.read_table(run.root / "scores.parquet"), reported, report)
+    except (UserError, FloatingPointError) as error:
+        (run.root / f"error-{rank}.txt").write_text(str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    training.build_engine = build_engine
 """
 
 
@@ -60,17 +83,17 @@ def score(folder, chat, tied=False):
     return config
 
 
-def launch(config, workers=1, checkpoint=None):
-    """Run WORKER in processes of its own; returns what they printed, all exit codes being 0."""
+def launch(configs, workers=1):
+    """Run WORKER in processes of its own, all exit codes being 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    Path(config.run_dir).mkdir(exist_ok=True)
-    file = Path(config.run_dir) / "config.yaml"
-    file.write_text(config.to_yaml())
+    files = [Path(config.run_dir) / "config.yaml" for config in configs]
+    for config, file in zip(configs, files, strict=True):
+        file.write_text(config.to_yaml())
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(file), *([str(checkpoint)] if checkpoint else [])],
+            [sys.executable, "-c", WORKER, *map(str, files)],
             env=os.environ
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
             | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
@@ -80,19 +103,31 @@ def launch(config, workers=1, checkpoint=None):
         )
         for rank in range(workers)
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * workers, "\n".join(outputs)
 
 
-def trained(scored, folder, workers=1, checkpoint=None, **changes):
-    """Train a copy of the scored run with a changed config; returns its folder."""
+def copied(scored, folder, checkpoints=(), **changes):
+    """A copy of the scored run with some checkpoints in it; returns its changed config."""
     values = scored.model_dump() | {"run_dir": str(folder)}
     for section, keys in changes.items():
         values[section] = values[section] | keys
-    if not folder.exists():
-        shutil.copytree(scored.run_dir, folder)
-    launch(parse_config(values, "test"), workers, checkpoint)
+    shutil.copytree(scored.run_dir, folder)
+    for checkpoint in checkpoints:
+        shutil.copytree(checkpoint, folder / "checkpoints" / checkpoint.name)
+    return parse_config(values, "test")
+
+
+def trained(scored, folder, workers=1, checkpoints=(), **changes):
+    """Train a copy of the scored run with a changed config, in processes of its own; returns its folder."""
+    launch([copied(scored, folder, checkpoints, **changes)], workers)
+    assert not errors(folder)
     return RunDir(folder)
+
+
+def errors(folder):
+    """What stopped a training, of each worker that it stopped."""
+    return [file.read_text() for file in sorted(folder.glob("error-*.txt"))]
 
 
 def metrics(run, name="loss"):
@@ -160,26 +195,9 @@ def test_a_partitioned_tied_head_trains_as_a_whole_one(tmp_path, tiny_chat):
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_resumed_training_ends_exactly_as_the_uninterrupted_one(scored, tmp_path, workers):
-    whole = trained(scored, tmp_path / "whole", workers)
-    resumed = tmp_path / "resumed"
-    shutil.copytree(whole.root, resumed)
-    shutil.rmtree(resumed / "model")
-    run = trained(scored, resumed, workers, checkpoint=whole.root / "checkpoints" / "2")
-    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(run).items())
-    for name in ("step", "loss", "grad_norm", "learning_rate", "num_tokens"):
-        assert metrics(run, name) == metrics(whole, name)
-
-
-def test_a_checkpoint_of_other_workers_is_refused(scored, uninterrupted, tmp_path):
-    with pytest.raises(
-        AssertionError, match=r"checkpoint of 1 workers cannot be resumed by 2; set train.workers=1"
-    ):
-        trained(scored, tmp_path / "run", 2, uninterrupted.root / "checkpoints" / "2")
-
-
 def test_scores_of_another_model_stop_the_run_before_its_first_update(scored, tmp_path, tiny_chat):
     other = save_model(tmp_path / "other", tiny_chat, seed=7)
-    with pytest.raises(AssertionError, match="policy and reference differ"):
-        trained(scored, tmp_path / "run", model={"name_or_path": str(other)})
+    launch([copied(scored, tmp_path / "run", model={"name_or_path": str(other)})])
+    (error,) = errors(tmp_path / "run")
+    assert "policy and reference differ" in error
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bdpo.config.base import Fraction, Positive, Section
 
@@ -18,7 +18,9 @@ class TrainConfig(Section):
         None, description="train on nodes of this GPU alone: H100, A100, ..."
     )
     zero_stage: Literal[1, 2, 3] = 3
-    global_batch_size: Positive = Field(64, description="pairs of one optimizer step, over all workers")
+    global_batch_size: Positive = Field(
+        64, description="pairs of one optimizer step; need not be a multiple of the workers"
+    )
     tokens_per_micro_batch: Positive = Field(16384, description="padded tokens of one forward-backward")
     learning_rate: float = Field(1e-6, gt=0)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
@@ -29,5 +31,35 @@ class TrainConfig(Section):
     max_steps: Positive | None = Field(None, description="end after so many steps instead")
     gradient_checkpointing: bool = True
     save_steps: Positive = 100
-    save_total_limit: Positive = 2
+    save_total_limit: Positive = Field(2, description="checkpoints to keep, and the latest if it is not one")
+    eval_fraction: float = Field(0.0, ge=0, lt=1, description="of the pairs, held out and never trained on")
+    eval_steps: Positive = Field(100, description="evaluate on them so often, and at the end")
+    metric_for_best_model: str | None = Field(
+        None, description="keep the checkpoints that are best by this metric of the held-out pairs"
+    )
+    greater_is_better: bool | None = Field(None, description="by default, unless the metric is a loss")
+    load_best_model_at_end: bool = Field(False, description="export the best checkpoint, not the last")
     max_failures: int = Field(2, ge=-1, description="worker failures to recover from; -1: any number")
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> TrainConfig:
+        if self.load_best_model_at_end and not self.metric_for_best_model:
+            raise ValueError("load_best_model_at_end wants metric_for_best_model")
+        if self.metric_for_best_model and not self.eval_fraction:
+            raise ValueError("metric_for_best_model wants held-out pairs: eval_fraction above 0")
+        if self.metric_for_best_model and self.save_steps % self.eval_steps:
+            raise ValueError("metric_for_best_model wants save_steps to be a multiple of eval_steps")
+        return self
+
+    @property
+    def best_metric(self) -> str | None:
+        """`metric_for_best_model` with its prefix, which may be left out."""
+        name = self.metric_for_best_model
+        return name and f"eval_{name.removeprefix('eval_')}"
+
+    @property
+    def best_is_greatest(self) -> bool:
+        """Whether a greater value of `best_metric` is a better one."""
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return not (self.metric_for_best_model or "").endswith("loss")

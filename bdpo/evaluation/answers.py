@@ -61,7 +61,7 @@ class EvaluatedModel:
 
 def evaluated_models(config: Config, run: RunDir) -> list[str]:
     """The names of the models that there are to evaluate, in the order of `MODEL_NAMES`."""
-    there = {"base": True, "adapter": config.evaluate.adapter is not None, "trained": run.model.is_dir()}
+    there = {"base": True, "adapter": config.evaluate.adapter is not None, "trained": run.has_model()}
     return [name for name in MODEL_NAMES if there[name]]
 
 

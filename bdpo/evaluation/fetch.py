@@ -8,8 +8,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from bdpo.errors import UserError
-from bdpo.models import cache_folder, first_line
-from bdpo.runs import write_bytes
+from bdpo.models import first_line
+from bdpo.storage import cache_folder, write_bytes
 
 
 def pinned_file(path: str, sha256: str | None) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import MODEL_NAMES
 from bdpo.runs import RunDir, read_manifest
+from bdpo.storage import StoragePath, matching, open_parquet
 
 COMPARABLE = (
     "prompts",
@@ -37,7 +37,7 @@ class Evaluation:
     scores: pa.Table
 
 
-def read_evaluation(folder: Path) -> Evaluation:
+def read_evaluation(folder: StoragePath) -> Evaluation:
     """The evaluation in `<run_dir>/eval/<name>`.
 
     Scores of a benchmark that is invalid are left out: what is not fit to be shown is not fit to be compared.
@@ -48,14 +48,14 @@ def read_evaluation(folder: Path) -> Evaluation:
     summary = read_manifest(folder / "summary.json")
     if summary is None:
         raise UserError(f"{folder}: no finished evaluation; run `python -m pipelines.evaluate` first")
-    capability = {file.stem: read_manifest(file) for file in sorted((folder / "capability").glob("*.json"))}
+    capability = {file.stem: read_manifest(file) for file in matching(folder / "capability", "*.json")}
     summary = {**summary, "capability": capability} if capability else summary
     valid = [name for name, part in summary["benchmarks"].items() if part["valid"]]
-    scores = pq.read_table(folder / "scores.parquet")
+    scores = pq.read_table(open_parquet(folder / "scores.parquet"))
     return Evaluation(summary, scores.filter(pc.is_in(scores["benchmark"], pa.array(valid, pa.string()))))
 
 
-def chosen_models(roots: Sequence[Path]) -> dict[str, Path]:
+def chosen_models(roots: Sequence[str | StoragePath]) -> dict[str, StoragePath]:
     """Column name -> evaluation folder: `base` of the first run, and of each run the model it is about.
 
     That is the trained model, else the adapter, else the base; its column is called after the run folder.
@@ -66,7 +66,7 @@ def chosen_models(roots: Sequence[Path]) -> dict[str, Path]:
     """
     if len(roots) < 2:
         raise UserError("--compare wants two run folders or more")
-    chosen: dict[str, Path] = {}
+    chosen: dict[str, StoragePath] = {}
     for root in roots:
         run = RunDir(root)
         there = [name for name in MODEL_NAMES if (run.eval(name) / "summary.json").is_file()]
@@ -81,7 +81,7 @@ def chosen_models(roots: Sequence[Path]) -> dict[str, Path]:
     return chosen
 
 
-def _refuse_incomparable(folders: list[Path]) -> None:
+def _refuse_incomparable(folders: list[StoragePath]) -> None:
     fingerprints = [read_evaluation(folder).summary["fingerprint"] for folder in folders]
     for folder, fingerprint in zip(folders, fingerprints, strict=True):
         for field in COMPARABLE:

@@ -14,8 +14,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from bdpo.errors import UserError
-from bdpo.models import cache_folder
 from bdpo.sandbox.world import make_world
+from bdpo.storage import cache_folder
 
 
 def sandbox_folder(seed: int = 0) -> Path:

@@ -1,0 +1,323 @@
+"""Object storage as a run's folder: the little that differs, on a real S3 server in a process of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+from helpers import invented_pairs, save_model, tiny_config, write_jsonl
+from s3_server import SECRET
+from upath import UPath
+
+from bdpo import storage
+from bdpo.errors import UserError
+from bdpo.models import load_model, model_folder, weights_digest
+from bdpo.runs import MetricsLog, RunDir
+from bdpo.storage import discard, fetch, lock, storage_path, upload, whole_folder, write_bytes, write_text
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request, tmp_path, bucket):
+    """A folder that is not there yet, of each kind."""
+    name = tmp_path / "folder" if request.param == "local" else f"{bucket}/{tmp_path.name}"
+    return storage_path(name, "run_dir")
+
+
+def fail_after(stream_or_file):
+    """Write something, then fail."""
+    write = stream_or_file.write_text if isinstance(stream_or_file, Path) else stream_or_file.write
+    write("new")
+    raise OSError("disk full")
+
+
+class TestPaths:
+    def test_local_folders_stay_plain_paths(self, tmp_path):
+        for name in (tmp_path / "a", str(tmp_path / "a"), f"file://{tmp_path}/a"):
+            assert storage_path(name, "run_dir") == tmp_path / "a"
+        assert storage_path("a", "run_dir") == Path.cwd() / "a"
+
+    def test_a_url_stays_a_url(self, bucket):
+        run = RunDir(f"{bucket}/runs/first/")
+        assert str(run.root) == f"{bucket}/runs/first"
+        assert str(run.eval("base")) == f"{bucket}/runs/first/eval/base"
+        assert RunDir(run.root).root == run.root
+
+    @pytest.mark.parametrize(
+        ("url", "said"),
+        [("s4://a/b", "s4"), ("s3://key:" + SECRET + "@bucket/x", "credentials"), ("git://a", "git")],
+    )
+    def test_a_url_that_cannot_be(self, url, said):
+        with pytest.raises(UserError, match=f"run_dir.*{said}") as error:
+            RunDir(url)
+        assert SECRET not in str(error.value)
+
+
+class TestFolders:
+    def test_a_folder_is_replaced_whole(self, folder):
+        for names in (["a.txt", "sub/b.txt", "config.json"], ["a.txt", "c.txt"]):
+            with whole_folder(folder) as new:
+                for name in names:
+                    (new / name).parent.mkdir(exist_ok=True)
+                    (new / name).write_text(name)
+            found = {str(file).removeprefix(f"{folder}/") for file in folder.rglob("*") if file.is_file()}
+            assert found == set(names)
+            assert (folder / names[0]).read_text() == names[0]
+
+    def test_one_that_fails_changes_nothing(self, folder):
+        write_text(folder / "config.json", "old")
+        with pytest.raises(OSError, match="disk full"), whole_folder(folder) as new:
+            fail_after(new / "config.json")
+        assert (folder / "config.json").read_text() == "old"
+        assert [file.name for file in folder.parent.glob("*") if "unfinished" in file.name] == []
+
+    def test_the_marker_comes_last_and_goes_first(self, tmp_path, bucket, monkeypatch):
+        """Whatever moment the upload, or the removal, is cut off at: a folder with marker is whole."""
+        names = ["aaa", "config.json", "weights", "z"]
+        for name in names:
+            (tmp_path / name).write_text(name)
+        to, seen = storage_path(f"{bucket}/{tmp_path.name}", "x"), []
+
+        def watched(method):
+            def call(*args, **kwargs):
+                seen.append({Path(name).name for name in to.fs.find(to.path)})
+                return method(*args, **kwargs)
+
+            return call
+
+        for name in ("put", "rm"):
+            monkeypatch.setattr(to.fs, name, watched(getattr(to.fs, name)))
+        upload(tmp_path, to)
+        discard(to)
+        assert set(names) - {"config.json"} in seen
+        assert set(names) in seen
+        assert all(there == set(names) for there in seen if "config.json" in there)
+        assert list(to.glob("*")) == []
+
+    def test_discard_takes_files_folders_and_nothing(self, folder):
+        write_text(folder / "sub" / "manifest.json", "")
+        write_text(folder / "file", "")
+        discard(folder / "sub", folder / "file", folder / "not there")
+        assert list(folder.glob("*")) == []
+
+    def test_what_another_process_writes_is_seen_at_once(self, folder):
+        write_text(folder / "a", "")
+        assert storage.matching(folder, "*") == [folder / "a"]
+        code = f"from bdpo.storage import *; write_text(storage_path({str(folder)!r}, 'x') / 'b', 'b')"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+        assert storage.matching(folder, "*") == [folder / "a", folder / "b"]
+        assert (folder / "b").is_file()
+
+    def test_a_private_file_is_replaced_and_kept_when_its_writer_fails(self, folder):
+        write_text(folder / "q.jsonl", "stale" * 100)
+        with pytest.raises(OSError, match="disk full"), storage.private_file(folder / "q.jsonl") as stream:
+            fail_after(stream)
+        assert (folder / "q.jsonl").read_text() == "new"
+
+
+class TestFetch:
+    def test_a_model_is_downloaded_once_and_again_when_it_changed(
+        self, tmp_path, bucket, tiny_chat, monkeypatch
+    ):
+        monkeypatch.setenv("BDPO_CACHE", str(tmp_path / "cache"))
+        local = save_model(tmp_path / "model", tiny_chat)
+        config = tiny_config(tmp_path, f"{bucket}/{tmp_path.name}", local)
+        remote = storage_path(config.model.name_or_path, "x")
+        upload(local, remote)
+        first = model_folder(config.model)
+        assert weights_digest(first) == weights_digest(local)
+        written = {file: file.stat().st_mtime_ns for file in first.rglob("*")}
+        assert model_folder(config.model) == first
+        assert written == {file: file.stat().st_mtime_ns for file in first.rglob("*")}
+        upload(save_model(tmp_path / "other", tiny_chat, seed=1), remote)
+        assert weights_digest(model_folder(config.model)) == weights_digest(tmp_path / "other")
+        load_model(model_folder(config.model), config.model)
+
+    def test_a_local_folder_is_its_own_copy(self, tmp_path):
+        assert fetch(tmp_path) == tmp_path
+
+    def test_a_download_that_was_cut_off_does_not_count(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("BDPO_CACHE", str(tmp_path))
+        remote = UPath("memory://models/one")
+        write_bytes(remote / "weights", b"whole")
+        monkeypatch.setattr(type(remote.fs), "get", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fetch(remote)
+        monkeypatch.undo()
+        monkeypatch.setenv("BDPO_CACHE", str(tmp_path))
+        assert (fetch(remote) / "weights").read_bytes() == b"whole"
+
+    def test_no_such_model_is_said(self, bucket, tmp_path):
+        config = tiny_config(tmp_path, f"{bucket}/nothing", tmp_path)
+        with pytest.raises(UserError, match=r"model\.name_or_path=.*nothing.*no such folder"):
+            model_folder(config.model)
+
+
+class TestLock:
+    @pytest.fixture(autouse=True)
+    def fast(self, monkeypatch):
+        monkeypatch.setattr(storage, "BEAT_SECONDS", 0.2)
+        monkeypatch.setattr(storage, "LEASE_SECONDS", 2.0)
+
+    def test_one_command_at_a_time(self, folder, tmp_path):
+        config = tiny_config(folder, tmp_path, tmp_path)
+        with RunDir(folder).open(config), pytest.raises(UserError, match="another command"):
+            RunDir(folder).open(config)
+        with RunDir(folder).open(config):
+            pass
+        assert RunDir(folder).config.read_text() == config.to_yaml()
+
+    def test_the_lock_of_a_killed_command_is_taken(self, folder):
+        code = f"""if True:
+            import time
+            from bdpo import storage
+            storage.BEAT_SECONDS = 0.2
+            folder = storage.storage_path({str(folder)!r}, "x")
+            storage.write_text(folder / "a", "")
+            with storage.lock(folder):
+                print("held", flush=True)
+                time.sleep(600)"""
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+        try:
+            assert process.stdout.readline() == b"held\n"
+            with pytest.raises(storage.Timeout):
+                lock(folder)
+        finally:
+            process.kill()
+            process.wait()
+        with lock(folder):
+            pass
+
+    def test_who_lost_its_lock_stops(self, bucket, tmp_path, monkeypatch):
+        stopped = []
+        monkeypatch.setattr(storage._thread, "interrupt_main", lambda: stopped.append(True))
+        held = lock(storage_path(f"{bucket}/{tmp_path.name}", "x"))
+        write_text(held.file, json.dumps({"token": "another's"}))
+        held.beating.join(60)
+        assert stopped
+        held.__exit__()
+        assert json.loads(held.file.read_bytes()) == {"token": "another's"}
+
+
+def test_metrics_are_whole_at_every_checkpoint_and_resume_after_it(bucket, tmp_path):
+    log = MetricsLog(storage_path(f"{bucket}/{tmp_path.name}/metrics.jsonl", "x"))
+    log.keep(0)
+    for step in (1, 2, 3):
+        log.append({"step": step})
+    log.flush()
+    log.append({"step": 4})
+    resumed = MetricsLog(log.file)
+    assert [row["step"] for row in resumed.read()] == [1, 2, 3]
+    resumed.keep(2)
+    resumed.append({"step": 3, "again": 1})
+    resumed.flush()
+    assert [row["step"] for row in resumed.read()] == [1, 2, 3]
+    assert resumed.read()[2]["again"] == 1
+
+
+class TestErrors:
+    """One line that names run_dir, never a key."""
+
+    def said(self, run_dir, tmp_path):
+        with pytest.raises(UserError, match=r"^run_dir=") as error:
+            RunDir(run_dir).open(tiny_config(run_dir, tmp_path, tmp_path))
+        assert "\n" not in str(error.value)
+        assert SECRET not in str(error.value)
+        return str(error.value)
+
+    def test_no_such_bucket(self, bucket, tmp_path):
+        assert "bucket does not exist" in self.said("s3://no-such-bucket/run", tmp_path)
+
+    def test_the_endpoint_is_down(self, bucket, tmp_path, monkeypatch):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        assert "connect" in self.said(f"{bucket}/run", tmp_path)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+    def test_a_prefix_of_something_else(self, bucket, tmp_path):
+        folder = storage_path(f"{bucket}/{tmp_path.name}", "x")
+        write_text(folder / "thesis.txt", "mine")
+        assert "not a run folder" in self.said(folder, tmp_path)
+
+
+PAIRS = 40
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, tiny_chat):
+    """A model folder and pairs, one of them bad."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_model(folder / "model", tiny_chat)
+    write_jsonl(folder / "pairs.jsonl", [*invented_pairs(PAIRS), {"prompt": "x", "chosen": None}])
+    return folder
+
+
+def start(stage, config_file):
+    arguments = [sys.executable, "-m", f"pipelines.{stage}", "--config", str(config_file)]
+    return subprocess.Popen(
+        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def command(stage, config_file):
+    process = start(stage, config_file)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert SECRET not in out + err
+    return out
+
+
+@pytest.mark.ray
+def test_scoring_on_object_storage_survives_a_kill(inputs, bucket, tmp_path):
+    """Killed between shards and damaged after it: all rows once, equal to those of a local run."""
+    files = {}
+    for kind, run_dir in (("local", tmp_path / "run"), ("s3", f"{bucket}/{tmp_path.name}/run")):
+        config = tiny_config(run_dir, inputs / "model", inputs / "pairs.jsonl", score={"shard_rows": 2})
+        files[kind] = tmp_path / f"{kind}.yaml"
+        files[kind].write_text(config.to_yaml())
+    local, remote = RunDir(tmp_path / "run"), RunDir(f"{bucket}/{tmp_path.name}/run")
+    command("score", files["local"])
+
+    process = start("score", files["s3"])
+    while process.poll() is None and len(storage.matching(remote.scores, "part-*")) < 3:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = storage.matching(remote.scores, "part-*")
+    assert len(before) >= 3
+    assert not (remote.scores / "manifest.json").exists()
+
+    damaged = before[0]
+    content = bytearray(damaged.read_bytes())
+    content[40] ^= 1
+    write_bytes(damaged, bytes(content))
+    written = {shard.name: shard.stat().st_mtime for shard in before[1:]}
+    out = command("score", files["s3"])
+    assert f"{PAIRS} kept" in out
+    assert written == {shard.name: shard.stat().st_mtime for shard in before[1:]}
+    assert rows(remote) == rows(local)
+    assert storage.matching(remote.scores, "*") != []
+    assert [file.name for file in storage.matching(remote.scores, "*")] == [
+        file.name for file in storage.matching(local.scores, "*")
+    ]
+    assert json.loads((remote.scores / "manifest.json").read_text())["rows"] == PAIRS
+    assert len((remote.private / "quarantine.jsonl").read_text().splitlines()) == 1
+    assert not (remote.root / ".lock").exists()
+
+
+def rows(run):
+    """The scores in a run folder, read by pyarrow alone."""
+    shards = [pq.read_table(shard.open("rb")) for shard in storage.matching(run.scores, "part-*")]
+    return [row for shard in shards for row in shard.to_pylist()]
