@@ -154,11 +154,6 @@ def _reasons(phrases: Sequence[str]) -> str:
 def check_batches(config: Config, run: RunDir) -> str:
     """Workers, global batch and micro-batches fit one another."""
     train, data = config.train, config.data
-    if train.global_batch_size < train.workers:
-        raise UserError(
-            f"train.global_batch_size={train.global_batch_size} pairs leave some of train.workers="
-            f"{train.workers} without work at every step; raise the one or lower the other"
-        )
     share = train.global_batch_size / train.workers
     found = f"{train.global_batch_size} pairs a step, {share:g} a worker"
     account = read_manifest(run.data / "manifest.json")
@@ -167,6 +162,8 @@ def check_batches(config: Config, run: RunDir) -> str:
         pairs = account["account"]["kept"]
         steps = training_steps(config, pairs)
         found += f"; {pairs} pairs make {steps} steps"
+    if train.global_batch_size < train.workers:
+        return Doubt(f"{found}: some workers have no work at any step; set train.global_batch_size higher")
     longest = 2 * data.max_length - 1
     if train.tokens_per_micro_batch < longest:
         return Doubt(

@@ -20,7 +20,7 @@ from typing import Any
 
 import requests
 
-from bdpo.models import cache_folder
+from bdpo.storage import cache_folder
 
 ROOT = Path(__file__).parents[1]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -70,10 +70,14 @@ class Nodes:
             "OMP_NUM_THREADS": "1",
         }
         self.running: list[subprocess.Popen[bytes]] = []
+        self.client_port = ports[0]
+
+    def begin(self) -> None:
+        """Start the head."""
         head = ["--head", f"--port={self.port}", "--dashboard-host=127.0.0.1"]
-        head += [f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={ports[0]}"]
-        self._start(*head, "--num-cpus=0", f"--temp-dir={folder}")
-        wait_until(self._takes_jobs, "the jobs API")
+        head += [f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={self.client_port}"]
+        self._start(*head, "--num-cpus=0", f"--temp-dir={self.folder}")
+        wait_until(self._takes_jobs, "the jobs API", 120)
 
     def add(self, cpus: int) -> subprocess.Popen[bytes]:
         """A node that joins; returns its process group's first process."""
@@ -151,6 +155,7 @@ def nodes() -> Iterator[Nodes]:
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         cluster = Nodes(Path(folder))
         try:
+            cluster.begin()
             yield cluster
         finally:
             cluster.end()

@@ -7,11 +7,13 @@ the data) is looked for in all that a job shows.
 
 import csv
 import json
+import os
 
 import pytest
 import yaml
 from helpers import tiny_config, write_jsonl
 from ray_nodes import nodes, wait_until
+from s3_server import SECRET
 
 from bdpo.errors import UserError
 from bdpo.runs import RunDir
@@ -20,13 +22,12 @@ from bdpo.status import run_status
 
 pytestmark = pytest.mark.ray
 
-SECRET = "planted-secret-access-key"
 HARM = "plantedharmfultext"
 PAIRS, STEPS, ITEMS = 400, 30, 24
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(tmp_path_factory, bucket):
     """The sandbox with a word planted in every text, small, its results in the bucket."""
     folder, world = tmp_path_factory.mktemp("jobs"), sandbox_folder()
     rows = [json.loads(line) for line in (world / "pairs.jsonl").open()]
@@ -49,16 +50,16 @@ def config(tmp_path_factory):
         evaluate={"judge": "sandbox", "limit": ITEMS, "batch_size": 1, "workers": [1, 8], **benchmarks},
     ).model_dump()
     values["data"]["limit"] = PAIRS
-    values["run_dir"] = str(folder / "runs/first")
+    values["run_dir"] = f"{bucket}/runs/first"
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
     return folder / "config.yaml"
 
 
 @pytest.fixture(scope="module")
-def cluster(config):
-    """The head alone; its environment, and so that of all its nodes, holds the secret."""
-    with pytest.MonkeyPatch.context() as patch, nodes() as cluster:
-        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+def cluster(bucket):
+    """The head alone; its environment, and so that of all its nodes, holds the key of the bucket."""
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] == SECRET
+    with nodes() as cluster:
         yield cluster
 
 

@@ -83,7 +83,6 @@ def bos_twice(tmp_path):
         ("benchmarks", {"evaluate.strongreject_path": "/gone.csv"}, None, "/gone.csv"),
         ("template", {}, bos_twice, "both write a BOS"),
         ("template", {"data.max_prompt_length": 8}, None, "prompt: longer than max_prompt_length ×12"),
-        ("batches", {"train.workers": 16}, None, "train.global_batch_size=8"),
         ("storage", {"run_dir": "FILE/run"}, None, "cannot be written"),
     ],
 )
@@ -107,6 +106,7 @@ def test_what_stops_a_run_is_an_error(values, tmp_path, check, change, damage, n
     ("check", "change", "named"),
     [
         ("template", {"data": {"max_length": 48, "max_prompt_length": 47}}, "max_length=48 and may be cut"),
+        ("batches", {"train": {"workers": 16}}, "some workers have no work"),
         ("batches", {"train": {"tokens_per_micro_batch": 64}}, "train.tokens_per_micro_batch=64"),
         (
             "judge",

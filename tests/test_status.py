@@ -81,6 +81,8 @@ def test_training_half_way(run):
     write_manifest(run.train / "manifest.json", {}, steps=3)
     assert stage(run, "train")["state"] == "begun"  # a model that is not there is not trained
     run.model.mkdir()
+    assert stage(run, "train")["state"] == "begun"
+    (run.model / "config.json").write_text("{}")  # written last: the model is whole
     assert stage(run, "train")["state"] == "done"
 
 
