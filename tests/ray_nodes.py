@@ -48,7 +48,7 @@ class Nodes:
     """A head without CPUs, its jobs API on loopback, and nodes that come and go; the token is on."""
 
     def __init__(self, folder: Path) -> None:
-        self.port, self.dashboard, *ports = free_ports(4)
+        self.port, self.dashboard, self.client_port = free_ports(3)
         self.url = f"http://127.0.0.1:{self.dashboard}"
         self.folder = folder
         self.names = 0
@@ -70,7 +70,6 @@ class Nodes:
             "OMP_NUM_THREADS": "1",
         }
         self.running: list[subprocess.Popen[bytes]] = []
-        self.client_port = ports[0]
 
     def begin(self) -> None:
         """Start the head."""
@@ -136,9 +135,11 @@ class Nodes:
             return False
 
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        # The agent's own default is one fixed port, and other Rays may be on this machine.
+        agent = f"--dashboard-agent-listen-port={free_ports(1)[0]}"
         with open(self.folder / "start.log", "ab") as log:
             node = subprocess.Popen(
-                [*RAY, "start", "--block", "--object-store-memory=100000000", *arguments],
+                [*RAY, "start", "--block", "--object-store-memory=100000000", agent, *arguments],
                 env=self.environment,
                 stdout=log,
                 stderr=log,
