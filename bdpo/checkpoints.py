@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from bdpo.errors import UserError
 from bdpo.runs import RunDir
-from bdpo.storage import StoragePath, write_text
+from bdpo.storage import StoragePath, sha256, write_text
 
 Metrics = dict[str, float]
 # Gets a folder with this worker's part and the metrics of its step; the folder is then its to remove.
@@ -83,7 +83,8 @@ def save_checkpoint(engine: Any, cursor: Cursor, metrics: Metrics, staging: Stag
     """
     folder = staging.new()
     try:
-        engine.save_checkpoint(str(folder), tag="state")
+        # What LoRA leaves frozen is in the base model.
+        engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True)
         torch.save(_rng_state(), folder / f"rng_state_{dist.get_rank()}.pth")
         part = {
             "workers": dist.get_world_size(),
@@ -93,6 +94,7 @@ def save_checkpoint(engine: Any, cursor: Cursor, metrics: Metrics, staging: Stag
         }
         write_text(folder / f"part-{dist.get_rank()}.json", json.dumps(part))
     except (OSError, RuntimeError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
         # torch.save turns what the system says into "[enforce fail at inline_container.cc:672]".
         if isinstance(error, OSError) or "inline_container" in str(error):
             raise UserError(
@@ -158,7 +160,7 @@ def _damage(folder: StoragePath, rank: int, hashes: bool = True) -> str | None:
         ].items():
             if (folder / name).stat().st_size != file["size"]:
                 return f"{name} is truncated"
-            if hashes and _sha256(folder / name) != file["sha256"]:
+            if hashes and sha256(folder / name) != file["sha256"]:
                 return f"{name} is damaged"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{name} is missing or damaged"
@@ -172,7 +174,8 @@ def _load(engine: Any, folder: Path) -> Cursor:
             f"{folder}: a checkpoint of {part['workers']} workers cannot be resumed by {workers}; "
             f"set train.workers={part['workers']}, or fresh=true to start over"
         )
-    engine.load_checkpoint(str(folder), tag="state")
+    all_trained = all(parameter.requires_grad for parameter in engine.module.parameters())
+    engine.load_checkpoint(str(folder), tag="state", load_module_strict=all_trained)
     _set_rng_state(torch.load(folder / f"rng_state_{dist.get_rank()}.pth", weights_only=True))
     return Cursor(part["step"], part["epoch"], part["num_tokens"])
 
@@ -180,14 +183,9 @@ def _load(engine: Any, folder: Path) -> Cursor:
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return {
-        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
         for file in files
     }
-
-
-def _sha256(file: StoragePath) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def _rng_state() -> dict[str, torch.Tensor]:

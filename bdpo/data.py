@@ -125,8 +125,11 @@ def prepare(
         return account.summary()
 
 
-def read_pairs(folder: StoragePath, first: int, count: int) -> pa.Table:
-    """Rows [first, first + count) of the pairs that `prepare` wrote; only their row groups are read."""
+def read_pairs(folder: StoragePath, first: int, count: int, columns: list[str] | None = None) -> pa.Table:
+    """Rows [first, first + count) of the pairs that `prepare` wrote; only their row groups are read.
+
+    `columns` are all by default.
+    """
     tables = []
     position = 0
     for part in _parts(folder):
@@ -135,8 +138,15 @@ def read_pairs(folder: StoragePath, first: int, count: int) -> pa.Table:
                 start, position = position, position + parquet.metadata.row_group(group).num_rows
                 begin, end = max(first, start), min(first + count, position)
                 if begin < end:
-                    tables.append(parquet.read_row_group(group).slice(begin - start, end - begin))
+                    tables.append(parquet.read_row_group(group, columns).slice(begin - start, end - begin))
     return pa.concat_tables(tables) if tables else PAIR_SCHEMA.empty_table()
+
+
+def pair_ids(folder: StoragePath) -> Iterator[str]:
+    """The ids of all pairs in `folder`, in order; their texts are not read."""
+    for part in _parts(folder):
+        with pq.ParquetFile(open_parquet(part)) as parquet:
+            yield from parquet.read(["pair_id"])["pair_id"].to_pylist()
 
 
 def count_pairs(folder: StoragePath) -> int:

@@ -80,6 +80,7 @@ class LogpsModel(nn.Module):
         self.chunked = model.config.model_type in SHARED_ROW_MODELS
         why = why_plain_rows(model.config, max_length)
         self.shared_rows = why is None
+        self.tokens_forwarded = 0  # padding included, since the model was made
         if self.chunked:
             model.set_output_embeddings(LogpsHead(model.get_output_embeddings()))
         if why:
@@ -89,6 +90,7 @@ class LogpsModel(nn.Module):
         """Summed log π(response | context), nats, float32, shape (responses of all trees,)."""
         batch = pack(trees, self.model.config.hidden_size) if self.shared_rows else pack_plain(trees)
         batch = batch.to(self.model.device)
+        self.tokens_forwarded += batch.input_ids.numel()
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
         if batch.position_ids is not None:
             inputs["position_ids"] = batch.position_ids

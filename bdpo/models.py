@@ -8,18 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdpo.config import SANDBOX, Config, ModelConfig
 from bdpo.errors import UserError
-from bdpo.storage import StoragePath, error_line, fetch, storage_path
+from bdpo.storage import StoragePath, cache_folder, error_line, fetch, sha256, storage_path, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+# File systems have coarse clocks: a file that changed just now could change again at the same time.
+_SETTLED_NS = 2 * 10**9
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
@@ -135,20 +138,43 @@ def quiet_saving() -> Iterator[None]:
 
 
 def weights_digest(folder: Path) -> str:
-    """Digest of the weights' content and of the model's config, whatever the folder is called."""
-    return files_digest([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+    """Digest of the weights' content and of the model's config, whatever the folder is called.
+
+    A file of weights is read once on a machine, for as long as it is the same file.
+    """
+    return files_digest([folder / "config.json", *sorted(folder.glob("*.safetensors"))], read=_read_once)
 
 
-def files_digest(files: Sequence[StoragePath], root: Path | None = None) -> str:
-    """SHA-256 over names (below `root`, else bare) and contents of files, as 32 hexadecimal digits."""
+def files_digest(
+    files: Sequence[StoragePath], root: Path | None = None, read: Callable[[Any], str] | None = None
+) -> str:
+    """SHA-256 over names (below `root`, else bare) and contents of files, as 32 hexadecimal digits.
+
+    `read` is what tells the SHA-256 of one file.
+    """
+    read = read or sha256
     digests = {}
     for file in files:
-        if not file.is_file():
-            continue
-        with file.open("rb") as stream:
+        if file.is_file():
             name = str(file.relative_to(root)) if root and isinstance(file, Path) else file.name
-            digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+            digests[name] = read(file)
     return json_digest(digests)
+
+
+def _read_once(file: Path) -> str:
+    """The file's SHA-256, kept in the cache folder together with what a change of the file would change."""
+    status = file.stat()
+    now = json_digest([status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino])
+    kept = cache_folder() / "digests" / json_digest(str(file.resolve()))
+    with suppress(OSError, ValueError):
+        then, digest = kept.read_text(encoding="utf-8").split()
+        if then == now:
+            return digest
+    digest = sha256(file)
+    if time.time_ns() - status.st_mtime_ns > _SETTLED_NS:
+        with suppress(OSError):  # without a cache it is only slower
+            write_text(kept, f"{now} {digest}")
+    return digest
 
 
 def json_digest(value: Any) -> str:

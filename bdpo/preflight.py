@@ -19,6 +19,7 @@ from typing import Any, Literal
 import requests
 from jinja2 import TemplateError
 
+from bdpo.adapters import check_lora
 from bdpo.config import Config, DataConfig, worker_range
 from bdpo.data import DETECT_ROWS
 from bdpo.errors import UserError
@@ -83,8 +84,19 @@ def check_benchmarks(config: Config, run: RunDir) -> str:
     return ", ".join(f"{count} prompts of {name}" for name, count in counts.items())
 
 
+def check_adapters(config: Config, run: RunDir) -> str:
+    """The adapters of `train.lora` fit the model."""
+    check_lora(config)
+    return f"rank {config.train.lora.r}" if config.train.lora else "none"
+
+
 # Without these no stage can end well: `run` does them before its first.
-INPUT_CHECKS: dict[str, Check] = {"model": check_model, "data": check_data, "benchmarks": check_benchmarks}
+INPUT_CHECKS: dict[str, Check] = {
+    "model": check_model,
+    "adapters": check_adapters,
+    "data": check_data,
+    "benchmarks": check_benchmarks,
+}
 
 
 def check_template(config: Config, run: RunDir) -> str:

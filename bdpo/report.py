@@ -1,4 +1,4 @@
-"""What a run shows for itself: the mutual information of its pairs, as numbers and as a figure."""
+"""What a run shows for itself: the mutual information of its pairs, as numbers, tables and a figure."""
 
 from __future__ import annotations
 
@@ -7,34 +7,98 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from bdpo.config import MethodConfig
 from bdpo.storage import StoragePath, write_bytes
 
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 GROUPS = ("safe", "unsafe", None)
 _COLOURS = {"safe": "#0072b2", "unsafe": "#d55e00", None: "#555555"}  # told apart by every eye (Okabe, Ito)
 _POINTS = 4000
+_BARS = 15
 
 
 def mi_summary(scores: pa.Table, method: MethodConfig) -> list[dict[str, Any]]:
-    """One row a group of pairs: number, mean MI of both responses (nats per token), and shares.
+    """One row a group of pairs: their number, and the MI of both responses (nats per token).
 
-    `chosen_better` is the share of pairs whose chosen response is better understood; `floored` the share
-    of responses whose MI is below `mi_floor`.
+    `chosen_better` is the share of pairs whose chosen response is better understood. `chosen` and
+    `rejected` have the `mean`, the `QUANTILES`, and the shares of responses whose MI is `negative` and
+    whose MI is `floored`: below `mi_floor`.
     """
-    rows = []
-    for group, chosen, rejected in _by_group(scores):
-        rows.append(
-            {
-                "group": group,
-                "pairs": len(chosen),
-                "mi_chosen": float(chosen.mean()),
-                "mi_rejected": float(rejected.mean()),
-                "chosen_better": float((chosen > rejected).mean()),
-                "floored": float((np.concatenate([chosen, rejected]) < np.float32(method.mi_floor)).mean()),
-            }
+    return [
+        {
+            "group": group,
+            "pairs": len(chosen),
+            "chosen_better": float((chosen > rejected).mean()),
+            "chosen": _mi_of(chosen, method),
+            "rejected": _mi_of(rejected, method),
+        }
+        for group, chosen, rejected in _by_group(scores)
+    ]
+
+
+def _mi_of(mi: np.ndarray, method: MethodConfig) -> dict[str, Any]:
+    return {
+        "mean": float(mi.mean()),
+        "quantiles": [float(quantile) for quantile in np.quantile(mi, QUANTILES)],
+        "negative": float((mi < 0).mean()),
+        "floored": float((mi < np.float32(method.mi_floor)).mean()),
+    }
+
+
+def mi_tables(scores: pa.Table, method: MethodConfig) -> list[Table]:
+    """The distribution of the MI, a table a group, with histograms on one scale for all."""
+    values = np.concatenate([scores["mi_chosen"].to_numpy(), scores["mi_rejected"].to_numpy()])
+    low, high = np.quantile(values, [0.005, 0.995])
+    tables = []
+    for row, (_, chosen, rejected) in zip(mi_summary(scores, method), _by_group(scores), strict=True):
+        title = f"{row['group'] or 'all'} queries: {row['pairs']:,} pairs, chosen better understood"
+        table = _table(f"{title} in {row['chosen_better']:.0%}", "nats/token")
+        for heading in ["mean", *(f"{q:.0%}" for q in QUANTILES), "< 0", "< floor"]:
+            table.add_column(heading, justify="right")
+        table.add_column(f"{low:.2f} to {high:.2f}", no_wrap=True)
+        for side, mi in (("chosen", chosen), ("rejected", rejected)):
+            numbers = [f"{number:.3f}" for number in (row[side]["mean"], *row[side]["quantiles"])]
+            shares = [f"{row[side][share]:.0%}" for share in ("negative", "floored")]
+            table.add_row(side, *numbers, *shares, _histogram(mi, low, high))
+        tables.append(table)
+    return tables
+
+
+def work_table(workers: dict[str, dict[str, float]]) -> Table:
+    """What every scoring worker did: pairs, real tokens, busy time, speed, and how much padding cost."""
+    table = _table("work of the scoring actors", "actor")
+    for heading in ("pairs", "tokens", "busy", "tokens/s", "padded / real"):
+        table.add_column(heading, justify="right")
+    total = {key: sum(work[key] for work in workers.values()) for key in next(iter(workers.values()))}
+    for name, work in [*sorted(workers.items()), ("all", total)]:
+        if name == "all":
+            table.add_section()
+        table.add_row(
+            name,
+            f"{work['pairs']:,}",
+            f"{work['tokens']:,}",
+            f"{work['seconds']:.1f} s",
+            f"{work['tokens'] / work['seconds']:,.0f}",
+            f"{work['tokens_forwarded'] / work['tokens']:.3f}",
         )
-    return rows
+    return table
+
+
+def _table(title: str, rows: str) -> Table:
+    """Fits a terminal of 80 columns."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column(rows)
+    return table
+
+
+def _histogram(values: np.ndarray, low: float, high: float) -> str:
+    """Eight heights of `_BARS` bars, the tallest bar full; what lies outside is in the first and the last."""
+    counts, _ = np.histogram(values.clip(low, high), bins=_BARS, range=(low, high))
+    heights = np.ceil(8 * counts / counts.max()).astype(int)
+    return "".join(" ▁▂▃▄▅▆▇█"[height] for height in heights)
 
 
 def mi_scatter(scores: pa.Table, file: StoragePath) -> None:

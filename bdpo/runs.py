@@ -5,6 +5,7 @@
     <run_dir>/scores/*.parquet       one row of scores a pair, and scores/manifest.json
     <run_dir>/train/                 checkpoints, recoveries.jsonl, and train/manifest.json
     <run_dir>/model/                 the trained model, as from_pretrained loads it
+    <run_dir>/adapter/               the LoRA adapter that is merged into it, as PEFT loads it
     <run_dir>/metrics.jsonl          one line an optimizer step
     <run_dir>/eval/<name>/           per-item scores and summary.json of the model of that name
     <run_dir>/report/                summary and figures
@@ -45,13 +46,14 @@ class RunDir:
         self.train = self.root / "train"
         self.model = self.root / "model"
         self.recoveries = self.train / "recoveries.jsonl"
+        self.adapter = self.root / "adapter"
         self.metrics = self.root / "metrics.jsonl"
         self.report = self.root / "report"
         self.private = self.root / "private"
 
     def results(self) -> list[StoragePath]:
         """All that a run makes, its config and lock aside."""
-        made = [self.data, self.scores, self.train, self.model, self.metrics, self.report]
+        made = [self.data, self.scores, self.train, self.model, self.adapter, self.metrics, self.report]
         return [*made, self.root / "eval", self.private / "responses"]
 
     def eval(self, name: str) -> StoragePath:
@@ -65,6 +67,10 @@ class RunDir:
     def has_model(self) -> bool:
         """Whether the trained model is there; it is whole then."""
         return (self.model / "config.json").is_file()
+
+    def has_adapter(self) -> bool:
+        """Whether the adapter that was trained with LoRA is there; it is whole then."""
+        return (self.adapter / "adapter_config.json").is_file()
 
     def open(self, config: Config) -> AbstractContextManager[Any]:
         """Make the folder, or find it again, for this command alone; returns the lock that says so.

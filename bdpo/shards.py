@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -34,8 +34,8 @@ class ShardStore:
     mode: int = 0o644
 
     def write(self, first_row: int, table: pa.Table) -> StoragePath:
-        """Commit the rows from `first_row` on."""
-        metadata = {_METADATA_KEY: json.dumps(self.fingerprint).encode()}
+        """Commit the rows from `first_row` on. The table's metadata stay."""
+        metadata = {**(table.schema.metadata or {}), _METADATA_KEY: json.dumps(self.fingerprint).encode()}
         content = parquet_bytes(table.cast(self.schema).replace_schema_metadata(metadata))
         shard = self.folder / f"part-{first_row:09d}-{_digest(content)}.parquet"
         write_bytes(shard, content, self.mode)
@@ -49,21 +49,33 @@ class ShardStore:
         """
         return {first: self._rows(shard, content) for first, shard, content in self._shards()}
 
-    def missing(self, total_rows: int, shard_rows: int) -> list[tuple[int, int]]:
+    def missing(
+        self, total_rows: int, shard_rows: int, given_up: Collection[int] = ()
+    ) -> list[tuple[int, int]]:
         """(first row, number of rows) still to be made so that all rows are there exactly once.
 
-        Finished shards stay, of whatever size they are; the gaps between them are cut into `shard_rows`.
+        Finished shards stay, of whatever size they are, but for one that overlaps another; the gaps
+        between them are cut into `shard_rows`. Rows that are `given_up` are not asked for again.
         """
         gaps, row = [], 0
-        for first, rows in [*sorted(self.finished().items()), (total_rows, 0)]:
+        taken = [*self.finished().items(), *((row, 1) for row in given_up)]
+        for first, rows in [*sorted(taken), (total_rows, 0)]:
+            if first < row:
+                self.remove(first)
+                continue
             gaps += [(start, min(shard_rows, first - start)) for start in range(row, first, shard_rows)]
             row = first + rows
         return gaps
 
+    def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """Shard after shard in the order of the rows, each with its metadata."""
+        for *_, content in self._shards():
+            yield pq.read_table(pa.BufferReader(content), columns=columns)
+
     def read(self) -> pa.Table:
         """All rows in order."""
-        tables = [pq.read_table(pa.BufferReader(content)) for *_, content in self._shards()]
-        return pa.concat_tables(tables).replace_schema_metadata(None) if tables else self.schema.empty_table()
+        tables = [table.replace_schema_metadata(None) for table in self.tables()]
+        return pa.concat_tables(tables) if tables else self.schema.empty_table()
 
     def read_shard(self, first_row: int) -> pa.Table:
         """The rows of the shard that starts at `first_row`."""

@@ -12,6 +12,7 @@ import yaml
 from bdpo.config import Config, parse_config
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import MODEL_NAMES
+from bdpo.losses import REFERENCE_FREE
 from bdpo.plan import TrainingPlan
 from bdpo.runs import MetricsLog, RunDir, read_manifest
 from bdpo.storage import StoragePath, matching, open_parquet
@@ -29,7 +30,8 @@ def run_status(run: RunDir) -> list[Stage]:
     config = _config(run)
     account = read_manifest(run.data / "manifest.json")
     pairs = account["account"]["kept"] if account else None
-    stages = [_prepare(account), _score(run, pairs), _train(run, config, pairs)]
+    scored = [] if config.method.name in REFERENCE_FREE else [_score(run, pairs)]
+    stages = [_prepare(account), *scored, _train(run, config, pairs)]
     models = [name for name in MODEL_NAMES if name != "adapter" or config.evaluate.adapter]
     return [*stages, *(_evaluate(run, name) for name in models)]
 

@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeAlias
 from urllib.parse import urlsplit
 
 import fsspec
@@ -35,9 +35,9 @@ from upath import UPath
 
 from bdpo.errors import UserError
 
-StoragePath = Path | UPath
+StoragePath: TypeAlias = Path | UPath
 
-MARKERS = ("manifest.json", "config.json")
+MARKERS = ("manifest.json", "config.json", "adapter_config.json")
 """The files that say that the folder they lie in is whole: the last to be uploaded, the first to go."""
 
 BEAT_SECONDS = 5.0
@@ -93,11 +93,14 @@ def write_bytes(file: StoragePath, content: bytes | pa.Buffer, mode: int = 0o644
         return
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if mode == 0o600 else 0o777)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(file)
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.rename(file)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk wants its space back
 
 
 @contextmanager
@@ -196,6 +199,13 @@ def discard(*paths: StoragePath) -> None:
 def matching(folder: StoragePath, pattern: str) -> list[StoragePath]:
     """What a glob pattern finds in a folder, in order; nothing in one that is not there."""
     return sorted(folder.glob(pattern), key=str)
+
+
+def sha256(file: StoragePath) -> str:
+    """SHA-256 of a file's content, which is never all in memory."""
+    content: Any = file.open("rb")
+    with content as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def parquet_bytes(table: pa.Table) -> pa.Buffer:

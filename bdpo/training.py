@@ -14,10 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 
+from bdpo.adapters import export_merged
 from bdpo.checkpoints import (
     Checkpoint,
     Cursor,
@@ -29,26 +32,26 @@ from bdpo.checkpoints import (
     save_checkpoint,
 )
 from bdpo.config import Config, TrainConfig
-from bdpo.data import read_pairs
+from bdpo.data import count_pairs, read_pairs
 from bdpo.errors import UserError
 from bdpo.logps import pair_logps, why_plain_rows
-from bdpo.losses import LOSSES, LossOutput, PairLogps
+from bdpo.losses import LOSSES, REFERENCE_FREE, LossOutput, PairLogps
 from bdpo.mi import balance_weights
 from bdpo.models import model_config
 from bdpo.packing import tree_tokens
 from bdpo.plan import TrainingPlan, deal, held_out
 from bdpo.runs import MetricsLog, RunDir
-from bdpo.storage import whole_folder
+from bdpo.storage import fetch, whole_folder
 from bdpo.tokens import ChatTokenizer, encode_pairs, load_tokenizer
 from bdpo.zero3 import build_engine, export
 
-# |loss - ln 2| before the first update: rounding of two forward passes of the same weights.
+# How far the loss is off before the first update, of 1 or more: rounding of two passes of the same weights.
 STEP_0_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 
 
 @dataclass(frozen=True)
 class TrainingPairs:
-    """Pairs and their scores, row by row the same; tensors have shape (pairs,)."""
+    """Pairs and their scores, row by row the same; tensors have shape (pairs,), what is not known is NaN."""
 
     config: Config
     chat: ChatTokenizer
@@ -60,10 +63,12 @@ class TrainingPairs:
 
     @classmethod
     def load(cls, config: Config, run: RunDir, scores: pa.Table) -> TrainingPairs:
-        """Join scores with the prepared pairs and weigh them by `method`."""
-        table = read_pairs(run.pairs, 0, scores.num_rows)
-        if table["pair_id"] != scores["pair_id"]:
+        """Join `scores`, of all or some of the prepared pairs, with these and weigh them by `method`."""
+        table = read_pairs(run.pairs, 0, count_pairs(run.pairs))
+        rows = pc.index_in(scores["pair_id"], table["pair_id"].combine_chunks())
+        if rows.null_count:
             raise RuntimeError(f"{run.scores}: not the scores of the pairs in {run.pairs}")
+        table = table.take(rows)
         weights = balance_weights(_column(scores, "mi_chosen"), _column(scores, "mi_rejected"), config.method)
         plain = why_plain_rows(model_config(config.model), config.data.max_length)
         return cls(config, load_tokenizer(config.model), table, scores, *weights, shared_rows=plain is None)
@@ -133,6 +138,8 @@ def train(
 ) -> None:
     """Train to the last step, from the newest whole checkpoint, then write the model to `run.model`.
 
+    With LoRA the adapter goes to `run.adapter` first, and `run.model` is the base with it merged in.
+
     Called by every worker of an initialised process group. `report` gets a folder with this worker's
     part of a checkpoint, which it removes, and the metrics of its step; `reported` waits until all that
     was reported counts as a checkpoint and returns what is kept of it.
@@ -165,22 +172,24 @@ def train(
             save_checkpoint(engine, cursor, metrics, staging, report)
     if config.train.load_best_model_at_end:
         load_first_whole(engine, best_first(config.train, reported()))
-    _export_whole(engine, pairs.chat, run)
+    _export(engine, pairs, run)
 
 
 def train_step(engine: Any, data: TrainingPairs, plan: TrainingPlan, step: int) -> Metrics:
     """One optimizer step on the global batch of `step`; returns its metrics, the same on every worker."""
     rank, workers = dist.get_rank(), dist.get_world_size()
+    # Dropout, which LoRA may have, is a function of the step too: a resumed training draws the same.
+    torch.manual_seed(int(np.random.default_rng([plan.seed, step, rank]).integers(2**63)))
     micro_batches = plan.micro_batches(step, workers)[rank]
     pairs_of_step = plan.global_batch(step)
     learning_rate = engine.get_lr()[0]
     sums: dict[str, torch.Tensor] = {}
     for number, indices in enumerate(micro_batches, start=1):
-        output = _loss(engine, data, indices or pairs_of_step[:1])
+        pairs, output = _loss(engine, data, indices or pairs_of_step[:1])
         # The engine averages gradients over workers; the loss is a mean over the global batch.
         scale = workers / len(pairs_of_step) if indices else 0.0
         if number == 1 and step == 0:
-            _require_ln2(output, data.config)
+            _require_reference(pairs, output, data.config)
         engine.set_gradient_accumulation_boundary(number == len(micro_batches))
         engine.backward(output.loss.sum() * scale)
         engine.step()
@@ -199,7 +208,8 @@ def evaluate(engine: Any, data: TrainingPairs) -> Metrics:
     sums: dict[str, torch.Tensor] = {}
     engine.eval()
     for indices in deal(rows, data.lengths, data.config.train.tokens_per_micro_batch, workers)[rank]:
-        _add(sums, _loss(engine, data, indices or rows[:1]), bool(indices))
+        _, output = _loss(engine, data, indices or rows[:1])
+        _add(sums, output, bool(indices))
     engine.train()
     metrics = {f"eval_{name}": mean for name, mean in _means(sums, len(rows)).items()}
     best = data.config.train.best_metric
@@ -232,13 +242,14 @@ def _resume(engine: Any, run: RunDir, log: MetricsLog, reported: Callable[[], Se
     return cursor
 
 
-def _loss(engine: Any, data: TrainingPairs, indices: Sequence[int]) -> LossOutput:
-    output = LOSSES[data.config.method.name](data.logps(engine, indices), data.config.method)
+def _loss(engine: Any, data: TrainingPairs, indices: Sequence[int]) -> tuple[PairLogps, LossOutput]:
+    pairs = data.logps(engine, indices)
+    output = LOSSES[data.config.method.name](pairs, data.config.method)
     finite = torch.isfinite(output.loss)
     if not finite.all():
         bad = data.names(torch.tensor(indices)[~finite.cpu()].tolist())
         raise FloatingPointError(f"the loss is not finite: {bad}")
-    return output
+    return pairs, output
 
 
 def _add(sums: dict[str, torch.Tensor], output: LossOutput, counts: bool) -> None:
@@ -254,20 +265,36 @@ def _means(sums: dict[str, torch.Tensor], pairs: int) -> Metrics:
     return dict(zip(sums, (totals / pairs).tolist(), strict=True))
 
 
-def _require_ln2(output: LossOutput, config: Config) -> None:
-    """Before any update policy and reference are the same model, so every pair's loss is ln 2."""
-    off = (output.loss.detach() - math.log(2)).abs().max().item()
+def _require_reference(pairs: PairLogps, output: LossOutput, config: Config) -> None:
+    """Before any update policy and reference are the same model, so every pair's loss is that of Δ = 0.
+
+    That is ln 2 for DPO and all that differ from it by weights or by label smoothing.
+    """
+    method = config.method
+    if method.name in REFERENCE_FREE:
+        return
+    same = replace(pairs, policy_chosen=pairs.reference_chosen, policy_rejected=pairs.reference_rejected)
+    expected = LOSSES[method.name](same, method).loss
+    off, worst = ((output.loss.detach() - expected).abs() / expected.clamp(min=1)).max(0)
     if off > STEP_0_TOLERANCE[config.model.dtype]:
         raise UserError(
-            f"before the first step the loss is off ln 2 by {off:.2g}: policy and reference differ; "
+            f"before the first step the loss of {method.name} is {output.loss[worst]:.5g} instead of "
+            f"{expected[worst]:.5g}: policy and reference differ; "
             "compare model and data with the fingerprint in scores/manifest.json"
         )
 
 
-def _export_whole(engine: Any, chat: ChatTokenizer, run: RunDir) -> None:
-    """Write the model, whole or not at all; the first worker does, the others give it their parts."""
-    with whole_folder(run.model) if dist.get_rank() == 0 else nullcontext(Path()) as folder:
-        export(engine, chat, folder)
+def _export(engine: Any, data: TrainingPairs, run: RunDir) -> None:
+    """Write the model, whole or not at all; the first worker does, the others give it their parts.
+
+    Of a model with LoRA the adapter comes first, and the base with it merged in is made from that.
+    """
+    first, lora = dist.get_rank() == 0, data.config.train.lora is not None
+    with whole_folder(run.adapter if lora else run.model) if first else nullcontext(Path()) as folder:
+        export(engine, data.chat, folder)
+    if lora and first:
+        with whole_folder(run.model) as folder:
+            export_merged(data.config.model, fetch(run.adapter), data.chat, folder)
 
 
 def _column(table: pa.Table, name: str) -> torch.Tensor:

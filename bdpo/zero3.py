@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from bdpo.adapters import add_lora
 from bdpo.config import Config
 from bdpo.logps import LogpsModel
 from bdpo.models import load_model, model_folder
@@ -61,6 +62,8 @@ def build_engine(config: Config, total_steps: int, warmup_steps: int) -> Any:
     model = load_model(model_folder(config.model), config.model)
     del alive
     _disable_dropout(model)
+    if config.train.lora:
+        add_lora(model, config.train.lora, config.model, config.seed)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(
@@ -79,9 +82,12 @@ def build_engine(config: Config, total_steps: int, warmup_steps: int) -> Any:
 
 
 def export(engine: Any, chat: ChatTokenizer, folder: Path) -> None:
-    """Gather the weights and write them as from_pretrained loads them; every worker must call this."""
-    if engine.zero_optimization_stage() == 3:
-        weights = engine._zero3_consolidated_16bit_state_dict()  # in the model's dtype; rank 0 only
+    """Gather the trained weights, write them as from_pretrained loads them; every worker must call this.
+
+    All that is written of a model with LoRA is its adapter, as PEFT loads it.
+    """
+    if engine.zero_optimization_stage() == 3:  # in the model's dtype; rank 0 only
+        weights = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
     else:
         weights = engine.module.state_dict()
     if torch.distributed.get_rank() == 0:
@@ -121,8 +127,12 @@ def _disable_dropout(model: torch.nn.Module) -> None:
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices only, not on norms and biases; a partitioned parameter's shape is ds_shape."""
+    """Weight decay on matrices only, not on norms and biases; a partitioned parameter's shape is ds_shape.
+
+    Adapters have no norms and biases: an empty group is none.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]
     vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -69,12 +69,12 @@ def from_file(file: Path, pairs: int) -> list[EncodedPair]:
     return [_pair(random.Random(i), *lengths) for i, lengths in enumerate(found[:pairs])]
 
 
-def make_model() -> Qwen2ForCausalLM:
+def make_model(vocabulary: int = VOCABULARY) -> Qwen2ForCausalLM:
     """A Qwen2 with the proportions of the 7B one: same layer shape, 7 % of its operations in the head."""
     torch.manual_seed(0)
     return Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             hidden_size=256,
             intermediate_size=1356,
             num_hidden_layers=2,

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,10 @@ def main() -> None:
         *(_row(name, pairs) for name, pairs in sets.items()),
         "",
         "padded/real counts a context that ours repeats as padding; 7B: rows as planned for that width.",
+        "",
+        "| data set | bfloat16 − float32, nats/token: mean, mean size, max | of MI | mean size of MI |",
+        "|---|---|---|---|",
+        *(_drift(name, pairs) for name, pairs in sets.items()),
     ]
     print(*rows, sep="\n")
     write_section("Scoring: all four terms", rows)
@@ -71,6 +76,29 @@ def _row(name: str, pairs: list[EncodedPair]) -> str:
         f"| {seconds['ours']:.1f} / {seconds['TRL']:.1f} | {seconds['ours'] / seconds['TRL']:.2f} "
         f"| {trl_tokens / trl_real:.3f} | {tokens / real:.3f} | {_tokens_as_7b(pairs) / real:.3f} |"
     )
+
+
+def _drift(name: str, pairs: list[EncodedPair]) -> str:
+    """How far bfloat16 is from float32 with the same weights, that is with those of the bfloat16 model."""
+    rounded = make_model().bfloat16()
+    models = [
+        LogpsModel(copy.deepcopy(rounded).to(dtype), MAX_LENGTH).eval() for dtype in (None, torch.float32)
+    ]
+    low, exact = (reference_logps(model, pairs, EMPTY, TOKENS_PER_BATCH) for model in models)
+    tokens = {
+        side: torch.tensor([len(getattr(pair, side)) for pair in pairs]) for side in ("chosen", "rejected")
+    }
+
+    def per_token(logps: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
+        return torch.cat([logps[f"{kind}_{side}_logps"] / tokens[side] for side in tokens])
+
+    terms = [per_token(low, kind) - per_token(exact, kind) for kind in ("ref", "uncond")]
+    mi = per_token(exact, "ref") - per_token(exact, "uncond")
+    cells = [
+        f"{drift.mean():.1e}, {drift.abs().mean():.1e}, {drift.abs().max():.1e}"
+        for drift in (torch.cat(terms), terms[0] - terms[1])
+    ]
+    return f"| {name} | {cells[0]} | {cells[1]} | {mi.abs().mean():.1e} |"
 
 
 def _tokens_as_7b(pairs: list[EncodedPair]) -> int:

@@ -42,20 +42,27 @@ def main(
     stage: Callable[[Config, RunDir], object],
     what: str | None,
     results: Callable[[RunDir], list[StoragePath]],
+    inspect: Callable[[Config, RunDir], object] | None = None,
 ) -> None:
     """Run a stage as a command: exit 0 done, 2 wrong config, input or environment, 1 the run failed.
 
-    `results` names what the stage makes in the run folder: what fresh=true discards.
+    `results` names what the stage makes in the run folder: what fresh=true discards. `inspect` is what
+    `--inspect` does instead; it changes nothing and needs no lock.
     """
     parser = argparse.ArgumentParser(
         description=what, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EPILOG
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
+    if inspect is not None:
+        parser.add_argument("--inspect", action="store_true", help="show the finished results, run nothing")
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
         run = RunDir(config.run_dir)
+        if inspect is not None and arguments.inspect:
+            inspect(config, run)
+            return
         with run.open(config):
             resolved = with_sandbox_files(config)
             if config.fresh:

@@ -25,10 +25,10 @@ from rich.table import Table
 from bdpo.config import Config, load_config, worker_range
 from bdpo.config.secrets import looks_secret
 from bdpo.errors import UserError
+from bdpo.losses import REFERENCE_FREE
 from bdpo.models import with_sandbox_files
 from bdpo.nodes import NodeFacts, node_facts
 from bdpo.preflight import (
-    INPUT_CHECKS,
     LOCAL_CHECKS,
     NODE_CHECKS,
     Check,
@@ -38,7 +38,7 @@ from bdpo.preflight import (
     expected_hours,
     measure_throughput,
 )
-from bdpo.runs import RunDir, read_manifest
+from bdpo.runs import RunDir
 from bdpo.storage import write_text
 from pipelines.cli import cluster_nodes, connect, console, require
 
@@ -46,18 +46,14 @@ MAX_UPLOAD_MIB = 100  # Ray's own limit is 512
 _SHOWN = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[bold red]error[/]"}
 
 
-def refuse_what_cannot_end_well(config: Config, run: RunDir) -> None:
-    """The fatal part of a preflight: what would stop a later stage stops the run before its first.
+def refuse_what_does_not_fit(config: Config, run: RunDir) -> None:
+    """The fatal part that asks the cluster; of one node there is nothing to compare.
 
     Raises:
         UserError: the first fault that is found.
     """
-    for check in INPUT_CHECKS.values():
-        check(config, run)
-    if read_manifest(run.eval("trained") / "summary.json") is not None:
-        return  # what is left to do needs no cluster
     connect()
-    for check in _stage_checks().values():
+    for check in _stage_checks(config).values():
         check(config, run)
     nodes = ask_nodes(run)
     if len(nodes) > 1:
@@ -69,7 +65,7 @@ def preflight(config: Config, run: RunDir, throughput: float | None, measure: bo
     """Every finding, the local ones first: a cluster is not asked about what is wrong here."""
     findings = list(examine(LOCAL_CHECKS, config, run))
     connect()
-    findings += examine(_stage_checks(), config, run)
+    findings += examine(_stage_checks(config), config, run)
     storage_works = all(found.level != "error" for found in findings if found.check == "storage")
     findings += examine(NODE_CHECKS, config, run, ask_nodes(run if storage_works else None))
     if all(found.level != "error" for found in findings):
@@ -77,7 +73,7 @@ def preflight(config: Config, run: RunDir, throughput: float | None, measure: bo
     return findings
 
 
-def _stage_checks() -> dict[str, Check]:
+def _stage_checks(config: Config) -> dict[str, Check]:
     """Room on the cluster for each stage that uses it."""
 
     def check(stage: str) -> Check:
@@ -96,7 +92,8 @@ def _stage_checks() -> dict[str, Check]:
 
         return fits
 
-    return {stage: check(stage) for stage in ("score", "train", "evaluate")}
+    stages = ["train", "evaluate"] if config.method.name in REFERENCE_FREE else ["score", "train", "evaluate"]
+    return {stage: check(stage) for stage in stages}
 
 
 def ask_nodes(run: RunDir | None) -> list[NodeFacts]:

@@ -9,13 +9,18 @@ from bdpo.config import Config
 from bdpo.data import prepare
 from bdpo.models import files_digest
 from bdpo.runs import Fingerprint, RunDir, finished, write_manifest
+from bdpo.selection import require_labels
 from bdpo.storage import matching
 from bdpo.tokens import load_tokenizer, tokenizer_fingerprint
 from pipelines.cli import console, progress_bar
 
 
 def run_prepare(config: Config, run: RunDir) -> dict[str, Any]:
-    """Read, validate and write the pairs unless that is done; returns the account of the rows."""
+    """Read, validate and write the pairs unless that is done; returns the account of the rows.
+
+    Raises:
+        UserError: the data cannot be used, or `method` wants safety labels that they lack.
+    """
     manifest_file = run.data / "manifest.json"
     fingerprint = _fingerprint(config)
     manifest = finished(manifest_file, fingerprint)
@@ -27,6 +32,7 @@ def run_prepare(config: Config, run: RunDir) -> dict[str, Any]:
             manifest_file, fingerprint, account=account, pairs_digest=_pairs_digest(run)
         )
     console.print(f"[bold]pairs[/]     {account_line(manifest['account'])}", soft_wrap=True)
+    require_labels(config, run)
     return manifest
 
 

@@ -54,16 +54,18 @@ def final_cause(error: TrainingFailedError) -> Exception:
     return cause if isinstance(cause, FINAL) else error
 
 
-def restore_checkpoints(folder: StoragePath, committed: int | None, train: TrainConfig) -> dict[str, str]:
+def restore_checkpoints(
+    folder: StoragePath, committed: int | None, train: TrainConfig
+) -> tuple[int, dict[str, str]]:
     """Make Ray's list of the checkpoints in `folder` that of those which are whole; the others are removed.
 
-    Returns the names of the removed, and what was wrong with each. `committed` is the step of a checkpoint
-    that was there once.
+    Returns the number of those that are whole, and the names of the others, with what is wrong with each.
+    `committed` is the step of a checkpoint that was there once.
 
     Raises:
         UserError: none is whole, though one was there.
     """
-    found = matching(folder, "checkpoint_*")
+    found = [file for file in matching(folder, "checkpoint_*") if file.is_dir()]
     wrong = {file.name: why for file in found if (why := why_incomplete(file))}
     whole = [file for file in found if file.name not in wrong]
     if committed and not whole:
@@ -76,7 +78,7 @@ def restore_checkpoints(folder: StoragePath, committed: int | None, train: Train
     else:
         discard(snapshot)
     discard(*(folder / name for name in wrong))
-    return wrong
+    return len(whole), wrong
 
 
 def _ray_list(metrics: dict[str, dict[str, Any]], train: TrainConfig) -> dict[str, Any]:

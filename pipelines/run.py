@@ -3,7 +3,8 @@
     python -m pipelines.run --config pipelines/configs/sandbox.yaml [section.key=value ...]
 
 Every stage resumes where it stopped and is skipped when it is done. The result is a table on the
-terminal, <run_dir>/report/summary.json and <run_dir>/report/mi.png.
+terminal, <run_dir>/report/summary.json and <run_dir>/report/mi.png. Methods without a reference (cpo, simpo)
+have nothing to score: no scores, no mi.png.
 """
 
 from __future__ import annotations
@@ -14,50 +15,62 @@ from typing import Any
 from rich.table import Table
 
 from bdpo.config import Config
+from bdpo.losses import REFERENCE_FREE
+from bdpo.preflight import INPUT_CHECKS
 from bdpo.report import mi_scatter, mi_summary
 from bdpo.runs import RunDir, read_manifest
 from bdpo.scoring import read_scores
 from bdpo.storage import write_text
 from pipelines.cli import console, main
 from pipelines.evaluate import evaluate_model, print_comparison
-from pipelines.preflight import refuse_what_cannot_end_well
-from pipelines.prepare import account_line
-from pipelines.score import run_score
+from pipelines.preflight import refuse_what_does_not_fit
+from pipelines.prepare import account_line, run_prepare
+from pipelines.score import score_prepared
 from pipelines.train import run_train
 
 
 def run_all(config: Config, run: RunDir) -> None:
     """Run every stage that is not done, then print and write the report."""
-    refuse_what_cannot_end_well(config, run)
-    score = run_score(config, run)
+    _preflight(config, run)
+    scored = config.method.name not in REFERENCE_FREE
+    score = score_prepared(config, run) if scored else None
     base = evaluate_model(config, run, "base")
     train = run_train(config, run)
     trained = evaluate_model(config, run, "trained")
-    seconds = {
-        "score": score["seconds"],
-        "evaluate base": base["seconds"],
-        "train": train["seconds"],
-        "evaluate trained": trained["seconds"],
-    }
+    stages = {"score": score, "evaluate base": base, "train": train, "evaluate trained": trained}
+    seconds = {stage: manifest["seconds"] for stage, manifest in stages.items() if manifest}
     _report(config, run, {"base": base, "trained": trained}, seconds)
+
+
+def _preflight(config: Config, run: RunDir) -> None:
+    """What would stop a later stage stops the run before its first."""
+    for check in INPUT_CHECKS.values():
+        check(config, run)
+    run_prepare(config, run)
+    if read_manifest(run.eval("trained") / "summary.json") is None:
+        refuse_what_does_not_fit(config, run)
 
 
 def _report(
     config: Config, run: RunDir, evaluations: dict[str, dict[str, Any]], seconds: dict[str, float]
 ) -> None:
-    scores = read_scores(config, run)
-    mi = mi_summary(scores, config.method)
-    mi_scatter(scores, run.report / "mi.png")
+    mi = []
+    if "score" in seconds:
+        scores = read_scores(config, run)
+        mi = mi_summary(scores, config.method)
+        mi_scatter(scores, run.report / "mi.png")
     data = read_manifest(run.data / "manifest.json")
     account = data["account"] if data else {}
     summary = {"data": account, "mi": mi, "seconds": seconds, "evaluations": evaluations}
     write_text(run.report / "summary.json", json.dumps(summary, indent=2) + "\n")
     console.print()
     print_comparison({name: run.eval(name) for name in evaluations})
-    console.print(_mi_table(mi))
+    if mi:
+        console.print(_mi_table(mi))
     console.print(f"data      {account_line(account)}")
     console.print("seconds   " + ", ".join(f"{stage} {spent:.0f}" for stage, spent in seconds.items()))
-    console.print(f"report    {run.report}/summary.json, mi.png; model {run.model}", soft_wrap=True)
+    figure = ", mi.png" if mi else ""
+    console.print(f"report    {run.report}/summary.json{figure}; model {run.model}", soft_wrap=True)
 
 
 def _mi_table(rows: list[dict[str, Any]]) -> Table:
@@ -68,10 +81,10 @@ def _mi_table(rows: list[dict[str, Any]]) -> Table:
         table.add_row(
             row["group"] or "all",
             str(row["pairs"]),
-            f"{row['mi_chosen']:.3f}",
-            f"{row['mi_rejected']:.3f}",
+            f"{row['chosen']['mean']:.3f}",
+            f"{row['rejected']['mean']:.3f}",
             f"{row['chosen_better']:.0%}",
-            f"{row['floored']:.0%}",
+            f"{(row['chosen']['floored'] + row['rejected']['floored']) / 2:.0%}",
         )
     return table
 

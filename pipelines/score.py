@@ -1,49 +1,124 @@
 """Mutual-information scoring: Ray Data shards the pairs over a pool of reference-model actors.
 
     python -m pipelines.score --config pipelines/configs/sandbox.yaml [section.key=value ...]
+    python -m pipelines.score --config pipelines/configs/sandbox.yaml --inspect
 
 Reads `data.path`, writes <run_dir>/data/pairs and <run_dir>/scores. An actor commits each shard itself,
-so the same command after a kill scores only what is missing.
+so the same command after a kill scores only what is missing. A pair that cannot be scored is named when
+all others are. --inspect shows the distribution of the mutual information in a finished run folder, and
+what every actor did.
 """
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
-from bdpo.config import Config
+from bdpo.config import Config, worker_range
 from bdpo.data import count_pairs
+from bdpo.errors import UserError
+from bdpo.report import mi_tables, work_table
 from bdpo.runs import Fingerprint, RunDir, finished
-from bdpo.scoring import ShardScorer, finish_scores, score_fingerprint, score_store
+from bdpo.scoring import (
+    MOST_UNSCORABLE,
+    ShardScorer,
+    finish_scores,
+    finished_scores,
+    score_fingerprint,
+    score_store,
+    unscorable,
+)
 from pipelines.cli import console, main
-from pipelines.pool import consume, on_pool, shard_dataset
+from pipelines.pool import ATTEMPTS, consume, on_pool, shard_dataset
 from pipelines.prepare import run_prepare
+
+# A shard that kills its actors comes again in so many pieces, and they in so many.
+FINER = 32
 
 
 def run_score(config: Config, run: RunDir) -> dict[str, Any]:
     """Prepare and score all pairs unless that is done; returns the manifest of the scores."""
     run_prepare(config, run)
+    return score_prepared(config, run)
+
+
+def score_prepared(config: Config, run: RunDir) -> dict[str, Any]:
+    """Score the prepared pairs unless that is done; returns the manifest of the scores."""
     fingerprint = score_fingerprint(config, run)
     manifest = finished(run.scores / "manifest.json", fingerprint)
     total = count_pairs(run.pairs)
-    missing = score_store(run, fingerprint).missing(total, config.score.shard_rows)
-    if manifest is None or missing:  # a finished run may have lost or damaged shards since
+    # A finished run may have lost or damaged shards since.
+    if manifest is None or score_store(run, fingerprint).missing(total, config.score.shard_rows):
         started = time.perf_counter()
-        _score(config, run, fingerprint, total, missing)
+        _score(config, run, fingerprint, total)
         manifest = finish_scores(run, fingerprint, time.perf_counter() - started)
     console.print(f"[bold]scores[/]    {manifest['rows']} pairs")
     return manifest
 
 
-def _score(
-    config: Config, run: RunDir, fingerprint: Fingerprint, total: int, missing: list[tuple[int, int]]
-) -> None:
-    if missing:
-        arguments = {"config": config, "run_dir": run.root, "fingerprint": fingerprint}
-        pool = config.score.workers, config.score.gpus_per_worker
-        dataset = on_pool(shard_dataset(missing), "score", ShardScorer, arguments, *pool)
-        consume(dataset, "score", total, missing)
+def _score(config: Config, run: RunDir, fingerprint: Fingerprint, total: int) -> None:
+    """Score what is missing, in rounds: what failed with its actors comes again, at last row by row.
+
+    Raises:
+        UserError: pairs cannot be scored, and all others are; or the run folder cannot be written.
+    """
+    reasons: dict[int, str] = {}  # of rows that cannot be scored
+
+    def note(shard: dict[str, Any]) -> None:
+        if shard["stop"]:
+            raise UserError(shard["stop"])
+        reasons.update({int(row): reason for row, reason in json.loads(shard["unscorable"]).items()})
+        if len(reasons) > MOST_UNSCORABLE:
+            raise unscorable(run, reasons)
+
+    store = score_store(run, fingerprint)
+    arguments = {"config": config, "run_dir": run.root, "fingerprint": fingerprint}
+    pool = config.score.workers, config.score.gpus_per_worker
+    may_fail = MOST_UNSCORABLE + 4 * worker_range(config.score.workers)[1]  # all that dying nodes had in hand
+    for number, size in enumerate(_rounds(config.score.shard_rows)):
+        missing = store.missing(total, size, reasons)
+        if not missing:
+            break
+        if number:
+            rows = sum(rows for _, rows in missing)
+            console.print(f"{rows} pairs were lost with their actors; again, {size} in a shard")
+        dataset = shard_dataset(missing, may_fail)
+        dataset = on_pool(dataset, "score", ShardScorer, arguments, *pool, queue=1 if number else 2)
+        consume(dataset, "score", total, missing, note)
+    else:
+        alone = store.missing(total, 1, reasons)
+        reasons |= {row: f"its actor died of it, {ATTEMPTS} times alone" for row, _ in alone}
+    if reasons:
+        raise unscorable(run, reasons)
+
+
+def _rounds(shard_rows: int) -> Iterator[int]:
+    """Rows in a shard, round by round: once more the same, as it may have been the machine; then finer."""
+    yield shard_rows
+    while shard_rows > 1:
+        yield shard_rows
+        shard_rows = max(1, shard_rows // FINER)
+    yield 1
+
+
+def show_scores(config: Config, run: RunDir) -> None:
+    """Print the finished scores of a run folder as tables.
+
+    Raises:
+        UserError: there are none.
+    """
+    manifest, scores = finished_scores(run)
+    made_with = manifest["fingerprint"]
+    for table in (*mi_tables(scores, config.method), work_table(manifest["workers"])):
+        console.print(table, "")
+    console.print(
+        f"{manifest['rows']:,} pairs, {made_with['dtype']}, unconditional={made_with['unconditional']}, "
+        f"at most {made_with['max_length']} tokens, weights {made_with['weights'][:12]}",
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":
-    main(run_score, __doc__, lambda run: [run.data, run.scores])
+    main(run_score, __doc__, lambda run: [run.data, run.scores], inspect=show_scores)

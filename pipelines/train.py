@@ -3,8 +3,9 @@
     python -m pipelines.train --config pipelines/configs/sandbox.yaml [section.key=value ...]
 
 Reads <run_dir>/data/pairs and <run_dir>/scores, writes <run_dir>/metrics.jsonl, checkpoints under
-<run_dir>/train and the trained model to <run_dir>/model. The same command after a kill goes on from the
-last checkpoint.
+<run_dir>/train and the trained model to <run_dir>/model; with train.lora the adapter to <run_dir>/adapter as
+well. The same command after a kill goes on from the last checkpoint. Methods without a reference (cpo, simpo)
+want no scores: they begin with the data.
 """
 
 from __future__ import annotations
@@ -16,27 +17,39 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bdpo.adapters import check_lora
 from bdpo.config import Config
 from bdpo.errors import UserError
+from bdpo.losses import REFERENCE_FREE
 from bdpo.models import json_digest
 from bdpo.plan import TrainingPlan, held_out
-from bdpo.runs import Fingerprint, MetricsLog, RunDir, finished, write_manifest
-from bdpo.scoring import read_scores, score_fingerprint
+from bdpo.runs import Fingerprint, MetricsLog, RunDir, finished, read_manifest, write_manifest
+from bdpo.scoring import score_fingerprint
+from bdpo.selection import safety_account, training_rows
 from bdpo.storage import arrow_filesystem
 from pipelines.cli import connect, console, main, progress_bar, require
+from pipelines.prepare import run_prepare
 
 
 def run_train(config: Config, run: RunDir) -> dict[str, Any]:
     """Train on the scored pairs unless that is done; returns the manifest of the training."""
+    if config.method.name in REFERENCE_FREE and read_manifest(run.data / "manifest.json") is None:
+        run_prepare(config, run)
     fingerprint = train_fingerprint(config, run)
     manifest = finished(run.train / "manifest.json", fingerprint)
-    if manifest is None or not run.has_model():  # a lost model is exported from the last checkpoint
+    exported = run.has_model() and (config.train.lora is None or run.has_adapter())
+    if manifest is None or not exported:  # what was lost is exported again from the last checkpoint
         started = time.perf_counter()
         steps = _fit(config, run, fingerprint)
-        recoveries = MetricsLog(run.recoveries).read()
-        results = {"steps": steps, "seconds": time.perf_counter() - started, "recoveries": recoveries}
-        last = MetricsLog(run.metrics).read()[-1]
-        manifest = write_manifest(run.train / "manifest.json", fingerprint, **results, last=last)
+        manifest = write_manifest(
+            run.train / "manifest.json",
+            fingerprint,
+            steps=steps,
+            seconds=time.perf_counter() - started,
+            recoveries=MetricsLog(run.recoveries).read(),
+            safety=safety_account(config, run),
+            last=MetricsLog(run.metrics).read()[-1],
+        )
     last = manifest["last"]
     console.print(
         f"[bold]training[/]  {manifest['steps']} steps: loss {last['loss']:.3f}, "
@@ -69,12 +82,20 @@ def train_fingerprint(config: Config, run: RunDir) -> Fingerprint:
 
 def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
     """Run Ray Train to the end; returns the number of optimizer steps."""
-    scores = read_scores(config, run)
+    scores = training_rows(config, run)
+    safety = safety_account(config, run)
+    if safety:
+        console.print(
+            f"[bold]safety[/]    {safety['kept']} pairs kept + {safety['turned_round']} turned round (only "
+            f"rejected is safe) + {safety['dropped']} dropped (both responses are unsafe)",
+            soft_wrap=True,
+        )
     pairs = scores.num_rows - len(
         held_out(scores["pair_id"].to_pylist(), config.train.eval_fraction, config.seed)
     )
     plan = TrainingPlan([0] * pairs, config.train, config.seed)
     committed = _begin(config, run, fingerprint)
+    check_lora(config)
     connect()
     accelerator = config.train.accelerator_type
     require("train", config.train.workers, config.train.gpus_per_worker, accelerator=accelerator)
@@ -83,7 +104,7 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
 
     from pipelines.recovery import Recovery, final_cause, restore_checkpoints
 
-    damaged = restore_checkpoints(run.train / "ray", committed, config.train)
+    whole, damaged = restore_checkpoints(run.train / "ray", committed, config.train)
     if damaged:
         note = {"damaged": damaged}
         MetricsLog(run.recoveries).append(note)
@@ -92,7 +113,7 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
     gpus, best = config.train.gpus_per_worker, config.train.best_metric
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config, "run_dir": run.root, "scores": scores},
+        train_loop_config={"config": config, "run_dir": run.root, "scores": scores, "resumes": whole > 0},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
@@ -132,6 +153,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
         report,
     )
 
+    from bdpo.checkpoints import none_whole
     from bdpo.training import train
 
     def report_in_background(folder: Path, metrics: dict[str, float]) -> None:
@@ -142,6 +164,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     def reported() -> Sequence[Any]:
         return get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
 
+    if arguments["resumes"] and not reported():
+        raise none_whole({})  # whatever the reason, never from zero
     run = RunDir(arguments["run_dir"])
     train(arguments["config"], run, arguments["scores"], reported, report_in_background)
 
@@ -212,4 +236,4 @@ def _recovery_line(note: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(run_train, __doc__, lambda run: [run.train, run.model, run.metrics])
+    main(run_train, __doc__, lambda run: [run.train, run.model, run.adapter, run.metrics])

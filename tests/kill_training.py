@@ -31,6 +31,8 @@ from typing import Any
 import psutil
 import torch
 
+from bdpo.config import load_config
+
 ROOT = Path(__file__).parents[1]
 KINDS = "worker", "driver", "node"
 MOMENTS = "step", "write", "copy"
@@ -58,18 +60,26 @@ class Nodes:
     """A head without CPUs for the driver, and nodes of one CPU: one more than there are workers."""
 
     def __init__(self, workers: int) -> None:
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-        from ray.cluster_utils import Cluster
-
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-        for _ in range(workers + 1):
-            self.cluster.add_node(num_cpus=1)
+        self.workers, self.environment = workers, dict(os.environ)
 
     def __enter__(self) -> Nodes:
+        # A folder of its own: in /tmp/ray a bare ray.init() of somebody else would find this cluster.
+        self.folder = tempfile.mkdtemp(prefix="ray-")
+        os.environ |= {"RAY_TMPDIR": self.folder, "RAY_AUTH_MODE": "token"}
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 0, "include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(self.workers + 1):
+            self.cluster.add_node(num_cpus=1)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.cluster.shutdown()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.environ.clear()
+        os.environ.update(self.environment)
 
     def command(self, stage: str, config: Path, run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
         """`python -m pipelines.<stage>` on this cluster."""
@@ -123,13 +133,18 @@ def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
 
 
-def is_moment(run: Path, moment: str, step: int, checkpoints: set[str]) -> bool:
+def checkpoints(run: Path) -> set[Path]:
+    """Folders of checkpoints, whole or not."""
+    return {folder for folder in (run / "train" / "ray").glob("checkpoint_*") if folder.is_dir()}
+
+
+def is_moment(run: Path, moment: str, step: int, before: set[Path]) -> bool:
     """Whether the training of `run` is past `step` and in the middle of what is to be disturbed."""
     if len(rows(run)) < step:
         return False
     digest = sha256(str(run.resolve()).encode()).hexdigest()[:16]
     written = list(Path(tempfile.gettempdir()).glob(f"bdpo-{digest}-*"))
-    copied = {folder.name for folder in (run / "train" / "ray").glob("checkpoint_*")} - checkpoints
+    copied = checkpoints(run) - before
     return moment == "step" or (moment == "write" and bool(written)) or bool(copied)
 
 
@@ -148,8 +163,8 @@ def disturb(
     for kind, moment in kills:
         done = len(rows(run))
         step = rng.randint(done, max(done, steps - 2))
-        checkpoints = {folder.name for folder in (run / "train" / "ray").glob("checkpoint_*")}
-        while driver.poll() is None and not is_moment(run, moment, step, checkpoints):
+        before = checkpoints(run)
+        while driver.poll() is None and not is_moment(run, moment, step, before):
             time.sleep(0.002)
         time.sleep(rng.random() * 0.05)
         attempts = len(rows(run, "train/recoveries.jsonl"))
@@ -165,14 +180,21 @@ def disturb(
     assert driver.returncode == 0, output
     account.recovered = len(account.kills)
     for note in rows(run, "train/recoveries.jsonl"):
-        account.lost_steps += note["reached"] - note["step"] if "step" in note else 0
+        lost = note["reached"] - note["step"] if "step" in note else 0
+        assert lost <= 2 * save_steps(run), note  # one checkpoint on its way, one about to be written
+        account.lost_steps += lost
         account.refused += len(note["damaged"])
     return account
 
 
+def save_steps(run: Path) -> int:
+    """How often `run` is saved."""
+    return load_config(run / "config.yaml").train.save_steps
+
+
 def loaded_other_than(undisturbed: Path, run: Path) -> int:
     """Number of checkpoints that `run` was resumed from and that differ from those of the undisturbed."""
-    originals = {_part(folder)["step"]: folder for folder in (undisturbed / "train/ray").glob("checkpoint_*")}
+    originals = {_part(folder)["step"]: folder for folder in checkpoints(undisturbed)}
     different = 0
     for note in rows(run, "train/recoveries.jsonl"):
         if note.get("checkpoint"):

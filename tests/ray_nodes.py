@@ -61,10 +61,10 @@ class Nodes:
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
-            # A machine that is gone is known to be gone after some 5 seconds, not 30.
+            # A machine that is gone is known to be gone after some 10 seconds, not 30.
             "RAY_health_check_initial_delay_ms": "1000",
             "RAY_health_check_period_ms": "1000",
-            "RAY_health_check_failure_threshold": "5",
+            "RAY_health_check_failure_threshold": "10",
             "BDPO_CACHE": str(cache_folder()),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",

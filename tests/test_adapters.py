@@ -1,4 +1,4 @@
-"""LoRA adapters over a tiny model; needs peft, from the extra `eval`."""
+"""LoRA adapters over a tiny model; needs peft, from the extra `lora`."""
 
 from pathlib import Path
 

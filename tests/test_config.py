@@ -45,6 +45,23 @@ def test_defaults_then_file_then_overrides(load):
     assert config.method.balance == Config.model_validate(NEEDED).method.balance
 
 
+def test_the_default_of_beta_is_the_methods_and_is_saved(load):
+    assert load("method.name=cpo").method.beta == 0.1
+    simpo = load(method={"name": "simpo"})
+    assert simpo.method.beta == 2.0
+    assert yaml.safe_load(simpo.to_yaml())["method"]["beta"] == 2.0
+    assert load("method.name=simpo", "method.beta=2.5").method.beta == 2.5
+
+
+def test_a_section_that_is_off_by_default_is_turned_on_by_one_of_its_keys(load):
+    assert load().train.lora is None
+    lora = load("train.lora.r=8").train.lora
+    assert (lora.r, lora.target_modules) == (8, "all-linear")
+    assert load("train.lora.target_modules=[q_proj]").train.lora.target_modules == ["q_proj"]
+    assert "did you mean train.lora.dropout?" in refusal(load, "train.lora.dropuot=0.1")
+    assert "key train.lora.target_modules:" in refusal(load, "train.lora.target_modules=3")
+
+
 def test_overrides_are_yaml(load):
     config = load(
         "train.learning_rate=1e-6", "score.workers=[1, 4]", "data.sample={safe: 2, unsafe: 3}",
@@ -104,6 +121,9 @@ class TestRefusals:
             ("train.workers=0", "train.workers"),
             ("train.zero_stage=4", "train.zero_stage"),
             ("train.warmup_ratio=1.5", "train.warmup_ratio"),
+            ("train.eval_fraction=1.0", "train.eval_fraction"),
+            ("train.load_best_model_at_end=true", "train"),
+            ("train.metric_for_best_model=loss", "train"),
             ("train.learning_rate=.inf", "train.learning_rate"),
             ("train=fast", "train"),
             ("method.sharpness=.nan", "method.sharpness"),

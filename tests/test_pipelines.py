@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from bdpo.runs import RunDir
 from bdpo.storage import discard
 from pipelines import cli
+from pipelines.prepare import run_prepare
 from pipelines.run import run_all
 from pipelines.score import run_score
 from pipelines.train import run_train
@@ -65,6 +66,17 @@ def snapshot(folder):
     """When every result was written."""
     files = [file for file in folder.rglob("*") if file.is_file() and "report" not in file.parts]
     return {str(file): file.stat().st_mtime_ns for file in files if file.name not in ("config.yaml", ".lock")}
+
+
+def rows_of(shard):
+    """Without the metadata, which say who scored it and how long it took."""
+    return pq.read_table(shard).replace_schema_metadata(None)
+
+
+def made_again(shard):
+    """The shard that has now the rows of this one."""
+    (again,) = shard.parent.glob(f"{shard.name[:14]}-*")
+    return again
 
 
 @pytest.mark.ray
@@ -130,15 +142,16 @@ class TestRun:
         shutil.copytree(inputs / "run", run)
         (run / "scores" / "manifest.json").unlink()
         lost = sorted((run / "scores").glob("part-*"))[1]
-        content = lost.read_bytes()
-        lost.write_bytes(content[:-1])
+        scores = rows_of(lost)
+        lost.write_bytes(lost.read_bytes()[:-1])
         before = snapshot(run / "scores")
         code, _, err = command("score", inputs / "config.yaml", f"run_dir={run}")
         assert code == 0, err
-        assert lost.read_bytes() == content
+        again = made_again(lost)
+        assert rows_of(again).equals(scores)
         after = snapshot(run / "scores")
         assert {name for name in after if after[name] != before.get(name)} == {
-            str(lost),
+            str(again),
             str(run / "scores" / "manifest.json"),
         }
 
@@ -148,14 +161,14 @@ class TestRun:
         run = tmp_path / "run"
         shutil.copytree(inputs / "run", run)
         lost = sorted((run / "scores").glob("part-*"))[-1]
-        content = lost.read_bytes()
+        scores = rows_of(lost)
         lost.unlink()
         (run / "train" / "manifest.json").unlink()
         assert in_process(run_train, inputs / "config.yaml", monkeypatch, f"run_dir={run}") == 2
         assert "no finished scores" in capsys.readouterr().err
         code, _, err = command("score", inputs / "config.yaml", f"run_dir={run}")
         assert code == 0, err
-        assert lost.read_bytes() == content
+        assert rows_of(made_again(lost)).equals(scores)
 
     def test_a_model_that_a_finished_run_lost_is_exported_again(self, inputs, finished, tmp_path):
         run = tmp_path / "run"
@@ -193,6 +206,40 @@ class TestRun:
             json.loads((run / "scores" / "manifest.json").read_text())["fingerprint"]["unconditional"]
             == "bos"
         )
+
+
+@pytest.mark.ray
+def test_simpo_with_lora_runs_without_scores(inputs, tmp_path):
+    run = tmp_path / "run"
+    overrides = f"run_dir={run}", "method.name=simpo", "train.lora.r=4", "train.workers=1"
+    code, out, err = command("run", inputs / "config.yaml", *overrides)
+    assert code == 0, err
+    assert not (run / "scores").exists()
+    assert "mutual information" not in out
+    summary = json.loads((run / "report" / "summary.json").read_text())
+    assert summary["mi"] == []
+    assert list(summary["seconds"]) == ["evaluate base", "train", "evaluate trained"]
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    assert (run / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("stage", [run_all, run_train], ids=["run", "train"])
+def test_a_method_that_lacks_its_labels_is_refused_before_ray_starts(
+    inputs, tmp_path, monkeypatch, capsys, stage
+):
+    rows = [row | {"rejected_safe": None} if i < 4 else row for i, row in enumerate(invented_pairs(PAIRS))]
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    for module in ("run", "score", "train"):
+        monkeypatch.setattr(
+            f"pipelines.{module}.connect", lambda: pytest.fail("Ray is started"), raising=False
+        )
+    overrides = f"run_dir={tmp_path / 'run'}", f"data.path={data}", "method.name=safedpo"
+    if stage is run_train:
+        assert in_process(run_prepare, inputs / "config.yaml", monkeypatch, *overrides[:2]) == 0
+    assert in_process(stage, inputs / "config.yaml", monkeypatch, *overrides) == 2
+    error = capsys.readouterr().err
+    assert f"method.name=safedpo: wants chosen_safe and rejected_safe of every pair, 4 of {PAIRS}" in error
+    assert error.count("\n") == 1
 
 
 def in_process(stage, config_file, monkeypatch, *overrides):

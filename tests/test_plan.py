@@ -1,8 +1,13 @@
+import math
+import random
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bdpo.config import TrainConfig
-from bdpo.plan import TrainingPlan
+from bdpo.errors import UserError
+from bdpo.plan import TrainingPlan, held_out
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=50)
 
@@ -43,3 +48,28 @@ def test_max_steps_goes_on_into_further_epochs():
     plan = TrainingPlan([1] * 4, TrainConfig(global_batch_size=2, max_steps=5), 0)
     assert plan.total_steps == 5
     assert sorted(plan.global_batch(2) + plan.global_batch(3)) == [0, 1, 2, 3]
+
+
+@given(st.sets(st.text(max_size=4), min_size=2, max_size=40), st.floats(0, 0.5), st.integers(0, 3))
+@settings(deadline=None)
+def test_which_pairs_are_held_out_does_not_depend_on_the_order_of_rows(ids, fraction, seed):
+    ordered, shuffled = sorted(ids), random.Random(seed).sample(sorted(ids), len(ids))
+    if math.ceil(fraction * len(ids)) == len(ids):
+        return
+    out = {ordered[row] for row in held_out(ordered, fraction, seed)}
+    assert len(out) == math.ceil(fraction * len(ids))
+    assert out == {shuffled[row] for row in held_out(shuffled, fraction, seed)}
+
+
+def test_held_out_pairs_depend_on_the_seed_and_leave_some_to_train_on():
+    ids = [str(i) for i in range(100)]
+    assert held_out(ids, 0.1, 0) != held_out(ids, 0.1, 1)
+    with pytest.raises(UserError, match=r"train.eval_fraction=0.9: holds out all 3 pairs"):
+        held_out(ids[:3], 0.9, 0)
+
+
+def test_a_warmup_that_takes_all_steps_is_refused():
+    with pytest.raises(UserError, match=r"the warmup takes all 3 steps; lower it, or raise train.max_steps"):
+        TrainingPlan([1] * 64, TrainConfig(max_steps=3, warmup_ratio=0.9), 0)
+    assert TrainingPlan([1] * 64, TrainConfig(max_steps=3, warmup_ratio=0.7), 0).warmup_steps == 2
+    assert TrainingPlan([1], TrainConfig(), 0).warmup_steps == 0

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from helpers import invented_pairs, save_model, tiny_config, write_jsonl
-from kill_training import Nodes, kill_training, rows
+from kill_training import Nodes, checkpoints, kill_training, rows
 
 TRAIN = {"workers": 2, "save_steps": 2, "num_train_epochs": 4}  # 12 steps
 
@@ -34,8 +34,7 @@ def account(inputs, nodes):
 
 def kept(run):
     """Steps of the checkpoints that are kept."""
-    parts = (run / "train" / "ray").glob("checkpoint_*/part-0.json")
-    return sorted(json.loads(part.read_text())["step"] for part in parts)
+    return sorted(json.loads((folder / "part-0.json").read_text())["step"] for folder in checkpoints(run))
 
 
 @pytest.mark.ray
@@ -78,7 +77,7 @@ class TestOneCommand:
         assert kept(run) == [best_step, 12]
         weights = (run / "model" / "model.safetensors").read_bytes()
 
-        best, last = sorted((run / "train" / "ray").glob("checkpoint_*"))
+        best, last = sorted(checkpoints(run))
         (run / "train" / "manifest.json").unlink()
         shutil.rmtree(last)
         shutil.copytree(best, best.with_name("checkpoint_half"))

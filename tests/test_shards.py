@@ -1,3 +1,5 @@
+import resource
+
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -37,6 +39,37 @@ def test_missing_shards_complete_the_rows_exactly_once(tmp_path_factory, total, 
         store.write(first, rows(first, count))
     assert store.missing(total, size) == []
     assert store.read()["row"].to_pylist() == list(range(total))
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.sets(st.integers(0, 39)))
+def test_rows_that_are_given_up_are_not_asked_for_and_all_others_are(tmp_path_factory, total, size, given_up):
+    store = ShardStore(tmp_path_factory.mktemp("shards"), SCHEMA, {})
+    given_up = {row for row in given_up if row < total}
+    asked = [
+        row for first, count in store.missing(total, size, given_up) for row in range(first, first + count)
+    ]
+    assert asked == [row for row in range(total) if row not in given_up]
+
+
+def test_of_shards_that_overlap_one_goes(store):
+    """A retried task may cut its rows otherwise than the first time."""
+    for first, count in ((0, 4), (2, 2), (3, 3)):
+        store.write(first, rows(first, count))
+    for first, count in store.missing(6, 6):
+        store.write(first, rows(first, count))
+    assert store.read()["row"].to_pylist() == list(range(6))
+
+
+def test_what_could_not_be_written_leaves_nothing(store):
+    store.folder.mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            store.write(0, rows(0, 3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(store.folder.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,9 +18,11 @@ from s3_server import SECRET
 from upath import UPath
 
 from bdpo import storage
+from bdpo.data import read_pairs
 from bdpo.errors import UserError
 from bdpo.models import load_model, model_folder, weights_digest
 from bdpo.runs import MetricsLog, RunDir
+from bdpo.scoring import ReferenceScorer
 from bdpo.storage import discard, fetch, lock, storage_path, upload, whole_folder, write_bytes, write_text
 
 ROOT = Path(__file__).parents[1]
@@ -257,67 +260,131 @@ PAIRS = 40
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, tiny_chat):
-    """A model folder and pairs, one of them bad."""
+    """A model folder, pairs, one of them bad, and two benchmarks."""
     folder = tmp_path_factory.mktemp("inputs")
     save_model(folder / "model", tiny_chat)
     write_jsonl(folder / "pairs.jsonl", [*invented_pairs(PAIRS), {"prompt": "x", "chosen": None}])
+    (folder / "strongreject.csv").write_text("category,source,forbidden_prompt\na,x,take the amber\n")
+    (folder / "xstest.csv").write_text("id,prompt,type,label,focus,note\n1,plant a fern,t,safe,,\n")
     return folder
+
+
+def config_of(run_dir, inputs):
+    return tiny_config(
+        run_dir,
+        inputs / "model",
+        inputs / "pairs.jsonl",
+        score={"shard_rows": 2},
+        train={"save_steps": 5, "num_train_epochs": 8},
+        evaluate={
+            "strongreject_path": str(inputs / "strongreject.csv"),
+            "xstest_path": str(inputs / "xstest.csv"),
+        },
+    )
 
 
 def start(stage, config_file):
     arguments = [sys.executable, "-m", f"pipelines.{stage}", "--config", str(config_file)]
-    return subprocess.Popen(
-        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    # A cluster of its own, and no worker of it killed, for whatever else runs on this machine.
+    environment = os.environ | {"RAY_ADDRESS": "local", "RAY_memory_monitor_refresh_ms": "0"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
 
 def command(stage, config_file):
     process = start(stage, config_file)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     assert SECRET not in out + err
     return out
 
 
-@pytest.mark.ray
-def test_scoring_on_object_storage_survives_a_kill(inputs, bucket, tmp_path):
-    """Killed between shards and damaged after it: all rows once, equal to those of a local run."""
-    files = {}
-    for kind, run_dir in (("local", tmp_path / "run"), ("s3", f"{bucket}/{tmp_path.name}/run")):
-        config = tiny_config(run_dir, inputs / "model", inputs / "pairs.jsonl", score={"shard_rows": 2})
-        files[kind] = tmp_path / f"{kind}.yaml"
-        files[kind].write_text(config.to_yaml())
-    local, remote = RunDir(tmp_path / "run"), RunDir(f"{bucket}/{tmp_path.name}/run")
-    command("score", files["local"])
-
-    process = start("score", files["s3"])
-    while process.poll() is None and len(storage.matching(remote.scores, "part-*")) < 3:
+def kill_when(process, there):
+    """kill -9 of the driver as soon as `there` is true."""
+    while process.poll() is None and not there():
         time.sleep(0.05)
+    assert process.poll() is None, process.communicate()
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    before = storage.matching(remote.scores, "part-*")
-    assert len(before) >= 3
-    assert not (remote.scores / "manifest.json").exists()
 
-    damaged = before[0]
+
+def scores_of(run):
+    """The rows of all shards in a run folder, read by pyarrow alone."""
+    shards = [pq.read_table(shard.open("rb")) for shard in storage.matching(run.scores, "part-*")]
+    return [row for shard in shards for row in shard.to_pylist()]
+
+
+def objects(run):
+    """Name -> (ETag, time) of all objects of a run, its report and config aside."""
+    found = run.root.fs.find(run.root.path, detail=True)
+    names = {name.removeprefix(run.root.path + "/"): info for name, info in found.items()}
+    return {
+        name: (info["ETag"], info["LastModified"])
+        for name, info in names.items()
+        if not name.startswith(("report/", "config.yaml"))
+    }
+
+
+@pytest.mark.ray
+def test_the_whole_pipeline_on_object_storage(inputs, bucket, tmp_path):
+    """Killed in scoring, a shard damaged, killed in training, run to the end, run again.
+
+    Judges: a scorer in this process, and a training of the same scores in a local folder, never killed.
+    """
+    remote, local = RunDir(f"{bucket}/{tmp_path.name}/run"), RunDir(tmp_path / "run")
+    file = tmp_path / "remote.yaml"
+    file.write_text(config_of(remote.root, inputs).to_yaml())
+
+    kill_when(start("run", file), lambda: len(storage.matching(remote.scores, "part-*")) >= 3)
+    before = storage.matching(remote.scores, "part-*")
+    assert not (remote.scores / "manifest.json").exists()
+    damaged, *whole = before
     content = bytearray(damaged.read_bytes())
     content[40] ^= 1
     write_bytes(damaged, bytes(content))
-    written = {shard.name: shard.stat().st_mtime for shard in before[1:]}
-    out = command("score", files["s3"])
+    written = {shard.name: shard.stat().st_mtime for shard in whole}
+
+    begun = remote.train / "begun.json"
+    kill_when(start("run", file), lambda: begun.exists() and json.loads(begun.read_text()).get("committed"))
+    assert written == {shard.name: shard.stat().st_mtime for shard in whole}
+    assert scores_of(remote) == expected_scores(inputs, remote)
+    assert not remote.has_model()
+
+    out = command("run", file)
     assert f"{PAIRS} kept" in out
-    assert written == {shard.name: shard.stat().st_mtime for shard in before[1:]}
-    assert rows(remote) == rows(local)
-    assert storage.matching(remote.scores, "*") != []
-    assert [file.name for file in storage.matching(remote.scores, "*")] == [
-        file.name for file in storage.matching(local.scores, "*")
-    ]
-    assert json.loads((remote.scores / "manifest.json").read_text())["rows"] == PAIRS
+    for name in ("base", "trained"):
+        assert json.loads((remote.eval(name) / "summary.json").read_text())["valid"]
+        assert pq.read_table((remote.eval(name) / "scores.parquet").open("rb")).num_rows == 2
+    assert json.loads((remote.report / "summary.json").read_text())["data"]["kept"] == PAIRS
+    assert (remote.report / "mi.png").stat().st_size > 5000
     assert len((remote.private / "quarantine.jsonl").read_text().splitlines()) == 1
     assert not (remote.root / ".lock").exists()
+    recoveries = json.loads((remote.train / "manifest.json").read_text())["recoveries"]
+    assert [note["step"] % 5 for note in recoveries] == [0]
+    assert recoveries[0]["step"] > 0
+
+    done = objects(remote)
+    command("run", file)
+    assert objects(remote) == done
+    for name in done:
+        assert SECRET.encode() not in (remote.root / name).read_bytes(), name
+
+    for part in ("data", "scores"):
+        shutil.copytree(fetch(remote.root / part), local.root / part)
+    (tmp_path / "local.yaml").write_text(config_of(local.root, inputs).to_yaml())
+    write_text(local.config, (tmp_path / "local.yaml").read_text())
+    command("train", tmp_path / "local.yaml")
+    weights = "model.safetensors"
+    assert (remote.model / weights).read_bytes() == (local.model / weights).read_bytes()
+    assert steps(remote) == steps(local)
 
 
-def rows(run):
-    """The scores in a run folder, read by pyarrow alone."""
-    shards = [pq.read_table(shard.open("rb")) for shard in storage.matching(run.scores, "part-*")]
+def expected_scores(inputs, run):
+    scorer = ReferenceScorer(config_of(run.root, inputs), "cpu")
+    shards = [scorer.score(read_pairs(run.pairs, first, 2)) for first in range(0, PAIRS, 2)]
     return [row for shard in shards for row in shard.to_pylist()]
+
+
+def steps(run):
+    rows = MetricsLog(run.metrics).read()
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]

@@ -21,7 +21,7 @@ from bdpo.config.model import ModelConfig
 from bdpo.config.reading import Dumper, apply_override, explain, read_yaml
 from bdpo.config.score import ScoreConfig
 from bdpo.config.secrets import refuse_secrets
-from bdpo.config.train import TrainConfig
+from bdpo.config.train import LoraConfig, TrainConfig
 from bdpo.errors import UserError
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvaluateConfig",
+    "LoraConfig",
     "MethodConfig",
     "ModelConfig",
     "ScoreConfig",

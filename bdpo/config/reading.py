@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -70,7 +70,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem, unknown keys before all else: a misspelt key is often why another is missing."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
-    tags = re.compile(r"int|list\[.*|\[key\]")  # pydantic's names for the branches of a union, for a key
+    tags = re.compile(r"int|str|list\[.*|\[key\]")  # pydantic's names for the branches of a union, for a key
     names = [str(part) for part in problem["loc"] if not tags.fullmatch(str(part))]
     key = ".".join(names)
     if problem["type"] == "extra_forbidden":
@@ -95,5 +95,6 @@ def _nearest(key: str, root: type[BaseModel]) -> str:
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+        for part in (field.annotation, *get_args(field.annotation)):  # a section, or a section or None
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from _keys(part, f"{prefix}{name}.")

@@ -9,6 +9,17 @@ from pydantic import Field, model_validator
 from bdpo.config.base import Fraction, Positive, Section
 
 
+class LoraConfig(Section):
+    """LoRA: the model is frozen, low-rank adapters of its linear layers are trained (PEFT's vocabulary)."""
+
+    r: Positive = Field(16, description="rank")
+    alpha: Positive = Field(32, description="the adapter counts alpha / r times")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = Field(
+        "all-linear", description="names of layers, a regular expression, or all linear layers but the head"
+    )
+
+
 class TrainConfig(Section):
     """Optimisation, its distribution over workers, and checkpoints."""
 
@@ -32,6 +43,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = True
     save_steps: Positive = 100
     save_total_limit: Positive = Field(2, description="checkpoints to keep, and the latest if it is not one")
+    lora: LoraConfig | None = Field(None, description="train adapters; they want a higher learning_rate")
     eval_fraction: float = Field(0.0, ge=0, lt=1, description="of the pairs, held out and never trained on")
     eval_steps: Positive = Field(100, description="evaluate on them so often, and at the end")
     metric_for_best_model: str | None = Field(

@@ -1,0 +1,92 @@
+"""What a method wants of the prepared pairs, and the rows that it is trained on.
+
+A method with a reference wants scores; one without wants only the numbers of tokens, which are counted
+here. SafeDPO wants a safety label of every response, and has no use for pairs of two unsafe ones.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bdpo.config import Config
+from bdpo.data import count_pairs, read_pairs
+from bdpo.errors import UserError
+from bdpo.losses import NEED_SAFETY_LABELS, REFERENCE_FREE
+from bdpo.runs import RunDir
+from bdpo.scoring import SCORE_SCHEMA, read_scores
+from bdpo.tokens import encode_pairs, load_tokenizer
+
+LABELS = ["chosen_safe", "rejected_safe"]
+
+
+def training_rows(config: Config, run: RunDir) -> pa.Table:
+    """Rows of SCORE_SCHEMA, those of the pairs that `method.name` is trained on, in the order of the pairs.
+
+    Without a reference all is null but ids, groups and numbers of tokens.
+
+    Raises:
+        UserError: there are no finished scores, or no safety labels, and the method wants them; or it
+            can use none of the pairs.
+    """
+    require_labels(config, run)
+    reference_free = config.method.name in REFERENCE_FREE
+    rows = count_tokens(config, run) if reference_free else read_scores(config, run)
+    if config.method.name in NEED_SAFETY_LABELS:
+        labels = _labels(run)
+        rows = rows.filter(pc.or_(labels["chosen_safe"], labels["rejected_safe"]))
+    if not rows.num_rows:
+        raise UserError(
+            f"method.name={config.method.name}: both responses are unsafe in every pair of "
+            f"data.path={config.data.path}, none is left to train on"
+        )
+    return rows
+
+
+def require_labels(config: Config, run: RunDir) -> None:
+    """Raise a UserError if the method wants safety labels and some of the prepared pairs have none."""
+    if config.method.name in NEED_SAFETY_LABELS:
+        labels = _labels(run)
+        unlabelled = pc.sum(pc.or_(*(labels[name].is_null() for name in LABELS))).as_py()
+        if unlabelled:
+            raise UserError(
+                f"method.name={config.method.name}: wants {' and '.join(LABELS)} of every pair, "
+                f"{unlabelled} of {labels.num_rows} in data.path={config.data.path} lack them; use data with "
+                "safety labels (data.format=pku_saferlhf has them), or another method"
+            )
+
+
+def safety_account(config: Config, run: RunDir) -> dict[str, int]:
+    """What becomes of the pairs of a method that looks at safety labels; empty for the others."""
+    if config.method.name not in NEED_SAFETY_LABELS:
+        return {}
+    labels = _labels(run)
+    chosen, rejected = (labels[name].to_numpy() for name in LABELS)
+    return {
+        "kept": int(chosen.sum()),
+        "turned_round": int((~chosen & rejected).sum()),
+        "dropped": int((~chosen & ~rejected).sum()),
+    }
+
+
+def count_tokens(config: Config, run: RunDir) -> pa.Table:
+    """Rows of SCORE_SCHEMA without scores: what can be said of the pairs without a model."""
+    chat, tables = load_tokenizer(config.model), []
+    columns = ["pair_id", "group", "prompt", "chosen", "rejected"]
+    pairs = read_pairs(run.pairs, 0, count_pairs(run.pairs), columns)
+    for batch in pairs.to_batches(max_chunksize=1024):
+        encoded = encode_pairs(chat, batch.to_pylist(), config.data)
+        known = {
+            "pair_id": batch["pair_id"],
+            "group": batch["group"],
+            "prompt_tokens": [len(pair.prompt) for pair in encoded],
+            "chosen_tokens": [len(pair.chosen) for pair in encoded],
+            "rejected_tokens": [len(pair.rejected) for pair in encoded],
+        }
+        unknown = {name: pa.nulls(len(batch)) for name in SCORE_SCHEMA.names if name not in known}
+        tables.append(pa.table({**known, **unknown}).select(SCORE_SCHEMA.names).cast(SCORE_SCHEMA))
+    return pa.concat_tables(tables)
+
+
+def _labels(run: RunDir) -> pa.Table:
+    return read_pairs(run.pairs, 0, count_pairs(run.pairs), LABELS)

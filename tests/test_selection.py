@@ -1,0 +1,157 @@
+"""What methods want of the pairs: without scores, and with safety labels."""
+
+import math
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers import invented_pairs, save_model, tiny_config, write_jsonl
+from test_training import metrics, trained
+
+from bdpo.config import Config
+from bdpo.data import prepare, read_pairs
+from bdpo.errors import UserError
+from bdpo.losses import LOSSES, REFERENCE_FREE, PairLogps
+from bdpo.plan import TrainingPlan
+from bdpo.runs import RunDir, write_manifest
+from bdpo.scoring import ReferenceScorer, finish_scores, score_fingerprint, score_store
+from bdpo.selection import count_tokens, require_labels, safety_account, training_rows
+from bdpo.tokens import load_tokenizer
+from bdpo.training import TrainingPairs, _require_reference
+
+PAIRS = 24
+LABELS = [(True, False), (True, True), (False, True), (False, False)]  # chosen, rejected is safe
+
+
+def labelled_pairs():
+    """A quarter each of all labels, in no order."""
+    rows = invented_pairs(PAIRS)
+    for i, row in enumerate(rows):
+        row["chosen_safe"], row["rejected_safe"] = LABELS[i * 7 % 4]
+    return rows
+
+
+def prepared(folder, chat, rows, method) -> tuple[Config, RunDir]:
+    model = save_model(folder / "model", chat)
+    data = write_jsonl(folder / "pairs.jsonl", rows)
+    config = tiny_config(folder / "run", model, data, method={"name": method})
+    run = RunDir(config.run_dir)
+    run.open(config)
+    prepare(config.data, load_tokenizer(config.model), run.pairs, run.private, seed=0)
+    write_manifest(run.data / "manifest.json", {}, pairs_digest="")
+    return config, run
+
+
+def scored(config, run):
+    fingerprint = score_fingerprint(config, run)
+    scores = ReferenceScorer(config, "cpu").score(read_pairs(run.pairs, 0, PAIRS))
+    score_store(run, fingerprint).write(0, scores)
+    finish_scores(run, fingerprint, 0)
+    return scores
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCE_FREE))
+def test_a_method_without_reference_wants_token_counts_alone(tmp_path, tiny_chat, name):
+    config, run = prepared(tmp_path, tiny_chat, labelled_pairs(), name)
+    rows = training_rows(config, run)
+    expected = ReferenceScorer(config, "cpu").score(read_pairs(run.pairs, 0, PAIRS))
+    known = ["pair_id", "group", "prompt_tokens", "chosen_tokens", "rejected_tokens"]
+    assert rows.schema == expected.schema
+    assert rows.select(known).equals(expected.select(known))
+    assert all(rows[column].null_count == PAIRS for column in set(rows.column_names) - set(known))
+
+
+def test_training_without_scores_is_simpo_from_its_first_step(tmp_path, tiny_chat):
+    """Before the first update the policy is what the reference scorer would have scored with."""
+    config, run = prepared(tmp_path, tiny_chat, labelled_pairs(), "simpo")
+    pq.write_table(count_tokens(config, run), run.root / "scores.parquet")
+    run = trained(config, run.root)
+    data = TrainingPairs.load(config, run, training_rows(config, run))
+    batch = TrainingPlan(data.lengths, config.train, config.seed).global_batch(0)
+    scores = ReferenceScorer(config, "cpu").score(data.table.take(batch)).to_pylist()
+    losses = [
+        math.log1p(
+            math.exp(
+                0.5
+                - 2.0 * row["ref_chosen_logps"] / row["chosen_tokens"]
+                + 2.0 * row["ref_rejected_logps"] / row["rejected_tokens"]
+            )
+        )
+        for row in scores
+    ]
+    assert metrics(run)[0] == pytest.approx(sum(losses) / 8, rel=1e-5)
+    assert len(metrics(run)) == 3
+    assert run.model.is_dir()
+
+
+def test_safedpo_trains_on_pairs_with_a_safe_response_alone(tmp_path, tiny_chat):
+    config, run = prepared(tmp_path, tiny_chat, labelled_pairs(), "safedpo")
+    scores = scored(config, run)
+    rows = training_rows(config, run)
+    labels = {row["pair_id"]: row for row in read_pairs(run.pairs, 0, PAIRS).to_pylist()}
+    usable = [
+        name
+        for name in scores["pair_id"].to_pylist()
+        if labels[name]["chosen_safe"] or labels[name]["rejected_safe"]
+    ]
+    assert len(usable) == 18
+    assert rows["pair_id"].to_pylist() == usable
+    assert safety_account(config, run) == {"kept": 12, "turned_round": 6, "dropped": 6}
+
+    data = TrainingPairs.load(config, run, rows)
+    assert data.table["pair_id"].to_pylist() == usable
+    plan = TrainingPlan(data.lengths, config.train, config.seed)
+    assert plan.steps_per_epoch == 3, "18 pairs in batches of 8"
+    pq.write_table(rows, run.root / "scores.parquet")
+    run = trained(config, run.root)
+    for step, size in enumerate((8, 8, 2)):
+        batch = [labels[usable[i]] for i in plan.global_batch(step)]
+        assert len(batch) == size
+    # at Δ = 0 the loss is ln 2 of two safe responses, -log σ(-10) of an unsafe one beside a safe one
+    one_unsafe = [
+        row["chosen_safe"] != row["rejected_safe"]
+        for row in (labels[usable[i]] for i in plan.global_batch(0))
+    ]
+    expected = sum(math.log1p(math.exp(10.0 * unsafe)) for unsafe in one_unsafe) / 8
+    assert metrics(run)[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("lacking", ["chosen_safe", "rejected_safe"])
+def test_pairs_without_labels_are_refused_with_their_number(tmp_path, tiny_chat, lacking):
+    rows = labelled_pairs()
+    for row in rows[:5]:
+        row[lacking] = None
+    config, run = prepared(tmp_path, tiny_chat, rows, "safedpo")
+    for refuse in (require_labels, training_rows):
+        with pytest.raises(UserError, match=r"method\.name=safedpo: .* 5 of 24 in data\.path=.* lack them"):
+            refuse(config, run)
+
+
+def test_pairs_of_unsafe_responses_alone_are_refused(tmp_path, tiny_chat):
+    rows = [row | {"chosen_safe": False, "rejected_safe": False} for row in labelled_pairs()]
+    config, run = prepared(tmp_path, tiny_chat, rows, "safedpo")
+    scored(config, run)
+    with pytest.raises(UserError, match="both responses are unsafe in every pair"):
+        training_rows(config, run)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - REFERENCE_FREE))
+def test_a_policy_that_is_not_the_reference_is_found_by_every_loss_that_has_one(tmp_path, name):
+    config = tiny_config(tmp_path, tmp_path, tmp_path, method={"name": name})
+    reference = torch.tensor([-20.0, -31.0]), torch.tensor([-25.0, -18.0])
+    labels = torch.tensor([False, False]), torch.tensor([False, True])
+    rest = (
+        torch.tensor([9, 5]),
+        torch.tensor([7, 8]),
+        torch.tensor([0.4, 1.1]),
+        torch.tensor([1.1, 0.4]),
+        *labels,
+    )
+
+    def check(moved):
+        pairs = PairLogps(reference[0] + moved, reference[1], *reference, *rest)
+        _require_reference(pairs, LOSSES[name](pairs, config.method), config)
+
+    check(1e-5)
+    with pytest.raises(RuntimeError, match=f"loss of {name} is .* policy and reference differ"):
+        check(0.1)
