@@ -23,7 +23,7 @@ from bdpo.status import run_status
 pytestmark = pytest.mark.ray
 
 HARM = "plantedharmfultext"
-PAIRS, STEPS, ITEMS = 400, 30, 24
+PAIRS, STEPS, ITEMS = 240, 16, 16
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def config(tmp_path_factory, bucket):
         "sandbox",
         folder / "pairs.jsonl",
         score={"workers": [1, 8], "shard_rows": 2, "tokens_per_batch": 64},
-        train={"workers": 2, "max_steps": STEPS, "save_steps": 5, "max_failures": 3},
+        train={"workers": 2, "max_steps": STEPS, "save_steps": 4, "max_failures": 3},
         evaluate={"judge": "sandbox", "limit": ITEMS, "batch_size": 1, "workers": [1, 8], **benchmarks},
     ).model_dump()
     values["data"]["limit"] = PAIRS
