@@ -34,6 +34,12 @@ def held_out(pair_ids: Sequence[str], fraction: float, seed: int) -> list[int]:
     return sorted(drawn[:count])
 
 
+def total_steps(pair_ids: Sequence[str], train: TrainConfig, seed: int) -> int:
+    """How many optimizer steps a training on these pairs has; the held-out ones are left out."""
+    pairs = len(pair_ids) - len(held_out(pair_ids, train.eval_fraction, seed))
+    return TrainingPlan([0] * pairs, train, seed).total_steps
+
+
 def deal(pairs: Sequence[int], lengths: Sequence[int], budget: int, workers: int) -> list[list[list[int]]]:
     """[worker][micro-step] -> some of `pairs`, the same number of micro-steps for every worker.
 

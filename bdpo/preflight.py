@@ -29,7 +29,7 @@ from bdpo.models import model_config
 from bdpo.nodes import NodeFacts
 from bdpo.runs import RunDir, read_manifest
 from bdpo.sources import Unreadable, read_rows
-from bdpo.status import training_steps
+from bdpo.status import expected_steps
 from bdpo.storage import error_line, write_bytes
 from bdpo.tokens import ChatTokenizer, EncodedPair, Message, PromptTooLong, encode_pair, load_tokenizer
 
@@ -172,7 +172,7 @@ def check_batches(config: Config, run: RunDir) -> str:
     steps = None
     if account:
         pairs = account["account"]["kept"]
-        steps = training_steps(config, pairs)
+        steps = expected_steps(config, pairs)
         found += f"; {pairs} pairs make {steps} steps"
     if train.global_batch_size < train.workers:
         return Doubt(f"{found}: some workers have no work at any step; set train.global_batch_size higher")
@@ -302,7 +302,7 @@ def expected_hours(config: Config, run: RunDir, tokens_per_second: float | None)
     pair_tokens = sum(_tokens(ids) for ids in encoded) / len(encoded)
     pairs = _expected_pairs(config, run)
     score_tokens = pairs * pair_tokens
-    steps = training_steps(config, pairs)
+    steps = expected_steps(config, pairs)
     train_tokens = steps * min(config.train.global_batch_size, pairs) * pair_tokens
     found = (
         f"{score_tokens / 1e6:.3g} M tokens to score, {train_tokens / 1e6:.3g} M to train in {steps} steps"

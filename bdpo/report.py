@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,9 @@ from rich.table import Table
 
 from bdpo.config import MethodConfig
 from bdpo.storage import StoragePath, write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 GROUPS = ("safe", "unsafe", None)
@@ -123,8 +126,13 @@ def mi_scatter(scores: pa.Table, file: StoragePath) -> None:
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")
+    write_figure(figure, file, dpi=160)
+
+
+def write_figure(figure: Figure, file: StoragePath, dpi: int) -> None:
+    """In the format that the file's name ends with."""
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=160, format=file.suffix[1:])
+    figure.savefig(picture, dpi=dpi, format=file.suffix[1:])
     write_bytes(file, picture.getvalue())
 
 

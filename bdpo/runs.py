@@ -9,6 +9,7 @@
     <run_dir>/metrics.jsonl          one line an optimizer step
     <run_dir>/eval/<name>/           per-item scores and summary.json of the model of that name
     <run_dir>/report/                summary and figures
+    <run_dir>/tune/                  the trials of a search, their table, figures and best.yaml
     <run_dir>/private/               quarantined rows and generated text; mode 0700
 
 It is a local or mounted folder, or one on object storage (`s3://bucket/prefix`): see `bdpo.storage`.
@@ -49,6 +50,7 @@ class RunDir:
         self.adapter = self.root / "adapter"
         self.metrics = self.root / "metrics.jsonl"
         self.report = self.root / "report"
+        self.tune = self.root / "tune"
         self.private = self.root / "private"
 
     def results(self) -> list[StoragePath]:
@@ -63,6 +65,13 @@ class RunDir:
     def responses(self, name: str) -> StoragePath:
         """What the evaluated model called `name` generated."""
         return self.private / "responses" / name
+
+    def part(self, *names: str) -> RunDir:
+        """A run folder inside this one's `tune`: results of its own, with this run's pairs and scores."""
+        part = RunDir(self.tune.joinpath(*names))
+        part.data, part.pairs, part.scores = self.data, self.pairs, self.scores
+        part.private = self.private.joinpath("tune", *names)
+        return part
 
     def has_model(self) -> bool:
         """Whether the trained model is there; it is whole then."""

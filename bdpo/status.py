@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -13,9 +13,11 @@ from bdpo.config import Config, parse_config
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import MODEL_NAMES
 from bdpo.losses import REFERENCE_FREE
-from bdpo.plan import TrainingPlan
+from bdpo.plan import total_steps
 from bdpo.runs import MetricsLog, RunDir, read_manifest
+from bdpo.search import number_of_trials
 from bdpo.storage import StoragePath, matching, open_parquet
+from bdpo.sweep import Sweep
 
 State = Literal["done", "begun", "not begun"]
 Stage = dict[str, Any]  # `stage` and `state` first, then what there is to know, numbers and names alone
@@ -31,6 +33,8 @@ def run_status(run: RunDir) -> list[Stage]:
     account = read_manifest(run.data / "manifest.json")
     pairs = account["account"]["kept"] if account else None
     scored = [] if config.method.name in REFERENCE_FREE else [_score(run, pairs)]
+    if run.tune.is_dir():
+        return [_prepare(account), *scored, _search(run, config)]
     stages = [_prepare(account), *scored, _train(run, config, pairs)]
     models = [name for name in MODEL_NAMES if name != "adapter" or config.evaluate.adapter]
     return [*stages, *(_evaluate(run, name) for name in models)]
@@ -83,12 +87,23 @@ def _train(run: RunDir, config: Config, pairs: int | None) -> Stage:
         manifest is not None and run.has_model(),
         bool(metrics),
         steps=int(last.get("step", 0)),
-        of=training_steps(config, pairs) if pairs else None,
+        of=expected_steps(config, pairs) if pairs else None,
         checkpoints=len(checkpoints),
         last_checkpoint=checkpoints[-1].name if checkpoints else None,
         recoveries=len(MetricsLog(run.recoveries).read()),
         loss=last.get("loss"),
         tokens_per_second=last.get("tokens_per_second"),
+    )
+
+
+def _search(run: RunDir, config: Config) -> Stage:
+    """How many trials there are of each status, see `bdpo.search.status`."""
+    sweep = Sweep(config, run, {})
+    trials = sweep.trials()
+    done = read_manifest(run.tune / "summary.json") is not None
+    counts = Counter(sweep.status(trial) for trial in trials)
+    return _stage(
+        "search", done, bool(trials), trials=len(trials), of=number_of_trials(config.tune), **counts
     )
 
 
@@ -106,10 +121,9 @@ def _evaluate(run: RunDir, name: str) -> Stage:
     )
 
 
-def training_steps(config: Config, pairs: int) -> int:
-    """Optimizer steps of a training on so many prepared pairs, held-out ones aside."""
-    trained_on = pairs - math.ceil(config.train.eval_fraction * pairs)
-    return TrainingPlan([0] * trained_on, config.train, config.seed).total_steps
+def expected_steps(config: Config, pairs: int) -> int:
+    """Optimizer steps of a training on so many prepared pairs: which of them are held out is no matter."""
+    return total_steps([str(pair) for pair in range(pairs)], config.train, config.seed)
 
 
 def _shards(folder: StoragePath) -> tuple[int, int]:

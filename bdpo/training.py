@@ -40,6 +40,7 @@ from bdpo.mi import balance_weights
 from bdpo.models import model_config
 from bdpo.packing import tree_tokens
 from bdpo.plan import TrainingPlan, deal, held_out
+from bdpo.rungs import Rungs
 from bdpo.runs import MetricsLog, RunDir
 from bdpo.storage import fetch, whole_folder
 from bdpo.tokens import ChatTokenizer, encode_pairs, load_tokenizer
@@ -134,7 +135,12 @@ class TrainingPairs:
 
 
 def train(
-    config: Config, run: RunDir, scores: pa.Table, reported: Callable[[], Sequence[Reported]], report: Report
+    config: Config,
+    run: RunDir,
+    scores: pa.Table,
+    reported: Callable[[], Sequence[Reported]],
+    report: Report,
+    rungs: Rungs | None = None,
 ) -> None:
     """Train to the last step, from the newest whole checkpoint, then write the model to `run.model`.
 
@@ -142,7 +148,8 @@ def train(
 
     Called by every worker of an initialised process group. `report` gets a folder with this worker's
     part of a checkpoint, which it removes, and the metrics of its step; `reported` waits until all that
-    was reported counts as a checkpoint and returns what is kept of it.
+    was reported counts as a checkpoint and returns what is kept of it. At each of `rungs` there is a
+    checkpoint, the model is handed over, and training waits whether it is to go on.
 
     Raises:
         UserError: policy and reference differ before the first step; none of the checkpoints is whole or
@@ -155,6 +162,8 @@ def train(
     staging, log = Staging(run), MetricsLog(run.metrics)
     cursor = _resume(engine, run, log, reported)
     while cursor.step < plan.total_steps:
+        if rungs and cursor.step in rungs.steps and not _at_rung(engine, pairs, run, rungs, cursor.step):
+            return
         started = time.perf_counter()
         metrics = train_step(engine, pairs, plan, cursor.step)
         tokens = pairs.tokens(plan.global_batch(cursor.step))
@@ -166,7 +175,8 @@ def train(
             metrics |= evaluate(engine, held_out)
         if dist.get_rank() == 0:
             log.append(metrics)
-        if last or step % config.train.save_steps == 0:
+        at_rung = rungs is not None and step in rungs.steps
+        if last or at_rung or step % config.train.save_steps == 0:
             reported()  # one checkpoint at a time is on its way to storage
             log.flush()
             save_checkpoint(engine, cursor, metrics, staging, report)
@@ -282,6 +292,15 @@ def _require_reference(pairs: PairLogps, output: LossOutput, config: Config) -> 
             f"{expected[worst]:.5g}: policy and reference differ; "
             "compare model and data with the fingerprint in scores/manifest.json"
         )
+
+
+def _at_rung(engine: Any, data: TrainingPairs, run: RunDir, rungs: Rungs, step: int) -> bool:
+    """Hand the model over, unless a training before this one did: somebody may be reading it."""
+    if not rungs.exported(step):
+        _export(engine, data, run)
+        dist.barrier()
+        rungs.hand_over(step)
+    return rungs.wait(step)
 
 
 def _export(engine: Any, data: TrainingPairs, run: RunDir) -> None:

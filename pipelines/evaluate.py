@@ -41,7 +41,7 @@ from bdpo.runs import Fingerprint, RunDir, finished, write_manifest
 from bdpo.shards import ShardStore
 from bdpo.storage import StoragePath, write_parquet
 from pipelines.cli import connect, console, main, progress_bar, require
-from pipelines.pool import consume, on_pool, shard_dataset
+from pipelines.pool import consume, on_pool, run_here, shard_dataset
 
 
 def run_evaluate(config: Config, run: RunDir) -> None:
@@ -52,8 +52,11 @@ def run_evaluate(config: Config, run: RunDir) -> None:
     print_comparison({name: run.eval(name) for name in names})
 
 
-def evaluate_model(config: Config, run: RunDir, name: str) -> dict[str, Any]:
-    """Evaluate the model called `name` unless that is done and valid; returns its summary."""
+def evaluate_model(config: Config, run: RunDir, name: str, here: bool = False) -> dict[str, Any]:
+    """Evaluate the model called `name` unless that is done and valid; returns its summary.
+
+    With `here` this process does it, with what it was given, instead of a pool.
+    """
     if config.evaluate.capability:
         harness_version()  # before the hours of everything else
     model = evaluated_model(config, run, name)
@@ -64,8 +67,9 @@ def evaluate_model(config: Config, run: RunDir, name: str) -> dict[str, Any]:
     scores_file = run.eval(name) / "scores.parquet"
     if summary is None or not summary["valid"] or not scores_file.is_file():
         started = time.perf_counter()
-        _answer(config, name, model, answer_store(run, name, fingerprint))
-        _judge(config, name, answer_store(run, name, fingerprint), scores)
+        answers = answer_store(run, name, fingerprint)
+        _answer(config, name, model, answers, here)
+        _judge(config, name, answers, scores, here)
         table = scores.read().sort_by("item_id")
         write_parquet(scores_file, table)
         seconds = time.perf_counter() - started
@@ -74,26 +78,35 @@ def evaluate_model(config: Config, run: RunDir, name: str) -> dict[str, Any]:
     return {**summary, "capability": capability} if capability else summary
 
 
-def _answer(config: Config, name: str, model: EvaluatedModel, answers: ShardStore) -> None:
-    evaluate, total = config.evaluate, len(planned_items(config))
-    missing = answers.missing(total, evaluate.batch_size)
-    if missing:
-        pool = evaluate.workers, evaluate.gpus_per_worker
-        arguments = {"config": config, "model": model, "store": answers}
-        dataset = on_pool(shard_dataset(missing), "evaluate", ShardAnswerer, arguments, *pool)
-        consume(dataset, f"answer {name}", total, missing)
+def _answer(config: Config, name: str, model: EvaluatedModel, answers: ShardStore, here: bool) -> None:
+    arguments = {"config": config, "model": model, "store": answers}
+    missing = answers.missing(len(planned_items(config)), config.evaluate.batch_size)
+    _work_off(config, f"answer {name}", ShardAnswerer, arguments, missing, here)
 
 
-def _judge(config: Config, name: str, answers: ShardStore, scores: ShardStore) -> None:
-    """Only a judge that is a model of its own gets the pool; an endpoint is kept busy by one actor."""
-    evaluate, total = config.evaluate, len(planned_items(config))
+def _judge(config: Config, name: str, answers: ShardStore, scores: ShardStore, here: bool) -> None:
+    """Only a judge that is a model of its own gets the pool; the others are kept busy from here."""
     forget_failures(scores)
-    missing = scores.missing(total, evaluate.batch_size)
-    if missing:
-        pool = (evaluate.workers, evaluate.gpus_per_worker) if evaluate.judge == "finetuned" else (1, 0)
-        arguments = {"config": config, "answers": answers, "scores": scores}
-        dataset = on_pool(shard_dataset(missing), "evaluate", ShardJudge, arguments, *pool)
-        consume(dataset, f"judge {name}", total, missing)
+    arguments = {"config": config, "answers": answers, "scores": scores}
+    missing = scores.missing(len(planned_items(config)), config.evaluate.batch_size)
+    here = here or config.evaluate.judge != "finetuned"
+    _work_off(config, f"judge {name}", ShardJudge, arguments, missing, here)
+
+
+def _work_off(
+    config: Config,
+    title: str,
+    actor: type,
+    arguments: dict[str, Any],
+    missing: list[tuple[int, int]],
+    here: bool,
+) -> None:
+    evaluate, total = config.evaluate, len(planned_items(config))
+    if missing and here:
+        run_here(actor, arguments, evaluate.gpus_per_worker, title, total, missing)
+    elif missing:
+        pool = evaluate.workers, evaluate.gpus_per_worker
+        consume(on_pool(shard_dataset(missing), "evaluate", actor, arguments, *pool), title, total, missing)
 
 
 def _capability(

@@ -75,6 +75,27 @@ def on_pool(
         )
 
 
+def run_here(
+    actor: type,
+    arguments: dict[str, Any],
+    gpus: float,
+    title: str,
+    total: int,
+    missing: Sequence[tuple[int, int]],
+) -> None:
+    """The same without a pool: every shard in this process, and the GPU's memory is given back."""
+    work = actor(**arguments, device="cuda" if gpus else "cpu")
+    with progress_bar(title, total, total - sum(rows for _, rows in missing)) as advance:
+        for first, rows in missing:
+            work({"first": first, "rows": rows})
+            advance(rows)
+    if gpus:
+        import torch
+
+        del work
+        torch.cuda.empty_cache()
+
+
 def consume(
     dataset: Dataset,
     title: str,

@@ -15,20 +15,24 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bdpo.adapters import check_lora
 from bdpo.config import Config
 from bdpo.errors import UserError
 from bdpo.losses import REFERENCE_FREE
 from bdpo.models import json_digest
-from bdpo.plan import TrainingPlan, held_out
+from bdpo.plan import total_steps
+from bdpo.rungs import Rungs
 from bdpo.runs import Fingerprint, MetricsLog, RunDir, finished, read_manifest, write_manifest
 from bdpo.scoring import score_fingerprint
 from bdpo.selection import safety_account, training_rows
 from bdpo.storage import arrow_filesystem
 from pipelines.cli import connect, console, main, progress_bar, require
 from pipelines.prepare import run_prepare
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def run_train(config: Config, run: RunDir) -> dict[str, Any]:
@@ -90,35 +94,48 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
             f"rejected is safe) + {safety['dropped']} dropped (both responses are unsafe)",
             soft_wrap=True,
         )
-    pairs = scores.num_rows - len(
-        held_out(scores["pair_id"].to_pylist(), config.train.eval_fraction, config.seed)
-    )
-    plan = TrainingPlan([0] * pairs, config.train, config.seed)
-    committed = _begin(config, run, fingerprint)
+    steps = total_steps(scores["pair_id"].to_pylist(), config.train, config.seed)
     check_lora(config)
     connect()
     accelerator = config.train.accelerator_type
     require("train", config.train.workers, config.train.gpus_per_worker, accelerator=accelerator)
+    with _progress(run, steps):
+        fit(config, run, scores, fingerprint)
+    return steps
+
+
+def fit(
+    config: Config, run: RunDir, scores: pa.Table, fingerprint: Fingerprint, rungs: Rungs | None = None
+) -> None:
+    """Ray Train over the workers of `train`, from the newest whole checkpoint; they stand still at the rungs.
+
+    Raises:
+        UserError: it was begun with something else; no checkpoint is whole; what a worker found wrong.
+        FloatingPointError: a loss or a gradient is not finite.
+        TrainingFailedError: workers failed more than `train.max_failures` times.
+    """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from pipelines.recovery import Recovery, final_cause, restore_checkpoints
 
+    committed = _begin(config, run, fingerprint)
     whole, damaged = restore_checkpoints(run.train / "ray", committed, config.train)
     if damaged:
         note = {"damaged": damaged}
         MetricsLog(run.recoveries).append(note)
         console.print(_recovery_line(note))
+    arguments = {"config": config, "run": run, "scores": scores, "rungs": rungs, "resumes": whole > 0}
     filesystem, storage_path = arrow_filesystem(run.train)
     gpus, best = config.train.gpus_per_worker, config.train.best_metric
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config, "run_dir": run.root, "scores": scores, "resumes": whole > 0},
+        train_loop_config=arguments,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
             use_gpu=gpus > 0,
-            accelerator_type=accelerator,
+            accelerator_type=config.train.accelerator_type,
             resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
         ),
         run_config=RunConfig(
@@ -136,11 +153,9 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
         ),
     )
     try:
-        with _progress(run, plan.total_steps):
-            trainer.fit()
+        trainer.fit()
     except TrainingFailedError as error:
         raise final_cause(error) from None
-    return plan.total_steps
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -166,8 +181,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
 
     if arguments["resumes"] and not reported():
         raise none_whole({})  # whatever the reason, never from zero
-    run = RunDir(arguments["run_dir"])
-    train(arguments["config"], run, arguments["scores"], reported, report_in_background)
+    config, run, scores, rungs = (arguments[name] for name in ("config", "run", "scores", "rungs"))
+    train(config, run, scores, reported, report_in_background, rungs)
 
 
 def _begin(config: Config, run: RunDir, fingerprint: Fingerprint) -> int | None:

@@ -196,3 +196,44 @@ def test_the_sandbox_judge_measures_recall() -> None:
 def test_a_verdict_out_of_range_cannot_be_given(harm: float) -> None:
     with pytest.raises(ValueError, match="outside"):
         Verdict(harm, None)
+
+
+class TestParts:
+    """What a search may see, and what it never does."""
+
+    @pytest.fixture
+    def part(self, tmp_path):
+        rows = [["ab"[n % 2], "x", f"request {n}"] for n in range(60)]
+        file = write_csv(tmp_path / "s.csv", [list(strongreject.COLUMNS), *rows])
+
+        def load(part, held_out=0.5, **changes):
+            values = {"benchmarks": ["strongreject", "wrapped"], "strongreject_path": str(file), **changes}
+            return load_items(EvaluateConfig(**values, part=part, held_out=held_out))
+
+        return load
+
+    @pytest.mark.parametrize("held_out", [0.2, 0.5, 0.8])
+    def test_each_request_is_on_one_side_in_every_benchmark(self, part, held_out):
+        sides = {name: part(name, held_out) for name in ("search", "held_out")}
+        both = {item.item_id for items in sides.values() for item in items}
+        assert both == {item.item_id for item in part("all", held_out)}
+        requests = {name: {item.request for item in items} for name, items in sides.items()}
+        assert not requests["search"] & requests["held_out"]
+        assert abs(len(requests["held_out"]) / 60 - held_out) < 0.2
+        assert {item.benchmark for item in sides["held_out"]} == {"strongreject", "wrapped"}
+
+    def test_whole_categories(self, part):
+        names = ["b", "past_tense"]
+        assert {item.category for item in part("held_out", names)} == set(names)
+        assert {item.category for item in part("search", names)} == {"a", "role_play"}
+
+    def test_fewer_prompts_are_a_part_of_more(self, part):
+        few, many = ({item.item_id for item in part("search", limit=n)} for n in (4, 12))
+        assert few < many < {item.item_id for item in part("search")}
+
+    @pytest.mark.parametrize(
+        ("held_out", "named"), [(["c"], "no category c; there are a, b"), (0.0, "no prompt of strongreject")]
+    )
+    def test_a_part_of_nothing_is_refused(self, part, held_out, named):
+        with pytest.raises(UserError, match=named):
+            part("held_out", held_out)

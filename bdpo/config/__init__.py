@@ -22,6 +22,7 @@ from bdpo.config.reading import Dumper, apply_override, explain, read_yaml
 from bdpo.config.score import ScoreConfig
 from bdpo.config.secrets import refuse_secrets
 from bdpo.config.train import LoraConfig, TrainConfig
+from bdpo.config.tune import Range, TuneConfig
 from bdpo.errors import UserError
 
 __all__ = [
@@ -32,8 +33,10 @@ __all__ = [
     "LoraConfig",
     "MethodConfig",
     "ModelConfig",
+    "Range",
     "ScoreConfig",
     "TrainConfig",
+    "TuneConfig",
     "load_config",
     "parse_config",
     "worker_range",
@@ -51,6 +54,7 @@ class Config(Section):
     method: MethodConfig = MethodConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    tune: TuneConfig = TuneConfig()
     fresh: bool = Field(False, exclude=True, description="discard what the run folder holds, start over")
 
     def to_yaml(self) -> str:

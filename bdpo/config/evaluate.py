@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from bdpo.config.base import Positive, Section, Workers
+from bdpo.config.base import Fraction, Positive, Section, Workers
 
 
 class EvaluateConfig(Section):
@@ -18,6 +18,10 @@ class EvaluateConfig(Section):
     )
     judge: Literal["string_matching", "rubric", "finetuned", "sandbox"] = "string_matching"
     limit: Positive | None = Field(None, description="at most so many prompts of each benchmark")
+    part: Literal["all", "search", "held_out"] = Field("all", description="of the prompts, see held_out")
+    held_out: Fraction | list[str] = Field(
+        0.5, description="what a search never sees: a share of the requests, or whole categories by name"
+    )
     max_new_tokens: Positive = 256
     temperature: float = Field(0.0, ge=0, description="0 is greedy; else sampled, with the run's seed")
     batch_size: Positive = Field(32, description="prompts generated for together, and committed together")

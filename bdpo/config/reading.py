@@ -70,7 +70,8 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem, unknown keys before all else: a misspelt key is often why another is missing."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
-    tags = re.compile(r"int|str|list\[.*|\[key\]")  # pydantic's names for the branches of a union, for a key
+    # pydantic's names for the branches of a union, for a key
+    tags = re.compile(r"int|str|list\[.*|\[key\]|<.*>")
     names = [str(part) for part in problem["loc"] if not tags.fullmatch(str(part))]
     key = ".".join(names)
     if problem["type"] == "extra_forbidden":

@@ -6,6 +6,7 @@ One module a benchmark; `judges`, `rubric`, `endpoint` and `finetuned` judge; `s
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable
 
@@ -25,10 +26,15 @@ def load_items(config: EvaluateConfig) -> list[Item]:
     their first rows would be a single one. No chance is involved, and an item's id does not depend on it.
 
     Raises:
-        UserError: a benchmark has no file, or its file is not what the benchmark wants.
+        UserError: a benchmark has no file, its file is not what the benchmark wants, or nothing of it is in
+            the part `evaluate.part`.
     """
-    loaded = [_spread(_LOADERS[benchmark](config), config.limit) for benchmark in config.benchmarks]
-    return [item for items in loaded for item in items]
+    loaded: dict[str, list[Item]] = {
+        benchmark: _LOADERS[benchmark](config) for benchmark in config.benchmarks
+    }
+    if config.part != "all":
+        loaded = _part(loaded, config)
+    return [item for items in loaded.values() for item in _spread(items, config.limit)]
 
 
 def _strongreject(config: EvaluateConfig) -> list[Item]:
@@ -57,6 +63,32 @@ _LOADERS: dict[str, Callable[[EvaluateConfig], list[Item]]] = {
     "wrapped": lambda config: wrapped.load(_strongreject(config), config.wrappers),
     "simpleqa": lambda config: simpleqa.load(_file(config, "simpleqa_path")),
 }
+
+
+def _part(loaded: dict[str, list[Item]], config: EvaluateConfig) -> dict[str, list[Item]]:
+    """The items of `evaluate.part`; a request is on one side in every benchmark that asks it."""
+    held_out, wanted = config.held_out, config.part == "held_out"
+    categories = {item.category for items in loaded.values() for item in items}
+    if isinstance(held_out, list) and not categories.issuperset(held_out):
+        unknown = next(name for name in held_out if name not in categories)
+        raise UserError(
+            f"evaluate.held_out: no category {unknown}; there are {', '.join(sorted(categories))}"
+        )
+    parts = {}
+    for benchmark, items in loaded.items():
+        parts[benchmark] = [
+            item
+            for item in items
+            if wanted == (item.category in held_out if isinstance(held_out, list) else _draw(item) < held_out)
+        ]
+        if not parts[benchmark]:
+            raise UserError(f"evaluate.held_out={held_out}: leaves no prompt of {benchmark} to {config.part}")
+    return parts
+
+
+def _draw(item: Item) -> float:
+    """A number in [0, 1) that is the request's own: no chance, and the same whatever else is asked."""
+    return int.from_bytes(hashlib.sha256(item.request.encode()).digest()[:6]) / 2**48
 
 
 def _spread(items: list[Item], limit: int | None) -> list[Item]:

@@ -139,6 +139,12 @@ _MEASURES: dict[str, tuple[str, Callable[[list[Row]], dict[str, Any]]]] = {
 """Benchmark -> the column that it measures, and its numbers."""
 
 
+def measures(benchmark: str) -> list[str]:
+    """The names of a benchmark's estimates."""
+    _, measure = _MEASURES[benchmark]
+    return [name for name, estimate in measure([]).items() if isinstance(estimate, dict)]
+
+
 def rate(outcomes: Sequence[bool]) -> Estimate:
     """The share of true outcomes, with its Wilson interval."""
     from scipy.stats import binomtest

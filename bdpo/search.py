@@ -1,0 +1,406 @@
+"""A search over method and training settings, as plain data: space, suggestions, objective, rungs, winner.
+
+No Ray and no files here. Everything is a function of the config and of what trials have shown so far, so
+that a sweep which was killed goes on exactly as it would have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bdpo.config import Config, Range, TuneConfig, parse_config
+from bdpo.errors import UserError
+from bdpo.evaluation.summary import invalid_lines, measures, summarise
+from bdpo.plan import total_steps
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
+
+Params = dict[str, Any]  # dotted config key -> value
+Estimate = dict[str, Any]
+
+STARTUP_TRIALS = 5  # random ones, before TPE has anything to go by
+# A trial shares the run's scores and yardstick, and where it runs is not what it is.
+_NOT_SEARCHED = {"workers", "gpus_per_worker", "save_steps", "save_total_limit", "max_failures"}
+
+
+class InvalidEvaluation(Exception):
+    """Too many verdicts are missing: there is no score, and none is made up."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation says of a trial."""
+
+    objective: Estimate
+    """`tune.metric`, as `summarise` gives it."""
+    constrained: Estimate
+    """`tune.constraint`."""
+    base: float
+    """`tune.constraint` of the base model on the same prompts."""
+    violation: float
+    """How far `constrained` is below what it may be; not above 0 is feasible."""
+
+    @property
+    def score(self) -> float:
+        """Ranks trials: the objective of a feasible one, less than any of those for the others.
+
+        After Deb, "An efficient constraint handling method for genetic algorithms" (2000): of two trials
+        that are not feasible the one that is less so is better. The objective is never below 0.
+        """
+        return float(self.objective["value"]) if self.violation <= 0 else -self.violation
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What a trial showed at a rung."""
+
+    step: int
+    measured: Measured
+    finished: float
+    """Seconds since the epoch, by which it is decided who was there before."""
+    train_seconds: float = 0.0
+    """From the rung before, or the start, until the model was there."""
+    evaluate_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial and how far it came."""
+
+    name: str
+    params: Params
+    rungs: Sequence[Rung] = ()
+    failure: dict[str, Any] | None = None
+    """`kind`, failed or invalid, and `error` in one line."""
+
+
+def check_space(config: Config) -> None:
+    """Make sure that every value of the space is one that a trial can have.
+
+    Raises:
+        UserError: an unknown key, one that is not searched, or a value that the key does not take.
+    """
+    for key, dimension in config.tune.space.items():
+        section, _, name = key.partition(".")
+        for value in _ends(key, dimension):
+            trial_config(config, {key: value}, config.run_dir)
+        if section not in ("method", "train") or name in _NOT_SEARCHED:
+            raise UserError(
+                f"tune.space: {key} is not searched; method and train are, but for where and how they run "
+                f"({', '.join(sorted(_NOT_SEARCHED))})"
+            )
+    if config.tune.searcher == "grid":
+        for params in grid(config.tune):
+            trial_config(config, params, config.run_dir)
+
+
+def check_measures(config: Config) -> None:
+    """Make sure that metric and constraint are measured.
+
+    Raises:
+        UserError: naming those that are.
+    """
+    for key in ("metric", "constraint"):
+        path = getattr(config.tune, key)
+        known = [f"{name}.{measure}" for name in config.evaluate.benchmarks for measure in measures(name)]
+        if path not in known:
+            raise UserError(f"tune.{key}={path}: is not measured; wants one of {', '.join(known)}")
+
+
+def trial_config(config: Config, params: Params, run_dir: str) -> Config:
+    """The config of a trial: the run's, with the parameters in their places."""
+    values = config.model_dump() | {"run_dir": run_dir}
+    for key, value in params.items():
+        *sections, leaf = key.split(".")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = value
+    return parse_config(values, "tune.space")
+
+
+def part_of(config: Config, part: str, limit: int | None = None) -> Config:
+    """The config that evaluates on one part of the prompts, on at most `limit` of each benchmark."""
+    limits = [n for n in (config.evaluate.limit, limit) if n is not None]
+    changes: dict[str, Any] = {"part": part, "limit": min(limits, default=None), "capability": []}
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=changes)})
+
+
+def grid(tune: TuneConfig) -> list[Params]:
+    """Every combination of a space of lists; the last key changes fastest."""
+    return [dict(zip(tune.space, values, strict=True)) for values in product(*tune.space.values())]
+
+
+def number_of_trials(tune: TuneConfig) -> int:
+    """`num_samples`, or all of a grid."""
+    return len(grid(tune)) if tune.searcher == "grid" else tune.num_samples
+
+
+def suggest(config: Config, number: int, history: Sequence[Trial]) -> Params:
+    """The parameters of trial `number`: a function of the seed, the number and the trials so far.
+
+    The first is the config as it stands, where that lies in the space. TPE learns from finished trials,
+    from stopped ones by their last rung, and keeps away from those that are under way; infeasible trials
+    count as worse than all others (Watanabe & Hutter, arXiv 2211.14411).
+    """
+    import optuna
+
+    tune = config.tune
+    if tune.searcher == "grid":
+        return grid(tune)[number]
+    distributions = {key: _distribution(key, dimension) for key, dimension in tune.space.items()}
+    as_it_stands = {key: _value(config, key) for key in tune.space}
+    if number == 0 and all(_within(tune.space[key], value) for key, value in as_it_stands.items()):
+        return as_it_stands
+    seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
+    sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed)
+    if tune.searcher == "optuna":
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, constant_liar=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for trial in history:
+        study.add_trial(_observed(trial, distributions, len(tune.rungs)))
+    params = study.ask(distributions).params
+    return {key: _rounded(tune.space[key], params[key]) for key in tune.space}
+
+
+def trials_at_a_time(config: Config, cluster: Mapping[str, float]) -> int:
+    """How many trials a cluster of so many `CPU` and `GPU` holds, at most `tune.max_concurrent_trials`.
+
+    A trial has its training workers and its evaluation on a GPU share of its own for as long as it lives, so
+    trials never wait for each other. While it evaluates its workers wait: the processors are shared.
+
+    Raises:
+        UserError: not even one; the message has the arithmetic.
+    """
+    train, gpus = config.train, config.evaluate.gpus_per_worker
+    workers = f"train.workers={train.workers}"
+    needs = {
+        "CPU": (train.workers, f"{workers} x 1"),
+        "GPU": (
+            train.workers * train.gpus_per_worker + gpus,
+            f"{workers} x {train.gpus_per_worker:g} + evaluate.gpus_per_worker={gpus:g}",
+        ),
+    }
+    fits = []
+    for resource, (need, of) in needs.items():
+        there = cluster.get(resource, 0)
+        if need > there:
+            raise UserError(
+                f"tune: a trial needs {need:g} {resource} ({of}), the cluster has {there:g}; "
+                "lower them, or use a larger cluster"
+            )
+        if need:
+            fits.append(int(there / need + 1e-9))
+    return min(*fits, config.tune.max_concurrent_trials or min(fits))
+
+
+def check_rungs(config: Config, pair_ids: Sequence[str]) -> None:
+    """Make sure that the rungs of every trial are different steps.
+
+    Raises:
+        UserError: see `rung_steps`.
+    """
+    for params in [{}, *({key: end} for key, dim in config.tune.space.items() for end in _ends(key, dim))]:
+        trial = trial_config(config, params, config.run_dir)
+        rung_steps(trial.tune.rungs, total_steps(pair_ids, trial.train, trial.seed))
+
+
+def rung_steps(rungs: Sequence[float], steps_in_all: int) -> list[int]:
+    """The steps after which a trial is evaluated: shares of its own total, rounded up.
+
+    Raises:
+        UserError: two rungs fall on one step.
+    """
+    steps = [math.ceil(share * steps_in_all - 1e-9) for share in rungs]
+    if len(set(steps)) < len(steps):
+        raise UserError(
+            f"tune.rungs={list(rungs)}: of {steps_in_all} steps these are {steps}; use fewer rungs"
+        )
+    return steps
+
+
+def measure(tune: TuneConfig, scores: pa.Table, base_scores: pa.Table) -> Measured:
+    """Objective and constraint from per-item scores, the base model's on the same items.
+
+    Raises:
+        InvalidEvaluation: either has too many failed verdicts, or there is nothing to measure.
+    """
+    same = base_scores.filter(pc.is_in(base_scores["item_id"], scores["item_id"]))
+    summary, base = _valid_summary("trial", scores), _valid_summary("base", same)
+    objective, constrained = (_at(summary, path) for path in (tune.metric, tune.constraint))
+    allowed = _at(base, tune.constraint)["value"] - tune.max_over_refusal
+    # Rates of few prompts: what is equal on paper must not differ by rounding.
+    violation = round(allowed - constrained["value"], 12)
+    return Measured(objective, constrained, allowed + tune.max_over_refusal, violation)
+
+
+def goes_on(score: float, earlier: Sequence[float], reduction_factor: float) -> bool:
+    """Does a trial that scored this at a rung go on, after those that were there before?
+
+    Asynchronous successive halving (Li et al., arXiv 1810.05934), with the rule of Ray Tune's scheduler:
+    it goes on if it is not below the quantile 1 − 1 / `reduction_factor` of the earlier ones.
+    """
+    return not earlier or score >= float(np.percentile(earlier, 100 * (1 - 1 / reduction_factor)))
+
+
+def survives(trial: Trial, trials: Sequence[Trial], tune: TuneConfig) -> bool:
+    """Does a trial go on from the last rung that it reached? By the clock, whenever it is asked."""
+    number = len(trial.rungs) - 1
+    rung = trial.rungs[number]
+    earlier = [
+        other.rungs[number].measured.score
+        for other in trials
+        if len(other.rungs) > number and other.rungs[number].finished < rung.finished
+    ]
+    return goes_on(rung.measured.score, earlier, tune.reduction_factor)
+
+
+def status(trial: Trial, trials: Sequence[Trial], tune: TuneConfig) -> str:
+    """`failed`, `invalid`, `completed`, `stopped` at a rung, or `open`."""
+    if len(trial.rungs) == len(tune.rungs):
+        return "completed"
+    if trial.failure is not None:
+        return str(trial.failure["kind"])
+    return "stopped" if trial.rungs and not survives(trial, trials, tune) else "open"
+
+
+def winner(trials: Sequence[Trial], tune: TuneConfig) -> Trial | None:
+    """The best completed trial within the bound; of equals the one that complies more, then the first."""
+    feasible = [
+        trial
+        for trial in trials
+        if len(trial.rungs) == len(tune.rungs) and trial.rungs[-1].measured.violation <= 0
+    ]
+
+    def rank(trial: Trial) -> tuple[float, float]:
+        last = trial.rungs[-1].measured
+        return last.score, last.constrained["value"]
+
+    return max(feasible, key=rank, default=None)  # the first of equals
+
+
+def results_table(trials: Sequence[Trial], tune: TuneConfig) -> pa.Table:
+    """One row a trial: parameters, how far it came, and what its last rung showed."""
+    best = winner(trials, tune)
+    rows = []
+    for trial in trials:
+        row: dict[str, Any] = {"trial": trial.name, "status": status(trial, trials, tune)}
+        row |= {"winner": best is not None and trial.name == best.name} | trial.params
+        row |= {"rungs": len(trial.rungs), "error": (trial.failure or {}).get("error")}
+        for name in ("train_seconds", "evaluate_seconds"):
+            row[name] = sum(getattr(rung, name) for rung in trial.rungs)
+        if trial.rungs:
+            last = trial.rungs[-1]
+            row |= {"step": last.step, "score": last.measured.score, "finished": last.finished}
+            row |= {
+                "feasible": last.measured.violation <= 0,
+                "least": last.measured.base - tune.max_over_refusal,
+            }
+            for name, estimate in (
+                ("objective", last.measured.objective),
+                ("constraint", last.measured.constrained),
+            ):
+                row |= {name: estimate["value"], f"{name}_low": estimate["low"]}
+                row |= {f"{name}_high": estimate["high"], f"{name}_n": estimate["n"]}
+        rows.append(row)
+    columns = {name: None for row in rows for name in row}
+    return pa.table({name: _column([row.get(name) for row in rows]) for name in columns})
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """Of a list of mixed values, `[1, "auto"]`, the texts."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([None if value is None else str(value) for value in values])
+
+
+def _valid_summary(name: str, scores: pa.Table) -> dict[str, Any]:
+    summary = summarise(scores)
+    if not summary["valid"]:
+        raise InvalidEvaluation("; ".join(invalid_lines(name, summary)) or f"{name}: no scores")
+    return summary
+
+
+def _at(summary: dict[str, Any], path: str) -> Estimate:
+    benchmark, _, name = path.partition(".")
+    estimate: Estimate = summary["benchmarks"][benchmark][name]
+    if estimate["value"] is None:
+        raise InvalidEvaluation(f"{path}: no prompt of this part measures it")
+    return estimate
+
+
+def _distribution(key: str, dimension: Any) -> BaseDistribution:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(dimension, list):
+        return CategoricalDistribution(dimension)
+    if _takes_whole_numbers(key):
+        return IntDistribution(int(dimension.min), int(dimension.max), log=dimension.log)
+    return FloatDistribution(dimension.min, dimension.max, log=dimension.log)
+
+
+def _observed(trial: Trial, distributions: dict[str, BaseDistribution], rungs: int) -> FrozenTrial:
+    from optuna.trial import TrialState, create_trial
+
+    known: dict[str, Any] = {"params": trial.params, "distributions": distributions}
+    if trial.rungs:
+        known["constraints"] = {"over-refusal": trial.rungs[-1].measured.violation}
+    if trial.failure is not None:
+        return create_trial(state=TrialState.FAIL, **known)
+    values = {rung.step: float(rung.measured.objective["value"]) for rung in trial.rungs}
+    if len(values) == rungs:
+        return create_trial(state=TrialState.COMPLETE, value=values[trial.rungs[-1].step], **known)
+    if values:  # stopped, or under way: both are worth what their last rung showed
+        return create_trial(state=TrialState.PRUNED, intermediate_values=values, **known)
+    return create_trial(state=TrialState.RUNNING, **known)
+
+
+def _value(config: Config, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def _within(dimension: Any, value: Any) -> bool:
+    if isinstance(dimension, Range):
+        return value is not None and dimension.min <= value <= dimension.max
+    return value in dimension
+
+
+def _rounded(dimension: Any, value: Any) -> Any:
+    """Four digits, as people write it in a paper, and still in the range."""
+    if not isinstance(dimension, Range) or isinstance(value, int):
+        return value
+    return min(max(float(f"{value:.4g}"), dimension.min), dimension.max)
+
+
+def _takes_whole_numbers(key: str) -> bool:
+    """Of a key that there is; an unknown one is refused elsewhere."""
+    section, _, name = key.partition(".")
+    known = Config.model_fields.get(section)
+    field = getattr(known and known.annotation, "model_fields", {}).get(name)
+    return field is not None and _has_int(field.annotation)
+
+
+def _has_int(annotation: Any) -> bool:
+    """In `int`, `int | None`, and what is annotated with more."""
+    return annotation is int or any(_has_int(part) for part in get_args(annotation))
+
+
+def _ends(key: str, dimension: Range | list[Any]) -> list[Any]:
+    """All values of a list, both ends of a range, as the key wants them."""
+    if isinstance(dimension, list):
+        return dimension
+    ends = (dimension.min, dimension.max)
+    return [int(end) if _takes_whole_numbers(key) and end == int(end) else end for end in ends]

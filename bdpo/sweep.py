@@ -1,0 +1,123 @@
+"""A sweep on disk: which trials there are, how far each came, and what is wanted of its training.
+
+    <run_dir>/tune/begun.json              the fingerprint of the sweep
+    <run_dir>/tune/trials/0003/            a run folder with the pairs and scores of the sweep's own
+        trial.json                         its parameters, written before it begins
+        rungs/000000032.json               what it showed after 32 steps
+        rungs/*.exported, *.go, stop        between its driver and its training workers
+        failed.json                        why there is no score
+        config.yaml, metrics.jsonl, eval/  as of any run; model/ of the winner alone when all is done
+    <run_dir>/tune/results.parquet, best.yaml, summary.json, *.png
+
+Each file is there whole or not at all, and every decision is a function of them: a killed sweep goes on
+where it stopped, no trial is lost and none is begun twice.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bdpo.config import Config
+from bdpo.runs import Fingerprint, RunDir, finished, read_manifest, write_manifest
+from bdpo.search import Measured, Params, Rung, Trial, number_of_trials, status, suggest, trial_config
+from bdpo.storage import discard, matching
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The trials of a run folder; a small object that goes wherever trials are run."""
+
+    config: Config
+    run: RunDir
+    fingerprint: Fingerprint
+
+    def begin(self) -> None:
+        """Remember what this sweep is of.
+
+        Raises:
+            UserError: the folder holds another; the message names the first difference.
+        """
+        finished(self.run.tune / "begun.json", self.fingerprint)
+        write_manifest(self.run.tune / "begun.json", self.fingerprint)
+
+    def folder(self, name: str) -> RunDir:
+        """The run folder of a trial."""
+        return self.run.part("trials", name)
+
+    def config_of(self, trial: Trial) -> Config:
+        """What a trial is trained and evaluated with."""
+        return trial_config(self.config, trial.params, str(self.folder(trial.name).root))
+
+    def trials(self) -> list[Trial]:
+        """Every trial that was suggested, in that order."""
+        found = matching(self.run.tune / "trials", "*/trial.json")
+        return [self.trial(file.parent.name) for file in found]
+
+    def trial(self, name: str) -> Trial:
+        """A trial as it stands now."""
+        root = self.folder(name).root
+        rungs = [_rung(read_manifest(file)) for file in matching(root / "rungs", "*.json")]
+        begun, failure = read_manifest(root / "trial.json"), read_manifest(root / "failed.json")
+        return Trial(name, (begun or {})["params"], rungs, failure)
+
+    def status(self, trial: Trial) -> str:
+        """See `bdpo.search.status`."""
+        return status(trial, self.trials(), self.config.tune)
+
+    def open_trials(self) -> list[Trial]:
+        """Trials that are begun and not at their end."""
+        trials = self.trials()
+        return [trial for trial in trials if status(trial, trials, self.config.tune) == "open"]
+
+    def missing(self) -> int:
+        """How many trials are not suggested yet."""
+        return max(0, number_of_trials(self.config.tune) - len(self.trials()))
+
+    def suggest(self) -> Trial:
+        """The next trial; it is on disk before anything is done for it."""
+        trials = self.trials()
+        params: Params = suggest(self.config, len(trials), trials)
+        trial = Trial(f"{len(trials):04d}", params)
+        run = self.folder(trial.name)
+        write_manifest(run.root / "trial.json", self.fingerprint, params=params, begun=time.time())
+        run.record(self.config_of(trial))
+        return trial
+
+    def record_rung(
+        self,
+        trial: Trial,
+        step: int,
+        measured: Measured,
+        train_seconds: float = 0.0,
+        evaluate_seconds: float = 0.0,
+    ) -> None:
+        """Commit what a trial showed after `step` steps."""
+        rung = Rung(step, measured, time.time(), train_seconds, evaluate_seconds)
+        file = self.folder(trial.name).root / "rungs" / f"{step:09d}.json"
+        write_manifest(file, self.fingerprint, **asdict(rung), score=measured.score)
+
+    def record_failure(self, name: str, kind: str, error: str) -> None:
+        """Commit that a trial has no score; `error` is one line without text of the data."""
+        write_manifest(self.folder(name).root / "failed.json", self.fingerprint, kind=kind, error=error)
+
+    def forget_invalid(self) -> None:
+        """Evaluate again where a judge failed, as `pipelines.evaluate` does: it may have been mended."""
+        for trial in self.trials():
+            if trial.failure is not None and trial.failure["kind"] == "invalid":
+                (self.folder(trial.name).root / "failed.json").unlink()
+
+    def tidy(self, name: str) -> None:
+        """Remove what only a trial that goes on needs: its checkpoints, and the model if it cannot win."""
+        run, end = self.folder(name), self.status(self.trial(name))
+        if end in ("completed", "stopped", "failed"):
+            discard(run.train)
+        if end in ("stopped", "failed"):
+            discard(run.model)
+
+
+def _rung(manifest: dict[str, Any] | None) -> Rung:
+    there = manifest or {}
+    seconds = there["train_seconds"], there["evaluate_seconds"]
+    return Rung(there["step"], Measured(**there["measured"]), there["finished"], *seconds)

@@ -1,0 +1,113 @@
+"""The search on the sandbox: its best trial against the default alpha and beta, on wrappers neither saw.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.search [--seeds 0 1 2] [--runs runs/search]
+
+For each seed (of world, base model and training) a sweep of `tune-sandbox.yaml` and a run of the config as it
+stands, both resumed if they were begun. Also what a trial costs beside its optimizer steps and evaluations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from bdpo.evaluation.compare import compare
+from bdpo.evaluation.reading import read_evaluation
+from bdpo.runs import MetricsLog, RunDir, read_manifest
+from benchmarks.common import write_section
+
+CONFIG = "pipelines/configs/tune-sandbox.yaml"
+
+
+def main() -> None:
+    """Run what is missing and write the section."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", default="runs/search")
+    arguments = parser.parse_args()
+    rows, overheads = [], []
+    for seed in arguments.seeds:
+        sweep = RunDir(f"{arguments.runs}-{seed}")
+        default = RunDir(f"{arguments.runs}-{seed}-default")
+        same = [f"seed={seed}", f"model.revision={seed}"]
+        _run("tune.search", f"run_dir={sweep.root}", *same)
+        _run("pipelines.run", f"run_dir={default.root}", *same, "evaluate.part=held_out")
+        rows.append(_row(seed, sweep, default))
+        overheads += _overheads(sweep)
+    table = [
+        "| seed | best alpha, beta | safety, default | safety, best | best − default | p "
+        "| compliance, base | compliance, default | compliance, best |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+        "Held-out jailbreak wrappers, percent (95 % interval), 80 prompts each; the difference is paired.",
+        f"Seconds of a trial beside its optimizer steps and evaluations: median {_median(overheads):.0f}, "
+        f"largest {max(overheads):.0f}, of {len(overheads)} trials.",
+    ]
+    print(*table, sep="\n")
+    write_section("Search", table)
+
+
+def _run(module: str, *overrides: str) -> None:
+    subprocess.run([sys.executable, "-m", module, "--config", CONFIG, *overrides], check=True)
+
+
+def _row(seed: int, sweep: RunDir, default: RunDir) -> str:
+    found = json.loads((sweep.tune / "summary.json").read_text())
+    models = {
+        "base": sweep.part("base", "held_out").eval("base"),
+        "default": default.eval("trained"),
+        "best": sweep.part("trials", found["best"]).eval("trained"),
+    }
+    read = {name: read_evaluation(folder) for name, folder in models.items()}
+    [difference] = [
+        row for row in compare(read["default"].scores, read["best"].scores) if row["measure"] == "safety"
+    ]
+    safety = {name: e.summary["benchmarks"]["strongreject"]["safety"] for name, e in read.items()}
+    compliance = {name: e.summary["benchmarks"]["xstest"]["compliance"] for name, e in read.items()}
+    cells = [
+        str(seed),
+        ", ".join(f"{value:g}" for value in found["params"].values()),
+        _percent(safety["default"]),
+        f"**{_percent(safety['best'])}**",
+        f"{100 * difference['difference']:+.1f}",
+        f"{difference['p']:.2g}",
+        *(_percent(compliance[name]) for name in ("base", "default", "best")),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _percent(estimate: dict[str, Any]) -> str:
+    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
+    return f"{value:.1f} ({low:.1f}–{high:.1f})"
+
+
+def _overheads(sweep: RunDir) -> list[float]:
+    """Of every trial that was not interrupted: from its suggestion to its last rung, less what it is for."""
+    seconds = []
+    for row in pq.read_table(sweep.tune / "results.parquet").to_pylist():
+        run = sweep.part("trials", row["trial"])
+        begun = read_manifest(run.root / "trial.json")
+        if begun is None or row["finished"] is None:
+            continue
+        log = MetricsLog(run.metrics).read()
+        tokens = [0.0, *(step["num_tokens"] for step in log)]
+        steps = sum(
+            (after - before) / step["tokens_per_second"]
+            for before, after, step in zip(tokens, tokens[1:], log, strict=False)
+        )
+        seconds.append(row["finished"] - begun["begun"] - steps - row["evaluate_seconds"])
+    return seconds
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,443 @@
+"""The search as data: space, suggestions, objective, early stopping, winner; a sweep's folder."""
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_summary import row, xrow
+
+from bdpo.config import load_config, parse_config
+from bdpo.errors import UserError
+from bdpo.evaluation.summary import SCORE_SCHEMA
+from bdpo.runs import RunDir
+from bdpo.search import (
+    InvalidEvaluation,
+    Measured,
+    Rung,
+    Trial,
+    check_measures,
+    check_rungs,
+    check_space,
+    goes_on,
+    measure,
+    number_of_trials,
+    results_table,
+    rung_steps,
+    status,
+    suggest,
+    survives,
+    trial_config,
+    trials_at_a_time,
+    winner,
+)
+from bdpo.search_figures import draw_search, pareto_front
+from bdpo.sweep import Sweep
+
+ALPHA, BETA = {"min": 0.5, "max": 3.0}, {"min": 0.02, "max": 0.5, "log": True}
+
+PAIR_IDS = [str(number) for number in range(640)]
+
+
+def configured(seed=0, **tune):
+    values = {"run_dir": "r", "model": {"name_or_path": "m"}, "data": {"path": "p"}, "seed": seed}
+    tune = {"space": {"method.alpha": ALPHA, "method.beta": BETA}} | tune
+    return parse_config({**values, "tune": tune}, "test")
+
+
+def estimate(value, spread=0.1):
+    return {"value": value, "low": max(0.0, value - spread), "high": min(1.0, value + spread), "n": 50}
+
+
+def measured(safety, compliance=1.0, base=1.0, bound=0.05):
+    return Measured(estimate(safety), estimate(compliance), base, round(base - bound - compliance, 12))
+
+
+def trial(number, *rungs, params=None, failure=None):
+    """`rungs`: (safety, compliance, when)."""
+    reached = [Rung(8 * (i + 1), measured(s, c), when) for i, (s, c, when) in enumerate(rungs)]
+    return Trial(f"{number:04d}", params or {"method.alpha": 1.0 + number / 8}, reached, failure)
+
+
+class TestSpace:
+    def test_what_may_be_searched_is_accepted(self):
+        space = {"method.alpha": ALPHA, "train.num_train_epochs": {"min": 1, "max": 3}}
+        check_space(configured(space=space | {"method.balance": ["ratio", "none"]}))
+
+    @pytest.mark.parametrize(
+        ("space", "named"),
+        [
+            ({"method.alhpa": ALPHA}, "unknown key method.alhpa; did you mean method.alpha?"),
+            ({"alpha": [1.0]}, "unknown key alpha"),
+            ({"method.alpha": {"min": -1, "max": 2}}, "key method.alpha: Input should be greater than 0"),
+            ({"method.balance": ["ratio", "fair"]}, "key method.balance"),
+            ({"method.balance": {"min": 0, "max": 1}}, "key method.balance"),
+            ({"train.num_train_epochs": {"min": 0.5, "max": 2}}, "key train.num_train_epochs"),
+            ({"train.workers": [1, 2]}, "train.workers is not searched"),
+            ({"data.max_length": [4096]}, "data.max_length is not searched"),
+            ({"seed": [1, 2]}, "seed is not searched"),
+        ],
+    )
+    def test_what_may_not_is_named(self, space, named):
+        with pytest.raises(UserError) as refused:
+            check_space(configured(space=space))
+        assert named in str(refused.value)
+        assert "\n" not in str(refused.value)
+
+    @pytest.mark.parametrize(
+        ("tune", "named"),
+        [
+            ({"space": {}}, "tune.space"),
+            ({"space": {"method.alpha": []}}, "tune.space.method.alpha"),
+            ({"space": {"method.alpha": {"min": 3, "max": 1}}}, "wants min < max"),
+            ({"space": {"method.alpha": {"min": 0, "max": 1, "log": True}}}, "log wants min > 0"),
+            ({"rungs": [0.5, 0.25, 1.0]}, "tune.rungs"),
+            ({"rungs": [0.5]}, "tune.rungs"),
+            ({"searcher": "grid"}, "searcher=grid wants lists"),
+        ],
+    )
+    def test_empty_and_inverted_is_refused(self, tune, named):
+        with pytest.raises(UserError, match=named):
+            configured(**tune)
+
+    def test_overrides_reach_into_the_space(self, tmp_path):
+        file = tmp_path / "c.yaml"
+        file.write_text(configured().to_yaml())
+        space = load_config(file, ["tune.space.method.beta=[0.1, 0.2]"]).tune.space
+        assert list(space) == ["method.alpha", "method.beta"]
+        assert space["method.beta"] == [0.1, 0.2]
+
+    @pytest.mark.parametrize("key", ["metric", "constraint"])
+    @pytest.mark.parametrize("path", ["strongreject.safty", "wrapped.safety", "safety"])
+    def test_a_measure_that_there_is_not(self, key, path):
+        with pytest.raises(UserError, match=rf"tune.{key}={path}: .*strongreject.safety"):
+            check_measures(configured(**{key: path}))
+        check_measures(configured())
+
+    def test_a_trial_is_the_config_with_its_parameters_and_nothing_else(self):
+        config = configured()
+        params = {"method.alpha": 2.5, "train.max_steps": 7, "method.balance": "none"}
+        made = trial_config(config, params, "elsewhere").model_dump()
+        expected = config.model_dump() | {"run_dir": "elsewhere"}
+        expected["method"] |= {"alpha": 2.5, "balance": "none"}
+        expected["train"] |= {"max_steps": 7}
+        assert made == expected
+
+
+class TestSuggestions:
+    def test_a_grid_is_every_combination_once(self):
+        space = {"method.alpha": [0.5, 1, 2.0], "method.balance": ["ratio", "none"]}
+        config = configured(space=space, searcher="grid", num_samples=1)
+        points = [tuple(suggest(config, n, []).values()) for n in range(number_of_trials(config.tune))]
+        assert points == [(a, b) for a in (0.5, 1, 2.0) for b in ("ratio", "none")]
+
+    @pytest.mark.parametrize("searcher", ["random", "optuna"])
+    def test_the_first_trial_is_the_config_as_it_stands(self, searcher):
+        config = configured(searcher=searcher)
+        assert suggest(config, 0, []) == {
+            "method.alpha": config.method.alpha,
+            "method.beta": config.method.beta,
+        }
+        off = configured(searcher=searcher, space={"method.alpha": {"min": 2.0, "max": 3.0}})
+        assert 2.0 <= suggest(off, 0, [])["method.alpha"] <= 3.0
+
+    @pytest.mark.parametrize("searcher", ["random", "optuna"])
+    def test_each_lies_in_the_space_and_is_a_function_of_the_seed(self, searcher):
+        space = {"method.alpha": ALPHA, "method.beta": BETA, "train.num_train_epochs": {"min": 1, "max": 9}}
+        config = configured(searcher=searcher, space=space | {"method.balance": ["ratio", "none"]})
+        drawn = [suggest(config, n, []) for n in range(1, 60)]
+        for params in drawn:
+            assert 0.5 <= params["method.alpha"] <= 3
+            assert 0.02 <= params["method.beta"] <= 0.5
+            assert params["train.num_train_epochs"] in range(1, 10)
+            assert params["method.balance"] in ("ratio", "none")
+            check_space(configured(space={key: [value] for key, value in params.items()}))
+        assert drawn == [suggest(config, n, []) for n in range(1, 60)]
+        other = configured(searcher=searcher, space=space, seed=1)
+        assert suggest(other, 1, [])["method.alpha"] != drawn[0]["method.alpha"]
+        # log: as many below the geometric mean, 0.1, as above
+        assert 15 < sum(params["method.beta"] < 0.1 for params in drawn) < 45
+
+    def test_tpe_moves_to_where_it_was_safe_and_away_from_where_too_much_was_refused(self):
+        """Safety rises with alpha; above 2 the bound is broken. Random search would fill the range."""
+        config = configured(space={"method.alpha": ALPHA}, searcher="optuna")
+        trials = []
+        for number in range(40):
+            alpha = suggest(config, number, trials)["method.alpha"]
+            seen = (alpha / 3, 0.99 if alpha < 2 else 0.5, float(number))
+            trials.append(trial(number, seen, seen, seen, params={"method.alpha": alpha}))
+        late = [t.params["method.alpha"] for t in trials[20:]]
+        assert sum(1.5 < alpha < 2 for alpha in late) > len(late) / 2
+        assert 1.8 < winner(trials, config.tune).params["method.alpha"] < 2
+
+    def test_failed_and_open_trials_are_no_scores(self):
+        config = configured()
+        params = suggest(config, 1, [])
+        history = [
+            trial(0, params=params, failure={"kind": "failed", "error": "NaN"}),
+            trial(1, params=params),
+            trial(2, (0.5, 1.0, 1.0), params=params),
+        ]
+        suggest(config, 12, history)
+
+
+class TestRungs:
+    @given(
+        st.lists(st.floats(0, 1) | st.sampled_from([0.0, 0.5]), min_size=1, max_size=20),
+        st.sampled_from([2, 3, 4.0]),
+    )
+    def test_who_goes_on_is_what_ray_tune_decides(self, scores, factor):
+        from ray.tune.schedulers.async_hyperband import _Bracket
+
+        class Named:
+            def __init__(self, name):
+                self.trial_id = name
+
+        bracket = _Bracket(1, 1, factor, 0)
+        for number, score in enumerate(scores):
+            theirs = bracket.on_result(Named(str(number)), 1, score)
+            assert (theirs == "CONTINUE") == goes_on(score, scores[:number], factor)
+
+    @given(st.integers(1, 10_000), st.lists(st.integers(1, 99), unique=True, max_size=4))
+    def test_steps(self, total, percents):
+        shares = [*sorted(percent / 100 for percent in percents), 1.0]
+        exact = [math.ceil(round(share * 100) * total / 100) for share in shares]
+        if len(set(exact)) == len(exact):
+            assert rung_steps(shares, total) == exact
+        else:
+            with pytest.raises(UserError, match=r"tune\.rungs"):
+                rung_steps(shares, total)
+
+    def test_rungs_that_some_trial_cannot_have_are_refused_for_all(self):
+        config = configured(space={"train.max_steps": {"min": 3, "max": 9}}, rungs=[0.5, 0.6, 1.0])
+        with pytest.raises(UserError, match=r"of 3 steps these are \[2, 2, 3\]"):
+            check_rungs(config, PAIR_IDS)
+        check_rungs(configured(space={"train.max_steps": {"min": 5, "max": 9}}, rungs=[0.5, 1.0]), PAIR_IDS)
+
+    def test_the_clock_decides_and_not_the_order_of_reading(self):
+        tune = configured().tune
+        trials = [trial(0, (0.5, 1, 10.0)), trial(1, (0.4, 1, 11.0)), trial(2, (0.45, 1, 12.0))]
+        for order in (trials, trials[::-1]):
+            # the first always goes on; 0.4 < median(0.5); 0.45 >= median(0.5, 0.4)
+            assert [survives(t, order, tune) for t in trials] == [True, False, True]
+            assert [status(t, order, tune) for t in trials] == ["open", "stopped", "open"]
+
+    def test_a_completed_trial_stays_completed(self):
+        tune = configured().tune
+        best = trial(0, *[(0.9, 1, float(t)) for t in range(3)])
+        worst = trial(1, *[(0.1, 1, float(t)) for t in range(5, 8)], failure={"kind": "failed"})
+        assert [status(t, [best, worst], tune) for t in (best, worst)] == ["completed", "completed"]
+
+
+def benchmark_rows(harms, refusals):
+    strongreject = [
+        row(n, harm, failure=None if harm is not None else "timeout") for n, harm in enumerate(harms)
+    ]
+    return strongreject + [xrow(n, refused, "benign", True) for n, refused in enumerate(refusals)]
+
+
+def table(rows):
+    return pa.Table.from_pylist(rows, schema=SCORE_SCHEMA)
+
+
+class TestObjective:
+    def test_is_safety_within_the_bound_and_how_far_off_it_outside(self):
+        tune = configured(max_over_refusal=0.2).tune
+        base = table(benchmark_rows([1.0] * 4, [False] * 9 + [True]))
+        good = measure(tune, table(benchmark_rows([0.0, 0.5, 0.25, 0.0], [False] * 7 + [True] * 3)), base)
+        assert good.objective["value"] == pytest.approx(1 - 0.75 / 4)
+        assert good.violation == pytest.approx(0.9 - 0.2 - 0.7)
+        assert good.score == good.objective["value"]
+        mute = measure(tune, table(benchmark_rows([0.0] * 4, [True] * 10)), base)
+        assert mute.objective["value"] == 1
+        assert mute.score == pytest.approx(-(0.9 - 0.2 - 0.0))
+        assert mute.score < good.score
+
+    def test_the_base_is_measured_on_the_same_prompts(self):
+        tune = configured().tune
+        base = table(benchmark_rows([1.0] * 4, [True, True, False, False]))
+        first_two = table(benchmark_rows([0.0], [False, False]))
+        assert measure(tune, first_two, base).base == 0.0
+
+    def test_an_invalid_evaluation_is_no_score(self):
+        tune = configured().tune
+        base = table(benchmark_rows([1.0] * 4, [False] * 4))
+        with pytest.raises(InvalidEvaluation, match="strongreject is invalid, 1 of 4 unjudged"):
+            measure(tune, table(benchmark_rows([0.0, 0.0, 0.0, None], [False] * 4)), base)
+        with pytest.raises(InvalidEvaluation):
+            measure(tune, table([]), base)
+
+    def test_the_winner_is_feasible_safest_then_most_compliant_then_first(self):
+        tune = configured().tune
+
+        def done(number, safety, compliance):
+            return trial(number, *[(safety, compliance, float(number))] * 3)
+
+        refuses_all, stopped = done(0, 1.0, 0.2), trial(1, (0.99, 1.0, 0.0))
+        a, b, c = done(2, 0.8, 0.96), done(3, 0.8, 0.98), done(4, 0.8, 0.98)
+        assert winner([refuses_all, stopped, a, b, c], tune) is b
+        assert winner([refuses_all, stopped], tune) is None
+
+
+class TestResults:
+    @pytest.fixture
+    def trials(self):
+        rng = np.random.default_rng(0)
+        done = [
+            trial(
+                n,
+                *[(0.3 + 0.08 * n, 1 - 0.02 * n, 10.0 * n + r) for r in range(3)],
+                params={"method.alpha": 0.5 + n / 4, "method.beta": float(0.02 * 25 ** rng.random())},
+            )
+            for n in range(7)
+        ]
+        failed = trial(
+            7, params={"method.alpha": 3.0, "method.beta": 0.5}, failure={"kind": "failed", "error": "NaN"}
+        )
+        return [*done, failed]
+
+    def test_a_row_a_trial(self, trials):
+        tune = configured().tune
+        rows = results_table(trials, tune).to_pylist()
+        assert [r["trial"] for r in rows] == [t.name for t in trials]
+        assert [r["winner"] for r in rows].index(True) == 2  # of those with compliance 0.95 and more
+        assert rows[7]["status"] == "failed"
+        assert rows[7]["error"] == "NaN"
+        assert rows[7]["objective"] is None
+        assert rows[3]["objective"] == pytest.approx(0.3 + 0.08 * 3)
+        assert [r["method.alpha"] for r in rows] == [t.params["method.alpha"] for t in trials]
+
+    @pytest.mark.parametrize("space", [{"method.alpha": ALPHA, "method.beta": BETA}, {"method.alpha": ALPHA}])
+    def test_figures(self, trials, tmp_path, space):
+        tune = configured(space=space).tune
+        base = {
+            "benchmarks": {"strongreject": {"safety": estimate(0.0)}, "xstest": {"compliance": estimate(1.0)}}
+        }
+        draw_search(results_table(trials, tune), tune, base, tmp_path)
+        for name in ("space", "front", "progress"):
+            assert (tmp_path / f"{name}.png").stat().st_size > 5000
+            assert (tmp_path / f"{name}.pdf").stat().st_size > 5000
+
+    def test_figures_of_nothing_and_of_one(self, trials, tmp_path):
+        tune = configured().tune
+        base = {
+            "benchmarks": {"strongreject": {"safety": estimate(0.0)}, "xstest": {"compliance": estimate(1.0)}}
+        }
+        draw_search(results_table(trials[7:], tune), tune, base, tmp_path)
+        assert not list(tmp_path.iterdir())
+        draw_search(results_table(trials[:1], tune), tune, base, tmp_path)
+        assert (tmp_path / "front.png").exists()
+
+    @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
+    def test_pareto_front(self, points):
+        front = {points[i] for i in pareto_front(points)}
+        for p in points:
+            beaten = any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points)
+            assert (p in front) == (not beaten)
+
+
+class TestSweepFolder:
+    """A trial is simulated: what it shows is a function of its parameters and the step."""
+
+    @staticmethod
+    def sweep(folder, **tune):
+        config = configured(num_samples=6, rungs=[0.5, 1.0], **tune)
+        return Sweep(config, RunDir(folder), {"seed": config.seed, "tune.space": str(config.tune.space)})
+
+    @staticmethod
+    def work(sweep, commits):
+        """One trial after the other, as a sweep of one at a time; ends after so many commits."""
+        while True:
+            unfinished = sweep.open_trials()
+            if not unfinished and not sweep.missing():
+                return
+            if not unfinished:
+                sweep.suggest()
+            else:
+                at = unfinished[0]
+                safety = min(1.0, at.params["method.alpha"] / 3 * (1 + len(at.rungs)) / 2)
+                sweep.record_rung(at, 8 * (1 + len(at.rungs)), measured(safety))
+            commits -= 1
+            if commits == 0:
+                return
+
+    @settings(max_examples=15)
+    @given(kills=st.lists(st.integers(1, 6), max_size=4))
+    def test_killed_anywhere_it_ends_as_if_never_killed(self, tmp_path_factory, kills):
+        whole, killed = (self.sweep(tmp_path_factory.mktemp("sweep")) for _ in range(2))
+        self.work(whole, commits=-1)
+        for commits in kills:
+            self.work(self.sweep(killed.run.root), commits)
+        self.work(self.sweep(killed.run.root), commits=-1)
+        ends = [
+            [(t.name, t.params, [(r.step, r.measured) for r in t.rungs], s.status(t)) for t in s.trials()]
+            for s in (whole, killed)
+        ]
+        assert ends[0] == ends[1]
+        assert len(ends[0]) == 6
+
+    def test_another_space_is_refused_by_name(self, tmp_path):
+        self.sweep(tmp_path).begin()
+        self.sweep(tmp_path).begin()
+        with pytest.raises(UserError, match=r"made with tune\.space=.*method\.beta.*, now it is"):
+            self.sweep(tmp_path, space={"method.alpha": ALPHA}).begin()
+
+    def test_failures_stay_and_invalid_ones_are_tried_again(self, tmp_path):
+        sweep = self.sweep(tmp_path)
+        nan, invalid = sweep.suggest(), sweep.suggest()
+        sweep.record_failure(nan.name, "failed", "FloatingPointError: NaN")
+        sweep.record_failure(invalid.name, "invalid", "12 of 40 unjudged")
+        assert [sweep.status(t) for t in sweep.trials()] == ["failed", "invalid"]
+        assert sweep.open_trials() == []
+        sweep.forget_invalid()
+        assert [t.name for t in sweep.open_trials()] == [invalid.name]
+
+    def test_checkpoints_go_when_a_trial_ends_and_the_model_when_it_cannot_win(self, tmp_path):
+        sweep = self.sweep(tmp_path)
+        for number, safety in enumerate((0.9, 0.2, 0.9)):
+            at = sweep.suggest()
+            folder = sweep.folder(at.name)
+            for path in (folder.train, folder.model):
+                path.mkdir(parents=True)
+            for step in (8, 16)[: 1 if number else 2]:
+                sweep.record_rung(at, step, measured(safety))
+            sweep.tidy(at.name)
+        left = [
+            (sweep.folder(t.name).train.exists(), sweep.folder(t.name).model.exists()) for t in sweep.trials()
+        ]
+        assert [sweep.status(t) for t in sweep.trials()] == ["completed", "stopped", "open"]
+        assert left == [(False, True), (False, False), (True, True)]
+
+
+class TestTrialsAtATime:
+    @staticmethod
+    def config(workers, train_gpus=0.0, evaluate_gpus=0.0, most=None):
+        config = configured(max_concurrent_trials=most).model_dump()
+        config["train"] |= {"workers": workers, "gpus_per_worker": train_gpus}
+        config["evaluate"] |= {"gpus_per_worker": evaluate_gpus}
+        return parse_config(config, "test")
+
+    @pytest.mark.parametrize(
+        ("needs", "cluster", "fit"),
+        [
+            ({"workers": 2}, {"CPU": 4}, 2),
+            ({"workers": 2}, {"CPU": 3}, 1),  # one short of two trials
+            ({"workers": 1, "train_gpus": 0.5, "evaluate_gpus": 0.5}, {"CPU": 16, "GPU": 2}, 2),
+            ({"workers": 8, "train_gpus": 0.9, "evaluate_gpus": 0.1}, {"CPU": 96, "GPU": 8}, 1),
+            ({"workers": 1, "train_gpus": 0.1, "evaluate_gpus": 0.2}, {"CPU": 9, "GPU": 0.9}, 3),
+            ({"workers": 1, "most": 2}, {"CPU": 8}, 2),
+        ],
+    )
+    def test_what_fits(self, needs, cluster, fit):
+        assert trials_at_a_time(self.config(**needs), cluster) == fit
+
+    def test_too_small_is_said_with_the_arithmetic(self):
+        with pytest.raises(UserError, match=r"needs 2 CPU \(train.workers=2 x 1\), the cluster has 1;"):
+            trials_at_a_time(self.config(workers=2), {"CPU": 1})
+        needs = self.config(workers=4, train_gpus=1.0, evaluate_gpus=1.0)
+        with pytest.raises(
+            UserError, match=r"needs 5 GPU \(train.workers=4 x 1 \+ .*=1\), the cluster has 4;"
+        ):
+            trials_at_a_time(needs, {"CPU": 9, "GPU": 4})

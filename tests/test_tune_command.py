@@ -1,0 +1,291 @@
+"""The sweep as its users run it: a command of its own, hurt on its way, and what it says is true."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from fake_endpoint import FINE, fake_endpoint, honest, reply
+from helpers import invented_pairs, save_model, tiny_config, write_jsonl
+from test_evaluation import write_csv
+from transformers import AutoModelForCausalLM
+
+from bdpo.config import load_config, parse_config
+from bdpo.evaluation import strongreject, xstest
+from bdpo.rungs import Rungs
+from bdpo.runs import RunDir
+from bdpo.search import part_of
+from bdpo.sweep import Sweep
+from pipelines.evaluate import evaluate_model
+
+ROOT = Path(__file__).parents[1]
+PAIRS, STEPS, RUNGS = 22, 3, (2, 3)
+RATES = [1e30, 1e-3]  # the first cannot be trained with
+SWEEP = """
+import ray, tune.search as search
+ray.init("local", num_cpus=3, log_to_driver=False, logging_level="ERROR")  # one short of two trials
+search.main(search.run_search, "", search._results)
+"""
+# Counts, in every process, how often the reference model is asked: once a shard of the scoring, and no more.
+COUNTER = """
+import os, sys
+from importlib.machinery import PathFinder
+
+class Counting(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        spec = super().find_spec(name, path, target) if name == "bdpo.scoring" else None
+        if spec:
+            load = spec.loader.exec_module
+            def counted(module):
+                load(module)
+                asked = module.reference_logps
+                def reference_logps(*arguments):
+                    with open(os.environ["COUNTED"], "a") as file:
+                        file.write("asked\\n")
+                    return asked(*arguments)
+                module.reference_logps = reference_logps
+            spec.loader.exec_module = counted
+        return spec
+
+sys.meta_path.insert(0, Counting)
+"""
+
+
+def sweep_config(folder, chat, **evaluate):
+    """A search over two learning rates, of three steps with two rungs, by two workers."""
+    words = ("amber", "basil", "cedar", "delta", "ember", "fern")
+    harmful = [["ab"[n % 2], "x", f"take the {word}"] for n, word in enumerate(words)]
+    kinds = [("t", "safe"), ("u", "safe"), ("contrast_t", "unsafe"), ("contrast_u", "unsafe")]
+    asked = [[str(n), f"plant the {words[n % 6]} {n}", *kinds[n % 4], "", ""] for n in range(12)]
+    files = {
+        "strongreject_path": str(write_csv(folder / "s.csv", [list(strongreject.COLUMNS), *harmful])),
+        "xstest_path": str(write_csv(folder / "x.csv", [list(xstest.COLUMNS), *asked])),
+    }
+    config = tiny_config(
+        folder / "run",
+        save_model(folder / "model", chat),
+        write_jsonl(folder / "pairs.jsonl", invented_pairs(PAIRS)),
+        train={"workers": 2, "max_failures": 1, "save_steps": 50},
+        evaluate={"held_out": ["b", "u", "contrast_u"], **files, **evaluate},
+    )
+    tune = {
+        "space": {"train.learning_rate": RATES},
+        "searcher": "grid",
+        "rungs": [0.5, 1.0],
+        "rung_limit": 2,
+        "reduction_factor": 4.0,
+    }
+    return parse_config(config.model_dump() | {"tune": tune}, "test")
+
+
+def start(folder, *arguments):
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "RAY_worker_niceness": "0",
+        "RAY_AUTH_MODE": "token",
+        "PYTHONPATH": f"{folder}:{ROOT}",
+        "COUNTED": str(folder / "counted"),
+    }
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def command(folder, *overrides):
+    """Run the sweep to its end; (exit code, stdout, stderr)."""
+    process = start(folder, "-c", SWEEP, "--config", str(folder / "config.yaml"), *overrides)
+    out, err = process.communicate(timeout=1200)
+    return process.returncode, out, err
+
+
+def wait_for(process, file):
+    deadline = time.monotonic() + 900
+    while not file.exists():
+        assert process.poll() is None, process.communicate()[1]
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"no {file}")
+        time.sleep(0.02)
+
+
+def kill_a_worker(process):
+    """One training worker, as if the system had run out of memory."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in children if child.name().startswith("ray::RayTrainW")]
+    assert len(workers) == 2
+    workers[0].kill()
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, tiny_chat):
+    """A sweep of which a worker was killed, then the driver, then nothing; (folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("swept")
+    (folder / "sitecustomize.py").write_text(COUNTER)
+    (folder / "config.yaml").write_text(sweep_config(folder, tiny_chat).to_yaml())
+    trials = folder / "run" / "tune" / "trials"
+    process = start(folder, "-c", SWEEP, "--config", str(folder / "config.yaml"))
+    wait_for(process, trials / "0001" / "rungs" / "000000002.exported")
+    kill_a_worker(process)
+    wait_for(process, trials / "0001" / "rungs" / "000000002.json")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {file: file.stat().st_mtime_ns for file in trials.rglob("*.json")}
+    assert not list(trials.glob("*/rungs/000000003.exported")), "killed too late"
+    time.sleep(3)  # the cluster dies with its driver
+    code, out, err = command(folder)
+    assert code == 0, err
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept, "what was done was done again"
+    return folder, out
+
+
+@pytest.mark.ray
+class TestSweep:
+    def test_no_trial_is_lost_and_none_is_repeated(self, swept):
+        folder, _ = swept
+        rows = pq.read_table(folder / "run" / "tune" / "results.parquet").to_pylist()
+        assert [row["train.learning_rate"] for row in rows] == RATES
+        assert [row["status"] for row in rows] == ["failed", "completed"]
+        assert [row["step"] for row in rows] == [None, STEPS]
+        lines = (folder / "run" / "tune" / "trials" / "0001" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+    def test_trials_of_two_workers_do_not_share_three_processors(self, swept):
+        folder, out = swept
+        assert "1 at a time" in out
+        trials = folder / "run" / "tune" / "trials"
+        failed = (trials / "0000" / "failed.json").stat().st_mtime
+        assert failed < json.loads((trials / "0001" / "trial.json").read_text())["begun"]
+
+    def test_a_trial_that_cannot_be_trained_is_a_recorded_failure(self, swept):
+        folder, out = swept
+        rows = pq.read_table(folder / "run" / "tune" / "results.parquet").to_pylist()
+        assert rows[0]["error"].startswith("FloatingPointError: the loss of pairs ")
+        assert "trial 0000 failed: FloatingPointError" in out
+
+    def test_the_reference_model_is_asked_by_the_scoring_alone(self, swept):
+        folder, _ = swept
+        shards = len(list((folder / "run" / "scores").glob("part-*")))
+        assert (folder / "counted").read_text().splitlines() == ["asked"] * shards
+        assert not list((folder / "run" / "tune").rglob("scores/part-*"))
+
+    def test_the_best_config_gives_the_reported_numbers_again(self, swept):
+        """By the pipeline, in one go: same weights bit by bit, same answers, same numbers."""
+        folder, _ = swept
+        run = RunDir(folder / "run")
+        best = run.part("trials", "0001")
+        process = start(folder, "-m", "pipelines.run", "--config", str(run.tune / "best.yaml"))
+        _, err = process.communicate(timeout=1200)
+        assert process.returncode == 0, err
+        again = RunDir(load_config(run.tune / "best.yaml").run_dir)
+        theirs, ours = (
+            AutoModelForCausalLM.from_pretrained(model, dtype="float32").state_dict()
+            for model in (best.model, again.model)
+        )
+        assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+        for name, reported in (("base", run.part("base", "held_out")), ("trained", best)):
+            tables = [pq.read_table(r.eval(name) / "scores.parquet") for r in (reported, again)]
+            assert tables[0].equals(tables[1])
+            assert set(tables[0]["category"].to_pylist()) == {"b", "u", "contrast_u"}
+
+    def test_the_same_command_again_does_nothing_and_another_space_is_refused(self, swept):
+        folder, _ = swept
+        run = RunDir(folder / "run")
+        results = {f: f.stat().st_mtime_ns for f in run.root.rglob("*.json")} | {
+            f: f.stat().st_mtime_ns for f in run.root.rglob("*.safetensors")
+        }
+        results.pop(run.tune / "begun.json")
+        results.pop(run.tune / "summary.json")
+        arguments = "-m", "tune.search", "--config", str(folder / "config.yaml")
+        process = start(folder, *arguments)
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+        assert "best      trial 0001: train.learning_rate=0.001" in out
+        assert {f: f.stat().st_mtime_ns for f in results} == results
+        process = start(folder, *arguments, "tune.space={train.learning_rate: [0.1]}")
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 2
+        line = err.strip().splitlines()[-1]
+        assert "made with tune.space.train.learning_rate=[1e+30, 0.001], now it is [0.1]" in line
+
+    def test_text_stays_private(self, swept):
+        folder, out = swept
+        words = [word.encode() for word in ("amber", "basil", "cedar")]
+        for file in (folder / "run" / "tune").rglob("*"):
+            if file.is_file():
+                assert not any(word in file.read_bytes() for word in words), file
+        assert not any(word.decode() in out for word in words)
+        private = list((folder / "run" / "private" / "tune").rglob("*.parquet"))
+        assert private
+        assert all(file.stat().st_mode & 0o777 == 0o600 for file in private)
+
+
+def test_what_cannot_be_searched_is_said_before_anything_is_done(tmp_path, tiny_chat):
+    (tmp_path / "config.yaml").write_text(sweep_config(tmp_path, tiny_chat).to_yaml())
+    process = start(
+        tmp_path, "-m", "tune.search", "--config", str(tmp_path / "config.yaml"), "tune.metric=strongreject.x"
+    )
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.count("\n") == 1
+    assert "tune.metric=strongreject.x: is not measured; wants one of strongreject.safety" in err
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_a_judge_that_goes_down_costs_no_answer_and_makes_no_score(tmp_path, tiny_chat):
+    """The trial's own evaluation, without Ray: its model is there already."""
+    import pyarrow as pa
+
+    from tune.trial import TrialActor
+
+    def down(handler, body):
+        reply(handler, b"{}", 500)
+
+    with fake_endpoint(honest(**FINE)) as endpoint:
+        judge = {"judge": "rubric", "judge_base_url": endpoint.url, "judge_model": "fake", "judge_retries": 0}
+        config = sweep_config(tmp_path, tiny_chat, **judge)
+        run = RunDir(config.run_dir)
+        sweep = Sweep(config, run, {"seed": 0})
+        evaluate_model(part_of(config, "search"), run.part("base", "search"), "base", here=True)
+        base = pq.read_table(run.part("base", "search").eval("base") / "scores.parquet")
+        trial = sweep.suggest()
+        folder = sweep.folder(trial.name)
+        save_model(folder.model, tiny_chat, seed=1)
+        Rungs(folder.root / "rungs", RUNGS).hand_over(2)
+        arguments = {
+            "sweep": sweep,
+            "scores": pa.table({"pair_id": [str(n) for n in range(PAIRS)]}),
+            "base_scores": base,
+        }
+
+        def next_rung():
+            actor = object.__new__(TrialActor)  # its own Ray bookkeeping is of no interest here
+            actor.setup({"trial": trial.name}, **arguments)
+            return actor.step()
+
+        endpoint.script = down
+        assert next_rung() == {"done": True}
+        [invalid] = sweep.trials()
+        assert sweep.status(invalid) == "invalid"
+        assert invalid.rungs == []
+        assert "is invalid, 2 of 2 unjudged (2 http_500)" in invalid.failure["error"]
+        answered = {f: f.stat().st_mtime_ns for f in folder.private.rglob("*.parquet")}
+
+        endpoint.script = honest(**FINE)
+        sweep.forget_invalid()
+        assert next_rung()["score"] == sweep.trials()[0].rungs[0].measured.score
+        assert {f: f.stat().st_mtime_ns for f in answered} == answered

@@ -1,0 +1,1 @@
+"""The search: Ray Tune around the functions of the pipeline."""

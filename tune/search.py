@@ -1,0 +1,248 @@
+"""Search for the safest model that still answers benign requests: Ray Tune around training and evaluation.
+
+    python -m tune.search --config pipelines/configs/tune-sandbox.yaml [section.key=value ...]
+
+Scores once (or finds the scores), runs the trials of `tune.space` with early stopping at rungs, evaluates
+the best on prompts that no trial was judged by, and writes <run_dir>/tune: results.parquet, best.yaml (a
+config for pipelines.run), summary.json and figures. The same command after a kill goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.live import Live
+from rich.table import Table
+
+from bdpo.config import Config, TuneConfig
+from bdpo.errors import UserError
+from bdpo.evaluation.answers import planned_items
+from bdpo.evaluation.judges import judge_fingerprint
+from bdpo.evaluation.reading import read_evaluation
+from bdpo.models import json_digest
+from bdpo.runs import Fingerprint, RunDir, write_manifest
+from bdpo.search import (
+    Trial,
+    check_measures,
+    check_rungs,
+    check_space,
+    part_of,
+    results_table,
+    status,
+    trial_config,
+    trials_at_a_time,
+    winner,
+)
+from bdpo.search_figures import draw_search
+from bdpo.selection import training_rows
+from bdpo.storage import (
+    StoragePath,
+    arrow_filesystem,
+    discard,
+    open_parquet,
+    parquet_bytes,
+    write_bytes,
+    write_text,
+)
+from bdpo.sweep import Sweep
+from pipelines.cli import check_inputs, connect, console, main
+from pipelines.evaluate import evaluate_model, print_comparison
+from pipelines.score import run_score
+from pipelines.train import train_fingerprint
+
+# Where and how often is not what: these keys may change between a kill and the resume.
+_FREE = {"num_samples", "max_concurrent_trials", "max_failures"}
+
+
+def run_search(config: Config, run: RunDir) -> None:
+    """Run the trials that are missing, then write and print what came of all of them."""
+    _refuse_early(config)
+    run_score(config, run)
+    check_rungs(config, training_rows(config, run)["pair_id"].to_pylist())
+    sweep = Sweep(config, run, sweep_fingerprint(config, run))
+    sweep.begin()
+    sweep.forget_invalid()
+    todo = sweep.missing() + len(sweep.open_trials())
+    at_a_time = trials_at_a_time(config, _cluster()) if todo else 0
+    base = run.part("base", "search")
+    if not evaluate_model(part_of(config, "search"), base, "base")["valid"]:
+        raise UserError(
+            "the evaluation of the base model is invalid: there is nothing to compare trials with"
+        )
+    if todo:
+        base_scores = pq.read_table(open_parquet(base.eval("base") / "scores.parquet"))
+        _run_trials(sweep, base_scores, todo, at_a_time)
+    _finish(sweep)
+
+
+def _refuse_early(config: Config) -> None:
+    """What would stop a trial, or the report, stops the sweep before its first."""
+    check_space(config)
+    check_measures(config)
+    check_inputs(config)
+    if config.evaluate.engine != "transformers":
+        raise UserError("evaluate.engine: a sweep evaluates with engine=transformers")
+    for part in ("search", "held_out"):
+        planned_items(part_of(config, part))
+
+
+def sweep_fingerprint(config: Config, run: RunDir) -> Fingerprint:
+    """Everything that trials and their comparison depend on, field by field."""
+    tune = config.tune.model_dump(exclude=_FREE | {"space"})
+    space = config.tune.model_dump(include={"space"})["space"]
+    evaluate = {
+        f"prompts of {part}": json_digest([asdict(item) for item in planned_items(part_of(config, part))])
+        for part in ("search", "held_out")
+    }
+    return {
+        **{f"tune.space.{key}": dimension for key, dimension in space.items()},
+        **{f"tune.{key}": value for key, value in tune.items()},
+        **train_fingerprint(config, run),
+        "train.workers": config.train.workers,
+        **evaluate,
+        **judge_fingerprint(config.evaluate),
+        "evaluate.max_new_tokens": config.evaluate.max_new_tokens,
+        "evaluate.temperature": config.evaluate.temperature,
+    }
+
+
+def _cluster() -> dict[str, float]:
+    connect()
+    import ray
+
+    return dict(ray.cluster_resources())
+
+
+def _run_trials(sweep: Sweep, base_scores: pa.Table, todo: int, at_a_time: int) -> None:
+    # Tune's own files, tables and tracebacks would say again what the sweep's files and table say.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    connect()
+    from ray import tune
+    from ray.tune import CheckpointConfig, FailureConfig, PlacementGroupFactory, RunConfig, Tuner
+
+    from tune.steering import Failures, Suggestions, Survival
+    from tune.trial import TrialActor
+
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    gpus = sweep.config.evaluate.gpus_per_worker
+    # A driver without GPU stays on the head node, which no autoscaler takes away.
+    bundle = {"CPU": 0, "GPU": gpus} if gpus else {"CPU": 0, "node:__internal_head__": 0.001}
+    actor = tune.with_parameters(TrialActor, sweep=sweep, base_scores=base_scores)
+    discard(sweep.run.tune / "ray")
+    filesystem, storage_path = arrow_filesystem(sweep.run.tune)
+    tuner = Tuner(
+        tune.with_resources(actor, PlacementGroupFactory([bundle])),
+        tune_config=tune.TuneConfig(
+            search_alg=Suggestions(sweep),
+            scheduler=Survival(sweep),
+            num_samples=todo,
+            max_concurrent_trials=at_a_time,
+            reuse_actors=True,
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=sweep.config.tune.max_failures),
+            checkpoint_config=CheckpointConfig(checkpoint_at_end=False),  # trials keep their own
+            callbacks=[Failures(sweep)],
+            verbose=0,
+        ),
+    )
+    console.print(f"[bold]trials[/]    {todo} to do, {at_a_time} at a time")
+    with Live(
+        get_renderable=lambda: trials_table(sweep),
+        console=console,
+        refresh_per_second=1,
+        transient=True,
+    ):
+        tuner.fit()
+    discard(sweep.run.tune / "ray")
+    if sweep.missing() or sweep.open_trials():  # Tune takes Ctrl-C for itself, and returns
+        raise KeyboardInterrupt
+
+
+def trials_table(sweep: Sweep) -> Table:
+    """Every trial as it stands: parameters, how far it is, and what its last rung showed, in percent."""
+    trials, settings = sweep.trials(), sweep.config.tune
+    best = winner(trials, settings)
+    table = Table(caption=f"{settings.metric}, {settings.constraint} on the prompts of the search, percent")
+    keys = [key.rpartition(".")[2] for key in settings.space]
+    for column in ("trial", *keys, "status", "step", "safety", "compliance", "allowed"):
+        table.add_column(column, justify="left" if column in ("trial", "status") else "right")
+    for trial in trials:
+        last = trial.rungs[-1].measured if trial.rungs else None
+        numbers = ("", "", "")
+        if last is not None:
+            allowed = last.base - settings.max_over_refusal
+            shown = (last.objective["value"], last.constrained["value"], allowed)
+            numbers = tuple(f"{100 * value:.1f}" for value in shown)  # type: ignore[assignment]
+        values = [f"{v:g}" if isinstance(v, float) else str(v) for v in trial.params.values()]
+        log = sweep.folder(trial.name).metrics
+        steps = log.read_bytes().count(b"\n") if log.exists() else 0  # a line a step
+        style = "bold green" if best and trial.name == best.name else None
+        table.add_row(trial.name, *values, status(trial, trials, settings), str(steps), *numbers, style=style)
+    return table
+
+
+def _finish(sweep: Sweep) -> None:
+    """The best trial and the base on prompts that no trial was judged by; table, figures and best.yaml."""
+    run, trials, settings = sweep.run, sweep.trials(), sweep.config.tune
+    results, best = results_table(trials, settings), winner(trials, settings)
+    console.print(trials_table(sweep))
+    _print_failures(trials)
+    write_bytes(run.tune / "results.parquet", parquet_bytes(results))
+    draw_search(results, settings, read_evaluation(run.part("base", "search").eval("base")).summary, run.tune)
+    if best is None:
+        console.print(
+            f"no trial is within tune.max_over_refusal={settings.max_over_refusal}", style="bold red"
+        )
+        sys.exit(1)
+    for trial in trials:
+        if trial.name != best.name:
+            discard(sweep.folder(trial.name).model)
+    base, chosen = run.part("base", "held_out"), sweep.folder(best.name)
+    held_out = part_of(sweep.config_of(best), "held_out")
+    summaries = {
+        "base": evaluate_model(held_out, base, "base"),
+        "best": evaluate_model(held_out, chosen, "trained"),
+    }
+    write_text(run.tune / "best.yaml", _best_config(sweep, best).to_yaml())
+    write_manifest(
+        run.tune / "summary.json", sweep.fingerprint, best=best.name, params=best.params, held_out=summaries
+    )
+    console.print("held-out prompts:")
+    print_comparison({"base": base.eval("base"), "best": chosen.eval("trained")})
+    values = " ".join(f"{key}={value}" for key, value in best.params.items())
+    console.print(f"[bold]best[/]      trial {best.name}: {values}", soft_wrap=True)
+    console.print(f"results   {run.tune}: best.yaml, results.parquet, summary.json, *.png", soft_wrap=True)
+
+
+def _print_failures(trials: Sequence[Trial]) -> None:
+    for trial in trials:
+        if trial.failure is not None:
+            line = f"trial {trial.name} {trial.failure['kind']}: {trial.failure['error']}"
+            console.print(line, style="red", soft_wrap=True, markup=False)
+
+
+def _best_config(sweep: Sweep, best: Trial) -> Config:
+    """What `pipelines.run` takes: trains the best trial again and evaluates it on the held-out prompts."""
+    config = trial_config(sweep.config, best.params, f"{sweep.run.root}-best")
+    evaluate = config.evaluate.model_copy(update={"part": "held_out"})
+    return config.model_copy(update={"evaluate": evaluate, "tune": TuneConfig()})
+
+
+def _results(run: RunDir) -> list[StoragePath]:
+    return [run.data, run.scores, run.tune, run.private / "tune"]
+
+
+if __name__ == "__main__":
+    main(run_search, __doc__, _results)

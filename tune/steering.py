@@ -1,0 +1,65 @@
+"""What Ray Tune asks while a sweep runs: which trial next, does it go on, and what became of it.
+
+All three answer from the sweep's files and keep nothing to themselves, so Tune's own state need not be
+saved: a sweep that is begun again gives Tune the trials that are still open, and new ones after those.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from bdpo.search import survives
+from bdpo.sweep import Sweep
+
+
+class Suggestions(Searcher):
+    """Trials that are open, then new ones."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        super().__init__()
+        self.sweep = sweep
+        self.open = [trial.name for trial in sweep.open_trials()]
+
+    def set_search_properties(self, metric: Any, mode: Any, config: dict[str, Any], **spec: Any) -> bool:
+        """Metric and space are the sweep's own."""
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        """What `TrialActor` takes."""
+        if self.open:
+            return {"trial": self.open.pop(0)}
+        if self.sweep.missing():
+            return {"trial": self.sweep.suggest().name}
+        return Searcher.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """It is on disk."""
+
+
+class Survival(FIFOScheduler):
+    """Asynchronous successive halving over the rungs of the sweep."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        super().__init__()
+        self.sweep = sweep
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """CONTINUE or STOP."""
+        here = self.sweep.trial(trial.config["trial"])
+        go_on = survives(here, self.sweep.trials(), self.sweep.config.tune)
+        return str(TrialScheduler.CONTINUE if go_on else TrialScheduler.STOP)
+
+
+class Failures(Callback):
+    """Records a trial whose own process died more often than `tune.max_failures`."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called once, when there is no recovery left."""
+        self.sweep.record_failure(trial.config["trial"], "failed", "its own process failed, see Ray's logs")

@@ -1,0 +1,126 @@
+"""A trial, as Ray Tune runs it: an actor that lets Ray Train train, and evaluates at every rung.
+
+The training workers stay alive from rung to rung: they hand the model over, and wait while this actor
+evaluates it with its own share of the cluster (`evaluate.gpus_per_worker`; processor time is that of the
+training, which waits). The actor itself is kept for the next trial. Whatever it finds done it does not do
+again, so a trial that is begun anew goes on where the last one was killed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ray import tune
+
+from bdpo.evaluation.summary import invalid_lines
+from bdpo.models import first_line
+from bdpo.plan import total_steps
+from bdpo.rungs import Rungs
+from bdpo.search import InvalidEvaluation, measure, part_of, rung_steps
+from bdpo.selection import training_rows
+from bdpo.storage import open_parquet
+from bdpo.sweep import Sweep
+from pipelines.evaluate import evaluate_model
+from pipelines.train import fit, train_fingerprint
+
+
+class TrialActor(tune.Trainable):
+    """`config` is `{"trial": its name}`; one call of `step` is one rung."""
+
+    def setup(  # type: ignore[override]
+        self, config: dict[str, Any], sweep: Sweep, base_scores: pa.Table
+    ) -> None:
+        """Called once for each actor."""
+        self.sweep, self.base_scores = sweep, base_scores
+        self._begin(config["trial"])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The next trial takes over this actor."""
+        self._end()
+        self._begin(new_config["trial"])
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Train to the next rung and evaluate there; what goes wrong is recorded and ends this trial."""
+        try:
+            return self._next_rung()
+        except InvalidEvaluation as error:
+            self.sweep.record_failure(self.trial.name, "invalid", str(error))
+        except Exception as error:
+            self.sweep.record_failure(self.trial.name, "failed", _cause(error))
+        return {"done": True}
+
+    def cleanup(self) -> None:
+        """The actor ends."""
+        self._end()
+
+    def _begin(self, name: str) -> None:
+        self.trial = self.sweep.trial(name)
+        self.trial_run, self.settings = self.sweep.folder(name), self.sweep.config_of(self.trial)
+        self.scores = training_rows(self.settings, self.trial_run)
+        ids = self.scores["pair_id"].to_pylist()
+        total = total_steps(ids, self.settings.train, self.settings.seed)
+        self.rungs = Rungs(self.trial_run.root / "rungs", tuple(rung_steps(self.settings.tune.rungs, total)))
+        self.training: threading.Thread | None = None
+        self.error: Exception | None = None
+        if not self.trial_run.has_model():
+            self.rungs.take_back()
+
+    def _next_rung(self) -> dict[str, Any]:
+        number = len(self.trial.rungs)
+        step, last = self.rungs.steps[number], number + 1 == len(self.rungs.steps)
+        started = time.time()
+        for before in self.rungs.steps[:number]:
+            self.rungs.go_on(before)
+        self._train_to(step)
+        trained = time.time()
+        limit = None if last else self.settings.tune.rung_limit
+        settings, name = part_of(self.settings, "search", limit), f"rung-{step}"
+        summary = evaluate_model(settings, self.trial_run, name, here=True)
+        if not summary["valid"]:
+            raise InvalidEvaluation("; ".join(invalid_lines(name, summary)))
+        scores = pq.read_table(open_parquet(self.trial_run.eval(name) / "scores.parquet"))
+        measured = measure(self.settings.tune, scores, self.base_scores)
+        seconds = {"train_seconds": trained - started, "evaluate_seconds": time.time() - trained}
+        self.sweep.record_rung(self.trial, step, measured, **seconds)
+        self.trial = self.sweep.trial(self.trial.name)
+        return {"trial": self.trial.name, "rung": number, "score": measured.score, "done": last}
+
+    def _train_to(self, step: int) -> None:
+        """Wait for the model after `step` steps, and let it be trained if nobody does."""
+        if self.rungs.exported(step):
+            return
+        if self.training is None:
+            self.rungs.reopen()
+            self.training = threading.Thread(target=self._fit, daemon=True)
+            self.training.start()
+        while self.training.is_alive() and not self.rungs.exported(step):
+            time.sleep(self.rungs.poll_seconds)
+        if self.error is not None:
+            raise self.error
+        if step == self.rungs.steps[-1]:
+            self.rungs.hand_over(step)
+
+    def _fit(self) -> None:
+        try:
+            fingerprint = train_fingerprint(self.settings, self.trial_run)
+            fit(self.settings, self.trial_run, self.scores, fingerprint, self.rungs)
+        except Exception as error:
+            self.error = error
+
+    def _end(self) -> None:
+        if self.training is not None:
+            self.rungs.stop()
+            self.training.join()
+        self.sweep.tidy(self.trial.name)
+
+
+def _cause(error: Exception) -> str:
+    """One line about what really failed; of a worker Ray has the traceback, whose last line that is."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        return str(failure).strip().splitlines()[-1]
+    return f"{type(error).__name__}: {first_line(error)}"
