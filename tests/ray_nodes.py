@@ -5,6 +5,7 @@ Never `ray stop`: it ends every Ray on the machine. A node is a process group, a
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,21 +108,32 @@ class Nodes:
         nodes = self.get("/api/v0/nodes").json()["data"]["result"]["result"]
         return [node for node in nodes if node["state"] == "ALIVE"]
 
-    def submitting(self, *command: str, options: Sequence[str] = ()) -> subprocess.Popen[str]:
+    def metrics(self) -> str:
+        """What the nodes answer to Prometheus."""
+        targets = json.loads((self.folder / "prom_metrics_service_discovery.json").read_text())[0]["targets"]
+        said = []
+        for target in targets:
+            with suppress(requests.ConnectionError):  # a node that died is listed for a while
+                said.append(requests.get(f"http://{target}/metrics", timeout=60).text)
+        return "".join(said)
+
+    def submitting(
+        self, *command: str, options: Sequence[str] = (), **environment: str
+    ) -> subprocess.Popen[str]:
         """`ray job submit --working-dir . -- command`; all that it prints is its stdout."""
         arguments = [*RAY, "job", "submit", f"--address={self.url}", "--working-dir=.", *options, "--"]
         return subprocess.Popen(
             [*arguments, *command],
             cwd=ROOT,
-            env=self.environment,
+            env={**self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
 
-    def submit(self, *command: str, options: Sequence[str] = ()) -> tuple[int, str]:
+    def submit(self, *command: str, options: Sequence[str] = (), **environment: str) -> tuple[int, str]:
         """The same to its end: exit code and what it printed."""
-        with self.submitting(*command, options=options) as job:
+        with self.submitting(*command, options=options, **environment) as job:
             printed, _ = job.communicate(timeout=600)
         return job.returncode, printed
 
