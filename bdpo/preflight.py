@@ -25,6 +25,7 @@ from bdpo.data import DETECT_ROWS
 from bdpo.errors import UserError
 from bdpo.evaluation import load_items
 from bdpo.formats import FORMATS, BadRow, Excluded, Pair, detect
+from bdpo.memory import GIB, gpu_memory, memory_need, model_shape, refuse_too_little
 from bdpo.models import model_config
 from bdpo.nodes import NodeFacts
 from bdpo.runs import RunDir, read_manifest
@@ -282,12 +283,27 @@ def check_scratch(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> st
     return f"{free:.0f} GiB or more free in every node's temporary folder"
 
 
+def check_memory(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
+    """The training fits the smallest GPU of the nodes that are up, or `train.gpu_memory`."""
+    if config.train.gpus_per_worker == 0:
+        return "no GPU is asked for"
+    need = memory_need(config, model_shape(config)[0])
+    there = [gib * GIB for node in nodes for gib in node.gpu_gib]
+    known = gpu_memory(config.train) or min(there, default=None)
+    refuse_too_little(config, need, known)
+    found = f"{need.gpu_total / GIB:.1f} GiB of each GPU"
+    if known is None:
+        return Doubt(f"{found}: no node with a GPU is up to compare; set train.gpu_memory")
+    return f"{found}, which has {known / GIB:.0f}"
+
+
 NODE_CHECKS: dict[str, Check] = {
     "versions": check_nodes_alike,
     "token": check_token,
     "shared storage": check_shared,
     "judge's key": check_key,
     "scratch": check_scratch,
+    "GPU memory": check_memory,
 }
 
 

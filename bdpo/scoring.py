@@ -280,7 +280,11 @@ class ShardScorer:
     def __init__(self, config: Config, run_dir: StoragePath, fingerprint: Fingerprint, device: str) -> None:
         self.run = RunDir(run_dir)
         self.store = score_store(self.run, fingerprint)
-        self.scorer = ReferenceScorer(config, device)
+        self.stop = ""
+        try:
+            self.scorer = ReferenceScorer(config, device)
+        except UserError as error:  # said by the first shard; raised here, Ray would try five times more
+            self.stop = str(error)
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
@@ -291,9 +295,10 @@ class ShardScorer:
         """
         first, rows = int(shard["first"]), int(shard["rows"])
         unscorable: dict[int, str] = {}
-        stop = ""
+        stop = self.stop
         try:
-            unscorable = self._commit(first, read_pairs(self.run.pairs, first, rows))
+            if not stop:
+                unscorable = self._commit(first, read_pairs(self.run.pairs, first, rows))
         except torch.AcceleratorError:
             os._exit(1)  # a new process has a GPU again; the driver finds the row by what kills its actor
         except Exception as error:  # of the storage: what scoring raises is a reason

@@ -13,7 +13,8 @@ import torch
 from filelock import FileLock
 
 from bdpo.adapters import add_lora
-from bdpo.config import Config
+from bdpo.config import Config, TrainConfig
+from bdpo.errors import UserError
 from bdpo.logps import LogpsModel
 from bdpo.models import load_model, model_folder
 from bdpo.storage import cache_folder
@@ -26,17 +27,19 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     Batch sizes are 1 on purpose: micro-batches vary in size and number, so the boundary of an
     optimizer step is set by hand and the loss carries its own scale.
     """
-    bf16 = config.model.dtype == "bfloat16"
+    train = config.train
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.train.max_grad_norm,
-        "bf16": {"enabled": bf16},
+        "gradient_clipping": train.max_grad_norm if train.zero_stage else 0.0,  # see _ClippingAdamW
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
-            "stage": config.train.zero_stage,
+            "stage": train.zero_stage,
             "overlap_comm": torch.cuda.is_available(),
             "contiguous_gradients": True,
+            "offload_optimizer": _offload(train) if train.offload else None,
+            "offload_param": _offload(train) if train.offload_parameters else None,
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -49,8 +52,13 @@ def build_engine(config: Config, total_steps: int, warmup_steps: int) -> Any:
 
     The process group is there already. Under stage 3 the model is partitioned while it is loaded: no
     worker ever holds all of it.
+
+    Raises:
+        UserError: `train.offload=nvme` where DeepSpeed cannot do it.
     """
     _choose_accelerator()
+    if config.train.offload == "nvme":
+        _require_async_io()
     import deepspeed
     import torch._dynamo  # a first import under zero.Init fails: it patches tensor creation
     from transformers import get_scheduler
@@ -66,9 +74,12 @@ def build_engine(config: Config, total_steps: int, warmup_steps: int) -> Any:
         add_lora(model, config.train.lora, config.model, config.seed)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(model, config.train.weight_decay), config.train.learning_rate
-    )
+    groups = _parameter_groups(model, config.train.weight_decay)
+    if config.train.zero_stage:
+        # Fused: DeepSpeed steps offloaded states on the CPU with this very optimizer.
+        optimizer = torch.optim.AdamW(groups, config.train.learning_rate, fused=bool(config.train.offload))
+    else:
+        optimizer = _ClippingAdamW(groups, config.train.learning_rate, config.train.max_grad_norm)
     scheduler = get_scheduler(config.train.lr_scheduler_type, optimizer, warmup_steps, total_steps)
     engine, *_ = deepspeed.initialize(
         model=LogpsModel(model, config.data.max_length),
@@ -95,6 +106,40 @@ def export(engine: Any, chat: ChatTokenizer, folder: Path) -> None:
         engine.module.model.save_pretrained(folder, state_dict=weights)
         chat.tokenizer.save_pretrained(folder)
     torch.distributed.barrier()
+
+
+class _ClippingAdamW(torch.optim.AdamW):
+    """Clips gradients itself and keeps their norm where DeepSpeed looks for it.
+
+    At stage 0 DeepSpeed steps the bare optimizer and forgets the norm that its own clipping found.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], learning_rate: float, max_grad_norm: float) -> None:
+        super().__init__(groups, learning_rate)
+        self.max_grad_norm = max_grad_norm
+        self._global_grad_norm: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self._global_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        return super().step(closure)
+
+
+def _offload(train: TrainConfig) -> dict[str, Any]:
+    pinned = torch.cuda.is_available()
+    return {"device": train.offload, "nvme_path": train.nvme_path, "pin_memory": pinned}
+
+
+def _require_async_io() -> None:
+    """NVMe is read and written by an op that DeepSpeed compiles against libaio."""
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible():
+        raise UserError(
+            "train.offload=nvme: DeepSpeed's async_io op cannot be built on this node; "
+            "install libaio-dev, or use train.offload=cpu"
+        )
 
 
 def _choose_accelerator() -> None:

@@ -43,22 +43,29 @@ def main(
     what: str | None,
     results: Callable[[RunDir], list[StoragePath]],
     inspect: Callable[[Config, RunDir], object] | None = None,
+    dry_run: Callable[[Config], object] | None = None,
 ) -> None:
     """Run a stage as a command: exit 0 done, 2 wrong config, input or environment, 1 the run failed.
 
     `results` names what the stage makes in the run folder: what fresh=true discards. `inspect` is what
-    `--inspect` does instead; it changes nothing and needs no lock.
+    `--inspect` does instead; it changes nothing and needs no lock. `dry_run` is what `--dry-run` does
+    instead, without a run folder.
     """
     parser = argparse.ArgumentParser(
         description=what, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EPILOG
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
+    if dry_run is not None:
+        parser.add_argument("--dry-run", action="store_true", help="print what it needs, and do nothing")
     if inspect is not None:
         parser.add_argument("--inspect", action="store_true", help="show the finished results, run nothing")
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
+        if dry_run is not None and arguments.dry_run:
+            dry_run(config)
+            return
         run = RunDir(config.run_dir)
         if inspect is not None and arguments.inspect:
             inspect(config, run)

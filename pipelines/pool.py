@@ -110,7 +110,7 @@ def consume(
     Raises:
         UserError: an actor raised one; of its exception Ray Data brings back only the traceback's text.
     """
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import RayError
 
     done = total - sum(rows for _, rows in missing)
     try:
@@ -118,7 +118,7 @@ def consume(
             for shard in dataset.iter_rows():
                 advance(shard["rows"])
                 each(shard)
-    except RayTaskError as error:
+    except RayError as error:  # of a task, or of an actor that could not be made
         raised = re.search(r"^bdpo\.errors\.UserError: (.*)$", str(error), re.MULTILINE)
         if raised is None:
             raise

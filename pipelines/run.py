@@ -23,6 +23,7 @@ from bdpo.scoring import read_scores
 from bdpo.storage import write_text
 from pipelines.cli import console, main
 from pipelines.evaluate import evaluate_model, print_comparison
+from pipelines.plan import require_memory
 from pipelines.preflight import refuse_what_does_not_fit
 from pipelines.prepare import account_line, run_prepare
 from pipelines.score import score_prepared
@@ -48,6 +49,7 @@ def _preflight(config: Config, run: RunDir) -> None:
         check(config, run)
     run_prepare(config, run)
     if read_manifest(run.eval("trained") / "summary.json") is None:
+        require_memory(config)
         refuse_what_does_not_fit(config, run)
 
 

@@ -5,7 +5,8 @@
 Reads <run_dir>/data/pairs and <run_dir>/scores, writes <run_dir>/metrics.jsonl, checkpoints under
 <run_dir>/train and the trained model to <run_dir>/model; with train.lora the adapter to <run_dir>/adapter as
 well. The same command after a kill goes on from the last checkpoint. Methods without a reference (cpo, simpo)
-want no scores: they begin with the data.
+want no scores: they begin with the data. --dry-run prints what each GPU would need, without a GPU, weights
+or data.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from bdpo.config import Config
 from bdpo.errors import UserError
 from bdpo.losses import REFERENCE_FREE
 from bdpo.models import json_digest
-from bdpo.plan import total_steps
+from bdpo.plan import held_out, total_steps
 from bdpo.rungs import Rungs
 from bdpo.runs import Fingerprint, MetricsLog, RunDir, finished, read_manifest, write_manifest
 from bdpo.scoring import score_fingerprint
 from bdpo.selection import safety_account, training_rows
 from bdpo.storage import arrow_filesystem
+from bdpo.tracking import Tracking
 from pipelines.cli import connect, console, main, progress_bar, require
+from pipelines.plan import print_plan
 from pipelines.prepare import run_prepare
 
 if TYPE_CHECKING:
@@ -63,15 +66,8 @@ def run_train(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 # Where and how often is not what: these keys may change between a kill and the resume.
-_FREE = {
-    "accelerator_type",
-    "gpus_per_worker",
-    "workers",
-    "save_steps",
-    "save_total_limit",
-    "eval_steps",
-    "max_failures",
-}
+_FREE = {"gpus_per_worker", "gpu_memory", "workers", "report_to", "max_failures"}
+_FREE |= {"save_steps", "save_total_limit", "eval_steps", "accelerator_type"}
 
 
 def train_fingerprint(config: Config, run: RunDir) -> Fingerprint:
@@ -94,12 +90,15 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
             f"rejected is safe) + {safety['dropped']} dropped (both responses are unsafe)",
             soft_wrap=True,
         )
-    steps = total_steps(scores["pair_id"].to_pylist(), config.train, config.seed)
+    ids = scores["pair_id"].to_pylist()
+    steps = total_steps(ids, config.train, config.seed)
     check_lora(config)
+    print_plan(config, scores.num_rows - len(held_out(ids, config.train.eval_fraction, config.seed)))
+    tracking = Tracking(config, run)
     connect()
     accelerator = config.train.accelerator_type
     require("train", config.train.workers, config.train.gpus_per_worker, accelerator=accelerator)
-    with _progress(run, steps):
+    with _progress(run, tracking, steps):
         fit(config, run, scores, fingerprint)
     return steps
 
@@ -204,8 +203,8 @@ def _begin(config: Config, run: RunDir, fingerprint: Fingerprint) -> int | None:
 
 
 @contextmanager
-def _progress(run: RunDir, total_steps: int) -> Iterator[None]:
-    """A bar that follows metrics.jsonl, which the first worker writes, and a line for each recovery."""
+def _progress(run: RunDir, tracking: Tracking, total_steps: int) -> Iterator[None]:
+    """A bar and trackers that follow metrics.jsonl, which the first worker writes; a line a recovery."""
     # On object storage each look at the log is a request, and its worker writes it no more often.
     seconds = 0.5 if isinstance(run.metrics, Path) else MetricsLog.WRITE_SECONDS
     stop, seen = threading.Event(), MetricsLog(run.recoveries).read()
@@ -215,7 +214,7 @@ def _progress(run: RunDir, total_steps: int) -> Iterator[None]:
         def follow() -> None:
             steps = 0
             while not stop.wait(seconds):
-                rows, notes = MetricsLog(run.metrics).read(), MetricsLog(run.recoveries).read()
+                rows, notes = tracking.follow(), MetricsLog(run.recoveries).read()
                 for note in notes[len(seen) :]:
                     console.print(_recovery_line(note))
                 seen[:] = notes
@@ -230,6 +229,7 @@ def _progress(run: RunDir, total_steps: int) -> Iterator[None]:
         finally:
             stop.set()
             thread.join()
+            tracking.close()
 
 
 def _progress_note(row: dict[str, float]) -> str:
@@ -251,4 +251,4 @@ def _recovery_line(note: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(run_train, __doc__, lambda run: [run.train, run.model, run.adapter, run.metrics])
+    main(run_train, __doc__, lambda run: [run.train, run.model, run.adapter, run.metrics], dry_run=print_plan)

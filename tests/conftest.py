@@ -1,6 +1,7 @@
 """Fixtures that several test modules share: a tokenizer small enough to reason about, prepared pairs."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from bdpo.config import DataConfig
 from bdpo.data import prepare, read_pairs
 from bdpo.tokens import ChatTokenizer
+
+os.environ["RAY_ADDRESS"] = "local"  # a cluster that runs on this machine is not for tests
 
 settings.register_profile("bdpo", deadline=None)  # no test asserts a time: machines differ
 settings.load_profile("bdpo")

@@ -119,11 +119,17 @@ class Scoring:
         lines = file.read_text().splitlines() if file.exists() else []
         return [(int(first), int(process)) for first, process in map(str.split, lines)]
 
-    def wait_until_begun(self, shards: int, driver: subprocess.Popen[bytes]) -> None:
-        """Return once so many shards were begun, or the driver has ended."""
+    def start_until_begun(self, shards: int) -> subprocess.Popen[bytes]:
+        """A driver that has begun so many shards, or has ended; one without Ray is started again."""
         ends = time.monotonic() + PATIENCE
-        while len(self.begun()) < shards and driver.poll() is None and time.monotonic() < ends:
+        driver = self.start()
+        while len(self.begun()) < shards and time.monotonic() < ends:
+            if driver.poll() is not None:
+                if self.begun() or driver.returncode == 0:
+                    break
+                driver = self.start()
             time.sleep(0.002)
+        return driver
 
     def committed(self) -> dict[str, int]:
         """File name -> time of writing of every shard."""
@@ -137,8 +143,7 @@ class Scoring:
 
 def kill_driver(scoring: Scoring, rng: random.Random, shards: int) -> dict[str, int]:
     """Kill the driver, and with it its local cluster; returns what was committed then."""
-    driver = scoring.start()
-    scoring.wait_until_begun(rng.randrange(shards), driver)
+    driver = scoring.start_until_begun(rng.randrange(shards))
     time.sleep(rng.uniform(0, 0.2))
     driver.kill()
     driver.wait()
@@ -147,14 +152,13 @@ def kill_driver(scoring: Scoring, rng: random.Random, shards: int) -> dict[str, 
     while any(map(alive, orphans)) and time.monotonic() < ends:  # Ray ends them; none may write any more
         time.sleep(0.05)
     before = scoring.committed()
-    finish(scoring.start())
+    finish(scoring.start_until_begun(len(scoring.begun()) + 1))
     return before
 
 
 def kill_actor(scoring: Scoring, rng: random.Random, shards: int) -> dict[str, int]:
     """Kill the actor that began a shard last."""
-    driver = scoring.start()
-    scoring.wait_until_begun(rng.randrange(1, shards), driver)
+    driver = scoring.start_until_begun(rng.randrange(1, shards - 8))
     time.sleep(rng.uniform(0, 0.1))
     before = scoring.committed()
     os.kill(scoring.begun()[-1][1], signal.SIGKILL)
@@ -166,8 +170,7 @@ def kill_node(
     scoring: Scoring, rng: random.Random, shards: int, cluster: Any, nodes: list[Any]
 ) -> dict[str, int]:
     """Kill one of the two nodes that have actors, and put another in its place."""
-    driver = scoring.start()
-    scoring.wait_until_begun(rng.randrange(1, shards), driver)
+    driver = scoring.start_until_begun(rng.randrange(1, shards - 8))
     time.sleep(rng.uniform(0, 0.1))
     before = scoring.committed()
     cluster.remove_node(nodes.pop(rng.randrange(len(nodes))), allow_graceful=False)

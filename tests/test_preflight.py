@@ -171,6 +171,13 @@ class TestNodes:
         values["evaluate"] |= {"judge_api_key_env": "JUDGE_KEY_OF_TESTS"}
         assert "JUDGE_KEY_OF_TESTS is not set on 10.0.0.1" in self.judged(values, here)["judge's key"].text
 
+    def test_a_gpu_that_is_too_small(self, values, here):
+        values["train"] |= {"gpus_per_worker": 1.0}
+        small, large = (replace(here, gpu_gib=(80.0, gib)) for gib in (1e-6, 80.0))
+        assert self.judged(values, here)["GPU memory"].level == "warning"  # none is up
+        assert self.judged(values, here, large)["GPU memory"].level == "ok"
+        assert self.judged(values, large, small)["GPU memory"].level == "error"
+
     def test_little_scratch(self, values, here):
         assert self.judged(values, replace(here, scratch_gib=1.5))["scratch"].level == "warning"
 

@@ -214,6 +214,19 @@ def test_a_process_that_lost_its_gpu_ends_instead_of_blaming_its_pairs(make_run)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
+def test_a_model_that_an_actor_cannot_load_is_said_in_one_line(make_run, tmp_path, model):
+    config, run = make_run(invented_pairs(9))
+    shutil.copytree(model, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(file.read_text().replace('"qwen2"', '"t5"'))
+    other = changed(config, {"model": {"name_or_path": str(tmp_path / "model")}})
+    said = score_all(other, run)
+    assert {line["stop"].split(" (")[0] for line in said} == {
+        f"{tmp_path / 'model'}: cannot be loaded as a causal language model"
+    }
+    assert not run.scores.exists()
+
+
 class Memory:
     """Room for so many tokens: a larger batch raises what torch raises, and the sizes of the others."""
 

@@ -120,7 +120,6 @@ class TrialActor(tune.Trainable):
 
 
 def _cause(error: Exception) -> str:
-    """One line about what really failed; of a worker Ray has the traceback, whose last line that is."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        return str(failure).strip().splitlines()[-1]
-    return f"{type(error).__name__}: {first_line(error)}"
+    """One line about what really failed: Ray Train wraps what its workers raised."""
+    raised = next(iter(getattr(error, "worker_failures", {}).values()), error)
+    return f"{type(raised).__name__}: {first_line(raised)}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from bdpo.config.base import SANDBOX, Section, worker_range
 from bdpo.config.data import DataConfig
@@ -56,6 +56,15 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     tune: TuneConfig = TuneConfig()
     fresh: bool = Field(False, exclude=True, description="discard what the run folder holds, start over")
+
+    @model_validator(mode="after")
+    def _masters_are_float32(self) -> Config:
+        if self.train.zero_stage == 0 and self.model.dtype != "float32":
+            raise ValueError(
+                "train.zero_stage=0 wants model.dtype=float32: DeepSpeed keeps float32 master weights of a "
+                "bfloat16 model from stage 1 on"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """The resolved config as YAML that `load_config` reads back."""

@@ -28,7 +28,13 @@ class TrainConfig(Section):
     accelerator_type: str | None = Field(
         None, description="train on nodes of this GPU alone: H100, A100, ..."
     )
-    zero_stage: Literal[1, 2, 3] = 3
+    gpu_memory: float | None = Field(None, gt=0, description="GiB of one GPU, by default this machine's")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        3, description="partitioned are: 1 optimizer, 2 gradients too, 3 parameters too"
+    )
+    offload: Literal["cpu", "nvme"] | None = Field(None, description="where the optimizer's state is kept")
+    offload_parameters: bool = Field(False, description="the parameters as well; wants zero_stage=3")
+    nvme_path: str | None = Field(None, description="folder on each node's NVMe disk, for offload=nvme")
     global_batch_size: Positive = Field(
         64, description="pairs of one optimizer step; need not be a multiple of the workers"
     )
@@ -41,6 +47,9 @@ class TrainConfig(Section):
     num_train_epochs: Positive = 1
     max_steps: Positive | None = Field(None, description="end after so many steps instead")
     gradient_checkpointing: bool = True
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        ["tensorboard"], description="besides metrics.jsonl; wandb and mlflow want the extra `tracking`"
+    )
     save_steps: Positive = 100
     save_total_limit: Positive = Field(2, description="checkpoints to keep, and the latest if it is not one")
     lora: LoraConfig | None = Field(None, description="train adapters; they want a higher learning_rate")
@@ -52,6 +61,18 @@ class TrainConfig(Section):
     greater_is_better: bool | None = Field(None, description="by default, unless the metric is a loss")
     load_best_model_at_end: bool = Field(False, description="export the best checkpoint, not the last")
     max_failures: int = Field(2, ge=-1, description="worker failures to recover from; -1: any number")
+
+    @model_validator(mode="after")
+    def _offload_fits_the_stage(self) -> TrainConfig:
+        if self.offload and self.zero_stage == 0:
+            raise ValueError(f"offload={self.offload} wants zero_stage=1, 2 or 3")
+        if self.offload_parameters and (self.zero_stage < 3 or not self.offload):
+            raise ValueError("offload_parameters wants zero_stage=3 and offload=cpu or nvme")
+        if self.offload == "nvme" and (self.zero_stage < 3 or not self.nvme_path):
+            raise ValueError("offload=nvme wants zero_stage=3 and nvme_path")
+        if len(set(self.report_to)) < len(self.report_to):
+            raise ValueError("report_to names something twice")
+        return self
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> TrainConfig:
