@@ -100,9 +100,8 @@ class TestFolders:
             monkeypatch.setattr(to.fs, name, watched(getattr(to.fs, name)))
         upload(tmp_path, to)
         discard(to)
-        assert set(names) - {"config.json"} in seen
-        assert set(names) in seen
-        assert all(there == set(names) for there in seen if "config.json" in there)
+        rest = set(names) - {"config.json"}
+        assert seen == [set(), rest, set(names), rest]
         assert list(to.glob("*")) == []
 
     def test_discard_takes_files_folders_and_nothing(self, folder):
@@ -360,8 +359,8 @@ def test_the_whole_pipeline_on_object_storage(inputs, bucket, tmp_path):
     assert len((remote.private / "quarantine.jsonl").read_text().splitlines()) == 1
     assert not (remote.root / ".lock").exists()
     recoveries = json.loads((remote.train / "manifest.json").read_text())["recoveries"]
-    assert [note["step"] % 5 for note in recoveries] == [0]
-    assert recoveries[0]["step"] > 0
+    (resumed_from,) = [note["step"] for note in recoveries if "step" in note]
+    assert resumed_from > 0
 
     done = objects(remote)
     command("run", file)
