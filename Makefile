@@ -4,10 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONFIG ?= pipelines/configs/sandbox.yaml
 
-.PHONY: demo test lint checks format
+.PHONY: demo test lint checks format submit
 
 demo: $(VENV)/installed  ## the whole pipeline on the embedded sandbox
 	$(BIN)/python -m pipelines.run --config $(CONFIG)
+
+submit: $(VENV)/installed  ## COMMAND as a job on the cluster at RAY_API_SERVER_ADDRESS: see docs/cluster.md
+	$(BIN)/python -m pipelines.preflight --upload .
+	$(BIN)/ray job submit $(SUBMIT) --working-dir . -- $(COMMAND)
 
 test: $(VENV)/installed  ## all tests, on a local Ray cluster
 	$(BIN)/python -m pytest

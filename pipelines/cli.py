@@ -6,8 +6,12 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -20,12 +24,17 @@ from rich.progress import (
 )
 
 from bdpo.config import Config, load_config
+from bdpo.config.reading import read_yaml
+from bdpo.config.secrets import refuse_secrets
 from bdpo.errors import UserError
 from bdpo.models import with_sandbox_files
+from bdpo.preflight import check_data, check_model
 from bdpo.runs import RunDir
-from bdpo.sources import read_rows
 from bdpo.storage import StoragePath, discard
-from bdpo.tokens import load_tokenizer, with_template
+from bdpo.tokens import with_template
+
+if TYPE_CHECKING:
+    from ray.util.metrics import Gauge
 
 console = Console()
 
@@ -83,8 +92,8 @@ def check_inputs(config: Config) -> None:
     Raises:
         UserError: one of them cannot.
     """
-    load_tokenizer(config.model)
-    next(iter(read_rows(config.data)), None)
+    for check in (check_model, check_data):
+        check(config, RunDir(config.run_dir))
 
 
 _EPILOG = """\
@@ -96,33 +105,78 @@ def connect() -> None:
     """Join the cluster that RAY_ADDRESS or a running `ray start` names, else start one on this machine.
 
     Token authentication is on everywhere; a local cluster makes its own token.
+
+    Raises:
+        UserError: this driver is a job whose runtime_env holds a secret.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     # Ray uploads nothing about usage, and says less: our own progress is on the terminal.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the run is on the dashboard's Train page
     import ray
 
     if not ray.is_initialized():
         # What workers print stays in their log files: the terminal is for progress.
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
+    refuse_secrets(dict(ray.get_runtime_context().runtime_env), "runtime_env")
 
 
-def require(stage: str, workers: int, gpus_per_worker: float, cpus_per_worker: float = 1) -> None:
-    """Refuse what the cluster can never give, instead of waiting for it for ever.
+def require(
+    stage: str,
+    workers: int,
+    gpus_per_worker: float,
+    cpus_per_worker: float = 1,
+    accelerator: str | None = None,
+) -> None:
+    """Refuse what the cluster can never hold, instead of waiting for it for ever.
 
     Raises:
-        UserError: `workers` of this size exceed all that the cluster has now.
+        UserError: there is no room for `workers` of this size, whatever nodes the autoscaler adds.
+    """
+    each = {"CPU": cpus_per_worker, "GPU": gpus_per_worker}
+    if accelerator:
+        each[f"accelerator_type:{accelerator}"] = 0.001
+    nodes = cluster_nodes()
+    if nodes is None:
+        return
+    room = sum(count * _room(resources, each) for count, resources in nodes)
+    if workers > room:
+        size = " + ".join(f"{amount:g} {name}" for name, amount in each.items() if amount >= 0.01)
+        on = f" on {accelerator}" if accelerator else ""
+        raise UserError(
+            f"{stage}: {workers} workers x {size}{on} do not fit the cluster, which has room for {room}; "
+            f"lower {stage}.workers or {stage}.gpus_per_worker, or let it grow (max_workers in cluster.yaml)"
+        )
+
+
+def _room(resources: dict[str, float], each: dict[str, float]) -> int:
+    """How many workers of a size one node can hold."""
+    return min(int(resources.get(name, 0) / amount + 1e-9) for name, amount in each.items() if amount)
+
+
+# What `ray up` gives its autoscaler, on the head, where drivers of jobs run
+CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")
+
+
+def cluster_nodes() -> list[tuple[int, dict[str, float]]] | None:
+    """(how many, resources of each) of all nodes that the cluster can have; None where that cannot be known.
+
+    Without an autoscaler these are the nodes that are there; with one, those of its node types. On
+    Kubernetes the worker groups are known to KubeRay alone.
     """
     import ray
 
-    total = ray.cluster_resources()
-    for resource, each in (("GPU", gpus_per_worker), ("CPU", cpus_per_worker)):
-        if workers * each > total.get(resource, 0):
-            raise UserError(
-                f"{stage}: {workers} workers x {each:g} {resource} do not fit the cluster's "
-                f"{total.get(resource, 0):g} {resource}; lower {stage}.workers or {stage}.gpus_per_worker"
-            )
+    file = CLUSTER_FILE.expanduser()
+    if file.is_file():
+        cluster = read_yaml(file)
+        types, limit = cluster["available_node_types"], cluster["max_workers"]
+        most = {name: min(node.get("max_workers", limit), limit) for name, node in types.items()}
+        most[cluster["head_node_type"]] = 1
+        return [(most[name], node["resources"]) for name, node in types.items()]
+    if "RAY_CLUSTER_NAME" in os.environ:  # which KubeRay sets in its pods
+        return None
+    return [(1, dict(node["Resources"])) for node in ray.nodes() if node["Alive"]]
 
 
 @contextmanager
@@ -139,8 +193,33 @@ def progress_bar(title: str, total: int | None = None, done: int = 0) -> Iterato
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=total, completed=done, note="")
+        begun = time.monotonic()
 
         def advance(steps: int, note: str = "") -> None:
             progress.update(task, advance=steps, note=note)
+            completed = progress.tasks[task].completed
+            _publish(title, completed, total, (completed - done) / (time.monotonic() - begun))
 
         yield advance
+
+
+def _publish(stage: str, done: float, total: int | None, per_second: float) -> None:
+    """Progress as metrics of Ray, for the dashboard and Prometheus, once Ray is there: counts alone."""
+    import ray
+
+    if ray.is_initialized():
+        values = {"done": done, "total": total or 0, "per_second": per_second}
+        for name, value in values.items():
+            _gauge(name).set(value, tags={"stage": stage})
+
+
+@cache
+def _gauge(name: str) -> Gauge:
+    from ray.util.metrics import Gauge
+
+    what = {
+        "done": "rows or steps done",
+        "total": "rows or steps in all",
+        "per_second": "rows or steps a second",
+    }
+    return Gauge(f"bdpo_stage_{name}", f"{what[name]}, by stage", tag_keys=("stage",))

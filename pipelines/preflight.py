@@ -1,78 +1,216 @@
-"""What a training will do and need, as a table, before anything is taken; not a command of its own."""
+"""What will run where, and what would go wrong, before a GPU is taken.
+
+    python -m pipelines.preflight --config my.yaml [section.key=value ...] [--tokens-per-second N | --measure]
+    python -m pipelines.preflight --upload FOLDER
+
+The first looks at model, data, benchmarks, chat template, batches, storage, judge, and asks every node of the
+cluster what it is; exit 2 if a run would fail. The hours are told for a stated throughput of scoring, in
+tokens a second of one worker, or for one measured for 20 seconds on a worker of the cluster.
+The second tells what `ray job submit --working-dir FOLDER` would upload.
+"""
 
 from __future__ import annotations
 
-import math
+import argparse
+import logging
+import sys
+import tempfile
+import uuid
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
 
 from rich.table import Table
 
-from bdpo.config import Config
-from bdpo.memory import GIB, Need, gpu_memory, memory_need, model_shape, refuse_too_little
-from bdpo.runs import RunDir, read_manifest
-from pipelines.cli import console
+from bdpo.config import Config, load_config, worker_range
+from bdpo.config.secrets import looks_secret
+from bdpo.errors import UserError
+from bdpo.losses import REFERENCE_FREE
+from bdpo.models import with_sandbox_files
+from bdpo.nodes import NodeFacts, node_facts
+from bdpo.preflight import (
+    LOCAL_CHECKS,
+    NODE_CHECKS,
+    Check,
+    Doubt,
+    Finding,
+    examine,
+    expected_hours,
+    measure_throughput,
+)
+from bdpo.runs import RunDir
+from bdpo.storage import write_text
+from pipelines.cli import cluster_nodes, connect, console, require
+
+MAX_UPLOAD_MIB = 100  # Ray's own limit is 512
+_SHOWN = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[bold red]error[/]"}
 
 
-def print_plan(config: Config, pairs: int | None = None) -> None:
-    """Print steps and memory of the training over so many pairs.
+def refuse_what_does_not_fit(config: Config, run: RunDir) -> None:
+    """The fatal part that asks the cluster; of one node there is nothing to compare.
 
     Raises:
-        UserError: a GPU is known to be too small, or the model's config.json is not to be had.
+        UserError: the first fault that is found.
     """
-    if pairs is None:
-        pairs = _pairs_to_come(config)
-    shape, remark = model_shape(config)
-    need = memory_need(config, shape)
-    console.print(_batch_table(config, pairs))
-    console.print(_memory_table(config, need))
-    if remark:
-        console.print(f"{config.model.name_or_path}: {remark}", soft_wrap=True)
-    refuse_too_little(config, need, gpu_memory(config.train))
+    connect()
+    for check in _stage_checks(config).values():
+        check(config, run)
+    nodes = ask_nodes(run)
+    if len(nodes) > 1:
+        for check in NODE_CHECKS.values():
+            check(config, run, nodes)
 
 
-def require_memory(config: Config) -> None:
-    """Raise a UserError if a GPU is known to be too small for the training."""
-    if (known := gpu_memory(config.train)) is not None:
-        refuse_too_little(config, memory_need(config, model_shape(config)[0]), known)
+def preflight(config: Config, run: RunDir, throughput: float | None, measure: bool) -> list[Finding]:
+    """Every finding, the local ones first: a cluster is not asked about what is wrong here."""
+    findings = list(examine(LOCAL_CHECKS, config, run))
+    connect()
+    findings += examine(_stage_checks(config), config, run)
+    storage_works = all(found.level != "error" for found in findings if found.check == "storage")
+    findings += examine(NODE_CHECKS, config, run, ask_nodes(run if storage_works else None))
+    if all(found.level != "error" for found in findings):
+        findings += examine({"time": _time}, config, run, throughput, measure)
+    return findings
 
 
-def _pairs_to_come(config: Config) -> int | None:
-    """How many pairs there are, or at most will be: prepared, sampled, or limited."""
-    prepared = read_manifest(RunDir(config.run_dir).data / "manifest.json")
-    if prepared:
-        return int(prepared["account"]["kept"])
-    return sum(config.data.sample.values()) if config.data.sample else config.data.limit
+def _stage_checks(config: Config) -> dict[str, Check]:
+    """Room on the cluster for each stage that uses it."""
+
+    def check(stage: str) -> Check:
+        def fits(config: Config, run: RunDir) -> str:
+            section = getattr(config, stage)
+            low, high = worker_range(section.workers)
+            accelerator = getattr(section, "accelerator_type", None)
+            require(stage, low, section.gpus_per_worker, accelerator=accelerator)
+            workers = f"{low} to {high}" if high > low else f"{low}"
+            found = f"{workers} workers x {section.gpus_per_worker:g} GPU" + (
+                f" on {accelerator}" if accelerator else ""
+            )
+            if cluster_nodes() is None:
+                return Doubt(f"{found}: only KubeRay knows what it may add; compare with maxReplicas")
+            return found
+
+        return fits
+
+    stages = ["train", "evaluate"] if config.method.name in REFERENCE_FREE else ["score", "train", "evaluate"]
+    return {stage: check(stage) for stage in stages}
 
 
-def _batch_table(config: Config, pairs: int | None) -> Table:
-    train = config.train
-    table = Table(title="training", title_justify="left", show_header=False)
-    per_worker = f"{train.gpus_per_worker:g} GPU" if train.gpus_per_worker else "1 CPU"
-    table.add_row("workers", f"{train.workers} x {per_worker}, ZeRO stage {train.zero_stage}")
-    table.add_row("batch", f"{train.global_batch_size} pairs a step")
-    table.add_row("micro-batch", f"{train.tokens_per_micro_batch:,} tokens on each worker")
-    if pairs is None:
-        table.add_row("pairs", "not known before the data are read")
-    else:
-        each = math.ceil(pairs / train.global_batch_size)
-        total = train.max_steps or each * train.num_train_epochs
-        table.add_row("pairs", f"{pairs:,}")
-        table.add_row(
-            "steps", f"{total:,}, {each:,} an epoch, {round(train.warmup_ratio * total)} to warm up"
+def ask_nodes(run: RunDir | None) -> list[NodeFacts]:
+    """The facts of every node that is up, each told by a task on it that takes no resources."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nonce = uuid.uuid4().hex
+    root = str(run.root) if run else None
+    note = run.root / f".preflight-{nonce}" if run else None
+    if note:
+        write_text(note, nonce)
+    try:
+        task = ray.remote(num_cpus=0, max_retries=0)(node_facts)
+        pending = []
+        for node in ray.nodes():
+            if node["Alive"]:
+                here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                address = f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"
+                pending.append(task.options(scheduling_strategy=here).remote(address, root, nonce))
+        return list(ray.get(pending, timeout=120))
+    finally:
+        if note:
+            note.unlink()
+
+
+def _time(config: Config, run: RunDir, throughput: float | None, measure: bool) -> str:
+    if measure:
+        import ray
+
+        gpus = config.score.gpus_per_worker
+        task = ray.remote(num_cpus=1, num_gpus=gpus)(measure_throughput)
+        console.print("measuring for 20 seconds ...")
+        throughput = ray.get(task.remote(config, "cuda" if gpus else "cpu"))
+    return expected_hours(config, run, throughput)
+
+
+def check_upload(folder: Path) -> str:
+    """What a job's working directory would upload, as Ray packs it.
+
+    Raises:
+        UserError: it is too much, or a file is called like a secret.
+    """
+    from ray._private.runtime_env.packaging import create_package
+
+    with tempfile.TemporaryDirectory() as scratch:
+        package = Path(scratch) / "package.zip"
+        quiet = logging.getLogger("bdpo.upload")
+        quiet.setLevel(logging.ERROR)
+        create_package(str(folder), package, include_gitignore=True, logger=quiet)
+        mib = package.stat().st_size / 2**20
+        with zipfile.ZipFile(package) as packed:
+            files = sorted(packed.infolist(), key=lambda file: -file.compress_size)
+    for file in files:
+        name = Path(file.filename)
+        if (
+            name.name.startswith(".env")
+            or name.suffix in (".pem", ".key")
+            or (not name.suffix and looks_secret(name.name))
+        ):
+            raise UserError(
+                f"{folder / name}: looks like a secret, and would be uploaded; list it in .rayignore"
+            )
+    if mib > MAX_UPLOAD_MIB:
+        raise UserError(
+            f"{folder}: {mib:.0f} MiB would be uploaded, more than {MAX_UPLOAD_MIB}; the largest "
+            f"is {files[0].filename}: list it in .rayignore, and put data and models on shared storage"
         )
-    return table
+    return f"{len(files)} files, {mib:.1f} MiB"
 
 
-def _memory_table(config: Config, need: Need) -> Table:
-    title = f"memory of each worker: {need.parameters / 1e9:.2f} billion parameters, {config.model.dtype}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("what")
-    table.add_column("GPU, GiB", justify="right")
-    table.add_column(config.train.offload or "host", justify="right")
-    for what in dict.fromkeys([*need.gpu, *need.host]):
-        gpu, host = (side.get(what) for side in (need.gpu, need.host))
-        table.add_row(what, *("" if x is None else f"{x / GIB:.2f}" for x in (gpu, host)))
-    table.add_section()
-    known = gpu_memory(config.train)
-    total = f"{need.gpu_total / GIB:.2f}" + (f" of {known / GIB:.0f}" if known else "")
-    table.add_row("total", total, f"{need.host_total / GIB:.2f}" if need.host else "")
-    return table
+def print_findings(findings: Sequence[Finding]) -> None:
+    """The table, a row a check."""
+    table = Table(title="preflight", title_justify="left")
+    table.add_column("check")
+    table.add_column("")
+    table.add_column("found, and what to do", overflow="fold")
+    for found in findings:
+        table.add_row(found.check, _SHOWN[found.level], found.text)
+    console.print(table)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="FILE", help="YAML file of the run")
+    what.add_argument("--upload", type=Path, metavar="FOLDER", help="tell what a job would upload")
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument(
+        "--tokens-per-second", type=float, metavar="N", help="throughput of one scoring worker"
+    )
+    speed.add_argument("--measure", action="store_true", help="measure it for 20 seconds on the cluster")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Exit 0 if a run can begin, 2 if it would fail."""
+    arguments = _arguments()
+    try:
+        if arguments.upload:
+            findings = list(examine({"upload": check_upload}, arguments.upload))
+        else:
+            config = with_sandbox_files(load_config(arguments.config, arguments.overrides))
+            run = RunDir(config.run_dir)
+            findings = preflight(config, run, arguments.tokens_per_second, arguments.measure)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print_findings(findings)
+    errors = sum(found.level == "error" for found in findings)
+    if errors:
+        print(f"error: {errors} of {len(findings)} checks found what would stop the run", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

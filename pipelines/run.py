@@ -14,17 +14,17 @@ from typing import Any
 
 from rich.table import Table
 
-from bdpo.adapters import check_lora
-from bdpo.config import Config, worker_range
-from bdpo.evaluation import load_items
+from bdpo.config import Config
 from bdpo.losses import REFERENCE_FREE
+from bdpo.preflight import INPUT_CHECKS
 from bdpo.report import mi_scatter, mi_summary
 from bdpo.runs import RunDir, read_manifest
 from bdpo.scoring import read_scores
 from bdpo.storage import write_text
-from pipelines.cli import check_inputs, connect, console, main, require
+from pipelines.cli import console, main
 from pipelines.evaluate import evaluate_model, print_comparison
-from pipelines.preflight import require_memory
+from pipelines.plan import require_memory
+from pipelines.preflight import refuse_what_does_not_fit
 from pipelines.prepare import account_line, run_prepare
 from pipelines.score import score_prepared
 from pipelines.train import run_train
@@ -45,18 +45,12 @@ def run_all(config: Config, run: RunDir) -> None:
 
 def _preflight(config: Config, run: RunDir) -> None:
     """What would stop a later stage stops the run before its first."""
-    check_inputs(config)
-    load_items(config.evaluate)
-    check_lora(config)
+    for check in INPUT_CHECKS.values():
+        check(config, run)
     run_prepare(config, run)
     if read_manifest(run.eval("trained") / "summary.json") is None:
         require_memory(config)
-        connect()
-        for name in ("score", "train", "evaluate"):
-            if name == "score" and config.method.name in REFERENCE_FREE:
-                continue
-            section = getattr(config, name)
-            require(name, worker_range(section.workers)[0], section.gpus_per_worker)
+        refuse_what_does_not_fit(config, run)
 
 
 def _report(

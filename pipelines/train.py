@@ -31,7 +31,7 @@ from bdpo.selection import safety_account, training_rows
 from bdpo.storage import arrow_filesystem
 from bdpo.tracking import Tracking
 from pipelines.cli import connect, console, main, progress_bar, require
-from pipelines.preflight import print_plan
+from pipelines.plan import print_plan
 from pipelines.prepare import run_prepare
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def run_train(config: Config, run: RunDir) -> dict[str, Any]:
 
 # Where and how often is not what: these keys may change between a kill and the resume.
 _FREE = {"gpus_per_worker", "gpu_memory", "workers", "report_to", "max_failures"}
-_FREE |= {"save_steps", "save_total_limit", "eval_steps"}
+_FREE |= {"save_steps", "save_total_limit", "eval_steps", "accelerator_type"}
 
 
 def train_fingerprint(config: Config, run: RunDir) -> Fingerprint:
@@ -95,7 +95,8 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
     check_lora(config)
     print_plan(config, scores.num_rows - len(held_out(ids, config.train.eval_fraction, config.seed)))
     connect()
-    require("train", config.train.workers, config.train.gpus_per_worker)
+    accelerator = config.train.accelerator_type
+    require("train", config.train.workers, config.train.gpus_per_worker, accelerator=accelerator)
     with _progress(run, Tracking(config, run), steps):
         fit(config, run, scores, fingerprint)
     return steps
@@ -132,6 +133,7 @@ def fit(
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
             use_gpu=gpus > 0,
+            accelerator_type=config.train.accelerator_type,
             resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
         ),
         run_config=RunConfig(

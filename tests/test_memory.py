@@ -12,7 +12,7 @@ from bdpo import memory
 from bdpo.config import parse_config
 from bdpo.errors import UserError
 from bdpo.logps import LogpsModel
-from pipelines.preflight import print_plan, require_memory
+from pipelines.plan import print_plan, require_memory
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,6 +20,7 @@ from bdpo.config.method import MethodConfig
 from bdpo.config.model import ModelConfig
 from bdpo.config.reading import Dumper, apply_override, explain, read_yaml
 from bdpo.config.score import ScoreConfig
+from bdpo.config.secrets import refuse_secrets
 from bdpo.config.train import LoraConfig, TrainConfig
 from bdpo.config.tune import Range, TuneConfig
 from bdpo.errors import UserError
@@ -84,6 +85,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(values: dict[str, Any], source: str) -> Config:
     """Validate plain values; `source` is what an error message names."""
+    refuse_secrets(values, source)
     try:
         return Config.model_validate(values)
     except ValidationError as error:

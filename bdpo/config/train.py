@@ -25,6 +25,9 @@ class TrainConfig(Section):
 
     workers: Positive = 1
     gpus_per_worker: float = Field(1.0, ge=0)
+    accelerator_type: str | None = Field(
+        None, description="train on nodes of this GPU alone: H100, A100, ..."
+    )
     gpu_memory: float | None = Field(None, gt=0, description="GiB of one GPU, by default this machine's")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         3, description="partitioned are: 1 optimizer, 2 gradients too, 3 parameters too"

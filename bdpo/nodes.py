@@ -1,0 +1,72 @@
+"""What a node says of itself: a light module, because it is imported on every node before anything runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from bdpo.runs import RunDir
+from bdpo.storage import error_line
+
+PACKAGES = ("ray", "torch", "transformers", "deepspeed", "pyarrow")
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """One node: its address, versions by package, names of environment variables, free disk, GPUs.
+
+    `storage_error` is what failed when it read what the driver had written to the run folder.
+    """
+
+    address: str
+    versions: dict[str, str]
+    auth_mode: str | None
+    variables: frozenset[str]
+    scratch_gib: float
+    gpu_gib: tuple[float, ...]
+    storage_error: str | None
+
+
+def node_facts(address: str, run_dir: str | None, nonce: str) -> NodeFacts:
+    """Run on a node: look around, and answer the driver's note in the run folder with one of its own."""
+    return NodeFacts(
+        address,
+        {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        os.environ.get("RAY_AUTH_MODE"),
+        frozenset(os.environ),
+        shutil.disk_usage(tempfile.gettempdir()).free / 2**30,
+        _gpu_gib(),
+        _storage_error(RunDir(run_dir), nonce) if run_dir else "was not asked",
+    )
+
+
+def _storage_error(run: RunDir, nonce: str) -> str | None:
+    try:
+        if (run.root / f".preflight-{nonce}").read_text() != nonce:
+            return "reads something else there"
+    except FileNotFoundError:
+        return "does not see what the driver wrote there"
+    except Exception as error:  # every protocol of fsspec has errors of its own
+        return f"cannot read it ({error_line(error)})"
+    return None
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _gpu_gib() -> tuple[float, ...]:
+    """Memory of each GPU; the driver's tool sees those that Ray hides from a task without GPUs."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    shown = subprocess.run(query, capture_output=True, text=True, timeout=30)  # noqa: S603
+    return tuple(float(line) / 1024 for line in shown.stdout.split())

@@ -1,0 +1,366 @@
+"""What can be known before a GPU is taken: model, data, storage, batches, what the nodes say of themselves.
+
+A check returns one line: what it found, a `Doubt` where the user should look twice, or raises the
+UserError that would stop the run. None of them needs Ray: `pipelines.preflight` asks the nodes and passes on
+what they answered.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import requests
+from jinja2 import TemplateError
+
+from bdpo.adapters import check_lora
+from bdpo.config import Config, DataConfig, worker_range
+from bdpo.data import DETECT_ROWS
+from bdpo.errors import UserError
+from bdpo.evaluation import load_items
+from bdpo.formats import FORMATS, BadRow, Excluded, Pair, detect
+from bdpo.memory import GIB, gpu_memory, memory_need, model_shape, refuse_too_little
+from bdpo.models import model_config
+from bdpo.nodes import NodeFacts
+from bdpo.runs import RunDir, read_manifest
+from bdpo.sources import Unreadable, read_rows
+from bdpo.status import expected_steps
+from bdpo.storage import error_line, write_bytes
+from bdpo.tokens import ChatTokenizer, EncodedPair, Message, PromptTooLong, encode_pair, load_tokenizer
+
+AUDITED_PAIRS = 10
+
+
+class Doubt(str):
+    """What was found and what to look at: it stops no run."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row of the table."""
+
+    check: str
+    level: Literal["ok", "warning", "error"]
+    text: str
+
+
+Check = Callable[..., str]
+
+
+def examine(checks: Mapping[str, Check], *arguments: Any) -> Iterator[Finding]:
+    """Every check's finding; a UserError is one."""
+    for name, check in checks.items():
+        try:
+            text = check(*arguments)
+        except UserError as error:
+            yield Finding(name, "error", str(error))
+        else:
+            yield Finding(name, "warning" if isinstance(text, Doubt) else "ok", text)
+
+
+def check_model(config: Config, run: RunDir) -> str:
+    """Tokenizer, template and whole weights are to be had."""
+    load_tokenizer(config.model)
+    return f"{config.model.name_or_path}: {model_config(config.model).model_type}, {config.model.dtype}"
+
+
+def check_data(config: Config, run: RunDir) -> str:
+    """The data can be read and have a known format."""
+    rows = [row for _, row in islice(read_rows(config.data), DETECT_ROWS)]
+    readable = [row for row in rows if not isinstance(row, Unreadable)]
+    source = f"data.path={config.data.path}"
+    name = detect(readable, source) if config.data.format == "auto" else config.data.format
+    return f"{source}: {name}"
+
+
+def check_benchmarks(config: Config, run: RunDir) -> str:
+    """Every configured benchmark has its prompts."""
+    counts = Counter(item.benchmark for item in load_items(config.evaluate))
+    return ", ".join(f"{count} prompts of {name}" for name, count in counts.items())
+
+
+def check_adapters(config: Config, run: RunDir) -> str:
+    """The adapters of `train.lora` fit the model."""
+    check_lora(config)
+    return f"rank {config.train.lora.r}" if config.train.lora else "none"
+
+
+# Without these no stage can end well: `run` does them before its first.
+INPUT_CHECKS: dict[str, Check] = {
+    "model": check_model,
+    "adapters": check_adapters,
+    "data": check_data,
+    "benchmarks": check_benchmarks,
+}
+
+
+def check_template(config: Config, run: RunDir) -> str:
+    """BOS once, the end of the turn once and last, the conversation as the template itself would write it."""
+    chat, data = load_tokenizer(config.model), config.data
+    pairs, bad = _first_pairs(data, chat)
+    if not pairs:
+        raise UserError(f"data.path={data.path}: none of the first rows can be used ({_reasons(bad)})")
+    encoded = [encode_pair(chat, pair, data.max_prompt_length, data.max_length) for pair in pairs]
+    bos = chat.tokenizer.bos_token_id
+    if bos is not None and any(ids.prompt[:2] == [bos, bos] or ids.chosen[0] == bos for ids in encoded):
+        raise UserError(
+            f"model.name_or_path={config.model.name_or_path}: chat template and tokenizer both write a BOS; "
+            "set model.chat_template to a template that fits"
+        )
+    audited = zip(pairs, encoded, strict=True)
+    doubts = [doubt for pair, ids in audited for doubt in _doubts(chat, data, pair, ids)] + bad
+    begin = "BOS first" if encoded[0].prompt[0] == bos else "no BOS"
+    end = chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn_id)
+    found = f"{len(pairs)} pairs: {begin}, turns end with {end}"
+    return Doubt(f"{found}, but {_reasons(doubts)}: is that what you want?") if doubts else found
+
+
+def _doubts(chat: ChatTokenizer, data: DataConfig, pair: Pair, ids: EncodedPair) -> Iterator[str]:
+    """What is odd about the token ids of a pair, in fixed phrases: no text of it leaves here."""
+    special = set(chat.tokenizer.all_special_ids)
+    for response in (ids.chosen, ids.rejected):
+        if len(ids.prompt) + len(response) == data.max_length:
+            yield f"response fills data.max_length={data.max_length} and may be cut"
+        elif special & set(response[:-1]):
+            yield "special token inside a response"
+    answer: Message = {"role": "assistant", "content": pair["chosen"]}
+    whole = chat.prompt_ids([*pair["prompt"], answer, {"role": "user", "content": "x"}])
+    ours = chat.prompt_ids(pair["prompt"]) + chat.response_ids(pair["chosen"])
+    if whole[: len(ours)] != ours:
+        yield "the template writes the answer in another way once the conversation goes on"
+
+
+def _first_pairs(data: DataConfig, chat: ChatTokenizer) -> tuple[list[Pair], list[str]]:
+    """The first usable pairs, and why rows before them are not."""
+    rows = [row for _, row in islice(read_rows(data), DETECT_ROWS)]
+    readable = [row for row in rows if not isinstance(row, Unreadable)]
+    name = detect(readable, f"data.path={data.path}") if data.format == "auto" else data.format
+    pairs: list[Pair] = []
+    bad = [row.reason for row in rows if isinstance(row, Unreadable)]
+    for row in readable:
+        try:
+            pair = FORMATS[name](row)
+            encode_pair(chat, pair, data.max_prompt_length, data.max_length)
+        except (BadRow, Excluded) as error:
+            bad.append(str(error))
+        except PromptTooLong:
+            bad.append("prompt: longer than max_prompt_length")
+        except TemplateError:
+            bad.append("prompt: refused by the chat template")
+        else:
+            pairs.append(pair)
+        if len(pairs) == AUDITED_PAIRS:
+            break
+    return pairs, bad
+
+
+def _reasons(phrases: Sequence[str]) -> str:
+    return "; ".join(f"{phrase} ×{count}" for phrase, count in Counter(phrases).most_common())
+
+
+def check_batches(config: Config, run: RunDir) -> str:
+    """Workers, global batch and micro-batches fit one another."""
+    train, data = config.train, config.data
+    share = train.global_batch_size / train.workers
+    found = f"{train.global_batch_size} pairs a step, {share:g} a worker"
+    account = read_manifest(run.data / "manifest.json")
+    steps = None
+    if account:
+        pairs = account["account"]["kept"]
+        steps = expected_steps(config, pairs)
+        found += f"; {pairs} pairs make {steps} steps"
+    if train.global_batch_size < train.workers:
+        return Doubt(f"{found}: some workers have no work at any step; set train.global_batch_size higher")
+    longest = 2 * data.max_length - 1
+    if train.tokens_per_micro_batch < longest:
+        return Doubt(
+            f"{found}; a pair of up to {longest} tokens is more than train.tokens_per_micro_batch="
+            f"{train.tokens_per_micro_batch} and stands alone: is there memory for it?"
+        )
+    if steps and train.save_steps > steps:
+        return Doubt(f"{found}; train.save_steps={train.save_steps} saves at the end alone: lower it")
+    return found
+
+
+def check_storage(config: Config, run: RunDir) -> str:
+    """The run folder or bucket can be written, read and cleaned."""
+    probe, content = run.root / f".preflight-{uuid.uuid4().hex}", os.urandom(64)
+    try:
+        write_bytes(probe, content)
+        whole = probe.read_bytes() == content
+        probe.unlink()
+    except Exception as error:  # every protocol of fsspec has errors of its own
+        raise UserError(f"run_dir={run.root}: cannot be written ({error_line(error)})") from None
+    if not whole:
+        raise UserError(f"run_dir={run.root}: does not give back what was written")
+    return f"run_dir={run.root}: written and read"
+
+
+def check_judge(config: Config, run: RunDir) -> str:
+    """An endpoint that judges answers at all; whether it takes the key is seen at the first verdict."""
+    evaluate = config.evaluate
+    if evaluate.judge != "rubric" or not evaluate.judge_base_url:
+        return evaluate.judge
+    try:
+        requests.get(f"{evaluate.judge_base_url.rstrip('/')}/models", timeout=10, allow_redirects=False)
+    except requests.RequestException as error:
+        return Doubt(
+            f"evaluate.judge_base_url={evaluate.judge_base_url}: no answer here ({type(error).__name__}); "
+            "can the nodes reach it?"
+        )
+    return f"{evaluate.judge_model} at {evaluate.judge_base_url}"
+
+
+LOCAL_CHECKS: dict[str, Check] = {
+    **INPUT_CHECKS,
+    "template": check_template,
+    "batches": check_batches,
+    "storage": check_storage,
+    "judge": check_judge,
+}
+
+
+def check_nodes_alike(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
+    """Every node has the same versions of what the stages import."""
+    first, *others = nodes
+    for node in others:
+        for name, here in first.versions.items():
+            if node.versions.get(name) != here:
+                raise UserError(
+                    f"nodes {first.address} and {node.address} differ: {name} {here} and "
+                    f"{node.versions.get(name)}; give all nodes one image, or run their setup commands again"
+                )
+    return f"{len(nodes)} with " + ", ".join(f"{name} {version}" for name, version in first.versions.items())
+
+
+def check_token(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
+    """No node answers to whoever asks."""
+    for node in nodes:
+        if node.auth_mode != "token":
+            raise UserError(
+                f"node {node.address}: RAY_AUTH_MODE={node.auth_mode}, whoever reaches it runs code there; "
+                "start Ray with RAY_AUTH_MODE=token and a token on every node"
+            )
+    return "RAY_AUTH_MODE=token on every node"
+
+
+def check_shared(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
+    """What one node writes to the run folder, every node reads."""
+    for node in nodes:
+        if node.storage_error:
+            raise UserError(
+                f"run_dir={run.root}: node {node.address} {node.storage_error}; put it on s3://, gs:// or a "
+                "folder that is mounted on every node"
+            )
+    return f"run_dir={run.root}: seen by {len(nodes)} nodes"
+
+
+def check_key(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
+    """Where a judge wants a key, the nodes have it."""
+    name = config.evaluate.judge_api_key_env
+    if name is None:
+        return "none is asked for"
+    without = [node.address for node in nodes if name not in node.variables]
+    if without:
+        raise UserError(
+            f"evaluate.judge_api_key_env: the environment variable {name} is not set on "
+            f"{', '.join(without)}; set it there before Ray starts"
+        )
+    return f"{name} is set on every node"
+
+
+def check_scratch(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
+    """Room for a checkpoint on its way to the run folder: weights, gradients' master copy and moments."""
+    free = min(node.scratch_gib for node in nodes)
+    if free < 5:
+        return Doubt(f"{free:.1f} GiB free in a node's temporary folder; set TMPDIR to a larger disk there")
+    return f"{free:.0f} GiB or more free in every node's temporary folder"
+
+
+def check_memory(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
+    """The training fits the smallest GPU of the nodes that are up, or `train.gpu_memory`."""
+    if config.train.gpus_per_worker == 0:
+        return "no GPU is asked for"
+    need = memory_need(config, model_shape(config)[0])
+    there = [gib * GIB for node in nodes for gib in node.gpu_gib]
+    known = gpu_memory(config.train) or min(there, default=None)
+    refuse_too_little(config, need, known)
+    found = f"{need.gpu_total / GIB:.1f} GiB of each GPU"
+    if known is None:
+        return Doubt(f"{found}: no node with a GPU is up to compare; set train.gpu_memory")
+    return f"{found}, which has {known / GIB:.0f}"
+
+
+NODE_CHECKS: dict[str, Check] = {
+    "versions": check_nodes_alike,
+    "token": check_token,
+    "shared storage": check_shared,
+    "judge's key": check_key,
+    "scratch": check_scratch,
+    "GPU memory": check_memory,
+}
+
+
+def expected_hours(config: Config, run: RunDir, tokens_per_second: float | None) -> str:
+    """Tokens of scoring and training, and how long they take at a scoring throughput of one worker.
+
+    A trained token costs three times a scored one, forward and backward; four times if activations are
+    computed again (`train.gradient_checkpointing`). Answers of the evaluation are left out.
+    """
+    chat = load_tokenizer(config.model)
+    encoded = _encoded(config, chat)
+    pair_tokens = sum(_tokens(ids) for ids in encoded) / len(encoded)
+    pairs = _expected_pairs(config, run)
+    score_tokens = pairs * pair_tokens
+    steps = expected_steps(config, pairs)
+    train_tokens = steps * min(config.train.global_batch_size, pairs) * pair_tokens
+    found = (
+        f"{score_tokens / 1e6:.3g} M tokens to score, {train_tokens / 1e6:.3g} M to train in {steps} steps"
+    )
+    if tokens_per_second is None:
+        return Doubt(f"{found}; for the hours give --tokens-per-second N or --measure")
+    score = score_tokens / tokens_per_second / worker_range(config.score.workers)[1] / 3600
+    passes = 4 if config.train.gradient_checkpointing else 3
+    train = passes * train_tokens / tokens_per_second / config.train.workers / 3600
+    hours = f"{score:.2g} h to score, {train:.2g} h to train"
+    return f"{found}; at {tokens_per_second:,.0f} tokens a second and worker {hours}"
+
+
+def measure_throughput(config: Config, device: str, seconds: float = 20) -> float:
+    """Tokens a second that the reference model scores of the first pairs, on one worker."""
+    from bdpo.scoring import ReferenceScorer, reference_logps
+
+    scorer = ReferenceScorer(config, device)
+    encoded = _encoded(config, scorer.chat)
+    passes, begun = 0, time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        reference_logps(scorer.model, encoded, scorer.unconditional, config.score.tokens_per_batch)
+        passes += 1
+        if passes == 1:  # the first one compiles and warms up
+            begun = time.perf_counter()
+    return (passes - 1) * sum(_tokens(ids) for ids in encoded) / (time.perf_counter() - begun)
+
+
+def _encoded(config: Config, chat: ChatTokenizer) -> list[EncodedPair]:
+    pairs, _ = _first_pairs(config.data, chat)
+    return [encode_pair(chat, pair, config.data.max_prompt_length, config.data.max_length) for pair in pairs]
+
+
+def _tokens(ids: EncodedPair) -> int:
+    return len(ids.prompt) + len(ids.chosen) + len(ids.rejected)
+
+
+def _expected_pairs(config: Config, run: RunDir) -> int:
+    """As prepared; before that the rows of the source, or what is drawn of them."""
+    manifest = read_manifest(run.data / "manifest.json")
+    if manifest:
+        return int(manifest["account"]["kept"])
+    if config.data.sample:
+        return sum(config.data.sample.values())
+    return sum(1 for _ in islice(read_rows(config.data), config.data.limit))

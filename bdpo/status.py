@@ -1,0 +1,140 @@
+"""Where a run stands, read from its folder alone: nothing is changed, loaded or asked of a cluster."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+import yaml
+
+from bdpo.config import Config, parse_config
+from bdpo.errors import UserError
+from bdpo.evaluation.answers import MODEL_NAMES
+from bdpo.losses import REFERENCE_FREE
+from bdpo.plan import total_steps
+from bdpo.runs import MetricsLog, RunDir, read_manifest
+from bdpo.search import number_of_trials
+from bdpo.storage import StoragePath, matching, open_parquet
+from bdpo.sweep import Sweep
+
+State = Literal["done", "begun", "not begun"]
+Stage = dict[str, Any]  # `stage` and `state` first, then what there is to know, numbers and names alone
+
+
+def run_status(run: RunDir) -> list[Stage]:
+    """The stages in their order: `stage`, `state`, and what each has done so far.
+
+    Raises:
+        UserError: there is no run in the folder.
+    """
+    config = _config(run)
+    account = read_manifest(run.data / "manifest.json")
+    pairs = account["account"]["kept"] if account else None
+    scored = [] if config.method.name in REFERENCE_FREE else [_score(run, pairs)]
+    if run.tune.is_dir():
+        return [_prepare(account), *scored, _search(run, config)]
+    stages = [_prepare(account), *scored, _train(run, config, pairs)]
+    models = [name for name in MODEL_NAMES if name != "adapter" or config.evaluate.adapter]
+    return [*stages, *(_evaluate(run, name) for name in models)]
+
+
+def _config(run: RunDir) -> Config:
+    try:
+        return parse_config(yaml.safe_load(run.config.read_text(encoding="utf-8")), str(run.config))
+    except FileNotFoundError:
+        raise UserError(f"{run.root}: no run folder (it has no config.yaml)") from None
+
+
+def _stage(name: str, done: bool, begun: bool, **facts: Any) -> Stage:
+    state: State = "done" if done else "begun" if begun else "not begun"
+    return {
+        "stage": name,
+        "state": state,
+        **{key: value for key, value in facts.items() if value is not None},
+    }
+
+
+def _prepare(manifest: dict[str, Any] | None) -> Stage:
+    account = manifest["account"] if manifest else {}
+    quarantined = sum(account["quarantined"].values()) if account else None
+    return _stage(
+        "prepare",
+        manifest is not None,
+        False,
+        rows=account.get("rows"),
+        pairs=account.get("kept"),
+        quarantined=quarantined,
+    )
+
+
+def _score(run: RunDir, pairs: int | None) -> Stage:
+    shards, rows = _shards(run.scores)
+    manifest = read_manifest(run.scores / "manifest.json")
+    return _stage(
+        "score", manifest is not None and rows == pairs, shards > 0, rows=rows, of=pairs, shards=shards
+    )
+
+
+def _train(run: RunDir, config: Config, pairs: int | None) -> Stage:
+    metrics = MetricsLog(run.metrics).read()
+    last: dict[str, Any] = metrics[-1] if metrics else {}
+    checkpoints = matching(run.train / "ray", "checkpoint_*")
+    manifest = read_manifest(run.train / "manifest.json")
+    return _stage(
+        "train",
+        manifest is not None and run.has_model(),
+        bool(metrics),
+        steps=int(last.get("step", 0)),
+        of=expected_steps(config, pairs) if pairs else None,
+        checkpoints=len(checkpoints),
+        last_checkpoint=checkpoints[-1].name if checkpoints else None,
+        recoveries=len(MetricsLog(run.recoveries).read()),
+        loss=last.get("loss"),
+        tokens_per_second=last.get("tokens_per_second"),
+    )
+
+
+def _search(run: RunDir, config: Config) -> Stage:
+    """How many trials there are of each status, see `bdpo.search.status`."""
+    sweep = Sweep(config, run, {})
+    trials = sweep.trials()
+    done = read_manifest(run.tune / "summary.json") is not None
+    counts = Counter(sweep.status(trial) for trial in trials)
+    return _stage(
+        "search", done, bool(trials), trials=len(trials), of=number_of_trials(config.tune), **counts
+    )
+
+
+def _evaluate(run: RunDir, name: str) -> Stage:
+    _, answers = _shards(run.responses(name))
+    _, verdicts = _shards(run.eval(name) / "shards")
+    summary = read_manifest(run.eval(name) / "summary.json")
+    return _stage(
+        f"evaluate {name}",
+        summary is not None and bool(summary["valid"]),
+        answers + verdicts > 0,
+        answers=answers,
+        verdicts=verdicts,
+        valid=summary and summary["valid"],
+    )
+
+
+def expected_steps(config: Config, pairs: int) -> int:
+    """Optimizer steps of a training on so many prepared pairs: which of them are held out is no matter."""
+    return total_steps([str(pair) for pair in range(pairs)], config.train, config.seed)
+
+
+def _shards(folder: StoragePath) -> tuple[int, int]:
+    """Number of shards in a folder, and of rows in them; a bucket answers many requests at a time."""
+    shards = matching(folder, "part-*.parquet")
+    with ThreadPoolExecutor(8) as pool:
+        return len(shards), sum(pool.map(_rows, shards))
+
+
+def _rows(shard: StoragePath) -> int:
+    try:
+        return int(pq.read_metadata(open_parquet(shard)).num_rows)
+    except FileNotFoundError:  # the run is at work: it was removed since it was listed
+        return 0

@@ -1,0 +1,201 @@
+"""What a cluster is made from: cluster.yaml, the KubeRay manifest, the image, the upload of a job.
+
+The judges are Ray's own reading of a cluster file, Kubernetes' published schemas for pods, and the fields
+that KubeRay 1.5's API reference gives a RayJob; each is seen to refuse a file that is broken.
+"""
+
+import copy
+import json
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parents[1]
+KUBERNETES = "1.34"
+
+
+@pytest.fixture
+def cluster():
+    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+
+
+@pytest.fixture
+def rayjob():
+    return yaml.safe_load((ROOT / "deploy" / "rayjob.yaml").read_text())
+
+
+def check_cluster(config):
+    """As `ray up` reads it, and what this project asks of it beyond that."""
+    prepared = prepare_config(copy.deepcopy(config))
+    validate_config(prepared)
+    text = json.dumps(prepared)
+    assert "0.0.0.0" not in text
+    assert f"rayproject/ray:{version('ray')}-py311-cu" in prepared["docker"]["image"]
+    assert "--env RAY_AUTH_MODE=token" in prepared["docker"]["run_options"]
+    assert "~/.ray/auth_token" in prepared["file_mounts"]
+    assert "--dashboard-host=127.0.0.1" in " ".join(prepared["head_start_ray_commands"])
+    types = prepared["available_node_types"]
+    head = types[prepared["head_node_type"]]
+    assert head["resources"] == {"CPU": 0}
+    for node in types.values():
+        settings = node["node_config"]
+        assert settings["MetadataOptions"]["HttpTokens"] == "required"
+        assert settings["MetadataOptions"]["HttpPutResponseHopLimit"] == 1
+        # Left out, Ray makes a security group open to the world and a role for all of S3 and EC2.
+        assert settings["SecurityGroupIds"]
+        assert settings["IamInstanceProfile"]
+        assert all(disk["Ebs"]["Encrypted"] for disk in settings["BlockDeviceMappings"])
+    gpus = {name: node["resources"].get("GPU", 0) for name, node in types.items()}
+    spot = {name for name, node in types.items() if "InstanceMarketOptions" in node["node_config"]}
+    assert 8 in gpus.values()
+    assert spot
+    assert all(gpus[name] == 1 for name in spot)
+    assert all(node["min_workers"] == 0 for name, node in types.items() if gpus[name])
+
+
+class TestClusterYaml:
+    def test_ray_up_takes_it(self, cluster):
+        check_cluster(cluster)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda c: c.update(head_node_type="nosuch"),
+            lambda c: c.update(instances=3),
+            lambda c: c["available_node_types"]["train"].pop("resources"),
+            lambda c: c["available_node_types"]["head"].update(resources={"CPU": 16}),
+            lambda c: c["available_node_types"]["score"]["resources"].update(GPU=0.5),
+            lambda c: c["available_node_types"]["score"]["node_config"].pop("SecurityGroupIds"),
+            lambda c: c["available_node_types"]["score"]["node_config"].pop("InstanceMarketOptions"),
+            lambda c: c["available_node_types"]["train"]["node_config"]["MetadataOptions"].pop("HttpTokens"),
+            lambda c: c.pop("head_start_ray_commands"),  # Ray's own listen on every address
+            lambda c: c["docker"]["run_options"].remove("--env RAY_AUTH_MODE=token"),
+            lambda c: c["docker"].update(image="rayproject/ray:latest"),
+        ],
+    )
+    def test_a_broken_one_is_refused(self, cluster, damage):
+        damage(cluster)
+        with pytest.raises((AssertionError, ValueError, KeyError, jsonschema.ValidationError)):
+            check_cluster(cluster)
+
+    def test_every_image_is_of_the_tested_ray(self):
+        for file in ("cluster.yaml", "deploy/Dockerfile"):
+            tags = re.findall(r"rayproject/ray:(\S+)", (ROOT / file).read_text())
+            assert tags
+            assert all(tag.startswith(f"{version('ray')}-py311-cu") for tag in tags)
+
+
+def an_object(required, **fields):
+    """A JSON schema that knows these fields alone."""
+    return {"type": "object", "properties": fields, "required": required, "additionalProperties": False}
+
+
+TEXT, NUMBER, FLAG, TEXTS = (
+    {"type": "string"},
+    {"type": "integer", "minimum": 0},
+    {"type": "boolean"},
+    {"type": "object", "additionalProperties": {"type": "string"}},
+)
+# Of the API reference of ray.io/v1: the fields that a RayJob of one's own cluster may have. Pods are {}: they
+# have a schema of their own.
+GROUP = {"rayStartParams": TEXTS, "template": {}}
+RAYJOB = an_object(
+    ["apiVersion", "kind", "metadata", "spec"],
+    apiVersion={"const": "ray.io/v1"},
+    kind={"const": "RayJob"},
+    metadata={"type": "object"},
+    spec=an_object(
+        ["entrypoint", "rayClusterSpec"],
+        entrypoint=TEXT,
+        runtimeEnvYAML=TEXT,
+        backoffLimit=NUMBER,
+        activeDeadlineSeconds=NUMBER,
+        shutdownAfterJobFinishes=FLAG,
+        ttlSecondsAfterFinished=NUMBER,
+        submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+        rayClusterSpec=an_object(
+            ["headGroupSpec"],
+            rayVersion=TEXT,
+            authOptions=an_object(["mode"], mode={"enum": ["disabled", "token"]}),
+            enableInTreeAutoscaling=FLAG,
+            autoscalerOptions=an_object(
+                [],
+                version={"enum": ["v1", "v2"]},
+                idleTimeoutSeconds=NUMBER,
+                upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]},
+            ),
+            headGroupSpec=an_object(["template"], serviceType=TEXT, enableIngress=FLAG, **GROUP),
+            workerGroupSpecs={
+                "type": "array",
+                "items": an_object(
+                    ["groupName", "template"],
+                    groupName=TEXT,
+                    replicas=NUMBER,
+                    minReplicas=NUMBER,
+                    maxReplicas=NUMBER,
+                    numOfHosts=NUMBER,
+                    **GROUP,
+                ),
+            },
+        ),
+    ),
+)
+
+
+def check_rayjob(job):
+    """KubeRay's fields, Kubernetes' pods, and what this project asks of both."""
+    jsonschema.validate(job, RAYJOB)
+    cluster = job["spec"]["rayClusterSpec"]
+    groups = {"head": cluster["headGroupSpec"], **{g["groupName"]: g for g in cluster["workerGroupSpecs"]}}
+    for name, group in groups.items():
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, **group["template"]}
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+        volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
+        for container in pod["spec"]["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+            assert not container["securityContext"]["allowPrivilegeEscalation"]
+            limits = container["resources"]["limits"]
+            params = group["rayStartParams"]
+            assert float(params.get("num-gpus", 0)) == float(limits.get("nvidia.com/gpu", 0))
+            assert int(params["num-cpus"]) in (0, int(limits["cpu"]))
+    assert groups["head"]["rayStartParams"]["num-cpus"] == "0"
+    assert groups["head"]["serviceType"] == "ClusterIP"
+    assert cluster["rayVersion"] == version("ray")
+    assert cluster["authOptions"] == {"mode": "token"}
+    yaml.safe_load(job["spec"]["runtimeEnvYAML"])
+
+
+class TestRayJob:
+    def test_the_manifest_is_valid(self, rayjob):
+        check_rayjob(rayjob)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda j: j.update(kind="RayCluster"),
+            lambda j: j["spec"].update(entryPoint="x"),
+            lambda j: j["spec"].update(backoffLimit="2"),
+            lambda j: j["spec"]["rayClusterSpec"].pop("headGroupSpec"),
+            lambda j: j["spec"]["rayClusterSpec"].pop("authOptions"),
+            lambda j: j["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}),
+            lambda j: j["spec"]["rayClusterSpec"]["workerGroupSpecs"][0].update(groupname="x"),
+            lambda j: first_container(j).update(comand=["x"]),
+            lambda j: first_container(j)["resources"]["limits"].update({"nvidia.com/gpu": "4"}),
+            lambda j: first_container(j)["env"].append({"name": "X", "values": "1"}),
+        ],
+    )
+    def test_a_broken_one_is_refused(self, rayjob, damage):
+        damage(rayjob)
+        with pytest.raises((AssertionError, KeyError, jsonschema.ValidationError)):
+            check_rayjob(rayjob)
+
+
+def first_container(job):
+    worker = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    return worker["template"]["spec"]["containers"][0]
