@@ -61,7 +61,7 @@ def why_plain_rows(config: PreTrainedConfig, max_length: int) -> str | None:
     window = getattr(config, "sliding_window", None)
     if window is not None and window < max_length:
         return f"the sliding window of {window} tokens is shorter than data.max_length={max_length}"
-    if config._attn_implementation != "sdpa":
+    if config._attn_implementation not in ("sdpa", "flex_attention"):
         return f"model.attn_implementation={config._attn_implementation} takes no custom mask"
     return None
 
@@ -88,8 +88,10 @@ class LogpsModel(nn.Module):
 
     def forward(self, trees: Sequence[Tree]) -> torch.Tensor:
         """Summed log π(response | context), nats, float32, shape (responses of all trees,)."""
-        batch = pack(trees, self.model.config.hidden_size) if self.shared_rows else pack_plain(trees)
-        batch = batch.to(self.model.device)
+        config, device = self.model.config, self.model.device
+        flex = device if config._attn_implementation == "flex_attention" else None
+        batch = pack(trees, config.hidden_size, flex) if self.shared_rows else pack_plain(trees)
+        batch = batch.to(device)
         self.tokens_forwarded += batch.input_ids.numel()
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
         if batch.position_ids is not None:

@@ -123,11 +123,14 @@ def load_model(folder: Path, model: ModelConfig) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    attention = model.attn_implementation
+    if attention == "flex_attention" and not torch.cuda.is_available():
+        attention = "sdpa"  # FlexAttention has no backward on a CPU
     try:
         return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, model.dtype),
-            attn_implementation=model.attn_implementation,
+            attn_implementation=attention,
             trust_remote_code=model.trust_remote_code,
             use_safetensors=True,
         )

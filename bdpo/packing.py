@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 MAX_TREES_IN_A_ROW = 16
 
@@ -38,13 +41,14 @@ class Batch:
 
     `input_ids` (rows, width); `position_ids` the same, None where the model's own are right;
     `attention_mask` bool, (rows, 1, width, width) True where a token sees another, or (rows, width)
-    True where there is a token. Shape (response tokens,): `predictors`, indices into rows x width of
-    the hidden states that predict the `targets`, and `responses`, which response each belongs to.
+    True where there is a token; a BlockMask in place of the former for FlexAttention. Shape (response
+    tokens,): `predictors`, indices into rows x width of the hidden states that predict the `targets`,
+    and `responses`, which response each belongs to.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor | None
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | BlockMask
     predictors: torch.Tensor
     targets: torch.Tensor
     responses: torch.Tensor
@@ -96,14 +100,18 @@ def arrange(lengths: Sequence[int], common: int, hidden_size: int) -> list[list[
     return min((_balanced(lengths, rows) for rows in row_counts), key=cost)
 
 
-def pack(trees: Sequence[Tree], hidden_size: int) -> Batch:
-    """Shared rows: several trees a row; a context that all trees have in common is there once a row."""
+def pack(trees: Sequence[Tree], hidden_size: int, flex: torch.device | None = None) -> Batch:
+    """Shared rows: several trees a row; a context that all trees have in common is there once a row.
+
+    The mask is a BlockMask for FlexAttention on the device `flex`, or without it a tensor. A BlockMask
+    cannot be moved, for it holds on to the tensors that its `mask_mod` looks into.
+    """
     common = trees[0].context if all(tree.context == trees[0].context for tree in trees) else []
     rows = arrange([tree.tokens(shared=True) - len(common) for tree in trees], len(common), hidden_size)
     lines: list[torch.Tensor] = []
     predictors: dict[tuple[int, int], list[tuple[int, int]]] = {}  # of each response: (row, column)s
     for row, members in enumerate(rows):
-        cells = [(token, position, 0, 0) for position, token in enumerate(common)]  # see _visible
+        cells = [(token, position, 0, 0) for position, token in enumerate(common)]  # see _sees
         for number in members:
             tree, end = trees[number], len(common)
             root = 0 if common else number
@@ -121,7 +129,8 @@ def pack(trees: Sequence[Tree], hidden_size: int) -> Batch:
     columns = (pad_sequence([line[:, i] for line in lines], batch_first=True) for i in range(4))
     input_ids, position_ids, root_of, branch_of = columns
     cells_in_order = [cell for key in sorted(predictors) for cell in predictors[key]]
-    return _batch(trees, input_ids, position_ids, _visible(root_of, branch_of), cells_in_order)
+    mask = _dense(root_of, branch_of) if flex is None else _blocks(root_of.to(flex), branch_of.to(flex))
+    return _batch(trees, input_ids, position_ids, mask, cells_in_order)
 
 
 def pack_plain(trees: Sequence[Tree]) -> Batch:
@@ -137,17 +146,34 @@ def pack_plain(trees: Sequence[Tree]) -> Batch:
     )
 
 
-def _visible(root_of: torch.Tensor, branch_of: torch.Tensor) -> torch.Tensor:
-    """(rows, 1, width, width) from the tree and the branch of each token, both (rows, width).
+def _sees(root_of: torch.Tensor, branch_of: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Whether a token sees another, from the tree and the branch of each, both (rows, width).
 
     A token sees what stands before it in its own tree and is context (branch 0) or its own response.
     Padding stands last in its row, so that no other token sees it; it sees something, as softmax wants.
+    Returned is a `mask_mod` of FlexAttention, a function of indices.
     """
-    width = root_of.shape[1]
-    same_root = root_of[:, :, None] == root_of[:, None, :]
-    same_branch = branch_of[:, :, None] == branch_of[:, None, :]
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    return (causal & same_root & (same_branch | (branch_of == 0)[:, None, :]))[:, None]
+
+    def sees(row: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
+        same_root = root_of[row, query] == root_of[row, key]
+        same_branch = branch_of[row, query] == branch_of[row, key]
+        return (key <= query) & same_root & (same_branch | (branch_of[row, key] == 0))
+
+    return sees
+
+
+def _dense(root_of: torch.Tensor, branch_of: torch.Tensor) -> torch.Tensor:
+    """(rows, 1, width, width), for SDPA."""
+    rows, width = map(torch.arange, root_of.shape)
+    return _sees(root_of, branch_of)(rows[:, None, None, None], 0, width[:, None], width)
+
+
+def _blocks(root_of: torch.Tensor, branch_of: torch.Tensor) -> BlockMask:
+    """The same for FlexAttention, which skips blocks of the grid where nobody sees anybody."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows, width = root_of.shape
+    return create_block_mask(_sees(root_of, branch_of), rows, None, width, width, device=root_of.device)
 
 
 def _balanced(lengths: Sequence[int], rows: int) -> list[list[int]]:
@@ -163,7 +189,7 @@ def _batch(
     trees: Sequence[Tree],
     input_ids: torch.Tensor,
     position_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | BlockMask,
     predictors: Sequence[tuple[int, int]],
 ) -> Batch:
     responses = [response for tree in trees for response in tree.responses]

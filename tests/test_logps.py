@@ -10,12 +10,15 @@ import torch
 from helpers import VOCABULARY, encoded_pairs, naive_logps, tiny_gpt2, tiny_qwen2
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import GPT2Config, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import bdpo.logps
-from bdpo.logps import LogpsHead, LogpsModel, pair_logps, why_plain_rows
+from bdpo.config import ModelConfig
+from bdpo.logps import LogpsHead, LogpsModel, pair_logps, pair_trees, why_plain_rows
+from bdpo.models import load_model
 from bdpo.packing import Tree
 from bdpo.tokens import encode_pair
 
@@ -90,6 +93,44 @@ def test_conditional_and_unconditional_terms_of_several_chat_templates(template,
     ours = shared(model)([Tree(empty, [response]) for response in responses])
     naive = naive_logps(model, [(empty, response) for response in responses])
     torch.testing.assert_close(ours.double(), naive, rtol=1e-5, atol=0)
+
+
+def flex(model):
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("flex_attention")
+    return LogpsModel(model, max_length=128)
+
+
+def one_prompt(pairs):
+    """Unconditional terms: all responses behind the same c(∅), which is there once a row."""
+    return [Tree([7, 8], [response]) for pair in pairs for response in (pair.chosen, pair.rejected)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trees_of", [pair_trees, one_prompt])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_agrees_with_sdpa_and_with_plain_rows(tied, trees_of):
+    """Uncompiled: it says what the mask makes of the rows, not what a GPU's kernel does. Forward only,
+    for FlexAttention has no backward on a CPU."""
+    model, trees = tiny_qwen2(tied=tied), trees_of(encoded_pairs(SHAPES))
+    masks = []
+    ours = flex(model)
+    ours.model.base_model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, inputs: masks.append(inputs["attention_mask"]), with_kwargs=True
+    )
+    with torch.compiler.set_stance("force_eager"):
+        logps = ours(trees)
+    assert [type(mask) for mask in masks] == [BlockMask]
+    for rows in (shared, plain):
+        torch.testing.assert_close(logps, rows(model)(trees), rtol=1e-5, atol=0)
+
+
+def test_without_cuda_flex_attention_is_sdpa(tmp_path):
+    tiny_qwen2().save_pretrained(tmp_path)
+    named = ModelConfig(name_or_path=str(tmp_path), dtype="float32", attn_implementation="flex_attention")
+    expected = "flex_attention" if torch.cuda.is_available() else "sdpa"
+    assert load_model(tmp_path, named).config._attn_implementation == expected
 
 
 @torch.no_grad()
@@ -232,7 +273,8 @@ def test_the_head_is_the_models_own_parameter_and_still_answers_with_logits():
 
 
 def test_models_that_a_mask_would_wrong_take_plain_rows():
-    assert why_plain_rows(Qwen2Config(attn_implementation="sdpa"), 2**15) is None
+    for implementation in ("sdpa", "flex_attention"):
+        assert why_plain_rows(Qwen2Config(attn_implementation=implementation), 2**15) is None
     narrow = MistralConfig(sliding_window=1024, attn_implementation="sdpa")
     assert why_plain_rows(narrow, 1024) is None
     assert "1024" in why_plain_rows(narrow, 1025)

@@ -3,8 +3,10 @@
 import random
 
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
 
 from bdpo.packing import Tree, arrange, length_sorted_batches, pack, pack_plain
 
@@ -83,6 +85,31 @@ def test_every_response_token_is_predicted_from_its_context_and_what_precedes_it
                 assert batch.targets[n] == response[k]
                 assert batch.responses[n] == number
         assert mask.any(-1).all()  # a softmax over nothing is not a number
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 150), st.lists(st.integers(1, 200), min_size=1, max_size=3)),
+        min_size=1, max_size=4,
+    ),
+    st.booleans(),
+    st.sampled_from([2, 4096]),
+)  # fmt: skip
+def test_the_block_mask_is_the_dense_mask(shapes, one_context, hidden_size):
+    """Token by token in its `mask_mod`, and block by block of 128 x 128 in what it lets be skipped."""
+    trees = [
+        Tree([1] * (shapes[0][0] if one_context else c) + ([] if one_context else [i]), [[2] * n for n in r])
+        for i, (c, r) in enumerate(shapes)
+    ]
+    dense = pack(trees, hidden_size).attention_mask
+    blocks = pack(trees, hidden_size, torch.device("cpu")).attention_mask
+    rows, _, width, _ = dense.shape
+    assert torch.equal(create_mask(blocks.mask_mod, rows, 1, width, width, "cpu"), dense)
+    assert blocks.shape == dense.shape
+    padding = -width % 128
+    grid = F.pad(dense, (0, padding, 0, padding)).unflatten(-1, (-1, 128)).unflatten(-3, (-1, 128))
+    assert torch.equal(blocks.to_dense().bool(), grid.any(-1).any(-2))
 
 
 @settings(deadline=None)

@@ -22,6 +22,10 @@ class ModelConfig(Section):
         None, description="hub revision; for `sandbox` the seed of its world"
     )
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attn_implementation: Literal["sdpa", "flex_attention", "eager", "flash_attention_2"] = Field(
+        "sdpa",
+        description="`sdpa` and `flex_attention` forward a prompt once for both responses; `flex_attention` "
+        "has not been run on a GPU yet, and without one is `sdpa`",
+    )
     trust_remote_code: bool = False
     chat_template: str | None = Field(None, description="Jinja file, for a tokenizer without template")
