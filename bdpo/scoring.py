@@ -324,7 +324,8 @@ class ShardScorer:
                     f"run_dir={self.run.root}: host {socket.gethostname()} does not see all prepared pairs "
                     "there; it must be on storage that all nodes share"
                 )
-            if not stop:
+            # Ray Data gives a shard out again whose actor died after its commit.
+            if not stop and not self.store.holds(first, rows):
                 unscorable = self._commit(first, pairs)
         except torch.AcceleratorError:
             os._exit(1)  # a new process has a GPU again; the driver finds the row by what kills its actor

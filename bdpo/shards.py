@@ -90,6 +90,10 @@ class ShardStore:
         tables = [table.replace_schema_metadata(None) for table in self.tables()]
         return pa.concat_tables(tables) if tables else self.schema.empty_table()
 
+    def holds(self, first_row: int, rows: int) -> bool:
+        """Whether a shard of so many rows starts at `first_row`."""
+        return any(_rows(content) == rows for *_, content in self._shards(f"part-{first_row:09d}-*"))
+
     def read_shard(self, first_row: int) -> pa.Table:
         """The rows of the shard that starts at `first_row`."""
         ((*_, content),) = self._shards(f"part-{first_row:09d}-*")

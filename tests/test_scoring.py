@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -224,6 +225,29 @@ def test_a_model_that_an_actor_cannot_load_is_said_in_one_line(make_run, tmp_pat
     assert {line["stop"].split(" (")[0] for line in said} == {
         f"{tmp_path / 'model'}: cannot be loaded as a causal language model"
     }
+    assert not run.scores.exists()
+
+
+def test_a_shard_that_comes_again_after_its_commit_stays_as_it_is(make_run):
+    config, run = make_run(invented_pairs(9))
+    score_all(config, run)
+    committed = {file.name for file in run.scores.iterdir()}
+    assert committed
+    score_all(config, run)
+    assert {file.name for file in run.scores.iterdir()} == committed
+
+
+def test_a_node_with_another_model_or_without_the_pairs_scores_nothing(make_run):
+    config, run = make_run(invented_pairs(9))
+    fingerprint = score_fingerprint(config, run)
+    for field in ("weights", "tokenizer"):
+        said = ShardScorer(config, run.root, {**fingerprint, field: "another"}, "cpu")(
+            {"first": 0, "rows": 1}
+        )
+        assert re.search(f"^model.name_or_path=.*: on host .* {field} differs", said["stop"])
+    shutil.rmtree(run.pairs)
+    said = ShardScorer(config, run.root, fingerprint, "cpu")({"first": 0, "rows": 1})
+    assert "does not see all prepared pairs" in said["stop"]
     assert not run.scores.exists()
 
 
