@@ -205,6 +205,8 @@ def progress_bar(title: str, total: int | None = None, done: int = 0) -> Iterato
 
 def _publish(stage: str, done: float, total: int | None, per_second: float) -> None:
     """Progress as metrics of Ray, for the dashboard and Prometheus, once Ray is there: counts alone."""
+    if "ray" not in sys.modules:  # importing it here would be before `connect` has set its environment
+        return
     import ray
 
     if ray.is_initialized():
