@@ -66,7 +66,8 @@ class Nodes:
         # A folder of its own: in /tmp/ray a bare ray.init() of somebody else would find this cluster.
         self.folder = tempfile.mkdtemp(prefix="ray-")
         os.environ |= {"RAY_TMPDIR": self.folder, "RAY_AUTH_MODE": "token"}
-        os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 (nothing but this script is to kill)
+        # Nothing but this script is to kill.
+        os.environ |= {"RAY_memory_monitor_refresh_ms": "0"}
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
         from ray.cluster_utils import Cluster
 
