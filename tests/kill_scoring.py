@@ -49,12 +49,12 @@ PATIENCE = 600  # seconds for what takes a few on a quiet machine
 
 
 class NotingScorer(ShardScorer):
-    """Notes which process begins which shard, in `begun` beside the run folder."""
+    """Notes which process begins to score which shard, in `begun` beside the run folder."""
 
-    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
+    def _commit(self, first: int, pairs: pa.Table) -> dict[int, str]:
         with (self.run.root.parent / "begun").open("a") as begun:
-            begun.write(f"{shard['first']} {os.getpid()}\n")
-        return super().__call__(shard)
+            begun.write(f"{first} {os.getpid()}\n")
+        return super()._commit(first, pairs)
 
 
 @dataclass

@@ -71,7 +71,7 @@ def test_a_resumed_training_ends_exactly_as_the_uninterrupted_one(scored, whole,
     shutil.rmtree(resumed / "model")
     shutil.rmtree(resumed / "adapter")
     train = load_config(whole.config).train.model_dump()
-    run = trained(scored, resumed, 2, checkpoint=whole.root / "checkpoints" / "2", train=train)
+    run = trained(scored, resumed, 2, [whole.root / "checkpoints" / "2"], train=train)
     assert_same_adapter(run, whole, rtol=0, atol=0)
     for name in ("step", "loss", "grad_norm", "learning_rate"):
         assert metrics(run, name) == metrics(whole, name)

@@ -22,7 +22,7 @@ from bdpo.models import load_model, model_config
 from bdpo.runs import RunDir
 from bdpo.scoring import ShardScorer, finish_scores, read_scores, score_fingerprint
 from bdpo.tokens import load_tokenizer
-from pipelines import preflight
+from pipelines import plan
 from pipelines.prepare import run_prepare
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +141,7 @@ def test_vicunas_template_is_fastchats(twins):
 def test_a_dry_run_prints_the_memory_table_without_hub_or_gpu(preset, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = load_config(CONFIGS / f"{preset}.yaml")
-    preflight.print_plan(config)  # and would raise if a GPU of gpu_memory GiB could not hold it
+    plan.print_plan(config)  # and would raise if a GPU of gpu_memory GiB could not hold it
     shown = capsys.readouterr().out
     for row in ("billion parameters", "activations", "output head", "20,000", "313 an epoch"):
         assert row in shown

@@ -316,8 +316,8 @@ def test_the_key_comes_from_the_environment_and_stays_out_of_everything_else(
         ({"judge": "rubric"}, "wants judge_base_url and judge_model"),
         ({"benchmarks": ["simpleqa"], "simpleqa_path": "x"}, "simpleqa wants judge=rubric"),
         ({"judge_api_key_env": KEY}, "the NAME of an environment variable"),
-        ({"judge_base_url": f"https://me:{KEY}@host/v1"}, "without user, password or query"),
-        ({"judge_base_url": f"https://host/v1?key={KEY}"}, "without user, password or query"),
+        ({"judge_base_url": f"https://me:{KEY}@host/v1"}, "judge_base_url holds a password or token"),
+        ({"judge_base_url": f"https://host/v1?key={KEY}"}, "judge_base_url holds a password or token"),
         ({"judge_base_url": "host:8000"}, "wants http"),
     ],
 )

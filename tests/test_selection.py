@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import invented_pairs, save_model, tiny_config, write_jsonl
-from test_training import metrics, trained
+from test_training import metrics
 
 from bdpo.config import Config
 from bdpo.data import prepare, read_pairs
@@ -14,7 +14,7 @@ from bdpo.errors import UserError
 from bdpo.losses import LOSSES, REFERENCE_FREE, PairLogps
 from bdpo.plan import TrainingPlan
 from bdpo.runs import RunDir, write_manifest
-from bdpo.scoring import ReferenceScorer, finish_scores, score_fingerprint, score_store
+from bdpo.scoring import ReferenceScorer, ShardScorer, finish_scores, score_fingerprint, score_store
 from bdpo.selection import count_tokens, require_labels, safety_account, training_rows
 from bdpo.tokens import load_tokenizer
 from bdpo.training import TrainingPairs, _require_reference
@@ -44,10 +44,9 @@ def prepared(folder, chat, rows, method) -> tuple[Config, RunDir]:
 
 def scored(config, run):
     fingerprint = score_fingerprint(config, run)
-    scores = ReferenceScorer(config, "cpu").score(read_pairs(run.pairs, 0, PAIRS))
-    score_store(run, fingerprint).write(0, scores)
+    ShardScorer(config, run.root, fingerprint, "cpu")({"first": 0, "rows": PAIRS})
     finish_scores(run, fingerprint, 0)
-    return scores
+    return score_store(run, fingerprint).read()
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCE_FREE))
@@ -65,7 +64,7 @@ def test_training_without_scores_is_simpo_from_its_first_step(tmp_path, tiny_cha
     """Before the first update the policy is what the reference scorer would have scored with."""
     config, run = prepared(tmp_path, tiny_chat, labelled_pairs(), "simpo")
     pq.write_table(count_tokens(config, run), run.root / "scores.parquet")
-    run = trained(config, run.root)
+    launch([config])
     data = TrainingPairs.load(config, run, training_rows(config, run))
     batch = TrainingPlan(data.lengths, config.train, config.seed).global_batch(0)
     scores = ReferenceScorer(config, "cpu").score(data.table.take(batch)).to_pylist()
@@ -103,7 +102,7 @@ def test_safedpo_trains_on_pairs_with_a_safe_response_alone(tmp_path, tiny_chat)
     plan = TrainingPlan(data.lengths, config.train, config.seed)
     assert plan.steps_per_epoch == 3, "18 pairs in batches of 8"
     pq.write_table(rows, run.root / "scores.parquet")
-    run = trained(config, run.root)
+    launch([config])
     for step, size in enumerate((8, 8, 2)):
         batch = [labels[usable[i]] for i in plan.global_batch(step)]
         assert len(batch) == size
@@ -153,5 +152,5 @@ def test_a_policy_that_is_not_the_reference_is_found_by_every_loss_that_has_one(
         _require_reference(pairs, LOSSES[name](pairs, config.method), config)
 
     check(1e-5)
-    with pytest.raises(RuntimeError, match=f"loss of {name} is .* policy and reference differ"):
+    with pytest.raises(UserError, match=f"loss of {name} is .* policy and reference differ"):
         check(0.1)
