@@ -9,12 +9,13 @@ import pytest
 import torch
 from helpers import tiny_config, tiny_gpt2, tiny_qwen2
 from safetensors.torch import load_file
-from test_training import metrics, score, trained, weights
+from test_training import copied, launch, metrics, score, trained, weights
 
 from bdpo.adapters import adapter_folder, add_lora, base_of, check_lora, load_adapted
 from bdpo.config import LoraConfig, ModelConfig, load_config
 from bdpo.errors import UserError
 from bdpo.models import load_model, model_folder
+from bdpo.runs import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +67,11 @@ def test_only_what_is_adapted_is_trained(scored, whole):
 
 
 def test_a_resumed_training_ends_exactly_as_the_uninterrupted_one(scored, whole, tmp_path):
-    resumed = tmp_path / "resumed"
-    shutil.copytree(whole.root, resumed)
-    shutil.rmtree(resumed / "model")
-    shutil.rmtree(resumed / "adapter")
     train = load_config(whole.config).train.model_dump()
-    run = trained(scored, resumed, 2, [whole.root / "checkpoints" / "2"], train=train)
+    config = copied(scored, tmp_path / "resumed", [whole.root / "checkpoints" / "2"], train=train)
+    run = RunDir(config.run_dir)
+    shutil.copy(whole.metrics, run.metrics)
+    launch([config], 2)
     assert_same_adapter(run, whole, rtol=0, atol=0)
     for name in ("step", "loss", "grad_norm", "learning_rate"):
         assert metrics(run, name) == metrics(whole, name)

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import invented_pairs, save_model, tiny_config, write_jsonl
-from test_training import metrics
+from test_training import launch, metrics
 
 from bdpo.config import Config
 from bdpo.data import prepare, read_pairs
