@@ -20,12 +20,15 @@ from test_evaluation import write_csv
 from transformers import AutoModelForCausalLM
 
 from bdpo.config import load_config, parse_config
+from bdpo.data import count_pairs
 from bdpo.evaluation import strongreject, xstest
 from bdpo.rungs import Rungs
 from bdpo.runs import RunDir
+from bdpo.scoring import ShardScorer, finish_scores, score_fingerprint
 from bdpo.search import part_of
 from bdpo.sweep import Sweep
 from pipelines.evaluate import evaluate_model
+from pipelines.prepare import run_prepare
 
 ROOT = Path(__file__).parents[1]
 PAIRS, STEPS, RUNGS = 22, 3, (2, 3)
@@ -144,7 +147,8 @@ def swept(tmp_path_factory, tiny_chat):
     wait_for(process, trials / "0001" / "rungs" / "000000002.json")
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = [file for file in trials.rglob("*.json") if "model" not in file.parts]  # a model moves on
+    # A model moves on, and checkpoints go with the end of a trial.
+    done = [file for file in trials.rglob("*.json") if not {"model", "train"} & set(file.parts)]
     kept = {file: file.stat().st_mtime_ns for file in done}
     assert len(kept) >= 4  # of the first trial its beginning and end, of the second a rung
     assert not list(trials.glob("*/rungs/000000003.exported")), "killed too late"
@@ -250,7 +254,6 @@ def test_what_cannot_be_searched_is_said_before_anything_is_done(tmp_path, tiny_
 
 def test_a_judge_that_goes_down_costs_no_answer_and_makes_no_score(tmp_path, tiny_chat):
     """The trial's own evaluation, without Ray: its model is there already."""
-    import pyarrow as pa
 
     from tune.trial import TrialActor
 
@@ -268,15 +271,14 @@ def test_a_judge_that_goes_down_costs_no_answer_and_makes_no_score(tmp_path, tin
         folder = sweep.folder(trial.name)
         save_model(folder.model, tiny_chat, seed=1)
         Rungs(folder.root / "rungs", RUNGS).hand_over(2)
-        arguments = {
-            "sweep": sweep,
-            "scores": pa.table({"pair_id": [str(n) for n in range(PAIRS)]}),
-            "base_scores": base,
-        }
+        run_prepare(config, run)
+        fingerprint = score_fingerprint(config, run)
+        ShardScorer(config, run.root, fingerprint, "cpu")({"first": 0, "rows": count_pairs(run.pairs)})
+        finish_scores(run, fingerprint, 0)
 
         def next_rung():
             actor = object.__new__(TrialActor)  # its own Ray bookkeeping is of no interest here
-            actor.setup({"trial": trial.name}, **arguments)
+            actor.setup({"trial": trial.name}, sweep, base)
             return actor.step()
 
         endpoint.script = down
