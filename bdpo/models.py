@@ -125,7 +125,7 @@ def load_model(folder: Path, model: ModelConfig) -> PreTrainedModel:
 
     attention = model.attn_implementation
     if attention == "flex_attention" and not torch.cuda.is_available():
-        attention = "sdpa"  # FlexAttention has no backward on a CPU
+        attention = "sdpa"  # on CPU no backward, and torch 2.13 cannot compile it for varying shapes
     try:
         return AutoModelForCausalLM.from_pretrained(
             folder,
