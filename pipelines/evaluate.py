@@ -67,9 +67,9 @@ def evaluate_model(config: Config, run: RunDir, name: str, here: bool = False) -
     scores_file = run.eval(name) / "scores.parquet"
     if summary is None or not summary["valid"] or not scores_file.is_file():
         started = time.perf_counter()
-        answers = answer_store(run, name, fingerprint)
-        _answer(config, name, model, answers, here)
-        _judge(config, name, answers, scores, here)
+        answers, total = answer_store(run, name, fingerprint), len(planned_items(config))
+        _answer(config, name, model, answers, total, here)
+        _judge(config, name, answers, scores, total, here)
         table = scores.read().sort_by("item_id")
         write_parquet(scores_file, table)
         seconds = time.perf_counter() - started
@@ -78,19 +78,23 @@ def evaluate_model(config: Config, run: RunDir, name: str, here: bool = False) -
     return {**summary, "capability": capability} if capability else summary
 
 
-def _answer(config: Config, name: str, model: EvaluatedModel, answers: ShardStore, here: bool) -> None:
+def _answer(
+    config: Config, name: str, model: EvaluatedModel, answers: ShardStore, total: int, here: bool
+) -> None:
     arguments = {"config": config, "model": model, "store": answers}
-    missing = answers.missing(len(planned_items(config)), config.evaluate.batch_size)
-    _work_off(config, f"answer {name}", ShardAnswerer, arguments, missing, here)
+    missing = answers.missing(total, config.evaluate.batch_size)
+    _work_off(config, f"answer {name}", ShardAnswerer, arguments, total, missing, here)
 
 
-def _judge(config: Config, name: str, answers: ShardStore, scores: ShardStore, here: bool) -> None:
+def _judge(
+    config: Config, name: str, answers: ShardStore, scores: ShardStore, total: int, here: bool
+) -> None:
     """Only a judge that is a model of its own gets the pool; the others are kept busy from here."""
     forget_failures(scores)
     arguments = {"config": config, "answers": answers, "scores": scores}
-    missing = scores.missing(len(planned_items(config)), config.evaluate.batch_size)
+    missing = scores.missing(total, config.evaluate.batch_size)
     here = here or config.evaluate.judge != "finetuned"
-    _work_off(config, f"judge {name}", ShardJudge, arguments, missing, here)
+    _work_off(config, f"judge {name}", ShardJudge, arguments, total, missing, here)
 
 
 def _work_off(
@@ -98,10 +102,11 @@ def _work_off(
     title: str,
     actor: type,
     arguments: dict[str, Any],
+    total: int,
     missing: list[tuple[int, int]],
     here: bool,
 ) -> None:
-    evaluate, total = config.evaluate, len(planned_items(config))
+    evaluate = config.evaluate
     if missing and here:
         run_here(actor, arguments, evaluate.gpus_per_worker, title, total, missing)
     elif missing:

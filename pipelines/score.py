@@ -52,17 +52,19 @@ def score_prepared(config: Config, run: RunDir) -> dict[str, Any]:
     fingerprint = score_fingerprint(config, run)
     manifest = finished(run.scores / "manifest.json", fingerprint)
     total = count_pairs(run.pairs)
-    # A finished run may have lost or damaged shards since.
-    if manifest is None or score_store(run, fingerprint).missing(total, config.score.shard_rows):
+    missing = score_store(run, fingerprint).missing(total, config.score.shard_rows)
+    if manifest is None or missing:  # a finished run may have lost or damaged shards since
         discard(run.scores / "manifest.json")  # it says that all is there
         started = time.perf_counter()
-        _score(config, run, fingerprint, total)
+        _score(config, run, fingerprint, total, missing)
         manifest = finish_scores(run, fingerprint, time.perf_counter() - started)
     console.print(f"[bold]scores[/]    {manifest['rows']} pairs")
     return manifest
 
 
-def _score(config: Config, run: RunDir, fingerprint: Fingerprint, total: int) -> None:
+def _score(
+    config: Config, run: RunDir, fingerprint: Fingerprint, total: int, missing: list[tuple[int, int]]
+) -> None:
     """Score what is missing, in rounds: what failed with its actors comes again, at last row by row.
 
     Raises:
@@ -78,7 +80,7 @@ def _score(config: Config, run: RunDir, fingerprint: Fingerprint, total: int) ->
             raise unscorable(run, reasons)
 
     store = score_store(run, fingerprint)
-    before = sum(rows for _, rows in store.missing(total, config.score.shard_rows))
+    before = sum(rows for _, rows in missing)
     why_plain = why_plain_rows(model_config(config.model), config.data.max_length)
     if why_plain:
         console.print(f"every response has a row of its own: {why_plain}", soft_wrap=True)
@@ -86,7 +88,8 @@ def _score(config: Config, run: RunDir, fingerprint: Fingerprint, total: int) ->
     pool = config.score.workers, config.score.gpus_per_worker
     may_fail = MOST_UNSCORABLE + 4 * worker_range(config.score.workers)[1]  # all that dying nodes had in hand
     for number, size in enumerate(_rounds(config.score.shard_rows)):
-        missing = store.missing(total, size, reasons)
+        if number:
+            missing = store.missing(total, size, reasons)
         if not missing:
             break
         if number:
