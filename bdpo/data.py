@@ -12,7 +12,7 @@ import heapq
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -114,7 +114,7 @@ def prepare(
         number, first = head[0]
         reason = first.reason if isinstance(first, Unreadable) else ""
         raise UserError(f"data.path={config.path}: no row can be read (row {number}: {reason})")
-    name = detect(sample_rows, f"data.path={config.path}") if config.format == "auto" else config.format
+    name = format_of(config, sample_rows)
     account = _Account(config.path, name, quarantine / "quarantine.jsonl")
     with whole_folder(out) as unfinished:
         with private_file(account.bad_rows) as bad:
@@ -123,6 +123,15 @@ def prepare(
                 pairs = _sample(pairs, config, seed, account)
             _write(pairs, unfinished, account)
         return account.summary()
+
+
+def format_of(config: DataConfig, rows: Sequence[dict[str, Any]]) -> str:
+    """The format that is configured, or else the one that these first rows have.
+
+    Raises:
+        UserError: they have none that is known.
+    """
+    return detect(rows, f"data.path={config.path}") if config.format == "auto" else config.format
 
 
 def read_pairs(folder: StoragePath, first: int, count: int, columns: list[str] | None = None) -> pa.Table:

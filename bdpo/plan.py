@@ -34,10 +34,14 @@ def held_out(pair_ids: Sequence[str], fraction: float, seed: int) -> list[int]:
     return sorted(drawn[:count])
 
 
-def total_steps(pair_ids: Sequence[str], train: TrainConfig, seed: int) -> int:
-    """How many optimizer steps a training on these pairs has; the held-out ones are left out."""
-    pairs = len(pair_ids) - len(held_out(pair_ids, train.eval_fraction, seed))
-    return TrainingPlan([0] * pairs, train, seed).total_steps
+def outline(pairs: int, train: TrainConfig, seed: int) -> TrainingPlan:
+    """The plan of a training on so many pairs, the held-out ones among them: steps without lengths.
+
+    Raises:
+        UserError: see `held_out` and `TrainingPlan`.
+    """
+    out = held_out([str(pair) for pair in range(pairs)], train.eval_fraction, seed)
+    return TrainingPlan([0] * (pairs - len(out)), train, seed)
 
 
 def deal(pairs: Sequence[int], lengths: Sequence[int], budget: int, workers: int) -> list[list[list[int]]]:

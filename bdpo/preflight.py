@@ -21,16 +21,17 @@ from jinja2 import TemplateError
 
 from bdpo.adapters import check_lora
 from bdpo.config import Config, DataConfig, worker_range
-from bdpo.data import DETECT_ROWS
+from bdpo.data import DETECT_ROWS, format_of
 from bdpo.errors import UserError
 from bdpo.evaluation import load_items
-from bdpo.formats import FORMATS, BadRow, Excluded, Pair, detect
+from bdpo.formats import FORMATS, BadRow, Excluded, Pair
 from bdpo.memory import GIB, gpu_memory, memory_need, model_shape, refuse_too_little
 from bdpo.models import model_config
 from bdpo.nodes import NodeFacts
+from bdpo.plan import outline
 from bdpo.runs import RunDir, read_manifest
 from bdpo.sources import Unreadable, read_rows
-from bdpo.status import expected_steps
+from bdpo.status import expected_pairs
 from bdpo.storage import error_line, write_bytes
 from bdpo.tokens import ChatTokenizer, EncodedPair, Message, PromptTooLong, encode_pair, load_tokenizer
 
@@ -72,11 +73,15 @@ def check_model(config: Config, run: RunDir) -> str:
 
 def check_data(config: Config, run: RunDir) -> str:
     """The data can be read and have a known format."""
-    rows = [row for _, row in islice(read_rows(config.data), DETECT_ROWS)]
+    readable, _ = _first_rows(config.data)
+    return f"data.path={config.data.path}: {format_of(config.data, readable)}"
+
+
+def _first_rows(data: DataConfig) -> tuple[list[dict[str, Any]], list[str]]:
+    """Those of the first rows that can be read, and why others cannot."""
+    rows = [row for _, row in islice(read_rows(data), DETECT_ROWS)]
     readable = [row for row in rows if not isinstance(row, Unreadable)]
-    source = f"data.path={config.data.path}"
-    name = detect(readable, source) if config.data.format == "auto" else config.data.format
-    return f"{source}: {name}"
+    return readable, [row.reason for row in rows if isinstance(row, Unreadable)]
 
 
 def check_benchmarks(config: Config, run: RunDir) -> str:
@@ -138,11 +143,9 @@ def _doubts(chat: ChatTokenizer, data: DataConfig, pair: Pair, ids: EncodedPair)
 
 def _first_pairs(data: DataConfig, chat: ChatTokenizer) -> tuple[list[Pair], list[str]]:
     """The first usable pairs, and why rows before them are not."""
-    rows = [row for _, row in islice(read_rows(data), DETECT_ROWS)]
-    readable = [row for row in rows if not isinstance(row, Unreadable)]
-    name = detect(readable, f"data.path={data.path}") if data.format == "auto" else data.format
+    readable, bad = _first_rows(data)
+    name = format_of(data, readable)
     pairs: list[Pair] = []
-    bad = [row.reason for row in rows if isinstance(row, Unreadable)]
     for row in readable:
         try:
             pair = FORMATS[name](row)
@@ -173,7 +176,7 @@ def check_batches(config: Config, run: RunDir) -> str:
     steps = None
     if account:
         pairs = account["account"]["kept"]
-        steps = expected_steps(config, pairs)
+        steps = outline(pairs, config.train, config.seed).total_steps
         found += f"; {pairs} pairs make {steps} steps"
     if train.global_batch_size < train.workers:
         return Doubt(f"{found}: some workers have no work at any step; set train.global_batch_size higher")
@@ -316,9 +319,9 @@ def expected_hours(config: Config, run: RunDir, tokens_per_second: float | None)
     chat = load_tokenizer(config.model)
     encoded = _encoded(config, chat)
     pair_tokens = sum(_tokens(ids) for ids in encoded) / len(encoded)
-    pairs = _expected_pairs(config, run)
+    pairs = expected_pairs(config, run) or sum(1 for _ in read_rows(config.data))
     score_tokens = pairs * pair_tokens
-    steps = expected_steps(config, pairs)
+    steps = outline(pairs, config.train, config.seed).total_steps
     train_tokens = steps * min(config.train.global_batch_size, pairs) * pair_tokens
     found = (
         f"{score_tokens / 1e6:.3g} M tokens to score, {train_tokens / 1e6:.3g} M to train in {steps} steps"
@@ -354,13 +357,3 @@ def _encoded(config: Config, chat: ChatTokenizer) -> list[EncodedPair]:
 
 def _tokens(ids: EncodedPair) -> int:
     return len(ids.prompt) + len(ids.chosen) + len(ids.rejected)
-
-
-def _expected_pairs(config: Config, run: RunDir) -> int:
-    """As prepared; before that the rows of the source, or what is drawn of them."""
-    manifest = read_manifest(run.data / "manifest.json")
-    if manifest:
-        return int(manifest["account"]["kept"])
-    if config.data.sample:
-        return sum(config.data.sample.values())
-    return sum(1 for _ in islice(read_rows(config.data), config.data.limit))

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from bdpo.config import Config, Range, TuneConfig, parse_config
 from bdpo.errors import UserError
 from bdpo.evaluation.summary import invalid_lines, measures, summarise
-from bdpo.plan import total_steps
+from bdpo.plan import outline
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -205,15 +205,15 @@ def trials_at_a_time(config: Config, cluster: Mapping[str, float]) -> int:
     return min(*fits, config.tune.max_concurrent_trials or min(fits))
 
 
-def check_rungs(config: Config, pair_ids: Sequence[str]) -> None:
-    """Make sure that the rungs of every trial are different steps.
+def check_rungs(config: Config, pairs: int) -> None:
+    """Make sure that the rungs of every trial on so many pairs are different steps.
 
     Raises:
         UserError: see `rung_steps`.
     """
     for params in [{}, *({key: end} for key, dim in config.tune.space.items() for end in _ends(key, dim))]:
         trial = trial_config(config, params, config.run_dir)
-        rung_steps(trial.tune.rungs, total_steps(pair_ids, trial.train, trial.seed))
+        rung_steps(trial.tune.rungs, outline(pairs, trial.train, trial.seed).total_steps)
 
 
 def rung_steps(rungs: Sequence[float], steps_in_all: int) -> list[int]:

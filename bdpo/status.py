@@ -13,7 +13,7 @@ from bdpo.config import Config, parse_config
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import MODEL_NAMES
 from bdpo.losses import REFERENCE_FREE
-from bdpo.plan import total_steps
+from bdpo.plan import outline
 from bdpo.runs import MetricsLog, RunDir, read_manifest
 from bdpo.search import number_of_trials
 from bdpo.storage import StoragePath, matching, open_parquet
@@ -87,7 +87,7 @@ def _train(run: RunDir, config: Config, pairs: int | None) -> Stage:
         manifest is not None and run.has_model(),
         bool(metrics),
         steps=int(last.get("step", 0)),
-        of=expected_steps(config, pairs) if pairs else None,
+        of=outline(pairs, config.train, config.seed).total_steps if pairs else None,
         checkpoints=len(checkpoints),
         last_checkpoint=checkpoints[-1].name if checkpoints else None,
         recoveries=len(MetricsLog(run.recoveries).read()),
@@ -121,9 +121,12 @@ def _evaluate(run: RunDir, name: str) -> Stage:
     )
 
 
-def expected_steps(config: Config, pairs: int) -> int:
-    """Optimizer steps of a training on so many prepared pairs: which of them are held out is no matter."""
-    return total_steps([str(pair) for pair in range(pairs)], config.train, config.seed)
+def expected_pairs(config: Config, run: RunDir) -> int | None:
+    """How many pairs are prepared, or at most will be: drawn, or limited; None if only the data can tell."""
+    manifest = read_manifest(run.data / "manifest.json")
+    if manifest:
+        return int(manifest["account"]["kept"])
+    return sum(config.data.sample.values()) if config.data.sample else config.data.limit
 
 
 def _shards(folder: StoragePath) -> tuple[int, int]:

@@ -62,7 +62,7 @@ def main(
     if inspect is not None:
         parser.add_argument("--inspect", action="store_true", help="show the finished results, run nothing")
     arguments = parser.parse_args()
-    try:
+    with exit_codes():
         config = load_config(arguments.config, arguments.overrides)
         if dry_run is not None and arguments.dry_run:
             dry_run(config)
@@ -78,6 +78,13 @@ def main(
                 discard(*results(run))
             stage(resolved, run)
             run.record(config)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """End the command with 2 and one line where the user is to mend something, with 130 at Ctrl-C."""
+    try:
+        yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from bdpo.config import Config
-from bdpo.errors import UserError
 from bdpo.evaluation.answers import (
     EvaluatedModel,
     ShardAnswerer,
@@ -40,7 +39,7 @@ from bdpo.evaluation.summary import comparison_table, invalid_lines, summarise
 from bdpo.runs import Fingerprint, RunDir, finished, write_manifest
 from bdpo.shards import ShardStore
 from bdpo.storage import StoragePath, write_parquet
-from pipelines.cli import connect, console, main, progress_bar, require
+from pipelines.cli import connect, console, exit_codes, main, progress_bar, require
 from pipelines.pool import consume, on_pool, run_here, shard_dataset
 
 
@@ -166,10 +165,7 @@ def print_comparison(folders: Mapping[str, StoragePath]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--compare"]:
-        try:
+        with exit_codes():
             run_compare(sys.argv[2:])
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
     else:
         main(run_evaluate, __doc__, lambda run: [run.root / "eval", run.private / "responses"])

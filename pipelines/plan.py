@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import math
-
 from rich.table import Table
 
 from bdpo.config import Config
 from bdpo.memory import GIB, Need, gpu_memory, memory_need, model_shape, refuse_too_little
-from bdpo.runs import RunDir, read_manifest
+from bdpo.plan import outline
+from bdpo.runs import RunDir
+from bdpo.status import expected_pairs
 from pipelines.cli import console
 
 
 def print_plan(config: Config, pairs: int | None = None) -> None:
-    """Print steps and memory of the training over so many pairs.
+    """Print steps and memory of the training over so many pairs, the held-out ones among them.
 
     Raises:
-        UserError: a GPU is known to be too small, or the model's config.json is not to be had.
+        UserError: the warmup takes all steps, a GPU is known to be too small, or the model's config.json is
+            not to be had.
     """
     if pairs is None:
-        pairs = _pairs_to_come(config)
+        pairs = expected_pairs(config, RunDir(config.run_dir))
     shape, remark = model_shape(config)
     need = memory_need(config, shape)
     console.print(_batch_table(config, pairs))
@@ -35,14 +36,6 @@ def require_memory(config: Config) -> None:
         refuse_too_little(config, memory_need(config, model_shape(config)[0]), known)
 
 
-def _pairs_to_come(config: Config) -> int | None:
-    """How many pairs there are, or at most will be: prepared, sampled, or limited."""
-    prepared = read_manifest(RunDir(config.run_dir).data / "manifest.json")
-    if prepared:
-        return int(prepared["account"]["kept"])
-    return sum(config.data.sample.values()) if config.data.sample else config.data.limit
-
-
 def _batch_table(config: Config, pairs: int | None) -> Table:
     train = config.train
     table = Table(title="training", title_justify="left", show_header=False)
@@ -53,12 +46,10 @@ def _batch_table(config: Config, pairs: int | None) -> Table:
     if pairs is None:
         table.add_row("pairs", "not known before the data are read")
     else:
-        each = math.ceil(pairs / train.global_batch_size)
-        total = train.max_steps or each * train.num_train_epochs
-        table.add_row("pairs", f"{pairs:,}")
-        table.add_row(
-            "steps", f"{total:,}, {each:,} an epoch, {round(train.warmup_ratio * total)} to warm up"
-        )
+        plan = outline(pairs, train, config.seed)
+        steps = f"{plan.total_steps:,}, {plan.steps_per_epoch:,} an epoch, {plan.warmup_steps} to warm up"
+        table.add_row("pairs", f"{len(plan.lengths):,}")
+        table.add_row("steps", steps)
     return table
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import tempfile
 import uuid
 import zipfile
@@ -40,7 +39,8 @@ from bdpo.preflight import (
 )
 from bdpo.runs import RunDir
 from bdpo.storage import write_text
-from pipelines.cli import cluster_nodes, connect, console, require
+from bdpo.tokens import with_template
+from pipelines.cli import cluster_nodes, connect, console, exit_codes, require
 
 MAX_UPLOAD_MIB = 100  # Ray's own limit is 512
 _SHOWN = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[bold red]error[/]"}
@@ -195,21 +195,17 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Exit 0 if a run can begin, 2 if it would fail."""
     arguments = _arguments()
-    try:
+    with exit_codes():
         if arguments.upload:
             findings = list(examine({"upload": check_upload}, arguments.upload))
         else:
-            config = with_sandbox_files(load_config(arguments.config, arguments.overrides))
+            config = with_template(with_sandbox_files(load_config(arguments.config, arguments.overrides)))
             run = RunDir(config.run_dir)
             findings = preflight(config, run, arguments.tokens_per_second, arguments.measure)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print_findings(findings)
-    errors = sum(found.level == "error" for found in findings)
-    if errors:
-        print(f"error: {errors} of {len(findings)} checks found what would stop the run", file=sys.stderr)
-        sys.exit(2)
+        print_findings(findings)
+        errors = sum(found.level == "error" for found in findings)
+        if errors:
+            raise UserError(f"{errors} of {len(findings)} checks found what would stop the run")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from rich.table import Table
 
-from bdpo.errors import UserError
 from bdpo.runs import RunDir
 from bdpo.status import Stage, run_status
-from pipelines.cli import console
+from pipelines.cli import console, exit_codes
 
 _COLOURS = {"done": "green", "begun": "yellow", "not begun": "dim"}
 
@@ -30,11 +28,8 @@ def main() -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the run_dir of the run")
     parser.add_argument("--json", action="store_true", help="for machines")
     arguments = parser.parse_args()
-    try:
+    with exit_codes():
         stages = run_status(RunDir(arguments.run_dir))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     if arguments.json:
         print(json.dumps(stages))
     else:

@@ -10,17 +10,16 @@ knows nothing: what it shows is that your data, lengths and config go through ev
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from bdpo.config import DataConfig
-from bdpo.data import DETECT_ROWS
-from bdpo.errors import UserError
-from bdpo.formats import FORMATS, BadRow, Excluded, detect
+from bdpo.data import DETECT_ROWS, format_of
+from bdpo.formats import FORMATS, BadRow, Excluded
 from bdpo.models import quiet_saving
 from bdpo.sources import Unreadable, read_rows
 from bdpo.tokens import train_tokenizer
+from pipelines.cli import exit_codes
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -31,7 +30,7 @@ CHAT_TEMPLATE = (
 def texts(data: DataConfig) -> Iterator[str]:
     """Every prompt and response of the rows that can be read."""
     rows = [row for _, row in read_rows(data) if not isinstance(row, Unreadable)]
-    to_pair = FORMATS[detect(rows[:DETECT_ROWS], f"data.path={data.path}")]
+    to_pair = FORMATS[format_of(data, rows[:DETECT_ROWS])]
     for row in rows:
         try:
             pair = to_pair(row)
@@ -80,11 +79,8 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", type=Path)
     parser.add_argument("--vocab-size", type=int, default=4096)
     arguments = parser.parse_args()
-    try:
+    with exit_codes():
         write_tiny_model(DataConfig(path=arguments.data), arguments.out, arguments.vocab_size)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"{arguments.out}: use it with model.name_or_path={arguments.out}")
 
 

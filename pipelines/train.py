@@ -23,7 +23,7 @@ from bdpo.config import Config
 from bdpo.errors import UserError
 from bdpo.losses import REFERENCE_FREE
 from bdpo.models import json_digest
-from bdpo.plan import held_out, total_steps
+from bdpo.plan import outline
 from bdpo.rungs import Rungs
 from bdpo.runs import Fingerprint, MetricsLog, RunDir, finished, read_manifest, write_manifest
 from bdpo.scoring import score_fingerprint
@@ -90,10 +90,9 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
             f"rejected is safe) + {safety['dropped']} dropped (both responses are unsafe)",
             soft_wrap=True,
         )
-    ids = scores["pair_id"].to_pylist()
-    steps = total_steps(ids, config.train, config.seed)
+    steps = outline(scores.num_rows, config.train, config.seed).total_steps
     check_lora(config)
-    print_plan(config, scores.num_rows - len(held_out(ids, config.train.eval_fraction, config.seed)))
+    print_plan(config, scores.num_rows)
     connect()
     accelerator = config.train.accelerator_type
     require("train", config.train.workers, config.train.gpus_per_worker, accelerator=accelerator)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -16,6 +17,8 @@ from bdpo.data import prepare, read_pairs
 from bdpo.tokens import ChatTokenizer
 
 os.environ["RAY_ADDRESS"] = "local"  # a cluster that runs on this machine is not for tests
+# Ray reads these when it is first imported, whatever test that is, and never again.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
 
 settings.register_profile("bdpo", deadline=None)  # no test asserts a time: machines differ
 settings.load_profile("bdpo")

@@ -64,7 +64,7 @@ def run_search(config: Config, run: RunDir) -> None:
     """Run the trials that are missing, then write and print what came of all of them."""
     _refuse_early(config)
     run_score(config, run)
-    check_rungs(config, training_rows(config, run)["pair_id"].to_pylist())
+    check_rungs(config, training_rows(config, run).num_rows)
     sweep = Sweep(config, run, sweep_fingerprint(config, run))
     sweep.begin()
     sweep.forget_invalid()

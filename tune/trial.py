@@ -18,7 +18,7 @@ from ray import tune
 
 from bdpo.evaluation.summary import invalid_lines
 from bdpo.models import first_line
-from bdpo.plan import total_steps
+from bdpo.plan import outline
 from bdpo.rungs import Rungs
 from bdpo.search import InvalidEvaluation, measure, part_of, rung_steps
 from bdpo.selection import training_rows
@@ -62,9 +62,9 @@ class TrialActor(tune.Trainable):
         self.trial = self.sweep.trial(name)
         self.trial_run, self.settings = self.sweep.folder(name), self.sweep.config_of(self.trial)
         self.scores = training_rows(self.settings, self.trial_run)
-        ids = self.scores["pair_id"].to_pylist()
-        total = total_steps(ids, self.settings.train, self.settings.seed)
-        self.rungs = Rungs(self.trial_run.root / "rungs", tuple(rung_steps(self.settings.tune.rungs, total)))
+        plan = outline(self.scores.num_rows, self.settings.train, self.settings.seed)
+        steps = rung_steps(self.settings.tune.rungs, plan.total_steps)
+        self.rungs = Rungs(self.trial_run.root / "rungs", tuple(steps))
         self.training: threading.Thread | None = None
         self.error: Exception | None = None
         if not self.trial_run.has_model():
