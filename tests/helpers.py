@@ -16,6 +16,11 @@ from bdpo.tokens import ChatTokenizer, EncodedPair
 
 VOCABULARY = 262  # the byte tokenizer's
 
+# For the source of a process: the most memory it had, in GiB. getrusage would count its parent's as well.
+PEAK = """
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**20
+"""
+
 
 def tiny_qwen2(seed: int = 0, tied: bool = False) -> Qwen2ForCausalLM:
     """Two layers, 32 wide, random: wide enough that every weight matters, RoPE and grouped heads."""

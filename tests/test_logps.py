@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import VOCABULARY, encoded_pairs, naive_logps, tiny_gpt2, tiny_qwen2
+from helpers import PEAK, VOCABULARY, encoded_pairs, naive_logps, tiny_gpt2, tiny_qwen2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask
@@ -219,7 +219,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(monkeypatch):
 
 
 SCORE_A_WIDE_VOCABULARY = """
-import resource, sys, torch
+import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from bdpo.logps import LogpsModel, pair_logps
 from bdpo.tokens import EncodedPair
@@ -229,14 +229,14 @@ config = Qwen2Config(vocab_size=152_000, hidden_size=64, intermediate_size=128, 
 model = LogpsModel(Qwen2ForCausalLM(config), max_length=4096)
 with torch.no_grad():
     print(pair_logps(model, [EncodedPair([7] * 40, [8] * 2000, [9] * 2000)])[0].tolist())
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+print(peak())
 """
 
 
 def test_a_vocabulary_of_152000_scores_within_2_gib():
     """4,000 response tokens: their logits alone would be 2.3 GiB in float32."""
     done = subprocess.run(
-        [sys.executable, "-c", SCORE_A_WIDE_VOCABULARY], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PEAK + SCORE_A_WIDE_VOCABULARY], capture_output=True, text=True, check=True
     )
     assert float(done.stdout.split()[-1]) < 2
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import encoded_pairs, invented_pairs, save_model, tiny_config, tiny_qwen2, write_jsonl
+from helpers import PEAK, encoded_pairs, invented_pairs, save_model, tiny_config, tiny_qwen2, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -465,7 +465,7 @@ def test_scores_of_other_inputs_are_refused_by_the_fields_name(
 
 
 RESUME = """
-import resource, sys
+import sys
 sys.path.insert(0, "tests")
 from bdpo.config import load_config
 from bdpo.runs import RunDir, write_manifest
@@ -473,7 +473,6 @@ from pipelines import cli, score
 config = load_config(sys.argv[1])
 cli.connect()
 import ray.data, torch, transformers
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 started = peak()
 manifest = score.run_score(config, RunDir(config.run_dir))
 print("peak", manifest["rows"], started, peak())
@@ -512,7 +511,7 @@ def test_the_drivers_memory_does_not_grow_with_the_pairs(tmp_path, model):
         table = pa.table(columns, schema=SCORE_SCHEMA)
         store.write(first, table.replace_schema_metadata({"bdpo.work": json.dumps(work)}))
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    arguments = [sys.executable, "-c", RESUME, str(tmp_path / "config.yaml")]
+    arguments = [sys.executable, "-c", PEAK + RESUME, str(tmp_path / "config.yaml")]
     environment = os.environ | {"RAY_ADDRESS": "local"}
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -180,7 +180,7 @@ class TestSweep:
     def test_a_trial_that_cannot_be_trained_is_a_recorded_failure(self, swept):
         folder, out = swept
         rows = pq.read_table(folder / "run" / "tune" / "results.parquet").to_pylist()
-        assert rows[0]["error"].startswith("FloatingPointError: the loss of pairs ")
+        assert rows[0]["error"].startswith("FloatingPointError: the loss is not finite: pairs ")
         assert "trial 0000 failed: FloatingPointError" in out
 
     def test_the_reference_model_is_asked_by_the_scoring_alone(self, swept):
