@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bdpo.config import Config, Range, TuneConfig, parse_config
+from bdpo.config.train import HOW_IT_RUNS
 from bdpo.errors import UserError
 from bdpo.evaluation.summary import invalid_lines, measures, summarise
 from bdpo.plan import outline
@@ -29,8 +30,6 @@ Params = dict[str, Any]  # dotted config key -> value
 Estimate = dict[str, Any]
 
 STARTUP_TRIALS = 5  # random ones, before TPE has anything to go by
-# A trial shares the run's scores and yardstick, and where it runs is not what it is.
-_NOT_SEARCHED = {"workers", "gpus_per_worker", "save_steps", "save_total_limit", "max_failures"}
 
 
 class InvalidEvaluation(Exception):
@@ -94,10 +93,11 @@ def check_space(config: Config) -> None:
         section, _, name = key.partition(".")
         for value in _ends(key, dimension):
             trial_config(config, {key: value}, config.run_dir)
-        if section not in ("method", "train") or name in _NOT_SEARCHED:
+        # A trial shares the run's scores and yardstick, and how it runs is not what it is.
+        if section not in ("method", "train") or name in HOW_IT_RUNS:
             raise UserError(
                 f"tune.space: {key} is not searched; method and train are, but for where and how they run "
-                f"({', '.join(sorted(_NOT_SEARCHED))})"
+                f"({', '.join(sorted(HOW_IT_RUNS))})"
             )
     if config.tune.searcher == "grid":
         for params in grid(config.tune):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from bdpo.adapters import check_lora
 from bdpo.config import Config
+from bdpo.config.train import HOW_IT_RUNS
 from bdpo.errors import UserError
 from bdpo.losses import REFERENCE_FREE
 from bdpo.models import json_digest
@@ -65,14 +66,12 @@ def run_train(config: Config, run: RunDir) -> dict[str, Any]:
     return manifest
 
 
-# Where and how often is not what: these keys may change between a kill and the resume.
-_FREE = {"gpus_per_worker", "gpu_memory", "workers", "report_to", "max_failures"}
-_FREE |= {"save_steps", "save_total_limit", "eval_steps", "accelerator_type"}
-
-
 def train_fingerprint(config: Config, run: RunDir) -> Fingerprint:
-    """Everything that the trained model depends on, field by field."""
-    sections = {"method": config.method.model_dump(), "train": config.train.model_dump(exclude=_FREE)}
+    """Everything that the trained model depends on, field by field.
+
+    What is not in it may change between a kill and the resume.
+    """
+    sections = {"method": config.method.model_dump(), "train": config.train.model_dump(exclude=HOW_IT_RUNS)}
     return {
         "scores": json_digest(score_fingerprint(config, run)),
         "seed": config.seed,

@@ -20,6 +20,22 @@ class LoraConfig(Section):
     )
 
 
+# Where, how often and in how much memory: on these keys of `train` the model depends by rounding alone.
+HOW_IT_RUNS = {
+    "accelerator_type",
+    "eval_steps",
+    "gpu_memory",
+    "gpus_per_worker",
+    "gradient_checkpointing",
+    "max_failures",
+    "report_to",
+    "save_steps",
+    "save_total_limit",
+    "tokens_per_micro_batch",
+    "workers",
+}
+
+
 class TrainConfig(Section):
     """Optimisation, its distribution over workers, and checkpoints."""
 
