@@ -16,6 +16,7 @@ import torch
 from helpers import PEAK, encoded_pairs, invented_pairs, save_model, tiny_config, tiny_qwen2, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import RayError
 
 from bdpo.data import PAIR_SCHEMA, pair_ids
 from bdpo.errors import UserError
@@ -70,6 +71,15 @@ class FullDiskScorer(ShardScorer):
             return super().__call__(shard)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+class StillbornScorer(ShardScorer):
+    """Its process ends before it is made."""
+
+    def __init__(self, *_, run_dir, **__):
+        with (run_dir / "births").open("a") as births:
+            births.write("x")
+        os._exit(9)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +176,16 @@ def test_a_full_disk_is_said_and_the_rerun_completes(ray_cluster, make_run, monk
     assert not list(run.scores.iterdir())  # what was half written gives its space back
     monkeypatch.setattr(score, "ShardScorer", ShardScorer)
     assert score.run_score(config, run)["rows"] == 20
+
+
+@pytest.mark.ray
+def test_actors_that_die_at_birth_end_the_run(ray_cluster, make_run, monkeypatch):
+    """Ray alone would make new ones for ever."""
+    config, run = make_run(invented_pairs(20))
+    monkeypatch.setattr(score, "ShardScorer", StillbornScorer)
+    with pytest.raises(RayError):
+        score.run_score(config, run)
+    assert (run.root / "births").read_text() == "x" * 6
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
