@@ -174,6 +174,11 @@ def _load(engine: Any, folder: Path) -> Cursor:
             f"{folder}: a checkpoint of {part['workers']} workers cannot be resumed by {workers}; "
             f"set train.workers={part['workers']}, or fresh=true to start over"
         )
+    if engine.zero_nvme_offload_optimizer():  # DeepSpeed 0.19 gives back the weights, and new moments
+        raise UserError(
+            "train.offload=nvme: DeepSpeed cannot restore the optimizer from a checkpoint; "
+            "fresh=true starts over, with train.offload=cpu a training can go on"
+        )
     all_trained = all(parameter.requires_grad for parameter in engine.module.parameters())
     engine.load_checkpoint(str(folder), tag="state", load_module_strict=all_trained)
     _set_rng_state(torch.load(folder / f"rng_state_{dist.get_rank()}.pth", weights_only=True))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bdpo.packing import Tree, pack, pack_plain
+from bdpo.packing import Batch, Tree, pack, pack_plain
 from bdpo.tokens import EncodedPair
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class LogpsModel(nn.Module):
 
     The model keeps its parameters under its own names; its output head is replaced by a LogpsHead, with
     which it still answers calls of its own with logits. In models that are not in `SHARED_ROW_MODELS`
-    what follows the head is unknown, so their own logits are used, whole.
+    what follows the head is unknown, so their own logits are used: those of whole rows.
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int) -> None:
@@ -93,17 +93,40 @@ class LogpsModel(nn.Module):
         batch = pack(trees, config.hidden_size, flex) if self.shared_rows else pack_plain(trees)
         batch = batch.to(device)
         self.tokens_forwarded += batch.input_ids.numel()
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-        if batch.position_ids is not None:
-            inputs["position_ids"] = batch.position_ids
         if self.chunked:
+            inputs = {
+                "input_ids": batch.input_ids,
+                "attention_mask": batch.attention_mask,
+                "use_cache": False,
+            }
+            if batch.position_ids is not None:
+                inputs["position_ids"] = batch.position_ids
             hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)[batch.predictors]
             token_logps = self.model.get_output_embeddings()(hidden, batch.targets)
         else:
-            logits = self.model(**inputs).logits.flatten(0, 1)[batch.predictors]
-            token_logps = -F.cross_entropy(logits.float(), batch.targets, reduction="none")
+            token_logps = self._by_own_logits(batch)
         responses = sum(len(tree.responses) for tree in trees)
         return token_logps.new_zeros(responses).index_add(0, batch.responses, token_logps)
+
+    def _by_own_logits(self, batch: Batch) -> torch.Tensor:
+        """Log-probs of the targets; as many rows at a time as have a chunk of logits, one at least.
+
+        Where there is a backward to come all logits are kept for it, so all rows go at once.
+        """
+        rows, width = batch.input_ids.shape
+        chunk = max(1, CHUNK_ELEMENTS // (width * self.model.config.get_text_config().vocab_size))
+        logps = []
+        for some in torch.arange(rows).split(rows if torch.is_grad_enabled() else chunk):
+            first, last = int(some[0]), int(some[-1]) + 1
+            here = (batch.predictors >= first * width) & (batch.predictors < last * width)
+            masks = {
+                "input_ids": batch.input_ids[first:last],
+                "attention_mask": batch.attention_mask[first:last],
+            }
+            logits = self.model(**masks, use_cache=False).logits.flatten(0, 1)
+            predicted = logits[batch.predictors[here] - first * width].float()
+            logps.append(-F.cross_entropy(predicted, batch.targets[here], reduction="none"))
+        return torch.cat(logps)
 
 
 class LogpsHead(nn.Module):

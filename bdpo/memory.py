@@ -81,11 +81,16 @@ def model_shape(config: Config) -> tuple[PreTrainedConfig, str | None]:
     from transformers import AutoConfig
 
     model = config.model
-    if model.name_or_path == SANDBOX or (Path(model.name_or_path).expanduser() / "config.json").is_file():
+    local = (Path(model.name_or_path).expanduser() / "config.json").is_file()
+    if local or model.name_or_path == SANDBOX or "://" in model.name_or_path:
         return model_config(model), None
+    attention = {"attn_implementation": model.attn_implementation}
     try:
         return AutoConfig.from_pretrained(
-            model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
+            model.name_or_path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            **attention,
         ), None
     except (OSError, ValueError) as error:
         shape = dict(KNOWN_SHAPES.get(model.name_or_path, {}))
@@ -93,7 +98,8 @@ def model_shape(config: Config) -> tuple[PreTrainedConfig, str | None]:
             raise UserError(
                 f"model.name_or_path={model.name_or_path}: no config.json to be had ({first_line(error)})"
             ) from None
-    return AutoConfig.for_model(shape.pop("model_type"), **shape), "shape as bdpo knows it: hub out of reach"
+    known = AutoConfig.for_model(shape.pop("model_type"), **shape, **attention)
+    return known, "shape as bdpo knows it: hub out of reach"
 
 
 def memory_need(config: Config, shape: PreTrainedConfig) -> Need:

@@ -10,9 +10,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
 
 from bdpo.config import SANDBOX, Config, ModelConfig
 from bdpo.errors import UserError
@@ -101,16 +103,22 @@ def model_config(model: ModelConfig) -> PreTrainedConfig:
 
 
 def require_positions(config: Config) -> None:
-    """Make sure that the model has a position for each of `data.max_length` tokens.
+    """Make sure that the model has a position for each of `data.max_length` tokens, always the same one.
 
     Raises:
-        UserError: it has fewer.
+        UserError: it has fewer, or a long row would change what positions mean to all rows beside it.
     """
-    positions = getattr(model_config(config.model).get_text_config(), "max_position_embeddings", None)
-    if positions is not None and positions < config.data.max_length:
+    shape, wanted = model_config(config.model).get_text_config(), config.data.max_length
+    positions = getattr(shape, "max_position_embeddings", None)
+    rope = getattr(shape, "rope_parameters", None) or {}
+    for of_layers in [rope, *(each for each in rope.values() if isinstance(each, dict))]:
+        # Of these transformers asks the longest row of a batch.
+        if of_layers.get("rope_type") in ("dynamic", "longrope"):
+            positions = of_layers.get("original_max_position_embeddings") or positions
+    if positions is not None and positions < wanted:
         raise UserError(
-            f"data.max_length={config.data.max_length}: {config.model.name_or_path} has no more than "
-            f"{positions} positions; lower it"
+            f"data.max_length={wanted}: {config.model.name_or_path} has no more than {positions} positions "
+            "that mean the same in every batch; lower it"
         )
 
 
@@ -183,15 +191,27 @@ def _read_once(file: Path) -> str:
     status = file.stat()
     now = json_digest([status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino])
     kept = cache_folder() / "digests" / json_digest(str(file.resolve()))
-    with suppress(OSError, ValueError):
-        then, digest = kept.read_text(encoding="utf-8").split()
-        if then == now:
-            return digest
-    digest = sha256(file)
-    if time.time_ns() - status.st_mtime_ns > _SETTLED_NS:
-        with suppress(OSError):  # without a cache it is only slower
-            write_text(kept, f"{now} {digest}")
-    return digest
+    with _one_process(kept):
+        with suppress(OSError, ValueError):
+            then, digest = kept.read_text(encoding="utf-8").split()
+            if then == now:
+                return digest
+        digest = sha256(file)
+        if time.time_ns() - status.st_mtime_ns > _SETTLED_NS:
+            with suppress(OSError):  # without a cache it is only slower
+                write_text(kept, f"{now} {digest}")
+        return digest
+
+
+@contextmanager
+def _one_process(kept: Path) -> Iterator[None]:
+    """The actors of a node begin together: one reads, the others wait, if the cache can be written."""
+    with ExitStack() as held:
+        with suppress(OSError):
+            lock = kept.parents[1] / "locks" / kept.name
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(lock))
+        yield
 
 
 def json_digest(value: Any) -> str:

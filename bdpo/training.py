@@ -29,7 +29,6 @@ from bdpo.checkpoints import (
     Reported,
     Staging,
     load_first_whole,
-    none_whole,
     save_checkpoint,
 )
 from bdpo.config import Config, TrainConfig
@@ -162,7 +161,7 @@ def train(
     plan = TrainingPlan(pairs.lengths, config.train, config.seed)
     engine = build_engine(config, plan.total_steps, plan.warmup_steps)
     staging, log = Staging(run), MetricsLog(run.metrics)
-    cursor = _resume(engine, run, log, reported, config.train.save_steps)
+    cursor = _resume(engine, run, log, reported)
     while cursor.step < plan.total_steps:
         if rungs and cursor.step in rungs.steps and not _at_rung(engine, pairs, run, rungs, cursor.step):
             return
@@ -215,7 +214,7 @@ def train_step(engine: Any, data: TrainingPairs, plan: TrainingPlan, step: int) 
 @torch.no_grad()
 def evaluate(engine: Any, data: TrainingPairs) -> Metrics:
     """Metrics of held-out pairs, prefixed with `eval_`, the same on every worker."""
-    rank, workers, rows = dist.get_rank(), dist.get_world_size(), range(data.table.num_rows)
+    rank, workers, rows = dist.get_rank(), dist.get_world_size(), list(range(data.table.num_rows))
     sums: dict[str, torch.Tensor] = {}
     engine.eval()
     for indices in deal(rows, data.lengths, data.config.train.tokens_per_micro_batch, workers)[rank]:
@@ -236,18 +235,13 @@ def best_first(train: TrainConfig, reported: Sequence[Reported]) -> list[Checkpo
     return [r.checkpoint for r in reversed(by_score)]
 
 
-def _resume(
-    engine: Any, run: RunDir, log: MetricsLog, reported: Callable[[], Sequence[Reported]], save_steps: int
-) -> Cursor:
-    """Go on from the newest whole checkpoint and note that, or begin if none was ever reported."""
+def _resume(engine: Any, run: RunDir, log: MetricsLog, reported: Callable[[], Sequence[Reported]]) -> Cursor:
+    """Go on from the newest whole checkpoint and note that, or begin if there is none."""
     newest_first = sorted(reported(), key=lambda r: r.metrics["step"], reverse=True)
     cursor, name = Cursor(), None
     damaged: dict[str, str] = {}
     logged = log.read()
     dist.barrier()  # before the first worker shortens the log
-    # A checkpoint is committed before the next but one is begun.
-    if not newest_first and logged and logged[-1]["step"] > 2 * save_steps:
-        raise none_whole({})
     if newest_first:
         cursor, name, damaged = load_first_whole(engine, [r.checkpoint for r in newest_first])
     if dist.get_rank() == 0:

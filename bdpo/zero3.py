@@ -61,7 +61,6 @@ def build_engine(config: Config, total_steps: int, warmup_steps: int) -> Any:
         _require_async_io()
     import deepspeed
     import torch._dynamo  # a first import under zero.Init fails: it patches tensor creation
-    from transformers import get_scheduler
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     ds_config = deepspeed_config(config)
@@ -80,7 +79,7 @@ def build_engine(config: Config, total_steps: int, warmup_steps: int) -> Any:
         optimizer = torch.optim.AdamW(groups, config.train.learning_rate, fused=bool(config.train.offload))
     else:
         optimizer = _ClippingAdamW(groups, config.train.learning_rate, config.train.max_grad_norm)
-    scheduler = get_scheduler(config.train.lr_scheduler_type, optimizer, warmup_steps, total_steps)
+    scheduler = learning_rates(config.train.lr_scheduler_type, optimizer, warmup_steps, total_steps)
     engine, *_ = deepspeed.initialize(
         model=LogpsModel(model, config.data.max_length),
         optimizer=optimizer,
@@ -90,6 +89,17 @@ def build_engine(config: Config, total_steps: int, warmup_steps: int) -> Any:
     )
     engine.train()
     return engine
+
+
+def learning_rates(
+    kind: str, optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """`train.lr_scheduler_type` after a linear warmup."""
+    from transformers import get_scheduler
+
+    # What transformers calls constant has no warmup.
+    kind = "constant_with_warmup" if kind == "constant" else kind
+    return get_scheduler(kind, optimizer, warmup_steps, total_steps)
 
 
 def export(engine: Any, chat: ChatTokenizer, folder: Path) -> None:

@@ -65,9 +65,8 @@ def restore_checkpoints(
     Raises:
         UserError: none is whole, though one was there.
     """
-    found = [file for file in matching(folder, "checkpoint_*") if file.is_dir()]
-    wrong = {file.name: why for file in found if (why := why_incomplete(file))}
-    whole = [file for file in found if file.name not in wrong]
+    wrong = incomplete_checkpoints(folder)
+    whole = [file for file in _checkpoints(folder) if file.name not in wrong]
     if committed and not whole:
         raise none_whole(wrong)
     snapshot = folder / "checkpoint_manager_snapshot.json"
@@ -79,6 +78,15 @@ def restore_checkpoints(
         discard(snapshot)
     discard(*(folder / name for name in wrong))
     return len(whole), wrong
+
+
+def incomplete_checkpoints(folder: StoragePath) -> dict[str, str]:
+    """Names of the checkpoints in `folder` that are not whole, with what is wrong with each."""
+    return {file.name: why for file in _checkpoints(folder) if (why := why_incomplete(file))}
+
+
+def _checkpoints(folder: StoragePath) -> list[StoragePath]:
+    return [file for file in matching(folder, "checkpoint_*") if file.is_dir()]
 
 
 def _ray_list(metrics: dict[str, dict[str, Any]], train: TrainConfig) -> dict[str, Any]:

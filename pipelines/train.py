@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdpo.adapters import check_lora
+from bdpo.checkpoints import none_whole
 from bdpo.config import Config
 from bdpo.config.train import HOW_IT_RUNS
 from bdpo.errors import UserError
@@ -29,7 +30,7 @@ from bdpo.rungs import Rungs
 from bdpo.runs import Fingerprint, MetricsLog, RunDir, finished, read_manifest, write_manifest
 from bdpo.scoring import score_fingerprint
 from bdpo.selection import safety_account, training_rows
-from bdpo.storage import arrow_filesystem
+from bdpo.storage import arrow_filesystem, discard
 from bdpo.tracking import Tracking
 from pipelines.cli import connect, console, main, progress_bar, require
 from pipelines.plan import print_plan
@@ -113,7 +114,7 @@ def fit(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipelines.recovery import Recovery, final_cause, restore_checkpoints
+    from pipelines.recovery import Recovery, final_cause, incomplete_checkpoints, restore_checkpoints
 
     committed = _begin(config, run, fingerprint)
     whole, damaged = restore_checkpoints(run.train / "ray", committed, config.train)
@@ -152,6 +153,8 @@ def fit(
         trainer.fit()
     except TrainingFailedError as error:
         raise final_cause(error) from None
+    # What a worker that died had half copied: Ray's rotation does not know it.
+    discard(*(run.train / "ray" / name for name in incomplete_checkpoints(run.train / "ray")))
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -164,7 +167,6 @@ def train_worker(arguments: dict[str, Any]) -> None:
         report,
     )
 
-    from bdpo.checkpoints import none_whole
     from bdpo.training import train
 
     def report_in_background(folder: Path, metrics: dict[str, float]) -> None:
@@ -185,12 +187,15 @@ def _begin(config: Config, run: RunDir, fingerprint: Fingerprint) -> int | None:
     """Remember what this training was begun with; returns the step of its last committed checkpoint, if any.
 
     Raises:
-        UserError: it was begun with something else, or its checkpoints are of another number of workers.
+        UserError: it was begun with something else, nobody knows with what, or its checkpoints are of
+            another number of workers.
     """
     begun_file = run.train / "begun.json"
-    begun = finished(begun_file, fingerprint) or {}
-    committed: int | None = begun.get("committed")
-    if committed and begun["workers"] != config.train.workers:
+    begun = finished(begun_file, fingerprint)
+    if begun is None and MetricsLog(run.metrics).read():
+        raise none_whole({})  # nobody knows how the steps that are logged were made
+    committed: int | None = begun and begun.get("committed")
+    if begun and committed and begun["workers"] != config.train.workers:
         raise UserError(
             f"{run.train}: the checkpoints are of train.workers={begun['workers']} and cannot be resumed by "
             f"{config.train.workers}; set train.workers={begun['workers']}, or fresh=true to start over"

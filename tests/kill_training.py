@@ -205,7 +205,10 @@ def loaded_other_than(undisturbed: Path, run: Path) -> int:
 
 
 def assert_same_end(undisturbed: Path, run: Path) -> None:
-    """Weights and metrics are those of the undisturbed training."""
+    """Weights and metrics are those of the undisturbed training, and no checkpoint is left half written."""
+    from pipelines.recovery import incomplete_checkpoints  # imports Ray, which wants its environment first
+
+    assert not incomplete_checkpoints(run / "train" / "ray")
     digests = [sha256((folder / "model/model.safetensors").read_bytes()) for folder in (undisturbed, run)]
     assert digests[0].hexdigest() == digests[1].hexdigest()
     one, other = ([{**row, "tokens_per_second": 0} for row in rows(folder)] for folder in (undisturbed, run))

@@ -5,6 +5,7 @@ import torch
 from helpers import VOCABULARY, encoded_pairs, naive_logps
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bdpo import logps as logps_module
 from bdpo.logps import SHARED_ROW_MODELS, LogpsModel, pair_logps
 
 COMMON = {
@@ -52,3 +53,15 @@ def test_log_probs_are_those_of_the_models_own_logits(model_type):
     assert ours.shared_rows == (model_type in SHARED_ROW_MODELS)
     for logps, exact in zip(pair_logps(ours, PAIRS), naive, strict=True):
         torch.testing.assert_close(logps.double(), exact, rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_models_of_other_heads_make_the_logits_of_few_rows_at_a_time(monkeypatch):
+    model, rows = tiny("gemma2"), []
+    model.register_forward_hook(lambda module, inputs, output: rows.append(len(output.logits)))
+    expected = pair_logps(LogpsModel(model, max_length=128), PAIRS)
+    assert rows == [2 * len(PAIRS)]
+    monkeypatch.setattr(logps_module, "CHUNK_ELEMENTS", 1)
+    for some, whole in zip(pair_logps(LogpsModel(model, max_length=128), PAIRS), expected, strict=True):
+        torch.testing.assert_close(some, whole)
+    assert rows[1:] == [1] * 2 * len(PAIRS)

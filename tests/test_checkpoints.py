@@ -89,6 +89,7 @@ def resumed(request, scored, whole, tmp_path_factory):
     configs.append(interrupted("other workers", 2, by=3 - workers))
     configs.append(interrupted("evaluated more often", eval_steps=1))
     configs.append(interrupted("less memory", 2, tokens_per_micro_batch=64, gradient_checkpointing=True))
+    configs.append(interrupted("one held out", eval_fraction=0.04))
     configs.append(interrupted("held out differ"))
     change_held_out(folder / "held out differ", scored.seed)
     best = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
@@ -258,6 +259,17 @@ def test_evaluation_is_that_of_one_worker(whole):
     assert {name for name in one if name.startswith("eval_")} >= {"eval_loss", "eval_logps/chosen"}
     for name in one:
         assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_worker_without_a_held_out_pair_takes_part(resumed):
+    """One pair is held out; two workers say the same of it as its own rows."""
+    _, folder = resumed
+    assert not errors(folder / "one held out")
+    evaluated = [row for row in rows(RunDir(folder / "one held out")) if "eval_loss" in row]
+    assert evaluated
+    for row in evaluated:
+        margin = row["eval_rewards/margins"]
+        assert row["eval_loss"] == pytest.approx(math.log1p(math.exp(-margin)), rel=1e-5)
 
 
 def test_held_out_pairs_are_never_trained_on(whole, resumed):

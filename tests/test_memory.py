@@ -150,6 +150,16 @@ def test_of_a_model_with_lora_only_the_adapters_have_gradients_and_optimizer():
     assert need.parameters - adapters == memory.memory_need(config_of(name), shape_of(name)).parameters
 
 
+@pytest.mark.parametrize("name", memory.KNOWN_SHAPES)
+def test_a_micro_batch_of_a_known_shape_is_full(monkeypatch, name):
+    """In rows as the training makes them: a model that shares them has room for more pairs."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = config_of(name, data={"max_length": 1024, "max_prompt_length": 512}, tokens_per_micro_batch=8192)
+    shape, _ = memory.model_shape(config)
+    tokens = sum(tree.tokens(shared=True) for tree in memory._longest_pairs(config, shape))
+    assert 0.95 * 8192 < tokens <= 8192
+
+
 def test_a_gpu_that_is_too_small_is_refused_before_it_is_taken():
     small = config_of("Qwen/Qwen2-7B-Instruct", gpu_memory=79, workers=1)
     shape = shape_of("Qwen/Qwen2-7B-Instruct")

@@ -2,11 +2,16 @@
 
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from transformers import Gemma3TextConfig, LlamaConfig
 
-from bdpo.models import cache_folder, weights_digest
+from bdpo import models
+from bdpo.config import parse_config
+from bdpo.errors import UserError
+from bdpo.models import cache_folder, require_positions, weights_digest
 
 SIZE = 4 * 2**20
 
@@ -69,6 +74,13 @@ def test_weights_that_changed_just_now_are_not_kept(folder):
     assert not (cache_folder() / "digests").exists()
 
 
+def test_processes_that_begin_together_read_once(folder):
+    read = bytes_read()
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(weights_digest, [folder] * 4))) == 1
+    assert bytes_read() - read < 1.5 * SIZE
+
+
 def test_a_cache_that_cannot_be_used_is_done_without(folder, monkeypatch, tmp_path):
     first = weights_digest(folder)
     monkeypatch.setenv("BDPO_CACHE", str(folder / "config.json"))
@@ -77,3 +89,41 @@ def test_a_cache_that_cannot_be_used_is_done_without(folder, monkeypatch, tmp_pa
     for kept in (cache_folder() / "digests").iterdir():
         kept.write_text("half")
     assert weights_digest(folder) == first
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("shape", "positions"),
+    [
+        (LlamaConfig(max_position_embeddings=64), 64),
+        (LlamaConfig(max_position_embeddings=64, rope_parameters=DYNAMIC), 64),
+        (
+            LlamaConfig(
+                max_position_embeddings=256,
+                rope_parameters=DYNAMIC | {"original_max_position_embeddings": 64},
+            ),
+            64,
+        ),
+        (
+            Gemma3TextConfig(
+                max_position_embeddings=64,
+                rope_parameters={"full_attention": DYNAMIC, "sliding_attention": PLAIN},
+            ),
+            64,
+        ),
+    ],
+)
+def test_a_sequence_that_is_too_long_for_the_model_is_refused(monkeypatch, shape, positions):
+    """Also one that would give the positions of all rows beside it another meaning."""
+    monkeypatch.setattr(models, "model_config", lambda model: shape)
+
+    def of_length(length):
+        data = {"path": "p", "max_length": length, "max_prompt_length": 8}
+        return parse_config({"run_dir": "r", "model": {"name_or_path": "m"}, "data": data}, "test")
+
+    require_positions(of_length(positions))
+    with pytest.raises(UserError, match=rf"data.max_length={positions + 1}: m has no more than {positions}"):
+        require_positions(of_length(positions + 1))

@@ -121,6 +121,13 @@ def test_a_tree_costs_what_it_says(shapes):
         assert pack_plain([tree]).input_ids.numel() == tree.tokens(shared=False)
 
 
+def test_a_context_of_all_trees_is_there_once_a_row():
+    context = [1] * 20
+    trees = [Tree(context, [[2] * 5]) for _ in range(8)]
+    batch = pack(trees, 4096)
+    assert batch.input_ids.numel() == len(batch.input_ids) * 20 + 8 * 5
+
+
 def test_padding_of_safety_like_pairs():
     """Prompts of about 50 tokens, responses of about 125, both spread widely; two batch sizes."""
     rng = random.Random(0)

@@ -33,6 +33,9 @@ def test_workers_share_a_global_batch_in_equally_many_micro_steps(lengths, batch
     assert sorted(i for batches in dealt for batch in batches for i in batch) == sorted(plan.global_batch(0))
     for batch in (batch for batches in dealt for batch in batches):
         assert len(batch) <= 1 or max(lengths[i] for i in batch) * len(batch) <= budget
+    # Those that wait for each other cost about the same: all that cost more or less are of other micro-steps.
+    costs = [sum(lengths[i] for i in batches[number]) for number in range(len(dealt[0])) for batches in dealt]
+    assert costs == sorted(costs, reverse=True)
 
 
 def test_the_order_depends_on_seed_and_epoch():

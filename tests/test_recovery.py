@@ -1,11 +1,17 @@
 """Trainings on a Ray cluster that are killed, and failures that no retry would help."""
 
+import errno
 import json
 import shutil
 
 import pytest
 from helpers import invented_pairs, save_model, tiny_config, write_jsonl
 from kill_training import Nodes, checkpoints, kill_training, rows
+
+from bdpo.config import load_config
+from bdpo.errors import UserError
+from bdpo.runs import RunDir
+from pipelines.train import _begin
 
 TRAIN = {"workers": 2, "save_steps": 2, "num_train_epochs": 4}  # 12 steps
 
@@ -30,6 +36,26 @@ def account(inputs, nodes):
     """What the death of a worker, of the driver and of a node cost, one after the other."""
     kills = [("worker", "copy"), ("driver", "write"), ("node", "step")]
     return kill_training(nodes, inputs / "config.yaml", inputs, kills, 0, [])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_checkpoint_that_finds_no_room_in_the_run_folder_is_no_reason_to_try_again(tmp_path, number):
+    from pipelines.recovery import Recovery
+
+    with pytest.raises(UserError, match=r"the disk is full.*the same command goes on"):
+        Recovery(tmp_path / "begun.json").after_exception(None, {1: OSError(number, "")})
+    Recovery(tmp_path / "begun.json").after_exception(None, {1: OSError(errno.EIO, "")})
+
+
+def test_steps_of_which_nobody_knows_how_they_were_made_are_not_gone_on_from(inputs, tmp_path):
+    """Unlike those of a training that was killed before its first checkpoint, however far it came."""
+    config, run = load_config(inputs / "config.yaml"), RunDir(tmp_path)
+    assert _begin(config, run, {"seed": 0}) is None
+    run.metrics.write_text('{"step": 99}\n')
+    assert _begin(config, run, {"seed": 0}) is None
+    (run.train / "begun.json").unlink()
+    with pytest.raises(UserError, match="no checkpoint to go on from"):
+        _begin(config, run, {"seed": 0})
 
 
 def kept(run):

@@ -22,6 +22,7 @@ from bdpo.runs import RunDir
 from bdpo.scoring import ReferenceScorer
 from bdpo.tokens import load_tokenizer
 from bdpo.training import TrainingPairs
+from bdpo.zero3 import learning_rates
 
 PAIRS, STEPS = 22, 4  # batches of 8, 8, 6 and 8 pairs
 VARIANTS = {
@@ -114,6 +115,25 @@ def plain_loop(config):
             p.data.copy_(master)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     return losses, norms, {n.removeprefix("module."): p for n, p in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "falls"),
+    [
+        ("linear", lambda done: 1 - done),
+        ("cosine", lambda done: (1 + math.cos(math.pi * done)) / 2),
+        ("constant", lambda done: 1),
+    ],
+)
+def test_learning_rates(kind, falls):
+    """Risen to the full rate over 3 of 10 steps, then as the schedule's name says."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.5)
+    scheduler = learning_rates(kind, optimizer, 3, 10)
+    for step in range(10):
+        expected = 0.5 * (step / 3 if step < 3 else falls((step - 3) / 7))
+        assert scheduler.get_last_lr()[0] == pytest.approx(expected)
+        optimizer.step()
+        scheduler.step()
 
 
 @pytest.fixture(scope="module")
