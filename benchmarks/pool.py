@@ -5,18 +5,21 @@
 The pairs have the lengths of `benchmarks.scoring`, with words of the sandbox for their tokens. Counted from
 the moment that every actor has done its first shard, so actors are warm. On a machine that others use, the
 clock tells of them: the load before each pass is printed, and processor time counts all that the pass and
-Ray's own processes took.
+Ray's own processes took. What a second core of this machine is worth is measured by two plain loops side
+by side: two actors can gain no more.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,13 +79,13 @@ def main() -> None:
         sets[arguments.data.name] = from_file(arguments.data, arguments.pairs)
     rows = [
         "| data set | s/shard plain | Ray, 1 actor | **ratio** | CPU s plain | Ray | **ratio** "
-        "| 2 actors / 1 | padded/real | load before |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| 2 loops / 1 | 2 actors / 1 | padded/real | load before |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
         *(_row(name, pairs, arguments.shard_rows) for name, pairs in sets.items()),
         "",
         f"Best of {ROUNDS} rounds in turn, {os.cpu_count()} cores; seconds of the clock, then of processors. "
         "Load is that of the last minute, the passes before included: on free cores it is at most 2. "
-        "Where others load the machine, 2 actors / 1 says nothing.",
+        "2 loops / 1 is what a second core of this machine is worth without Ray.",
     ]
     print(*rows, sep="\n")
     write_section("Scoring: on a pool of actors", rows)
@@ -91,9 +94,10 @@ def main() -> None:
 def _row(name: str, pairs: list[EncodedPair], shard_rows: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         config, run = _prepared(Path(folder), pairs, shard_rows)
-        passes: dict[str, list[Pass]] = {"plain": [], "one": [], "two": []}
+        passes: dict[str, list[Pass]] = {"plain": [], "loops": [], "one": [], "two": []}
         for _ in range(ROUNDS):
             passes["plain"].append(plain(config, run))
+            passes["loops"].append(two_loops(config, run))
             passes["one"].append(on_ray(config, run, 1))
             passes["two"].append(on_ray(config, run, 2))
     clock = {way: min(one.seconds for one in of_way) for way, of_way in passes.items()}
@@ -102,7 +106,8 @@ def _row(name: str, pairs: list[EncodedPair], shard_rows: int) -> str:
     return (
         f"| {name}, {len(pairs)} pairs | {clock['plain']:.2f} | {clock['one']:.2f} "
         f"| **{clock['one'] / clock['plain']:.2f}** | {cpu['plain']:.2f} | {cpu['one']:.2f} "
-        f"| **{cpu['one'] / cpu['plain']:.2f}** | {clock['one'] / clock['two']:.2f} × "
+        f"| **{cpu['one'] / cpu['plain']:.2f}** | {clock['plain'] / clock['loops']:.2f} × "
+        f"| {clock['one'] / clock['two']:.2f} × "
         f"| {passes['plain'][0].padded:.3f} | {loads} |"
     )
 
@@ -144,12 +149,30 @@ def _prepared(folder: Path, pairs: list[EncodedPair], shard_rows: int) -> tuple[
 def plain(config: Config, run: RunDir) -> Pass:
     """One ShardScorer, shard after shard, in this process."""
     load, missing = _start(config, run)
+    return _pass(config, run, *_loop(config, run, missing), load)
+
+
+def two_loops(config: Config, run: RunDir) -> Pass:
+    """Two of them, each with every other shard in a process of its own."""
+    load, missing = _start(config, run)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
+        loops = processes.map(_loop, [config] * 2, [run] * 2, [missing[::2], missing[1::2]])
+        shards = [shard for done, cpu in loops for shard in zip(done, cpu, strict=True)]
+    shards.sort(key=lambda shard: shard[0]["ended"])
+    return _pass(config, run, [shard for shard, _ in shards], [cpu for _, cpu in shards], load)
+
+
+def _loop(
+    config: Config, run: RunDir, shards: list[tuple[int, int]]
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """What the scorer said of each shard, and the processor time then."""
+    torch.set_num_threads(1)
     scorer = TimedScorer(config, run.root, score_fingerprint(config, run), "cpu")
     done, cpu = [], []
-    for first, rows in missing:
+    for first, rows in shards:
         done.append(scorer({"first": first, "rows": rows}))
         cpu.append(time.process_time())
-    return _pass(config, run, done, cpu, load)
+    return done, cpu
 
 
 def on_ray(config: Config, run: RunDir, actors: int) -> Pass:
