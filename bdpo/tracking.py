@@ -69,7 +69,7 @@ class _WandB:
 
         number = _remembered(run, "wandb", lambda: uuid.uuid4().hex)
         folder = run.train if isinstance(run.train, Path) else Path(tempfile.mkdtemp(prefix="bdpo-wandb-"))
-        settings = wandb.Settings(console="off", silent=True, x_disable_meta=True)
+        settings = wandb.Settings(console="off", silent=True, x_disable_meta=True, x_save_requirements=False)
         self.run = wandb.init(dir=folder, name=run.root.name, id=number, resume="allow", settings=settings)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -87,6 +87,8 @@ class _MLflow:
         from mlflow import MlflowClient
         from mlflow.entities import Metric
 
+        if "MLFLOW_TRACKING_URI" not in os.environ:  # its own default is a database in the working folder
+            raise ValueError("set MLFLOW_TRACKING_URI")
         self.metric, self.client = Metric, MlflowClient()
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "bdpo")
 

@@ -6,6 +6,7 @@ DeepSpeed is imported inside functions: it picks its accelerator and patches tor
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from bdpo.adapters import add_lora
 from bdpo.config import Config, TrainConfig
 from bdpo.errors import UserError
 from bdpo.logps import LogpsModel
-from bdpo.models import load_model, model_folder
+from bdpo.models import json_digest, load_model, model_folder
 from bdpo.storage import cache_folder
 from bdpo.tokens import ChatTokenizer
 
@@ -161,7 +162,8 @@ def _choose_accelerator() -> None:
     if torch.cuda.is_available():
         return
     os.environ["DS_ACCELERATOR"] = "cpu"
-    folder = cache_folder() / "torch_extensions"
+    # An op is built against one torch: of two environments each would build it anew for the other.
+    folder = cache_folder() / "torch_extensions" / json_digest([sys.prefix, torch.__version__])
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     from deepspeed.comm.torch import build_shm_op

@@ -1,10 +1,13 @@
-"""Trackers follow metrics.jsonl: read back with TensorBoard's own reader, each step is there once."""
+"""Trackers follow metrics.jsonl: read back from what they wrote, each step is there once."""
 
 import json
 import sys
 
 import pytest
+import wandb
+from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto.wandb_internal_pb2 import Record
 
 from bdpo.config import parse_config
 from bdpo.errors import UserError
@@ -65,6 +68,67 @@ def test_every_step_is_there_once_after_a_worker_resumed_and_a_second_command(ru
     append(run, 5, 6, 7)
     tracking.close()
     assert [step for step, _ in events(run, "loss")] == list(range(1, 8))
+
+
+def track_by_two_commands(run, name):
+    """The second goes on from an earlier checkpoint than the first came to."""
+    append(run, 1, 2, 3)
+    for steps in ((), (3, 4)):
+        MetricsLog(run.metrics).keep(3 if not steps else 2)
+        tracking = Tracking(config_of(run, name), run)
+        tracking.follow()
+        append(run, *steps)
+        tracking.close()
+        assert name in tracking.trackers  # it has not failed
+
+
+def test_mlflow_has_every_step_once(run, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{run.root.parent}/mlflow.db")
+    track_by_two_commands(run, "mlflow")
+    (there,) = MlflowClient().search_runs([MlflowClient().get_experiment_by_name("bdpo").experiment_id])
+    assert (there.info.run_name, there.info.status, there.data.params) == ("run", "FINISHED", {})
+    for name in ("loss", "rewards/margins"):
+        points = MlflowClient().get_metric_history(there.info.run_id, name)
+        assert [(p.step, p.value) for p in points] == [(s, row(s)[name]) for s in range(1, 5)]
+
+
+def test_mlflow_without_a_server_writes_no_database_anywhere(run, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UserError, match=r"mlflow cannot be started \(set MLFLOW_TRACKING_URI\)"):
+        Tracking(config_of(run, "mlflow"), run)
+
+
+def test_weights_and_biases_has_every_step_once(run, monkeypatch):
+    """Offline: what `wandb sync` would send, one file a command."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    track_by_two_commands(run, "wandb")
+    wandb.teardown()  # what the end of a process does: its service writes what it still has
+    first, second = (list(sent(file)) for file in sorted(run.train.glob("wandb/offline-*/*.wandb")))
+    for records, steps in ((first, range(1, 4)), (second, range(1, 5))):
+        assert {record.run.run_id for record in records if record.HasField("run")} == {
+            (run.train / "wandb.id").read_text()
+        }
+        logged = [
+            {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            for record in records
+            if record.HasField("history")
+        ]
+        assert [line["_step"] for line in logged] == list(steps)
+        assert [line["loss"] for line in logged] == [row(step)["loss"] for step in steps]
+
+
+def sent(file):
+    """Records of an offline run: after seven bytes, each behind checksum (4), length (2) and kind (1)."""
+    content, at = file.read_bytes(), 7
+    while at + 7 <= len(content):
+        length = int.from_bytes(content[at + 4 : at + 6], "little")
+        record = Record()
+        record.ParseFromString(content[at + 7 : at + 7 + length])
+        yield record
+        at += 7 + length
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
