@@ -117,6 +117,17 @@ def memory_need(config: Config, shape: PreTrainedConfig) -> Need:
     return Need(parameters, gpu, host)
 
 
+def checkpoint_bytes(config: Config, shape: PreTrainedConfig) -> int:
+    """What the parts of all workers hold together, as much as `states` keeps of what is trained.
+
+    The parameter itself, AdamW's two moments and, from stage 1 on, a float32 copy; no gradients.
+    """
+    model = _meta_model(config, shape, shape.num_hidden_layers)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = 2 if config.model.dtype == "bfloat16" else 4
+    return trainable * (size + (12 if config.train.zero_stage else 8))
+
+
 def states(config: Config, parameters: int, trainable: int) -> tuple[dict[str, int], dict[str, int]]:
     """(on the GPU, offloaded): what DeepSpeed holds between steps, and its buffers, in bytes a worker.
 

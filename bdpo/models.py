@@ -40,7 +40,7 @@ def model_folder(model: ModelConfig) -> Path:
         return sandbox_folder(sandbox_seed(model)) / "model"
     folder = Path(model.name_or_path).expanduser()
     if "://" in model.name_or_path:
-        folder = fetched_folder(model.name_or_path, "model.name_or_path")
+        folder = fetched(model.name_or_path, "model.name_or_path")
     elif not folder.is_dir():
         folder = hub_snapshot(model.name_or_path, model.revision, "model.name_or_path")
     if not (folder / "config.json").is_file():
@@ -225,8 +225,8 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def fetched_folder(url: str, key: str) -> Path:
-    """The cached copy of a folder on object storage; `key` is what an error names.
+def fetched(url: str, key: str) -> Path:
+    """The cached copy of a folder or file on object storage; `key` is what an error names.
 
     Raises:
         UserError: there is none, or it cannot be read.

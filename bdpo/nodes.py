@@ -7,8 +7,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from bdpo.runs import RunDir
 from bdpo.storage import error_line
@@ -20,7 +23,8 @@ PACKAGES = ("ray", "torch", "transformers", "deepspeed", "pyarrow")
 class NodeFacts:
     """One node: its address, versions by package, names of environment variables, free disk, GPUs.
 
-    `storage_error` is what failed when it read what the driver had written to the run folder.
+    `missing` are the files of the driver that it does not have, `storage_error` is what failed when it read
+    what the driver had written to the run folder.
     """
 
     address: str
@@ -29,10 +33,11 @@ class NodeFacts:
     variables: frozenset[str]
     scratch_gib: float
     gpu_gib: tuple[float, ...]
+    missing: tuple[str, ...]
     storage_error: str | None
 
 
-def node_facts(address: str, run_dir: str | None, nonce: str) -> NodeFacts:
+def node_facts(address: str, run_dir: str | None, nonce: str, files: Sequence[str]) -> NodeFacts:
     """Run on a node: look around, and answer the driver's note in the run folder with one of its own."""
     return NodeFacts(
         address,
@@ -41,6 +46,7 @@ def node_facts(address: str, run_dir: str | None, nonce: str) -> NodeFacts:
         frozenset(os.environ),
         shutil.disk_usage(tempfile.gettempdir()).free / 2**30,
         _gpu_gib(),
+        tuple(file for file in files if not Path(file).expanduser().exists()),
         _storage_error(RunDir(run_dir), nonce) if run_dir else "was not asked",
     )
 
@@ -64,9 +70,17 @@ def _version(package: str) -> str:
 
 
 def _gpu_gib() -> tuple[float, ...]:
-    """Memory of each GPU; the driver's tool sees those that Ray hides from a task without GPUs."""
-    if shutil.which("nvidia-smi") is None:
-        return ()
+    """Memory of each GPU; the driver's tool sees those that Ray hides from a task without GPUs.
+
+    One that is not known is left out: a tool without its driver, or a GPU that shares the host's memory.
+    """
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    shown = subprocess.run(query, capture_output=True, text=True, timeout=30)  # noqa: S603
-    return tuple(float(line) / 1024 for line in shown.stdout.split())
+    try:
+        shown = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    found = []
+    for line in shown.stdout.splitlines():
+        with suppress(ValueError):
+            found.append(float(line) / 1024)
+    return tuple(found)

@@ -14,28 +14,32 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import requests
 from jinja2 import TemplateError
 
 from bdpo.adapters import check_lora
-from bdpo.config import Config, DataConfig, worker_range
+from bdpo.config import Config, DataConfig, TrainConfig, TuneConfig, worker_range
 from bdpo.data import DETECT_ROWS, format_of
 from bdpo.errors import UserError
 from bdpo.evaluation import load_items
 from bdpo.formats import FORMATS, BadRow, Excluded, Pair
-from bdpo.memory import GIB, gpu_memory, memory_need, model_shape, refuse_too_little
+from bdpo.memory import GIB, checkpoint_bytes, gpu_memory, memory_need, model_shape, refuse_too_little
 from bdpo.models import model_config
 from bdpo.nodes import NodeFacts
 from bdpo.plan import outline
 from bdpo.runs import RunDir, read_manifest
+from bdpo.search import check_measures, check_space
 from bdpo.sources import Unreadable, read_rows
 from bdpo.status import expected_pairs
-from bdpo.storage import error_line, write_bytes
+from bdpo.storage import cache_folder, error_line, write_bytes
 from bdpo.tokens import ChatTokenizer, EncodedPair, Message, PromptTooLong, encode_pair, load_tokenizer
 
 AUDITED_PAIRS = 10
+SPARE_GIB = 5
+"""Of each node's temporary folder, for Ray's logs and the objects that it spills."""
 
 
 class Doubt(str):
@@ -205,6 +209,16 @@ def check_storage(config: Config, run: RunDir) -> str:
     return f"run_dir={run.root}: written and read"
 
 
+def check_search(config: Config, run: RunDir) -> str:
+    """What `tune.search` would vary can be varied, and what it goes by is measured."""
+    tune = config.tune
+    if tune == TuneConfig():
+        return "no section tune"
+    check_space(config)
+    check_measures(config)
+    return f"{', '.join(tune.space)} for {tune.metric}, bound by {tune.constraint}"
+
+
 def check_judge(config: Config, run: RunDir) -> str:
     """An endpoint that judges answers at all; whether it takes the key is seen at the first verdict."""
     evaluate = config.evaluate
@@ -226,7 +240,23 @@ LOCAL_CHECKS: dict[str, Check] = {
     "batches": check_batches,
     "storage": check_storage,
     "judge": check_judge,
+    "search": check_search,
 }
+
+
+def files_on_nodes(config: Config) -> list[str]:
+    """Models and benchmarks that the config names in folders of this machine: every node reads them too.
+
+    What lies in the cache folder a node makes for itself.
+    """
+    evaluate = config.evaluate
+    named = [config.model.name_or_path, evaluate.adapter, *evaluate.jailbreak_paths]
+    named += [evaluate.strongreject_path, evaluate.xstest_path, evaluate.prefill_path, evaluate.simpleqa_path]
+    if evaluate.judge == "finetuned":
+        named.append(evaluate.judge_model)
+    here = {name: Path(name).expanduser() for name in named if name}
+    cache = cache_folder().resolve()
+    return [n for n, path in here.items() if path.exists() and not path.resolve().is_relative_to(cache)]
 
 
 def check_nodes_alike(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
@@ -264,6 +294,17 @@ def check_shared(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str
     return f"run_dir={run.root}: seen by {len(nodes)} nodes"
 
 
+def check_files(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
+    """Models and benchmarks in folders are on every node."""
+    for node in nodes:
+        if node.missing:
+            raise UserError(
+                f"node {node.address} has no {', '.join(node.missing)}; put it into a folder that is mounted "
+                "on every node, or copy it there"
+            )
+    return f"{len(files_on_nodes(config))} named, on every node"
+
+
 def check_key(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
     """Where a judge wants a key, the nodes have it."""
     name = config.evaluate.judge_api_key_env
@@ -279,24 +320,44 @@ def check_key(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
 
 
 def check_scratch(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
-    """Room for a checkpoint on its way to the run folder: weights, gradients' master copy and moments."""
+    """Room for a checkpoint on its way to the run folder, on each node for the part of its workers."""
+    checkpoint = checkpoint_bytes(config, model_shape(config)[0]) / GIB
+    for node in nodes:
+        need = SPARE_GIB + checkpoint * _share(config.train, node)
+        if node.scratch_gib < need:
+            return Doubt(
+                f"node {node.address}: {node.scratch_gib:.1f} GiB free in its temporary folder, where a "
+                f"checkpoint may want {need:.1f}; set TMPDIR to a larger disk there"
+            )
     free = min(node.scratch_gib for node in nodes)
-    if free < 5:
-        return Doubt(f"{free:.1f} GiB free in a node's temporary folder; set TMPDIR to a larger disk there")
-    return f"{free:.0f} GiB or more free in every node's temporary folder"
+    return f"{free:.0f} GiB or more free in every node's temporary folder; a checkpoint is {checkpoint:.1f}"
+
+
+def _share(train: TrainConfig, node: NodeFacts) -> float:
+    """The part of the workers that may be on a node."""
+    if not train.gpus_per_worker:
+        return 1.0
+    return min(1.0, len(node.gpu_gib) / train.gpus_per_worker / train.workers)
 
 
 def check_memory(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
-    """The training fits the smallest GPU of the nodes that are up, or `train.gpu_memory`."""
-    if config.train.gpus_per_worker == 0:
+    """The training fits `train.gpu_memory`, or the smallest GPU of the nodes that are up."""
+    train = config.train
+    if train.gpus_per_worker == 0:
         return "no GPU is asked for"
     need = memory_need(config, model_shape(config)[0])
-    there = [gib * GIB for node in nodes for gib in node.gpu_gib]
-    known = gpu_memory(config.train) or min(there, default=None)
+    smallest = min((gib * GIB for node in nodes for gib in node.gpu_gib), default=None)
+    # Nodes do not tell which of their GPUs are of the accelerator type.
+    known = gpu_memory(train) or (None if train.accelerator_type else smallest)
     refuse_too_little(config, need, known)
     found = f"{need.gpu_total / GIB:.1f} GiB of each GPU"
     if known is None:
-        return Doubt(f"{found}: no node with a GPU is up to compare; set train.gpu_memory")
+        return Doubt(f"{found}: nothing is known of the GPUs to compare; set train.gpu_memory")
+    if smallest is not None and smallest < need.gpu_total and train.accelerator_type is None:
+        return Doubt(
+            f"{found}, and some that are up have {smallest / GIB:.0f}: training may get those; set "
+            "train.accelerator_type to keep it off them"
+        )
     return f"{found}, which has {known / GIB:.0f}"
 
 
@@ -304,6 +365,7 @@ NODE_CHECKS: dict[str, Check] = {
     "versions": check_nodes_alike,
     "token": check_token,
     "shared storage": check_shared,
+    "files": check_files,
     "judge's key": check_key,
     "scratch": check_scratch,
     "GPU memory": check_memory,

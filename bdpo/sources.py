@@ -1,7 +1,8 @@
 """Where raw rows come from: JSON, JSONL, Parquet, CSV, a folder or hub name for `datasets`.
 
-Rows are numbered from 1: the line of a JSONL file, else the position in the source. JSONL, Parquet and
-`datasets` are streamed; JSON and CSV are read whole. What the rows mean is left to `bdpo.formats`.
+A file or folder may lie on object storage: then its local copy is read. Rows are numbered from 1: the line
+of a JSONL file, else the position in the source. JSONL, Parquet and `datasets` are streamed; JSON and CSV are
+read whole. What the rows mean is left to `bdpo.formats`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 
 from bdpo.config import DataConfig
 from bdpo.errors import UserError
-from bdpo.models import first_line
+from bdpo.models import fetched, first_line
 
 
 @dataclass(frozen=True)
@@ -43,27 +44,35 @@ def read_rows(config: DataConfig) -> Iterator[NumberedRow]:
     Raises:
         UserError: the source is missing, empty, of an unknown kind, or damaged as a whole.
     """
-    path = Path(config.path)
     count = 0
     try:
-        for count, row in enumerate(_open(path, config), 1):  # noqa: B007 (count is used below)
+        for count, row in enumerate(_open(local_source(config), config), 1):  # noqa: B007 (count is used below)
             yield row
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"data.path={path}: cannot be read after row {count} ({reason})") from None
+        raise UserError(f"data.path={config.path}: cannot be read after row {count} ({reason})") from None
     if not count:
-        raise UserError(f"data.path={path}: is empty, there are no rows")
+        raise UserError(f"data.path={config.path}: is empty, there are no rows")
+
+
+def local_source(config: DataConfig) -> Path:
+    """`data.path` on this machine: a URL's cached copy; a hub name stays what it is.
+
+    Raises:
+        UserError: nothing can be read at the URL.
+    """
+    return fetched(config.path, "data.path") if "://" in config.path else Path(config.path)
 
 
 def _open(path: Path, config: DataConfig) -> Iterator[NumberedRow]:
     if path.is_file():
         if path.suffix not in _READERS:
-            raise UserError(f"data.path={path}: unknown suffix, wants one of {' '.join(_READERS)}")
+            raise UserError(f"data.path={config.path}: unknown suffix, wants one of {' '.join(_READERS)}")
         return _READERS[path.suffix](path) if path.stat().st_size else iter(())
     may_be_hub_name = path.suffix not in _READERS and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.path)
     if path.exists() or may_be_hub_name:
         return _datasets(path, config)
-    raise UserError(f"data.path={path}: no such file or folder")
+    raise UserError(f"data.path={config.path}: no such file or folder")
 
 
 def _json(file: Path) -> Iterator[NumberedRow]:
@@ -145,17 +154,19 @@ def _datasets(path: Path, config: DataConfig) -> Iterator[NumberedRow]:
 
     try:
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            data = datasets.load_from_disk(config.path)
+            data = datasets.load_from_disk(str(path))
             data = data if isinstance(data, datasets.Dataset) else data[config.split]
         else:
-            data = datasets.load_dataset(config.path, split=config.split)
+            data = datasets.load_dataset(str(path), split=config.split)
     except KeyError:
-        raise UserError(f"data.split={config.split}: data.path={path} has only {', '.join(data)}") from None
+        raise UserError(
+            f"data.split={config.split}: data.path={config.path} has only {', '.join(data)}"
+        ) from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         # Arrow's own messages quote the row that it cannot parse.
         why = type(error).__name__ if isinstance(error, pa.ArrowInvalid) else first_line(error)
         raise UserError(
-            f"data.path={path}: no such file, and as a data set of split {config.split} it cannot be "
+            f"data.path={config.path}: no such file, and as a data set of split {config.split} it cannot be "
             f"loaded ({why})"
         ) from None
     tables = data.with_format("arrow").iter(batch_size=1024)

@@ -166,29 +166,48 @@ def upload(folder: Path, to: UPath) -> None:
 
 
 def fetch(path: StoragePath) -> Path:
-    """The local copy of a folder: itself, or its download into the machine's cache.
+    """The local copy of a folder or file: itself, or its download into the machine's cache.
 
-    The copy is kept under a digest of names, sizes and etags, so that a model is downloaded once a
-    machine and a changed one again.
+    A copy is kept under digests of its URL and of names, sizes and etags: a model is downloaded once a
+    machine, and a changed one again, in place of the copy before.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such folder or file.
     """
     if isinstance(path, Path):
         return path
-    found: dict[str, dict[str, Any]] = path.fs.find(path.path, detail=True)
+    if path.fs.isfile(path.path):
+        parent, found = path.parent.path, {path.path: path.fs.info(path.path)}
+    else:
+        parent, found = path.path, path.fs.find(path.path, detail=True)
     if not found:
-        raise FileNotFoundError(f"{path}: no such folder")
-    names = {name: name.removeprefix(path.path).lstrip("/") for name in found}
+        raise FileNotFoundError(f"{path}: no such folder or file")
+    names = {name: name.removeprefix(parent).lstrip("/") for name in found}
     versions = sorted((names[name], info["size"], _version(info)) for name, info in found.items())
-    key = hashlib.sha256(json.dumps([str(path), versions]).encode()).hexdigest()[:32]
-    copy = cache_folder() / "fetched" / key
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{copy}.lock"):
+    copies = _copies(path)
+    copy = copies / _digest(json.dumps(versions))
+    copies.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{copies}.lock"):
         if not copy.is_dir():
+            discard(*copies.iterdir())
             with whole_folder(copy) as folder:
                 path.fs.get(list(names), [str(folder / name) for name in names.values()])
-    return copy
+    return copy / path.name if path.path in found else copy
+
+
+def forget(path: StoragePath) -> None:
+    """Remove what `fetch` keeps of a folder or file on object storage; one of this machine is no copy."""
+    if not isinstance(path, Path):
+        discard(_copies(path))
+
+
+def _copies(path: UPath) -> Path:
+    """Where the copy of a URL is kept, in a folder that is called after its version."""
+    return cache_folder() / "fetched" / _digest(str(path))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _version(info: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ from bdpo.evaluation.reading import chosen_models, read_evaluation
 from bdpo.evaluation.summary import comparison_table, invalid_lines, summarise
 from bdpo.runs import Fingerprint, RunDir, finished, write_manifest
 from bdpo.shards import ShardStore
-from bdpo.storage import StoragePath, write_parquet
+from bdpo.storage import StoragePath, forget, write_parquet
 from pipelines.cli import connect, console, exit_codes, main, progress_bar, require
 from pipelines.pool import consume, on_pool, run_here, shard_dataset
 
@@ -73,6 +73,8 @@ def evaluate_model(config: Config, run: RunDir, name: str, here: bool = False) -
         write_parquet(scores_file, table)
         seconds = time.perf_counter() - started
         summary = write_manifest(summary_file, scores.fingerprint, seconds=seconds, **summarise(table))
+    if here:
+        forget(run.model)  # the next rung has another
     capability = _capability(config, run, name, model, fingerprint)
     return {**summary, "capability": capability} if capability else summary
 

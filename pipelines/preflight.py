@@ -18,6 +18,7 @@ import uuid
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -25,7 +26,7 @@ from bdpo.config import Config, load_config, worker_range
 from bdpo.config.secrets import looks_secret
 from bdpo.errors import UserError
 from bdpo.losses import REFERENCE_FREE
-from bdpo.models import with_sandbox_files
+from bdpo.models import first_line, with_sandbox_files
 from bdpo.nodes import NodeFacts, node_facts
 from bdpo.preflight import (
     LOCAL_CHECKS,
@@ -35,6 +36,7 @@ from bdpo.preflight import (
     Finding,
     examine,
     expected_hours,
+    files_on_nodes,
     measure_throughput,
 )
 from bdpo.runs import RunDir
@@ -42,7 +44,11 @@ from bdpo.storage import write_text
 from bdpo.tokens import with_template
 from pipelines.cli import cluster_nodes, connect, console, exit_codes, require
 
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
 MAX_UPLOAD_MIB = 100  # Ray's own limit is 512
+ANSWER_SECONDS = 120  # a node imports what the stages do before it answers
 _SHOWN = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[bold red]error[/]"}
 
 
@@ -55,7 +61,7 @@ def refuse_what_does_not_fit(config: Config, run: RunDir) -> None:
     connect()
     for check in _stage_checks(config).values():
         check(config, run)
-    nodes = ask_nodes(run)
+    nodes, _ = ask_nodes(config, run)
     if len(nodes) > 1:
         for check in NODE_CHECKS.values():
             check(config, run, nodes)
@@ -67,7 +73,11 @@ def preflight(config: Config, run: RunDir, throughput: float | None, measure: bo
     connect()
     findings += examine(_stage_checks(config), config, run)
     storage_works = all(found.level != "error" for found in findings if found.check == "storage")
-    findings += examine(NODE_CHECKS, config, run, ask_nodes(run if storage_works else None))
+    nodes, silent = ask_nodes(config, run if storage_works else None)
+    if silent:
+        text = f"no answer from {', '.join(silent)}: they are left out, and so they may be of the run"
+        findings.append(Finding("nodes", "warning", text))
+    findings += examine(NODE_CHECKS, config, run, nodes)
     if all(found.level != "error" for found in findings):
         findings += examine({"time": _time}, config, run, throughput, measure)
     return findings
@@ -96,28 +106,58 @@ def _stage_checks(config: Config) -> dict[str, Check]:
     return {stage: check(stage) for stage in stages}
 
 
-def ask_nodes(run: RunDir | None) -> list[NodeFacts]:
-    """The facts of every node that is up, each told by a task on it that takes no resources."""
+def ask_nodes(config: Config, run: RunDir | None) -> tuple[list[NodeFacts], list[str]]:
+    """The facts of every node that is up, each told by a task on it that takes no resources.
+
+    Beside them the addresses of those that do not answer: one that died is listed for a while.
+
+    Raises:
+        UserError: none answers, or one cannot run the task.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nonce = uuid.uuid4().hex
+    nonce, files = uuid.uuid4().hex, files_on_nodes(config)
     root = str(run.root) if run else None
     note = run.root / f".preflight-{nonce}" if run else None
     if note:
         write_text(note, nonce)
     try:
         task = ray.remote(num_cpus=0, max_retries=0)(node_facts)
-        pending = []
+        asked = {}
         for node in ray.nodes():
             if node["Alive"]:
                 here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 address = f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"
-                pending.append(task.options(scheduling_strategy=here).remote(address, root, nonce))
-        return list(ray.get(pending, timeout=120))
+                asking = task.options(scheduling_strategy=here)
+                asked[asking.remote(address, root, nonce, files)] = address
+        return _answers(asked)
     finally:
         if note:
             note.unlink()
+
+
+def _answers(asked: dict[ObjectRef[NodeFacts], str]) -> tuple[list[NodeFacts], list[str]]:
+    """What came within `ANSWER_SECONDS`, and the addresses of the others."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
+    nodes, silent = [], []
+    for answer, address in asked.items():
+        try:
+            nodes.append(ray.get(answer, timeout=1))
+        except RayTaskError as error:
+            raise UserError(
+                f"node {address}: cannot run a task ({first_line(error.cause)}); run its setup commands again"
+            ) from None
+        except RayError:
+            silent.append(address)
+    if not nodes:
+        raise UserError(
+            f"none of {', '.join(silent)} answers: is the cluster up? `ray status` shows its nodes"
+        )
+    return nodes, silent
 
 
 def _time(config: Config, run: RunDir, throughput: float | None, measure: bool) -> str:

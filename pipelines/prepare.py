@@ -10,6 +10,7 @@ from bdpo.data import prepare
 from bdpo.models import files_digest, require_positions
 from bdpo.runs import Fingerprint, RunDir, finished, write_manifest
 from bdpo.selection import require_labels
+from bdpo.sources import local_source
 from bdpo.storage import matching
 from bdpo.tokens import load_tokenizer, tokenizer_fingerprint
 from pipelines.cli import console, progress_bar
@@ -50,7 +51,7 @@ def account_line(account: dict[str, Any]) -> str:
 
 def _fingerprint(config: Config) -> Fingerprint:
     data = config.data
-    source = Path(data.path)
+    source = local_source(data)
     return {
         "data.path": files_digest(sorted(source.rglob("*.*")), source)
         if source.is_dir()

@@ -117,19 +117,27 @@ class Nodes:
                 said.append(requests.get(f"http://{target}/metrics", timeout=60).text)
         return "".join(said)
 
+    @contextmanager
     def submitting(
         self, *command: str, options: Sequence[str] = (), **environment: str
-    ) -> subprocess.Popen[str]:
-        """`ray job submit --working-dir . -- command`; all that it prints is its stdout."""
+    ) -> Iterator[subprocess.Popen[str]]:
+        """`ray job submit --working-dir . -- command`; all that it prints is its stdout.
+
+        It ends with the block: a test that failed does not wait for a job that hangs.
+        """
         arguments = [*RAY, "job", "submit", f"--address={self.url}", "--working-dir=.", *options, "--"]
-        return subprocess.Popen(
+        with subprocess.Popen(
             [*arguments, *command],
             cwd=ROOT,
             env={**self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-        )
+        ) as job:
+            try:
+                yield job
+            finally:
+                job.kill()
 
     def submit(self, *command: str, options: Sequence[str] = (), **environment: str) -> tuple[int, str]:
         """The same to its end: exit code and what it printed."""

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+import fsspec
+
 SECRET = "planted-secret-access-key"
 BUCKET = "bdpo-tests"
 
@@ -36,6 +38,7 @@ def s3_server() -> Iterator[str]:
             import boto3
 
             boto3.client("s3").create_bucket(Bucket=BUCKET)
+            fsspec.get_filesystem_class("s3").clear_instance_cache()  # one may be of a server before
             yield f"s3://{BUCKET}"
     finally:
         process.kill()

@@ -24,7 +24,7 @@ from bdpo.errors import UserError
 from bdpo.runs import RunDir
 from bdpo.sandbox import sandbox_folder
 from bdpo.status import run_status
-from bdpo.storage import storage_path
+from bdpo.storage import storage_path, write_bytes
 
 pytestmark = pytest.mark.ray
 
@@ -34,23 +34,25 @@ PAIRS, STEPS, ITEMS = 240, 16, 16
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, bucket):
-    """The sandbox with a word planted in every text, small, its results in the bucket."""
+    """The sandbox with a word planted in every text, small, its pairs and results in the bucket."""
     folder, world = tmp_path_factory.mktemp("jobs"), sandbox_folder()
     rows = [json.loads(line) for line in (world / "pairs.jsonl").open()]
     texts = ("prompt", "chosen", "rejected")
-    write_jsonl(folder / "pairs.jsonl", [r | {key: f"{r[key]} {HARM} ." for key in texts} for r in rows])
+    planted = [row | {key: f"{row[key]} {HARM} ." for key in texts} for row in rows]
+    pairs = storage_path(f"{bucket}/inputs/pairs.jsonl", "data.path")
+    write_bytes(pairs, write_jsonl(folder / "pairs.jsonl", planted).read_bytes())
     benchmarks = {}
     for name, column in (("strongreject", "forbidden_prompt"), ("xstest", "prompt")):
-        with (world / f"{name}.csv").open() as source, (folder / f"{name}.csv").open("w") as planted:
+        with (world / f"{name}.csv").open() as source, (folder / f"{name}.csv").open("w") as copy:
             reader = csv.DictReader(source)
-            writer = csv.DictWriter(planted, reader.fieldnames)
+            writer = csv.DictWriter(copy, reader.fieldnames)
             writer.writeheader()
             writer.writerows(row | {column: f"{row[column]} {HARM} ."} for row in reader)
         benchmarks[f"{name}_path"] = str(folder / f"{name}.csv")
     values = tiny_config(
         folder / "run",
         "sandbox",
-        folder / "pairs.jsonl",
+        pairs,
         score={"workers": [1, 8], "shard_rows": 2, "tokens_per_batch": 64},
         train={"workers": 2, "max_steps": STEPS, "save_steps": 4, "max_failures": 3},
         evaluate={"judge": "sandbox", "limit": ITEMS, "batch_size": 1, "workers": [1, 8], **benchmarks},
@@ -149,6 +151,12 @@ def test_submitted_again_it_does_nothing(cluster, finished, config, bucket):
     assert results(bucket) == before
 
 
+def test_the_preflight_of_a_sound_config_finds_no_error(cluster, finished, config):
+    code, printed = cluster.submit("python", "-m", "pipelines.preflight", "--config", str(config))
+    assert code == 0, printed
+    assert "shared storage" in printed
+
+
 def test_a_sweep_as_a_job(cluster, finished, config, bucket):
     overrides = ["tune.num_samples=2", f"tune.rungs=[{STEPS // 2}]", f"run_dir={bucket}/runs/sweep"]
     code, printed = cluster.submit("python", "-m", "tune.search", "--config", str(config), *overrides)
@@ -233,7 +241,9 @@ def test_nothing_that_is_planted_is_shown(cluster, finished, bucket):
         HARM.encode() in content for content in map(unpacked, stored.values())
     )  # it is looked for well
     public = {
-        name: unpacked(stored[name]) for name in stored if not re.search("/private/|/data/pairs/", name)
+        name: unpacked(stored[name])
+        for name in stored
+        if not re.search("/private/|/data/pairs/|/inputs/", name)
     }
     for name, content in {**shown, **public}.items():
         assert not any(text.encode() in content for text in texts), name

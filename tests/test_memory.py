@@ -49,6 +49,16 @@ def test_the_known_shapes_have_the_published_sizes(name, bias, billions):
     assert f"{found / 1e9:.2f}" == billions
 
 
+def test_a_checkpoint_holds_what_is_trained():
+    """In bfloat16 2 bytes a parameter, and 12 for its float32 copy and two moments: some 100 GB."""
+    name = "Qwen/Qwen2-7B-Instruct"
+    assert memory.checkpoint_bytes(config_of(name, workers=8), shape_of(name)) == 14 * 7_615_616_512
+    stage0 = config_of(name, dtype="float32", zero_stage=0)  # the parameters are their own masters
+    assert memory.checkpoint_bytes(stage0, shape_of(name)) == 12 * 7_615_616_512
+    adapter = config_of(name, lora={"r": 8})
+    assert memory.checkpoint_bytes(adapter, shape_of(name)) < 14 * 7_615_616_512 / 100
+
+
 class TestAgainstDeepSpeed:
     """Its figures without the largest layer and without the safety factor on the host."""
 

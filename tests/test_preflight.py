@@ -7,16 +7,26 @@ import socket
 from dataclasses import replace
 
 import pytest
-from helpers import invented_pairs, save_model, tiny_config, write_jsonl
+import ray
+from helpers import invented_pairs, save_model, tiny_config, tiny_qwen2, write_jsonl
 
 from bdpo.config import parse_config
 from bdpo.errors import UserError
 from bdpo.nodes import PACKAGES, node_facts
-from bdpo.preflight import LOCAL_CHECKS, NODE_CHECKS, Doubt, examine, expected_hours, measure_throughput
+from bdpo.preflight import (
+    LOCAL_CHECKS,
+    NODE_CHECKS,
+    SPARE_GIB,
+    Doubt,
+    examine,
+    expected_hours,
+    files_on_nodes,
+    measure_throughput,
+)
 from bdpo.runs import RunDir
 from bdpo.tokens import encode_pair, load_tokenizer
 from pipelines import cli
-from pipelines.preflight import MAX_UPLOAD_MIB, check_upload
+from pipelines.preflight import MAX_UPLOAD_MIB, _answers, check_upload
 
 PAIRS = 12
 
@@ -84,6 +94,9 @@ def bos_twice(tmp_path):
         ("template", {}, bos_twice, "both write a BOS"),
         ("template", {"data.max_prompt_length": 8}, None, "prompt: longer than max_prompt_length ×12"),
         ("storage", {"run_dir": "FILE/run"}, None, "cannot be written"),
+        ("search", {"tune.space": {"train.workers": [1, 2]}}, None, "train.workers is not searched"),
+        ("search", {"tune.space": {"method.beta": [0.1, -1.0]}}, None, "method.beta"),
+        ("search", {"tune.metric": "strongreject.speed"}, None, "tune.metric=strongreject.speed"),
     ],
 )
 def test_what_stops_a_run_is_an_error(values, tmp_path, check, change, damage, named):
@@ -135,7 +148,7 @@ class TestNodes:
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / ".preflight-abc").write_text("abc")
-        return node_facts("10.0.0.1", str(tmp_path / "run"), "abc")
+        return node_facts("10.0.0.1", str(tmp_path / "run"), "abc", ())
 
     def judged(self, values, *nodes):
         config = parse_config(values, "test")
@@ -164,12 +177,46 @@ class TestNodes:
 
     def test_a_node_that_sees_another_folder(self, values, tmp_path, here):
         (tmp_path / "elsewhere").mkdir()
-        other = node_facts("10.0.0.2", str(tmp_path / "elsewhere"), "abc")
+        other = node_facts("10.0.0.2", str(tmp_path / "elsewhere"), "abc", ())
         assert "does not see" in self.judged(values, here, other)["shared storage"].text
 
     def test_a_judge_without_its_key(self, values, here, monkeypatch):
         values["evaluate"] |= {"judge_api_key_env": "JUDGE_KEY_OF_TESTS"}
         assert "JUDGE_KEY_OF_TESTS is not set on 10.0.0.1" in self.judged(values, here)["judge's key"].text
+
+    def test_a_node_without_a_file_of_the_config(self, values, tmp_path, here):
+        config = parse_config(values, "test")
+        gone = str(tmp_path / "gone.csv")
+        other = node_facts("10.0.0.2", str(tmp_path / "run"), "abc", [*files_on_nodes(config), gone])
+        found = self.judged(values, here, other)["files"]
+        assert found.level == "error"
+        assert f"node 10.0.0.2 has no {gone};" in found.text
+
+    def test_files_of_the_hub_of_a_bucket_and_of_the_cache_are_no_matter_of_nodes(self, values, monkeypatch):
+        model, csv = values["model"]["name_or_path"], values["evaluate"]["strongreject_path"]
+        values["evaluate"] |= {"xstest_path": "s3://bucket/xstest.csv", "adapter": "owner/adapter"}
+        assert files_on_nodes(parse_config(values, "test")) == [model, csv]
+        monkeypatch.setenv("BDPO_CACHE", model)
+        assert files_on_nodes(parse_config(values, "test")) == [csv]
+
+    @pytest.mark.parametrize(
+        ("script", "gib"),
+        [
+            ("echo 81920; echo 46080", (80.0, 45.0)),
+            ("echo '[N/A]'; echo 81920", (80.0,)),
+            ("echo 81920; exit 9", ()),
+        ],
+    )
+    def test_gpus_are_as_the_driver_says_if_it_does(self, tmp_path, monkeypatch, script, gib):
+        tool = tmp_path / "bin" / "nvidia-smi"
+        tool.parent.mkdir()
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+        assert node_facts("10.0.0.1", None, "abc", ()).gpu_gib == gib
+        tool.chmod(0o644)  # there, and not to be run
+        monkeypatch.setenv("PATH", str(tool.parent))
+        assert node_facts("10.0.0.1", None, "abc", ()).gpu_gib == ()
 
     def test_a_gpu_that_is_too_small(self, values, here):
         values["train"] |= {"gpus_per_worker": 1.0}
@@ -178,8 +225,48 @@ class TestNodes:
         assert self.judged(values, here, large)["GPU memory"].level == "ok"
         assert self.judged(values, large, small)["GPU memory"].level == "error"
 
-    def test_little_scratch(self, values, here):
-        assert self.judged(values, replace(here, scratch_gib=1.5))["scratch"].level == "warning"
+    def test_training_may_land_on_gpus_that_are_too_small(self, values, here):
+        """Where the config vouches for the memory of those that it means."""
+        values["train"] |= {"gpus_per_worker": 1.0, "gpu_memory": 80.0}
+        mixed = replace(here, gpu_gib=(80.0, 1e-6))
+        found = self.judged(values, mixed)["GPU memory"]
+        assert (found.level, "train.accelerator_type" in found.text) == ("warning", True)
+        values["train"] |= {"accelerator_type": "H100"}
+        assert self.judged(values, mixed)["GPU memory"].level == "ok"
+        values["train"] |= {"gpu_memory": None}
+        found = self.judged(values, mixed)["GPU memory"]
+        assert (found.level, "train.gpu_memory" in found.text) == ("warning", True)
+
+    def test_scratch_for_the_part_of_a_checkpoint_that_is_written_there(self, values, here):
+        values["train"] |= {"gpus_per_worker": 0.5, "workers": 8, "zero_stage": 3}
+        # float32: each parameter, its copy and two moments; two GPUs have four of the eight workers
+        part = sum(p.numel() for p in tiny_qwen2().parameters()) * (4 + 12) / 2**30 / 2
+        node = replace(here, gpu_gib=(80.0, 80.0), scratch_gib=SPARE_GIB + 1.01 * part)
+        assert self.judged(values, node)["scratch"].level == "ok"
+        node = replace(node, scratch_gib=SPARE_GIB + 0.99 * part)
+        found = self.judged(values, here, node)["scratch"]
+        assert (found.level, node.address in found.text) == ("warning", True)
+        head = replace(node, gpu_gib=())  # where nothing is trained
+        assert self.judged(values, head)["scratch"].level == "ok"
+        assert self.judged(values, replace(head, scratch_gib=1.5))["scratch"].level == "warning"
+
+
+@pytest.mark.ray
+def test_nodes_that_do_not_answer_are_left_out_and_named():
+    """Of real tasks: one whose process dies, one that fails, one that answers."""
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
+    try:
+        dies = ray.remote(max_retries=0)(lambda: os._exit(1))
+        fails = ray.remote(max_retries=0)(lambda: 1 / 0)
+        answers = ray.remote(max_retries=0)(lambda: "facts")
+        asked = {dies.remote(): "10.0.0.1", answers.remote(): "10.0.0.2"}
+        assert _answers(asked) == (["facts"], ["10.0.0.1"])
+        with pytest.raises(UserError, match=r"none of 10\.0\.0\.1 answers"):
+            _answers({dies.remote(): "10.0.0.1"})
+        with pytest.raises(UserError, match=r"node 10\.0\.0\.3: cannot run a task \(division by zero\)"):
+            _answers({fails.remote(): "10.0.0.3"})
+    finally:
+        ray.shutdown()
 
 
 class TestTime:

@@ -7,9 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_files import WRITERS, pair_row, refusal, write_csv, write_jsonl
+from helpers import save_model, tiny_config
 
 from bdpo.config import DataConfig
+from bdpo.errors import UserError
+from bdpo.runs import RunDir
 from bdpo.sources import Unreadable, read_rows
+from bdpo.storage import storage_path
+from pipelines.prepare import run_prepare
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -36,6 +41,28 @@ def test_conversations_in_nested_columns(tmp_path, prepare_here, kept_pairs, nam
     assert prepare_here(WRITERS[name](tmp_path / name, rows))["format"] == "sharegpt"
     prompts = [[m["content"] for m in pair["prompt"]] for pair in kept_pairs()]
     assert prompts == [["s", f"q{i}"] for i in range(3)]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "folder"])
+def test_rows_on_object_storage_are_those_of_the_same_file_here(
+    tmp_path, tiny_chat, bucket, monkeypatch, name
+):
+    monkeypatch.setenv("BDPO_CACHE", str(tmp_path / "cache"))
+    local = WRITERS[name](tmp_path / name, [pair_row(i) for i in range(3)])
+    url = f"{bucket}/{tmp_path.name}/{name}"
+    remote = storage_path(url, "x")
+    remote.fs.put(str(local), remote.path, recursive=True)
+    assert list(read_rows(DataConfig(path=url))) == list(read_rows(DataConfig(path=str(local))))
+    config = tiny_config(tmp_path / "run", save_model(tmp_path / "model", tiny_chat), local)
+    manifest = run_prepare(config, RunDir(config.run_dir))
+    moved = config.model_copy(update={"data": config.data.model_copy(update={"path": url})})
+    assert run_prepare(moved, RunDir(config.run_dir)) == manifest  # the same content: no other data
+
+
+def test_a_url_at_which_nothing_lies_is_named(bucket):
+    for url in (f"{bucket}/gone.jsonl", "s3://no-such-bucket/rows.jsonl", "s4://a/rows.jsonl"):
+        with pytest.raises(UserError, match=f"data.path={url}: [^\n]+$"):
+            list(read_rows(DataConfig(path=url)))
 
 
 def test_csv_reads_the_labels_of_pku(tmp_path, prepare_here, kept_pairs):

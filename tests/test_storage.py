@@ -24,7 +24,17 @@ from bdpo.errors import UserError
 from bdpo.models import load_model, model_folder, weights_digest
 from bdpo.runs import MetricsLog, RunDir
 from bdpo.scoring import ReferenceScorer
-from bdpo.storage import discard, fetch, lock, storage_path, upload, whole_folder, write_bytes, write_text
+from bdpo.storage import (
+    discard,
+    fetch,
+    forget,
+    lock,
+    storage_path,
+    upload,
+    whole_folder,
+    write_bytes,
+    write_text,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -164,6 +174,30 @@ class TestFetch:
         upload(save_model(tmp_path / "other", tiny_chat, seed=1), remote)
         assert weights_digest(model_folder(config.model)) == weights_digest(tmp_path / "other")
         load_model(model_folder(config.model), config.model)
+        assert not first.exists()  # the disk of a node holds one copy of a model, not each that ever was
+
+    def test_a_file_is_downloaded_alone_and_again_when_it_changed(self, tmp_path, bucket, monkeypatch):
+        monkeypatch.setenv("BDPO_CACHE", str(tmp_path / "cache"))
+        remote = storage_path(f"{bucket}/{tmp_path.name}/rows.jsonl", "x")
+        write_text(remote.with_name("rows.jsonl.other"), "not asked for")
+        for text in ("first", "second"):
+            write_text(remote, text)
+            copy = fetch(remote)
+            assert copy.name == "rows.jsonl"
+            assert copy.read_text() == text
+            assert list(copy.parent.iterdir()) == [copy]
+        assert fetch(remote) == copy
+
+    def test_what_is_forgotten_leaves_others_alone(self, tmp_path, bucket, monkeypatch):
+        monkeypatch.setenv("BDPO_CACHE", str(tmp_path / "cache"))
+        one, other = (storage_path(f"{bucket}/{tmp_path.name}/{name}", "x") for name in ("one", "other"))
+        write_text(one, "x")
+        write_text(other, "x")
+        gone, kept = fetch(one), fetch(other)
+        forget(one)
+        forget(kept)  # which is of this machine
+        assert not gone.exists()
+        assert kept.exists()
 
     def test_a_local_folder_is_its_own_copy(self, tmp_path):
         assert fetch(tmp_path) == tmp_path

@@ -12,7 +12,9 @@ from bdpo.config.base import Fraction, Positive, Section
 class DataConfig(Section):
     """Where preference pairs come from and which of them are used."""
 
-    path: str = Field(description="file, folder or hub name of a data set, or `sandbox`")
+    path: str = Field(
+        description="file or folder, also on s3:// or gs://; hub name of a data set, or `sandbox`"
+    )
     format: Literal["auto", "preference", "preference_text", "pku_saferlhf", "hh_rlhf", "sharegpt"] = "auto"
     split: str = "train"
     limit: Positive | None = Field(None, description="read at most so many rows")
