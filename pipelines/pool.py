@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 # Of a shard whose actor dies under it: more often than that it is the shard and not the machine.
 ATTEMPTS = 3
+# Of an actor, before Ray Data makes another; then how many in a row may die unborn. Ray's own defaults would
+# go on for ever with a model that kills every process that loads it.
+RESTARTS, STILLBORN = 3, 5
 
 
 def shard_dataset(shards: Sequence[tuple[int, int]], may_fail: int = 0) -> Dataset:
@@ -36,7 +39,7 @@ def shard_dataset(shards: Sequence[tuple[int, int]], may_fail: int = 0) -> Datas
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the stage shows its own, in rows
-    context.max_consecutive_actor_init_deaths = 5
+    context.max_consecutive_actor_init_deaths = STILLBORN
     context.max_errored_blocks = may_fail
     rows = [{"first": first, "rows": rows} for first, rows in shards]
     return ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -72,6 +75,7 @@ def on_pool(
             num_cpus=1,
             num_gpus=gpus or None,
             max_task_retries=ATTEMPTS - 1,
+            max_restarts=RESTARTS,
         )
 
 

@@ -76,15 +76,19 @@ class Nodes:
         """Start the head."""
         head = ["--head", f"--port={self.port}", "--dashboard-host=127.0.0.1"]
         head += [f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={self.client_port}"]
-        self._start(*head, "--num-cpus=0", f"--temp-dir={self.folder}")
+        self._start(*head, "--num-cpus=0", folder=self.folder)
         wait_until(self._takes_jobs, "the jobs API", 120)
 
     def add(self, cpus: int) -> subprocess.Popen[bytes]:
         """A node that joins; returns its process group's first process."""
         self.names += 1
         name = f"node{self.names}"
+        # In one folder each node would put the job's working directory in the place of the others'.
         node = self._start(
-            f"--address=127.0.0.1:{self.port}", f"--num-cpus={cpus}", f'--resources={{"{name}": 1}}'
+            f"--address=127.0.0.1:{self.port}",
+            f"--num-cpus={cpus}",
+            f'--resources={{"{name}": 1}}',
+            folder=self.folder / name,
         )
         wait_until(lambda: any(name in there["resources_total"] for there in self.alive()), name)
         return node
@@ -154,12 +158,20 @@ class Nodes:
         except requests.ConnectionError:
             return False
 
-    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
+    def _start(self, *arguments: str, folder: Path) -> subprocess.Popen[bytes]:
         # The agent's own default is one fixed port, and other Rays may be on this machine.
         agent = f"--dashboard-agent-listen-port={free_ports(1)[0]}"
         with open(self.folder / "start.log", "ab") as log:
             node = subprocess.Popen(
-                [*RAY, "start", "--block", "--object-store-memory=100000000", agent, *arguments],
+                [
+                    *RAY,
+                    "start",
+                    "--block",
+                    "--object-store-memory=100000000",
+                    agent,
+                    f"--temp-dir={folder}",
+                    *arguments,
+                ],
                 env=self.environment,
                 stdout=log,
                 stderr=log,

@@ -228,7 +228,7 @@ def test_nothing_that_is_planted_is_shown(cluster, finished, bucket):
     }
     texts = [HARM, *(answer for answer in answers if answer and len(answer) > 20)]
     assert len(texts) > 3
-    logs = [file for file in cluster.folder.glob("session_2*/logs/**/*") if file.is_file()]
+    logs = [file for file in cluster.folder.glob("**/session_2*/logs/**/*") if file.is_file()]
     shown = {str(file): file.read_bytes() for file in logs}
     for path in SHOWN.split():
         answer = cluster.get(path)
