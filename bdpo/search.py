@@ -124,7 +124,9 @@ def trial_config(config: Config, params: Params, run_dir: str) -> Config:
         *sections, leaf = key.split(".")
         place = values
         for section in sections:
-            place = place.setdefault(section, {})
+            if not isinstance(place.get(section), dict):  # a section that is not set, as `train.lora`
+                place[section] = {}
+            place = place[section]
         place[leaf] = value
     return parse_config(values, "tune.space")
 
@@ -368,8 +370,11 @@ def _observed(trial: Trial, distributions: dict[str, BaseDistribution], rungs: i
 
 
 def _value(config: Config, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name)
+    """None of a key in a section that is not set."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return value
 
 
 def _within(dimension: Any, value: Any) -> bool:
@@ -387,10 +392,12 @@ def _rounded(dimension: Any, value: Any) -> Any:
 
 def _takes_whole_numbers(key: str) -> bool:
     """Of a key that there is; an unknown one is refused elsewhere."""
-    section, _, name = key.partition(".")
-    known = Config.model_fields.get(section)
-    field = getattr(known and known.annotation, "model_fields", {}).get(name)
-    return field is not None and _has_int(field.annotation)
+    annotation: Any = Config
+    for name in key.split("."):
+        sections = (annotation, *get_args(annotation))  # of `LoraConfig | None` the first
+        fields = [getattr(section, "model_fields", {}).get(name) for section in sections]
+        annotation = next((field.annotation for field in fields if field is not None), None)
+    return _has_int(annotation)
 
 
 def _has_int(annotation: Any) -> bool:

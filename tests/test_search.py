@@ -76,6 +76,9 @@ class TestSpace:
             ({"train.workers": [1, 2]}, "train.workers is not searched"),
             ({"data.max_length": [4096]}, "data.max_length is not searched"),
             ({"seed": [1, 2]}, "seed is not searched"),
+            ({"train.lora.q": [8]}, "unknown key train.lora.q"),
+            ({"train.lora.r": {"min": 0.5, "max": 8}}, "key train.lora.r"),
+            ({"train.learning_rate.x": [8]}, "key train.learning_rate"),
         ],
     )
     def test_what_may_not_is_named(self, space, named):
@@ -123,6 +126,13 @@ class TestSpace:
         expected["train"] |= {"max_steps": 7}
         assert made == expected
 
+    def test_a_section_that_is_not_set_is_made(self):
+        config = configured()
+        assert config.train.lora is None
+        trial = trial_config(config, {"train.lora.r": 8, "train.lora.alpha": 4}, "r")
+        assert (trial.train.lora.r, trial.train.lora.alpha, trial.train.lora.dropout) == (8, 4, 0)
+        assert trial.train.model_dump(exclude={"lora"}) == config.train.model_dump(exclude={"lora"})
+
 
 class TestSuggestions:
     def test_a_grid_is_every_combination_once(self):
@@ -157,6 +167,20 @@ class TestSuggestions:
         assert suggest(other, 1, [])["method.alpha"] != drawn[0]["method.alpha"]
         # log: as many below the geometric mean, 0.1, as above
         assert 15 < sum(params["method.beta"] < 0.1 for params in drawn) < 45
+
+    @pytest.mark.parametrize("searcher", ["random", "optuna"])
+    def test_keys_of_a_section_that_may_not_be_set(self, searcher):
+        space = {"train.lora.r": {"min": 4, "max": 64, "log": True}, "train.lora.dropout": [0.0, 0.1]}
+        unset = configured(searcher=searcher, space=space)
+        check_space(unset)
+        for number in range(9):
+            params = suggest(unset, number, [])
+            assert params["train.lora.r"] in range(4, 65)
+            assert isinstance(params["train.lora.r"], int)
+            assert params["train.lora.dropout"] in (0.0, 0.1)
+        values = unset.model_dump()
+        values["train"]["lora"] = {"r": 16, "dropout": 0.1}
+        assert suggest(parse_config(values, "test"), 0, []) == {"train.lora.r": 16, "train.lora.dropout": 0.1}
 
     def test_tpe_moves_to_where_it_was_safe_and_away_from_where_too_much_was_refused(self):
         """Safety rises with alpha; above 2 the bound is broken. Random search would fill the range."""
