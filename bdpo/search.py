@@ -87,12 +87,15 @@ def check_space(config: Config) -> None:
     """Make sure that every value of the space is one that a trial can have.
 
     Raises:
-        UserError: an unknown key, one that is not searched, or a value that the key does not take.
+        UserError: an unknown key, one that is not searched, a value that the key does not take, or trials
+            whose last model is not the one that they would end with.
     """
     for key, dimension in config.tune.space.items():
         section, _, name = key.partition(".")
-        for value in _ends(key, dimension):
-            trial_config(config, {key: value}, config.run_dir)
+        trials = [trial_config(config, {key: value}, config.run_dir) for value in _ends(key, dimension)]
+        # Its rungs add checkpoints to choose from: trained again in one go, a trial would end with another.
+        if any(trial.train.load_best_model_at_end for trial in trials):
+            raise UserError("train.load_best_model_at_end: a sweep compares last models; set it false")
         # A trial shares the run's scores and yardstick, and how it runs is not what it is.
         if section not in ("method", "train") or name in HOW_IT_RUNS:
             raise UserError(

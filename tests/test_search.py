@@ -86,6 +86,20 @@ class TestSpace:
             check_space(configured(space=space))
         assert named in str(refused.value)
         assert "\n" not in str(refused.value)
+    def test_the_best_model_instead_of_the_last_is_refused(self):
+        values = configured().model_dump()
+        values["train"] |= {
+            "eval_fraction": 0.1,
+            "metric_for_best_model": "loss",
+            "load_best_model_at_end": True,
+        }
+        space = {"train.load_best_model_at_end": [False, True]}
+        searched = values | {"train": values["train"] | {"load_best_model_at_end": False}}
+        searched["tune"] = searched["tune"] | {"space": space}
+        for config in (values, searched):
+            with pytest.raises(UserError, match=r"^train\.load_best_model_at_end: .*; set it false$"):
+                check_space(parse_config(config, "test"))
+
 
     @pytest.mark.parametrize(
         ("tune", "named"),
