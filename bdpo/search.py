@@ -80,7 +80,7 @@ class Trial:
     params: Params
     rungs: Sequence[Rung] = ()
     failure: dict[str, Any] | None = None
-    """`kind`, failed or invalid, and `error` in one line."""
+    """`kind`, failed, invalid or lost, and `error` in one line."""
 
 
 def check_space(config: Config) -> None:
@@ -272,7 +272,7 @@ def survives(trial: Trial, trials: Sequence[Trial], tune: TuneConfig) -> bool:
 
 
 def status(trial: Trial, trials: Sequence[Trial], tune: TuneConfig) -> str:
-    """`failed`, `invalid`, `completed`, `stopped` at a rung, or `open`."""
+    """`completed`, `failed`, `invalid`, `lost`, `stopped` at a rung, or `open`."""
     if len(trial.rungs) == len(tune.rungs):
         return "completed"
     if trial.failure is not None:

@@ -86,6 +86,7 @@ class TestSpace:
             check_space(configured(space=space))
         assert named in str(refused.value)
         assert "\n" not in str(refused.value)
+
     def test_the_best_model_instead_of_the_last_is_refused(self):
         values = configured().model_dump()
         values["train"] |= {
@@ -99,7 +100,6 @@ class TestSpace:
         for config in (values, searched):
             with pytest.raises(UserError, match=r"^train\.load_best_model_at_end: .*; set it false$"):
                 check_space(parse_config(config, "test"))
-
 
     @pytest.mark.parametrize(
         ("tune", "named"),
@@ -420,15 +420,28 @@ class TestSweepFolder:
         with pytest.raises(UserError, match=r"made with tune\.space=.*method\.beta.*, now it is"):
             self.sweep(tmp_path, space={"method.alpha": ALPHA}).begin()
 
-    def test_failures_stay_and_invalid_ones_are_tried_again(self, tmp_path):
+    def test_failures_of_its_own_stay_and_the_others_are_tried_again(self, tmp_path):
         sweep = self.sweep(tmp_path)
-        nan, invalid = sweep.suggest(), sweep.suggest()
+        nan, invalid, lost = (sweep.suggest() for _ in range(3))
         sweep.record_failure(nan.name, "failed", "FloatingPointError: NaN")
         sweep.record_failure(invalid.name, "invalid", "12 of 40 unjudged")
-        assert [sweep.status(t) for t in sweep.trials()] == ["failed", "invalid"]
+        sweep.record_failure(lost.name, "lost", "3 times, at last OSError")
+        assert [sweep.status(t) for t in sweep.trials()] == ["failed", "invalid", "lost"]
         assert sweep.open_trials() == []
-        sweep.forget_invalid()
-        assert [t.name for t in sweep.open_trials()] == [invalid.name]
+        assert sweep.todo() == sweep.missing() + 2
+        sweep.reopen()
+        assert [t.name for t in sweep.open_trials()] == [invalid.name, lost.name]
+        assert sweep.todo() == sweep.missing() + 2
+
+    @pytest.mark.parametrize(("kind", "kept"), [("failed", False), ("invalid", True), ("lost", True)])
+    def test_checkpoints_of_a_trial_that_is_tried_again_stay(self, tmp_path, kind, kept):
+        sweep = self.sweep(tmp_path)
+        folder = sweep.folder(sweep.suggest().name)
+        for path in (folder.train, folder.model):
+            path.mkdir(parents=True)
+        sweep.record_failure("0000", kind, "why")
+        sweep.tidy("0000")
+        assert (folder.train.exists(), folder.model.exists()) == (kept, kept)
 
     def test_checkpoints_go_when_a_trial_ends_and_the_model_when_it_cannot_win(self, tmp_path):
         sweep = self.sweep(tmp_path)

@@ -50,7 +50,7 @@ from bdpo.storage import (
     write_bytes,
     write_text,
 )
-from bdpo.sweep import Sweep
+from bdpo.sweep import PASSING, Sweep
 from pipelines.cli import check_inputs, connect, console, main
 from pipelines.evaluate import evaluate_model, print_comparison
 from pipelines.score import run_score
@@ -67,8 +67,8 @@ def run_search(config: Config, run: RunDir) -> None:
     check_rungs(config, training_rows(config, run).num_rows)
     sweep = Sweep(config, run, sweep_fingerprint(config, run))
     sweep.begin()
-    sweep.forget_invalid()
-    todo = sweep.missing() + len(sweep.open_trials())
+    sweep.reopen()
+    todo = sweep.todo()
     at_a_time = trials_at_a_time(config, _cluster()) if todo else 0
     base = run.part("base", "search")
     if not evaluate_model(part_of(config, "search"), base, "base")["valid"]:
@@ -207,7 +207,7 @@ def _finish(sweep: Sweep) -> None:
         )
         sys.exit(1)
     for trial in trials:
-        if trial.name != best.name:
+        if trial.name != best.name and sweep.status(trial) not in PASSING:
             discard(sweep.folder(trial.name).model)
     base, chosen = run.part("base", "held_out"), sweep.folder(best.name)
     held_out = part_of(sweep.config_of(best), "held_out")
@@ -230,7 +230,8 @@ def _print_failures(trials: Sequence[Trial]) -> None:
     for trial in trials:
         if trial.failure is not None:
             line = f"trial {trial.name} {trial.failure['kind']}: {trial.failure['error']}"
-            console.print(line, style="red", soft_wrap=True, markup=False)
+            again = "; the same command tries it again" if trial.failure["kind"] in PASSING else ""
+            console.print(line + again, style="red", soft_wrap=True, markup=False)
 
 
 def _best_config(sweep: Sweep, best: Trial) -> Config:
