@@ -7,7 +7,7 @@ that a sweep which was killed goes on exactly as it would have.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any, get_args
@@ -177,37 +177,6 @@ def suggest(config: Config, number: int, history: Sequence[Trial]) -> Params:
         study.add_trial(_observed(trial, distributions, len(tune.rungs)))
     params = study.ask(distributions).params
     return {key: _rounded(tune.space[key], params[key]) for key in tune.space}
-
-
-def trials_at_a_time(config: Config, cluster: Mapping[str, float]) -> int:
-    """How many trials a cluster of so many `CPU` and `GPU` holds, at most `tune.max_concurrent_trials`.
-
-    A trial has its training workers and its evaluation on a GPU share of its own for as long as it lives, so
-    trials never wait for each other. While it evaluates its workers wait: the processors are shared.
-
-    Raises:
-        UserError: not even one; the message has the arithmetic.
-    """
-    train, gpus = config.train, config.evaluate.gpus_per_worker
-    workers = f"train.workers={train.workers}"
-    needs = {
-        "CPU": (train.workers, f"{workers} x 1"),
-        "GPU": (
-            train.workers * train.gpus_per_worker + gpus,
-            f"{workers} x {train.gpus_per_worker:g} + evaluate.gpus_per_worker={gpus:g}",
-        ),
-    }
-    fits = []
-    for resource, (need, of) in needs.items():
-        there = cluster.get(resource, 0)
-        if need > there:
-            raise UserError(
-                f"tune: a trial needs {need:g} {resource} ({of}), the cluster has {there:g}; "
-                "lower them, or use a larger cluster"
-            )
-        if need:
-            fits.append(int(there / need + 1e-9))
-    return min(*fits, config.tune.max_concurrent_trials or min(fits))
 
 
 def check_rungs(config: Config, pairs: int) -> None:

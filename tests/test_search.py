@@ -30,7 +30,6 @@ from bdpo.search import (
     suggest,
     survives,
     trial_config,
-    trials_at_a_time,
     winner,
 )
 from bdpo.search_figures import draw_search, pareto_front
@@ -458,35 +457,3 @@ class TestSweepFolder:
         ]
         assert [sweep.status(t) for t in sweep.trials()] == ["completed", "stopped", "open"]
         assert left == [(False, True), (False, False), (True, True)]
-
-
-class TestTrialsAtATime:
-    @staticmethod
-    def config(workers, train_gpus=0.0, evaluate_gpus=0.0, most=None):
-        config = configured(max_concurrent_trials=most).model_dump()
-        config["train"] |= {"workers": workers, "gpus_per_worker": train_gpus}
-        config["evaluate"] |= {"gpus_per_worker": evaluate_gpus}
-        return parse_config(config, "test")
-
-    @pytest.mark.parametrize(
-        ("needs", "cluster", "fit"),
-        [
-            ({"workers": 2}, {"CPU": 4}, 2),
-            ({"workers": 2}, {"CPU": 3}, 1),  # one short of two trials
-            ({"workers": 1, "train_gpus": 0.5, "evaluate_gpus": 0.5}, {"CPU": 16, "GPU": 2}, 2),
-            ({"workers": 8, "train_gpus": 0.9, "evaluate_gpus": 0.1}, {"CPU": 96, "GPU": 8}, 1),
-            ({"workers": 1, "train_gpus": 0.1, "evaluate_gpus": 0.2}, {"CPU": 9, "GPU": 0.9}, 3),
-            ({"workers": 1, "most": 2}, {"CPU": 8}, 2),
-        ],
-    )
-    def test_what_fits(self, needs, cluster, fit):
-        assert trials_at_a_time(self.config(**needs), cluster) == fit
-
-    def test_too_small_is_said_with_the_arithmetic(self):
-        with pytest.raises(UserError, match=r"needs 2 CPU \(train.workers=2 x 1\), the cluster has 1;"):
-            trials_at_a_time(self.config(workers=2), {"CPU": 1})
-        needs = self.config(workers=4, train_gpus=1.0, evaluate_gpus=1.0)
-        with pytest.raises(
-            UserError, match=r"needs 5 GPU \(train.workers=4 x 1 \+ .*=1\), the cluster has 4;"
-        ):
-            trials_at_a_time(needs, {"CPU": 9, "GPU": 4})
