@@ -92,13 +92,14 @@ def sweep_config(folder, chat, **evaluate):
     return parse_config(config.model_dump() | {"tune": tune}, "test")
 
 
-def start(folder, *arguments):
+def start(folder, *arguments, **variables):
     environment = {
         "OMP_NUM_THREADS": "1",
         "RAY_worker_niceness": "0",
         "RAY_AUTH_MODE": "token",
         "PYTHONPATH": f"{folder}:{ROOT}",
         "COUNTED": str(folder / "counted"),
+        **variables,
     }
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -296,6 +297,27 @@ class Begun:
     @property
     def status(self):
         return self.sweep.status(self.sweep.trial(self.name))
+
+
+@pytest.mark.ray
+def test_what_no_trial_fits_is_refused_before_anything_is_scored(tmp_path, tiny_chat):
+    """Of a cluster with an autoscaler, as it may grow: no GPU is up, and the sums of two would do."""
+    (tmp_path / "config.yaml").write_text(sweep_config(tmp_path, tiny_chat).to_yaml())
+    types = {
+        "head": {"resources": {"CPU": 0}},
+        "gpus": {"max_workers": 1, "resources": {"CPU": 9, "GPU": 2}},
+    }
+    cluster = {"max_workers": 4, "head_node_type": "head", "available_node_types": types}
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps(cluster))
+    shares = "train.gpus_per_worker=0.7", "evaluate.gpus_per_worker=0.6"
+    arguments = "-c", SWEEP, "--config", str(tmp_path / "config.yaml"), *shares
+    process = start(tmp_path, *arguments, HOME=str(tmp_path))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2, err
+    line = err.strip().splitlines()[-1]
+    assert "2 GPU (train.workers=2 x 0.7 + evaluate.gpus_per_worker=0.6), each share on one GPU" in line
+    assert "1 x (9 CPU, 2 GPU)" in line
+    assert not (tmp_path / "run" / "scores").exists()
 
 
 def test_a_judge_that_goes_down_costs_no_answer_and_makes_no_score(tmp_path, tiny_chat):
