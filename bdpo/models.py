@@ -220,7 +220,7 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of a library's error: enough for one line of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

@@ -7,7 +7,7 @@ that a sweep which was killed goes on exactly as it would have.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any, get_args
@@ -80,19 +80,22 @@ class Trial:
     params: Params
     rungs: Sequence[Rung] = ()
     failure: dict[str, Any] | None = None
-    """`kind`, failed or invalid, and `error` in one line."""
+    """`kind`, failed, invalid or lost, and `error` in one line."""
 
 
 def check_space(config: Config) -> None:
     """Make sure that every value of the space is one that a trial can have.
 
     Raises:
-        UserError: an unknown key, one that is not searched, or a value that the key does not take.
+        UserError: an unknown key, one that is not searched, a value that the key does not take, or trials
+            whose last model is not the one that they would end with.
     """
     for key, dimension in config.tune.space.items():
         section, _, name = key.partition(".")
-        for value in _ends(key, dimension):
-            trial_config(config, {key: value}, config.run_dir)
+        trials = [trial_config(config, {key: value}, config.run_dir) for value in _ends(key, dimension)]
+        # Its rungs add checkpoints to choose from: trained again in one go, a trial would end with another.
+        if any(trial.train.load_best_model_at_end for trial in trials):
+            raise UserError("train.load_best_model_at_end: a sweep compares last models; set it false")
         # A trial shares the run's scores and yardstick, and how it runs is not what it is.
         if section not in ("method", "train") or name in HOW_IT_RUNS:
             raise UserError(
@@ -124,7 +127,9 @@ def trial_config(config: Config, params: Params, run_dir: str) -> Config:
         *sections, leaf = key.split(".")
         place = values
         for section in sections:
-            place = place.setdefault(section, {})
+            if not isinstance(place.get(section), dict):  # a section that is not set, as `train.lora`
+                place[section] = {}
+            place = place[section]
         place[leaf] = value
     return parse_config(values, "tune.space")
 
@@ -172,37 +177,6 @@ def suggest(config: Config, number: int, history: Sequence[Trial]) -> Params:
         study.add_trial(_observed(trial, distributions, len(tune.rungs)))
     params = study.ask(distributions).params
     return {key: _rounded(tune.space[key], params[key]) for key in tune.space}
-
-
-def trials_at_a_time(config: Config, cluster: Mapping[str, float]) -> int:
-    """How many trials a cluster of so many `CPU` and `GPU` holds, at most `tune.max_concurrent_trials`.
-
-    A trial has its training workers and its evaluation on a GPU share of its own for as long as it lives, so
-    trials never wait for each other. While it evaluates its workers wait: the processors are shared.
-
-    Raises:
-        UserError: not even one; the message has the arithmetic.
-    """
-    train, gpus = config.train, config.evaluate.gpus_per_worker
-    workers = f"train.workers={train.workers}"
-    needs = {
-        "CPU": (train.workers, f"{workers} x 1"),
-        "GPU": (
-            train.workers * train.gpus_per_worker + gpus,
-            f"{workers} x {train.gpus_per_worker:g} + evaluate.gpus_per_worker={gpus:g}",
-        ),
-    }
-    fits = []
-    for resource, (need, of) in needs.items():
-        there = cluster.get(resource, 0)
-        if need > there:
-            raise UserError(
-                f"tune: a trial needs {need:g} {resource} ({of}), the cluster has {there:g}; "
-                "lower them, or use a larger cluster"
-            )
-        if need:
-            fits.append(int(there / need + 1e-9))
-    return min(*fits, config.tune.max_concurrent_trials or min(fits))
 
 
 def check_rungs(config: Config, pairs: int) -> None:
@@ -267,7 +241,7 @@ def survives(trial: Trial, trials: Sequence[Trial], tune: TuneConfig) -> bool:
 
 
 def status(trial: Trial, trials: Sequence[Trial], tune: TuneConfig) -> str:
-    """`failed`, `invalid`, `completed`, `stopped` at a rung, or `open`."""
+    """`completed`, `failed`, `invalid`, `lost`, `stopped` at a rung, or `open`."""
     if len(trial.rungs) == len(tune.rungs):
         return "completed"
     if trial.failure is not None:
@@ -368,8 +342,11 @@ def _observed(trial: Trial, distributions: dict[str, BaseDistribution], rungs: i
 
 
 def _value(config: Config, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name)
+    """None of a key in a section that is not set."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return value
 
 
 def _within(dimension: Any, value: Any) -> bool:
@@ -387,10 +364,12 @@ def _rounded(dimension: Any, value: Any) -> Any:
 
 def _takes_whole_numbers(key: str) -> bool:
     """Of a key that there is; an unknown one is refused elsewhere."""
-    section, _, name = key.partition(".")
-    known = Config.model_fields.get(section)
-    field = getattr(known and known.annotation, "model_fields", {}).get(name)
-    return field is not None and _has_int(field.annotation)
+    annotation: Any = Config
+    for name in key.split("."):
+        sections = (annotation, *get_args(annotation))  # of `LoraConfig | None` the first
+        fields = [getattr(section, "model_fields", {}).get(name) for section in sections]
+        annotation = next((field.annotation for field in fields if field is not None), None)
+    return _has_int(annotation)
 
 
 def _has_int(annotation: Any) -> bool:

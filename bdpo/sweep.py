@@ -24,6 +24,9 @@ from bdpo.runs import Fingerprint, RunDir, finished, read_manifest, write_manife
 from bdpo.search import Measured, Params, Rung, Trial, number_of_trials, status, suggest, trial_config
 from bdpo.storage import discard, matching
 
+# Ends of a trial that are not its own: a judge or a machine failed, and may have been mended.
+PASSING = ("invalid", "lost")
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -33,13 +36,17 @@ class Sweep:
     run: RunDir
     fingerprint: Fingerprint
 
-    def begin(self) -> None:
-        """Remember what this sweep is of.
+    def refuse_other(self) -> None:
+        """Make sure that the folder does not hold another sweep.
 
         Raises:
-            UserError: the folder holds another; the message names the first difference.
+            UserError: it does; the message names the first difference.
         """
         finished(self.run.tune / "begun.json", self.fingerprint)
+
+    def begin(self) -> None:
+        """Remember what this sweep is of, unless `refuse_other` raises."""
+        self.refuse_other()
         write_manifest(self.run.tune / "begun.json", self.fingerprint)
 
     def folder(self, name: str) -> RunDir:
@@ -75,6 +82,12 @@ class Sweep:
         """How many trials are not suggested yet."""
         return max(0, number_of_trials(self.config.tune) - len(self.trials()))
 
+    def todo(self) -> int:
+        """How many trials are missing, open, or to be reopened."""
+        trials = self.trials()
+        ends = [status(trial, trials, self.config.tune) for trial in trials]
+        return self.missing() + sum(end in ("open", *PASSING) for end in ends)
+
     def suggest(self) -> Trial:
         """The next trial; it is on disk before anything is done for it."""
         trials = self.trials()
@@ -102,10 +115,10 @@ class Sweep:
         """Commit that a trial has no score; `error` is one line without text of the data."""
         write_manifest(self.folder(name).root / "failed.json", self.fingerprint, kind=kind, error=error)
 
-    def forget_invalid(self) -> None:
-        """Evaluate again where a judge failed, as `pipelines.evaluate` does: it may have been mended."""
+    def reopen(self) -> None:
+        """Forget failures that are not the trial's own: it goes on from its last checkpoint and answers."""
         for trial in self.trials():
-            if trial.failure is not None and trial.failure["kind"] == "invalid":
+            if trial.failure is not None and trial.failure["kind"] in PASSING:
                 (self.folder(trial.name).root / "failed.json").unlink()
 
     def tidy(self, name: str) -> None:

@@ -1,6 +1,6 @@
 """Kill -9 the driver of a sweep at about 30, 60 and 90 % of it; compare with the same sweep left alone.
 
-    python tests/kill_tune.py [section.key=value ...]
+    python -m tests.kill_tune [section.key=value ...]
 
 By hand, minutes on two cores: the sandbox sweep, one trial at a time, so that both must end alike to the
 last digit. Prints trials lost, trials repeated, optimizer steps done again, and whether the best is the same.
@@ -8,6 +8,7 @@ last digit. Prints trials lost, trials repeated, optimizer steps done again, and
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -50,8 +51,12 @@ def rungs(run: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    """Run both sweeps and print the comparison."""
-    overrides = sys.argv[1:]
+    """Run both sweeps and print the comparison; exit code 1 if a kill did harm."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the preset")
+    overrides = parser.parse_args().overrides
     with tempfile.TemporaryDirectory(prefix="kill", dir="/tmp") as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
         if start(whole, overrides, Path(folder)).wait():

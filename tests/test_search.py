@@ -30,7 +30,6 @@ from bdpo.search import (
     suggest,
     survives,
     trial_config,
-    trials_at_a_time,
     winner,
 )
 from bdpo.search_figures import draw_search, pareto_front
@@ -76,6 +75,9 @@ class TestSpace:
             ({"train.workers": [1, 2]}, "train.workers is not searched"),
             ({"data.max_length": [4096]}, "data.max_length is not searched"),
             ({"seed": [1, 2]}, "seed is not searched"),
+            ({"train.lora.q": [8]}, "unknown key train.lora.q"),
+            ({"train.lora.r": {"min": 0.5, "max": 8}}, "key train.lora.r"),
+            ({"train.learning_rate.x": [8]}, "key train.learning_rate"),
         ],
     )
     def test_what_may_not_is_named(self, space, named):
@@ -83,6 +85,20 @@ class TestSpace:
             check_space(configured(space=space))
         assert named in str(refused.value)
         assert "\n" not in str(refused.value)
+
+    def test_the_best_model_instead_of_the_last_is_refused(self):
+        values = configured().model_dump()
+        values["train"] |= {
+            "eval_fraction": 0.1,
+            "metric_for_best_model": "loss",
+            "load_best_model_at_end": True,
+        }
+        space = {"train.load_best_model_at_end": [False, True]}
+        searched = values | {"train": values["train"] | {"load_best_model_at_end": False}}
+        searched["tune"] = searched["tune"] | {"space": space}
+        for config in (values, searched):
+            with pytest.raises(UserError, match=r"^train\.load_best_model_at_end: .*; set it false$"):
+                check_space(parse_config(config, "test"))
 
     @pytest.mark.parametrize(
         ("tune", "named"),
@@ -123,6 +139,13 @@ class TestSpace:
         expected["train"] |= {"max_steps": 7}
         assert made == expected
 
+    def test_a_section_that_is_not_set_is_made(self):
+        config = configured()
+        assert config.train.lora is None
+        trial = trial_config(config, {"train.lora.r": 8, "train.lora.alpha": 4}, "r")
+        assert (trial.train.lora.r, trial.train.lora.alpha, trial.train.lora.dropout) == (8, 4, 0)
+        assert trial.train.model_dump(exclude={"lora"}) == config.train.model_dump(exclude={"lora"})
+
 
 class TestSuggestions:
     def test_a_grid_is_every_combination_once(self):
@@ -157,6 +180,20 @@ class TestSuggestions:
         assert suggest(other, 1, [])["method.alpha"] != drawn[0]["method.alpha"]
         # log: as many below the geometric mean, 0.1, as above
         assert 15 < sum(params["method.beta"] < 0.1 for params in drawn) < 45
+
+    @pytest.mark.parametrize("searcher", ["random", "optuna"])
+    def test_keys_of_a_section_that_may_not_be_set(self, searcher):
+        space = {"train.lora.r": {"min": 4, "max": 64, "log": True}, "train.lora.dropout": [0.0, 0.1]}
+        unset = configured(searcher=searcher, space=space)
+        check_space(unset)
+        for number in range(9):
+            params = suggest(unset, number, [])
+            assert params["train.lora.r"] in range(4, 65)
+            assert isinstance(params["train.lora.r"], int)
+            assert params["train.lora.dropout"] in (0.0, 0.1)
+        values = unset.model_dump()
+        values["train"]["lora"] = {"r": 16, "dropout": 0.1}
+        assert suggest(parse_config(values, "test"), 0, []) == {"train.lora.r": 16, "train.lora.dropout": 0.1}
 
     def test_tpe_moves_to_where_it_was_safe_and_away_from_where_too_much_was_refused(self):
         """Safety rises with alpha; above 2 the bound is broken. Random search would fill the range."""
@@ -382,15 +419,28 @@ class TestSweepFolder:
         with pytest.raises(UserError, match=r"made with tune\.space=.*method\.beta.*, now it is"):
             self.sweep(tmp_path, space={"method.alpha": ALPHA}).begin()
 
-    def test_failures_stay_and_invalid_ones_are_tried_again(self, tmp_path):
+    def test_failures_of_its_own_stay_and_the_others_are_tried_again(self, tmp_path):
         sweep = self.sweep(tmp_path)
-        nan, invalid = sweep.suggest(), sweep.suggest()
+        nan, invalid, lost = (sweep.suggest() for _ in range(3))
         sweep.record_failure(nan.name, "failed", "FloatingPointError: NaN")
         sweep.record_failure(invalid.name, "invalid", "12 of 40 unjudged")
-        assert [sweep.status(t) for t in sweep.trials()] == ["failed", "invalid"]
+        sweep.record_failure(lost.name, "lost", "3 times, at last OSError")
+        assert [sweep.status(t) for t in sweep.trials()] == ["failed", "invalid", "lost"]
         assert sweep.open_trials() == []
-        sweep.forget_invalid()
-        assert [t.name for t in sweep.open_trials()] == [invalid.name]
+        assert sweep.todo() == sweep.missing() + 2
+        sweep.reopen()
+        assert [t.name for t in sweep.open_trials()] == [invalid.name, lost.name]
+        assert sweep.todo() == sweep.missing() + 2
+
+    @pytest.mark.parametrize(("kind", "kept"), [("failed", False), ("invalid", True), ("lost", True)])
+    def test_checkpoints_of_a_trial_that_is_tried_again_stay(self, tmp_path, kind, kept):
+        sweep = self.sweep(tmp_path)
+        folder = sweep.folder(sweep.suggest().name)
+        for path in (folder.train, folder.model):
+            path.mkdir(parents=True)
+        sweep.record_failure("0000", kind, "why")
+        sweep.tidy("0000")
+        assert (folder.train.exists(), folder.model.exists()) == (kept, kept)
 
     def test_checkpoints_go_when_a_trial_ends_and_the_model_when_it_cannot_win(self, tmp_path):
         sweep = self.sweep(tmp_path)
@@ -407,35 +457,3 @@ class TestSweepFolder:
         ]
         assert [sweep.status(t) for t in sweep.trials()] == ["completed", "stopped", "open"]
         assert left == [(False, True), (False, False), (True, True)]
-
-
-class TestTrialsAtATime:
-    @staticmethod
-    def config(workers, train_gpus=0.0, evaluate_gpus=0.0, most=None):
-        config = configured(max_concurrent_trials=most).model_dump()
-        config["train"] |= {"workers": workers, "gpus_per_worker": train_gpus}
-        config["evaluate"] |= {"gpus_per_worker": evaluate_gpus}
-        return parse_config(config, "test")
-
-    @pytest.mark.parametrize(
-        ("needs", "cluster", "fit"),
-        [
-            ({"workers": 2}, {"CPU": 4}, 2),
-            ({"workers": 2}, {"CPU": 3}, 1),  # one short of two trials
-            ({"workers": 1, "train_gpus": 0.5, "evaluate_gpus": 0.5}, {"CPU": 16, "GPU": 2}, 2),
-            ({"workers": 8, "train_gpus": 0.9, "evaluate_gpus": 0.1}, {"CPU": 96, "GPU": 8}, 1),
-            ({"workers": 1, "train_gpus": 0.1, "evaluate_gpus": 0.2}, {"CPU": 9, "GPU": 0.9}, 3),
-            ({"workers": 1, "most": 2}, {"CPU": 8}, 2),
-        ],
-    )
-    def test_what_fits(self, needs, cluster, fit):
-        assert trials_at_a_time(self.config(**needs), cluster) == fit
-
-    def test_too_small_is_said_with_the_arithmetic(self):
-        with pytest.raises(UserError, match=r"needs 2 CPU \(train.workers=2 x 1\), the cluster has 1;"):
-            trials_at_a_time(self.config(workers=2), {"CPU": 1})
-        needs = self.config(workers=4, train_gpus=1.0, evaluate_gpus=1.0)
-        with pytest.raises(
-            UserError, match=r"needs 5 GPU \(train.workers=4 x 1 \+ .*=1\), the cluster has 4;"
-        ):
-            trials_at_a_time(needs, {"CPU": 9, "GPU": 4})

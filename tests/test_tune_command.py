@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -23,9 +24,9 @@ from bdpo.config import load_config, parse_config
 from bdpo.data import count_pairs
 from bdpo.evaluation import strongreject, xstest
 from bdpo.rungs import Rungs
-from bdpo.runs import RunDir
+from bdpo.runs import RunDir, write_manifest
 from bdpo.scoring import ShardScorer, finish_scores, score_fingerprint
-from bdpo.search import part_of
+from bdpo.search import Measured, Rung, part_of
 from bdpo.sweep import Sweep
 from pipelines.evaluate import evaluate_model
 from pipelines.prepare import run_prepare
@@ -91,13 +92,14 @@ def sweep_config(folder, chat, **evaluate):
     return parse_config(config.model_dump() | {"tune": tune}, "test")
 
 
-def start(folder, *arguments):
+def start(folder, *arguments, **variables):
     environment = {
         "OMP_NUM_THREADS": "1",
         "RAY_worker_niceness": "0",
         "RAY_AUTH_MODE": "token",
         "PYTHONPATH": f"{folder}:{ROOT}",
         "COUNTED": str(folder / "counted"),
+        **variables,
     }
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -134,9 +136,16 @@ def kill_a_worker(process):
     workers[0].kill()
 
 
+def block(trial, step):
+    """Have a folder where the scores of a rung are to be written: a fault of the storage."""
+    folder = trial / "eval" / f"rung-{step}" / "scores.parquet"
+    folder.mkdir(parents=True)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, tiny_chat):
-    """A sweep of which a worker was killed, then the driver, then nothing; (folder, what it printed)."""
+    """A sweep that lost a worker, its driver, then its storage; (folder, what it printed at last)."""
     folder = tmp_path_factory.mktemp("swept")
     (folder / "sitecustomize.py").write_text(COUNTER)
     (folder / "config.yaml").write_text(sweep_config(folder, tiny_chat).to_yaml())
@@ -145,14 +154,21 @@ def swept(tmp_path_factory, tiny_chat):
     wait_for(process, trials / "0001" / "rungs" / "000000002.exported")
     kill_a_worker(process)
     wait_for(process, trials / "0001" / "rungs" / "000000002.json")
+    wait_for(process, trials / "0001" / "train" / "recoveries.jsonl")  # the sweep itself goes on
     process.send_signal(signal.SIGKILL)
     process.wait()
     # A model moves on, and checkpoints go with the end of a trial.
     done = [file for file in trials.rglob("*.json") if not {"model", "train"} & set(file.parts)]
     kept = {file: file.stat().st_mtime_ns for file in done}
     assert len(kept) >= 4  # of the first trial its beginning and end, of the second a rung
-    assert not list(trials.glob("*/rungs/000000003.exported")), "killed too late"
+    assert not list(trials.glob("*/rungs/000000003.json")), "killed too late"
     time.sleep(3)  # the cluster dies with its driver
+    blocked = block(trials / "0001", 3)
+    code, out, err = command(folder, "tune.max_failures=1")
+    assert code == 1, err
+    assert "trial 0001 lost: 2 times, at last IsADirectoryError" in out
+    assert (trials / "0001" / "train" / "ray").is_dir(), "its checkpoints are gone"
+    blocked.rmdir()
     code, out, err = command(folder)
     assert code == 0, err
     assert {file: file.stat().st_mtime_ns for file in kept} == kept, "what was done was done again"
@@ -252,44 +268,102 @@ def test_what_cannot_be_searched_is_said_before_anything_is_done(tmp_path, tiny_
     assert not (tmp_path / "run" / "data").exists()
 
 
-def test_a_judge_that_goes_down_costs_no_answer_and_makes_no_score(tmp_path, tiny_chat):
-    """The trial's own evaluation, without Ray: its model is there already."""
+class Begun:
+    """A trial whose training is done: its actor, without Ray, has nothing left to do but to evaluate."""
 
-    from tune.trial import TrialActor
-
-    def down(handler, body):
-        reply(handler, b"{}", 500)
-
-    with fake_endpoint(honest(**FINE)) as endpoint:
-        judge = {"judge": "rubric", "judge_base_url": endpoint.url, "judge_model": "fake", "judge_retries": 0}
-        config = sweep_config(tmp_path, tiny_chat, **judge)
+    def __init__(self, config, chat):
         run = RunDir(config.run_dir)
-        sweep = Sweep(config, run, {"seed": 0})
+        self.sweep = Sweep(config, run, {"seed": 0})
         evaluate_model(part_of(config, "search"), run.part("base", "search"), "base", here=True)
-        base = pq.read_table(run.part("base", "search").eval("base") / "scores.parquet")
-        trial = sweep.suggest()
-        folder = sweep.folder(trial.name)
-        save_model(folder.model, tiny_chat, seed=1)
-        Rungs(folder.root / "rungs", RUNGS).hand_over(2)
+        self.base = pq.read_table(run.part("base", "search").eval("base") / "scores.parquet")
+        self.name = self.sweep.suggest().name
+        self.folder = self.sweep.folder(self.name)
+        save_model(self.folder.model, chat, seed=1)
+        for step in RUNGS:
+            Rungs(self.folder.root / "rungs", RUNGS).hand_over(step)
         run_prepare(config, run)
         fingerprint = score_fingerprint(config, run)
         ShardScorer(config, run.root, fingerprint, "cpu")({"first": 0, "rows": count_pairs(run.pairs)})
         finish_scores(run, fingerprint, 0)
 
-        def next_rung():
-            actor = object.__new__(TrialActor)  # its own Ray bookkeeping is of no interest here
-            actor.setup({"trial": trial.name}, sweep, base)
-            return actor.step()
+    def next_rung(self):
+        """What Tune is told by an actor that begins the trial again."""
+        from tune.trial import TrialActor
 
+        actor = object.__new__(TrialActor)  # its own Ray bookkeeping is of no interest here
+        actor.setup({"trial": self.name}, self.sweep, self.base)
+        return actor.step()
+
+    @property
+    def status(self):
+        return self.sweep.status(self.sweep.trial(self.name))
+
+
+@pytest.mark.ray
+def test_what_no_trial_fits_is_refused_before_anything_is_scored(tmp_path, tiny_chat):
+    """Of a cluster with an autoscaler, as it may grow: no GPU is up, and the sums of two would do."""
+    (tmp_path / "config.yaml").write_text(sweep_config(tmp_path, tiny_chat).to_yaml())
+    types = {
+        "head": {"resources": {"CPU": 0}},
+        "gpus": {"max_workers": 1, "resources": {"CPU": 9, "GPU": 2}},
+    }
+    cluster = {"max_workers": 4, "head_node_type": "head", "available_node_types": types}
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps(cluster))
+    shares = "train.gpus_per_worker=0.7", "evaluate.gpus_per_worker=0.6"
+    arguments = "-c", SWEEP, "--config", str(tmp_path / "config.yaml"), *shares
+    process = start(tmp_path, *arguments, HOME=str(tmp_path))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2, err
+    line = err.strip().splitlines()[-1]
+    assert "2 GPU (train.workers=2 x 0.7 + evaluate.gpus_per_worker=0.6), each share on one GPU" in line
+    assert "1 x (9 CPU, 2 GPU)" in line
+    assert not (tmp_path / "run" / "scores").exists()
+
+
+def test_a_judge_that_goes_down_costs_no_answer_and_makes_no_score(tmp_path, tiny_chat):
+    def down(handler, body):
+        reply(handler, b"{}", 500)
+
+    with fake_endpoint(honest(**FINE)) as endpoint:
+        judge = {"judge": "rubric", "judge_base_url": endpoint.url, "judge_model": "fake", "judge_retries": 0}
+        begun = Begun(sweep_config(tmp_path, tiny_chat, **judge), tiny_chat)
         endpoint.script = down
-        assert next_rung() == {"done": True}
-        [invalid] = sweep.trials()
-        assert sweep.status(invalid) == "invalid"
+        assert begun.next_rung() == {"done": True}
+        [invalid] = begun.sweep.trials()
+        assert begun.status == "invalid"
         assert invalid.rungs == []
         assert "is invalid, 2 of 2 unjudged (2 http_500)" in invalid.failure["error"]
-        answered = {f: f.stat().st_mtime_ns for f in folder.private.rglob("*.parquet")}
+        answered = {f: f.stat().st_mtime_ns for f in begun.folder.private.rglob("*.parquet")}
 
         endpoint.script = honest(**FINE)
-        sweep.forget_invalid()
-        assert next_rung()["score"] == sweep.trials()[0].rungs[0].measured.score
+        begun.sweep.reopen()
+        assert begun.next_rung()["score"] == begun.sweep.trials()[0].rungs[0].measured.score
         assert {f: f.stat().st_mtime_ns for f in answered} == answered
+
+
+def test_a_fault_not_its_own_leaves_the_trial_to_the_next_actor(tmp_path, tiny_chat):
+    begun = Begun(sweep_config(tmp_path, tiny_chat), tiny_chat)
+    blocked = block(begun.folder.root, RUNGS[0])
+    with pytest.raises(IsADirectoryError):
+        begun.next_rung()
+    assert begun.status == "open"
+    blocked.rmdir()
+    assert begun.next_rung()["rung"] == 0
+
+
+def test_an_actor_that_dies_before_tune_knows_of_a_rung_changes_nothing(tmp_path, tiny_chat):
+    """The next actor finds the rung recorded: it goes on, or it ends, as the sweep's files say."""
+    begun = Begun(sweep_config(tmp_path, tiny_chat), tiny_chat)
+    assert [begun.next_rung()["rung"] for _ in RUNGS] == [0, 1]
+    ended = {"trial": begun.name, "done": True}
+    assert begun.status == "completed"
+    assert begun.next_rung() == ended
+    first, last = sorted((begun.folder.root / "rungs").glob("*.json"))
+    last.unlink()
+    better = begun.sweep.suggest()
+    shown = Measured({"value": 2.0}, {"value": 1.0}, base=1.0, violation=0.0)
+    rung = asdict(Rung(RUNGS[0], shown, finished=0.0))
+    write_manifest(begun.sweep.folder(better.name).root / "rungs" / first.name, {}, **rung)
+    assert begun.status == "stopped"
+    assert begun.next_rung() == ended
+    assert not last.exists()

@@ -26,6 +26,7 @@ from bdpo.evaluation.answers import planned_items
 from bdpo.evaluation.judges import judge_fingerprint
 from bdpo.evaluation.reading import read_evaluation
 from bdpo.models import json_digest
+from bdpo.placement import trials_at_a_time
 from bdpo.runs import Fingerprint, RunDir, write_manifest
 from bdpo.search import (
     Trial,
@@ -36,7 +37,6 @@ from bdpo.search import (
     results_table,
     status,
     trial_config,
-    trials_at_a_time,
     winner,
 )
 from bdpo.search_figures import draw_search
@@ -50,10 +50,13 @@ from bdpo.storage import (
     write_bytes,
     write_text,
 )
-from bdpo.sweep import Sweep
-from pipelines.cli import check_inputs, connect, console, main
+from bdpo.sweep import PASSING, Sweep
+from pipelines.cli import check_inputs, cluster_nodes, connect, console, main
 from pipelines.evaluate import evaluate_model, print_comparison
-from pipelines.score import run_score
+from pipelines.plan import require_memory
+from pipelines.preflight import refuse_what_does_not_fit
+from pipelines.prepare import run_prepare
+from pipelines.score import score_prepared
 from pipelines.train import train_fingerprint
 
 # Where and how often is not what: these keys may change between a kill and the resume.
@@ -63,13 +66,15 @@ _FREE = {"num_samples", "max_concurrent_trials", "max_failures"}
 def run_search(config: Config, run: RunDir) -> None:
     """Run the trials that are missing, then write and print what came of all of them."""
     _refuse_early(config)
-    run_score(config, run)
-    check_rungs(config, training_rows(config, run).num_rows)
+    run_prepare(config, run)
     sweep = Sweep(config, run, sweep_fingerprint(config, run))
+    sweep.refuse_other()
+    todo = sweep.todo()
+    at_a_time = _require_room(config, run) if todo else 0
+    score_prepared(config, run)
+    check_rungs(config, training_rows(config, run).num_rows)
     sweep.begin()
-    sweep.forget_invalid()
-    todo = sweep.missing() + len(sweep.open_trials())
-    at_a_time = trials_at_a_time(config, _cluster()) if todo else 0
+    sweep.reopen()
     base = run.part("base", "search")
     if not evaluate_model(part_of(config, "search"), base, "base")["valid"]:
         raise UserError(
@@ -112,11 +117,11 @@ def sweep_fingerprint(config: Config, run: RunDir) -> Fingerprint:
     }
 
 
-def _cluster() -> dict[str, float]:
-    connect()
-    import ray
-
-    return dict(ray.cluster_resources())
+def _require_room(config: Config, run: RunDir) -> int:
+    """How many trials run at a time; a cluster that can hold none is refused before anything is scored."""
+    require_memory(config)
+    refuse_what_does_not_fit(config, run)
+    return trials_at_a_time(config, cluster_nodes())
 
 
 def _run_trials(sweep: Sweep, base_scores: pa.Table, todo: int, at_a_time: int) -> None:
@@ -207,7 +212,7 @@ def _finish(sweep: Sweep) -> None:
         )
         sys.exit(1)
     for trial in trials:
-        if trial.name != best.name:
+        if trial.name != best.name and sweep.status(trial) not in PASSING:
             discard(sweep.folder(trial.name).model)
     base, chosen = run.part("base", "held_out"), sweep.folder(best.name)
     held_out = part_of(sweep.config_of(best), "held_out")
@@ -230,7 +235,8 @@ def _print_failures(trials: Sequence[Trial]) -> None:
     for trial in trials:
         if trial.failure is not None:
             line = f"trial {trial.name} {trial.failure['kind']}: {trial.failure['error']}"
-            console.print(line, style="red", soft_wrap=True, markup=False)
+            again = "; the same command tries it again" if trial.failure["kind"] in PASSING else ""
+            console.print(line + again, style="red", soft_wrap=True, markup=False)
 
 
 def _best_config(sweep: Sweep, best: Trial) -> Config:

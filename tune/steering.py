@@ -6,14 +6,17 @@ saved: a sweep that is begun again gives Tune the trials that are still open, an
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from ray import cloudpickle
 from ray.tune import Callback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from bdpo.search import survives
 from bdpo.sweep import Sweep
+from tune.faults import in_a_line
 
 
 class Suggestions(Searcher):
@@ -55,11 +58,14 @@ class Survival(FIFOScheduler):
 
 
 class Failures(Callback):
-    """Records a trial whose own process died more often than `tune.max_failures`."""
+    """Records a trial that met with faults which are not its own more often than `tune.max_failures`."""
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called once, when there is no recovery left."""
-        self.sweep.record_failure(trial.config["trial"], "failed", "its own process failed, see Ray's logs")
+        file = trial.pickled_error_file  # None where Ray has no error of the actor's own
+        what = in_a_line(cloudpickle.loads(Path(file).read_bytes())) if file else "its process died"
+        error = f"{trial.num_failures} times, at last {what}"
+        self.sweep.record_failure(trial.config["trial"], "lost", error)

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from ray import tune
 
 from bdpo.evaluation.summary import invalid_lines
-from bdpo.models import first_line
 from bdpo.plan import outline
 from bdpo.rungs import Rungs
 from bdpo.search import InvalidEvaluation, measure, part_of, rung_steps
@@ -26,6 +25,7 @@ from bdpo.storage import open_parquet
 from bdpo.sweep import Sweep
 from pipelines.evaluate import evaluate_model
 from pipelines.train import fit, train_fingerprint
+from tune.faults import in_a_line, own_fault
 
 
 class TrialActor(tune.Trainable):
@@ -45,13 +45,21 @@ class TrialActor(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train to the next rung and evaluate there; what goes wrong is recorded and ends this trial."""
+        """Train to the next rung and evaluate there; a fault of the trial's own is recorded and ends it.
+
+        Raises:
+            Exception: any other fault; Tune begins the trial again, `tune.max_failures` times.
+        """
         try:
             return self._next_rung()
         except InvalidEvaluation as error:
             self.sweep.record_failure(self.trial.name, "invalid", str(error))
         except Exception as error:
-            self.sweep.record_failure(self.trial.name, "failed", _cause(error))
+            fault = own_fault(error)
+            if fault is None:
+                self._stop_training()  # another actor is about to begin it again
+                raise
+            self.sweep.record_failure(self.trial.name, "failed", in_a_line(fault))
         return {"done": True}
 
     def cleanup(self) -> None:
@@ -71,6 +79,8 @@ class TrialActor(tune.Trainable):
             self.rungs.take_back()
 
     def _next_rung(self) -> dict[str, Any]:
+        if self.sweep.status(self.trial) != "open":  # the actor before died before Tune knew of its end
+            return {"trial": self.trial.name, "done": True}
         number = len(self.trial.rungs)
         step, last = self.rungs.steps[number], number + 1 == len(self.rungs.steps)
         started = time.time()
@@ -112,14 +122,12 @@ class TrialActor(tune.Trainable):
         except Exception as error:
             self.error = error
 
-    def _end(self) -> None:
+    def _stop_training(self) -> None:
         if self.training is not None:
             self.rungs.stop()
             self.training.join()
+            self.training = None
+
+    def _end(self) -> None:
+        self._stop_training()
         self.sweep.tidy(self.trial.name)
-
-
-def _cause(error: Exception) -> str:
-    """One line about what really failed: Ray Train wraps what its workers raised."""
-    raised = next(iter(getattr(error, "worker_failures", {}).values()), error)
-    return f"{type(raised).__name__}: {first_line(raised)}"

@@ -67,8 +67,10 @@ class TuneConfig(Section):
     )
     reduction_factor: float = Field(2.0, gt=1, description="ASHA: of n trials at a rung n / this go on")
     rung_limit: Positive = Field(100, description="prompts of each benchmark at rungs before the last")
-    max_concurrent_trials: Positive | None = Field(None, description="by default what the cluster holds")
-    max_failures: int = Field(2, ge=0, description="deaths of a trial's own process to recover from")
+    max_concurrent_trials: Positive | None = Field(
+        None, description="by default what the cluster holds; under KubeRay it has to be set"
+    )
+    max_failures: int = Field(2, ge=0, description="retries of a trial after a fault that is not its own")
 
     @field_validator("rungs")
     @classmethod

@@ -1,0 +1,108 @@
+"""How many trials of a search a cluster holds, as plain data: workers and evaluations on nodes and GPUs.
+
+Sums would not do: a worker lies on one node, and its share of a GPU on one GPU.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from bdpo.config import Config
+from bdpo.errors import UserError
+from bdpo.search import number_of_trials
+
+Nodes = Sequence[tuple[int, Mapping[str, float]]]  # how many, and the resources of each by Ray's names
+
+_ACCELERATOR = "accelerator_type:"
+_ROUNDING = 1e-9  # of sums of shares
+
+
+def trials_at_a_time(config: Config, nodes: Nodes | None) -> int:
+    """How many trials the nodes hold, at most `tune.max_concurrent_trials`.
+
+    A trial has its training workers and its evaluation on a GPU share of its own for as long as it lives, so
+    trials never wait for each other. While it evaluates its workers wait: the processors are shared. Of nodes
+    that cannot be known (None) the config has to say it.
+
+    Raises:
+        UserError: not even one; the message has the arithmetic.
+    """
+    most = config.tune.max_concurrent_trials
+    if nodes is None:
+        if most is None:
+            raise UserError(
+                "tune.max_concurrent_trials: set it; what this cluster may grow to is known to KubeRay alone"
+            )
+        return most
+    fit = 0
+    while fit < (most or number_of_trials(config.tune)) and _hold(nodes, config, fit + 1):
+        fit += 1
+    if not fit:
+        raise UserError(
+            f"tune: a trial needs {_need(config)}; that does not fit the cluster of {_described(nodes)}; "
+            "lower them, or use a larger cluster"
+        )
+    return fit
+
+
+class _Node:
+    """What is free of a node."""
+
+    def __init__(self, resources: Mapping[str, float]) -> None:
+        self.names = resources.keys()
+        self.cpus = resources.get("CPU", 0.0)
+        self.gpus = _parts(resources.get("GPU", 0.0))
+
+    def take(self, cpus: float, gpus: float, accelerator: str | None = None) -> bool:
+        """Take so much if it is there: a share from the fullest GPU that has it, as Ray does."""
+        left = list(self.gpus)
+        if cpus > self.cpus + _ROUNDING or (accelerator and _ACCELERATOR + accelerator not in self.names):
+            return False
+        for part in _parts(gpus):
+            fitting = [number for number, free in enumerate(left) if part <= free + _ROUNDING]
+            if not fitting:
+                return False
+            left[min(fitting, key=left.__getitem__)] -= part
+        self.cpus, self.gpus = self.cpus - cpus, left
+        return True
+
+
+def _parts(gpus: float) -> list[float]:
+    """Whole GPUs, and a share of another."""
+    whole, share = divmod(gpus, 1)
+    return [1.0] * int(whole) + [share] * (share > 0)
+
+
+def _hold(nodes: Nodes, config: Config, trials: int) -> bool:
+    """Whether there is room for so many, at worst: evaluations come first, and take of the largest nodes."""
+    train, free = config.train, [_Node(resources) for count, resources in nodes for _ in range(count)]
+    free.sort(key=lambda node: len(node.gpus), reverse=True)
+
+    def place(count: int, cpus: float, gpus: float, accelerator: str | None = None) -> bool:
+        return all(any(node.take(cpus, gpus, accelerator) for node in free) for _ in range(count))
+
+    return place(trials, 0, config.evaluate.gpus_per_worker) and place(
+        trials * train.workers, 1, train.gpus_per_worker, train.accelerator_type
+    )
+
+
+def _need(config: Config) -> str:
+    train, share = config.train, config.evaluate.gpus_per_worker
+    workers, gpus = f"train.workers={train.workers}", train.workers * train.gpus_per_worker + share
+    need = f"{train.workers} CPU ({workers} x 1)"
+    if gpus:
+        need += f" and {gpus:g} GPU ({workers} x {train.gpus_per_worker:g}"
+        need += f" on {train.accelerator_type}" if train.accelerator_type else ""
+        need += f" + evaluate.gpus_per_worker={share:g}), each share on one GPU"
+    return need
+
+
+def _described(nodes: Nodes) -> str:
+    """Alike nodes as one: `8 x (16 CPU, 1 GPU, L40S)`."""
+    counts: Counter[str] = Counter()
+    for count, resources in nodes:
+        parts = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)]
+        parts += [name.removeprefix(_ACCELERATOR) for name in resources if name.startswith(_ACCELERATOR)]
+        counts[", ".join(parts) or "nothing"] += count
+    return " + ".join(f"{count} x ({what})" for what, count in counts.items())
