@@ -137,7 +137,7 @@ def read_manifest(file: StoragePath) -> dict[str, Any] | None:
         manifest["fingerprint"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: not a manifest of bdpo; fresh=true starts over") from None
     return manifest
 

@@ -88,7 +88,7 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="module")
 def finished(cluster, config):
-    """The whole run, submitted as a job; a node dies in each of its stages, others join."""
+    """The whole run, submitted as a job; in each of its stages all its nodes die, and another joins."""
     run_dir = yaml.safe_load(config.read_text())["run_dir"]
 
     def when(reached):
@@ -102,18 +102,18 @@ def finished(cluster, config):
     first = cluster.add(cpus=2)
     with cluster.submitting("python", "-m", "pipelines.run", "--config", str(config)) as job:
         when(lambda now: now["score"]["rows"] >= 20)
-        spare = cluster.add(cpus=2)
         cluster.kill(first)
         rows = state(run_dir)["score"]["rows"]
+        spare = cluster.add(cpus=2)
         when(lambda now: now["train"]["checkpoints"] >= 1)
         metrics = cluster.metrics()
-        another = cluster.add(cpus=2)
         cluster.kill(spare)
         steps = state(run_dir)["train"]["steps"]
+        another = cluster.add(cpus=2)
         when(lambda now: now["evaluate trained"]["answers"] >= 4)
-        cluster.add(cpus=2)
         cluster.kill(another)
         answers = state(run_dir)["evaluate trained"]["answers"]
+        cluster.add(cpus=2)
         logs, _ = job.communicate(timeout=600)
     assert job.returncode == 0, logs
     # Each was killed at work: none of the stages was done by then.
