@@ -40,7 +40,7 @@ from bdpo.runs import Fingerprint, RunDir, finished, write_manifest
 from bdpo.shards import ShardStore
 from bdpo.storage import StoragePath, forget, write_parquet
 from pipelines.cli import connect, console, exit_codes, main, progress_bar, require
-from pipelines.pool import consume, on_pool, run_here, shard_dataset
+from pipelines.pool import consume, in_hand, on_pool, run_here, shard_dataset
 
 
 def run_evaluate(config: Config, run: RunDir) -> None:
@@ -83,8 +83,7 @@ def _answer(
     config: Config, name: str, model: EvaluatedModel, answers: ShardStore, total: int, here: bool
 ) -> None:
     arguments = {"config": config, "model": model, "store": answers}
-    missing = answers.missing(total, config.evaluate.batch_size)
-    _work_off(config, f"answer {name}", ShardAnswerer, arguments, total, missing, here)
+    _work_off(config, f"answer {name}", ShardAnswerer, arguments, answers, total, here)
 
 
 def _judge(
@@ -93,9 +92,8 @@ def _judge(
     """Only a judge that is a model of its own gets the pool; the others are kept busy from here."""
     forget_failures(scores)
     arguments = {"config": config, "answers": answers, "scores": scores}
-    missing = scores.missing(total, config.evaluate.batch_size)
     here = here or config.evaluate.judge != "finetuned"
-    _work_off(config, f"judge {name}", ShardJudge, arguments, total, missing, here)
+    _work_off(config, f"judge {name}", ShardJudge, arguments, scores, total, here)
 
 
 def _work_off(
@@ -103,16 +101,20 @@ def _work_off(
     title: str,
     actor: type,
     arguments: dict[str, Any],
+    store: ShardStore,
     total: int,
-    missing: list[tuple[int, int]],
     here: bool,
 ) -> None:
+    """Make the missing shards of `store`; what nodes that died had in hand comes again, twice at most."""
     evaluate = config.evaluate
-    if missing and here:
-        run_here(actor, arguments, evaluate.gpus_per_worker, title, total, missing)
-    elif missing:
-        pool = evaluate.workers, evaluate.gpus_per_worker
-        consume(on_pool(shard_dataset(missing), "evaluate", actor, arguments, *pool), title, total, missing)
+    pool = evaluate.workers, evaluate.gpus_per_worker
+    for may_fail in (in_hand(evaluate.workers), in_hand(evaluate.workers), 0):
+        missing = store.missing(total, evaluate.batch_size)
+        if missing and here:
+            run_here(actor, arguments, evaluate.gpus_per_worker, title, total, missing)
+        elif missing:
+            dataset = on_pool(shard_dataset(missing, may_fail), "evaluate", actor, arguments, *pool)
+            consume(dataset, title, total, missing)
 
 
 def _capability(

@@ -27,6 +27,11 @@ ATTEMPTS = 3
 RESTARTS, STILLBORN = 3, 5
 
 
+def in_hand(workers: Any) -> int:
+    """How many shards may be lost with nodes that die, before it is something else that goes wrong."""
+    return 4 * worker_range(workers)[1]
+
+
 def shard_dataset(shards: Sequence[tuple[int, int]], may_fail: int = 0) -> Dataset:
     """One block for each (first row, number of rows), so that each is a task of its own.
 

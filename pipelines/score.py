@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from bdpo.config import Config, worker_range
+from bdpo.config import Config
 from bdpo.data import count_pairs
 from bdpo.errors import UserError
 from bdpo.logps import why_plain_rows
@@ -34,7 +34,7 @@ from bdpo.scoring import (
 )
 from bdpo.storage import discard
 from pipelines.cli import console, main
-from pipelines.pool import ATTEMPTS, consume, on_pool, shard_dataset
+from pipelines.pool import ATTEMPTS, consume, in_hand, on_pool, shard_dataset
 from pipelines.prepare import run_prepare
 
 # A shard that kills its actors comes again in so many pieces, and they in so many.
@@ -86,7 +86,7 @@ def _score(
         console.print(f"every response has a row of its own: {why_plain}", soft_wrap=True)
     arguments = {"config": config, "run_dir": run.root, "fingerprint": fingerprint}
     pool = config.score.workers, config.score.gpus_per_worker
-    may_fail = MOST_UNSCORABLE + 4 * worker_range(config.score.workers)[1]  # all that dying nodes had in hand
+    may_fail = MOST_UNSCORABLE + in_hand(config.score.workers)
     for number, size in enumerate(_rounds(config.score.shard_rows)):
         if number:
             missing = store.missing(total, size, reasons)
