@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from bdpo.errors import UserError
 from bdpo.runs import RunDir
-from bdpo.storage import StoragePath, sha256, write_text
+from bdpo.storage import StoragePath, read_text, sha256, write_text
 
 Metrics = dict[str, float]
 # Gets a folder with this worker's part and the metrics of its step; the folder is then its to remove.
@@ -136,7 +136,7 @@ def none_whole(damaged: dict[str, str]) -> UserError:
 
 def read_part(folder: StoragePath) -> dict[str, Any]:
     """What the first worker wrote about a checkpoint: cursor, workers, metrics."""
-    part: dict[str, Any] = json.loads((folder / "part-0.json").read_text(encoding="utf-8"))
+    part: dict[str, Any] = json.loads(read_text(folder / "part-0.json"))
     return part
 
 
@@ -155,9 +155,7 @@ def _damage(folder: StoragePath, rank: int, hashes: bool = True) -> str | None:
     try:
         if not (folder / name).exists() and rank >= read_part(folder)["workers"]:
             return None  # `_load` says that the number of workers is another one
-        for name, file in json.loads((folder / f"part-{rank}.json").read_text(encoding="utf-8"))[
-            "files"
-        ].items():
+        for name, file in json.loads(read_text(folder / f"part-{rank}.json"))["files"].items():
             if (folder / name).stat().st_size != file["size"]:
                 return f"{name} is truncated"
             if hashes and sha256(folder / name) != file["sha256"]:

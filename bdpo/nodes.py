@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from bdpo.runs import RunDir
-from bdpo.storage import error_line
+from bdpo.storage import error_line, read_text
 
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "pyarrow")
 
@@ -53,7 +53,7 @@ def node_facts(address: str, run_dir: str | None, nonce: str, files: Sequence[st
 
 def _storage_error(run: RunDir, nonce: str) -> str | None:
     try:
-        if (run.root / f".preflight-{nonce}").read_text() != nonce:
+        if read_text(run.root / f".preflight-{nonce}") != nonce:
             return "reads something else there"
     except FileNotFoundError:
         return "does not see what the driver wrote there"

@@ -34,7 +34,7 @@ from bdpo.runs import RunDir, read_manifest
 from bdpo.search import check_measures, check_space
 from bdpo.sources import Unreadable, read_rows
 from bdpo.status import expected_pairs
-from bdpo.storage import cache_folder, error_line, write_bytes
+from bdpo.storage import cache_folder, error_line, read_bytes, write_bytes
 from bdpo.tokens import ChatTokenizer, EncodedPair, Message, PromptTooLong, encode_pair, load_tokenizer
 
 AUDITED_PAIRS = 10
@@ -200,7 +200,7 @@ def check_storage(config: Config, run: RunDir) -> str:
     probe, content = run.root / f".preflight-{uuid.uuid4().hex}", os.urandom(64)
     try:
         write_bytes(probe, content)
-        whole = probe.read_bytes() == content
+        whole = read_bytes(probe) == content
         probe.unlink()
     except Exception as error:  # every protocol of fsspec has errors of its own
         raise UserError(f"run_dir={run.root}: cannot be written ({error_line(error)})") from None

@@ -30,7 +30,16 @@ from filelock import FileLock, Timeout
 
 from bdpo.config import Config
 from bdpo.errors import UserError
-from bdpo.storage import Lease, StoragePath, error_line, lock, lock_holder, storage_path, write_text
+from bdpo.storage import (
+    Lease,
+    StoragePath,
+    error_line,
+    lock,
+    lock_holder,
+    read_text,
+    storage_path,
+    write_text,
+)
 
 Fingerprint = dict[str, Any]  # field name -> JSON value
 
@@ -133,7 +142,7 @@ def read_manifest(file: StoragePath) -> dict[str, Any] | None:
         UserError: the file is not a manifest.
     """
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(read_text(file))
         manifest["fingerprint"]
     except FileNotFoundError:
         return None
@@ -204,7 +213,7 @@ class MetricsLog:
     def read(self) -> list[dict[str, Any]]:
         """All whole lines; one that a killed process left unfinished does not count."""
         try:
-            *lines, _ = self.file.read_text(encoding="utf-8").split("\n")
+            *lines, _ = read_text(self.file).split("\n")
         except FileNotFoundError:
             return []
         return [json.loads(line) for line in lines]

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from bdpo.errors import UserError
 from bdpo.runs import Fingerprint, refuse_other
-from bdpo.storage import StoragePath, matching, parquet_bytes, write_bytes
+from bdpo.storage import StoragePath, matching, parquet_bytes, read_bytes, write_bytes
 
 _NAME = re.compile(r"part-(\d{9})-([0-9a-f]{16})\.parquet")
 _METADATA_KEY = b"bdpo.fingerprint"
@@ -153,7 +153,7 @@ def _named(files: Iterable[StoragePath]) -> list[tuple[StoragePath, re.Match[str
 def _content(shard: StoragePath) -> bytes:
     """Nothing, if another process removed it since it was listed."""
     try:
-        return shard.read_bytes()
+        return read_bytes(shard)
     except FileNotFoundError:
         return b""
 

@@ -16,7 +16,7 @@ from bdpo.losses import REFERENCE_FREE
 from bdpo.plan import outline
 from bdpo.runs import MetricsLog, RunDir, read_manifest
 from bdpo.search import number_of_trials
-from bdpo.storage import StoragePath, matching, open_parquet
+from bdpo.storage import StoragePath, matching, open_parquet, read_text
 from bdpo.sweep import Sweep
 
 State = Literal["done", "begun", "not begun"]
@@ -42,7 +42,7 @@ def run_status(run: RunDir) -> list[Stage]:
 
 def _config(run: RunDir) -> Config:
     try:
-        return parse_config(yaml.safe_load(run.config.read_text(encoding="utf-8")), str(run.config))
+        return parse_config(yaml.safe_load(read_text(run.config)), str(run.config))
     except FileNotFoundError:
         raise UserError(f"{run.root}: no run folder (it has no config.yaml)") from None
 

@@ -79,6 +79,16 @@ def error_line(error: Exception) -> str:
     return strerror or (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def read_text(file: StoragePath) -> str:
+    """A whole text file as it is at one moment, see `read_bytes`."""
+    return read_bytes(file).decode("utf-8")
+
+
+def read_bytes(file: StoragePath) -> bytes:
+    """A whole file; on object storage in one request, as another process may replace it between two."""
+    return file.read_bytes() if isinstance(file, Path) else bytes(file.fs.cat_file(file.path))
+
+
 def write_text(file: StoragePath, text: str, mode: int = 0o644) -> None:
     """Write a whole text file or none."""
     write_bytes(file, text.encode(), mode)

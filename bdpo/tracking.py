@@ -22,7 +22,7 @@ from bdpo.config import Config
 from bdpo.errors import UserError
 from bdpo.models import first_line
 from bdpo.runs import MetricsLog, RunDir
-from bdpo.storage import discard, whole_folder, write_text
+from bdpo.storage import discard, read_text, whole_folder, write_text
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ def _remembered(run: RunDir, name: str, create: Callable[[], str]) -> str:
     file = run.train / f"{name}.id"
     if not file.exists():
         write_text(file, create())
-    return str(file.read_text(encoding="utf-8"))
+    return read_text(file)
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:

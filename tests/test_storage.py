@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -128,6 +129,16 @@ class TestFolders:
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
         assert storage.matching(folder, "*") == [folder / "a", folder / "b"]
         assert (folder / "b").is_file()
+
+    def test_a_file_that_is_replaced_while_it_is_read_is_one_or_the_other(self, folder):
+        """An object that is asked for its size first and for its content then may be another by then."""
+        file, contents = folder / "file", ["a" * 10, "b" * 20]
+        storage.write_text(file, contents[0])
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(lambda: [storage.write_text(file, contents[n % 2]) for n in range(100)])
+            while not writing.done():
+                assert storage.read_text(file) in contents
+            writing.result()
 
     def test_a_private_file_is_replaced_and_kept_when_its_writer_fails(self, folder):
         write_text(folder / "q.jsonl", "stale" * 100)

@@ -47,6 +47,7 @@ from bdpo.storage import (
     discard,
     open_parquet,
     parquet_bytes,
+    read_bytes,
     write_bytes,
     write_text,
 )
@@ -192,7 +193,7 @@ def trials_table(sweep: Sweep) -> Table:
             numbers = tuple(f"{100 * value:.1f}" for value in shown)  # type: ignore[assignment]
         values = [f"{v:g}" if isinstance(v, float) else str(v) for v in trial.params.values()]
         log = sweep.folder(trial.name).metrics
-        steps = log.read_bytes().count(b"\n") if log.exists() else 0  # a line a step
+        steps = read_bytes(log).count(b"\n") if log.exists() else 0  # a line a step
         style = "bold green" if best and trial.name == best.name else None
         table.add_row(trial.name, *values, status(trial, trials, settings), str(steps), *numbers, style=style)
     return table
