@@ -33,7 +33,7 @@ def wait_until(true: Callable[[], Any], what: str, seconds: float = 300) -> Any:
     while not (found := true()):
         if time.monotonic() > end:
             raise TimeoutError(what)
-        time.sleep(0.5)
+        time.sleep(1)
     return found
 
 
