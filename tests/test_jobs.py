@@ -29,7 +29,7 @@ from bdpo.storage import storage_path, write_bytes
 pytestmark = pytest.mark.ray
 
 HARM = "plantedharmfultext"
-PAIRS, STEPS, ITEMS = 240, 16, 16
+PAIRS, STEPS, ITEMS = 240, 32, 16
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +106,10 @@ def finished(cluster, config):
         rows = state(run_dir)["score"]["rows"]
         spare = cluster.add(cpus=2)
         when(lambda now: now["train"]["checkpoints"] >= 1)
-        metrics = cluster.metrics()
         cluster.kill(spare)
         steps = state(run_dir)["train"]["steps"]
         another = cluster.add(cpus=2)
+        metrics = cluster.metrics()
         when(lambda now: now["evaluate trained"]["answers"] >= 4)
         cluster.kill(another)
         answers = state(run_dir)["evaluate trained"]["answers"]
