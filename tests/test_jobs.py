@@ -158,7 +158,8 @@ def test_the_preflight_of_a_sound_config_finds_no_error(cluster, finished, confi
 
 
 def test_a_sweep_as_a_job(cluster, finished, config, bucket):
-    overrides = ["tune.num_samples=2", f"tune.rungs=[{STEPS // 2}]", f"run_dir={bucket}/runs/sweep"]
+    overrides = ["tune.num_samples=2", "tune.rungs=[1.0]", "train.max_steps=4", "train.workers=1"]
+    overrides += [f"run_dir={bucket}/runs/sweep"]
     code, printed = cluster.submit("python", "-m", "tune.search", "--config", str(config), *overrides)
     assert code == 0, printed
     sweep = state(f"{bucket}/runs/sweep")["search"]
