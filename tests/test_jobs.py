@@ -55,7 +55,14 @@ def config(tmp_path_factory, bucket):
         pairs,
         score={"workers": [1, 8], "shard_rows": 2, "tokens_per_batch": 64},
         train={"workers": 2, "max_steps": STEPS, "save_steps": 4, "max_failures": 3},
-        evaluate={"judge": "sandbox", "limit": ITEMS, "batch_size": 1, "workers": [1, 8], **benchmarks},
+        evaluate={
+            "judge": "sandbox",
+            "limit": ITEMS,
+            "batch_size": 1,
+            "workers": [1, 8],
+            "max_new_tokens": 24,  # enough for an answer that is looked for afterwards
+            **benchmarks,
+        },
     ).model_dump()
     values["data"]["limit"] = PAIRS
     values["run_dir"] = f"{bucket}/runs/first"
@@ -159,6 +166,7 @@ def test_the_preflight_of_a_sound_config_finds_no_error(cluster, finished, confi
 
 def test_a_sweep_as_a_job(cluster, finished, config, bucket):
     overrides = ["tune.num_samples=2", "tune.rungs=[1.0]", "train.max_steps=4", "train.workers=1"]
+    overrides += ["data.limit=40", "score.shard_rows=40", "evaluate.batch_size=16", "evaluate.workers=1"]
     overrides += [f"run_dir={bucket}/runs/sweep"]
     code, printed = cluster.submit("python", "-m", "tune.search", "--config", str(config), *overrides)
     assert code == 0, printed
