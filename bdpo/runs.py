@@ -144,7 +144,7 @@ def read_manifest(file: StoragePath) -> dict[str, Any] | None:
     try:
         manifest: dict[str, Any] = json.loads(read_text(file))
         manifest["fingerprint"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: not a manifest of bdpo; fresh=true starts over") from None
