@@ -222,7 +222,7 @@ def test_without_the_token_nothing_is_answered(cluster, tmp_path):
 SHOWN = """
     /api/jobs/ /api/v0/actors?detail=1 /api/v0/tasks?detail=1 /api/v0/workers?detail=1 /api/v0/nodes?detail=1
     /api/v0/runtime_envs?detail=1 /api/v0/placement_groups?detail=1 /api/v0/tasks/timeline /logical/actors
-    /events /api/v0/cluster_events /nodes?view=summary /nodes?view=details /api/cluster_status
+    /events /nodes?view=summary /nodes?view=details /api/cluster_status
     /api/train/v2/runs/v1
 """
 
