@@ -29,7 +29,7 @@ from bdpo.storage import storage_path, write_bytes
 pytestmark = pytest.mark.ray
 
 HARM = "plantedharmfultext"
-PAIRS, STEPS, ITEMS = 240, 32, 16
+PAIRS, STEPS, ITEMS = 240, 32, 48
 
 
 @pytest.fixture(scope="module")
