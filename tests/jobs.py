@@ -240,9 +240,7 @@ def test_nothing_that_is_planted_is_shown(cluster, finished, bucket):
     logs = [file for file in cluster.folder.glob("**/session_2*/logs/**/*") if file.is_file()]
     shown = {str(file): file.read_bytes() for file in logs}
     for path in SHOWN.split():
-        answer = cluster.get(path)
-        assert answer.ok, path
-        shown[path] = answer.content
+        shown[path] = cluster.get(path).content  # an error of the dashboard may show a text too
     shown["what the job printed"] = finished.logs.encode()
     shown["metrics"] = finished.metrics.encode()
     stored = objects(bucket)
