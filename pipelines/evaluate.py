@@ -110,9 +110,11 @@ def _work_off(
     pool = evaluate.workers, evaluate.gpus_per_worker
     for may_fail in (in_hand(evaluate.workers), in_hand(evaluate.workers), 0):
         missing = store.missing(total, evaluate.batch_size)
-        if missing and here:
+        if not missing:
+            break
+        if here:
             run_here(actor, arguments, evaluate.gpus_per_worker, title, total, missing)
-        elif missing:
+        else:
             dataset = on_pool(shard_dataset(missing, may_fail), "evaluate", actor, arguments, *pool)
             consume(dataset, title, total, missing)
 
