@@ -84,7 +84,7 @@ def model_shape(config: Config) -> tuple[PreTrainedConfig, str | None]:
     local = (Path(model.name_or_path).expanduser() / "config.json").is_file()
     if local or model.name_or_path == SANDBOX or "://" in model.name_or_path:
         return model_config(model), None
-    attention = {"attn_implementation": model.attn_implementation}
+    attention = {"attn_implementation": model.plain_attention}
     try:
         return AutoConfig.from_pretrained(
             model.name_or_path,

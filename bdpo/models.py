@@ -97,7 +97,7 @@ def model_config(model: ModelConfig) -> PreTrainedConfig:
 
     return AutoConfig.from_pretrained(
         model_folder(model),
-        attn_implementation=model.attn_implementation,
+        attn_implementation=model.plain_attention,
         trust_remote_code=model.trust_remote_code,
     )
 
@@ -122,8 +122,10 @@ def require_positions(config: Config) -> None:
         )
 
 
-def load_model(folder: Path, model: ModelConfig) -> PreTrainedModel:
+def load_model(folder: Path, model: ModelConfig, attention: str | None = None) -> PreTrainedModel:
     """The causal language model of a folder, in `model.dtype`, on the CPU (or where ZeRO-3 puts it).
+
+    `attention` is how shared rows are attended to, see `bdpo.attention`; without it the model has none.
 
     Raises:
         UserError: the folder is not a causal language model that transformers can load.
@@ -131,14 +133,11 @@ def load_model(folder: Path, model: ModelConfig) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    attention = model.attn_implementation
-    if attention == "flex_attention" and not torch.cuda.is_available():
-        attention = "sdpa"  # on CPU no backward, and torch 2.13 cannot compile it for varying shapes
     try:
         return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, model.dtype),
-            attn_implementation=attention,
+            attn_implementation=attention or model.plain_attention,
             trust_remote_code=model.trust_remote_code,
             use_safetensors=True,
         )

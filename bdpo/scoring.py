@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from bdpo.attention import attention_of
 from bdpo.config import Config, ModelConfig
 from bdpo.data import pair_ids, read_pairs
 from bdpo.errors import UserError
@@ -152,7 +153,8 @@ class ReferenceScorer:
     def __init__(self, config: Config, device: str) -> None:
         self.config = config
         self.chat = load_tokenizer(config.model)
-        model = load_model(model_folder(config.model), config.model)
+        attention = attention_of(config, torch.device(device))
+        model = load_model(model_folder(config.model), config.model, attention)
         self.model = LogpsModel(model, config.data.max_length).to(device).eval()
         self.unconditional = self.chat.unconditional_ids(config.score.unconditional)
 

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 
 from bdpo.adapters import add_lora
+from bdpo.attention import attention_of
 from bdpo.config import Config, TrainConfig
 from bdpo.errors import UserError
 from bdpo.logps import LogpsModel
@@ -65,9 +66,11 @@ def build_engine(config: Config, total_steps: int, warmup_steps: int) -> Any:
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     ds_config = deepspeed_config(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention = attention_of(config, device)  # before what follows would partition its trials
     # from_pretrained partitions while this object is alive, and only then.
     alive = HfDeepSpeedConfig(ds_config) if config.train.zero_stage == 3 else None
-    model = load_model(model_folder(config.model), config.model)
+    model = load_model(model_folder(config.model), config.model, attention)
     del alive
     _disable_dropout(model)
     if config.train.lora:

@@ -16,9 +16,7 @@ from torch.utils._pytree import tree_iter
 from transformers import GPT2Config, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import bdpo.logps
-from bdpo.config import ModelConfig
 from bdpo.logps import LogpsHead, LogpsModel, pair_logps, pair_trees, why_plain_rows
-from bdpo.models import load_model
 from bdpo.packing import Tree
 from bdpo.tokens import encode_pair
 
@@ -124,13 +122,6 @@ def test_flex_attention_agrees_with_sdpa_and_with_plain_rows(tied, trees_of):
     assert [type(mask) for mask in masks] == [BlockMask]
     for rows in (shared, plain):
         torch.testing.assert_close(logps, rows(model)(trees), rtol=1e-5, atol=0)
-
-
-def test_without_cuda_flex_attention_is_sdpa(tmp_path):
-    tiny_qwen2().save_pretrained(tmp_path)
-    named = ModelConfig(name_or_path=str(tmp_path), dtype="float32", attn_implementation="flex_attention")
-    expected = "flex_attention" if torch.cuda.is_available() else "sdpa"
-    assert load_model(tmp_path, named).config._attn_implementation == expected
 
 
 @torch.no_grad()

@@ -1,0 +1,114 @@
+"""Which attention takes the shared rows: FlexAttention where it proves itself on this very device, else SDPA.
+
+FlexAttention compiles a kernel that skips what a mask hides; how well depends on torch, the GPU and the
+heads of the model. So it is tried before it is used: a layer as wide as the model's, rows of several
+shapes, forward and backward, against SDPA.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from bdpo.config import Config
+from bdpo.logps import LogpsModel, why_plain_rows
+from bdpo.models import first_line, model_config
+from bdpo.packing import Tree
+
+log = logging.getLogger(__name__)
+
+# (context, response, response) tokens of the trees of a batch. Kernels are compiled for the first two
+# and for single rows; after them no shape may need another.
+FIRST_SHAPES = [[(70, 90, 40)] * 9, [(130, 200, 60)] * 7, [(300, 150, 160)]]
+MORE_SHAPES = [[(90, 20, 70)] * 8, [(200, 333, 100)] * 5, [(41, 201, 99), (500, 80, 100)]]
+# How much further than SDPA's FlexAttention's log-probs may be from those in float32.
+TOLERANCE = 3.0
+
+
+def attention_of(config: Config, device: torch.device) -> str:
+    """What `model.attn_implementation` means for shared rows on this device.
+
+    On CPU FlexAttention is SDPA: there it has no backward.
+    """
+    model = config.model
+    if model.attn_implementation not in ("auto", "flex_attention"):
+        return model.attn_implementation
+    shape = model_config(model)
+    if device.type != "cuda" or why_plain_rows(shape, config.data.max_length):
+        return "sdpa"
+    if model.attn_implementation == "flex_attention":
+        return "flex_attention"
+    why = why_not_flex(shape, getattr(torch, model.dtype), device)
+    log.info("attention: %s", f"SDPA, for FlexAttention {why}" if why else "FlexAttention")
+    return "sdpa" if why else "flex_attention"
+
+
+def why_not_flex(shape: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What FlexAttention gets wrong or cannot do here, in words that follow its name, or None."""
+    try:
+        exact, sdpa, flex = (
+            LogpsModel(_one_layer(shape, kind, of, device), max_length=2**15)
+            for kind, of in (("sdpa", torch.float32), ("sdpa", dtype), ("flex_attention", dtype))
+        )
+        for trees in map(_trees, FIRST_SHAPES):
+            if why := _differs(exact, sdpa, flex, trees):
+                return why
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for trees in map(_trees, MORE_SHAPES):
+                if why := _differs(exact, sdpa, flex, trees):
+                    return why
+    except Exception as error:  # of a compiler, a driver or a library: whatever it is, SDPA works
+        return f"fails ({type(error).__name__}: {first_line(error)})"
+    return None
+
+
+def _one_layer(
+    shape: PreTrainedConfig, attention: str, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The first layer of the model: its true heads, next to nothing else; always the same random weights."""
+    shape = copy.deepcopy(shape)
+    shape.num_hidden_layers, shape.vocab_size, shape.intermediate_size = 1, 64, 64
+    shape.initializer_range = 2 / math.sqrt(shape.hidden_size)  # so that tokens choose whom they look at
+    shape.pad_token_id = shape.bos_token_id = shape.eos_token_id = None
+    if getattr(shape, "layer_types", None):
+        shape.layer_types = shape.layer_types[:1]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(shape, attn_implementation=attention)
+    return model.to(dtype).to(device).eval()
+
+
+def _trees(lengths: list[tuple[int, int, int]]) -> list[Tree]:
+    trees = []
+    for number, (context, *responses) in enumerate(lengths, 1):
+        ids = [[(number * step) % 64 for step in range(1, n + 1)] for n in (context, *responses)]
+        trees.append(Tree(ids[0], ids[1:]))
+    return trees
+
+
+def _differs(exact: LogpsModel, sdpa: LogpsModel, flex: LogpsModel, trees: list[Tree]) -> str | None:
+    """Whether log-probs or gradients are further from those in float32 than SDPA's are."""
+    with torch.inference_mode():
+        scored = [model(trees) for model in (exact, sdpa, flex)]
+    if _worse(*scored):
+        return "answers other log-probs than SDPA"
+    for model in (exact, sdpa, flex):
+        model.zero_grad()
+        model(trees).sum().backward()
+    if _worse(*map(_gradient, (exact, sdpa, flex))):
+        return "answers another gradient than SDPA"
+    return None
+
+
+def _gradient(model: LogpsModel) -> torch.Tensor:
+    """All of it: the biases of keys alone have none but what rounding leaves."""
+    return torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
+
+
+def _worse(exact: torch.Tensor, sdpa: torch.Tensor, flex: torch.Tensor) -> bool:
+    distance = [float((each.float() - exact).norm() / exact.norm()) for each in (sdpa, flex)]
+    return not distance[1] <= TOLERANCE * distance[0] + 1e-5
