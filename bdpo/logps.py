@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bdpo.ches import mean_states
 from bdpo.packing import Batch, Tree, pack, pack_plain
 from bdpo.tokens import EncodedPair
 
@@ -86,8 +87,14 @@ class LogpsModel(nn.Module):
         if why:
             _say_once(f"a row for each response instead of one for both: {why}")
 
-    def forward(self, trees: Sequence[Tree]) -> torch.Tensor:
-        """Summed log π(response | context), nats, float32, shape (responses of all trees,)."""
+    def forward(
+        self, trees: Sequence[Tree], means: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Summed log π(response | context), nats, float32, shape (responses of all trees,).
+
+        With `means` also the mean state of each response, see `bdpo.ches`, (responses, hidden size);
+        not a number where the model's hidden states are not known.
+        """
         config, device = self.model.config, self.model.device
         flex = device if config._attn_implementation == "flex_attention" else None
         batch = pack(trees, config.hidden_size, flex) if self.shared_rows else pack_plain(trees)
@@ -106,7 +113,12 @@ class LogpsModel(nn.Module):
         else:
             token_logps = self._by_own_logits(batch)
         responses = sum(len(tree.responses) for tree in trees)
-        return token_logps.new_zeros(responses).index_add(0, batch.responses, token_logps)
+        logps = token_logps.new_zeros(responses).index_add(0, batch.responses, token_logps)
+        if not means:
+            return logps
+        if not self.chunked:
+            return logps, logps.new_full((responses, 1), torch.nan)
+        return logps, mean_states(hidden, batch.responses, responses)
 
     def _by_own_logits(self, batch: Batch) -> torch.Tensor:
         """Log-probs of the targets; as many rows at a time as have a chunk of logits, one at least.

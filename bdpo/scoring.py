@@ -1,7 +1,8 @@
 """One pass of the reference model over the pairs: all that training and search need of it.
 
-Four sums of log-probs a pair (both responses, with and without the query) and the mutual information
-made of them. Nothing here depends on alpha, beta or training, so every trial shares one scoring.
+Four sums of log-probs a pair (both responses, with and without the query), the mutual information made
+of them, and CHES, which tells how alike the model sees the responses. Nothing here depends on alpha, beta
+or training, so every trial shares one scoring.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pyarrow.compute as pc
 import torch
 
 from bdpo.attention import attention_of
+from bdpo.ches import ches
 from bdpo.config import Config, ModelConfig
 from bdpo.data import pair_ids, read_pairs
 from bdpo.errors import UserError
@@ -46,6 +48,7 @@ SCORE_SCHEMA = pa.schema(
         ("uncond_rejected_logps", pa.float32()),
         ("mi_chosen", pa.float32()),
         ("mi_rejected", pa.float32()),
+        ("ches", pa.float32()),  # null where the architecture's hidden states are not known
     ]
 )
 
@@ -166,7 +169,9 @@ class ReferenceScorer:
                 the cause: what a masked token contributes is 0 times its value.
         """
         encoded = encode_pairs(self.chat, pairs.to_pylist(), self.config.data)
-        logps = reference_logps(self.model, encoded, self.unconditional, self.config.score.tokens_per_batch)
+        logps, alike = reference_logps(
+            self.model, encoded, self.unconditional, self.config.score.tokens_per_batch
+        )
         if not torch.stack(list(logps.values())).isfinite().all():
             raise FloatingPointError(f"a log-prob is not finite with model.dtype={self.config.model.dtype}")
         columns: dict[str, Any] = {
@@ -182,32 +187,39 @@ class ReferenceScorer:
                 logps[f"ref_{side}_logps"], logps[f"uncond_{side}_logps"], columns[f"{side}_tokens"]
             )
         columns = {name: c.numpy() if isinstance(c, torch.Tensor) else c for name, c in columns.items()}
+        columns["ches"] = pa.array(alike.numpy(), from_pandas=True)
         return pa.table(columns, schema=SCORE_SCHEMA)
 
 
 @torch.inference_mode()
 def reference_logps(
     model: LogpsModel, pairs: Sequence[EncodedPair], unconditional: list[int], tokens_per_batch: int
-) -> dict[str, torch.Tensor]:
-    """The four sums of log-probs of every pair, by column name: nats, float32 on the CPU, shape (pairs,).
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The four sums of log-probs of every pair, by column name, in nats, and CHES; NaN if not known.
 
-    When memory runs out, the batches that are left are planned again with half the tokens.
+    All are float32 on the CPU, shape (pairs,). When memory runs out, the batches that are left are planned
+    again with half the tokens.
     """
 
-    def in_batches(trees: Sequence[Tree]) -> torch.Tensor:
+    alike = torch.empty(len(pairs))
+
+    def in_batches(trees: Sequence[Tree], means: bool = False) -> torch.Tensor:
         logps = torch.empty(len(trees), len(trees[0].responses))
         lengths = [tree.tokens(model.shared_rows) for tree in trees]
         batches = length_sorted_batches(lengths, tokens_per_batch)
         while batches:
-            scored = _within_memory(model, [trees[i] for i in batches[0]])
+            scored = _within_memory(model, [trees[i] for i in batches[0]], means)
             if scored is None:
                 batches = _halved(batches, lengths)
             else:
                 batch, *batches = batches
+                if means:
+                    scored, states = scored
+                    alike[batch] = ches(*states.unflatten(0, (-1, 2)).unbind(1)).cpu()
                 logps[batch] = scored.view(len(batch), -1).cpu()
         return logps.view(-1, 2)
 
-    ref = in_batches(pair_trees(pairs))
+    ref = in_batches(pair_trees(pairs), means=True)
     responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
     uncond = in_batches([Tree(unconditional, [response]) for response in responses])
     return {
@@ -215,13 +227,13 @@ def reference_logps(
         "ref_rejected_logps": ref[:, 1],
         "uncond_chosen_logps": uncond[:, 0],
         "uncond_rejected_logps": uncond[:, 1],
-    }
+    }, alike
 
 
-def _within_memory(model: LogpsModel, trees: Sequence[Tree]) -> torch.Tensor | None:
+def _within_memory(model: LogpsModel, trees: Sequence[Tree], means: bool) -> Any:
     """The model's answer; None if memory does not suffice for so many trees, an exception if not for one."""
     try:
-        return model(trees)
+        return model(trees, means=means)
     except (RuntimeError, MemoryError) as error:
         if len(trees) == 1 or not out_of_memory(error):
             raise

@@ -2,10 +2,12 @@
 
 A method with a reference wants scores; one without wants only the numbers of tokens, which are counted
 here. SafeDPO wants a safety label of every response, and has no use for pairs of two unsafe ones.
+`data.select` keeps a part of the pairs by what their scores say.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -20,27 +22,63 @@ from bdpo.tokens import encode_pairs, load_tokenizer
 LABELS = ["chosen_safe", "rejected_safe"]
 
 
-def training_rows(config: Config, run: RunDir) -> pa.Table:
-    """Rows of SCORE_SCHEMA, those of the pairs that `method.name` is trained on, in the order of the pairs.
+def wants_scores(config: Config) -> bool:
+    """Whether the reference model has to score the pairs before training."""
+    return config.method.name not in REFERENCE_FREE or config.data.select is not None
 
-    Without a reference all is null but ids, groups and numbers of tokens.
+
+def training_rows(config: Config, run: RunDir) -> pa.Table:
+    """Rows of SCORE_SCHEMA, those of the pairs that are trained on, in the order of the pairs.
+
+    Where no scores are wanted all is null but ids, groups and numbers of tokens.
 
     Raises:
         UserError: there are no finished scores, or no safety labels, and the method wants them; or it
             can use none of the pairs.
     """
     require_labels(config, run)
-    reference_free = config.method.name in REFERENCE_FREE
-    rows = count_tokens(config, run) if reference_free else read_scores(config, run)
+    rows = read_scores(config, run) if wants_scores(config) else count_tokens(config, run)
+    keep = selected(config, rows)
     if config.method.name in NEED_SAFETY_LABELS:
         labels = _labels(run)
-        rows = rows.filter(pc.or_(labels["chosen_safe"], labels["rejected_safe"]))
+        keep &= pc.or_(labels["chosen_safe"], labels["rejected_safe"]).to_numpy()
+    rows = rows.filter(pa.array(keep))
     if not rows.num_rows:
         raise UserError(
             f"method.name={config.method.name}: both responses are unsafe in every pair of "
             f"data.path={config.data.path}, none is left to train on"
         )
     return rows
+
+
+def selected(config: Config, scores: pa.Table) -> np.ndarray:
+    """Which rows `data.select` keeps, bool, shape (pairs,).
+
+    Each bound is one on the rank within the group, so [0, 0.5] and [0.5, 1] share no pair and leave none.
+
+    Raises:
+        UserError: it is to select by CHES, which this architecture's scores lack; or nothing is left.
+    """
+    keep, select = np.ones(scores.num_rows, dtype=bool), config.data.select
+    if select is None:
+        return keep
+    if select.ches and scores["ches"].null_count:
+        raise UserError(
+            f"data.select.ches: {config.model.name_or_path} is of an architecture without CHES; "
+            "select by mi_difference"
+        )
+    mi_chosen, mi_rejected = (scores[f"mi_{side}"].to_numpy() for side in ("chosen", "rejected"))
+    groups = np.array(scores["group"].to_pylist(), dtype=object)
+    for values, part in ((abs(mi_chosen - mi_rejected), select.mi_difference), (scores["ches"], select.ches)):
+        if part:
+            for group in ("safe", "unsafe", None):
+                rows = np.flatnonzero(groups == group)
+                ranked = rows[np.argsort(np.asarray(values)[rows], kind="stable")]
+                low, high = (round(bound * len(rows)) for bound in part)
+                keep[ranked[:low]] = keep[ranked[high:]] = False
+    if not keep.any():
+        raise UserError(f"data.select: none of the {len(keep)} pairs is left to train on")
+    return keep
 
 
 def require_labels(config: Config, run: RunDir) -> None:

@@ -12,10 +12,10 @@ import yaml
 from bdpo.config import Config, parse_config
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import MODEL_NAMES
-from bdpo.losses import REFERENCE_FREE
 from bdpo.plan import outline
 from bdpo.runs import MetricsLog, RunDir, read_manifest
 from bdpo.search import number_of_trials
+from bdpo.selection import wants_scores
 from bdpo.storage import StoragePath, matching, open_parquet, read_text
 from bdpo.sweep import Sweep
 
@@ -32,7 +32,7 @@ def run_status(run: RunDir) -> list[Stage]:
     config = _config(run)
     account = read_manifest(run.data / "manifest.json")
     pairs = account["account"]["kept"] if account else None
-    scored = [] if config.method.name in REFERENCE_FREE else [_score(run, pairs)]
+    scored = [_score(run, pairs)] if wants_scores(config) else []
     if run.tune.is_dir():
         return [_prepare(account), *scored, _search(run, config)]
     stages = [_prepare(account), *scored, _train(run, config, pairs)]
@@ -82,6 +82,8 @@ def _train(run: RunDir, config: Config, pairs: int | None) -> Stage:
     last: dict[str, Any] = metrics[-1] if metrics else {}
     checkpoints = matching(run.train / "ray", "checkpoint_*")
     manifest = read_manifest(run.train / "manifest.json")
+    begun = read_manifest(run.train / "begun.json")
+    pairs = begun["pairs"] if begun else pairs  # a method or data.select may want a part of all
     return _stage(
         "train",
         manifest is not None and run.has_model(),

@@ -84,7 +84,7 @@ def _drift(name: str, pairs: list[EncodedPair]) -> str:
     models = [
         LogpsModel(copy.deepcopy(rounded).to(dtype), MAX_LENGTH).eval() for dtype in (None, torch.float32)
     ]
-    low, exact = (reference_logps(model, pairs, EMPTY, TOKENS_PER_BATCH) for model in models)
+    low, exact = (reference_logps(model, pairs, EMPTY, TOKENS_PER_BATCH)[0] for model in models)
     tokens = {
         side: torch.tensor([len(getattr(pair, side)) for pair in pairs]) for side in ("chosen", "rejected")
     }

@@ -25,7 +25,6 @@ from rich.table import Table
 from bdpo.config import Config, load_config, worker_range
 from bdpo.config.secrets import looks_secret
 from bdpo.errors import UserError
-from bdpo.losses import REFERENCE_FREE
 from bdpo.models import first_line, with_sandbox_files
 from bdpo.nodes import NodeFacts, node_facts
 from bdpo.preflight import (
@@ -40,6 +39,7 @@ from bdpo.preflight import (
     measure_throughput,
 )
 from bdpo.runs import RunDir
+from bdpo.selection import wants_scores
 from bdpo.storage import write_text
 from bdpo.tokens import with_template
 from pipelines.cli import cluster_nodes, connect, console, exit_codes, require
@@ -102,7 +102,7 @@ def _stage_checks(config: Config) -> dict[str, Check]:
 
         return fits
 
-    stages = ["train", "evaluate"] if config.method.name in REFERENCE_FREE else ["score", "train", "evaluate"]
+    stages = ["score", "train", "evaluate"] if wants_scores(config) else ["train", "evaluate"]
     return {stage: check(stage) for stage in stages}
 
 

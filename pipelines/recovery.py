@@ -35,7 +35,7 @@ class Recovery(UserCallback):
         begun = read_manifest(self.begun_file)
         if begun and checkpoint:
             step = metrics[0]["step"]
-            write_manifest(self.begun_file, begun["fingerprint"], workers=begun["workers"], committed=step)
+            write_manifest(self.begun_file, **{**begun, "committed": step})
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise what ends the run: Ray does not retry what a callback raises."""

@@ -15,11 +15,11 @@ from typing import Any
 from rich.table import Table
 
 from bdpo.config import Config
-from bdpo.losses import REFERENCE_FREE
 from bdpo.preflight import INPUT_CHECKS
 from bdpo.report import mi_scatter, mi_summary
 from bdpo.runs import RunDir, read_manifest
 from bdpo.scoring import read_scores
+from bdpo.selection import wants_scores
 from bdpo.storage import write_text
 from pipelines.cli import console, main
 from pipelines.evaluate import evaluate_model, print_comparison
@@ -33,8 +33,7 @@ from pipelines.train import run_train
 def run_all(config: Config, run: RunDir) -> None:
     """Run every stage that is not done, then print and write the report."""
     _preflight(config, run)
-    scored = config.method.name not in REFERENCE_FREE
-    score = score_prepared(config, run) if scored else None
+    score = score_prepared(config, run) if wants_scores(config) else None
     base = evaluate_model(config, run, "base")
     train = run_train(config, run)
     trained = evaluate_model(config, run, "trained")

@@ -22,14 +22,14 @@ from bdpo.adapters import check_lora
 from bdpo.checkpoints import none_whole
 from bdpo.config import Config
 from bdpo.config.train import HOW_IT_RUNS
+from bdpo.data import count_pairs
 from bdpo.errors import UserError
-from bdpo.losses import REFERENCE_FREE
 from bdpo.models import json_digest
 from bdpo.plan import outline
 from bdpo.rungs import Rungs
 from bdpo.runs import Fingerprint, MetricsLog, RunDir, finished, read_manifest, write_manifest
 from bdpo.scoring import score_fingerprint
-from bdpo.selection import safety_account, training_rows
+from bdpo.selection import safety_account, training_rows, wants_scores
 from bdpo.storage import arrow_filesystem, discard
 from bdpo.tracking import Tracking
 from pipelines.cli import connect, console, main, progress_bar, require
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 def run_train(config: Config, run: RunDir) -> dict[str, Any]:
     """Train on the scored pairs unless that is done; returns the manifest of the training."""
-    if config.method.name in REFERENCE_FREE and read_manifest(run.data / "manifest.json") is None:
+    if not wants_scores(config) and read_manifest(run.data / "manifest.json") is None:
         run_prepare(config, run)
     fingerprint = train_fingerprint(config, run)
     manifest = finished(run.train / "manifest.json", fingerprint)
@@ -73,9 +73,11 @@ def train_fingerprint(config: Config, run: RunDir) -> Fingerprint:
     What is not in it may change between a kill and the resume.
     """
     sections = {"method": config.method.model_dump(), "train": config.train.model_dump(exclude=HOW_IT_RUNS)}
+    select = config.data.select
     return {
         "scores": json_digest(score_fingerprint(config, run)),
         "seed": config.seed,
+        "data.select": select and select.model_dump(),
         **{f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()},
     }
 
@@ -88,6 +90,12 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
         console.print(
             f"[bold]safety[/]    {safety['kept']} pairs kept + {safety['turned_round']} turned round (only "
             f"rejected is safe) + {safety['dropped']} dropped (both responses are unsafe)",
+            soft_wrap=True,
+        )
+    if config.data.select:
+        console.print(
+            f"[bold]select[/]    {scores.num_rows} pairs of {count_pairs(run.pairs)} are trained on, see "
+            "data.select",
             soft_wrap=True,
         )
     steps = outline(scores.num_rows, config.train, config.seed).total_steps
@@ -116,7 +124,7 @@ def fit(
 
     from pipelines.recovery import Recovery, final_cause, incomplete_checkpoints, restore_checkpoints
 
-    committed = _begin(config, run, fingerprint)
+    committed = _begin(config, run, fingerprint, scores.num_rows)
     whole, damaged = restore_checkpoints(run.train / "ray", committed, config.train)
     if damaged:
         note = {"damaged": damaged}
@@ -183,7 +191,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     train(config, run, scores, reported, report_in_background, rungs)
 
 
-def _begin(config: Config, run: RunDir, fingerprint: Fingerprint) -> int | None:
+def _begin(config: Config, run: RunDir, fingerprint: Fingerprint, pairs: int) -> int | None:
     """Remember what this training was begun with; returns the step of its last committed checkpoint, if any.
 
     Raises:
@@ -200,7 +208,8 @@ def _begin(config: Config, run: RunDir, fingerprint: Fingerprint) -> int | None:
             f"{run.train}: the checkpoints are of train.workers={begun['workers']} and cannot be resumed by "
             f"{config.train.workers}; set train.workers={begun['workers']}, or fresh=true to start over"
         )
-    write_manifest(begun_file, fingerprint, workers=config.train.workers, committed=committed)
+    of = {"workers": config.train.workers, "pairs": pairs, "committed": committed}
+    write_manifest(begun_file, fingerprint, **of)
     return committed
 
 

@@ -2,20 +2,21 @@
 
 import math
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import invented_pairs, save_model, tiny_config, write_jsonl
 from test_training import launch, metrics
 
-from bdpo.config import Config
+from bdpo.config import Config, parse_config
 from bdpo.data import prepare, read_pairs
 from bdpo.errors import UserError
 from bdpo.losses import LOSSES, REFERENCE_FREE, PairLogps
 from bdpo.plan import TrainingPlan
 from bdpo.runs import RunDir, write_manifest
 from bdpo.scoring import ReferenceScorer, ShardScorer, finish_scores, score_fingerprint, score_store
-from bdpo.selection import count_tokens, require_labels, safety_account, training_rows
+from bdpo.selection import count_tokens, require_labels, safety_account, selected, training_rows, wants_scores
 from bdpo.tokens import load_tokenizer
 from bdpo.training import TrainingPairs, _require_reference
 
@@ -154,3 +155,73 @@ def test_a_policy_that_is_not_the_reference_is_found_by_every_loss_that_has_one(
     check(1e-5)
     with pytest.raises(UserError, match=f"loss of {name} is .* policy and reference differ"):
         check(0.1)
+
+
+def test_two_halves_share_no_pair_and_leave_none_in_any_group(tmp_path, tiny_chat):
+    rows = invented_pairs(PAIRS)
+    for i, row in enumerate(rows):
+        row["group"] = ("safe", "unsafe")[i % 3 == 0]
+    config, run = prepared(tmp_path, tiny_chat, rows, "dpo")
+    scores = scored(config, run)
+    far = {
+        row["pair_id"]: abs(row["mi_chosen"] - row["mi_rejected"]) for row in scores.to_pylist()
+    }  # the definition, without ranks
+    for key, value in (("mi_difference", far), ("ches", ches_of(scores))):
+        low, high = (
+            training_rows(with_select(config, {key: bounds}), run) for bounds in ([0.0, 0.5], [0.5, 1.0])
+        )
+        ids = [set(half["pair_id"].to_pylist()) for half in (low, high)]
+        assert not ids[0] & ids[1]
+        assert len(ids[0] | ids[1]) == PAIRS
+        for group in ("safe", "unsafe"):
+            lower, upper = (
+                [float(value[row["pair_id"]]) for row in half.to_pylist() if row["group"] == group]
+                for half in (low, high)
+            )
+            assert abs(len(lower) - len(upper)) <= 1
+            assert max(lower) <= min(upper)
+
+
+def test_a_selection_is_of_all_pairs_whatever_else_the_method_leaves_out(tmp_path, tiny_chat):
+    config, run = prepared(tmp_path, tiny_chat, labelled_pairs(), "dpo")
+    scored(config, run)
+    half = with_select(config, {"mi_difference": [0.5, 1.0]})
+    chosen = set(training_rows(half, run)["pair_id"].to_pylist())
+    safe = half.model_copy(update={"method": half.method.model_copy(update={"name": "safedpo"})})
+    everything = config.model_copy(update={"method": safe.method})
+    usable = set(training_rows(everything, run)["pair_id"].to_pylist())
+    assert set(training_rows(safe, run)["pair_id"].to_pylist()) == chosen & usable
+
+
+def test_a_method_without_reference_wants_scores_where_they_select(tmp_path, tiny_chat):
+    config, run = prepared(tmp_path, tiny_chat, labelled_pairs(), "cpo")
+    half = with_select(config, {"ches": [0.0, 0.5]})
+    assert wants_scores(half)
+    assert not wants_scores(config)
+    with pytest.raises(UserError, match="no finished scores"):
+        training_rows(half, run)
+    scored(config, run)
+    assert training_rows(half, run).num_rows == PAIRS // 2
+
+
+def test_a_selection_that_cannot_be_made_is_one_line(tmp_path, tiny_chat):
+    config, run = prepared(tmp_path, tiny_chat, labelled_pairs(), "dpo")
+    scores = scored(config, run)
+    column = scores.schema.get_field_index("ches")
+    unknown = scores.set_column(column, scores.schema.field("ches"), pa.nulls(PAIRS, pa.float32()))
+    with pytest.raises(UserError, match="without CHES"):
+        selected(with_select(config, {"ches": [0.0, 0.5]}), unknown)
+    with pytest.raises(UserError, match="none of the 24 pairs"):
+        selected(with_select(config, {"mi_difference": [0.0, 0.001]}), scores)
+    for bounds in ([0.5], [0.5, 0.5], [-0.1, 1.0], [0.2, 1.1]):
+        with pytest.raises(UserError, match=r"data.select.ches: wants \[low, high\]"):
+            with_select(config, {"ches": bounds})
+
+
+def ches_of(scores):
+    return {row["pair_id"]: row["ches"] for row in scores.to_pylist()}
+
+
+def with_select(config, select):
+    values = config.model_dump()
+    return parse_config({**values, "data": {**values["data"], "select": select}}, "test")

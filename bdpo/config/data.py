@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from bdpo.config.base import Fraction, Positive, Section
+
+
+def _part(bounds: list[float]) -> list[float]:
+    if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
+        raise ValueError(f"wants [low, high] with 0 <= low < high <= 1, not {bounds}")
+    return bounds
+
+
+Quantiles = Annotated[list[float], AfterValidator(_part)]
+
+
+class SelectConfig(Section):
+    """Which of the scored pairs are trained on: those between two quantiles of their own group."""
+
+    mi_difference: Quantiles | None = Field(
+        None, description="of |I_w - I_l|: [0, 0.5] is the half whose responses are understood alike"
+    )
+    ches: Quantiles | None = Field(
+        None, description="of CHES: [0, 0.95] leaves out the pairs whose responses are most alike"
+    )
 
 
 class DataConfig(Section):
@@ -24,6 +44,7 @@ class DataConfig(Section):
     max_length: Positive = Field(2048, description="tokens of prompt and response together")
     max_prompt_length: Positive = Field(1024, description="longer prompts are quarantined")
     max_bad_fraction: Fraction = Field(0.05, description="more quarantined rows than this stop the run")
+    select: SelectConfig | None = Field(None, description="train on a part of the pairs, by their scores")
 
     @model_validator(mode="after")
     def _room_for_a_response(self) -> DataConfig:
