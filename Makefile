@@ -13,8 +13,8 @@ submit: $(VENV)/installed  ## COMMAND as a job on the cluster at RAY_API_SERVER_
 	$(BIN)/python -m pipelines.preflight --upload .
 	$(BIN)/ray job submit $(SUBMIT) --working-dir . -- $(COMMAND)
 
-test: $(VENV)/installed  ## all tests, on a local Ray cluster
-	$(BIN)/python -m pytest
+test: $(VENV)/installed  ## all tests, on local Ray clusters; two files at a time, for most of it is waiting
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed  ## formatting, ruff, types
 	$(BIN)/ruff format --check .

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 
 from bdpo.config import Config
 from bdpo.errors import UserError
-from bdpo.search import number_of_trials
 
 Nodes = Sequence[tuple[int, Mapping[str, float]]]  # how many, and the resources of each by Ray's names
 
@@ -18,8 +17,8 @@ _ACCELERATOR = "accelerator_type:"
 _ROUNDING = 1e-9  # of sums of shares
 
 
-def trials_at_a_time(config: Config, nodes: Nodes | None) -> int:
-    """How many trials the nodes hold, at most `tune.max_concurrent_trials`.
+def at_a_time(config: Config, nodes: Nodes | None, of: int, most: int | None, key: str) -> int:
+    """How many of `of` trials (of a search, or of an experiment) the nodes hold, at most `most`, from `key`.
 
     A trial has its training workers and its evaluation on a GPU share of its own for as long as it lives, so
     trials never wait for each other. While it evaluates its workers wait: the processors are shared. Of nodes
@@ -28,20 +27,17 @@ def trials_at_a_time(config: Config, nodes: Nodes | None) -> int:
     Raises:
         UserError: not even one; the message has the arithmetic.
     """
-    most = config.tune.max_concurrent_trials
     if nodes is None:
         if most is None:
-            raise UserError(
-                "tune.max_concurrent_trials: set it; what this cluster may grow to is known to KubeRay alone"
-            )
+            raise UserError(f"{key}: set it; what this cluster may grow to is known to KubeRay alone")
         return most
     fit = 0
-    while fit < (most or number_of_trials(config.tune)) and _hold(nodes, config, fit + 1):
+    while fit < min(most or of, of) and _hold(nodes, config, fit + 1):
         fit += 1
     if not fit:
         raise UserError(
-            f"tune: a trial needs {_need(config)}; that does not fit the cluster of {_described(nodes)}; "
-            "lower them, or use a larger cluster"
+            f"{key.partition('.')[0]}: a trial needs {_need(config)}; that does not fit the cluster of "
+            f"{_described(nodes)}; lower them, or use a larger cluster"
         )
     return fit
 

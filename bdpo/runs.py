@@ -10,6 +10,7 @@
     <run_dir>/eval/<name>/           per-item scores and summary.json of the model of that name
     <run_dir>/report/                summary and figures
     <run_dir>/tune/                  the trials of a search, their table, figures and best.yaml
+    <run_dir>/experiments/<name>/    the arms of an experiment, tables, figures and report.html
     <run_dir>/private/               quarantined rows and generated text; mode 0700
 
 It is a local or mounted folder, or one on object storage (`s3://bucket/prefix`): see `bdpo.storage`.
@@ -76,10 +77,10 @@ class RunDir:
         return self.private / "responses" / name
 
     def part(self, *names: str) -> RunDir:
-        """A run folder inside this one's `tune`: results of its own, with this run's pairs and scores."""
-        part = RunDir(self.tune.joinpath(*names))
+        """A run folder inside this one: results of its own, with this run's pairs and scores."""
+        part = RunDir(self.root.joinpath(*names))
         part.data, part.pairs, part.scores = self.data, self.pairs, self.scores
-        part.private = self.private.joinpath("tune", *names)
+        part.private = self.private.joinpath(*names)
         return part
 
     def has_model(self) -> bool:

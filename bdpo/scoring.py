@@ -32,7 +32,7 @@ from bdpo.models import load_model, model_folder, weights_digest
 from bdpo.packing import Tree, length_sorted_batches
 from bdpo.runs import Fingerprint, RunDir, finished, read_manifest, write_manifest
 from bdpo.shards import ShardStore
-from bdpo.storage import StoragePath, error_line
+from bdpo.storage import error_line
 from bdpo.tokens import EncodedPair, encode_pairs, load_tokenizer, tokenizer_fingerprint
 
 SCORE_SCHEMA = pa.schema(
@@ -311,8 +311,8 @@ def _require_same_reference(model: ModelConfig, fingerprint: Fingerprint) -> Non
 class ShardScorer:
     """An actor of the scoring pool: reads a range of pairs, scores it, commits the shard itself."""
 
-    def __init__(self, config: Config, run_dir: StoragePath, fingerprint: Fingerprint, device: str) -> None:
-        self.run = RunDir(run_dir)
+    def __init__(self, config: Config, run: RunDir, fingerprint: Fingerprint, device: str) -> None:
+        self.run = run
         self.store = score_store(self.run, fingerprint)
         self.stop = ""
         try:

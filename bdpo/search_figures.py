@@ -8,14 +8,12 @@ import numpy as np
 import pyarrow as pa
 
 from bdpo.config import Range, TuneConfig
-from bdpo.report import write_figure
-from bdpo.storage import StoragePath
+from bdpo.page import BLUE, GREEN, GREY, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#777777"  # Okabe, Ito
 _LABELS = {
     "strongreject.safety": "StrongReject safety",
     "xstest.compliance": "XSTest compliance, safe prompts",
@@ -25,8 +23,8 @@ _KEYS = {"method.alpha": "α", "method.beta": "β", "method.sharpness": "γ"}
 Row = dict[str, Any]
 
 
-def draw_search(results: pa.Table, tune: TuneConfig, base: dict[str, Any], folder: StoragePath) -> None:
-    """Write `space.png`, `front.png` and `progress.png`, and each as PDF.
+def search_figures(results: pa.Table, tune: TuneConfig, base: dict[str, Any]) -> dict[str, Figure]:
+    """`space`, `front` and `progress`.
 
     `results` are the rows of `results_table`, `base` what `summarise` gave for the base model on the same
     prompts. Numbers are drawn of trials that reached the last rung alone: the others were measured on fewer
@@ -35,13 +33,14 @@ def draw_search(results: pa.Table, tune: TuneConfig, base: dict[str, Any], folde
     rows = [row for row in results.to_pylist() if row["status"] == "completed"]
     stopped = [row for row in results.to_pylist() if row["status"] == "stopped"]
     numbers = [key for key in tune.space if _is_number(rows, key)]
+    figures = {}
     if len(numbers) == 1:
-        _save(_curve(rows, tune, numbers[0], base), folder / "space")
+        figures["space"] = _curve(rows, tune, numbers[0], base)
     elif numbers:
-        _save(_map(rows, stopped, tune, numbers[0], numbers[1]), folder / "space")
+        figures["space"] = _map(rows, stopped, tune, numbers[0], numbers[1])
     if rows:
-        _save(_front(rows, tune, base), folder / "front")
-        _save(_progress(rows, tune), folder / "progress")
+        figures |= {"front": _front(rows, tune, base), "progress": _progress(rows, tune)}
+    return figures
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[int]:
@@ -76,7 +75,7 @@ def _map(rows: list[Row], stopped: list[Row], tune: TuneConfig, x: str, y: str) 
         axes.annotate(f"{value:.0f}", (float(row[x]), float(row[y])), **text)
     if stopped:
         at = [[float(row[key]) for row in stopped] for key in (x, y)]
-        axes.plot(*at, ".", c=_GREY, label="stopped early", clip_on=False)
+        axes.plot(*at, ".", c=GREY, label="stopped early", clip_on=False)
     _mark_winner(axes, rows, x, y)
     _scale(axes, "x", tune, x)
     _scale(axes, "y", tune, y)
@@ -90,7 +89,7 @@ def _curve(rows: list[Row], tune: TuneConfig, key: str, base: dict[str, Any]) ->
     figure, axes = _figure()
     rows = sorted(rows, key=lambda row: float(row[key]))
     xs = [float(row[key]) for row in rows]
-    for name, path, colour in (("objective", tune.metric, _BLUE), ("constraint", tune.constraint, _ORANGE)):
+    for name, path, colour in (("objective", tune.metric, BLUE), ("constraint", tune.constraint, ORANGE)):
         values, low, high = (
             100 * np.array([row[column] for row in rows]) for column in (name, f"{name}_low", f"{name}_high")
         )
@@ -98,7 +97,7 @@ def _curve(rows: list[Row], tune: TuneConfig, key: str, base: dict[str, Any]) ->
             xs, values, (values - low, high - values), c=colour, marker="o", capsize=3, label=_label(path)
         )
         axes.axhline(100 * _at(base, path), c=colour, lw=0.8, ls=":", label=f"{_label(path)}, base")
-    axes.axhline(100 * _bound(rows), c=_GREY, lw=0.8, ls="--", label="least compliance allowed")
+    axes.axhline(100 * _bound(rows), c=GREY, lw=0.8, ls="--", label="least compliance allowed")
     _scale(axes, "x", tune, key)
     axes.set(ylabel="percent (95 % interval)", ylim=(-3, 103))
     _legend(axes)
@@ -115,12 +114,12 @@ def _front(rows: list[Row], tune: TuneConfig, base: dict[str, Any]) -> Figure:
         for axis, name in (("x", "constraint"), ("y", "objective"))
     }
     xs, ys = zip(*points, strict=True)
-    axes.errorbar(xs, ys, fmt="o", c=_BLUE, ecolor="#b8d4e8", elinewidth=0.8, label="trials", **errors)
+    axes.errorbar(xs, ys, fmt="o", c=BLUE, ecolor="#b8d4e8", elinewidth=0.8, label="trials", **errors)
     front = sorted(points[i] for i in pareto_front(points))
-    axes.step(*zip(*front, strict=True), where="post", c=_BLUE, lw=1.2, label="Pareto front")
+    axes.step(*zip(*front, strict=True), where="post", c=BLUE, lw=1.2, label="Pareto front")
     at_base = (100 * _at(base, tune.constraint), 100 * _at(base, tune.metric))
-    axes.plot(*at_base, "s", c=_ORANGE, ms=8, label="base model")
-    axes.axvline(100 * _bound(rows), c=_GREY, lw=0.8, ls="--", label="least compliance allowed")
+    axes.plot(*at_base, "s", c=ORANGE, ms=8, label="base model")
+    axes.axvline(100 * _bound(rows), c=GREY, lw=0.8, ls="--", label="least compliance allowed")
     _mark_winner(axes, [row | {"x": x, "y": y} for row, (x, y) in zip(rows, points, strict=True)], "x", "y")
     axes.set(xlabel=f"{_label(tune.constraint)} (percent)", ylabel=f"{_label(tune.metric)} (percent)")
     _legend(axes)
@@ -137,13 +136,13 @@ def _progress(rows: list[Row], tune: TuneConfig) -> Figure:
     feasible = np.array([row["feasible"] for row in rows])
     order = np.arange(1, len(rows) + 1)
     best = np.maximum.accumulate(np.where(feasible, values, -np.inf))
-    axes.scatter(order[feasible], values[feasible], c=_BLUE, label="within the bound", zorder=3)
+    axes.scatter(order[feasible], values[feasible], c=BLUE, label="within the bound", zorder=3)
     if not feasible.all():
         axes.scatter(
-            order[~feasible], values[~feasible], c=_ORANGE, marker="X", label="refuses too much", zorder=3
+            order[~feasible], values[~feasible], c=ORANGE, marker="X", label="refuses too much", zorder=3
         )
     known = np.isfinite(best)
-    axes.step(order[known], best[known], where="post", c=_GREEN, label="best so far within the bound")
+    axes.step(order[known], best[known], where="post", c=GREEN, label="best so far within the bound")
     axes.set(xlabel="completed trials", ylabel=f"{_label(tune.metric)} (percent)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(axes)
@@ -166,15 +165,10 @@ def _legend(axes: Axes) -> None:
     )
 
 
-def _save(figure: Figure, file: StoragePath) -> None:
-    for suffix in (".png", ".pdf"):
-        write_figure(figure, file.with_suffix(suffix), dpi=200)
-
-
 def _mark_winner(axes: Axes, rows: list[Row], x: str, y: str) -> None:
     for row in rows:
         if row["winner"]:
-            ring: dict[str, Any] = {"ms": 13, "mfc": "none", "mec": _GREEN, "mew": 2, "label": "chosen"}
+            ring: dict[str, Any] = {"ms": 13, "mfc": "none", "mec": GREEN, "mew": 2, "label": "chosen"}
             ring |= {"zorder": 4, "clip_on": False, "ls": "none"}
             axes.plot(float(row[x]), float(row[y]), "o", **ring)
 

@@ -29,7 +29,7 @@ def run_status(run: RunDir) -> list[Stage]:
     Raises:
         UserError: there is no run in the folder.
     """
-    config = _config(run)
+    config = run_config(run)
     account = read_manifest(run.data / "manifest.json")
     pairs = account["account"]["kept"] if account else None
     scored = [_score(run, pairs)] if wants_scores(config) else []
@@ -40,7 +40,12 @@ def run_status(run: RunDir) -> list[Stage]:
     return [*stages, *(_evaluate(run, name) for name in models)]
 
 
-def _config(run: RunDir) -> Config:
+def run_config(run: RunDir) -> Config:
+    """The config of the last command in a run folder.
+
+    Raises:
+        UserError: there is no run in the folder.
+    """
     try:
         return parse_config(yaml.safe_load(read_text(run.config)), str(run.config))
     except FileNotFoundError:

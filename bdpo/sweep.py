@@ -51,7 +51,7 @@ class Sweep:
 
     def folder(self, name: str) -> RunDir:
         """The run folder of a trial."""
-        return self.run.part("trials", name)
+        return self.run.part("tune", "trials", name)
 
     def config_of(self, trial: Trial) -> Config:
         """What a trial is trained and evaluated with."""

@@ -167,7 +167,7 @@ def _loop(
 ) -> tuple[list[dict[str, Any]], list[float]]:
     """What the scorer said of each shard, and the processor time then."""
     torch.set_num_threads(1)
-    scorer = TimedScorer(config, run.root, score_fingerprint(config, run), "cpu")
+    scorer = TimedScorer(config, run, score_fingerprint(config, run), "cpu")
     done, cpu = [], []
     for first, rows in shards:
         done.append(scorer({"first": first, "rows": rows}))
@@ -178,7 +178,7 @@ def _loop(
 def on_ray(config: Config, run: RunDir, actors: int) -> Pass:
     """Ray Data with a pool of so many."""
     load, missing = _start(config, run)
-    arguments = {"config": config, "run_dir": run.root, "fingerprint": score_fingerprint(config, run)}
+    arguments = {"config": config, "run": run, "fingerprint": score_fingerprint(config, run)}
     dataset = on_pool(shard_dataset(missing), "score", TimedScorer, arguments, actors, 0)
     done, cpu = [], []
     for shard in dataset.iter_rows():

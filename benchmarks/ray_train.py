@@ -88,7 +88,7 @@ def _scored(folder: Path, steps: int) -> Config:
     run.open(config)
     run_prepare(config, run)
     fingerprint = score_fingerprint(config, run)
-    ShardScorer(config, run.root, fingerprint, "cpu")({"first": 0, "rows": count_pairs(run.pairs)})
+    ShardScorer(config, run, fingerprint, "cpu")({"first": 0, "rows": count_pairs(run.pairs)})
     finish_scores(run, fingerprint, 0.0)
     return config
 

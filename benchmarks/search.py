@@ -60,9 +60,9 @@ def _run(module: str, *overrides: str) -> None:
 def _row(seed: int, sweep: RunDir, default: RunDir) -> str:
     found = json.loads((sweep.tune / "summary.json").read_text())
     models = {
-        "base": sweep.part("base", "held_out").eval("base"),
+        "base": sweep.part("tune", "base", "held_out").eval("base"),
         "default": default.eval("trained"),
-        "best": sweep.part("trials", found["best"]).eval("trained"),
+        "best": sweep.part("tune", "trials", found["best"]).eval("trained"),
     }
     read = {name: read_evaluation(folder) for name, folder in models.items()}
     [difference] = [
@@ -91,7 +91,7 @@ def _overheads(sweep: RunDir) -> list[float]:
     """Of every trial that was not interrupted: from its suggestion to its last rung, less what it is for."""
     seconds = []
     for row in pq.read_table(sweep.tune / "results.parquet").to_pylist():
-        run = sweep.part("trials", row["trial"])
+        run = sweep.part("tune", "trials", row["trial"])
         begun = read_manifest(run.root / "trial.json")
         if begun is None or row["finished"] is None:
             continue

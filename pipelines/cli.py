@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -40,28 +40,32 @@ console = Console()
 
 
 def main(
-    stage: Callable[[Config, RunDir], object],
+    stage: Callable[..., object],
     what: str | None,
-    results: Callable[[RunDir], list[StoragePath]],
+    results: Callable[..., list[StoragePath]],
     inspect: Callable[[Config, RunDir], object] | None = None,
     dry_run: Callable[[Config], object] | None = None,
+    choice: Sequence[str] = (),
 ) -> None:
     """Run a stage as a command: exit 0 done, 2 wrong config, input or environment, 1 the run failed.
 
     `results` names what the stage makes in the run folder: what fresh=true discards. `inspect` is what
     `--inspect` does instead; it changes nothing and needs no lock. `dry_run` is what `--dry-run` does
-    instead, without a run folder.
+    instead, without a run folder. Of `choice` the first argument names one, which `stage` and `results` get.
     """
     parser = argparse.ArgumentParser(
         description=what, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EPILOG
     )
+    if choice:
+        parser.add_argument("name", choices=choice, metavar="NAME", help=", ".join(choice))
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
     if dry_run is not None:
         parser.add_argument("--dry-run", action="store_true", help="print what it needs, and do nothing")
     if inspect is not None:
         parser.add_argument("--inspect", action="store_true", help="show the finished results, run nothing")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
+    chosen = [arguments.name] if choice else []
     with exit_codes():
         config = load_config(arguments.config, arguments.overrides)
         if dry_run is not None and arguments.dry_run:
@@ -75,8 +79,8 @@ def main(
             resolved = with_template(with_sandbox_files(config))
             if config.fresh:
                 check_inputs(resolved)  # a typo must not cost a finished run
-                discard(*results(run))
-            stage(resolved, run)
+                discard(*results(run, *chosen))
+            stage(resolved, run, *chosen)
             run.record(config)
 
 

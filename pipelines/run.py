@@ -3,8 +3,8 @@
     python -m pipelines.run --config pipelines/configs/sandbox.yaml [section.key=value ...]
 
 Every stage resumes where it stopped and is skipped when it is done. The result is a table on the
-terminal, <run_dir>/report/summary.json and <run_dir>/report/mi.png. Methods without a reference (cpo, simpo)
-have nothing to score: no scores, no mi.png.
+terminal, and a page: <run_dir>/report/report.html. Methods without a reference (cpo, simpo) have nothing to
+score.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any
 from rich.table import Table
 
 from bdpo.config import Config
+from bdpo.mi_report import mi_summary
+from bdpo.page import write_page
 from bdpo.preflight import INPUT_CHECKS
-from bdpo.report import mi_scatter, mi_summary
+from bdpo.report import run_page
 from bdpo.runs import RunDir, read_manifest
 from bdpo.scoring import read_scores
 from bdpo.selection import wants_scores
@@ -59,7 +61,6 @@ def _report(
     if "score" in seconds:
         scores = read_scores(config, run)
         mi = mi_summary(scores, config.method)
-        mi_scatter(scores, run.report / "mi.png")
     data = read_manifest(run.data / "manifest.json")
     account = data["account"] if data else {}
     summary = {"data": account, "mi": mi, "seconds": seconds, "evaluations": evaluations}
@@ -70,8 +71,10 @@ def _report(
         console.print(_mi_table(mi))
     console.print(f"data      {account_line(account)}")
     console.print("seconds   " + ", ".join(f"{stage} {spent:.0f}" for stage, spent in seconds.items()))
-    figure = ", mi.png" if mi else ""
-    console.print(f"report    {run.report}/summary.json{figure}; model {run.model}", soft_wrap=True)
+    write_page(run_page(config, run), run.report / "report.html")
+    console.print(
+        f"report    {run.report}/report.html, summary.json, *.png; model {run.model}", soft_wrap=True
+    )
 
 
 def _mi_table(rows: list[dict[str, Any]]) -> Table:

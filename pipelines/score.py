@@ -20,8 +20,8 @@ from bdpo.config import Config
 from bdpo.data import count_pairs
 from bdpo.errors import UserError
 from bdpo.logps import why_plain_rows
+from bdpo.mi_report import mi_tables, work_table
 from bdpo.models import model_config
-from bdpo.report import mi_tables, work_table
 from bdpo.runs import Fingerprint, RunDir, finished
 from bdpo.scoring import (
     MOST_UNSCORABLE,
@@ -84,7 +84,7 @@ def _score(
     why_plain = why_plain_rows(model_config(config.model), config.data.max_length)
     if why_plain:
         console.print(f"every response has a row of its own: {why_plain}", soft_wrap=True)
-    arguments = {"config": config, "run_dir": run.root, "fingerprint": fingerprint}
+    arguments = {"config": config, "run": run, "fingerprint": fingerprint}
     pool = config.score.workers, config.score.gpus_per_worker
     may_fail = MOST_UNSCORABLE + in_hand(config.score.workers)
     for number, size in enumerate(_rounds(config.score.shard_rows)):

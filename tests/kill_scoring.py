@@ -109,7 +109,7 @@ class Scoring:
         run.open(config).release()
         run_prepare(config, run)
         fingerprint = score_fingerprint(config, run)
-        scorer = ShardScorer(config, run.root, fingerprint, "cpu")
+        scorer = ShardScorer(config, run, fingerprint, "cpu")
         shards = score_store(run, fingerprint).missing(count_pairs(run.pairs), config.score.shard_rows)
         for first, rows in shards:
             scorer({"first": first, "rows": rows})

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
-def wait_until(true: Callable[[], Any], what: str, seconds: float = 300) -> Any:
+def wait_until(true: Callable[[], Any], what: str, seconds: float = 600) -> Any:
     """What `true` returns once it is true."""
     end = time.monotonic() + seconds
     while not (found := true()):

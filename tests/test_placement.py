@@ -5,7 +5,8 @@ from test_search import configured
 
 from bdpo.config import parse_config
 from bdpo.errors import UserError
-from bdpo.placement import trials_at_a_time
+from bdpo.placement import at_a_time
+from bdpo.search import number_of_trials
 
 H100 = {"CPU": 192, "GPU": 8, "accelerator_type:H100": 1}
 L40S = {"CPU": 16, "GPU": 1, "accelerator_type:L40S": 1}
@@ -17,6 +18,11 @@ def needing(workers, gpus=0.0, share=0.0, accelerator=None, **tune):
     config["train"] |= {"workers": workers, "gpus_per_worker": gpus, "accelerator_type": accelerator}
     config["evaluate"] |= {"gpus_per_worker": share}
     return parse_config(config, "test")
+
+
+def trials_at_a_time(config, nodes):
+    most, of = config.tune.max_concurrent_trials, number_of_trials(config.tune)
+    return at_a_time(config, nodes, of, most, "tune.max_concurrent_trials")
 
 
 @pytest.mark.parametrize(

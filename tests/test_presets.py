@@ -97,7 +97,7 @@ def twins(tmp_path_factory):
             run.open(config)
             run_prepare(config, run)
             fingerprint = score_fingerprint(config, run)
-            ShardScorer(config, run.root, fingerprint, "cpu")({"first": 0, "rows": 16})
+            ShardScorer(config, run, fingerprint, "cpu")({"first": 0, "rows": 16})
             finish_scores(run, fingerprint, 0.0)
             pq.write_table(read_scores(config, run), run.root / "scores.parquet")
         launch(list(configs.values()), workers=2)

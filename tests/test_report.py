@@ -1,111 +1,121 @@
-"""What --inspect says of finished scores: numbers by a formula of the test's own, from the folder alone."""
+"""The page of a run, made of a folder alone: what is there is shown, what is private is not."""
 
 import json
-import statistics
 import sys
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from helpers import tiny_config
-from rich.console import Console
+from test_experiments import table
 
-from bdpo.config import MethodConfig
-from bdpo.report import QUANTILES, mi_summary
+from bdpo.evaluation.summary import summarise
+from bdpo.experiment_report import csv_bytes, experiment_page
+from bdpo.experiments import experiment, summarise_arms
+from bdpo.page import write_page
+from bdpo.report import run_page, sentence
 from bdpo.runs import RunDir, write_manifest
 from bdpo.scoring import SCORE_SCHEMA, score_store
-from pipelines import cli, score
+from bdpo.storage import write_parquet, write_text
+from pipelines import report
 
-MI = {
-    "safe": ([-0.5, 0.0, 0.004, 0.02, 1.0], [0.1, 0.2, 0.3, -0.4, 0.5]),
-    "unsafe": ([0.25, 0.75], [0.25, 0.5]),
-}
 FINGERPRINT = {"dtype": "float32", "unconditional": "bos", "max_length": 64, "weights": "0123456789abcdef"}
-WORKERS = {
-    "a:1": {"pairs": 4, "tokens": 1000, "tokens_forwarded": 1100, "seconds": 2.0},
-    "b:2": {"pairs": 3, "tokens": 500, "tokens_forwarded": 700, "seconds": 2.0},
-}
+PAIRS = 200_000
+HARM = "plantedharmfultext"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def scores():
-    rows = [
-        dict.fromkeys(SCORE_SCHEMA.names, 1)
-        | {"pair_id": f"{group}{i}", "group": group, "mi_chosen": chosen, "mi_rejected": rejected}
-        for group, sides in MI.items()
-        for i, (chosen, rejected) in enumerate(zip(*sides, strict=True))
-    ]
-    return pa.Table.from_pylist(rows, schema=SCORE_SCHEMA)
-
-
-def test_the_distribution_of_every_group(scores):
-    safe, unsafe = mi_summary(scores, MethodConfig(mi_floor=0.01))
-    assert (safe["group"], unsafe["group"]) == tuple(MI)
-    for row in (safe, unsafe):
-        sides = dict(zip(("chosen", "rejected"), MI[row["group"]], strict=True))
-        for side, values in sides.items():
-            ranks = [q * (len(values) - 1) for q in QUANTILES]
-            ordered = sorted(values)
-            between = [
-                ordered[int(rank)]
-                + (rank % 1) * (ordered[min(int(rank) + 1, len(values) - 1)] - ordered[int(rank)])
-                for rank in ranks
-            ]
-            assert row[side]["mean"] == pytest.approx(statistics.mean(values), abs=1e-6)
-            assert row[side]["quantiles"] == pytest.approx(between, abs=1e-6)
-    assert safe["chosen"]["negative"] == 1 / 5
-    assert safe["chosen"]["floored"] == 3 / 5
-    assert safe["rejected"]["floored"] == 1 / 5
-    assert safe["chosen_better"] == 2 / 5  # 0.02 over -0.4, 1.0 over 0.5
-    assert unsafe["chosen_better"] == 1 / 2  # equal is not better
+    rng = np.random.default_rng(0)
+    numbers = {name: rng.normal(0.2, 0.1, PAIRS).astype(np.float32) for name in ("mi_chosen", "mi_rejected")}
+    columns = {name: np.ones(PAIRS) for name in SCORE_SCHEMA.names} | numbers
+    columns |= {
+        "pair_id": [str(i) for i in range(PAIRS)],
+        "group": rng.choice(["safe", "unsafe"], PAIRS).tolist(),
+    }
+    arrays = [pa.array(columns[field.name]).cast(field.type) for field in SCORE_SCHEMA]
+    return pa.table(arrays, schema=SCORE_SCHEMA)
 
 
 @pytest.fixture
 def run(tmp_path, scores):
-    """A finished run folder whose model and data are gone."""
-    run = RunDir(tmp_path / "run")
-    config = tiny_config(run.root, tmp_path / "gone", tmp_path / "gone.jsonl")
+    """A finished run of many pairs, with texts where texts are."""
+    config = tiny_config(tmp_path / "run", tmp_path / "gone", tmp_path / "gone.jsonl")
+    run = RunDir(config.run_dir)
     run.open(config).release()
+    account = {"rows": PAIRS + 3, "kept": PAIRS, "quarantined": {"duplicate": 2, "empty": 1}, "excluded": {}}
+    write_manifest(run.data / "manifest.json", {}, account=account)
     score_store(run, FINGERPRINT).write(0, scores.replace_schema_metadata({"bdpo.work": "{}"}))
-    manifest = {"rows": scores.num_rows, "seconds": 1.0, "workers": WORKERS}
-    write_manifest(run.scores / "manifest.json", FINGERPRINT, **manifest)
-    return run
+    write_manifest(run.scores / "manifest.json", FINGERPRINT, rows=PAIRS, seconds=36.0, workers={})
+    keys = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen")
+    steps = [{"step": step + 1, **dict.fromkeys(keys, step / 1000)} for step in range(5000)]
+    write_text(run.metrics, "".join(json.dumps(step) + "\n" for step in steps))
+    for name, harm in (("base", 1.0), ("trained", 0.0)):
+        items = table([harm, harm, 0.5, harm], [False, False, True])
+        write_parquet(run.eval(name) / "scores.parquet", items)
+        write_manifest(run.eval(name) / "summary.json", {}, seconds=1.0, **summarise(items))
+    write_text(run.private / "responses" / "base.txt", HARM)
+    write_text(run.pairs / "texts.txt", HARM)
+    return config, run
 
 
-def inspect(run, monkeypatch):
-    """`python -m pipelines.score --config FILE --inspect` on a terminal of 80 columns: exit code."""
-    monkeypatch.setattr(sys, "argv", ["score", "--config", str(run.config), "--inspect"])
-    monkeypatch.setattr(score, "console", Console(width=80))
-    monkeypatch.setattr(cli, "connect", lambda: pytest.fail("no cluster is needed"))
-    try:
-        cli.main(score.run_score, "", lambda run: [], inspect=score.show_scores)
-    except SystemExit as end:
-        return end.code
-    return 0
+def test_a_run_of_200_000_pairs_is_a_small_page(run):
+    config, folder = run
+    file = folder.report / "report.html"
+    write_page(run_page(config, folder), file)
+    html = file.read_text()
+    assert file.stat().st_size < 5_000_000
+    for shown in (
+        "200,003", "quarantined: duplicate", "reward margin", "StrongReject safety",
+        "0123456789abcdef", "GPU-hours", "method.alpha", "base", "trained",
+    ):  # fmt: skip
+        assert shown in html
+    assert HARM not in html
 
 
-def test_inspect_shows_every_group_and_every_actor(run, monkeypatch, capsys):
-    before = {file: file.stat().st_mtime_ns for file in run.root.rglob("*")}
-    assert inspect(run, monkeypatch) == 0
-    shown = capsys.readouterr().out
-    assert "safe queries: 5 pairs, chosen better understood in 40%" in shown
-    assert "unsafe queries: 2 pairs, chosen better understood in 50%" in shown
-    lines = [line.split() for line in shown.splitlines()]
-    assert ["a:1", "4", "1,000", "2.0", "s", "500", "1.100"] in lines
-    assert ["b:2", "3", "500", "2.0", "s", "250", "1.400"] in lines
-    assert ["all", "7", "1,500", "4.0", "s", "375", "1.200"] in lines
-    chosen = next(line for line in lines if line[:1] == ["chosen"])
-    assert chosen[1:9] == ["0.105", "-0.400", "0.000", "0.004", "0.020", "0.804", "20%", "60%"]
-    assert "…" not in shown
-    assert before == {file: file.stat().st_mtime_ns for file in run.root.rglob("*")}
+def test_a_folder_without_results_has_a_page_too(tmp_path):
+    config = tiny_config(tmp_path / "run", tmp_path / "gone", tmp_path / "gone.jsonl")
+    page = run_page(config, RunDir(config.run_dir))
+    assert [part.heading for part in page.parts] == ["What was run", "All settings"]
 
 
-def test_inspect_of_unfinished_scores_is_refused(run, monkeypatch, capsys):
-    (run.scores / "manifest.json").unlink()
-    assert inspect(run, monkeypatch) == 2
-    assert "no finished scores" in capsys.readouterr().err
+def test_a_comparison_in_words():
+    row = {"n": 10, "first": 0.5, "second": 0.8, "difference": 0.3, "low": 0.1, "high": 0.5, "p": 0.0004}
+    assert sentence("Safety", "dpo", "bdpo", row) == (
+        "Safety: bdpo 80.0 %, dpo 50.0 %: +30.0 points (95 % interval +10.0 to +50.0), p < 0.001, "
+        "more than chance explains."
+    )
+    assert "chance may explain it" in sentence("Safety", "dpo", "bdpo", row | {"p": 0.4})
+    same = row | {"second": 0.5, "difference": 0.0, "p": 1.0}
+    assert "no difference on these 10 prompts" in sentence("Safety", "dpo", "bdpo", same)
 
 
-def test_inspect_of_a_folder_that_lost_a_shard_is_refused(run, monkeypatch, capsys):
-    next(run.scores.glob("part-*")).unlink()
-    assert inspect(run, monkeypatch) == 2
-    assert json.loads((run.scores / "manifest.json").read_text())["rows"] == 7
+@pytest.mark.parametrize("name", ["methods", "alpha", "imbalance"])
+def test_the_page_of_an_experiment(run, name):
+    config, folder = run
+    plan = experiment(name, config)
+    worse, better = table([1.0, 0.5, 1.0], [False] * 4), table([0.0, 0.5, 0.0], [False, True, False, False])
+    scores = {arm.name: [worse if arm.name == "dpo" else better] * 2 for arm in plan.arms}
+    results = summarise_arms(scores | {"base": [worse]}) if plan.arms else None
+    log = [[{"step": 1, "loss": 1, "rewards/margins": 0, "rewards/accuracies": 1, "logps/chosen": 0}]] * 2
+    page = experiment_page(config, folder, plan, results, {arm.name: log for arm in plan.arms})
+    write_page(page, folder.root / "experiments" / name / "report.html")
+    html = (folder.root / "experiments" / name / "report.html").read_text()
+    for arm in plan.arms:
+        assert arm.name in html
+    if results is not None:
+        assert csv_bytes(results).decode().count("\n") == results.num_rows + 1
+    assert HARM not in html
+
+
+def test_the_command_writes_the_page_of_a_run_folder_and_of_nothing_else(run, tmp_path, monkeypatch, capsys):
+    _, folder = run
+    monkeypatch.setattr(sys, "argv", ["report", str(folder.root)])
+    report.main()
+    assert (folder.report / "report.html").is_file()
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit) as end:
+        report.main()
+    assert end.value.code == 2
+    assert "no run folder" in capsys.readouterr().err
+    assert not (tmp_path / "nothing").exists()

@@ -119,7 +119,7 @@ def score_all(config, run, scorer=ShardScorer):
     """Every missing shard in this process; what the scorer said of each."""
     fingerprint = score_fingerprint(config, run)
     total, rows = len(list(pair_ids(run.pairs))), config.score.shard_rows
-    actor = scorer(config, run.root, fingerprint, "cpu")
+    actor = scorer(config, run, fingerprint, "cpu")
     missing = score_store(run, fingerprint).missing(total, rows)
     return [actor({"first": first, "rows": count}) for first, count in missing]
 
@@ -263,12 +263,10 @@ def test_a_node_with_another_model_or_without_the_pairs_scores_nothing(make_run)
     config, run = make_run(invented_pairs(9))
     fingerprint = score_fingerprint(config, run)
     for field in ("weights", "tokenizer"):
-        said = ShardScorer(config, run.root, {**fingerprint, field: "another"}, "cpu")(
-            {"first": 0, "rows": 1}
-        )
+        said = ShardScorer(config, run, {**fingerprint, field: "another"}, "cpu")({"first": 0, "rows": 1})
         assert re.search(f"^model.name_or_path=.*: on host .* {field} differs", said["stop"])
     shutil.rmtree(run.pairs)
-    said = ShardScorer(config, run.root, fingerprint, "cpu")({"first": 0, "rows": 1})
+    said = ShardScorer(config, run, fingerprint, "cpu")({"first": 0, "rows": 1})
     assert "does not see all prepared pairs" in said["stop"]
     assert not run.scores.exists()
 

@@ -12,6 +12,7 @@ from test_summary import row, xrow
 from bdpo.config import load_config, parse_config
 from bdpo.errors import UserError
 from bdpo.evaluation.summary import SCORE_SCHEMA
+from bdpo.page import write_figure
 from bdpo.runs import RunDir
 from bdpo.search import (
     InvalidEvaluation,
@@ -32,7 +33,7 @@ from bdpo.search import (
     trial_config,
     winner,
 )
-from bdpo.search_figures import draw_search, pareto_front
+from bdpo.search_figures import pareto_front, search_figures
 from bdpo.sweep import Sweep
 
 ALPHA, BETA = {"min": 0.5, "max": 3.0}, {"min": 0.02, "max": 0.5, "log": True}
@@ -350,20 +351,20 @@ class TestResults:
         base = {
             "benchmarks": {"strongreject": {"safety": estimate(0.0)}, "xstest": {"compliance": estimate(1.0)}}
         }
-        draw_search(results_table(trials, tune), tune, base, tmp_path)
-        for name in ("space", "front", "progress"):
-            assert (tmp_path / f"{name}.png").stat().st_size > 5000
-            assert (tmp_path / f"{name}.pdf").stat().st_size > 5000
+        figures = search_figures(results_table(trials, tune), tune, base)
+        assert set(figures) == {"space", "front", "progress"}
+        for name, figure in figures.items():
+            for suffix in ("png", "pdf"):
+                write_figure(figure, tmp_path / f"{name}.{suffix}")
+                assert (tmp_path / f"{name}.{suffix}").stat().st_size > 5000
 
-    def test_figures_of_nothing_and_of_one(self, trials, tmp_path):
+    def test_figures_of_nothing_and_of_one(self, trials):
         tune = configured().tune
         base = {
             "benchmarks": {"strongreject": {"safety": estimate(0.0)}, "xstest": {"compliance": estimate(1.0)}}
         }
-        draw_search(results_table(trials[7:], tune), tune, base, tmp_path)
-        assert not list(tmp_path.iterdir())
-        draw_search(results_table(trials[:1], tune), tune, base, tmp_path)
-        assert (tmp_path / "front.png").exists()
+        assert not search_figures(results_table(trials[7:], tune), tune, base)
+        assert "front" in search_figures(results_table(trials[:1], tune), tune, base)
 
     @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
     def test_pareto_front(self, points):

@@ -45,7 +45,7 @@ def prepared(folder, chat, rows, method) -> tuple[Config, RunDir]:
 
 def scored(config, run):
     fingerprint = score_fingerprint(config, run)
-    ShardScorer(config, run.root, fingerprint, "cpu")({"first": 0, "rows": PAIRS})
+    ShardScorer(config, run, fingerprint, "cpu")({"first": 0, "rows": PAIRS})
     finish_scores(run, fingerprint, 0)
     return score_store(run, fingerprint).read()
 

@@ -209,7 +209,7 @@ class TestSweep:
         """By the pipeline, in one go: same weights bit by bit, same answers, same numbers."""
         folder, _ = swept
         run = RunDir(folder / "run")
-        best = run.part("trials", "0001")
+        best = run.part("tune", "trials", "0001")
         process = start(folder, "-m", "pipelines.run", "--config", str(run.tune / "best.yaml"))
         _, err = process.communicate(timeout=1200)
         assert process.returncode == 0, err
@@ -219,7 +219,7 @@ class TestSweep:
             for model in (best.model, again.model)
         )
         assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
-        for name, reported in (("base", run.part("base", "held_out")), ("trained", best)):
+        for name, reported in (("base", run.part("tune", "base", "held_out")), ("trained", best)):
             tables = [pq.read_table(r.eval(name) / "scores.parquet") for r in (reported, again)]
             assert tables[0].equals(tables[1])
             assert set(tables[0]["category"].to_pylist()) == {"b", "u", "contrast_u"}
@@ -274,8 +274,8 @@ class Begun:
     def __init__(self, config, chat):
         run = RunDir(config.run_dir)
         self.sweep = Sweep(config, run, {"seed": 0})
-        evaluate_model(part_of(config, "search"), run.part("base", "search"), "base", here=True)
-        self.base = pq.read_table(run.part("base", "search").eval("base") / "scores.parquet")
+        evaluate_model(part_of(config, "search"), run.part("tune", "base", "search"), "base", here=True)
+        self.base = pq.read_table(run.part("tune", "base", "search").eval("base") / "scores.parquet")
         self.name = self.sweep.suggest().name
         self.folder = self.sweep.folder(self.name)
         save_model(self.folder.model, chat, seed=1)
@@ -283,7 +283,7 @@ class Begun:
             Rungs(self.folder.root / "rungs", RUNGS).hand_over(step)
         run_prepare(config, run)
         fingerprint = score_fingerprint(config, run)
-        ShardScorer(config, run.root, fingerprint, "cpu")({"first": 0, "rows": count_pairs(run.pairs)})
+        ShardScorer(config, run, fingerprint, "cpu")({"first": 0, "rows": count_pairs(run.pairs)})
         finish_scores(run, fingerprint, 0)
 
     def next_rung(self):

@@ -26,20 +26,22 @@ from bdpo.evaluation.answers import planned_items
 from bdpo.evaluation.judges import judge_fingerprint
 from bdpo.evaluation.reading import read_evaluation
 from bdpo.models import json_digest
-from bdpo.placement import trials_at_a_time
+from bdpo.page import write_figure
+from bdpo.placement import at_a_time
 from bdpo.runs import Fingerprint, RunDir, write_manifest
 from bdpo.search import (
     Trial,
     check_measures,
     check_rungs,
     check_space,
+    number_of_trials,
     part_of,
     results_table,
     status,
     trial_config,
     winner,
 )
-from bdpo.search_figures import draw_search
+from bdpo.search_figures import search_figures
 from bdpo.selection import training_rows
 from bdpo.storage import (
     StoragePath,
@@ -76,7 +78,7 @@ def run_search(config: Config, run: RunDir) -> None:
     check_rungs(config, training_rows(config, run).num_rows)
     sweep.begin()
     sweep.reopen()
-    base = run.part("base", "search")
+    base = run.part("tune", "base", "search")
     if not evaluate_model(part_of(config, "search"), base, "base")["valid"]:
         raise UserError(
             "the evaluation of the base model is invalid: there is nothing to compare trials with"
@@ -122,7 +124,8 @@ def _require_room(config: Config, run: RunDir) -> int:
     """How many trials run at a time; a cluster that can hold none is refused before anything is scored."""
     require_memory(config)
     refuse_what_does_not_fit(config, run)
-    return trials_at_a_time(config, cluster_nodes())
+    most, of = config.tune.max_concurrent_trials, number_of_trials(config.tune)
+    return at_a_time(config, cluster_nodes(), of, most, "tune.max_concurrent_trials")
 
 
 def _run_trials(sweep: Sweep, base_scores: pa.Table, todo: int, at_a_time: int) -> None:
@@ -206,7 +209,10 @@ def _finish(sweep: Sweep) -> None:
     console.print(trials_table(sweep))
     _print_failures(trials)
     write_bytes(run.tune / "results.parquet", parquet_bytes(results))
-    draw_search(results, settings, read_evaluation(run.part("base", "search").eval("base")).summary, run.tune)
+    shown = read_evaluation(run.part("tune", "base", "search").eval("base"))
+    for figure, drawn in search_figures(results, settings, shown.summary).items():
+        for suffix in ("png", "pdf"):
+            write_figure(drawn, run.tune / f"{figure}.{suffix}")
     if best is None:
         console.print(
             f"no trial is within tune.max_over_refusal={settings.max_over_refusal}", style="bold red"
@@ -215,7 +221,7 @@ def _finish(sweep: Sweep) -> None:
     for trial in trials:
         if trial.name != best.name and sweep.status(trial) not in PASSING:
             discard(sweep.folder(trial.name).model)
-    base, chosen = run.part("base", "held_out"), sweep.folder(best.name)
+    base, chosen = run.part("tune", "base", "held_out"), sweep.folder(best.name)
     held_out = part_of(sweep.config_of(best), "held_out")
     summaries = {
         "base": evaluate_model(held_out, base, "base"),

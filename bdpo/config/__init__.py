@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from bdpo.config.base import SANDBOX, Section, worker_range
 from bdpo.config.data import DataConfig
 from bdpo.config.evaluate import EvaluateConfig
+from bdpo.config.experiment import ExperimentConfig
 from bdpo.config.method import MethodConfig
 from bdpo.config.model import ModelConfig
 from bdpo.config.reading import Dumper, apply_override, explain, read_yaml
@@ -30,6 +31,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvaluateConfig",
+    "ExperimentConfig",
     "LoraConfig",
     "MethodConfig",
     "ModelConfig",
@@ -55,6 +57,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     tune: TuneConfig = TuneConfig()
+    experiment: ExperimentConfig = ExperimentConfig()
     fresh: bool = Field(False, exclude=True, description="discard what the run folder holds, start over")
 
     @model_validator(mode="after")

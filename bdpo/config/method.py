@@ -8,7 +8,10 @@ from pydantic import Field, field_validator, model_validator
 
 from bdpo.config.base import Section
 
-_BETA = {"simpo": 2.0}  # its rewards are per token: with 0.1 it would hardly learn (arXiv 2405.14734)
+
+def default_beta(method: str) -> float:
+    """SimPO's rewards are per token: with 0.1 it would hardly learn (arXiv 2405.14734)."""
+    return 2.0 if method == "simpo" else 0.1
 
 
 class MethodConfig(Section):
@@ -34,8 +37,8 @@ class MethodConfig(Section):
     @classmethod
     def _beta_of_the_method(cls, values: Any) -> Any:
         """The default of beta is the method's; an explicit one stands."""
-        if isinstance(values, dict) and values.get("name") in _BETA:
-            return {"beta": _BETA[values["name"]], **values}
+        if isinstance(values, dict) and isinstance(values.get("name"), str):
+            return {"beta": default_beta(values["name"]), **values}
         return values
 
     @field_validator("name")

@@ -60,21 +60,32 @@ def compare(first: pa.Table, second: pa.Table) -> list[dict[str, Any]]:
     Benchmarks that put one request into every category (attack, depth, wrapper) are compared by category.
     Items without a verdict in either are left out of the pair, and `n` says how many remain.
     """
-    rows = {row["item_id"]: row for row in first.to_pylist()}
-    both = [(rows[row["item_id"]], row) for row in second.to_pylist() if row["item_id"] in rows]
-    results = []
-    for benchmark, measure, value in _MEASURES:
-        groups: dict[str, list[tuple[float, float]]] = {}
-        for a, b in both:
-            values = (value(a), value(b)) if a["benchmark"] == benchmark else (None, None)
-            if values[0] is not None and values[1] is not None:
-                part = a["category"] if benchmark in _ASKED_AGAIN else ""
-                groups.setdefault(part, []).append((values[0], values[1]))
-        for part, known in sorted(groups.items()):
-            name = f"{measure}, {part}" if part else measure
-            compared = paired_difference(*zip(*known, strict=True))
-            results.append({"benchmark": benchmark, "measure": name, **compared})
+    results, others = [], item_values(second)
+    for (benchmark, measure), values in item_values(first).items():
+        other = others.get((benchmark, measure), {})
+        both = [(values[item], other[item]) for item in other if item in values]
+        if both:
+            compared = paired_difference(*zip(*both, strict=True))
+            results.append({"benchmark": benchmark, "measure": measure, **compared})
     return results
+
+
+def item_values(scores: pa.Table) -> dict[tuple[str, str], dict[str, float]]:
+    """(benchmark, measure) -> item id -> what the item adds to the measure; items without verdict left out.
+
+    A benchmark that puts one request into every category has each measure once a category.
+    """
+    rows = scores.to_pylist()
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for benchmark, measure, value in _MEASURES:
+        parts: dict[str, dict[str, float]] = {}
+        for row in rows:
+            known = value(row) if row["benchmark"] == benchmark else None
+            if known is not None:
+                part = f", {row['category']}" if benchmark in _ASKED_AGAIN else ""
+                parts.setdefault(part, {})[row["item_id"]] = known
+        found |= {(benchmark, measure + part): values for part, values in sorted(parts.items())}
+    return found
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:

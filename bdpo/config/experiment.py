@@ -1,0 +1,36 @@
+"""Section `experiment`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from bdpo.config.base import Positive, Section
+
+AboveZero = Annotated[float, Field(gt=0)]
+
+
+class ExperimentConfig(Section):
+    """What the experiments of the paper vary; see `bdpo.experiments`."""
+
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [0, 1, 2], min_length=1, description="of the trainings; the reference model and its scores are one"
+    )
+    alphas: list[AboveZero] = Field([0.5, 1.0, 1.5, 2.0, 2.5, 3.0], min_length=2, description="of `alpha`")
+    betas: list[AboveZero] = Field([0.02, 0.05, 0.1, 0.2, 0.5], min_length=2, description="of `beta`")
+    learning_rates: list[AboveZero] = Field(
+        [],
+        description="`methods`: each method takes the best of these for itself, by the rule of section tune "
+        "on the prompts of evaluate.part=search, and is compared on the held-out ones",
+    )
+    max_concurrent_arms: Positive | None = Field(
+        None, description="by default what the cluster holds; under KubeRay it has to be set"
+    )
+
+    @field_validator("seeds", "alphas", "betas", "learning_rates")
+    @classmethod
+    def _nothing_twice(cls, values: list[float]) -> list[float]:
+        if len(set(values)) < len(values):
+            raise ValueError("names something twice")
+        return values

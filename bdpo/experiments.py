@@ -1,0 +1,214 @@
+"""The paper's experiments as arms: what each changes of a run's config, and what its results say.
+
+An arm is trained once for each seed, in a folder of its own, on the pairs and scores of the run:
+
+    <run_dir>/experiments/<name>/<arm>/seed-0/     a run folder: config.yaml, metrics.jsonl, model/, eval/
+    <run_dir>/experiments/<name>/results.csv       a row for each arm and measure, with its interval
+    <run_dir>/experiments/<name>/comparisons.csv   each arm against the first, item by item
+    <run_dir>/experiments/<name>/*.png             the figures
+    <run_dir>/experiments/<name>/report.html       all of it on one page
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from bdpo.config import Config
+from bdpo.config.method import default_beta
+from bdpo.evaluation.compare import item_values, paired_difference
+from bdpo.evaluation.summary import mean
+from bdpo.runs import RunDir
+from bdpo.search import Params, trial_config
+
+BASE = "base"
+RESULT_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("arm", "benchmark", "measure")),
+        *((name, pa.int64()) for name in ("n", "seeds")),
+        *((name, pa.float64()) for name in ("value", "low", "high", "seed_low", "seed_high")),
+        *((name, pa.float64()) for name in ("difference", "difference_low", "difference_high", "p")),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a table: its name, and dotted keys of the config with the values that they take."""
+
+    name: str
+    params: Params = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is compared with what. The first arm is the one that all others are tested against."""
+
+    title: str
+    question: str
+    arms: tuple[Arm, ...]
+    axis: str | None = None  # the key that the arms vary, where its values make a curve
+
+
+def experiment(name: str, config: Config) -> Experiment:
+    """The experiment of this name for a run; see `EXPERIMENTS`."""
+    return EXPERIMENTS[name](config)
+
+
+def _imbalance(config: Config) -> Experiment:
+    return Experiment(
+        "Imbalanced understanding (Figure 2)",
+        "Does the reference model understand one response of a pair better than the other?",
+        (),
+    )
+
+
+def _balanced_subset(config: Config) -> Experiment:
+    def half(name: str, *bounds: float) -> Arm:
+        return Arm(
+            name, _method("dpo", config) | {"data.select": {"mi_difference": list(bounds), "ches": None}}
+        )
+
+    return Experiment(
+        "Balanced and imbalanced pairs (Figures 3 and 4)",
+        "Does plain DPO do better on the half of the pairs whose responses are understood alike?",
+        (half("balanced", 0.0, 0.5), half("imbalanced", 0.5, 1.0)),
+    )
+
+
+def _methods(config: Config) -> Experiment:
+    names = ("bdpo", "dpo", "cpo", "simpo", "safedpo")
+    return Experiment(
+        "Methods (Table 1)",
+        "Is B-DPO safer than the other methods, and does it stay as useful?",
+        tuple(Arm(name, _method(name, config)) for name in names),
+    )
+
+
+def _ablation(config: Config) -> Experiment:
+    bdpo = _method("bdpo", config)
+    other = {"ratio": "softmax", "softmax": "ratio"}.get(config.method.balance, "ratio")
+    context = {"empty_turn": "bos", "bos": "empty_turn"}[config.score.unconditional]
+    return Experiment(
+        "What B-DPO is made of (Table 2)",
+        "Which part does it: the balance weights (BW), the scaling factor (SF), the rule, the context?",
+        (
+            Arm("bdpo", bdpo),
+            Arm("dpo", _method("dpo", config)),
+            Arm("dpo_bw", _method("dpo_bw", config)),
+            Arm("dpo_sf", _method("dpo_sf", config)),
+            Arm(f"bdpo-{other}", bdpo | {"method.balance": other}),
+            Arm(f"bdpo-{context}", bdpo | {"score.unconditional": context}),
+        ),
+    )
+
+
+def _curve(key: str, values: Sequence[float], config: Config) -> tuple[Arm, ...]:
+    """DPO first, then B-DPO at every value of the key."""
+    name = key.rpartition(".")[2]
+    bdpo = _method("bdpo", config)
+    arms = (Arm(f"{name}-{value:g}", bdpo | {key: value}) for value in values)
+    return (Arm("dpo", _method("dpo", config)), *arms)
+
+
+def _alpha(config: Config) -> Experiment:
+    key = "method.alpha"
+    return Experiment(
+        "The scaling factor α (Figure 5)",
+        "How much does the total of the two weights matter?",
+        _curve(key, config.experiment.alphas, config),
+        key,
+    )
+
+
+def _beta(config: Config) -> Experiment:
+    key = "method.beta"
+    return Experiment(
+        "The strength β of the reference",
+        "How much does β matter?",
+        _curve(key, config.experiment.betas, config),
+        key,
+    )
+
+
+EXPERIMENTS = {
+    "imbalance": _imbalance,
+    "balanced-subset": _balanced_subset,
+    "methods": _methods,
+    "ablation": _ablation,
+    "alpha": _alpha,
+    "beta": _beta,
+}
+
+
+def _method(name: str, config: Config) -> Params:
+    """A method with the run's settings, and with the β of its own where the run's is for another kind."""
+    beta = (
+        config.method.beta if default_beta(name) == default_beta(config.method.name) else default_beta(name)
+    )
+    return {"method.name": name, "method.beta": beta}
+
+
+def arm_run(
+    config: Config, run: RunDir, name: str, arm: Arm, seed: int, params: Params
+) -> tuple[Config, RunDir]:
+    """The config and the run folder of an arm at a seed; `params` are changes to all arms alike.
+
+    The pairs are those of the run; so are the scores, unless the arm wants another unconditional context.
+    """
+    folder = run.part("experiments", name, arm.name, f"seed-{seed}")
+    settings = trial_config(config, arm.params | params, str(folder.root))
+    context = settings.score.unconditional
+    if context != config.score.unconditional:
+        folder.scores = run.root / "experiments" / f"context-{context}" / "scores"
+    return settings.model_copy(update={"seed": seed}), folder
+
+
+def summarise_arms(scores: dict[str, list[pa.Table]]) -> pa.Table:
+    """A row for each arm, benchmark and measure, from the scores of its models, one of each seed.
+
+    `value` is the mean over prompts and seeds; `low` and `high` its 95 % interval, a bootstrap over prompts;
+    `seed_low` and `seed_high` the lowest and highest value of a single seed. The first arm is the reference:
+    `difference`, its interval and `p` compare with it prompt by prompt, each prompt's mean over the seeds.
+    """
+    means = {arm: item_means(tables) for arm, tables in scores.items()}
+    reference = next(iter(means))
+    rows = []
+    for arm, measures in means.items():
+        for key, values in measures.items():
+            each = [float(np.mean(list(item_values(table)[key].values()))) for table in scores[arm]]
+            first = means[reference].get(key, {})
+            both = sorted(values.keys() & first.keys())
+            row = {
+                "arm": arm,
+                "benchmark": key[0],
+                "measure": key[1],
+                "n": len(values),
+                "seeds": len(each),
+                **mean(list(values.values())),
+                "seed_low": min(each),
+                "seed_high": max(each),
+            }
+            if arm != reference and both:
+                compared = paired_difference([first[i] for i in both], [values[i] for i in both])
+                row |= {
+                    "difference": compared["difference"],
+                    "difference_low": compared["low"],
+                    "difference_high": compared["high"],
+                    "p": compared["p"],
+                }
+            rows.append(row)
+    return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
+
+
+def item_means(tables: Sequence[pa.Table]) -> dict[tuple[str, str], dict[str, float]]:
+    """`item_values`, each item's mean over the tables that have a verdict on it in all of them."""
+    found = [item_values(table) for table in tables]
+    means = {}
+    for key in found[0]:
+        items = set.intersection(*(set(values.get(key, {})) for values in found))
+        means[key] = {item: float(np.mean([values[key][item] for values in found])) for item in sorted(items)}
+    return means

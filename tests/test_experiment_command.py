@@ -1,0 +1,117 @@
+"""An experiment as its users run it: killed on the way, and the same command again."""
+
+import csv
+
+import pytest
+import yaml
+from test_tune_command import start, sweep_config, wait_for
+
+from bdpo.runs import RunDir
+
+pytestmark = pytest.mark.ray
+
+SEEDS = [0, 1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_chat):
+    """The balanced-subset experiment at two seeds, its driver killed after the first training."""
+    folder = tmp_path_factory.mktemp("experiment")
+    values = sweep_config(folder, tiny_chat).model_dump() | {"experiment": {"seeds": SEEDS}}
+    values["train"]["workers"] = 1
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    process = start(folder, "-m", "pipelines.experiment", "balanced-subset", *arguments(folder))
+    wait_for(process, arm(folder, "balanced", 0).eval("trained") / "summary.json")
+    process.kill()
+    process.wait()
+    return folder
+
+
+def arguments(folder):
+    return "--config", str(folder / "config.yaml"), "experiment.max_concurrent_arms=1"
+
+
+def arm(folder, name, seed):
+    return RunDir(folder / "run" / "experiments" / "balanced-subset" / name / f"seed-{seed}")
+
+
+def run(folder, name="balanced-subset", *overrides):
+    process = start(folder, "-m", "pipelines.experiment", name, *arguments(folder), *overrides)
+    out, err = process.communicate(timeout=900)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """(what was there after the kill and when it was written, what the same command said)"""
+    before = stamps(arm(folder, "balanced", 0).root)
+    code, out, err = run(folder)
+    assert code == 0, out + err
+    return before, out
+
+
+def stamps(root):
+    return {file: file.stat().st_mtime_ns for file in root.rglob("*") if file.is_file()}
+
+
+def test_what_was_done_before_the_kill_is_not_done_again(finished, folder):
+    before, out = finished
+    assert "3 trainings to do" in out
+    assert before
+    assert before == stamps(arm(folder, "balanced", 0).root)
+
+
+def test_every_arm_is_trained_on_its_half_and_evaluated(finished, folder):
+    for name in ("balanced", "imbalanced"):
+        for seed in SEEDS:
+            run = arm(folder, name, seed)
+            assert run.has_model()
+            assert (run.eval("trained") / "summary.json").is_file()
+            values = yaml.safe_load(run.config.read_text())
+            assert values["seed"] == seed
+            assert values["data"]["select"]["mi_difference"] == {"balanced": [0.0, 0.5]}.get(name, [0.5, 1.0])
+    assert not list(arm(folder, "balanced", 0).root.glob("scores"))
+
+
+def test_results_page_and_figures_are_there_and_hold_no_text(finished, folder):
+    root = folder / "run" / "experiments" / "balanced-subset"
+    rows = list(csv.DictReader((root / "results.csv").open()))
+    assert {row["arm"] for row in rows} == {"balanced", "imbalanced", "base"}
+    assert {row["seeds"] for row in rows if row["arm"] != "base"} == {"2"}
+    html = (root / "report.html").read_text()
+    for shown in ("Figures 3 and 4", "imbalanced", "reward margin", "All measures"):
+        assert shown in html
+    for figure in ("arms", "mi", "curve-rewards-margins"):
+        assert (root / f"{figure}.png").stat().st_size > 5000
+    for word in ("cedar", "plant the"):
+        assert word not in html
+    assert list((folder / "run" / "private" / "experiments").rglob("*.parquet"))
+
+
+def test_the_same_command_again_trains_nothing(finished, folder):
+    before = stamps(folder / "run" / "experiments" / "balanced-subset" / "imbalanced")
+    code, out, err = run(folder)
+    assert code == 0, err
+    assert "to do" not in out
+    assert before == stamps(folder / "run" / "experiments" / "balanced-subset" / "imbalanced")
+
+
+def test_results_of_another_config_are_refused(finished, folder):
+    code, _, err = run(folder, "balanced-subset", "train.learning_rate=0.5")
+    assert code == 2
+    assert "train.learning_rate" in err
+
+
+def test_an_experiment_without_arms_needs_scores_alone(finished, folder):
+    code, _, err = run(folder, "imbalance")
+    assert code == 0, err
+    assert "Figure 2" in (folder / "run" / "experiments" / "imbalance" / "report.html").read_text()
+
+
+def test_what_cannot_be_run_is_one_line(finished, folder):
+    code, _, err = run(folder, "no-such-thing")
+    assert code == 2
+    assert "imbalance" in err
+    code, _, err = run(folder, "alpha", "experiment.alphas=[1.0]")
+    assert code == 2
+    assert "experiment.alphas" in err

@@ -1,0 +1,129 @@
+"""Arms as data, and what is said of their results: by formulas of the test's own."""
+
+import statistics
+
+import pyarrow as pa
+import pytest
+from helpers import tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bdpo.evaluation.summary import SCORE_SCHEMA
+from bdpo.experiments import EXPERIMENTS, arm_run, experiment, item_means, summarise_arms
+from bdpo.runs import RunDir
+
+ARMS = {
+    "imbalance": [],
+    "balanced-subset": ["balanced", "imbalanced"],
+    "methods": ["bdpo", "dpo", "cpo", "simpo", "safedpo"],
+    "ablation": ["bdpo", "dpo", "dpo_bw", "dpo_sf", "bdpo-softmax", "bdpo-bos"],
+    "alpha": ["dpo", "alpha-0.5", "alpha-1", "alpha-1.5", "alpha-2", "alpha-2.5", "alpha-3"],
+    "beta": ["dpo", "beta-0.02", "beta-0.05", "beta-0.1", "beta-0.2", "beta-0.5"],
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    return tiny_config(tmp_path / "run", tmp_path / "model", tmp_path / "pairs", method={"beta": 0.3})
+
+
+def settings_of(config, name, seed=7):
+    run = RunDir(config.run_dir)
+    return {arm.name: arm_run(config, run, name, arm, seed, {}) for arm in experiment(name, config).arms}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_arm_is_a_config_of_its_own_in_a_folder_of_its_own(config, name):
+    arms = settings_of(config, name)
+    assert list(arms) == ARMS[name]
+    made = [settings.model_dump(exclude={"run_dir"}) for settings, _ in arms.values()]
+    assert all(made.count(one) == 1 for one in made)
+    for arm, (settings, run) in arms.items():
+        assert settings.seed == 7
+        assert settings.run_dir == str(run.root) == f"{config.run_dir}/experiments/{name}/{arm}/seed-7"
+        assert run.pairs == RunDir(config.run_dir).pairs
+        assert run.private == RunDir(config.run_dir).private / "experiments" / name / arm / "seed-7"
+
+
+def test_methods_keep_the_run_s_beta_and_simpo_its_own(config):
+    betas = {name: settings.method.beta for name, (settings, _) in settings_of(config, "methods").items()}
+    assert betas == {"bdpo": 0.3, "dpo": 0.3, "cpo": 0.3, "safedpo": 0.3, "simpo": 2.0}
+
+
+def test_the_halves_are_of_plain_dpo(config):
+    arms = settings_of(config, "balanced-subset")
+    for arm, bounds in (("balanced", [0.0, 0.5]), ("imbalanced", [0.5, 1.0])):
+        assert arms[arm][0].method.name == "dpo"
+        assert arms[arm][0].data.select.mi_difference == bounds
+
+
+def test_all_arms_share_the_scores_but_those_of_another_context(config):
+    own = RunDir(config.run_dir).scores
+    folders = {name: run.scores for name, (_, run) in settings_of(config, "ablation").items()}
+    other = folders.pop("bdpo-bos")
+    assert set(folders.values()) == {own}
+    assert other == RunDir(config.run_dir).root / "experiments" / "context-bos" / "scores"
+
+
+def table(harms, refused=()):
+    """StrongReject items of these harms, and XSTest's safe prompts."""
+    common = {"category": "", "partial": False, "failure": None, "flagged": False, "new_tokens": 1}
+    rows = [
+        {
+            "item_id": f"s{i}",
+            "benchmark": "strongreject",
+            "should_comply": False,
+            "harm": harm,
+            "refused": None,
+        }
+        for i, harm in enumerate(harms)
+    ] + [
+        {"item_id": f"x{i}", "benchmark": "xstest", "should_comply": True, "harm": None, "refused": no}
+        for i, no in enumerate(refused)
+    ]
+    return pa.Table.from_pylist([row | common for row in rows], schema=SCORE_SCHEMA)
+
+
+harms = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=3, max_size=3)
+
+
+@given(st.lists(harms, min_size=1, max_size=4), st.lists(harms, min_size=1, max_size=4))
+def test_results_are_means_over_prompts_and_seeds(first, second):
+    results = summarise_arms({"a": [table(h) for h in first], "b": [table(h) for h in second]}).to_pylist()
+    safety = {row["arm"]: row for row in results if row["measure"] == "safety"}
+    for arm, seeds in (("a", first), ("b", second)):
+        values = [1 - statistics.mean(h) for h in seeds]
+        assert safety[arm]["value"] == pytest.approx(statistics.mean(values))
+        assert safety[arm]["seed_low"] == pytest.approx(min(values))
+        assert safety[arm]["seed_high"] == pytest.approx(max(values))
+        assert (safety[arm]["n"], safety[arm]["seeds"]) == (3, len(seeds))
+        assert safety[arm]["low"] <= safety[arm]["value"] + 1e-12
+        assert safety[arm]["high"] >= safety[arm]["value"] - 1e-12
+    assert safety["a"]["p"] is None
+    difference = safety["b"]["value"] - safety["a"]["value"]
+    assert safety["b"]["difference"] == pytest.approx(difference)
+
+
+def test_an_arm_that_is_better_everywhere_is_found_to_be():
+    worse, better = [1.0] * 10 + [0.5] * 10, [0.5] * 10 + [0.0] * 10
+    row = next(
+        row
+        for row in summarise_arms({"a": [table(worse)], "b": [table(better)]}).to_pylist()
+        if row["arm"] == "b" and row["measure"] == "safety"
+    )
+    assert row["difference"] == 0.5
+    assert row["p"] < 0.001
+
+
+def test_a_prompt_without_verdict_at_one_seed_counts_at_none():
+    whole, part = table([0.0, 1.0, 0.5]), table([0.0, None, 0.5])
+    assert item_means([whole, part])["strongreject", "safety"] == {"s0": 1.0, "s2": 0.5}
+
+
+def test_benchmarks_are_kept_apart():
+    results = summarise_arms({"a": [table([0.0], [False, True, False, False])]}).to_pylist()
+    assert {(row["benchmark"], row["measure"]): row["value"] for row in results} == {
+        ("strongreject", "safety"): 1.0,
+        ("strongreject", "safe_rate"): 1.0,
+        ("xstest", "compliance"): 0.75,
+    }
