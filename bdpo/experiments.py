@@ -11,8 +11,9 @@ An arm is trained once for each seed, in a folder of its own, on the pairs and s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ import pyarrow as pa
 from bdpo.config import Config
 from bdpo.config.method import default_beta
 from bdpo.evaluation.compare import item_values, paired_difference
+from bdpo.evaluation.reading import Evaluation
 from bdpo.evaluation.summary import mean
 from bdpo.runs import RunDir
 from bdpo.search import Params, trial_config
@@ -152,56 +154,59 @@ def _method(name: str, config: Config) -> Params:
     return {"method.name": name, "method.beta": beta}
 
 
-def arm_run(
-    config: Config, run: RunDir, name: str, arm: Arm, seed: int, params: Params
-) -> tuple[Config, RunDir]:
-    """The config and the run folder of an arm at a seed; `params` are changes to all arms alike.
+def arm_run(config: Config, run: RunDir, name: str, arm: Arm, seed: int) -> tuple[Config, RunDir]:
+    """The config and the run folder of an arm at a seed.
 
     The pairs are those of the run; so are the scores, unless the arm wants another unconditional context.
     """
     folder = run.part("experiments", name, arm.name, f"seed-{seed}")
-    settings = trial_config(config, arm.params | params, str(folder.root))
+    settings = trial_config(config, arm.params, str(folder.root))
     context = settings.score.unconditional
     if context != config.score.unconditional:
         folder.scores = run.root / "experiments" / f"context-{context}" / "scores"
     return settings.model_copy(update={"seed": seed}), folder
 
 
-def summarise_arms(scores: dict[str, list[pa.Table]]) -> pa.Table:
-    """A row for each arm, benchmark and measure, from the scores of its models, one of each seed.
+def summarise_arms(evaluations: dict[str, list[Evaluation]]) -> pa.Table:
+    """A row for each arm, benchmark and measure, from the evaluations of its models, one of each seed.
 
     `value` is the mean over prompts and seeds; `low` and `high` its 95 % interval, a bootstrap over prompts;
     `seed_low` and `seed_high` the lowest and highest value of a single seed. The first arm is the reference:
     `difference`, its interval and `p` compare with it prompt by prompt, each prompt's mean over the seeds.
+    Of capability benchmarks only sums are known: the mean of the seeds and of their bounds, without a test.
     """
-    means = {arm: item_means(tables) for arm, tables in scores.items()}
+    means = {arm: item_means([seed.scores for seed in seeds]) for arm, seeds in evaluations.items()}
     reference = next(iter(means))
     rows = []
-    for arm, measures in means.items():
-        for key, values in measures.items():
-            each = [float(np.mean(list(item_values(table)[key].values()))) for table in scores[arm]]
-            first = means[reference].get(key, {})
-            both = sorted(values.keys() & first.keys())
-            row = {
-                "arm": arm,
-                "benchmark": key[0],
-                "measure": key[1],
-                "n": len(values),
-                "seeds": len(each),
-                **mean(list(values.values())),
-                "seed_low": min(each),
-                "seed_high": max(each),
-            }
-            if arm != reference and both:
-                compared = paired_difference([first[i] for i in both], [values[i] for i in both])
-                row |= {
-                    "difference": compared["difference"],
-                    "difference_low": compared["low"],
-                    "difference_high": compared["high"],
-                    "p": compared["p"],
-                }
-            rows.append(row)
+    for arm, seeds in evaluations.items():
+        for key, values in means[arm].items():
+            first = {} if arm == reference else means[reference].get(key, {})
+            each = [float(np.mean(list(item_values(seed.scores)[key].values()))) for seed in seeds]
+            rows.append(
+                _row(arm, key, len(values), each) | mean(list(values.values())) | _tested(first, values)
+            )
+        for benchmark in seeds[0].summary.get("capability", {}):
+            found = [seed.summary["capability"][benchmark].get("accuracy") for seed in seeds]
+            if all(found):
+                bounds = {end: float(np.mean([f[end] for f in found])) for end in ("value", "low", "high")}
+                each = [f["value"] for f in found]
+                rows.append(_row(arm, (benchmark, "accuracy"), found[0]["n"], each) | bounds)
     return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
+
+
+def _row(arm: str, key: tuple[str, str], n: int, each: Sequence[float]) -> dict[str, Any]:
+    row = {"arm": arm, "benchmark": key[0], "measure": key[1], "n": n, "seeds": len(each)}
+    return row | {"seed_low": min(each), "seed_high": max(each)}
+
+
+def _tested(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, Any]:
+    """How the second differs from the first on the prompts of both; nothing where there are none."""
+    both = sorted(first.keys() & second.keys())
+    if not both:
+        return {}
+    compared = paired_difference([first[item] for item in both], [second[item] for item in both])
+    bounds = {"difference_low": compared["low"], "difference_high": compared["high"]}
+    return {"difference": compared["difference"], **bounds, "p": compared["p"]}
 
 
 def item_means(tables: Sequence[pa.Table]) -> dict[tuple[str, str], dict[str, float]]:

@@ -11,21 +11,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import pyarrow as pa
 from rich.live import Live
 from rich.table import Table
 
 from bdpo.config import Config
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import planned_items
-from bdpo.evaluation.reading import read_evaluation
+from bdpo.evaluation.reading import Evaluation, read_evaluation
 from bdpo.experiment_report import arms_table, csv_bytes, experiment_page
 from bdpo.experiments import BASE, EXPERIMENTS, Arm, Experiment, arm_run, experiment, summarise_arms
 from bdpo.page import write_page
 from bdpo.placement import at_a_time
 from bdpo.runs import MetricsLog, RunDir
+from bdpo.search import measure, part_of
 from bdpo.selection import require_labels, wants_scores
 from bdpo.storage import StoragePath, write_bytes
 from pipelines.arms import ArmActor, Job
@@ -39,35 +40,52 @@ from pipelines.score import score_prepared
 
 def run_experiment(config: Config, run: RunDir, name: str) -> None:
     """Run the arms that are missing, then write and print what came of all of them."""
-    plan = experiment(name, config)
+    plan, base = experiment(name, config), run
     check_inputs(config)
     planned_items(config)
     run_prepare(config, run)
-    jobs = [_job(config, run, name, arm, seed, {}) for arm in plan.arms for seed in config.experiment.seeds]
-    for job in jobs:
-        require_labels(job.config, job.run)
-    if not all(job.done for job in jobs):
-        require_memory(config)
-        refuse_what_does_not_fit(config, run)
-    _score(config, run, jobs)
-    for job in jobs:
-        if job.done:
-            job.refuse_other()
+    if plan.arms and config.experiment.learning_rates:
+        plan = replace(plan, arms=_with_best_rates(config, run, name, plan.arms))
+        evaluate = config.evaluate.model_copy(update={"part": "held_out"})
+        config, base = (
+            config.model_copy(update={"evaluate": evaluate}),
+            run.part("experiments", name, "held_out"),
+        )
+    jobs = _jobs(config, run, name, plan.arms, config.experiment.seeds)
+    _work_off(config, run, jobs)
     if jobs:
-        evaluate_model(config, run, "base")
-        _work_off(config, jobs)
-    _finish(config, run, name, plan, jobs)
+        evaluate_model(config, base, "base")
+    _finish(config, run, name, plan, jobs, base)
 
 
-def _job(config: Config, run: RunDir, name: str, arm: Arm, seed: int, params: dict[str, Any]) -> Job:
-    return Job(arm.name, seed, *arm_run(config, run, name, arm, seed, params))
+def _with_best_rates(config: Config, run: RunDir, name: str, arms: Sequence[Arm]) -> tuple[Arm, ...]:
+    """Each arm with the learning rate that is best for it, by the rule of a search, on the prompts of one."""
+    search = part_of(config, "search")
+    base = run.part("experiments", name, "search")
+    evaluate_model(search, base, "base")
+    base_scores = read_evaluation(base.eval("base")).scores
+    chosen = []
+    for arm in arms:
+        rates = config.experiment.learning_rates
+        trials = [Arm(f"{arm.name}-{rate:g}", arm.params | {"train.learning_rate": rate}) for rate in rates]
+        jobs = _jobs(search, run, f"{name}/learning-rates", trials, config.experiment.seeds[:1])
+        _work_off(search, run, jobs)
+        measured = [measure(config.tune, _evaluation(job).scores, base_scores) for job in jobs]
+        best = max(trials, key=lambda trial: measured[trials.index(trial)].score)
+        console.print(f"[bold]rate[/]      {arm.name}: {best.params['train.learning_rate']:g}")
+        chosen.append(replace(best, name=arm.name))
+    return tuple(chosen)
 
 
-def _scores(job: Job) -> pa.Table:
+def _jobs(config: Config, run: RunDir, name: str, arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
+    return [Job(arm.name, seed, *arm_run(config, run, name, arm, seed)) for arm in arms for seed in seeds]
+
+
+def _evaluation(job: Job) -> Evaluation:
     read = read_evaluation(job.run.eval("trained"))
     if not read.summary["valid"]:
         raise UserError(f"{job.run.eval('trained')}: the evaluation is invalid; mend the judge and run again")
-    return read.scores
+    return read
 
 
 def _score(config: Config, run: RunDir, jobs: Sequence[Job]) -> None:
@@ -78,14 +96,23 @@ def _score(config: Config, run: RunDir, jobs: Sequence[Job]) -> None:
         score_prepared(job.config, job.run)
 
 
-def _work_off(config: Config, jobs: Sequence[Job]) -> None:
-    """Give the jobs that are not done to as many actors as the cluster holds at a time.
+def _work_off(config: Config, run: RunDir, jobs: Sequence[Job]) -> None:
+    """Score what is wanted, then give the jobs that are not done to as many actors as the cluster holds.
 
     Raises:
         UserError: what a job found wrong, once all others are done.
         RayError: another fault of a job, likewise.
     """
     todo = deque(job for job in jobs if not job.done)
+    for job in jobs:
+        require_labels(job.config, job.run)
+    if todo:
+        require_memory(config)
+        refuse_what_does_not_fit(config, run)
+    _score(config, run, jobs)
+    for job in jobs:
+        if job.done:
+            job.refuse_other()
     if not todo:
         return
     connect()
@@ -135,13 +162,15 @@ def jobs_table(jobs: Sequence[Job]) -> Table:
     return table
 
 
-def _finish(config: Config, run: RunDir, name: str, plan: Experiment, jobs: Sequence[Job]) -> None:
+def _finish(
+    config: Config, run: RunDir, name: str, plan: Experiment, jobs: Sequence[Job], base: RunDir
+) -> None:
     """Tables, figures and the page, from what lies in the folders of the arms."""
     folder = run.part("experiments", name).root
-    scores = {arm.name: [_scores(job) for job in jobs if job.arm == arm.name] for arm in plan.arms}
+    found = {arm.name: [_evaluation(job) for job in jobs if job.arm == arm.name] for arm in plan.arms}
     if jobs:
-        scores[BASE] = [read_evaluation(run.eval("base")).scores]
-    results = summarise_arms(scores) if scores else None
+        found[BASE] = [read_evaluation(base.eval("base"))]
+    results = summarise_arms(found) if found else None
     if results is not None:
         write_bytes(folder / "results.csv", csv_bytes(results))
         console.print(arms_table(results))

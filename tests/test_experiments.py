@@ -8,7 +8,8 @@ from helpers import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bdpo.evaluation.summary import SCORE_SCHEMA
+from bdpo.evaluation.reading import Evaluation
+from bdpo.evaluation.summary import SCORE_SCHEMA, rate
 from bdpo.experiments import EXPERIMENTS, arm_run, experiment, item_means, summarise_arms
 from bdpo.runs import RunDir
 
@@ -29,7 +30,7 @@ def config(tmp_path):
 
 def settings_of(config, name, seed=7):
     run = RunDir(config.run_dir)
-    return {arm.name: arm_run(config, run, name, arm, seed, {}) for arm in experiment(name, config).arms}
+    return {arm.name: arm_run(config, run, name, arm, seed) for arm in experiment(name, config).arms}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -65,6 +66,12 @@ def test_all_arms_share_the_scores_but_those_of_another_context(config):
     assert other == RunDir(config.run_dir).root / "experiments" / "context-bos" / "scores"
 
 
+def evaluated(*tables, accuracy=None):
+    """Evaluations of a model at as many seeds."""
+    capability = {"capability": {"gsm8k": {"accuracy": rate(accuracy)}}} if accuracy else {}
+    return [Evaluation(capability, table) for table in tables]
+
+
 def table(harms, refused=()):
     """StrongReject items of these harms, and XSTest's safe prompts."""
     common = {"category": "", "partial": False, "failure": None, "flagged": False, "new_tokens": 1}
@@ -89,7 +96,9 @@ harms = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=3, max_size=3)
 
 @given(st.lists(harms, min_size=1, max_size=4), st.lists(harms, min_size=1, max_size=4))
 def test_results_are_means_over_prompts_and_seeds(first, second):
-    results = summarise_arms({"a": [table(h) for h in first], "b": [table(h) for h in second]}).to_pylist()
+    results = summarise_arms(
+        {"a": evaluated(*map(table, first)), "b": evaluated(*map(table, second))}
+    ).to_pylist()
     safety = {row["arm"]: row for row in results if row["measure"] == "safety"}
     for arm, seeds in (("a", first), ("b", second)):
         values = [1 - statistics.mean(h) for h in seeds]
@@ -108,7 +117,7 @@ def test_an_arm_that_is_better_everywhere_is_found_to_be():
     worse, better = [1.0] * 10 + [0.5] * 10, [0.5] * 10 + [0.0] * 10
     row = next(
         row
-        for row in summarise_arms({"a": [table(worse)], "b": [table(better)]}).to_pylist()
+        for row in summarise_arms({"a": evaluated(table(worse)), "b": evaluated(table(better))}).to_pylist()
         if row["arm"] == "b" and row["measure"] == "safety"
     )
     assert row["difference"] == 0.5
@@ -121,9 +130,12 @@ def test_a_prompt_without_verdict_at_one_seed_counts_at_none():
 
 
 def test_benchmarks_are_kept_apart():
-    results = summarise_arms({"a": [table([0.0], [False, True, False, False])]}).to_pylist()
+    results = summarise_arms(
+        {"a": evaluated(table([0.0], [False, True, False, False]), accuracy=[True, False])}
+    ).to_pylist()
     assert {(row["benchmark"], row["measure"]): row["value"] for row in results} == {
         ("strongreject", "safety"): 1.0,
         ("strongreject", "safe_rate"): 1.0,
         ("xstest", "compliance"): 0.75,
+        ("gsm8k", "accuracy"): 0.5,
     }

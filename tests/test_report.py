@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from helpers import tiny_config
-from test_experiments import table
+from test_experiments import evaluated, table
 
 from bdpo.evaluation.summary import summarise
 from bdpo.experiment_report import csv_bytes, experiment_page
@@ -95,8 +95,8 @@ def test_the_page_of_an_experiment(run, name):
     config, folder = run
     plan = experiment(name, config)
     worse, better = table([1.0, 0.5, 1.0], [False] * 4), table([0.0, 0.5, 0.0], [False, True, False, False])
-    scores = {arm.name: [worse if arm.name == "dpo" else better] * 2 for arm in plan.arms}
-    results = summarise_arms(scores | {"base": [worse]}) if plan.arms else None
+    scores = {arm.name: evaluated(*[worse if arm.name == "dpo" else better] * 2) for arm in plan.arms}
+    results = summarise_arms(scores | {"base": evaluated(worse)}) if plan.arms else None
     log = [[{"step": 1, "loss": 1, "rewards/margins": 0, "rewards/accuracies": 1, "logps/chosen": 0}]] * 2
     page = experiment_page(config, folder, plan, results, {arm.name: log for arm in plan.arms})
     write_page(page, folder.root / "experiments" / name / "report.html")

@@ -76,8 +76,8 @@ class FullDiskScorer(ShardScorer):
 class StillbornScorer(ShardScorer):
     """Its process ends before it is made."""
 
-    def __init__(self, *_, run_dir, **__):
-        with (run_dir / "births").open("a") as births:
+    def __init__(self, *_, run, **__):
+        with (run.root / "births").open("a") as births:
             births.write("x")
         os._exit(9)
 

@@ -21,8 +21,8 @@ class ExperimentConfig(Section):
     betas: list[AboveZero] = Field([0.02, 0.05, 0.1, 0.2, 0.5], min_length=2, description="of `beta`")
     learning_rates: list[AboveZero] = Field(
         [],
-        description="`methods`: each method takes the best of these for itself, by the rule of section tune "
-        "on the prompts of evaluate.part=search, and is compared on the held-out ones",
+        description="each arm takes the best of these for itself, by the rule of section tune on the prompts "
+        "of evaluate.part=search, and is then compared on the held-out ones",
     )
     max_concurrent_arms: Positive | None = Field(
         None, description="by default what the cluster holds; under KubeRay it has to be set"
