@@ -21,7 +21,7 @@ PACKAGES = ("ray", "torch", "transformers", "deepspeed", "pyarrow")
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """One node: its address, versions by package, names of environment variables, free disk, GPUs.
+    """One node: its address, versions by package, names of environment variables, free disk, memory, GPUs.
 
     `missing` are the files of the driver that it does not have, `storage_error` is what failed when it read
     what the driver had written to the run folder.
@@ -32,6 +32,7 @@ class NodeFacts:
     auth_mode: str | None
     variables: frozenset[str]
     scratch_gib: float
+    memory_gib: float
     gpu_gib: tuple[float, ...]
     missing: tuple[str, ...]
     storage_error: str | None
@@ -45,6 +46,7 @@ def node_facts(address: str, run_dir: str | None, nonce: str, files: Sequence[st
         os.environ.get("RAY_AUTH_MODE"),
         frozenset(os.environ),
         shutil.disk_usage(tempfile.gettempdir()).free / 2**30,
+        _memory_gib(),
         _gpu_gib(),
         tuple(file for file in files if not Path(file).expanduser().exists()),
         _storage_error(RunDir(run_dir), nonce) if run_dir else "was not asked",
@@ -67,6 +69,15 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "missing"
+
+
+def _memory_gib() -> float:
+    """Memory of the machine, or less where its container has less."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # not there, or "max"
+            limits.append(int(Path(file).read_text()))
+    return min(limits) / 2**30
 
 
 def _gpu_gib() -> tuple[float, ...]:

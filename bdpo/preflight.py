@@ -361,6 +361,26 @@ def check_memory(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str
     return f"{found}, which has {known / GIB:.0f}"
 
 
+def check_host(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
+    """What is offloaded to the memory of the nodes fits there, for all workers that a node's GPUs take."""
+    train = config.train
+    if train.offload != "cpu":
+        return "nothing is offloaded to it"
+    each = memory_need(config, model_shape(config)[0]).host_total / GIB
+    wanted = {node.address: each * train.workers * _share(train, node) for node in nodes}
+    small = [node for node in nodes if node.memory_gib < wanted[node.address]]
+    if not small:
+        return f"{each:.1f} GiB for each worker"
+    node = max(small, key=lambda node: node.memory_gib)
+    found = (
+        f"node {node.address} has {node.memory_gib:.0f} GiB, and train.offload=cpu may put "
+        f"{wanted[node.address]:.0f} there"
+    )
+    if len(small) < sum(need > 0 for need in wanted.values()):
+        return Doubt(f"{found}; set train.accelerator_type to keep training on larger nodes")
+    raise UserError(f"{found}; use nodes with more memory, more nodes with fewer GPUs each, or no offload")
+
+
 NODE_CHECKS: dict[str, Check] = {
     "versions": check_nodes_alike,
     "token": check_token,
@@ -369,6 +389,7 @@ NODE_CHECKS: dict[str, Check] = {
     "judge's key": check_key,
     "scratch": check_scratch,
     "GPU memory": check_memory,
+    "host memory": check_host,
 }
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import ray
 from helpers import invented_pairs, save_model, tiny_config, tiny_qwen2, write_jsonl
+from transformers import AutoModelForCausalLM
 
 from bdpo.config import parse_config
 from bdpo.errors import UserError
@@ -224,6 +225,19 @@ class TestNodes:
         assert self.judged(values, here)["GPU memory"].level == "warning"  # none is up
         assert self.judged(values, here, large)["GPU memory"].level == "ok"
         assert self.judged(values, large, small)["GPU memory"].level == "error"
+
+    def test_a_node_without_memory_for_what_is_offloaded(self, values, here):
+        """By hand: 16 bytes a trained parameter in float32 (gradient, two moments, a copy)."""
+        values["train"] |= {"gpus_per_worker": 1.0, "workers": 4, "offload": "cpu"}
+        assert self.judged(values, here)["host memory"].level == "ok"  # without GPU nothing runs there
+        model = AutoModelForCausalLM.from_pretrained(values["model"]["name_or_path"])
+        part = 16 * sum(p.numel() for p in model.parameters()) / 4 / 2**30
+        two = replace(here, gpu_gib=(80.0, 80.0), memory_gib=2.01 * part)
+        assert self.judged(values, two)["host memory"].level == "ok"
+        small = replace(two, address="10.0.0.2", memory_gib=1.99 * part)
+        assert self.judged(values, two, small)["host memory"].level == "warning"
+        found = self.judged(values, small)["host memory"]
+        assert (found.level, "10.0.0.2" in found.text) == ("error", True)
 
     def test_training_may_land_on_gpus_that_are_too_small(self, values, here):
         """Where the config vouches for the memory of those that it means."""
