@@ -42,18 +42,22 @@ def attention_of(config: Config, device: torch.device) -> str:
         return "sdpa"
     if model.attn_implementation == "flex_attention":
         return "flex_attention"
-    why = why_not_flex(shape, getattr(torch, model.dtype), device)
+    why = why_not_flex(shape, getattr(torch, model.dtype), device, config.data.max_length)
     log.info("attention: %s", f"SDPA, for FlexAttention {why}" if why else "FlexAttention")
     return "sdpa" if why else "flex_attention"
 
 
-def why_not_flex(shape: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+def why_not_flex(
+    shape: PreTrainedConfig, dtype: torch.dtype, device: torch.device, max_length: int
+) -> str | None:
     """What FlexAttention gets wrong or cannot do here, in words that follow its name, or None."""
     try:
         exact, sdpa, flex = (
-            LogpsModel(_one_layer(shape, kind, of, device), max_length=2**15)
+            LogpsModel(_one_layer(shape, kind, of, device), max_length)
             for kind, of in (("sdpa", torch.float32), ("sdpa", dtype), ("flex_attention", dtype))
         )
+        if not flex.shared_rows:
+            return "is of no use to rows that are not shared"
         for trees in map(_trees, FIRST_SHAPES):
             if why := _differs(exact, sdpa, flex, trees):
                 return why

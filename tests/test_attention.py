@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import VOCABULARY, tiny_config, tiny_qwen2
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig
 
 from bdpo import attention, packing
 from bdpo.attention import attention_of, why_not_flex
@@ -15,6 +15,12 @@ CPU = torch.device("cpu")
 SHAPE = LlamaConfig(
     vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
     num_attention_heads=4, num_key_value_heads=2, layer_types=["full_attention"] * 3,
+)  # fmt: skip
+
+
+WINDOWED = MistralConfig(
+    vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+    num_attention_heads=4, num_key_value_heads=2, sliding_window=2048,
 )  # fmt: skip
 
 
@@ -32,15 +38,20 @@ def uncompiled():
 
 def test_a_device_without_backward_is_found_out(dtype):
     """The log-probs agree, so what is said is of the gradient."""
-    assert "backward" in why_not_flex(SHAPE, dtype, CPU)
+    assert "backward" in why_not_flex(SHAPE, dtype, CPU, 512)
 
 
-def test_a_mask_that_shows_responses_each_other_is_found_out(dtype, monkeypatch):
+@pytest.mark.parametrize("shape", [SHAPE, WINDOWED], ids=["llama", "mistral"])
+def test_a_mask_that_shows_responses_each_other_is_found_out(shape, dtype, monkeypatch):
     right = packing._blocks
     monkeypatch.setattr(
         packing, "_blocks", lambda root_of, branch_of: right(root_of, torch.zeros_like(branch_of))
     )
-    assert why_not_flex(SHAPE, dtype, CPU) == "answers other log-probs than SDPA"
+    assert why_not_flex(shape, dtype, CPU, 512) == "answers other log-probs than SDPA"
+
+
+def test_it_is_not_tried_where_rows_are_not_shared(dtype):
+    assert "not shared" in why_not_flex(WINDOWED, dtype, CPU, 4096)
 
 
 def test_another_gradient_is_found_out(dtype):

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import warnings
+from ctypes.util import find_library
 
 import pyarrow.parquet as pq
 import pytest
@@ -33,6 +36,11 @@ VARIANTS = {
     "stage 2, optimizer on the CPU": {"zero_stage": 2, "offload": "cpu"},
     "stage 3, all on the CPU": {"zero_stage": 3, "offload": "cpu", "offload_parameters": True},
 }
+LIBAIO = find_library("aio")  # against which DeepSpeed compiles the op that reads and writes NVMe
+if LIBAIO or "CI" in os.environ:
+    VARIANTS["stage 3, optimizer on disk"] = {"zero_stage": 3, "offload": "nvme", "nvme_path": "nvme"}
+else:
+    warnings.warn("NO LIBAIO: offload=nvme is not tested; `apt-get install libaio-dev`", stacklevel=1)
 
 # Put before a training: of the model that it loads, how much is there whole at any one time.
 WATCHED_LOAD = """
@@ -69,6 +77,8 @@ def scored(folder, chat, dtype, **train):
 def variant(config, folder, **train):
     """A copy of a run with other options of training."""
     shutil.copytree(config.run_dir, folder)
+    if "nvme_path" in train:
+        train["nvme_path"] = str(folder / train["nvme_path"])
     values = config.model_dump()
     return parse_config(values | {"run_dir": str(folder), "train": values["train"] | train}, "test")
 
