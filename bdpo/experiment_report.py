@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -13,8 +13,17 @@ from bdpo.config import Config
 from bdpo.evaluation.summary import CONFIDENCE_LEVEL
 from bdpo.experiments import BASE, Experiment
 from bdpo.page import BLUE, GREEN, GREY, ORANGE, PINK, Grid, Page, Part, Picture
-from bdpo.report import measure_name, sentence, training, understanding, what_was_run
-from bdpo.runs import RunDir
+from bdpo.report import (
+    cost,
+    data,
+    measure_name,
+    sentence,
+    settings,
+    training,
+    understanding,
+    what_was_run,
+)
+from bdpo.runs import MetricsLog, RunDir, read_manifest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +31,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = dict[str, Any]
-Logs = Mapping[str, Sequence[Sequence[Row]]]  # arm -> the metrics of each seed
 
 _MAIN = ("safety", "compliance", "correct", "accuracy")
 """Measures that stand for their benchmark where there is room for one."""
@@ -68,41 +76,70 @@ def _cell(row: Row) -> str:
 
 
 def experiment_page(
-    config: Config, run: RunDir, plan: Experiment, results: pa.Table | None, logs: Logs
+    config: Config,
+    run: RunDir,
+    plan: Experiment,
+    results: pa.Table | None,
+    done: Sequence[tuple[str, Config, RunDir]],
+    missing: Sequence[str] = (),
 ) -> Page:
-    """The page of an experiment; `results` is None where nothing is trained."""
-    parts: list[Part | None] = [what_was_run(config, run)]
+    """The page of an experiment; `done` are trainings, `results` is None where nothing is trained."""
+    lead = [plan.question]
+    if missing:
+        lead.append(f"Not done, and not in what follows: {'; '.join(missing)}.")
+    logs: dict[str, list[list[Row]]] = {}
+    for arm, _, folder in done:
+        logs.setdefault(arm, []).append(MetricsLog(folder.metrics).read())
+    parts: list[Part | None] = [what_was_run(config, run, arms=bool(plan.arms))]
     if results is not None:
-        parts += [_arms(config, plan), _findings(plan, results), _everything(results)]
-    parts += [understanding(config, run), training(logs)]
-    return Page(plan.title, [plan.question], [part for part in parts if part is not None])
+        parts += [_arms(config, plan, done), _findings(plan, results), _all_measures(results)]
+    named = [(f"{arm}, seed {own.seed}", own, folder) for arm, own, folder in done]
+    parts += [
+        data([run] * 2),
+        understanding(config, run),
+        training(logs),
+        cost([("", config, run), *named]),
+        settings(config),
+    ]
+    return Page(plan.title, lead, [part for part in parts if part is not None])
 
 
-def _arms(config: Config, plan: Experiment) -> Part:
+def _arms(config: Config, plan: Experiment, done: Sequence[tuple[str, Config, RunDir]]) -> Part:
     keys = list(dict.fromkeys(key for arm in plan.arms for key in arm.params))
-    rows = [(arm.name, *(str(arm.params.get(key, "")) for key in keys)) for arm in plan.arms]
+    folders = {arm: folder for arm, _, folder in done}
+    rows = []
+    for arm in plan.arms:
+        trained = read_manifest(folders[arm.name].train / "manifest.json") if arm.name in folders else None
+        account = {**trained.get("pairs", {}), **trained.get("safety", {})} if trained else {}
+        pairs = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in account.items())
+        rows.append((arm.name, *(str(arm.params.get(key, "")) for key in keys), pairs))
     seeds = ", ".join(map(str, config.experiment.seeds))
-    text = f"Each arm is trained with the seeds {seeds}; all else is as in the run's config."
-    return Part("The arms", [text], [Grid(("arm", *keys), rows)])
+    text = f"Each arm is trained with the seeds {seeds}; what the table does not name is in the settings."
+    return Part("The arms", [text], [Grid(("arm", *keys, "pairs"), rows)])
 
 
 def _findings(plan: Experiment, results: pa.Table) -> Part:
     rows = main_rows(results)
     measures = list(dict.fromkeys(measure_name(row) for row in rows))
     reference = plan.arms[0].name
+    up, right = (_first(rows, kind) for kind in (("safety",), ("compliance", "correct", "accuracy")))
     pictures = []
-    if plan.axis:
-        pictures.append(Picture("curve", _curve(plan, rows, measures), f"Over {plan.axis}, with intervals."))
-    pictures.append(
-        Picture("arms", _bars(rows, measures), "95 % intervals over prompts; marks: single seeds.")
-    )
-    if len(measures) > 1:
+    if plan.axis and up:
         pictures.append(
-            Picture("front", _front(rows, measures), "Both at once: up and to the right is better.")
+            Picture("curve", _curve(plan, rows, [m for m in (up, right) if m]), "With intervals.")
         )
-    said = [
-        sentence(measure_name(row), reference, row["arm"], _compared(row, rows)) for row in rows if row["p"]
-    ]
+    caption = "95 % intervals over prompts; small marks: the lowest and the highest seed."
+    pictures.append(Picture("arms", _bars(rows, measures), caption))
+    if up and right:
+        caption = "Both at once: up and to the right is better."
+        pictures.append(Picture("front", _front(rows, up, right), caption))
+    tested = [row for row in rows if row["p"] is not None]
+    said = [sentence(measure_name(row), reference, row["arm"], _compared(row)) for row in tested]
+    if tested:
+        said.append(
+            f"Intervals and p are over prompts, for these seeds; {len(tested)} tests, without a correction "
+            "for their number."
+        )
     grid = Grid(
         ("percent", *measures),
         [(arm, *cells) for arm, cells in _by_arm(rows, measures).items()],
@@ -111,35 +148,41 @@ def _findings(plan: Experiment, results: pa.Table) -> Part:
     return Part("What came of it", said, [grid], pictures)
 
 
-def _compared(row: Row, rows: Sequence[Row]) -> Row:
-    """A row of the results as `paired_difference` would say it."""
-    return {
-        "n": row["n"],
-        "first": row["value"] - row["difference"],
-        "second": row["value"],
-        "difference": row["difference"],
-        "low": row["difference_low"],
-        "high": row["difference_high"],
-        "p": row["p"],
-    }
+def _first(rows: Sequence[Row], measures: Sequence[str]) -> str | None:
+    """The name of the first measure of a kind."""
+    return next((measure_name(row) for row in rows if row["measure"] in measures), None)
 
 
-def _everything(results: pa.Table) -> Part:
-    headings = ("arm", "measure", "n", "value", "seeds from", "to", "difference", "p")
+def _compared(row: Row) -> Row:
+    """A row of the results as `paired_difference` says it."""
+    return {**row, "low": row["difference_low"], "high": row["difference_high"]}
+
+
+def _all_measures(results: pa.Table) -> Part:
+    headings = ("arm", "measure", "n", "dropped", "value", "seeds from", "to", "difference", "p")
     rows = [
         (
             row["arm"],
             measure_name(row),
             str(row["n"]),
+            str(row["dropped"]),
             _cell({**row, "p": None}),
             f"{100 * row['seed_low']:.1f}",
             f"{100 * row['seed_high']:.1f}",
-            "" if row["difference"] is None else f"{100 * row['difference']:+.1f}",
+            _difference(row),
             "" if row["p"] is None else f"{row['p']:.2g}",
         )
         for row in results.to_pylist()
     ]
     return Part("All measures", grids=[Grid(headings, rows, "The same as results.csv.")], folded=True)
+
+
+def _difference(row: Row) -> str:
+    if row["difference"] is None:
+        return ""
+    bounds = (row["difference_low"], row["difference_high"])
+    interval = "" if None in bounds else f" ({100 * bounds[0]:+.1f} to {100 * bounds[1]:+.1f})"
+    return f"{100 * row['difference']:+.1f}{interval}"
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
@@ -173,10 +216,9 @@ def _bars(rows: Sequence[Row], measures: Sequence[str]) -> Figure:
     return figure
 
 
-def _front(rows: Sequence[Row], measures: Sequence[str]) -> Figure:
-    """The first measure against the second, a point an arm."""
+def _front(rows: Sequence[Row], up: str, right: str) -> Figure:
+    """One measure against another, a point an arm."""
     figure, axes = _axes(5.0, 4.2)
-    up, right = measures[0], measures[1]
     at = {(row["arm"], measure_name(row)): 100 * row["value"] for row in rows}
     for arm in dict.fromkeys(row["arm"] for row in rows):
         if (arm, up) in at and (arm, right) in at:
@@ -193,7 +235,7 @@ def _curve(plan: Experiment, rows: Sequence[Row], measures: Sequence[str]) -> Fi
     figure, axes = _axes(5.6, 4.2)
     values = {arm.name: float(arm.params[plan.axis]) for arm in plan.arms[1:] if plan.axis}
     reference = plan.arms[0].name
-    for number, measure in enumerate(measures[:2]):
+    for number, measure in enumerate(measures):
         colour = (BLUE, ORANGE)[number]
         shown = [row for row in rows if measure_name(row) == measure]
         points = sorted((values[row["arm"]], row) for row in shown if row["arm"] in values)

@@ -4,7 +4,6 @@ An arm is trained once for each seed, in a folder of its own, on the pairs and s
 
     <run_dir>/experiments/<name>/<arm>/seed-0/     a run folder: config.yaml, metrics.jsonl, model/, eval/
     <run_dir>/experiments/<name>/results.csv       a row for each arm and measure, with its interval
-    <run_dir>/experiments/<name>/comparisons.csv   each arm against the first, item by item
     <run_dir>/experiments/<name>/*.png             the figures
     <run_dir>/experiments/<name>/report.html       all of it on one page
 """
@@ -30,9 +29,11 @@ BASE = "base"
 RESULT_SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("arm", "benchmark", "measure")),
-        *((name, pa.int64()) for name in ("n", "seeds")),
+        *((name, pa.int64()) for name in ("n", "dropped", "seeds")),
         *((name, pa.float64()) for name in ("value", "low", "high", "seed_low", "seed_high")),
-        *((name, pa.float64()) for name in ("difference", "difference_low", "difference_high", "p")),
+        ("paired_n", pa.int64()),
+        *((name, pa.float64()) for name in ("first", "second", "difference")),
+        *((name, pa.float64()) for name in ("difference_low", "difference_high", "p")),
     ]
 )
 
@@ -69,10 +70,10 @@ def _imbalance(config: Config) -> Experiment:
 
 
 def _balanced_subset(config: Config) -> Experiment:
+    select = config.data.select.model_dump() if config.data.select else {}
+
     def half(name: str, *bounds: float) -> Arm:
-        return Arm(
-            name, _method("dpo", config) | {"data.select": {"mi_difference": list(bounds), "ches": None}}
-        )
+        return Arm(name, _method("dpo", config) | {"data.select": select | {"mi_difference": list(bounds)}})
 
     return Experiment(
         "Balanced and imbalanced pairs (Figures 3 and 4)",
@@ -92,6 +93,8 @@ def _methods(config: Config) -> Experiment:
 
 def _ablation(config: Config) -> Experiment:
     bdpo = _method("bdpo", config)
+    if config.method.balance == "none":
+        bdpo |= {"method.balance": "ratio"}
     other = {"ratio": "softmax", "softmax": "ratio"}.get(config.method.balance, "ratio")
     context = {"empty_turn": "bos", "bos": "empty_turn"}[config.score.unconditional]
     return Experiment(
@@ -112,7 +115,7 @@ def _curve(key: str, values: Sequence[float], config: Config) -> tuple[Arm, ...]
     """DPO first, then B-DPO at every value of the key."""
     name = key.rpartition(".")[2]
     bdpo = _method("bdpo", config)
-    arms = (Arm(f"{name}-{value:g}", bdpo | {key: value}) for value in values)
+    arms = (Arm(f"{name}-{value}", bdpo | {key: value}) for value in values)
     return (Arm("dpo", _method("dpo", config)), *arms)
 
 
@@ -160,10 +163,10 @@ def arm_run(config: Config, run: RunDir, name: str, arm: Arm, seed: int) -> tupl
     The pairs are those of the run; so are the scores, unless the arm wants another unconditional context.
     """
     folder = run.part("experiments", name, arm.name, f"seed-{seed}")
-    settings = trial_config(config, arm.params, str(folder.root))
+    settings = trial_config(config, arm.params, str(folder.root), f"{name}, arm {arm.name}")
     context = settings.score.unconditional
     if context != config.score.unconditional:
-        folder.scores = run.root / "experiments" / f"context-{context}" / "scores"
+        folder.scores = run.root / "experiments" / name / f"context-{context}" / "scores"
     return settings.model_copy(update={"seed": seed}), folder
 
 
@@ -171,31 +174,41 @@ def summarise_arms(evaluations: dict[str, list[Evaluation]]) -> pa.Table:
     """A row for each arm, benchmark and measure, from the evaluations of its models, one of each seed.
 
     `value` is the mean over prompts and seeds; `low` and `high` its 95 % interval, a bootstrap over prompts;
-    `seed_low` and `seed_high` the lowest and highest value of a single seed. The first arm is the reference:
-    `difference`, its interval and `p` compare with it prompt by prompt, each prompt's mean over the seeds.
-    Of capability benchmarks only sums are known: the mean of the seeds and of their bounds, without a test.
+    `seed_low` and `seed_high` the lowest and highest value of a single seed. Prompts without a verdict at one
+    of the seeds count at none and are `dropped`. The first arm is the reference: `difference` (`second` −
+    `first`), its interval and `p` compare with it over the `paired_n` prompts of both, each prompt's mean
+    over the seeds: how much other seeds would change is not in them. Of capability benchmarks only sums are
+    known: the mean of the seeds and of their bounds, without a test.
     """
-    means = {arm: item_means([seed.scores for seed in seeds]) for arm, seeds in evaluations.items()}
-    reference = next(iter(means))
+    values = {arm: [item_values(seed.scores) for seed in seeds] for arm, seeds in evaluations.items()}
+    reference = next(iter(values))
     rows = []
-    for arm, seeds in evaluations.items():
-        for key, values in means[arm].items():
-            first = {} if arm == reference else means[reference].get(key, {})
-            each = [float(np.mean(list(item_values(seed.scores)[key].values()))) for seed in seeds]
-            rows.append(
-                _row(arm, key, len(values), each) | mean(list(values.values())) | _tested(first, values)
-            )
-        for benchmark in seeds[0].summary.get("capability", {}):
-            found = [seed.summary["capability"][benchmark].get("accuracy") for seed in seeds]
-            if all(found):
-                bounds = {end: float(np.mean([f[end] for f in found])) for end in ("value", "low", "high")}
-                each = [f["value"] for f in found]
-                rows.append(_row(arm, (benchmark, "accuracy"), found[0]["n"], each) | bounds)
+    for arm, seeds in values.items():
+        for key in dict.fromkeys(key for seed in seeds for key in seed):
+            means, dropped = item_means([seed.get(key, {}) for seed in seeds])
+            if not means:
+                continue
+            each = [float(np.mean([seed[key][item] for item in means])) for seed in seeds]
+            row = _row(arm, key, len(means), each) | {"dropped": dropped} | mean(list(means.values()))
+            first = [seed.get(key, {}) for seed in values[reference]]
+            rows.append(row | ({} if arm == reference else _tested(item_means(first)[0], means)))
+        rows += _capability(arm, [seed.summary.get("capability", {}) for seed in evaluations[arm]])
     return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
 
 
+def _capability(arm: str, seeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for benchmark in seeds[0]:
+        found = [seed.get(benchmark, {}).get("accuracy") for seed in seeds]
+        if all(found):
+            bounds = {end: float(np.mean([f[end] for f in found])) for end in ("value", "low", "high")}
+            each = [f["value"] for f in found]
+            rows.append(_row(arm, (benchmark, "accuracy"), found[0]["n"], each) | bounds)
+    return rows
+
+
 def _row(arm: str, key: tuple[str, str], n: int, each: Sequence[float]) -> dict[str, Any]:
-    row = {"arm": arm, "benchmark": key[0], "measure": key[1], "n": n, "seeds": len(each)}
+    row = {"arm": arm, "benchmark": key[0], "measure": key[1], "n": n, "dropped": 0, "seeds": len(each)}
     return row | {"seed_low": min(each), "seed_high": max(each)}
 
 
@@ -205,15 +218,13 @@ def _tested(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str
     if not both:
         return {}
     compared = paired_difference([first[item] for item in both], [second[item] for item in both])
-    bounds = {"difference_low": compared["low"], "difference_high": compared["high"]}
-    return {"difference": compared["difference"], **bounds, "p": compared["p"]}
+    names = {"n": "paired_n", "low": "difference_low", "high": "difference_high"}
+    return {names.get(key, key): value for key, value in compared.items() if key != "test"}
 
 
-def item_means(tables: Sequence[pa.Table]) -> dict[tuple[str, str], dict[str, float]]:
-    """`item_values`, each item's mean over the tables that have a verdict on it in all of them."""
-    found = [item_values(table) for table in tables]
-    means = {}
-    for key in found[0]:
-        items = set.intersection(*(set(values.get(key, {})) for values in found))
-        means[key] = {item: float(np.mean([values[key][item] for values in found])) for item in sorted(items)}
-    return means
+def item_means(seeds: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], int]:
+    """(each item's mean over the seeds, of those with a value at every seed; how many have not)"""
+    everywhere = set.intersection(*map(set, seeds))
+    somewhere = set.union(*map(set, seeds))
+    means = {item: float(np.mean([seed[item] for seed in seeds])) for item in sorted(everywhere)}
+    return means, len(somewhere) - len(everywhere)

@@ -8,8 +8,10 @@ import numpy as np
 import pyarrow as pa
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from scipy import stats
 
 from bdpo.config import MethodConfig
+from bdpo.evaluation.summary import CONFIDENCE_LEVEL, rate
 from bdpo.page import BLUE, GREEN, INK, ORANGE
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ GROUPS = ("safe", "unsafe", None)
 _COLOURS = {"safe": BLUE, "unsafe": ORANGE, None: GREEN}
 _POINTS = 1500  # more in a group are drawn as a density
 _BARS = 15
+_ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
 def mi_summary(scores: pa.Table, method: MethodConfig) -> list[dict[str, Any]]:
@@ -48,6 +51,33 @@ def _mi_of(mi: np.ndarray, method: MethodConfig) -> dict[str, Any]:
         "negative": float((mi < 0).mean()),
         "floored": float((mi < np.float32(method.mi_floor)).mean()),
     }
+
+
+def mi_imbalance(scores: pa.Table) -> list[dict[str, Any]]:
+    """One row a group: which response is better understood, how often, by how much; 95 % intervals.
+
+    `chosen_better`, a share; `difference`, the mean of I_w − I_l in nats per token; `apart`, the median of
+    its absolute value; `p` of the hypothesis that the mean is 0.
+    """
+    rows = []
+    for group, chosen, rejected in _by_group(scores):
+        better = rate((chosen > rejected).tolist())
+        difference = chosen.astype(float) - rejected
+        error = stats.sem(difference) if len(difference) > 1 else np.nan
+        low, high = difference.mean() + np.array([-1, 1]) * stats.norm.ppf((1 + CONFIDENCE_LEVEL) / 2) * error
+        rows.append(
+            {
+                "group": group,
+                "pairs": len(chosen),
+                **{f"chosen_better{end}": better[key] for end, key in _ENDS.items()},
+                "difference": float(difference.mean()),
+                "low": float(low),
+                "high": float(high),
+                "p": float(stats.ttest_1samp(difference, 0).pvalue),
+                "apart": float(np.median(abs(difference))),
+            }
+        )
+    return rows
 
 
 def mi_tables(scores: pa.Table, method: MethodConfig) -> list[Table]:
@@ -106,7 +136,8 @@ def _histogram(values: np.ndarray, low: float, high: float) -> str:
 def mi_scatter(scores: pa.Table) -> Figure:
     """Figure 2 of the paper: MI of the rejected against the chosen response, a panel for each group.
 
-    Few pairs are drawn one by one, of many their density: the figure stays as small as it is.
+    Few pairs are drawn one by one, of many their density: the figure stays as small as it is. The outermost
+    0.2 % at either end lie outside.
     """
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
     from matplotlib.figure import Figure

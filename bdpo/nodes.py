@@ -42,7 +42,7 @@ def node_facts(address: str, run_dir: str | None, nonce: str, files: Sequence[st
     """Run on a node: look around, and answer the driver's note in the run folder with one of its own."""
     return NodeFacts(
         address,
-        {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        versions(),
         os.environ.get("RAY_AUTH_MODE"),
         frozenset(os.environ),
         shutil.disk_usage(tempfile.gettempdir()).free / 2**30,
@@ -62,6 +62,11 @@ def _storage_error(run: RunDir, nonce: str) -> str | None:
     except Exception as error:  # every protocol of fsspec has errors of its own
         return f"cannot read it ({error_line(error)})"
     return None
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages whose versions matter."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str:

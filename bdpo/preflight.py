@@ -26,6 +26,7 @@ from bdpo.data import DETECT_ROWS, format_of
 from bdpo.errors import UserError
 from bdpo.evaluation import load_items
 from bdpo.formats import FORMATS, BadRow, Excluded, Pair
+from bdpo.logps import SHARED_ROW_MODELS
 from bdpo.memory import GIB, checkpoint_bytes, gpu_memory, memory_need, model_shape, refuse_too_little
 from bdpo.models import model_config
 from bdpo.nodes import NodeFacts
@@ -72,7 +73,10 @@ def examine(checks: Mapping[str, Check], *arguments: Any) -> Iterator[Finding]:
 def check_model(config: Config, run: RunDir) -> str:
     """Tokenizer, template and whole weights are to be had."""
     load_tokenizer(config.model)
-    return f"{config.model.name_or_path}: {model_config(config.model).model_type}, {config.model.dtype}"
+    kind = model_config(config.model).model_type
+    if config.data.select and config.data.select.ches and kind not in SHARED_ROW_MODELS:
+        raise UserError(f"data.select.ches: {kind} models have no CHES; select by mi_difference")
+    return f"{config.model.name_or_path}: {kind}, {config.model.dtype}"
 
 
 def check_data(config: Config, run: RunDir) -> str:

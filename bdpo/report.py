@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from bdpo.config import Config
+from bdpo.config import Config, TuneConfig, parse_config, worker_range
 from bdpo.evaluation.answers import MODEL_NAMES
 from bdpo.evaluation.compare import compare
 from bdpo.evaluation.reading import Evaluation, read_evaluation
 from bdpo.evaluation.summary import comparison_rows, invalid_lines
-from bdpo.mi_report import mi_difference, mi_scatter, mi_summary
+from bdpo.mi_report import QUANTILES, mi_difference, mi_imbalance, mi_scatter, mi_summary
 from bdpo.page import BLUE, COLOURS, Grid, Page, Part, Picture
 from bdpo.runs import MetricsLog, RunDir, read_manifest
 from bdpo.scoring import finished_scores
 from bdpo.search_figures import search_figures
-from bdpo.storage import open_parquet
+from bdpo.storage import StoragePath, open_parquet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,20 +41,31 @@ _CURVES = {
 
 
 def run_page(config: Config, run: RunDir) -> Page:
-    """All that there is to show of a run folder."""
+    """All that there is to show of a run folder; `config` is of its last command.
+
+    A model that is trained is shown with the config that it was trained with.
+    """
+    config = trained_config(config, run)
     evaluations = run_evaluations(run)
     parts = [
         what_was_run(config, run),
-        _data(run),
+        data([run]),
         understanding(config, run),
         training({"": [MetricsLog(run.metrics).read()]}),
         safety(evaluations),
-        _search(config, run),
-        _cost(config, run),
-        _settings(config),
+        _search(run),
+        cost([("", config, run)]),
+        settings(config),
     ]
     title = f"{config.method.name} on {config.model.name_or_path}"
     return Page(title, _lead(config, evaluations), [part for part in parts if part is not None])
+
+
+def trained_config(config: Config, run: RunDir) -> Config:
+    """The config that the model in a run folder was trained with, `config` where there is none."""
+    file = run.train / "manifest.json"
+    manifest = read_manifest(file)
+    return parse_config(manifest["config"], str(file)) if manifest and "config" in manifest else config
 
 
 def run_evaluations(run: RunDir) -> dict[str, Evaluation]:
@@ -70,17 +81,22 @@ def _lead(config: Config, evaluations: dict[str, Evaluation]) -> list[str]:
     return lines
 
 
-def what_was_run(config: Config, run: RunDir) -> Part:
-    """Model, method, data, training and the versions of this machine."""
+def what_was_run(config: Config, run: RunDir, arms: bool = False) -> Part:
+    """Model, method, data and training, with what was recorded of versions; of `arms` there is a table."""
     method, train = config.method, config.train
-    rows = [
-        ("model", f"{config.model.name_or_path} ({config.model.dtype})"),
-        ("method", f"{method.name}: alpha {method.alpha:g}, beta {method.beta:g}, balance {method.balance}"),
+    trained = read_manifest(run.train / "manifest.json") or {}
+    versions = trained.get("versions") or {name: _version(name) for name in PACKAGES}
+    named = ", ".join(f"{name} {number}" for name, number in versions.items())
+    rows = [("model", f"{config.model.name_or_path} ({config.model.dtype})")]
+    if not arms:
+        how = f"alpha {method.alpha:g}, beta {method.beta:g}, balance {method.balance}"
+        rows.append(("method", f"{method.name}: {how}"))
+    rows += [
         ("data", f"{config.data.path} ({config.data.format})"),
         ("training", f"{train.num_train_epochs} epochs of batches of {train.global_batch_size} pairs"),
         ("learning rate", f"{train.learning_rate:g}, {train.lr_scheduler_type}"),
         ("workers", f"{train.workers} x ZeRO-{train.zero_stage}"),
-        ("versions here", ", ".join(f"{name} {_version(name)}" for name in PACKAGES)),
+        ("versions" if "versions" in trained else "versions where this page was written", named),
     ]
     manifest = read_manifest(run.scores / "manifest.json")
     marks = {} if manifest is None else manifest["fingerprint"]
@@ -96,21 +112,30 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _data(run: RunDir) -> Part | None:
-    manifest = read_manifest(run.data / "manifest.json")
+def data(runs: Sequence[RunDir]) -> Part | None:
+    """What became of every row that was read, and which pairs each of the runs on them is trained on."""
+    manifest = read_manifest(runs[0].data / "manifest.json")
     if manifest is None:
         return None
     account = manifest["account"]
-    rows = [("read", f"{account['rows']:,}"), ("kept", f"{account['kept']:,}")]
-    for fate in ("quarantined", "excluded", "not_sampled"):
-        found = account.get(fate, 0)
-        if isinstance(found, dict):
-            rows += [(f"{fate}: {reason}", f"{count:,}") for reason, count in found.items()]
-        elif found:
-            rows.append((fate.replace("_", " "), f"{found:,}"))
-    return Part(
-        "Data", ["Every row that was read is in one line of this account."], [Grid(("", "rows"), rows)]
-    )
+    rows = [("read", f"{account['rows']:,}")]
+    for fate in ("quarantined", "excluded"):
+        rows += [(f"{fate}: {reason}", f"{count:,}") for reason, count in sorted(account[fate].items())]
+    rows += [("not sampled", f"{account['not_sampled']:,}")] if account["not_sampled"] else []
+    rows.append(("prepared", f"{account['kept']:,}"))
+    rows += [(f"prepared, {group}", f"{count:,}") for group, count in sorted(account["groups"].items())]
+    if len(runs) == 1:
+        rows += _trained_on(runs[0])
+    text = ["Rows read = quarantined + excluded + not sampled + prepared."]
+    return Part("Data", text, [Grid(("", "rows"), rows)])
+
+
+def _trained_on(run: RunDir) -> list[tuple[str, str]]:
+    """Pairs by what training made of them, as its manifest has it."""
+    manifest = read_manifest(run.train / "manifest.json") or {}
+    pairs = {key: count for key, count in manifest.get("pairs", {}).items() if key != "prepared"}
+    safety = {f"safety labels: {key.replace('_', ' ')}": n for key, n in manifest.get("safety", {}).items()}
+    return [(key, f"{count:,}") for key, count in (pairs | safety).items()]
 
 
 def understanding(config: Config, run: RunDir) -> Part | None:
@@ -118,34 +143,25 @@ def understanding(config: Config, run: RunDir) -> Part | None:
     if read_manifest(run.scores / "manifest.json") is None:
         return None
     _, scores = finished_scores(run)
+    summary, imbalance = mi_summary(scores, config.method), mi_imbalance(scores)
     rows = []
-    for row in mi_summary(scores, config.method):
+    for row in summary:
         for side in ("chosen", "rejected"):
             mi = row[side]
             numbers = [f"{number:.3f}" for number in (mi["mean"], *mi["quantiles"])]
             shares = [f"{100 * mi[share]:.1f} %" for share in ("negative", "floored")]
             rows.append((f"{row['group'] or 'all'} queries, {side}", f"{row['pairs']:,}", *numbers, *shares))
-    headings = (
-        "nats per token",
-        "pairs",
-        "mean",
-        "5 %",
-        "25 %",
-        "50 %",
-        "75 %",
-        "95 %",
-        "below 0",
-        "floored",
-    )
+    quantiles = [f"{quantile:.0%}" for quantile in QUANTILES]
+    headings = ("nats per token", "pairs", "mean", *quantiles, "below 0", "floored")
     better = [
         f"Of the {row['group'] or 'all'} queries the preferred response is better understood in "
-        f"{row['chosen_better']:.0%}."
-        for row in mi_summary(scores, config.method)
+        f"{100 * row['chosen_better']:.1f} % (95 % interval {100 * row['chosen_better_low']:.1f} to "
+        f"{100 * row['chosen_better_high']:.1f}); I_w − I_l is {row['difference']:+.3f} on average "
+        f"({row['low']:+.3f} to {row['high']:+.3f})."
+        for row in imbalance
     ]
     pictures = [
-        Picture(
-            "mi", mi_scatter(scores), "Mutual information of both responses of each pair, nats per token."
-        ),
+        Picture("mi", mi_scatter(scores), "Mutual information of both responses, nats per token."),
         Picture("mi-difference", mi_difference(scores), "How differently the two are understood."),
     ]
     return Part("What the reference model understands", better, [Grid(headings, rows)], pictures)
@@ -227,73 +243,93 @@ def measure_name(row: dict[str, Any]) -> str:
 
 def sentence(measure: str, first: str, second: str, row: dict[str, Any]) -> str:
     """One comparison in words; `row` is what `paired_difference` says."""
-    values = f"{second} {100 * row['second']:.1f} %, {first} {100 * row['first']:.1f} %"
-    if row["difference"] == 0:
-        return f"{measure}: {values}; no difference on these {row['n']} prompts."
-    points = f"{100 * row['difference']:+.1f} points"
+
+    def points(value: float) -> str:
+        return f"{round(100 * value, 1) + 0.0:+.1f}"  # + 0.0: no minus before a zero
+
+    said = f"{points(row['difference'])} points"
     if row["low"] is not None:
-        points += f" (95 % interval {100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+        said += f" (95 % interval {points(row['low'])} to {points(row['high'])})"
     p = "p < 0.001" if row["p"] < 0.001 else f"p = {row['p']:.2g}"
-    meant = "more than chance explains" if row["p"] < SIGNIFICANT else "chance may explain it"
-    return f"{measure}: {values}: {points}, {p}, {meant}."
+    meant = "more than the choice of prompts explains" if row["p"] < SIGNIFICANT else "chance may explain it"
+    values = f"{second} {100 * row['second']:.1f} %, {first} {100 * row['first']:.1f} %"
+    return f"{measure}: {values}: {said}, {p}, {meant}."
 
 
-def _search(config: Config, run: RunDir) -> Part | None:
-    file = run.tune / "results.parquet"
-    if not file.is_file():
+def _search(run: RunDir) -> Part | None:
+    begun, file = read_manifest(run.tune / "begun.json"), run.tune / "results.parquet"
+    if begun is None or not file.is_file():
         return None
+    tune = swept(begun["fingerprint"])
     results = pq.read_table(open_parquet(file))
     base = read_evaluation(run.part("tune", "base", "search").eval("base")).summary
-    pictures = [Picture(name, figure) for name, figure in search_figures(results, config.tune, base).items()]
-    keys = list(config.tune.space)
+    figures = search_figures(results, tune, base)
     rows = [
         (
-            row["trial"] + (" (chosen)" if row["winner"] else ""),
-            *(f"{row[key]:g}" if isinstance(row[key], float) else str(row[key]) for key in keys),
+            row["trial"] + (" (chosen)" if row.get("winner") else ""),
+            *(f"{row[key]:g}" if isinstance(row[key], float) else str(row[key]) for key in tune.space),
             row["status"],
-            _percent(row["objective"]),
-            _percent(row["constraint"]),
+            *(_with_interval(row, name) for name in ("objective", "constraint")),
         )
         for row in results.to_pylist()
     ]
-    headings = ("trial", *keys, "status", config.tune.metric, config.tune.constraint)
-    return Part("Search", grids=[Grid(headings, rows)], pictures=pictures)
+    headings = ("trial", *tune.space, "status", tune.metric, tune.constraint)
+    summary, said = read_manifest(run.tune / "summary.json"), []
+    if summary is not None:
+        folders = {
+            "base": run.part("tune", "base", "held_out").eval("base"),
+            "best": run.part("tune", "trials", summary["best"]).eval("trained"),
+        }
+        said = ["The chosen trial on prompts that no trial was judged by:"]
+        said += sentences({name: read_evaluation(folder) for name, folder in folders.items()})
+    pictures = [Picture(f"search-{name}", figure) for name, figure in figures.items()]
+    return Part("Search", said, [Grid(headings, rows, "Percent, 95 % intervals.")], pictures)
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
+def swept(fingerprint: dict[str, Any]) -> TuneConfig:
+    """Section `tune` of the sweep that was begun with a fingerprint; see `tune.search`."""
+    keys = {key.removeprefix("tune."): value for key, value in fingerprint.items() if key.startswith("tune.")}
+    space = {key.removeprefix("space."): keys.pop(key) for key in list(keys) if key.startswith("space.")}
+    return TuneConfig.model_validate({**keys, "space": space})
 
 
-def _cost(config: Config, run: RunDir) -> Part | None:
-    """Seconds of each finished stage, and GPU-hours as workers x GPUs x time."""
-    stages: list[tuple[str, Any, float]] = [
-        ("score", run.scores / "manifest.json", _gpus(config.score)),
-        ("train", run.train / "manifest.json", _gpus(config.train)),
-        *(
-            (f"evaluate {name}", run.eval(name) / "summary.json", _gpus(config.evaluate))
-            for name in MODEL_NAMES
-        ),
-    ]
+def _with_interval(row: dict[str, Any], name: str) -> str:
+    if row.get(name) is None:
+        return ""
+    value, low, high = (100 * row[key] for key in (name, f"{name}_low", f"{name}_high"))
+    return f"{value:.1f} ({low:.1f}–{high:.1f})"
+
+
+def cost(runs: Sequence[tuple[str, Config, RunDir]]) -> Part | None:
+    """Seconds of each finished stage of (name, config, run)s, and GPU-hours as workers x GPUs x time."""
     rows, total = [], 0.0
-    for stage, file, gpus in stages:
-        manifest = read_manifest(file)
-        if manifest is not None and "seconds" in manifest:
-            hours = gpus * manifest["seconds"] / 3600
-            total += hours
-            rows.append((stage, f"{manifest['seconds']:,.0f}", f"{gpus:g}", f"{hours:.2f}"))
+    for name, config, run in runs:
+        stages: list[tuple[str, StoragePath, float]] = [
+            ("score", run.scores / "manifest.json", _gpus(config.score)),
+            ("train", run.train / "manifest.json", _gpus(config.train)),
+            *((f"evaluate {m}", run.eval(m) / "summary.json", _gpus(config.evaluate)) for m in MODEL_NAMES),
+        ]
+        for stage, file, gpus in stages:
+            manifest = read_manifest(file)
+            label = f"{name}: {stage}" if name else stage
+            if manifest is not None and "seconds" in manifest and (stage != "score" or not name):
+                hours = gpus * manifest["seconds"] / 3600
+                total += hours
+                rows.append((label, f"{manifest['seconds']:,.0f}", f"{gpus:g}", f"{hours:.2f}"))
     if not rows:
         return None
     rows.append(("all", "", "", f"{total:.2f}"))
-    text = ["Of the last command that worked on a stage; a pool that grows counts with its largest size."]
+    text = ["Of the last command that worked on each stage, so what was done before a kill is not in it."]
     return Part("Time and cost", text, [Grid(("stage", "seconds", "GPUs", "GPU-hours"), rows)])
 
 
 def _gpus(section: Any) -> float:
-    workers = section.workers if isinstance(section.workers, int) else section.workers[1]
-    return float(workers * section.gpus_per_worker)
+    """The most that a stage may hold at a time."""
+    return float(worker_range(section.workers)[1] * section.gpus_per_worker)
 
 
-def _settings(config: Config) -> Part:
+def settings(config: Config) -> Part:
+    """Every key of the config."""
     rows = []
     for section, values in config.model_dump().items():
         if isinstance(values, dict):

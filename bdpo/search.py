@@ -120,7 +120,7 @@ def check_measures(config: Config) -> None:
             raise UserError(f"tune.{key}={path}: is not measured; wants one of {', '.join(known)}")
 
 
-def trial_config(config: Config, params: Params, run_dir: str) -> Config:
+def trial_config(config: Config, params: Params, run_dir: str, source: str = "tune.space") -> Config:
     """The config of a trial: the run's, with the parameters in their places."""
     values = config.model_dump() | {"run_dir": run_dir}
     for key, value in params.items():
@@ -131,7 +131,7 @@ def trial_config(config: Config, params: Params, run_dir: str) -> Config:
                 place[section] = {}
             place = place[section]
         place[leaf] = value
-    return parse_config(values, "tune.space")
+    return parse_config(values, source)
 
 
 def part_of(config: Config, part: str, limit: int | None = None) -> Config:

@@ -7,6 +7,8 @@ here. SafeDPO wants a safety label of every response, and has no use for pairs o
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -44,8 +46,9 @@ def training_rows(config: Config, run: RunDir) -> pa.Table:
         keep &= pc.or_(labels["chosen_safe"], labels["rejected_safe"]).to_numpy()
     rows = rows.filter(pa.array(keep))
     if not rows.num_rows:
+        part = "of those that data.select keeps " if config.data.select else ""
         raise UserError(
-            f"method.name={config.method.name}: both responses are unsafe in every pair of "
+            f"method.name={config.method.name}: both responses are unsafe in every pair {part}of "
             f"data.path={config.data.path}, none is left to train on"
         )
     return rows
@@ -104,6 +107,17 @@ def safety_account(config: Config, run: RunDir) -> dict[str, int]:
         "kept": int(chosen.sum()),
         "turned_round": int((~chosen & rejected).sum()),
         "dropped": int((~chosen & ~rejected).sum()),
+    }
+
+
+def pairs_account(config: Config, run: RunDir, rows: pa.Table) -> dict[str, int]:
+    """How many pairs are prepared, how many of them are trained on (`rows`), and of which groups."""
+    groups = Counter(rows["group"].to_pylist())
+    of_group = {f"trained on, {group or 'no group'}": groups[group] for group in ("safe", "unsafe", None)}
+    return {
+        "prepared": count_pairs(run.pairs),
+        "trained on": rows.num_rows,
+        **{name: count for name, count in of_group.items() if count},
     }
 
 

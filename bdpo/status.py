@@ -48,7 +48,7 @@ def run_config(run: RunDir) -> Config:
     """
     try:
         return parse_config(yaml.safe_load(read_text(run.config)), str(run.config))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run.root}: no run folder (it has no config.yaml)") from None
 
 
@@ -88,7 +88,7 @@ def _train(run: RunDir, config: Config, pairs: int | None) -> Stage:
     checkpoints = matching(run.train / "ray", "checkpoint_*")
     manifest = read_manifest(run.train / "manifest.json")
     begun = read_manifest(run.train / "begun.json")
-    pairs = begun["pairs"] if begun else pairs  # a method or data.select may want a part of all
+    pairs = begun.get("pairs", pairs) if begun else pairs  # a method or data.select may want a part of all
     return _stage(
         "train",
         manifest is not None and run.has_model(),

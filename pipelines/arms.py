@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bdpo.config import Config
-from bdpo.evaluation.answers import answers_fingerprint, evaluated_model, score_store
-from bdpo.runs import MetricsLog, RunDir, finished
+from bdpo.evaluation.answers import prompts_fingerprint
+from bdpo.evaluation.judges import judge_fingerprint
+from bdpo.runs import MetricsLog, RunDir, finished, read_manifest, refuse_other
 from pipelines.evaluate import evaluate_model
 from pipelines.train import run_train, train_fingerprint
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """One training of an arm, and its evaluation."""
 
@@ -23,18 +24,29 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether there is nothing left to do."""
-        return self.run.has_model() and (self.run.eval("trained") / "summary.json").is_file()
+        summary = read_manifest(self.run.eval("trained") / "summary.json")
+        capability = self.run.eval("trained") / "capability"
+        return (
+            self.run.has_model()
+            and summary is not None
+            and bool(summary["valid"])
+            and all((capability / f"{name}.json").is_file() for name in self.config.evaluate.capability)
+        )
 
     def refuse_other(self) -> None:
-        """Make sure that what is done was done with this config.
+        """Make sure that what is begun or done here was begun and done with this config.
 
         Raises:
             UserError: it was not; the message names the first difference.
         """
-        finished(self.run.train / "manifest.json", train_fingerprint(self.config, self.run))
-        answers = answers_fingerprint(self.config, evaluated_model(self.config, self.run, "trained"))
-        verdicts = score_store(self.config, self.run, "trained", answers).fingerprint
-        finished(self.run.eval("trained") / "summary.json", verdicts)
+        fingerprint = train_fingerprint(self.config, self.run)
+        for file in ("begun.json", "manifest.json"):
+            finished(self.run.train / file, fingerprint)
+        verdicts = self.run.eval("trained") / "summary.json"
+        if summary := read_manifest(verdicts):
+            # The weights are those that the training's manifest is of: they need not be read again.
+            asked = prompts_fingerprint(self.config) | judge_fingerprint(self.config.evaluate)
+            refuse_other(verdicts, {key: summary["fingerprint"].get(key) for key in asked}, asked)
 
     def state(self) -> str:
         """How far it is, in a word or two."""

@@ -25,11 +25,12 @@ from bdpo.config.train import HOW_IT_RUNS
 from bdpo.data import count_pairs
 from bdpo.errors import UserError
 from bdpo.models import json_digest
+from bdpo.nodes import versions
 from bdpo.plan import outline
 from bdpo.rungs import Rungs
 from bdpo.runs import Fingerprint, MetricsLog, RunDir, finished, read_manifest, write_manifest
 from bdpo.scoring import score_fingerprint
-from bdpo.selection import safety_account, training_rows, wants_scores
+from bdpo.selection import pairs_account, safety_account, training_rows, wants_scores
 from bdpo.storage import arrow_filesystem, discard
 from bdpo.tracking import Tracking
 from pipelines.cli import connect, console, main, progress_bar, require
@@ -56,7 +57,10 @@ def run_train(config: Config, run: RunDir) -> dict[str, Any]:
             steps=steps,
             seconds=time.perf_counter() - started,
             recoveries=MetricsLog(run.recoveries).read(),
+            pairs=pairs_account(config, run, training_rows(config, run)),
             safety=safety_account(config, run),
+            config=config.model_dump(),
+            versions=versions(),
             last=MetricsLog(run.metrics).read()[-1],
         )
     last = manifest["last"]

@@ -18,7 +18,7 @@ ARMS = {
     "balanced-subset": ["balanced", "imbalanced"],
     "methods": ["bdpo", "dpo", "cpo", "simpo", "safedpo"],
     "ablation": ["bdpo", "dpo", "dpo_bw", "dpo_sf", "bdpo-softmax", "bdpo-bos"],
-    "alpha": ["dpo", "alpha-0.5", "alpha-1", "alpha-1.5", "alpha-2", "alpha-2.5", "alpha-3"],
+    "alpha": ["dpo", "alpha-0.5", "alpha-1.0", "alpha-1.5", "alpha-2.0", "alpha-2.5", "alpha-3.0"],
     "beta": ["dpo", "beta-0.02", "beta-0.05", "beta-0.1", "beta-0.2", "beta-0.5"],
 }
 
@@ -63,7 +63,7 @@ def test_all_arms_share_the_scores_but_those_of_another_context(config):
     folders = {name: run.scores for name, (_, run) in settings_of(config, "ablation").items()}
     other = folders.pop("bdpo-bos")
     assert set(folders.values()) == {own}
-    assert other == RunDir(config.run_dir).root / "experiments" / "context-bos" / "scores"
+    assert other == RunDir(config.run_dir).root / "experiments" / "ablation" / "context-bos" / "scores"
 
 
 def evaluated(*tables, accuracy=None):
@@ -126,7 +126,26 @@ def test_an_arm_that_is_better_everywhere_is_found_to_be():
 
 def test_a_prompt_without_verdict_at_one_seed_counts_at_none():
     whole, part = table([0.0, 1.0, 0.5]), table([0.0, None, 0.5])
-    assert item_means([whole, part])["strongreject", "safety"] == {"s0": 1.0, "s2": 0.5}
+    assert item_means([{"a": 1.0, "b": 0.0}, {"b": 1.0}]) == ({"b": 0.5}, 1)
+    for seeds in ([whole, part], [part, whole]):
+        first, *_ = summarise_arms({"a": evaluated(*seeds)}).to_pylist()
+        assert (first["value"], first["n"], first["dropped"]) == (0.75, 2, 1)
+
+
+def test_a_measure_that_a_seed_lacks_is_left_out_whatever_their_order():
+    whole, nothing = table([0.0], [False]), table([None], [False])
+    for seeds in ([whole, nothing], [nothing, whole]):
+        results = summarise_arms({"a": evaluated(*seeds)}).to_pylist()
+        assert {row["benchmark"] for row in results} == {"xstest"}
+
+
+def test_a_comparison_is_of_the_prompts_that_both_arms_have():
+    """By hand: the reference lacks the second prompt, on which the other arm is worst."""
+    results = summarise_arms(
+        {"a": evaluated(table([0.0, None])), "b": evaluated(table([0.0, 1.0]))}
+    ).to_pylist()
+    row = next(row for row in results if row["arm"] == "b" and row["measure"] == "safety")
+    assert (row["value"], row["first"], row["second"], row["paired_n"]) == (0.5, 1.0, 1.0, 1)
 
 
 def test_benchmarks_are_kept_apart():

@@ -10,7 +10,7 @@ from helpers import tiny_config
 from rich.console import Console
 
 from bdpo.config import MethodConfig
-from bdpo.mi_report import QUANTILES, mi_summary
+from bdpo.mi_report import QUANTILES, mi_imbalance, mi_summary
 from bdpo.runs import RunDir, write_manifest
 from bdpo.scoring import SCORE_SCHEMA, score_store
 from pipelines import cli, score
@@ -57,6 +57,19 @@ def test_the_distribution_of_every_group(scores):
     assert safe["rejected"]["floored"] == 1 / 5
     assert safe["chosen_better"] == 2 / 5  # 0.02 over -0.4, 1.0 over 0.5
     assert unsafe["chosen_better"] == 1 / 2  # equal is not better
+
+
+def test_which_response_is_better_understood(scores):
+    safe, unsafe = mi_imbalance(scores)
+    differences = [chosen - rejected for chosen, rejected in zip(*MI["safe"], strict=True)]
+    assert safe["difference"] == pytest.approx(statistics.mean(differences))
+    assert safe["apart"] == pytest.approx(statistics.median(map(abs, differences)))
+    half = 1.959964 * statistics.stdev(differences) / 5**0.5
+    assert (safe["low"], safe["high"]) == pytest.approx(
+        (safe["difference"] - half, safe["difference"] + half), rel=1e-5
+    )
+    assert (safe["chosen_better"], unsafe["chosen_better"]) == (2 / 5, 1 / 2)
+    assert safe["chosen_better_low"] < 2 / 5 < safe["chosen_better_high"]
 
 
 @pytest.fixture

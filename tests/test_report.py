@@ -11,7 +11,7 @@ from test_experiments import evaluated, table
 
 from bdpo.evaluation.summary import summarise
 from bdpo.experiment_report import csv_bytes, experiment_page
-from bdpo.experiments import experiment, summarise_arms
+from bdpo.experiments import arm_run, experiment, summarise_arms
 from bdpo.page import write_page
 from bdpo.report import run_page, sentence
 from bdpo.runs import RunDir, write_manifest
@@ -43,7 +43,10 @@ def run(tmp_path, scores):
     config = tiny_config(tmp_path / "run", tmp_path / "gone", tmp_path / "gone.jsonl")
     run = RunDir(config.run_dir)
     run.open(config).release()
-    account = {"rows": PAIRS + 3, "kept": PAIRS, "quarantined": {"duplicate": 2, "empty": 1}, "excluded": {}}
+    account = {
+        "rows": PAIRS + 3, "kept": PAIRS, "quarantined": {"duplicate": 2, "empty": 1}, "excluded": {},
+        "not_sampled": 0, "groups": {"safe": 99_900, "unsafe": 100_100},
+    }  # fmt: skip
     write_manifest(run.data / "manifest.json", {}, account=account)
     score_store(run, FINGERPRINT).write(0, scores.replace_schema_metadata({"bdpo.work": "{}"}))
     write_manifest(run.scores / "manifest.json", FINGERPRINT, rows=PAIRS, seconds=36.0, workers={})
@@ -83,11 +86,11 @@ def test_a_comparison_in_words():
     row = {"n": 10, "first": 0.5, "second": 0.8, "difference": 0.3, "low": 0.1, "high": 0.5, "p": 0.0004}
     assert sentence("Safety", "dpo", "bdpo", row) == (
         "Safety: bdpo 80.0 %, dpo 50.0 %: +30.0 points (95 % interval +10.0 to +50.0), p < 0.001, "
-        "more than chance explains."
+        "more than the choice of prompts explains."
     )
     assert "chance may explain it" in sentence("Safety", "dpo", "bdpo", row | {"p": 0.4})
-    same = row | {"second": 0.5, "difference": 0.0, "p": 1.0}
-    assert "no difference on these 10 prompts" in sentence("Safety", "dpo", "bdpo", same)
+    same = row | {"second": 0.5, "difference": -1e-17, "low": -0.5, "high": 0.5, "p": 1.0}
+    assert "+0.0 points (95 % interval -50.0 to +50.0), p = 1" in sentence("Safety", "dpo", "bdpo", same)
 
 
 @pytest.mark.parametrize("name", ["methods", "alpha", "imbalance"])
@@ -97,15 +100,38 @@ def test_the_page_of_an_experiment(run, name):
     worse, better = table([1.0, 0.5, 1.0], [False] * 4), table([0.0, 0.5, 0.0], [False, True, False, False])
     scores = {arm.name: evaluated(*[worse if arm.name == "dpo" else better] * 2) for arm in plan.arms}
     results = summarise_arms(scores | {"base": evaluated(worse)}) if plan.arms else None
-    log = [[{"step": 1, "loss": 1, "rewards/margins": 0, "rewards/accuracies": 1, "logps/chosen": 0}]] * 2
-    page = experiment_page(config, folder, plan, results, {arm.name: log for arm in plan.arms})
+    log = {"step": 1, "loss": 1, "rewards/margins": 0, "rewards/accuracies": 1, "logps/chosen": 0}
+    done = []
+    for arm in plan.arms[1:]:
+        settings, own = arm_run(config, folder, name, arm, 0)
+        write_text(own.metrics, json.dumps(log) + "\n")
+        pairs = {"prepared": PAIRS, "trained on": PAIRS - 1}
+        write_manifest(own.train / "manifest.json", {}, seconds=3600.0, pairs=pairs)
+        done.append((arm.name, settings, own))
+    missing = [f"{plan.arms[0].name}, seed 0"] if plan.arms else []
+    page = experiment_page(config, folder, plan, results, done, missing)
     write_page(page, folder.root / "experiments" / name / "report.html")
     html = (folder.root / "experiments" / name / "report.html").read_text()
     for arm in plan.arms:
         assert arm.name in html
     if results is not None:
         assert csv_bytes(results).decode().count("\n") == results.num_rows + 1
+        assert f"Not done, and not in what follows: {missing[0]}." in html
+        assert "199,999 trained on" in html
+        assert "without a correction" in html
+    for shown in ("Time and cost", "All settings", "200,003", "better understood in"):
+        assert shown in html
     assert HARM not in html
+
+
+def test_a_model_is_shown_with_the_config_that_it_was_trained_with(run):
+    config, folder = run
+    trained = config.model_copy(update={"method": config.method.model_copy(update={"name": "ipo"})})
+    write_manifest(folder.train / "manifest.json", {}, config=trained.model_dump(), versions={"ray": "9.9"})
+    page = run_page(config, folder)
+    assert page.title.startswith("ipo on")
+    write_page(page, folder.report / "report.html")
+    assert "ray 9.9" in (folder.report / "report.html").read_text()
 
 
 def test_the_command_writes_the_page_of_a_run_folder_and_of_nothing_else(run, tmp_path, monkeypatch, capsys):

@@ -85,9 +85,13 @@ def planned_items(config: Config) -> list[Item]:
 
 def answers_fingerprint(config: Config, model: EvaluatedModel) -> Fingerprint:
     """Everything that the answers of a model depend on, field by field."""
+    return {**model.fingerprint(), **prompts_fingerprint(config)}
+
+
+def prompts_fingerprint(config: Config) -> Fingerprint:
+    """The part of it that is not the model."""
     evaluate = config.evaluate
-    fingerprint = {
-        **model.fingerprint(),
+    fingerprint: Fingerprint = {
         "prompts": json_digest([asdict(item) for item in planned_items(config)]),
         "evaluate.max_new_tokens": evaluate.max_new_tokens,
     }
