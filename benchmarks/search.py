@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.search [--seeds 0 1 2] [--runs runs/search]
 
 For each seed (of world, base model and training) a sweep of `tune-sandbox.yaml` and a run of the config as it
-stands, both resumed if they were begun. Also what a trial costs beside its optimizer steps and evaluations.
+stands, both resumed if they were begun. Also what a trial costs beside its training and evaluations, and its
+training beside its optimizer steps.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+from statistics import median
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -30,7 +32,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", default="runs/search")
     arguments = parser.parse_args()
-    rows, overheads = [], []
+    rows, overheads, starts = [], [], []
     for seed in arguments.seeds:
         sweep = RunDir(f"{arguments.runs}-{seed}")
         default = RunDir(f"{arguments.runs}-{seed}-default")
@@ -38,7 +40,9 @@ def main() -> None:
         _run("tune.search", f"run_dir={sweep.root}", *same)
         _run("pipelines.run", f"run_dir={default.root}", *same, "evaluate.part=held_out")
         rows.append(_row(seed, sweep, default))
-        overheads += _overheads(sweep)
+        for overhead, start in _beside(sweep):
+            overheads.append(overhead)
+            starts.append(start)
     table = [
         "| seed | best alpha, beta | safety, default | safety, best | best − default | p "
         "| compliance, base | compliance, default | compliance, best |",
@@ -46,8 +50,10 @@ def main() -> None:
         *rows,
         "",
         "Held-out jailbreak wrappers, percent (95 % interval), 80 prompts each; the difference is paired.",
-        f"Seconds of a trial beside its optimizer steps and evaluations: median {_median(overheads):.0f}, "
-        f"largest {max(overheads):.0f}, of {len(overheads)} trials.",
+        f"Seconds of a trial beside its training and evaluations: median {median(overheads):.1f}, largest "
+        f"{max(overheads):.1f}, of {len(overheads)} trials. Of a training beside its optimizer steps, two "
+        f"at a time on two cores: median {median(starts):.0f}, largest {max(starts):.0f}; most of it are the "
+        "imports of its worker and its controller, once a trial and not once a rung.",
     ]
     print(*table, sep="\n")
     write_section("Search", table)
@@ -87,8 +93,8 @@ def _percent(estimate: dict[str, Any]) -> str:
     return f"{value:.1f} ({low:.1f}–{high:.1f})"
 
 
-def _overheads(sweep: RunDir) -> list[float]:
-    """Of every trial that was not interrupted: from its suggestion to its last rung, less what it is for."""
+def _beside(sweep: RunDir) -> list[tuple[float, float]]:
+    """Seconds of every trial with a rung: itself beside training and evaluations, training beside steps."""
     seconds = []
     for row in pq.read_table(sweep.tune / "results.parquet").to_pylist():
         run = sweep.part("tune", "trials", row["trial"])
@@ -101,12 +107,9 @@ def _overheads(sweep: RunDir) -> list[float]:
             (after - before) / step["tokens_per_second"]
             for before, after, step in zip(tokens, tokens[1:], log, strict=False)
         )
-        seconds.append(row["finished"] - begun["begun"] - steps - row["evaluate_seconds"])
+        whole = row["finished"] - begun["begun"]
+        seconds.append((whole - row["train_seconds"] - row["evaluate_seconds"], row["train_seconds"] - steps))
     return seconds
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def test_results_of_another_config_are_refused(finished, folder):
 
 def test_an_arm_that_cannot_be_trained_is_named_and_the_others_are_on_the_page(finished, folder):
     """The preset's own learning rate is fine; that of one arm is not."""
-    code, out, err = run(folder, "beta", "experiment.betas=[0.1, 1e35]", "experiment.seeds=[0]")
+    code, out, _ = run(folder, "beta", "experiment.betas=[0.1, 1e35]", "experiment.seeds=[0]")
     assert code == 1
     assert "arm beta-1e+35, seed 0: " in out
     root = folder / "run" / "experiments" / "beta"
