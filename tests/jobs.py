@@ -86,6 +86,12 @@ def state(run_dir):
         return {}
 
 
+def progress_in(metrics):
+    """The metrics, once the progress of the driver is among them."""
+    names = (f"ray_bdpo_stage_{name}" for name in ("done", "total", "per_second"))
+    return metrics if all(re.search(rf"^{name}{{.*stage=", metrics, re.MULTILINE) for name in names) else ""
+
+
 class Finished(NamedTuple):
     """What a job printed, and what the nodes' Prometheus endpoints said while it trained."""
 
@@ -115,8 +121,8 @@ def finished(cluster, config):
         when(lambda now: now["train"]["checkpoints"] >= 1)
         cluster.kill(spare)
         steps = state(run_dir)["train"]["steps"]
+        metrics = wait_until(lambda: progress_in(cluster.metrics()), "progress in the metrics")
         another = cluster.add(cpus=2)
-        metrics = cluster.metrics()
         when(lambda now: now["evaluate trained"]["answers"] >= 4)
         cluster.kill(another)
         answers = state(run_dir)["evaluate trained"]["answers"]
@@ -144,8 +150,7 @@ def test_its_logs_are_streamed(finished):
 
 
 def test_progress_and_training_are_on_the_dashboard(cluster, finished):
-    for name in ("done", "total", "per_second"):
-        assert re.search(rf"^ray_bdpo_stage_{name}{{.*stage=", finished.metrics, re.MULTILINE)
+    assert progress_in(finished.metrics)
     runs = cluster.get("/api/train/v2/runs/v1").json()["train_runs"]
     assert [run["status"] for run in runs] == ["FINISHED"]
 
