@@ -58,9 +58,7 @@ def build_engine(config: Config, total_steps: int, warmup_steps: int) -> Any:
     Raises:
         UserError: `train.offload=nvme` where DeepSpeed cannot do it.
     """
-    _choose_accelerator()
-    if config.train.offload == "nvme":
-        _require_async_io()
+    _choose_accelerator(config.train)
     import deepspeed
     import torch._dynamo  # a first import under zero.Init fails: it patches tensor creation
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -145,24 +143,28 @@ def _offload(train: TrainConfig) -> dict[str, Any]:
     return {"device": train.offload, "nvme_path": train.nvme_path, "pin_memory": pinned}
 
 
-def _require_async_io() -> None:
-    """NVMe is read and written by an op that DeepSpeed compiles against libaio."""
+def _async_io() -> Any:
+    """What builds the op by which NVMe is read and written, which DeepSpeed compiles against libaio."""
     from deepspeed.accelerator import get_accelerator
 
-    if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible():
+    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+    if not builder.is_compatible():
         raise UserError(
             "train.offload=nvme: DeepSpeed's async_io op cannot be built on this node; "
             "install libaio-dev, or use train.offload=cpu"
         )
+    return builder
 
 
-def _choose_accelerator() -> None:
-    """On a machine without GPU: the CPU accelerator, its shared-memory op built once and complete.
+def _choose_accelerator(train: TrainConfig) -> None:
+    """On a machine without GPU: the CPU accelerator, its ops built once and complete.
 
     torch builds extensions under a lock file that a killed process leaves behind, and every later
     one waits for. Our own lock dies with its process, so whoever holds it may remove a stale one.
     """
     if torch.cuda.is_available():
+        if train.offload == "nvme":
+            _async_io()
         return
     os.environ["DS_ACCELERATOR"] = "cpu"
     # An op is built against one torch: of two environments each would build it anew for the other.
@@ -175,6 +177,8 @@ def _choose_accelerator() -> None:
         for stale in folder.rglob("lock"):
             stale.unlink()
         build_shm_op()
+        if train.offload == "nvme":
+            _async_io().load()
 
 
 def _disable_dropout(model: torch.nn.Module) -> None:
