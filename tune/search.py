@@ -137,9 +137,11 @@ def _run_trials(sweep: Sweep, base_scores: pa.Table, todo: int, at_a_time: int) 
     from ray import tune
     from ray.tune import CheckpointConfig, FailureConfig, PlacementGroupFactory, RunConfig, Tuner
 
+    from tune.secrets import keep_secrets
     from tune.steering import Failures, Suggestions, Survival
     from tune.trial import TrialActor
 
+    keep_secrets()
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     gpus = sweep.config.evaluate.gpus_per_worker
     # A driver without GPU stays on the head node, which no autoscaler takes away.
