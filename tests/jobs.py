@@ -127,7 +127,7 @@ def finished(cluster, config):
         cluster.kill(another)
         answers = state(run_dir)["evaluate trained"]["answers"]
         cluster.add(cpus=2)
-        logs, _ = job.communicate(timeout=600)
+        logs, _ = job.communicate(timeout=1200)
     assert job.returncode == 0, logs
     # Each was killed at work: none of the stages was done by then.
     assert rows < PAIRS

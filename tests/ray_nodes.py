@@ -146,7 +146,7 @@ class Nodes:
     def submit(self, *command: str, options: Sequence[str] = (), **environment: str) -> tuple[int, str]:
         """The same to its end: exit code and what it printed."""
         with self.submitting(*command, options=options, **environment) as job:
-            printed, _ = job.communicate(timeout=600)
+            printed, _ = job.communicate(timeout=1200)
         return job.returncode, printed
 
     def _takes_jobs(self) -> bool:

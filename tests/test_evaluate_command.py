@@ -122,7 +122,7 @@ def start(config: dict[str, Any], run: Path, ray_dir: Path, *overrides: str) -> 
 def evaluate(config: dict[str, Any], run: Path, ray_dir: Path, *overrides: str) -> str:
     """Run the command to its end; what it printed."""
     process = start(config, run, ray_dir, *overrides)
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, err
     return out + err
 
@@ -321,7 +321,7 @@ def test_what_an_actor_finds_wrong_is_one_line_and_exit_code_2(
     config = config_of(parrot, "http://127.0.0.1:9/v1", files, judge_api_key_env="NO_SUCH_KEY")
     config["evaluate"]["benchmarks"] = ["jailbreak"]
     process = start(config, tmp_path / "run", ray_dir)
-    _, err = process.communicate(timeout=180)
+    _, err = process.communicate(timeout=1200)
     assert process.returncode == 2
     assert re.fullmatch(r"error: .*NO_SUCH_KEY is not set here.*", err.strip().split("\n")[-1])
     assert PROMPT not in err

@@ -27,7 +27,7 @@ PAIRS = 22
 def command(stage, config_file, *overrides):
     """Run `python -m pipelines.<stage>`; returns (exit code, stdout, stderr)."""
     arguments = [sys.executable, "-m", f"pipelines.{stage}", "--config", str(config_file), *overrides]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -155,7 +155,7 @@ def test_the_command_with_dry_run_leaves_no_run_folder(twins, tmp_path):
     file.write_text(config.to_yaml())
     done = subprocess.run(
         [sys.executable, "-m", "pipelines.train", "--config", file, "--dry-run", f"run_dir={run_dir}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "memory of each worker" in done.stdout

@@ -104,7 +104,7 @@ def launch(configs, workers=1):
         for rank in range(workers)
     ]
     try:
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
+        outputs = [process.communicate(timeout=1200)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -234,12 +234,12 @@ class TestSweep:
         results.pop(run.tune / "summary.json")
         arguments = "-m", "tune.search", "--config", str(folder / "config.yaml")
         process = start(folder, *arguments)
-        out, err = process.communicate(timeout=600)
+        out, err = process.communicate(timeout=1200)
         assert process.returncode == 0, err
         assert "best      trial 0001: train.learning_rate=0.001" in out
         assert {f: f.stat().st_mtime_ns for f in results} == results
         process = start(folder, *arguments, "tune.space={train.learning_rate: [0.1]}")
-        _, err = process.communicate(timeout=600)
+        _, err = process.communicate(timeout=1200)
         assert process.returncode == 2
         line = err.strip().splitlines()[-1]
         assert "made with tune.space.train.learning_rate=[1e+30, 0.001], now it is [0.1]" in line
@@ -312,7 +312,7 @@ def test_what_no_trial_fits_is_refused_before_anything_is_scored(tmp_path, tiny_
     shares = "train.gpus_per_worker=0.7", "evaluate.gpus_per_worker=0.6"
     arguments = "-c", SWEEP, "--config", str(tmp_path / "config.yaml"), *shares
     process = start(tmp_path, *arguments, HOME=str(tmp_path))
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=1200)
     assert process.returncode == 2, err
     line = err.strip().splitlines()[-1]
     assert "2 GPU (train.workers=2 x 0.7 + evaluate.gpus_per_worker=0.6), each share on one GPU" in line
