@@ -113,8 +113,8 @@ def test_chromium_shows_it_without_a_horizontal_scroll(written):
     page = (written / "measured.html").as_uri()
     shot = written / "shot.png"
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,1200"]
-    subprocess.run([*command, f"--screenshot={shot}", page], check=True, capture_output=True, timeout=120)
+    subprocess.run([*command, f"--screenshot={shot}", page], check=True, capture_output=True, timeout=1200)
     assert shot.stat().st_size > 3000
-    shown = subprocess.run([*command, "--dump-dom", page], check=True, capture_output=True, timeout=120)
+    shown = subprocess.run([*command, "--dump-dom", page], check=True, capture_output=True, timeout=1200)
     width, room = map(int, re.search(rb'data-width="(\d+)/(\d+)"', shown.stdout).groups())
     assert width <= room

@@ -103,7 +103,7 @@ def test_the_command(run, tmp_path):
             [sys.executable, "-m", "pipelines.status", *arguments],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=1200,
         )
 
     prepare(run)

@@ -261,7 +261,7 @@ def test_what_cannot_be_searched_is_said_before_anything_is_done(tmp_path, tiny_
     process = start(
         tmp_path, "-m", "tune.search", "--config", str(tmp_path / "config.yaml"), "tune.metric=strongreject.x"
     )
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=1200)
     assert process.returncode == 2
     assert err.count("\n") == 1
     assert "tune.metric=strongreject.x: is not measured; wants one of strongreject.safety" in err
