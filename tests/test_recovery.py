@@ -50,12 +50,12 @@ def test_a_checkpoint_that_finds_no_room_in_the_run_folder_is_no_reason_to_try_a
 def test_steps_of_which_nobody_knows_how_they_were_made_are_not_gone_on_from(inputs, tmp_path):
     """Unlike those of a training that was killed before its first checkpoint, however far it came."""
     config, run = load_config(inputs / "config.yaml"), RunDir(tmp_path)
-    assert _begin(config, run, {"seed": 0}) is None
+    assert _begin(config, run, {"seed": 0}, 9) is None
     run.metrics.write_text('{"step": 99}\n')
-    assert _begin(config, run, {"seed": 0}) is None
+    assert _begin(config, run, {"seed": 0}, 9) is None
     (run.train / "begun.json").unlink()
     with pytest.raises(UserError, match="no checkpoint to go on from"):
-        _begin(config, run, {"seed": 0})
+        _begin(config, run, {"seed": 0}, 9)
 
 
 def kept(run):
