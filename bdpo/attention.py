@@ -10,14 +10,17 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from bdpo.config import Config
 from bdpo.logps import LogpsModel, why_plain_rows
 from bdpo.models import first_line, model_config
 from bdpo.packing import Tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +77,8 @@ def _one_layer(
     shape: PreTrainedConfig, attention: str, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """The first layer of the model: its true heads, next to nothing else; always the same random weights."""
+    from transformers import AutoModelForCausalLM
+
     shape = copy.deepcopy(shape)
     shape.num_hidden_layers, shape.vocab_size, shape.intermediate_size = 1, 64, 64
     shape.initializer_range = 2 / math.sqrt(shape.hidden_size)  # so that tokens choose whom they look at

@@ -11,8 +11,8 @@ from rich.table import Table
 from scipy import stats
 
 from bdpo.config import MethodConfig
-from bdpo.evaluation.summary import CONFIDENCE_LEVEL, rate
-from bdpo.page import BLUE, GREEN, INK, ORANGE
+from bdpo.evaluation.summary import mean_of_many, rate
+from bdpo.page import BLUE, GREEN, INK, ORANGE, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,16 +63,15 @@ def mi_imbalance(scores: pa.Table) -> list[dict[str, Any]]:
     for group, chosen, rejected in _by_group(scores):
         better = rate((chosen > rejected).tolist())
         difference = chosen.astype(float) - rejected
-        error = stats.sem(difference) if len(difference) > 1 else np.nan
-        low, high = difference.mean() + np.array([-1, 1]) * stats.norm.ppf((1 + CONFIDENCE_LEVEL) / 2) * error
+        apart = mean_of_many(difference)
         rows.append(
             {
                 "group": group,
                 "pairs": len(chosen),
                 **{f"chosen_better{end}": better[key] for end, key in _ENDS.items()},
-                "difference": float(difference.mean()),
-                "low": float(low),
-                "high": float(high),
+                "difference": apart["value"],
+                "low": apart["low"],
+                "high": apart["high"],
                 "p": float(stats.ttest_1samp(difference, 0).pvalue),
                 "apart": float(np.median(abs(difference))),
             }
@@ -170,10 +169,7 @@ def mi_scatter(scores: pa.Table) -> Figure:
 
 def mi_difference(scores: pa.Table) -> Figure:
     """How far apart the two responses of a pair are understood: |I_w − I_l|, a line for each group."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 3.9), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = plain_axes(5.2, 3.9)
     groups = [(group, abs(chosen - rejected)) for group, chosen, rejected in _by_group(scores)]
     edges = np.linspace(0, max(np.quantile(np.concatenate([d for _, d in groups]), 0.995), 1e-6), 41)
     for group, difference in groups:
@@ -184,7 +180,6 @@ def mi_difference(scores: pa.Table) -> Figure:
     axes.set(
         xlabel="|I_w − I_l| (nats per token; dotted: median)", ylabel="percent of the pairs", xlim=(0, None)
     )
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")
     return figure
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bdpo.storage import StoragePath, write_bytes, write_text
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK, BLUE, ORANGE, GREEN, PINK, GREY = "#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#777777"
@@ -69,6 +70,22 @@ class Page:
     title: str
     lead: Sequence[str]
     parts: Sequence[Part] = field(default_factory=list)
+
+
+def plain_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of this many inches with one pair of axes, open above and on the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def legend_below(axes: Axes) -> None:
+    """A legend where it hides no point."""
+    handles = axes.get_legend_handles_labels()
+    axes.figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
 
 
 def write_page(page: Page, file: StoragePath) -> None:

@@ -7,7 +7,6 @@ is not there. Every word on it is a name, a number or ours; prompts and answers 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,8 @@ from bdpo.evaluation.compare import compare
 from bdpo.evaluation.reading import Evaluation, read_evaluation
 from bdpo.evaluation.summary import comparison_rows, invalid_lines
 from bdpo.mi_report import QUANTILES, mi_difference, mi_imbalance, mi_scatter, mi_summary
-from bdpo.page import BLUE, COLOURS, Grid, Page, Part, Picture
+from bdpo.nodes import versions as package_versions
+from bdpo.page import BLUE, COLOURS, Grid, Page, Part, Picture, plain_axes
 from bdpo.runs import MetricsLog, RunDir, read_manifest
 from bdpo.scoring import finished_scores
 from bdpo.search_figures import search_figures
@@ -29,7 +29,6 @@ from bdpo.storage import StoragePath, open_parquet
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PACKAGES = ("bdpo", "ray", "torch", "deepspeed", "transformers")
 SIGNIFICANT = 0.05
 _POINTS_OF_A_CURVE = 400
 _CURVES = {
@@ -85,7 +84,7 @@ def what_was_run(config: Config, run: RunDir, arms: bool = False) -> Part:
     """Model, method, data and training, with what was recorded of versions; of `arms` there is a table."""
     method, train = config.method, config.train
     trained = read_manifest(run.train / "manifest.json") or {}
-    versions = trained.get("versions") or {name: _version(name) for name in PACKAGES}
+    versions = trained.get("versions") or package_versions()
     named = ", ".join(f"{name} {number}" for name, number in versions.items())
     rows = [("model", f"{config.model.name_or_path} ({config.model.dtype})")]
     if not arms:
@@ -103,13 +102,6 @@ def what_was_run(config: Config, run: RunDir, arms: bool = False) -> Part:
     shown = ("weights", "tokenizer", "chat_template", "pairs", "unconditional")
     rows += [(f"scores: {name}", str(marks[name])) for name in shown if name in marks]
     return Part("What was run", grids=[Grid(("", ""), rows)])
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def data(runs: Sequence[RunDir]) -> Part | None:
@@ -187,10 +179,7 @@ def training(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Part | N
 
 def _curves(logs: dict[str, Sequence[Sequence[dict[str, Any]]]], key: str, label: str) -> Figure:
     """The mean over seeds, and from the lowest to the highest seed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6, 3.0), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = plain_axes(4.6, 3.0)
     for number, (name, seeds) in enumerate(logs.items()):
         steps = min(len(log) for log in seeds)
         values = np.array([[row[key] for row in log[:steps]] for log in seeds], dtype=float)
@@ -201,7 +190,6 @@ def _curves(logs: dict[str, Sequence[Sequence[dict[str, Any]]]], key: str, label
         if len(seeds) > 1:
             axes.fill_between(at + 1, values.min(0)[at], values.max(0)[at], color=colour, alpha=0.18, lw=0)
     axes.set(xlabel="step", ylabel=label)
-    axes.spines[["top", "right"]].set_visible(False)
     if len(logs) > 1:
         axes.legend(frameon=False, fontsize="small", ncols=2)
     return figure

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from bdpo.config import Range, TuneConfig
-from bdpo.page import BLUE, GREEN, GREY, ORANGE
+from bdpo.page import BLUE, GREEN, GREY, ORANGE, legend_below, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +56,7 @@ def _map(rows: list[Row], stopped: list[Row], tune: TuneConfig, x: str, y: str) 
     """Trials over two keys, coloured by the objective; between them it is interpolated."""
     from matplotlib.tri import Triangulation
 
-    figure, axes = _figure()
+    figure, axes = plain_axes(5.2, 4.2)
     xs, ys = (np.array([float(row[key]) for row in rows]) for key in (x, y))
     values = 100 * np.array([row["objective"] for row in rows])
     style: dict[str, Any] = {"cmap": "viridis", "vmin": 10 * ((values.min() - 1e-9) // 10), "vmax": 100}
@@ -80,13 +80,13 @@ def _map(rows: list[Row], stopped: list[Row], tune: TuneConfig, x: str, y: str) 
     _scale(axes, "x", tune, x)
     _scale(axes, "y", tune, y)
     figure.colorbar(points, ax=axes, label=f"{_label(tune.metric)} (percent)")
-    _legend(axes)
+    legend_below(axes)
     return figure
 
 
 def _curve(rows: list[Row], tune: TuneConfig, key: str, base: dict[str, Any]) -> Figure:
     """Objective and constraint over one key, with their intervals."""
-    figure, axes = _figure()
+    figure, axes = plain_axes(5.2, 4.2)
     rows = sorted(rows, key=lambda row: float(row[key]))
     xs = [float(row[key]) for row in rows]
     for name, path, colour in (("objective", tune.metric, BLUE), ("constraint", tune.constraint, ORANGE)):
@@ -100,13 +100,13 @@ def _curve(rows: list[Row], tune: TuneConfig, key: str, base: dict[str, Any]) ->
     axes.axhline(100 * _bound(rows), c=GREY, lw=0.8, ls="--", label="least compliance allowed")
     _scale(axes, "x", tune, key)
     axes.set(ylabel="percent (95 % interval)", ylim=(-3, 103))
-    _legend(axes)
+    legend_below(axes)
     return figure
 
 
 def _front(rows: list[Row], tune: TuneConfig, base: dict[str, Any]) -> Figure:
     """Objective against constraint: every trial, the Pareto front, the base model and the bound."""
-    figure, axes = _figure()
+    figure, axes = plain_axes(5.2, 4.2)
     points = [(100 * row["constraint"], 100 * row["objective"]) for row in rows]
     errors: dict[str, Any] = {
         f"{axis}err": 100
@@ -122,7 +122,7 @@ def _front(rows: list[Row], tune: TuneConfig, base: dict[str, Any]) -> Figure:
     axes.axvline(100 * _bound(rows), c=GREY, lw=0.8, ls="--", label="least compliance allowed")
     _mark_winner(axes, [row | {"x": x, "y": y} for row, (x, y) in zip(rows, points, strict=True)], "x", "y")
     axes.set(xlabel=f"{_label(tune.constraint)} (percent)", ylabel=f"{_label(tune.metric)} (percent)")
-    _legend(axes)
+    legend_below(axes)
     return figure
 
 
@@ -130,7 +130,7 @@ def _progress(rows: list[Row], tune: TuneConfig) -> Figure:
     """The objective of completed trials in the order in which they were, and the best so far in the bound."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure()
+    figure, axes = plain_axes(5.2, 4.2)
     rows = sorted(rows, key=lambda row: row["finished"])
     values = 100 * np.array([row["objective"] for row in rows])
     feasible = np.array([row["feasible"] for row in rows])
@@ -145,24 +145,8 @@ def _progress(rows: list[Row], tune: TuneConfig) -> Figure:
     axes.step(order[known], best[known], where="post", c=GREEN, label="best so far within the bound")
     axes.set(xlabel="completed trials", ylabel=f"{_label(tune.metric)} (percent)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(axes)
+    legend_below(axes)
     return figure
-
-
-def _figure() -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _legend(axes: Axes) -> None:
-    """Below the axes, where it hides no point."""
-    axes.figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
-    )
 
 
 def _mark_winner(axes: Axes, rows: list[Row], x: str, y: str) -> None:

@@ -180,6 +180,15 @@ def mean(values: Sequence[float]) -> Estimate:
     return _estimate(value, bounds.low, bounds.high, len(values), "bootstrap")
 
 
+def mean_of_many(values: np.ndarray) -> Estimate:
+    """The mean of values without bounds, its interval by the normal approximation; nan for one value."""
+    from scipy import stats
+
+    error = stats.sem(values) if len(values) > 1 else np.nan
+    low, high = np.mean(values) + np.array([-1, 1]) * stats.norm.ppf((1 + CONFIDENCE_LEVEL) / 2) * error
+    return _estimate(float(np.mean(values)), low, high, len(values), "normal")
+
+
 def _estimate(value: float, low: float, high: float, n: int, interval: str) -> Estimate:
     """Rounding must not put the value outside its own interval."""
     return {
