@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.csv
 
 from bdpo.config import Config
+from bdpo.displacement import SIGNS, displacement, displacement_figure
 from bdpo.evaluation.summary import CONFIDENCE_LEVEL
 from bdpo.experiments import BASE, Experiment
-from bdpo.page import BLUE, GREEN, GREY, ORANGE, PINK, Grid, Page, Part, Picture
+from bdpo.page import BLUE, COLOURS, GREY, ORANGE, Grid, Page, Part, Picture, legend_below, plain_axes
 from bdpo.report import (
     cost,
     data,
@@ -26,7 +27,6 @@ from bdpo.report import (
 from bdpo.runs import MetricsLog, RunDir, read_manifest
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
 
@@ -82,8 +82,12 @@ def experiment_page(
     results: pa.Table | None,
     done: Sequence[tuple[str, Config, RunDir]],
     missing: Sequence[str] = (),
+    displaced: Mapping[str, pa.Table] | None = None,
 ) -> Page:
-    """The page of an experiment; `done` are trainings, `results` is None where nothing is trained."""
+    """The page of an experiment; `done` are trainings, `results` is None where nothing is trained.
+
+    `displaced` are the `displaced_pairs` of each arm, where the experiment asks for them.
+    """
     lead = [plan.question]
     if missing:
         lead.append(f"Not done, and not in what follows: {'; '.join(missing)}.")
@@ -93,6 +97,8 @@ def experiment_page(
     parts: list[Part | None] = [what_was_run(config, run, arms=bool(plan.arms))]
     if results is not None:
         parts += [_arms(config, plan, done), _findings(plan, results), _all_measures(results)]
+    if displaced:
+        parts.append(_displacement(displaced))
     named = [(f"{arm}, seed {own.seed}", own, folder) for arm, own, folder in done]
     parts += [
         data([run] * 2),
@@ -158,6 +164,39 @@ def _compared(row: Row) -> Row:
     return {**row, "low": row["difference_low"], "high": row["difference_high"]}
 
 
+def _displacement(arms: Mapping[str, pa.Table]) -> Part:
+    """How many preferred responses fell, by how much, and how that goes with each sign."""
+    text = [
+        "log π(y_w | x) of every pair under the trained model, less what it was under the reference model; "
+        "mean of the seeds. Correlations are Spearman's: below zero, pairs with more of the sign fall more."
+    ]
+    rows = [
+        (
+            f"{arm}, {row['group']}",
+            f"{row['pairs']:,}",
+            _number(row, "fell", 100, ".1f"),
+            _number(row, "change", 1, "+.1f"),
+            *(_number(row, sign, 1, "+.2f") for sign in SIGNS),
+        )
+        for arm, pairs in arms.items()
+        for row in displacement(pairs)
+    ]
+    grid = Grid(("", "pairs", "fell (percent)", "change (nats)", *SIGNS.values()), rows, "95 % intervals.")
+    pictures = [
+        Picture(
+            f"displacement-{sign}", displacement_figure(arms, sign), f"By {written}, with 95 % intervals."
+        )
+        for sign, written in SIGNS.items()
+        if all(pairs[sign].null_count == 0 for pairs in arms.values())
+    ]
+    return Part("What became of the preferred responses", text, [grid], pictures)
+
+
+def _number(row: Row, key: str, scale: float, form: str) -> str:
+    value, low, high = (format(scale * row[f"{key}{end}"], form) for end in ("", "_low", "_high"))
+    return "" if value == "nan" else f"{value} ({low} to {high})"
+
+
 def _all_measures(results: pa.Table) -> Part:
     headings = ("arm", "measure", "n", "dropped", "value", "seeds from", "to", "difference", "p")
     rows = [
@@ -185,22 +224,13 @@ def _difference(row: Row) -> str:
     return f"{100 * row['difference']:+.1f}{interval}"
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def _bars(rows: Sequence[Row], measures: Sequence[str]) -> Figure:
     """Each arm's measures with their intervals, and the range of its seeds."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    figure, axes = _axes(5.6, 1.2 + 0.34 * len(arms) * max(1, len(measures) / 2))
+    figure, axes = plain_axes(5.6, 1.2 + 0.34 * len(arms) * max(1, len(measures) / 2))
     height = 0.7 / len(measures)
     for number, measure in enumerate(measures):
-        colour = (BLUE, ORANGE, GREEN, PINK, GREY)[number % 5]
+        colour = COLOURS[number % len(COLOURS)]
         shown = {row["arm"]: row for row in rows if measure_name(row) == measure}
         at = [arms.index(arm) + (number - (len(measures) - 1) / 2) * height for arm in shown]
         values = [100 * row["value"] for row in shown.values()]
@@ -212,13 +242,13 @@ def _bars(rows: Sequence[Row], measures: Sequence[str]) -> Figure:
     axes.set(yticks=range(len(arms)), yticklabels=arms, xlabel="percent", xlim=(-3, 103))
     axes.invert_yaxis()
     axes.grid(axis="x", lw=0.4, alpha=0.5)
-    _legend(figure, axes)
+    legend_below(axes)
     return figure
 
 
 def _front(rows: Sequence[Row], up: str, right: str) -> Figure:
     """One measure against another, a point an arm."""
-    figure, axes = _axes(5.0, 4.2)
+    figure, axes = plain_axes(5.0, 4.2)
     at = {(row["arm"], measure_name(row)): 100 * row["value"] for row in rows}
     for arm in dict.fromkeys(row["arm"] for row in rows):
         if (arm, up) in at and (arm, right) in at:
@@ -232,7 +262,7 @@ def _front(rows: Sequence[Row], up: str, right: str) -> Figure:
 
 def _curve(plan: Experiment, rows: Sequence[Row], measures: Sequence[str]) -> Figure:
     """The measures over the value that the arms vary; DPO and the base model as lines."""
-    figure, axes = _axes(5.6, 4.2)
+    figure, axes = plain_axes(5.6, 4.2)
     values = {arm.name: float(arm.params[plan.axis]) for arm in plan.arms[1:] if plan.axis}
     reference = plan.arms[0].name
     for number, measure in enumerate(measures):
@@ -251,11 +281,5 @@ def _curve(plan: Experiment, rows: Sequence[Row], measures: Sequence[str]) -> Fi
         axes.set_xscale("log")
         axes.set_xticks(list(values.values()), [f"{value:g}" for value in values.values()])
         axes.minorticks_off()
-    _legend(figure, axes)
+    legend_below(axes)
     return figure
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    """Below the axes, where it hides no point."""
-    handles = axes.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)

@@ -4,13 +4,14 @@ An arm is trained once for each seed, in a folder of its own, on the pairs and s
 
     <run_dir>/experiments/<name>/<arm>/seed-0/     a run folder: config.yaml, metrics.jsonl, model/, eval/
     <run_dir>/experiments/<name>/results.csv       a row for each arm and measure, with its interval
+    <run_dir>/experiments/<name>/displacement.csv  of `displacement`: what became of the pairs' log-probs
     <run_dir>/experiments/<name>/*.png             the figures
     <run_dir>/experiments/<name>/report.html       all of it on one page
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,7 @@ class Experiment:
     question: str
     arms: tuple[Arm, ...]
     axis: str | None = None  # the key that the arms vary, where its values make a curve
+    displaced: bool = False  # whether the trained models say what became of the pairs' log-probs
 
 
 def experiment(name: str, config: Config) -> Experiment:
@@ -111,32 +113,25 @@ def _ablation(config: Config) -> Experiment:
     )
 
 
-def _curve(key: str, values: Sequence[float], config: Config) -> tuple[Arm, ...]:
-    """DPO first, then B-DPO at every value of the key."""
-    name = key.rpartition(".")[2]
-    bdpo = _method("bdpo", config)
-    arms = (Arm(f"{name}-{value}", bdpo | {key: value}) for value in values)
-    return (Arm("dpo", _method("dpo", config)), *arms)
-
-
-def _alpha(config: Config) -> Experiment:
-    key = "method.alpha"
+def _displacement(config: Config) -> Experiment:
     return Experiment(
-        "The scaling factor α (Figure 5)",
-        "How much does the total of the two weights matter?",
-        _curve(key, config.experiment.alphas, config),
-        key,
+        "Likelihood displacement",
+        "Which preferred responses become less likely in training, and could the reference model tell?",
+        tuple(Arm(name, _method(name, config)) for name in ("dpo", "bdpo")),
+        displaced=True,
     )
 
 
-def _beta(config: Config) -> Experiment:
-    key = "method.beta"
-    return Experiment(
-        "The strength β of the reference",
-        "How much does β matter?",
-        _curve(key, config.experiment.betas, config),
-        key,
-    )
+def _curve(name: str, title: str, question: str) -> Callable[[Config], Experiment]:
+    """DPO first, then B-DPO at every value that section `experiment` has of a key of the method."""
+    key = f"method.{name}"
+
+    def curve(config: Config) -> Experiment:
+        bdpo, values = _method("bdpo", config), getattr(config.experiment, f"{name}s")
+        arms = (Arm(f"{name}-{value}", bdpo | {key: value}) for value in values)
+        return Experiment(title, question, (Arm("dpo", _method("dpo", config)), *arms), key)
+
+    return curve
 
 
 EXPERIMENTS = {
@@ -144,8 +139,11 @@ EXPERIMENTS = {
     "balanced-subset": _balanced_subset,
     "methods": _methods,
     "ablation": _ablation,
-    "alpha": _alpha,
-    "beta": _beta,
+    "alpha": _curve(
+        "alpha", "The scaling factor α (Figure 5)", "How much does the total of the two weights matter?"
+    ),
+    "beta": _curve("beta", "The strength β of the reference", "How much does β matter?"),
+    "displacement": _displacement,
 }
 
 
@@ -168,6 +166,14 @@ def arm_run(config: Config, run: RunDir, name: str, arm: Arm, seed: int) -> tupl
     if context != config.score.unconditional:
         folder.scores = run.root / "experiments" / name / f"context-{context}" / "scores"
     return settings.model_copy(update={"seed": seed}), folder
+
+
+def rescored(config: Config, run: RunDir) -> tuple[Config, RunDir]:
+    """The config and the folder under which an arm's trained model scores the pairs of the run."""
+    folder = run.part()
+    folder.scores = run.root / "rescored"
+    model = config.model.model_copy(update={"name_or_path": str(run.model), "revision": None})
+    return config.model_copy(update={"model": model}), folder
 
 
 def summarise_arms(evaluations: dict[str, list[Evaluation]]) -> pa.Table:

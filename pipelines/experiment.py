@@ -2,9 +2,10 @@
 
     python -m pipelines.experiment NAME --config pipelines/configs/sandbox.yaml [section.key=value ...]
 
-NAME is imbalance, balanced-subset, methods, ablation, alpha or beta. Data are prepared and scored once, arms
-run side by side as far as the cluster holds them. Writes <run_dir>/experiments/NAME: results.csv, figures,
-and report.html, which has all of it on one page. The same command after a kill goes on where it stopped.
+NAME is imbalance, balanced-subset, methods, ablation, alpha, beta or displacement. Data are prepared and
+scored once, arms run side by side as far as the cluster holds them. Writes <run_dir>/experiments/NAME:
+results.csv, figures, and report.html, which has all of it on one page. The same command after a kill goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from rich.live import Live
 from rich.table import Table
 
 from bdpo.config import Config
+from bdpo.displacement import displaced_pairs, displacement
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import planned_items
 from bdpo.evaluation.reading import read_evaluation
 from bdpo.experiment_report import arms_table, csv_bytes, experiment_page
-from bdpo.experiments import BASE, EXPERIMENTS, Arm, Experiment, arm_run, experiment, summarise_arms
+from bdpo.experiments import BASE, EXPERIMENTS, Arm, Experiment, arm_run, experiment, rescored, summarise_arms
 from bdpo.mi_report import mi_imbalance
 from bdpo.models import first_line
 from bdpo.page import write_page
@@ -194,11 +196,24 @@ def _finish(
     if not plan.arms:
         imbalance = pa.Table.from_pylist(mi_imbalance(read_scores(config, run)))
         write_bytes(folder / "results.csv", csv_bytes(imbalance))
-    page = experiment_page(
-        config, run, plan, results, [(job.arm, job.config, job.run) for job in done], missing
-    )
+    displaced = _displaced(config, run, done) if plan.displaced else {}
+    if displaced:
+        rows = [{"arm": arm, **row} for arm, pairs in displaced.items() for row in displacement(pairs)]
+        write_bytes(folder / "displacement.csv", csv_bytes(pa.Table.from_pylist(rows)))
+    trained = [(job.arm, job.config, job.run) for job in done]
+    page = experiment_page(config, run, plan, results, trained, missing, displaced)
     write_page(page, folder / "report.html")
     console.print(f"report    {folder}/report.html, *.png", soft_wrap=True)
+
+
+def _displaced(config: Config, run: RunDir, done: Sequence[Job]) -> dict[str, pa.Table]:
+    """By arm, what became of every pair: the trained models score them as the reference model did."""
+    before, after = read_scores(config, run), dict[str, list[pa.Table]]()
+    for job in done:
+        settings, folder = rescored(job.config, job.run)
+        score_prepared(settings, folder)
+        after.setdefault(job.arm, []).append(read_scores(settings, folder))
+    return {arm: displaced_pairs(before, scores) for arm, scores in after.items()}
 
 
 def _results(run: RunDir, name: str) -> list[StoragePath]:

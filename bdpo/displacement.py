@@ -1,0 +1,109 @@
+"""Which preferred responses lose probability in training, and whether the reference model could tell.
+
+Likelihood displacement: DPO widens the margin of a pair although log π(y_w | x) falls (Razin et al. 2024,
+'Unintentional Unalignment: Likelihood Displacement in Direct Preference Optimization', which measures it
+against CHES). Here it is measured against the mutual information too, which B-DPO goes by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from scipy import stats
+
+from bdpo.evaluation.summary import CONFIDENCE_LEVEL, mean_of_many, rate
+from bdpo.page import COLOURS, GREY, legend_below, plain_axes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SIGNS = {
+    "ches": "CHES",
+    "mi_chosen": "I_w",
+    "mi_rejected": "I_l",
+    "imbalance": "|I_w − I_l|",
+}
+"""What the reference model says of a pair before it is trained on, and how it is written."""
+_BINS = 10
+
+
+def displaced_pairs(before: pa.Table, after: Sequence[pa.Table]) -> pa.Table:
+    """A row a pair: `group`, the `SIGNS`, and `change` of log π(y_w | x) in nats, the mean over models.
+
+    `before` are the scores of the reference model, `after` those of models that were trained from it, on the
+    same pairs, in any order.
+
+    Raises:
+        ValueError: they are of other pairs.
+    """
+    ids = before["pair_id"].to_pylist()
+    changes = []
+    for trained in after:
+        found = dict(
+            zip(trained["pair_id"].to_pylist(), trained["ref_chosen_logps"].to_pylist(), strict=True)
+        )
+        if found.keys() != set(ids):
+            raise ValueError("the scores of the trained model are of other pairs")
+        changes.append(np.array([found[pair] for pair in ids]) - before["ref_chosen_logps"].to_numpy())
+    difference = before["mi_chosen"].to_numpy() - before["mi_rejected"].to_numpy()
+    signs = {name: before[name] for name in SIGNS if name != "imbalance"} | {"imbalance": abs(difference)}
+    return pa.table({"group": before["group"], **signs, "change": np.mean(changes, axis=0)})
+
+
+def displacement(pairs: pa.Table) -> list[dict[str, Any]]:
+    """A row a group, and one of all: how many pairs `fell`, their mean `change`, the correlation with signs.
+
+    Each with `_low` and `_high`, 95 % over pairs. The correlations are Spearman's ρ, nan where a sign is
+    the same of all pairs or not known (CHES of an architecture whose hidden states are not).
+    """
+    groups = np.array(pairs["group"].to_pylist(), dtype=object)
+    names = [name for name in ("safe", "unsafe") if (groups == name).any()]
+    rows = []
+    for name in (None, *names):
+        part = pairs if name is None else pairs.filter(groups == name)
+        change = part["change"].to_numpy()
+        measured = {"fell": rate((change < 0).tolist()), "change": mean_of_many(change)}
+        measured |= {sign: _spearman(part[sign], change) for sign in SIGNS}
+        named = {
+            f"{key}{end}": found[bound] for key, found in measured.items() for end, bound in _ENDS.items()
+        }
+        rows.append({"group": name or "all", "pairs": len(change), **named})
+    return rows
+
+
+_ENDS = {"": "value", "_low": "low", "_high": "high"}
+
+
+def _spearman(sign: pa.ChunkedArray, change: np.ndarray) -> dict[str, float]:
+    """ρ and its interval by Fisher's z with the variance of Bonett & Wright (2000)."""
+    values = sign.to_numpy(zero_copy_only=False).astype(float)
+    if len(values) < 5 or np.isnan(values).any() or np.ptp(values) == 0 or np.ptp(change) == 0:
+        return dict.fromkeys(("value", "low", "high"), np.nan)
+    rho = float(stats.spearmanr(values, change).statistic)
+    if abs(rho) == 1:
+        return dict.fromkeys(("value", "low", "high"), rho)
+    error = np.sqrt((1 + rho**2 / 2) / (len(values) - 3))
+    spread = stats.norm.ppf((1 + CONFIDENCE_LEVEL) / 2) * error
+    low, high = np.tanh(np.arctanh(rho) + np.array([-spread, spread]))
+    return {"value": rho, "low": float(low), "high": float(high)}
+
+
+def displacement_figure(arms: Mapping[str, pa.Table], sign: str) -> Figure:
+    """The mean change of log π(y_w | x) in each tenth of the pairs by a sign, a line an arm."""
+    figure, axes = plain_axes(4.6, 3.4)
+    for number, (arm, pairs) in enumerate(arms.items()):
+        order = np.argsort(pairs[sign].to_numpy(), kind="stable")
+        change = pairs["change"].to_numpy()[order]
+        tenths = [mean_of_many(part) for part in np.array_split(change, min(_BINS, len(change) // 2))]
+        values = np.array([tenth["value"] for tenth in tenths])
+        errors = [[abs(tenth["value"] - tenth[end]) for tenth in tenths] for end in ("low", "high")]
+        colour = COLOURS[number % len(COLOURS)]
+        at = np.arange(1, len(values) + 1)
+        axes.errorbar(at, values, errors, c=colour, marker="o", ms=4, capsize=2, label=arm)
+    axes.axhline(0, c=GREY, lw=0.8, ls=":")
+    axes.set(xlabel=f"tenths of the pairs by {SIGNS[sign]}", ylabel="change of log π(y_w | x), nats")
+    legend_below(axes)
+    return figure
