@@ -1,5 +1,6 @@
 """Object storage as a run's folder: the little that differs, on a real S3 server in a process of its own."""
 
+import csv
 import io
 import json
 import os
@@ -360,16 +361,16 @@ def config_of(run_dir, inputs):
     )
 
 
-def start(stage, config_file):
-    arguments = [sys.executable, "-m", f"pipelines.{stage}", "--config", str(config_file)]
+def start(stage, config_file, *arguments):
+    arguments = [sys.executable, "-m", f"pipelines.{stage}", *arguments, "--config", str(config_file)]
     # Ray kills workers when the machine runs out of memory, whoever took it.
     environment = os.environ | {"RAY_memory_monitor_refresh_ms": "0"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
 
-def command(stage, config_file):
-    process = start(stage, config_file)
+def command(stage, config_file, *arguments):
+    process = start(stage, config_file, *arguments)
     out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     assert SECRET not in out + err
@@ -404,7 +405,7 @@ def objects(run):
 
 @pytest.mark.ray
 def test_the_whole_pipeline_on_object_storage(inputs, bucket, tmp_path):
-    """Killed in scoring, a shard damaged, killed in training, run to the end, run again.
+    """Killed in scoring, a shard damaged, killed in training, run to the end, run again; an experiment on it.
 
     Judges: a scorer in this process, and a training of the same scores in a local folder, never killed.
     """
@@ -454,6 +455,20 @@ def test_the_whole_pipeline_on_object_storage(inputs, bucket, tmp_path):
     weights = "model.safetensors"
     assert (remote.model / weights).read_bytes() == (local.model / weights).read_bytes()
     assert steps(remote) == steps(local)
+
+    command("experiment", file, "displacement", "experiment.seeds=[0]")
+    assert {
+        name: seen for name, seen in objects(remote).items() if not name.startswith("experiments/")
+    } == done
+    folder = remote.root / "experiments" / "displacement"
+    rows = list(csv.DictReader((folder / "displacement.csv").read_text().splitlines()))
+    assert {(row["arm"], row["pairs"]) for row in rows if row["group"] == "all"} == {
+        ("dpo", str(PAIRS)),
+        ("bdpo", str(PAIRS)),
+    }
+    assert all(float(row["change"]) != 0 for row in rows)  # the models are trained
+    assert (folder / "displacement-ches.png").stat().st_size > 5000
+    assert "What became of the preferred responses" in (folder / "report.html").read_text()
 
 
 def expected_scores(inputs, run):
