@@ -26,16 +26,15 @@ from bdpo.config import Config, load_config, worker_range
 from bdpo.config.secrets import looks_secret
 from bdpo.errors import UserError
 from bdpo.models import first_line, with_sandbox_files
+from bdpo.node_checks import NODE_CHECKS, files_on_nodes
 from bdpo.nodes import NodeFacts, node_facts
 from bdpo.preflight import (
     LOCAL_CHECKS,
-    NODE_CHECKS,
     Check,
     Doubt,
     Finding,
     examine,
     expected_hours,
-    files_on_nodes,
     measure_throughput,
 )
 from bdpo.runs import RunDir

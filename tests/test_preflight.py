@@ -13,15 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from bdpo.config import parse_config
 from bdpo.errors import UserError
+from bdpo.node_checks import NODE_CHECKS, SPARE_GIB, files_on_nodes
 from bdpo.nodes import PACKAGES, node_facts
 from bdpo.preflight import (
     LOCAL_CHECKS,
-    NODE_CHECKS,
-    SPARE_GIB,
     Doubt,
     examine,
     expected_hours,
-    files_on_nodes,
     measure_throughput,
 )
 from bdpo.runs import RunDir
