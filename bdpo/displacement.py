@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from scipy import stats
 
-from bdpo.evaluation.summary import CONFIDENCE_LEVEL, mean_of_many, rate
+from bdpo.evaluation.summary import CONFIDENCE_LEVEL, ENDS, mean_of_many, rate
 from bdpo.page import COLOURS, GREY, legend_below, plain_axes
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def displaced_pairs(before: pa.Table, after: Sequence[pa.Table]) -> pa.Table:
     """A row a pair: `group`, the `SIGNS`, and `change` of log π(y_w | x) in nats, the mean over models.
 
     `before` are the scores of the reference model, `after` those of models that were trained from it, on the
-    same pairs, in any order.
+    same pairs, in any order. What training held out or `data.select` left out is among the pairs too.
 
     Raises:
         ValueError: they are of other pairs.
@@ -68,13 +68,10 @@ def displacement(pairs: pa.Table) -> list[dict[str, Any]]:
         measured = {"fell": rate((change < 0).tolist()), "change": mean_of_many(change)}
         measured |= {sign: _spearman(part[sign], change) for sign in SIGNS}
         named = {
-            f"{key}{end}": found[bound] for key, found in measured.items() for end, bound in _ENDS.items()
+            f"{key}{end}": found[bound] for key, found in measured.items() for end, bound in ENDS.items()
         }
         rows.append({"group": name or "all", "pairs": len(change), **named})
     return rows
-
-
-_ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
 def _spearman(sign: pa.ChunkedArray, change: np.ndarray) -> dict[str, float]:
@@ -83,8 +80,8 @@ def _spearman(sign: pa.ChunkedArray, change: np.ndarray) -> dict[str, float]:
     if len(values) < 5 or np.isnan(values).any() or np.ptp(values) == 0 or np.ptp(change) == 0:
         return dict.fromkeys(("value", "low", "high"), np.nan)
     rho = float(stats.spearmanr(values, change).statistic)
-    if abs(rho) == 1:
-        return dict.fromkeys(("value", "low", "high"), rho)
+    if abs(rho) > 1 - 1e-12:  # of ever so few pairs: it says nothing about others
+        return {"value": rho, "low": np.nan, "high": np.nan}
     error = np.sqrt((1 + rho**2 / 2) / (len(values) - 3))
     spread = stats.norm.ppf((1 + CONFIDENCE_LEVEL) / 2) * error
     low, high = np.tanh(np.arctanh(rho) + np.array([-spread, spread]))
@@ -97,7 +94,7 @@ def displacement_figure(arms: Mapping[str, pa.Table], sign: str) -> Figure:
     for number, (arm, pairs) in enumerate(arms.items()):
         order = np.argsort(pairs[sign].to_numpy(), kind="stable")
         change = pairs["change"].to_numpy()[order]
-        tenths = [mean_of_many(part) for part in np.array_split(change, min(_BINS, len(change) // 2))]
+        tenths = [mean_of_many(part) for part in np.array_split(change, max(1, min(_BINS, len(change) // 2)))]
         values = np.array([tenth["value"] for tenth in tenths])
         errors = [[abs(tenth["value"] - tenth[end]) for tenth in tenths] for end in ("low", "high")]
         colour = COLOURS[number % len(COLOURS)]

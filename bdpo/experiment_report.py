@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,12 @@ import pyarrow.csv
 
 from bdpo.config import Config
 from bdpo.displacement import SIGNS, displacement, displacement_figure
-from bdpo.evaluation.summary import CONFIDENCE_LEVEL
+from bdpo.evaluation.compare import p_value
+from bdpo.evaluation.summary import CONFIDENCE_LEVEL, percent
 from bdpo.experiments import BASE, Experiment
 from bdpo.page import BLUE, COLOURS, GREY, ORANGE, Grid, Page, Part, Picture, legend_below, plain_axes
 from bdpo.report import (
+    Stage,
     cost,
     data,
     measure_name,
@@ -54,7 +57,7 @@ def arms_table(results: pa.Table) -> Table:
 
     rows = main_rows(results)
     measures = list(dict.fromkeys(measure_name(row) for row in rows))
-    caption = f"percent ({CONFIDENCE_LEVEL:.0%} interval over prompts); p against the first arm, paired"
+    caption = f"percent ({CONFIDENCE_LEVEL:.0%} interval over prompts); p: paired test, see the page"
     table = Table("arm", *measures, caption=caption)
     for arm, cells in _by_arm(rows, measures).items():
         table.add_row(arm, *cells)
@@ -70,9 +73,7 @@ def _by_arm(rows: Sequence[Row], measures: Sequence[str]) -> dict[str, list[str]
 
 
 def _cell(row: Row) -> str:
-    value, low, high = (100 * row[key] for key in ("value", "low", "high"))
-    tested = "" if row["p"] is None else f", p {'<0.001' if row['p'] < 0.001 else format(row['p'], '.2g')}"
-    return f"{value:.1f} ({low:.1f}–{high:.1f}{tested})"
+    return percent(row) + ("" if row["p"] is None else f", p {p_value(row['p'])}")
 
 
 def experiment_page(
@@ -81,33 +82,32 @@ def experiment_page(
     plan: Experiment,
     results: pa.Table | None,
     done: Sequence[tuple[str, Config, RunDir]],
-    missing: Sequence[str] = (),
+    notes: Sequence[str] = (),
     displaced: Mapping[str, pa.Table] | None = None,
+    stages: Sequence[Stage] = (),
 ) -> Page:
-    """The page of an experiment; `done` are trainings, `results` is None where nothing is trained.
+    """The page of an experiment; `done` are trainings, `results` is None where there are none.
 
-    `displaced` are the `displaced_pairs` of each arm, where the experiment asks for them.
+    `notes` come first, `displaced` are the `displaced_pairs` of each arm where the experiment asks for them,
+    `stages` is all that it did.
     """
-    lead = [plan.question]
-    if missing:
-        lead.append(f"Not done, and not in what follows: {'; '.join(missing)}.")
     logs: dict[str, list[list[Row]]] = {}
     for arm, _, folder in done:
         logs.setdefault(arm, []).append(MetricsLog(folder.metrics).read())
-    parts: list[Part | None] = [what_was_run(config, run, arms=bool(plan.arms))]
+    trained = read_manifest(done[0][2].train / "manifest.json") if done else None
+    parts: list[Part | None] = [what_was_run(config, run, trained, arms=bool(plan.arms))]
     if results is not None:
         parts += [_arms(config, plan, done), _findings(plan, results), _all_measures(results)]
     if displaced:
         parts.append(_displacement(displaced))
-    named = [(f"{arm}, seed {own.seed}", own, folder) for arm, own, folder in done]
     parts += [
-        data([run] * 2),
+        data(run, trained=False),
         understanding(config, run),
         training(logs),
-        cost([("", config, run), *named]),
+        cost(stages),
         settings(config),
     ]
-    return Page(plan.title, lead, [part for part in parts if part is not None])
+    return Page(plan.title, [plan.question, *notes], [part for part in parts if part is not None])
 
 
 def _arms(config: Config, plan: Experiment, done: Sequence[tuple[str, Config, RunDir]]) -> Part:
@@ -118,14 +118,19 @@ def _arms(config: Config, plan: Experiment, done: Sequence[tuple[str, Config, Ru
         trained = read_manifest(folders[arm.name].train / "manifest.json") if arm.name in folders else None
         account = {**trained.get("pairs", {}), **trained.get("safety", {})} if trained else {}
         pairs = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in account.items())
-        rows.append((arm.name, *(str(arm.params.get(key, "")) for key in keys), pairs))
+        steps = str(trained["steps"]) if trained else ""
+        rows.append((arm.name, *(str(arm.params.get(key, "")) for key in keys), pairs, steps))
     seeds = ", ".join(map(str, config.experiment.seeds))
-    text = f"Each arm is trained with the seeds {seeds}; what the table does not name is in the settings."
-    return Part("The arms", [text], [Grid(("arm", *keys, "pairs"), rows)])
+    text = [f"Each arm is trained with the seeds {seeds}; what the table does not name is in the settings."]
+    if len({row[-1] for row in rows if row[-1]}) > 1:
+        text.append("The arms have not the same number of steps: one that left out pairs has fewer.")
+    return Part("The arms", text, [Grid(("arm", *keys, "pairs", "steps"), rows)])
 
 
-def _findings(plan: Experiment, results: pa.Table) -> Part:
+def _findings(plan: Experiment, results: pa.Table) -> Part | None:
     rows = main_rows(results)
+    if not rows:
+        return None
     measures = list(dict.fromkeys(measure_name(row) for row in rows))
     reference = plan.arms[0].name
     up, right = (_first(rows, kind) for kind in (("safety",), ("compliance", "correct", "accuracy")))
@@ -141,6 +146,8 @@ def _findings(plan: Experiment, results: pa.Table) -> Part:
         pictures.append(Picture("front", _front(rows, up, right), caption))
     tested = [row for row in rows if row["p"] is not None]
     said = [sentence(measure_name(row), reference, row["arm"], _compared(row)) for row in tested]
+    if reference not in {row["arm"] for row in rows}:
+        said.append(f"Nothing is tested: there is no {reference}, which all others are compared with.")
     if tested:
         said.append(
             f"Intervals and p are over prompts, for these seeds; {len(tested)} tests, without a correction "
@@ -156,7 +163,7 @@ def _findings(plan: Experiment, results: pa.Table) -> Part:
 
 def _first(rows: Sequence[Row], measures: Sequence[str]) -> str | None:
     """The name of the first measure of a kind."""
-    return next((measure_name(row) for row in rows if row["measure"] in measures), None)
+    return next((measure_name(row) for row in rows if row["measure"].partition(",")[0] in measures), None)
 
 
 def _compared(row: Row) -> Row:
@@ -167,8 +174,9 @@ def _compared(row: Row) -> Row:
 def _displacement(arms: Mapping[str, pa.Table]) -> Part:
     """How many preferred responses fell, by how much, and how that goes with each sign."""
     text = [
-        "log π(y_w | x) of every pair under the trained model, less what it was under the reference model; "
-        "mean of the seeds. Correlations are Spearman's: below zero, pairs with more of the sign fall more."
+        "log π(y_w | x) of every prepared pair under the trained model, less what it was under the reference "
+        "model; mean of the seeds. Correlations are Spearman's: below zero, pairs with more of the sign fall "
+        "more."
     ]
     rows = [
         (
@@ -193,8 +201,9 @@ def _displacement(arms: Mapping[str, pa.Table]) -> Part:
 
 
 def _number(row: Row, key: str, scale: float, form: str) -> str:
-    value, low, high = (format(scale * row[f"{key}{end}"], form) for end in ("", "_low", "_high"))
-    return "" if value == "nan" else f"{value} ({low} to {high})"
+    value, low, high = (scale * row[f"{key}{end}"] for end in ("", "_low", "_high"))
+    interval = "" if math.isnan(low) else f" ({low:{form}} to {high:{form}})"
+    return "" if math.isnan(value) else f"{value:{form}}{interval}"
 
 
 def _all_measures(results: pa.Table) -> Part:
@@ -209,7 +218,7 @@ def _all_measures(results: pa.Table) -> Part:
             f"{100 * row['seed_low']:.1f}",
             f"{100 * row['seed_high']:.1f}",
             _difference(row),
-            "" if row["p"] is None else f"{row['p']:.2g}",
+            "" if row["p"] is None else p_value(row["p"]),
         )
         for row in results.to_pylist()
     ]

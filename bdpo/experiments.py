@@ -3,6 +3,7 @@
 An arm is trained once for each seed, in a folder of its own, on the pairs and scores of the run:
 
     <run_dir>/experiments/<name>/<arm>/seed-0/     a run folder: config.yaml, metrics.jsonl, model/, eval/
+    <run_dir>/experiments/<name>/experiment.json   what it was run with, see `Record`
     <run_dir>/experiments/<name>/results.csv       a row for each arm and measure, with its interval
     <run_dir>/experiments/<name>/displacement.csv  of `displacement`: what became of the pairs' log-probs
     <run_dir>/experiments/<name>/*.png             the figures
@@ -12,21 +13,27 @@ An arm is trained once for each seed, in a folder of its own, on the pairs and s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from bdpo.config import Config
+from bdpo.config import Config, parse_config
 from bdpo.config.method import default_beta
+from bdpo.errors import UserError
+from bdpo.evaluation.answers import evaluated_model
 from bdpo.evaluation.compare import item_values, paired_difference
 from bdpo.evaluation.reading import Evaluation
 from bdpo.evaluation.summary import mean
-from bdpo.runs import RunDir
+from bdpo.runs import RunDir, read_manifest, write_manifest
 from bdpo.search import Params, trial_config
+from bdpo.status import run_config
+from bdpo.storage import StoragePath, matching
 
 BASE = "base"
+_CONTEXT = "context-"
+_RECORD = "experiment.json"
 RESULT_SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("arm", "benchmark", "measure")),
@@ -58,6 +65,40 @@ class Experiment:
     displaced: bool = False  # whether the trained models say what became of the pairs' log-probs
 
 
+@dataclass(frozen=True)
+class Record:
+    """What an experiment was last run with, `<run_dir>/experiments/<name>/experiment.json`.
+
+    `arms` are as they were trained, `trials` the arms of the search for their learning rates, `notes` what
+    the reader of the results has to know.
+    """
+
+    config: Config
+    arms: tuple[Arm, ...]
+    trials: tuple[Arm, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def write(self, folder: StoragePath) -> None:
+        """Keep it in the experiment's folder."""
+        arms = {name: [asdict(arm) for arm in getattr(self, name)] for name in ("arms", "trials")}
+        write_manifest(folder / _RECORD, {}, config=self.config.model_dump(), **arms, notes=self.notes)
+
+    @classmethod
+    def read(cls, folder: StoragePath) -> Record:
+        """Find it again.
+
+        Raises:
+            UserError: there is none.
+        """
+        file = folder / _RECORD
+        values = read_manifest(file)
+        if values is None:
+            command = f"python -m pipelines.experiment {folder.name}"
+            raise UserError(f"{file}: not there; run `{command}` first")
+        arms, trials = (tuple(Arm(**arm) for arm in values[name]) for name in ("arms", "trials"))
+        return cls(parse_config(values["config"], str(file)), arms, trials, tuple(values["notes"]))
+
+
 def experiment(name: str, config: Config) -> Experiment:
     """The experiment of this name for a run; see `EXPERIMENTS`."""
     return EXPERIMENTS[name](config)
@@ -72,10 +113,11 @@ def _imbalance(config: Config) -> Experiment:
 
 
 def _balanced_subset(config: Config) -> Experiment:
-    select = config.data.select.model_dump() if config.data.select else {}
+    if config.data.select:
+        raise UserError("data.select: balanced-subset selects halves of all pairs; leave it out")
 
     def half(name: str, *bounds: float) -> Arm:
-        return Arm(name, _method("dpo", config) | {"data.select": select | {"mi_difference": list(bounds)}})
+        return Arm(name, _method("dpo", config) | {"data.select": {"mi_difference": list(bounds)}})
 
     return Experiment(
         "Balanced and imbalanced pairs (Figures 3 and 4)",
@@ -94,10 +136,9 @@ def _methods(config: Config) -> Experiment:
 
 
 def _ablation(config: Config) -> Experiment:
-    bdpo = _method("bdpo", config)
-    if config.method.balance == "none":
-        bdpo |= {"method.balance": "ratio"}
-    other = {"ratio": "softmax", "softmax": "ratio"}.get(config.method.balance, "ratio")
+    rule = "softmax" if config.method.balance == "softmax" else "ratio"
+    other = {"ratio": "softmax", "softmax": "ratio"}[rule]
+    bdpo, dpo_bw = (_method(name, config) | {"method.balance": rule} for name in ("bdpo", "dpo_bw"))
     context = {"empty_turn": "bos", "bos": "empty_turn"}[config.score.unconditional]
     return Experiment(
         "What B-DPO is made of (Table 2)",
@@ -105,7 +146,7 @@ def _ablation(config: Config) -> Experiment:
         (
             Arm("bdpo", bdpo),
             Arm("dpo", _method("dpo", config)),
-            Arm("dpo_bw", _method("dpo_bw", config)),
+            Arm("dpo_bw", dpo_bw),
             Arm("dpo_sf", _method("dpo_sf", config)),
             Arm(f"bdpo-{other}", bdpo | {"method.balance": other}),
             Arm(f"bdpo-{context}", bdpo | {"score.unconditional": context}),
@@ -162,32 +203,57 @@ def arm_run(config: Config, run: RunDir, name: str, arm: Arm, seed: int) -> tupl
     """
     folder = run.part("experiments", name, arm.name, f"seed-{seed}")
     settings = trial_config(config, arm.params, str(folder.root), f"{name}, arm {arm.name}")
-    context = settings.score.unconditional
-    if context != config.score.unconditional:
-        folder.scores = run.root / "experiments" / name / f"context-{context}" / "scores"
+    if settings.score.unconditional != config.score.unconditional:
+        folder.scores = context_scores(run, settings.score.unconditional)
     return settings.model_copy(update={"seed": seed}), folder
+
+
+def run_at(root: StoragePath) -> RunDir:
+    """The run folder at a path: one of its own, or that of an arm or a trial, with the pairs of its run."""
+    names, around = [root.name], root.parent
+    while around.name not in ("", "experiments", "tune"):
+        names.insert(0, around.name)
+        around = around.parent
+    if not (around.name and (around.parent / "config.yaml").is_file()):
+        return RunDir(root)
+    run = RunDir(around.parent)
+    part = run.part(around.name, *names)
+    context = run_config(part).score.unconditional
+    if context != run_config(run).score.unconditional:
+        part.scores = context_scores(run, context)
+    return part
+
+
+def context_scores(run: RunDir, context: str) -> StoragePath:
+    """The scores of a run's pairs with another unconditional context than the run's."""
+    return run.root / "experiments" / f"{_CONTEXT}{context}" / "scores"
+
+
+def experiment_results(run: RunDir, name: str) -> list[StoragePath]:
+    """All that an experiment makes, with what it shares with the run and with other experiments."""
+    part = run.part("experiments", name)
+    contexts = matching(run.root / "experiments", f"{_CONTEXT}*")
+    return [run.data, run.scores, *contexts, run.eval("base"), run.responses("base"), part.root, part.private]
 
 
 def rescored(config: Config, run: RunDir) -> tuple[Config, RunDir]:
     """The config and the folder under which an arm's trained model scores the pairs of the run."""
     folder = run.part()
     folder.scores = run.root / "rescored"
-    model = config.model.model_copy(update={"name_or_path": str(run.model), "revision": None})
-    return config.model_copy(update={"model": model}), folder
+    return config.model_copy(update={"model": evaluated_model(config, run, "trained").model}), folder
 
 
-def summarise_arms(evaluations: dict[str, list[Evaluation]]) -> pa.Table:
+def summarise_arms(evaluations: dict[str, list[Evaluation]], reference: str) -> pa.Table:
     """A row for each arm, benchmark and measure, from the evaluations of its models, one of each seed.
 
     `value` is the mean over prompts and seeds; `low` and `high` its 95 % interval, a bootstrap over prompts;
-    `seed_low` and `seed_high` the lowest and highest value of a single seed. Prompts without a verdict at one
-    of the seeds count at none and are `dropped`. The first arm is the reference: `difference` (`second` −
-    `first`), its interval and `p` compare with it over the `paired_n` prompts of both, each prompt's mean
-    over the seeds: how much other seeds would change is not in them. Of capability benchmarks only sums are
-    known: the mean of the seeds and of their bounds, without a test.
+    `seed_low` and `seed_high` the lowest and highest value of a single seed. Prompts with a verdict at some
+    seeds alone count at none and are `dropped`. `difference` (`second` − `first`), its interval and `p`
+    compare with the arm `reference`, where it is there, over the `paired_n` prompts of both, each prompt's
+    mean over the seeds: how much other seeds would change is not in them. Of capability benchmarks only sums
+    are known: the mean of the seeds and of their bounds, without a test.
     """
     values = {arm: [item_values(seed.scores) for seed in seeds] for arm, seeds in evaluations.items()}
-    reference = next(iter(values))
     rows = []
     for arm, seeds in values.items():
         for key in dict.fromkeys(key for seed in seeds for key in seed):
@@ -196,8 +262,10 @@ def summarise_arms(evaluations: dict[str, list[Evaluation]]) -> pa.Table:
                 continue
             each = [float(np.mean([seed[key][item] for item in means])) for seed in seeds]
             row = _row(arm, key, len(means), each) | {"dropped": dropped} | mean(list(means.values()))
-            first = [seed.get(key, {}) for seed in values[reference]]
-            rows.append(row | ({} if arm == reference else _tested(item_means(first)[0], means)))
+            if arm != reference and reference in values:
+                first = [seed.get(key, {}) for seed in values[reference]]
+                row |= _tested(item_means(first)[0], means)
+            rows.append(row)
         rows += _capability(arm, [seed.summary.get("capability", {}) for seed in evaluations[arm]])
     return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
 

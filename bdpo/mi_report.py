@@ -11,7 +11,7 @@ from rich.table import Table
 from scipy import stats
 
 from bdpo.config import MethodConfig
-from bdpo.evaluation.summary import mean_of_many, rate
+from bdpo.evaluation.summary import ENDS, mean_of_many, rate
 from bdpo.page import BLUE, GREEN, INK, ORANGE, plain_axes
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ GROUPS = ("safe", "unsafe", None)
 _COLOURS = {"safe": BLUE, "unsafe": ORANGE, None: GREEN}
 _POINTS = 1500  # more in a group are drawn as a density
 _BARS = 15
-_ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
 def mi_summary(scores: pa.Table, method: MethodConfig) -> list[dict[str, Any]]:
@@ -68,7 +67,7 @@ def mi_imbalance(scores: pa.Table) -> list[dict[str, Any]]:
             {
                 "group": group,
                 "pairs": len(chosen),
-                **{f"chosen_better{end}": better[key] for end, key in _ENDS.items()},
+                **{f"chosen_better{end}": better[key] for end, key in ENDS.items()},
                 "difference": apart["value"],
                 "low": apart["low"],
                 "high": apart["high"],

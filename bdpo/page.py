@@ -6,6 +6,7 @@ names and numbers alone: what a model wrote or was asked is never handed to this
 
 from __future__ import annotations
 
+import csv
 import io
 import re
 from collections.abc import Sequence
@@ -36,7 +37,10 @@ _DPI = 200
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: texts, with the numbers (all columns but the first) on the right; facts, without headings."""
+    """A table: texts, with the numbers (all columns but the first) on the right; facts, without headings.
+
+    A part has at most one with headings: its CSV is called by the part.
+    """
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -89,7 +93,7 @@ def legend_below(axes: Axes) -> None:
 
 
 def write_page(page: Page, file: StoragePath) -> None:
-    """Write the page, and each of its pictures as a PNG beside it."""
+    """Write the page; beside it each of its pictures as a PNG, and its tables that have headings as CSV."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -98,7 +102,17 @@ def write_page(page: Page, file: StoragePath) -> None:
     for part in page.parts:
         for picture in part.pictures:
             write_figure(picture.figure, file.parent / f"{picture.name}.png")
+        for grid in part.grids:
+            if any(grid.headings):
+                name = re.sub(r"\W+", "-", part.heading.lower()).strip("-")
+                write_text(file.parent / f"{name}.csv", _csv(grid))
     write_text(file, template.render(page=page, pictures=pictures))
+
+
+def _csv(grid: Grid) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([grid.headings, *grid.rows])
+    return text.getvalue()
 
 
 def write_figure(figure: Figure, file: StoragePath) -> None:

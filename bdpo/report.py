@@ -15,16 +15,16 @@ import pyarrow.parquet as pq
 
 from bdpo.config import Config, TuneConfig, parse_config, worker_range
 from bdpo.evaluation.answers import MODEL_NAMES
-from bdpo.evaluation.compare import compare
+from bdpo.evaluation.compare import compare, p_value
 from bdpo.evaluation.reading import Evaluation, read_evaluation
-from bdpo.evaluation.summary import comparison_rows, invalid_lines
+from bdpo.evaluation.summary import ENDS, comparison_rows, invalid_lines, percent
 from bdpo.mi_report import QUANTILES, mi_difference, mi_imbalance, mi_scatter, mi_summary
 from bdpo.nodes import versions as package_versions
 from bdpo.page import BLUE, COLOURS, Grid, Page, Part, Picture, plain_axes
 from bdpo.runs import MetricsLog, RunDir, read_manifest
 from bdpo.scoring import finished_scores
 from bdpo.search_figures import search_figures
-from bdpo.storage import StoragePath, open_parquet
+from bdpo.storage import StoragePath, matching, open_parquet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,13 +47,14 @@ def run_page(config: Config, run: RunDir) -> Page:
     config = trained_config(config, run)
     evaluations = run_evaluations(run)
     parts = [
-        what_was_run(config, run),
-        data([run]),
+        what_was_run(config, run, read_manifest(run.train / "manifest.json")),
+        data(run),
         understanding(config, run),
         training({"": [MetricsLog(run.metrics).read()]}),
         safety(evaluations),
         _search(run),
-        cost([("", config, run)]),
+        _experiments(run),
+        cost(run_stages(config, run)),
         settings(config),
     ]
     title = f"{config.method.name} on {config.model.name_or_path}"
@@ -80,11 +81,14 @@ def _lead(config: Config, evaluations: dict[str, Evaluation]) -> list[str]:
     return lines
 
 
-def what_was_run(config: Config, run: RunDir, arms: bool = False) -> Part:
-    """Model, method, data and training, with what was recorded of versions; of `arms` there is a table."""
+def what_was_run(config: Config, run: RunDir, trained: Mapping[str, Any] | None, arms: bool = False) -> Part:
+    """Model, method, data and training; the versions are those in `trained`, the manifest of a training.
+
+    Of `arms` there is a table.
+    """
     method, train = config.method, config.train
-    trained = read_manifest(run.train / "manifest.json") or {}
-    versions = trained.get("versions") or package_versions()
+    recorded = trained is not None and "versions" in trained
+    versions = trained["versions"] if trained and recorded else package_versions()
     named = ", ".join(f"{name} {number}" for name, number in versions.items())
     rows = [("model", f"{config.model.name_or_path} ({config.model.dtype})")]
     if not arms:
@@ -95,7 +99,7 @@ def what_was_run(config: Config, run: RunDir, arms: bool = False) -> Part:
         ("training", f"{train.num_train_epochs} epochs of batches of {train.global_batch_size} pairs"),
         ("learning rate", f"{train.learning_rate:g}, {train.lr_scheduler_type}"),
         ("workers", f"{train.workers} x ZeRO-{train.zero_stage}"),
-        ("versions" if "versions" in trained else "versions where this page was written", named),
+        ("versions" if recorded else "versions where this page was written", named),
     ]
     manifest = read_manifest(run.scores / "manifest.json")
     marks = {} if manifest is None else manifest["fingerprint"]
@@ -104,9 +108,9 @@ def what_was_run(config: Config, run: RunDir, arms: bool = False) -> Part:
     return Part("What was run", grids=[Grid(("", ""), rows)])
 
 
-def data(runs: Sequence[RunDir]) -> Part | None:
-    """What became of every row that was read, and which pairs each of the runs on them is trained on."""
-    manifest = read_manifest(runs[0].data / "manifest.json")
+def data(run: RunDir, trained: bool = True) -> Part | None:
+    """What became of every row that was read, and of `trained` which pairs it is trained on."""
+    manifest = read_manifest(run.data / "manifest.json")
     if manifest is None:
         return None
     account = manifest["account"]
@@ -116,8 +120,8 @@ def data(runs: Sequence[RunDir]) -> Part | None:
     rows += [("not sampled", f"{account['not_sampled']:,}")] if account["not_sampled"] else []
     rows.append(("prepared", f"{account['kept']:,}"))
     rows += [(f"prepared, {group}", f"{count:,}") for group, count in sorted(account["groups"].items())]
-    if len(runs) == 1:
-        rows += _trained_on(runs[0])
+    if trained:
+        rows += _trained_on(run)
     text = ["Rows read = quarantined + excluded + not sampled + prepared."]
     return Part("Data", text, [Grid(("", "rows"), rows)])
 
@@ -238,10 +242,9 @@ def sentence(measure: str, first: str, second: str, row: dict[str, Any]) -> str:
     said = f"{points(row['difference'])} points"
     if row["low"] is not None:
         said += f" (95 % interval {points(row['low'])} to {points(row['high'])})"
-    p = "p < 0.001" if row["p"] < 0.001 else f"p = {row['p']:.2g}"
     meant = "more than the choice of prompts explains" if row["p"] < SIGNIFICANT else "chance may explain it"
     values = f"{second} {100 * row['second']:.1f} %, {first} {100 * row['first']:.1f} %"
-    return f"{measure}: {values}: {said}, {p}, {meant}."
+    return f"{measure}: {values}: {said}, p {p_value(row['p'])}, {meant}."
 
 
 def _search(run: RunDir) -> Part | None:
@@ -284,34 +287,55 @@ def swept(fingerprint: dict[str, Any]) -> TuneConfig:
 def _with_interval(row: dict[str, Any], name: str) -> str:
     if row.get(name) is None:
         return ""
-    value, low, high = (100 * row[key] for key in (name, f"{name}_low", f"{name}_high"))
-    return f"{value:.1f} ({low:.1f}–{high:.1f})"
+    return percent({end: row[f"{name}{suffix}"] for suffix, end in ENDS.items()})
 
 
-def cost(runs: Sequence[tuple[str, Config, RunDir]]) -> Part | None:
-    """Seconds of each finished stage of (name, config, run)s, and GPU-hours as workers x GPUs x time."""
+def _experiments(run: RunDir) -> Part | None:
+    """Where the experiments on this run are to be found."""
+    names = [page.parent.name for page in matching(run.root / "experiments", "*/report.html")]
+    return Part("Experiments", [f"experiments/{name}/report.html" for name in names]) if names else None
+
+
+Stage = tuple[str, StoragePath, float]
+"""What was done, the manifest that has its seconds, how many GPUs it held."""
+
+
+def run_stages(config: Config, run: RunDir) -> list[Stage]:
+    """The stages of a run, done or not."""
+    evaluated = [(f"evaluate {m}", run.eval(m) / "summary.json", gpus(config.evaluate)) for m in MODEL_NAMES]
+    return [score_stage(config, run), train_stage(config, run), *evaluated]
+
+
+def score_stage(config: Config, run: RunDir, name: str = "score") -> Stage:
+    """The scoring of a run's pairs."""
+    return name, run.scores / "manifest.json", gpus(config.score)
+
+
+def train_stage(config: Config, run: RunDir, name: str = "train") -> Stage:
+    """The training in a run folder."""
+    return name, run.train / "manifest.json", gpus(config.train)
+
+
+def cost(stages: Sequence[Stage]) -> Part | None:
+    """Seconds of each stage that is finished, and GPU-hours as its GPUs x time."""
     rows, total = [], 0.0
-    for name, config, run in runs:
-        stages: list[tuple[str, StoragePath, float]] = [
-            ("score", run.scores / "manifest.json", _gpus(config.score)),
-            ("train", run.train / "manifest.json", _gpus(config.train)),
-            *((f"evaluate {m}", run.eval(m) / "summary.json", _gpus(config.evaluate)) for m in MODEL_NAMES),
-        ]
-        for stage, file, gpus in stages:
-            manifest = read_manifest(file)
-            label = f"{name}: {stage}" if name else stage
-            if manifest is not None and "seconds" in manifest and (stage != "score" or not name):
-                hours = gpus * manifest["seconds"] / 3600
-                total += hours
-                rows.append((label, f"{manifest['seconds']:,.0f}", f"{gpus:g}", f"{hours:.2f}"))
+    for name, file, held in stages:
+        manifest = read_manifest(file)
+        if manifest is not None and "seconds" in manifest:
+            hours = held * manifest["seconds"] / 3600
+            total += hours
+            rows.append((name, f"{manifest['seconds']:,.0f}", f"{held:g}", f"{hours:.2f}"))
     if not rows:
         return None
     rows.append(("all", "", "", f"{total:.2f}"))
-    text = ["Of the last command that worked on each stage, so what was done before a kill is not in it."]
+    text = [
+        "Of the last command that worked on each stage, so what was done before a kill is not in it; "
+        "capability benchmarks are not either."
+    ]
     return Part("Time and cost", text, [Grid(("stage", "seconds", "GPUs", "GPU-hours"), rows)])
 
 
-def _gpus(section: Any) -> float:
+def gpus(section: Any) -> float:
     """The most that a stage may hold at a time."""
     return float(worker_range(section.workers)[1] * section.gpus_per_worker)
 

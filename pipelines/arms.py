@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bdpo.config import Config
 from bdpo.evaluation.answers import prompts_fingerprint
+from bdpo.evaluation.capability import NOT_RUN
 from bdpo.evaluation.judges import judge_fingerprint
+from bdpo.evaluation.reading import COMPARABLE
+from bdpo.evaluation.summary import invalid_lines
+from bdpo.experiments import Arm, arm_run
 from bdpo.runs import MetricsLog, RunDir, finished, read_manifest, refuse_other
+from bdpo.search import InvalidEvaluation, part_of
 from pipelines.evaluate import evaluate_model
 from pipelines.train import run_train, train_fingerprint
 
@@ -23,15 +29,26 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether there is nothing left to do."""
-        summary = read_manifest(self.run.eval("trained") / "summary.json")
-        capability = self.run.eval("trained") / "capability"
+        """Whether there is nothing left to do but a capability benchmark that could not be run."""
+        folder = self.run.eval("trained")
+        summary = read_manifest(folder / "summary.json")
         return (
             self.run.has_model()
             and summary is not None
             and bool(summary["valid"])
-            and all((capability / f"{name}.json").is_file() for name in self.config.evaluate.capability)
+            and (folder / "scores.parquet").is_file()
         )
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.done and not self.not_run()
+
+    def not_run(self) -> list[str]:
+        """The capability benchmarks that have no result."""
+        folder = self.run.eval("trained") / "capability"
+        read = {name: read_manifest(folder / f"{name}.json") for name in self.config.evaluate.capability}
+        return [name for name, result in read.items() if result is None or NOT_RUN in result]
 
     def refuse_other(self) -> None:
         """Make sure that what is begun or done here was begun and done with this config.
@@ -46,7 +63,8 @@ class Job:
         if summary := read_manifest(verdicts):
             # The weights are those that the training's manifest is of: they need not be read again.
             asked = prompts_fingerprint(self.config) | judge_fingerprint(self.config.evaluate)
-            refuse_other(verdicts, {key: summary["fingerprint"].get(key) for key in asked}, asked)
+            known = summary["fingerprint"].keys() & {*asked, *COMPARABLE}
+            refuse_other(verdicts, {key: summary["fingerprint"][key] for key in known}, asked)
 
     def state(self) -> str:
         """How far it is, in a word or two."""
@@ -62,7 +80,29 @@ class ArmActor:
     """Runs one job after the other: Ray Train trains, this process evaluates."""
 
     def run(self, job: Job) -> None:
-        """Whatever is done is not done again."""
+        """Whatever is done is not done again.
+
+        Raises:
+            InvalidEvaluation: too many verdicts are missing; the same job again asks for those alone.
+        """
         job.run.record(job.config)
         run_train(job.config, job.run)
-        evaluate_model(job.config, job.run, "trained", here=True)
+        summary = evaluate_model(job.config, job.run, "trained", here=True)
+        if not summary["valid"]:
+            raise InvalidEvaluation("; ".join(invalid_lines("trained", summary)))
+
+
+def jobs_of(config: Config, run: RunDir, name: str, arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
+    """Each arm at each seed."""
+    return [Job(arm.name, seed, *arm_run(config, run, name, arm, seed)) for arm in arms for seed in seeds]
+
+
+def trial_jobs(config: Config, run: RunDir, name: str, trials: Sequence[Arm]) -> list[Job]:
+    """The trials of a search for learning rates, at the first seed."""
+    search = part_of(config, "search")
+    return jobs_of(search, run, f"{name}/learning-rates", trials, config.experiment.seeds[:1])
+
+
+def base_run(run: RunDir, name: str, trials: Sequence[Arm]) -> RunDir:
+    """Where the base model is evaluated: with the run, or on the prompts that a search for rates left."""
+    return run.part("experiments", name, "held_out") if trials else run

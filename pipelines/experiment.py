@@ -11,33 +11,35 @@ where it stopped.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import pyarrow as pa
 from rich.live import Live
 from rich.table import Table
 
 from bdpo.config import Config
-from bdpo.displacement import displaced_pairs, displacement
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import planned_items
 from bdpo.evaluation.reading import read_evaluation
-from bdpo.experiment_report import arms_table, csv_bytes, experiment_page
-from bdpo.experiments import BASE, EXPERIMENTS, Arm, Experiment, arm_run, experiment, rescored, summarise_arms
-from bdpo.mi_report import mi_imbalance
+from bdpo.experiments import (
+    EXPERIMENTS,
+    Arm,
+    Record,
+    arm_run,
+    experiment,
+    experiment_results,
+    rescored,
+)
 from bdpo.models import first_line
-from bdpo.page import write_page
 from bdpo.placement import at_a_time
 from bdpo.runs import RunDir
-from bdpo.scoring import read_scores
-from bdpo.search import measure, part_of
+from bdpo.search import InvalidEvaluation, check_measures, measure, part_of
 from bdpo.selection import require_labels, wants_scores
-from bdpo.storage import StoragePath, write_bytes
-from pipelines.arms import ArmActor, Job
+from pipelines.arms import ArmActor, Job, base_run, jobs_of, trial_jobs
 from pipelines.cli import check_inputs, cluster_nodes, connect, console, main
 from pipelines.evaluate import evaluate_model
+from pipelines.experiment_results import write_results
 from pipelines.plan import require_memory
 from pipelines.pool import ATTEMPTS
 from pipelines.preflight import refuse_what_does_not_fit
@@ -52,73 +54,116 @@ def run_experiment(config: Config, run: RunDir, name: str) -> None:
         UserError: what an arm found wrong; the others are done by then, and on the page.
         RuntimeError: an arm failed in another way, likewise.
     """
-    plan, base = experiment(name, config), run
+    arms = experiment(name, config).arms
     check_inputs(config)
-    planned_items(config)
+    if arms:
+        config = _evaluated(config)
+    run_prepare(config, run)
+    if not arms:
+        score_prepared(config, run)
+    arms, notes = _usable(config, run, name, arms)
+    trials = tuple(trial for arm in arms for trial in _trials(config, arm))
+    if trials:
+        arms = _with_best_rates(config, run, name, arms, trials)
+    jobs = jobs_of(config, run, name, arms, config.experiment.seeds)
+    for job in jobs:
+        job.refuse_other()
+    Record(config, arms, trials, notes).write(run.part("experiments", name).root)
+    faults = _work_off(config, run, base_run(run, name, trials), jobs)
+    if experiment(name, config).displaced:
+        faults |= _rescore(jobs)
+    _say(faults)
+    write_results(run, name)
+    _raise(faults)
+
+
+def _evaluated(config: Config) -> Config:
+    """The config that the arms are evaluated with: if each has to find its learning rate, on prompts of which
+    that search saw none.
+
+    Raises:
+        UserError: they cannot be evaluated as it says.
+    """
     if config.evaluate.engine != "transformers":
         raise UserError("evaluate.engine: an experiment evaluates with engine=transformers")
-    run_prepare(config, run)
-    if not plan.arms:
-        score_prepared(config, run)
-    elif config.experiment.learning_rates:
-        plan = replace(plan, arms=_with_best_rates(config, run, name, plan.arms))
-        evaluate = config.evaluate.model_copy(update={"part": "held_out"})
-        config = config.model_copy(update={"evaluate": evaluate})
-        base = run.part("experiments", name, "held_out")
-    jobs = _jobs(config, run, name, plan.arms, config.experiment.seeds)
-    faults = _work_off(config, run, base, jobs)
-    _finish(config, run, name, plan, jobs, base)
-    for job, fault in faults.items():
-        console.print(f"arm {job.arm}, seed {job.seed}: {first_line(fault)}", style="red", markup=False)
-    for fault in faults.values():
-        if isinstance(fault, UserError):
-            raise fault
-        raise RuntimeError(f"{len(faults)} trainings failed; the same command tries them again")
+    if not config.experiment.learning_rates:
+        planned_items(config)
+        return config
+    check_measures(config)
+    for part in ("search", "held_out"):
+        planned_items(part_of(config, part))
+    evaluate = config.evaluate.model_copy(update={"part": "held_out"})
+    return config.model_copy(update={"evaluate": evaluate})
 
 
-def _with_best_rates(config: Config, run: RunDir, name: str, arms: Sequence[Arm]) -> tuple[Arm, ...]:
-    """Each arm with the learning rate that is best for it, by the rule of a search, on the prompts of one."""
-    search, base, chosen = part_of(config, "search"), run.part("experiments", name, "search"), []
+def _usable(
+    config: Config, run: RunDir, name: str, arms: Sequence[Arm]
+) -> tuple[tuple[Arm, ...], tuple[str, ...]]:
+    """The arms that the data allow, and a line for each of the others."""
+    usable, notes = [], []
     for arm in arms:
-        rates = config.experiment.learning_rates
-        trials = [Arm(f"{arm.name}-{rate}", arm.params | {"train.learning_rate": rate}) for rate in rates]
-        jobs = _jobs(search, run, f"{name}/learning-rates", trials, config.experiment.seeds[:1])
-        faults = _work_off(search, run, base, jobs)
-        base_scores = read_evaluation(base.eval("base")).scores
-        scores = {
-            trial: measure(config.tune, read_evaluation(job.run.eval("trained")).scores, base_scores).score
-            for trial, job in zip(trials, jobs, strict=True)
-            if job not in faults
-        }
-        if not scores:
-            raise UserError(f"experiment.learning_rates: {arm.name} can be trained with none of {rates}")
-        best = max(scores, key=scores.__getitem__)
+        try:
+            require_labels(*arm_run(config, run, name, arm, config.experiment.seeds[0]))
+            usable.append(arm)
+        except UserError as error:
+            notes.append(f"Left out is {arm.name}: {error}.")
+            console.print(f"[bold]left out[/]  {arm.name}: {error}", soft_wrap=True)
+    return tuple(usable), tuple(notes)
+
+
+def _trials(config: Config, arm: Arm) -> list[Arm]:
+    """An arm at every learning rate that it is to choose from."""
+    key, rates = "train.learning_rate", config.experiment.learning_rates
+    return [Arm(f"{arm.name}-{rate}", arm.params | {key: rate}) for rate in rates]
+
+
+def _with_best_rates(
+    config: Config, run: RunDir, name: str, arms: Sequence[Arm], trials: Sequence[Arm]
+) -> tuple[Arm, ...]:
+    """Each arm with the learning rate that is best for it, by the rule of a search, on the prompts of one.
+
+    A rate is left out with which the training ends in what is no number, or too few answers can be judged.
+
+    Raises:
+        UserError: an arm can be trained with none of them; or what else went wrong, as in `run_experiment`.
+    """
+    search, base = part_of(config, "search"), run.part("experiments", name, "search")
+    jobs = trial_jobs(config, run, name, trials)
+    for job in jobs:
+        job.refuse_other()
+    faults = _work_off(search, run, base, jobs)
+    _say(faults)
+    no_good = FloatingPointError, InvalidEvaluation
+    _raise({job: fault for job, fault in faults.items() if not isinstance(fault, no_good)})
+    base_scores = read_evaluation(base.eval("base")).scores
+    scores = {
+        job.arm: measure(config.tune, read_evaluation(job.run.eval("trained")).scores, base_scores).score
+        for job in jobs
+        if job.done
+    }
+    chosen = []
+    for arm in arms:
+        tried = [trial for trial in _trials(config, arm) if trial.name in scores]
+        if not tried:
+            raise UserError(f"experiment.learning_rates: {arm.name} can be trained with none of them")
+        best = max(tried, key=lambda trial: scores[trial.name])
         console.print(f"[bold]rate[/]      {arm.name}: {best.params['train.learning_rate']:g}")
         chosen.append(replace(best, name=arm.name))
     return tuple(chosen)
-
-
-def _jobs(config: Config, run: RunDir, name: str, arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
-    return [Job(arm.name, seed, *arm_run(config, run, name, arm, seed)) for arm in arms for seed in seeds]
 
 
 def _work_off(config: Config, run: RunDir, base: RunDir, jobs: Sequence[Job]) -> dict[Job, Exception]:
     """Do all that the jobs want done, first what they share; returns the jobs that failed, and why.
 
     Raises:
-        UserError: a folder holds results of another config; the base model's evaluation is invalid; or no
-            job can be run at all.
+        UserError: the base model's evaluation is invalid, or no job can be run at all.
     """
-    todo = [job for job in jobs if not job.done]
-    for job in jobs:
-        require_labels(job.config, job.run)
+    todo = [job for job in jobs if not job.complete]
     if todo:
         require_memory(config)
         refuse_what_does_not_fit(config, run)
     for job in {str(job.run.scores): job for job in jobs if wants_scores(job.config)}.values():
         score_prepared(job.config, job.run)  # once for each unconditional context
-    for job in jobs:
-        job.refuse_other()
     if jobs and not evaluate_model(config, base, "base")["valid"]:
         raise UserError("the evaluation of the base model is invalid: there is nothing to compare with")
     return _on_actors(config, todo, jobs) if todo else {}
@@ -177,49 +222,31 @@ def jobs_table(jobs: Sequence[Job]) -> Table:
     return table
 
 
-def _finish(
-    config: Config, run: RunDir, name: str, plan: Experiment, jobs: Sequence[Job], base: RunDir
-) -> None:
-    """Tables, figures and the page, from what lies in the folders of the arms that are done."""
-    folder, done = run.part("experiments", name).root, [job for job in jobs if job.done]
-    found = {
-        arm.name: [read_evaluation(job.run.eval("trained")) for job in done if job.arm == arm.name]
-        for arm in plan.arms
-    }
-    missing = [f"{job.arm}, seed {job.seed}" for job in jobs if job not in done]
-    found = {arm: seeds for arm, seeds in found.items() if seeds}
-    results = None
-    if found:
-        results = summarise_arms(found | {BASE: [read_evaluation(base.eval("base"))]})
-        write_bytes(folder / "results.csv", csv_bytes(results))
-        console.print(arms_table(results))
-    if not plan.arms:
-        imbalance = pa.Table.from_pylist(mi_imbalance(read_scores(config, run)))
-        write_bytes(folder / "results.csv", csv_bytes(imbalance))
-    displaced = _displaced(config, run, done) if plan.displaced else {}
-    if displaced:
-        rows = [{"arm": arm, **row} for arm, pairs in displaced.items() for row in displacement(pairs)]
-        write_bytes(folder / "displacement.csv", csv_bytes(pa.Table.from_pylist(rows)))
-    trained = [(job.arm, job.config, job.run) for job in done]
-    page = experiment_page(config, run, plan, results, trained, missing, displaced)
-    write_page(page, folder / "report.html")
-    console.print(f"report    {folder}/report.html, *.png", soft_wrap=True)
+def _say(faults: Mapping[Job, Exception]) -> None:
+    for job, fault in faults.items():
+        console.print(f"arm {job.arm}, seed {job.seed}: {first_line(fault)}", style="red", markup=False)
 
 
-def _displaced(config: Config, run: RunDir, done: Sequence[Job]) -> dict[str, pa.Table]:
-    """By arm, what became of every pair: the trained models score them as the reference model did."""
-    before, after = read_scores(config, run), dict[str, list[pa.Table]]()
-    for job in done:
-        settings, folder = rescored(job.config, job.run)
-        score_prepared(settings, folder)
-        after.setdefault(job.arm, []).append(read_scores(settings, folder))
-    return {arm: displaced_pairs(before, scores) for arm, scores in after.items()}
+def _raise(faults: Mapping[Job, Exception]) -> None:
+    """Of several faults the one that the user is to mend."""
+    for fault in faults.values():
+        if isinstance(fault, UserError):
+            raise fault
+    for fault in faults.values():
+        raise RuntimeError(f"{len(faults)} arms failed; the same command tries them again") from fault
 
 
-def _results(run: RunDir, name: str) -> list[StoragePath]:
-    part = run.part("experiments", name)
-    return [run.data, run.scores, run.eval("base"), run.responses("base"), part.root, part.private]
+def _rescore(jobs: Sequence[Job]) -> dict[Job, Exception]:
+    """Let the trained models score the pairs as the reference model did; returns those that could not."""
+    faults: dict[Job, Exception] = {}
+    for job in jobs:
+        try:
+            if job.done:
+                score_prepared(*rescored(job.config, job.run))
+        except UserError as error:
+            faults[job] = error
+    return faults
 
 
 if __name__ == "__main__":
-    main(run_experiment, __doc__, _results, choice=tuple(EXPERIMENTS))
+    main(run_experiment, __doc__, experiment_results, choice=tuple(EXPERIMENTS))

@@ -1,32 +1,40 @@
-"""The page of a run: what was run, on which data, what came of it and what it cost.
+"""The page of a run or of an experiment: what was run, on which data, what came of it and what it cost.
 
     python -m pipelines.report RUN_DIR
+    python -m pipelines.report RUN_DIR/experiments/NAME
 
-Writes <run_dir>/report/report.html and its figures from what lies in the run folder, finished or not, local
-or in a bucket; no cluster, no GPU, and a run at work is not disturbed.
+Writes <run_dir>/report/report.html with its figures and tables, or those of the experiment into its folder,
+from what lies there, finished or not, local or in a bucket; no cluster, no GPU, and a run at work is not
+disturbed. The folder of an arm of an experiment, or of a trial of a search, has a page as a run has.
 """
 
 from __future__ import annotations
 
 import argparse
 
+from bdpo.experiments import run_at
 from bdpo.page import write_page
 from bdpo.report import run_page
 from bdpo.runs import RunDir
 from bdpo.status import run_config
 from pipelines.cli import console, exit_codes
+from pipelines.experiment_results import write_results
 
 
 def main() -> None:
-    """Exit 0, or 2 if there is no run in the folder."""
+    """Exit 0, or 2 if there is neither in the folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run_dir of the run")
+    parser.add_argument("folder", metavar="FOLDER", help="the run_dir of a run, or an experiment in it")
     with exit_codes():
-        run = RunDir(parser.parse_args().run_dir)
-        write_page(run_page(run_config(run), run), run.report / "report.html")
-    console.print(f"report    {run.report}/report.html, *.png", soft_wrap=True)
+        root = RunDir(parser.parse_args().folder).root
+        if root.parent.name == "experiments":
+            write_results(RunDir(root.parent.parent), root.name)
+        else:
+            run = run_at(root)
+            write_page(run_page(run_config(run), run), run.report / "report.html")
+            console.print(f"report    {run.report}/report.html, *.png, *.csv", soft_wrap=True)
 
 
 if __name__ == "__main__":

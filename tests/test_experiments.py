@@ -4,14 +4,23 @@ import statistics
 
 import pyarrow as pa
 import pytest
-from helpers import tiny_config
+from helpers import invented_pairs, save_model, tiny_config, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bdpo.config import parse_config
+from bdpo.errors import UserError
+from bdpo.evaluation.answers import prompts_fingerprint
+from bdpo.evaluation.judges import judge_fingerprint
 from bdpo.evaluation.reading import Evaluation
 from bdpo.evaluation.summary import SCORE_SCHEMA, rate
-from bdpo.experiments import EXPERIMENTS, arm_run, experiment, item_means, summarise_arms
-from bdpo.runs import RunDir
+from bdpo.experiments import EXPERIMENTS, Record, arm_run, experiment, item_means, run_at, summarise_arms
+from bdpo.runs import RunDir, write_manifest
+from bdpo.search import InvalidEvaluation
+from pipelines import arms
+from pipelines.arms import jobs_of
+from pipelines.experiment import _usable
+from pipelines.prepare import run_prepare
 
 ARMS = {
     "imbalance": [],
@@ -64,7 +73,7 @@ def test_all_arms_share_the_scores_but_those_of_another_context(config):
     folders = {name: run.scores for name, (_, run) in settings_of(config, "ablation").items()}
     other = folders.pop("bdpo-bos")
     assert set(folders.values()) == {own}
-    assert other == RunDir(config.run_dir).root / "experiments" / "ablation" / "context-bos" / "scores"
+    assert other == RunDir(config.run_dir).root / "experiments" / "context-bos" / "scores"
 
 
 def evaluated(*tables, accuracy=None):
@@ -98,7 +107,7 @@ harms = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=3, max_size=3)
 @given(st.lists(harms, min_size=1, max_size=4), st.lists(harms, min_size=1, max_size=4))
 def test_results_are_means_over_prompts_and_seeds(first, second):
     results = summarise_arms(
-        {"a": evaluated(*map(table, first)), "b": evaluated(*map(table, second))}
+        {"a": evaluated(*map(table, first)), "b": evaluated(*map(table, second))}, "a"
     ).to_pylist()
     safety = {row["arm"]: row for row in results if row["measure"] == "safety"}
     for arm, seeds in (("a", first), ("b", second)):
@@ -118,7 +127,9 @@ def test_an_arm_that_is_better_everywhere_is_found_to_be():
     worse, better = [1.0] * 10 + [0.5] * 10, [0.5] * 10 + [0.0] * 10
     row = next(
         row
-        for row in summarise_arms({"a": evaluated(table(worse)), "b": evaluated(table(better))}).to_pylist()
+        for row in summarise_arms(
+            {"a": evaluated(table(worse)), "b": evaluated(table(better))}, "a"
+        ).to_pylist()
         if row["arm"] == "b" and row["measure"] == "safety"
     )
     assert row["difference"] == 0.5
@@ -129,29 +140,110 @@ def test_a_prompt_without_verdict_at_one_seed_counts_at_none():
     whole, part = table([0.0, 1.0, 0.5]), table([0.0, None, 0.5])
     assert item_means([{"a": 1.0, "b": 0.0}, {"b": 1.0}]) == ({"b": 0.5}, 1)
     for seeds in ([whole, part], [part, whole]):
-        first, *_ = summarise_arms({"a": evaluated(*seeds)}).to_pylist()
+        first, *_ = summarise_arms({"a": evaluated(*seeds)}, "a").to_pylist()
         assert (first["value"], first["n"], first["dropped"]) == (0.75, 2, 1)
 
 
 def test_a_measure_that_a_seed_lacks_is_left_out_whatever_their_order():
     whole, nothing = table([0.0], [False]), table([None], [False])
     for seeds in ([whole, nothing], [nothing, whole]):
-        results = summarise_arms({"a": evaluated(*seeds)}).to_pylist()
+        results = summarise_arms({"a": evaluated(*seeds)}, "a").to_pylist()
         assert {row["benchmark"] for row in results} == {"xstest"}
 
 
 def test_a_comparison_is_of_the_prompts_that_both_arms_have():
     """By hand: the reference lacks the second prompt, on which the other arm is worst."""
     results = summarise_arms(
-        {"a": evaluated(table([0.0, None])), "b": evaluated(table([0.0, 1.0]))}
+        {"a": evaluated(table([0.0, None])), "b": evaluated(table([0.0, 1.0]))}, "a"
     ).to_pylist()
     row = next(row for row in results if row["arm"] == "b" and row["measure"] == "safety")
     assert (row["value"], row["first"], row["second"], row["paired_n"]) == (0.5, 1.0, 1.0, 1)
 
 
+def test_without_the_reference_nothing_is_tested():
+    """The first of those that are left must not take its place."""
+    results = summarise_arms({"b": evaluated(table([0.0])), "c": evaluated(table([1.0]))}, "a").to_pylist()
+    assert {row["arm"] for row in results} == {"b", "c"}
+    assert all(row["p"] is None and row["difference"] is None for row in results)
+
+
+def test_the_ablation_of_a_run_without_weights_is_of_the_first_rule(config):
+    config = parse_config(config.model_dump() | {"method": {"balance": "none"}}, "test")
+    rules = {arm: settings.method.balance for arm, (settings, _) in settings_of(config, "ablation").items()}
+    assert rules["bdpo"] == rules["dpo_bw"] == rules["bdpo-bos"] == "ratio"
+    assert rules["bdpo-softmax"] == "softmax"
+
+
+def test_halves_are_of_all_pairs(config):
+    config = parse_config(config.model_dump() | {"data": {"path": "x", "select": {"ches": [0, 0.6]}}}, "test")
+    with pytest.raises(UserError, match="leave it out"):
+        experiment("balanced-subset", config)
+
+
+def test_a_record_is_read_as_it_was_written(config, tmp_path):
+    arms = experiment("alpha", config).arms
+    record = Record(config, arms, arms[:1], ("a note",))
+    record.write(tmp_path)
+    assert Record.read(tmp_path) == record
+    with pytest.raises(UserError, match="experiment nothing"):
+        Record.read(tmp_path / "nothing")
+
+
+def test_the_folder_of_an_arm_has_the_pairs_and_scores_of_its_run(config):
+    run = RunDir(config.run_dir)
+    run.open(config).release()
+    for name in ("dpo", "bdpo-bos"):
+        arm = next(arm for arm in experiment("ablation", config).arms if arm.name == name)
+        settings, folder = arm_run(config, run, "ablation", arm, 3)
+        folder.record(settings)
+        assert vars(run_at(folder.root)) == vars(folder)
+    assert vars(run_at(run.root)) == vars(run)
+
+
+def test_an_arm_that_the_data_do_not_allow_is_left_out_and_named(tmp_path, tiny_chat):
+    rows = [{k: value for k, value in row.items() if not k.endswith("_safe")} for row in invented_pairs(4)]
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    config = tiny_config(tmp_path / "run", save_model(tmp_path / "model", tiny_chat), pairs)
+    run = RunDir(config.run_dir)
+    run_prepare(config, run)
+    usable, [note] = _usable(config, run, "methods", experiment("methods", config).arms)
+    assert [arm.name for arm in usable] == ["bdpo", "dpo", "cpo", "simpo"]
+    assert "safedpo" in note
+    assert "chosen_safe" in note
+
+
+def test_answers_that_were_sampled_are_not_taken_for_greedy_ones(tmp_path, tiny_chat):
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", invented_pairs(4))
+    files = {"strongreject_path": str(tmp_path / "s.csv"), "benchmarks": ["strongreject"]}
+    (tmp_path / "s.csv").write_text("category,source,forbidden_prompt\na,x,take the amber\n")
+    config = tiny_config(tmp_path / "run", save_model(tmp_path / "model", tiny_chat), pairs, evaluate=files)
+    run = RunDir(config.run_dir)
+    run_prepare(config, run)
+    [job] = jobs_of(config, run, "methods", experiment("methods", config).arms[:1], [0])
+    greedy = prompts_fingerprint(config) | judge_fingerprint(config.evaluate) | {"weights": "of the model"}
+    write_manifest(job.run.eval("trained") / "summary.json", greedy)
+    job.refuse_other()
+    write_manifest(job.run.eval("trained") / "summary.json", greedy | {"evaluate.temperature": 0.7})
+    with pytest.raises(UserError, match=r"evaluate.temperature=0.7"):
+        job.refuse_other()
+
+
+def test_an_invalid_evaluation_of_an_arm_is_a_fault(monkeypatch, config):
+    unjudged = {"valid": False, "failed": 3, "n": 4, "failures": {"unparsable": 3}}
+    monkeypatch.setattr(arms, "run_train", lambda *_: {})
+    monkeypatch.setattr(
+        arms,
+        "evaluate_model",
+        lambda *_, **__: {"valid": False, "benchmarks": {"strongreject": unjudged}},
+    )
+    [job] = jobs_of(config, RunDir(config.run_dir), "methods", experiment("methods", config).arms[:1], [0])
+    with pytest.raises(InvalidEvaluation, match="3 of 4 unjudged"):
+        arms.ArmActor().run(job)
+
+
 def test_benchmarks_are_kept_apart():
     results = summarise_arms(
-        {"a": evaluated(table([0.0], [False, True, False, False]), accuracy=[True, False])}
+        {"a": evaluated(table([0.0], [False, True, False, False]), accuracy=[True, False])}, "a"
     ).to_pylist()
     assert {(row["benchmark"], row["measure"]): row["value"] for row in results} == {
         ("strongreject", "safety"): 1.0,

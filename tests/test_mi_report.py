@@ -64,7 +64,7 @@ def test_which_response_is_better_understood(scores):
     differences = [chosen - rejected for chosen, rejected in zip(*MI["safe"], strict=True)]
     assert safe["difference"] == pytest.approx(statistics.mean(differences))
     assert safe["apart"] == pytest.approx(statistics.median(map(abs, differences)))
-    half = 1.959964 * statistics.stdev(differences) / 5**0.5
+    half = 2.776445 * statistics.stdev(differences) / 5**0.5
     assert (safe["low"], safe["high"]) == pytest.approx(
         (safe["difference"] - half, safe["difference"] + half), rel=1e-5
     )

@@ -95,6 +95,15 @@ def test_each_figure_is_a_png_beside_it(written):
         assert f'href="{name}.png"' in (written / "page.html").read_text()
 
 
+def test_a_table_with_headings_is_a_csv_beside_it(tmp_path):
+    parts = [
+        Part("What it was: 1", grids=[Grid(("a, b", "n"), [("x", "1,000")]), Grid(("", ""), [("k", "v")])])
+    ]
+    write_page(Page("Title", [], parts), tmp_path / "page.html")
+    assert (tmp_path / "what-it-was-1.csv").read_text() == '"a, b",n\nx,"1,000"\n'
+    assert len(list(tmp_path.glob("*.csv"))) == 1
+
+
 def test_the_same_page_twice_is_the_same_file(tmp_path):
     for name in ("first", "second"):
         page = Page("Title", ["lead"], [Part("One", pictures=[Picture("p", drawing())])])
@@ -102,19 +111,23 @@ def test_the_same_page_twice_is_the_same_file(tmp_path):
     assert (tmp_path / "first/page.html").read_bytes() == (tmp_path / "second/page.html").read_bytes()
 
 
-def test_chromium_shows_it_without_a_horizontal_scroll(written):
+def assert_fits_a_phone(file):
+    """Headless Chromium draws it, no wider than a phone."""
     if CHROMIUM is None:
         assert "CI" not in os.environ, "the page wants a look in a browser"
-        warnings.warn("NO CHROMIUM: the page was not looked at in a browser", stacklevel=1)
+        warnings.warn("NO CHROMIUM: the page was not looked at in a browser", stacklevel=2)
         pytest.skip("NO CHROMIUM: `apt-get install chromium` to have the page tested in a browser")
     # Scripts run in headless Chromium: the page says its own width, beside that of the phone.
-    wide = (written / "page.html").read_text().replace("</body>", MEASURE + "</body>")
-    (written / "measured.html").write_text(wide)
-    page = (written / "measured.html").as_uri()
-    shot = written / "shot.png"
+    measured, shot = file.with_name("measured.html"), file.with_name("shot.png")
+    measured.write_text(file.read_text().replace("</body>", MEASURE + "</body>"))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,1200"]
-    subprocess.run([*command, f"--screenshot={shot}", page], check=True, capture_output=True, timeout=1200)
+    ask = {"check": True, "capture_output": True, "timeout": 1200}
+    subprocess.run([*command, f"--screenshot={shot}", measured.as_uri()], **ask)
     assert shot.stat().st_size > 3000
-    shown = subprocess.run([*command, "--dump-dom", page], check=True, capture_output=True, timeout=1200)
+    shown = subprocess.run([*command, "--dump-dom", measured.as_uri()], **ask)
     width, room = map(int, re.search(rb'data-width="(\d+)/(\d+)"', shown.stdout).groups())
     assert width <= room
+
+
+def test_chromium_shows_it_without_a_horizontal_scroll(written):
+    assert_fits_a_phone(written / "page.html")

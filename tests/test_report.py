@@ -8,12 +8,13 @@ import pyarrow as pa
 import pytest
 from helpers import tiny_config
 from test_experiments import evaluated, table
+from test_page import assert_fits_a_phone
 
 from bdpo.evaluation.summary import summarise
 from bdpo.experiment_report import csv_bytes, experiment_page
 from bdpo.experiments import arm_run, experiment, summarise_arms
 from bdpo.page import write_page
-from bdpo.report import run_page, sentence
+from bdpo.report import run_page, sentence, train_stage
 from bdpo.runs import RunDir, write_manifest
 from bdpo.scoring import SCORE_SCHEMA, score_store
 from bdpo.storage import write_parquet, write_text
@@ -76,6 +77,18 @@ def test_a_run_of_200_000_pairs_is_a_small_page(run):
     assert HARM not in html
 
 
+@pytest.mark.parametrize("name", ["run", "methods"])
+def test_a_page_with_all_its_tables_fits_a_phone(run, name):
+    config, folder = run
+    page = run_page(config, folder)
+    if name == "methods":
+        plan = experiment("methods", config)
+        found = {arm.name: evaluated(table([1.0, 0.5], [False])) for arm in plan.arms}
+        page = experiment_page(config, folder, plan, summarise_arms(found, "bdpo"), [])
+    write_page(page, folder.report / "report.html")
+    assert_fits_a_phone(folder.report / "report.html")
+
+
 def test_a_folder_without_results_has_a_page_too(tmp_path):
     config = tiny_config(tmp_path / "run", tmp_path / "gone", tmp_path / "gone.jsonl")
     page = run_page(config, RunDir(config.run_dir))
@@ -85,12 +98,12 @@ def test_a_folder_without_results_has_a_page_too(tmp_path):
 def test_a_comparison_in_words():
     row = {"n": 10, "first": 0.5, "second": 0.8, "difference": 0.3, "low": 0.1, "high": 0.5, "p": 0.0004}
     assert sentence("Safety", "dpo", "bdpo", row) == (
-        "Safety: bdpo 80.0 %, dpo 50.0 %: +30.0 points (95 % interval +10.0 to +50.0), p < 0.001, "
+        "Safety: bdpo 80.0 %, dpo 50.0 %: +30.0 points (95 % interval +10.0 to +50.0), p <0.001, "
         "more than the choice of prompts explains."
     )
     assert "chance may explain it" in sentence("Safety", "dpo", "bdpo", row | {"p": 0.4})
     same = row | {"second": 0.5, "difference": -1e-17, "low": -0.5, "high": 0.5, "p": 1.0}
-    assert "+0.0 points (95 % interval -50.0 to +50.0), p = 1" in sentence("Safety", "dpo", "bdpo", same)
+    assert "+0.0 points (95 % interval -50.0 to +50.0), p 1" in sentence("Safety", "dpo", "bdpo", same)
 
 
 @pytest.mark.parametrize("name", ["methods", "alpha", "imbalance"])
@@ -99,29 +112,41 @@ def test_the_page_of_an_experiment(run, name):
     plan = experiment(name, config)
     worse, better = table([1.0, 0.5, 1.0], [False] * 4), table([0.0, 0.5, 0.0], [False, True, False, False])
     scores = {arm.name: evaluated(*[worse if arm.name == "dpo" else better] * 2) for arm in plan.arms}
-    results = summarise_arms(scores | {"base": evaluated(worse)}) if plan.arms else None
+    reference = plan.arms[0].name if plan.arms else ""
+    results = summarise_arms(scores | {"base": evaluated(worse)}, reference) if plan.arms else None
     log = {"step": 1, "loss": 1, "rewards/margins": 0, "rewards/accuracies": 1, "logps/chosen": 0}
     done = []
     for arm in plan.arms[1:]:
         settings, own = arm_run(config, folder, name, arm, 0)
         write_text(own.metrics, json.dumps(log) + "\n")
         pairs = {"prepared": PAIRS, "trained on": PAIRS - 1}
-        write_manifest(own.train / "manifest.json", {}, seconds=3600.0, pairs=pairs)
+        write_manifest(own.train / "manifest.json", {}, seconds=3600.0, pairs=pairs, steps=7)
         done.append((arm.name, settings, own))
-    missing = [f"{plan.arms[0].name}, seed 0"] if plan.arms else []
-    page = experiment_page(config, folder, plan, results, done, missing)
+    notes = ["Not done is this and that."]
+    stages = [("score", folder.scores / "manifest.json", 2.0)]
+    stages += [train_stage(settings, own, f"{arm}: train") for arm, settings, own in done]
+    page = experiment_page(config, folder, plan, results, done, notes, stages=stages)
     write_page(page, folder.root / "experiments" / name / "report.html")
     html = (folder.root / "experiments" / name / "report.html").read_text()
     for arm in plan.arms:
         assert arm.name in html
     if results is not None:
         assert csv_bytes(results).decode().count("\n") == results.num_rows + 1
-        assert f"Not done, and not in what follows: {missing[0]}." in html
+        assert (folder.root / "experiments" / name / "the-arms.csv").is_file()
         assert "199,999 trained on" in html
         assert "without a correction" in html
-    for shown in ("Time and cost", "All settings", "200,003", "better understood in"):
+    for shown in (notes[0], "Time and cost", "All settings", "200,003", "better understood in", "0.02"):
         assert shown in html
     assert HARM not in html
+
+
+def test_the_page_of_an_experiment_without_its_reference_says_so(run):
+    config, folder = run
+    plan = experiment("methods", config)
+    results = summarise_arms({"dpo": evaluated(table([1.0])), "base": evaluated(table([1.0]))}, "bdpo")
+    page = experiment_page(config, folder, plan, results, [])
+    said = next(part for part in page.parts if part.heading == "What came of it").text
+    assert said == ["Nothing is tested: there is no bdpo, which all others are compared with."]
 
 
 def test_a_model_is_shown_with_the_config_that_it_was_trained_with(run):

@@ -88,6 +88,11 @@ def item_values(scores: pa.Table) -> dict[tuple[str, str], dict[str, float]]:
     return found
 
 
+def p_value(p: float) -> str:
+    """How it is written."""
+    return f"{p:.2g}" if p >= 0.001 else "<0.001"
+
+
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
     """Mean of `second` − `first`, pair by pair, with a 95 % interval and a two-sided p-value.
 
@@ -162,7 +167,7 @@ def difference_table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{100 * row['first']:.1f}",
             f"{100 * row['second']:.1f}",
             f"{100 * row['difference']:+.1f}{bounds}",
-            f"{row['p']:.2g}" if row["p"] >= 0.001 else "<0.001",
+            p_value(row["p"]),
         )
         table.add_row(*(Text(cell) for cell in cells))
     return table

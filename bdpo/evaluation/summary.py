@@ -35,6 +35,9 @@ JAILBROKEN_THRESHOLD = 0.5
 MAX_FAILED_FRACTION = 0.02
 CONFIDENCE_LEVEL = 0.95
 
+ENDS = {"": "value", "_low": "low", "_high": "high"}
+"""Endings of a column's name -> the parts of the estimate in it."""
+
 Row = dict[str, Any]
 Estimate = dict[str, Any]
 
@@ -181,12 +184,12 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def mean_of_many(values: np.ndarray) -> Estimate:
-    """The mean of values without bounds, its interval by the normal approximation; nan for one value."""
+    """The mean of values without bounds and its interval by Student's t; nan bounds for one value."""
     from scipy import stats
 
-    error = stats.sem(values) if len(values) > 1 else np.nan
-    low, high = np.mean(values) + np.array([-1, 1]) * stats.norm.ppf((1 + CONFIDENCE_LEVEL) / 2) * error
-    return _estimate(float(np.mean(values)), low, high, len(values), "normal")
+    n, value = len(values), float(np.mean(values))
+    reach = stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, n - 1) * stats.sem(values) if n > 1 else np.nan
+    return _estimate(value, value - reach, value + reach, n, "t")
 
 
 def _estimate(value: float, low: float, high: float, n: int, interval: str) -> Estimate:
@@ -250,11 +253,7 @@ def _capability_rows(capability: dict[str, dict[str, Any]]) -> list[dict[str, st
         estimates = {name: result.get("accuracy") if result else None for name, result in results.items()}
         counts = {str(estimate["n"]) for estimate in estimates.values() if estimate}
         cells = {
-            name: ""
-            if result is None
-            else _percent(result["accuracy"])
-            if "accuracy" in result
-            else "not run"
+            name: "" if result is None else percent(result["accuracy"]) if "accuracy" in result else "not run"
             for name, result in results.items()
         }
         rows.append({"measure": benchmark, "category": "", "n": " / ".join(sorted(counts)), **cells})
@@ -285,11 +284,12 @@ def _cell(benchmark: dict[str, Any] | None, estimate: Estimate | None) -> str:
         return ""
     if not benchmark["valid"]:
         return "invalid"
-    return _percent(estimate)
+    return percent(estimate)
 
 
-def _percent(estimate: Estimate) -> str:
-    if estimate["n"] == 0:
+def percent(estimate: Estimate) -> str:
+    """An estimate in percent with its interval; empty where nothing was measured."""
+    if estimate["value"] is None:
         return ""
     value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
     return f"{value:.1f} ({low:.1f}–{high:.1f})"
