@@ -103,7 +103,9 @@ def check_scratch(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> st
                 f"checkpoint may want {need:.1f}; set TMPDIR to a larger disk there"
             )
     free = min(node.scratch_gib for node in nodes)
-    return f"{free:.0f} GiB or more free in every node's temporary folder; a checkpoint is {checkpoint:.1f}"
+    return (
+        f"{free:.0f} GiB or more free in every node's temporary folder; a checkpoint is {checkpoint:.1f} GiB"
+    )
 
 
 def _share(train: TrainConfig, node: NodeFacts) -> float:

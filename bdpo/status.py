@@ -85,7 +85,7 @@ def _score(run: RunDir, pairs: int | None) -> Stage:
 def _train(run: RunDir, config: Config, pairs: int | None) -> Stage:
     metrics = MetricsLog(run.metrics).read()
     last: dict[str, Any] = metrics[-1] if metrics else {}
-    checkpoints = matching(run.train / "ray", "checkpoint_*")
+    checkpoints = matching(run.train / "ray", "checkpoint_[0-9]*")  # Ray's own list is beside them
     manifest = read_manifest(run.train / "manifest.json")
     begun = read_manifest(run.train / "begun.json")
     pairs = begun.get("pairs", pairs) if begun else pairs  # a method or data.select may want a part of all

@@ -67,7 +67,7 @@ def main(
     arguments = parser.parse_intermixed_args()
     chosen = [arguments.name] if choice else []
     with exit_codes():
-        config = load_config(arguments.config, arguments.overrides)
+        config = command_config(arguments.config, arguments.overrides)
         if dry_run is not None and arguments.dry_run:
             dry_run(config)
             return
@@ -95,6 +95,22 @@ def exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def command_config(file: str, overrides: Sequence[str]) -> Config:
+    """The config of a command.
+
+    Raises:
+        UserError: it is wrong; or this is a job of a cluster, and its results would go with the job's folder.
+    """
+    config = load_config(file, overrides)
+    lasts = "://" in config.run_dir or Path(config.run_dir).expanduser().is_absolute()
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not lasts:  # so Ray starts the command of a job
+        raise UserError(
+            f"run_dir={config.run_dir}: a job runs in a folder of its own, which does not last; give an "
+            "absolute path, or a bucket"
+        )
+    return config
 
 
 def check_inputs(config: Config) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from bdpo.config import Config, load_config, worker_range
+from bdpo.config import Config, worker_range
 from bdpo.config.secrets import looks_secret
 from bdpo.errors import UserError
 from bdpo.models import first_line, with_sandbox_files
@@ -41,7 +41,7 @@ from bdpo.runs import RunDir
 from bdpo.selection import wants_scores
 from bdpo.storage import write_text
 from bdpo.tokens import with_template
-from pipelines.cli import cluster_nodes, connect, console, exit_codes, require
+from pipelines.cli import cluster_nodes, command_config, connect, console, exit_codes, require
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -238,7 +238,7 @@ def main() -> None:
         if arguments.upload:
             findings = list(examine({"upload": check_upload}, arguments.upload))
         else:
-            config = with_template(with_sandbox_files(load_config(arguments.config, arguments.overrides)))
+            config = with_template(with_sandbox_files(command_config(arguments.config, arguments.overrides)))
             run = RunDir(config.run_dir)
             findings = preflight(config, run, arguments.tokens_per_second, arguments.measure)
         print_findings(findings)

@@ -179,6 +179,14 @@ def test_a_sweep_as_a_job(cluster, finished, config, bucket):
     assert (sweep["state"], sweep["completed"]) == ("done", 2)
 
 
+def test_a_relative_run_dir_is_refused(cluster, finished, config):
+    """It would go with the job's folder."""
+    command = ("python", "-m", "pipelines.run", "--config", str(config), "run_dir=runs/lost")
+    code, printed = cluster.submit(*command)
+    assert code == 1  # of `ray job submit`, of a job that ended with 2
+    assert "run_dir=runs/lost: a job runs in a folder of its own" in printed
+
+
 def test_a_broken_config_is_named_before_anything_runs(cluster, finished, config, bucket):
     broken = {
         "data.path": "/gone.jsonl",

@@ -74,6 +74,7 @@ def test_training_half_way(run):
         MetricsLog(run.metrics).append({"step": step, "loss": 0.5 / step, "tokens_per_second": 90.0})
     for name in ("checkpoint_2026-01-02", "checkpoint_2026-01-01"):
         (run.train / "ray" / name).mkdir(parents=True)
+    (run.train / "ray" / "checkpoint_manager_snapshot.json").write_text("{}")  # Ray's
     train = stage(run, "train")
     assert (train["state"], train["steps"], train["of"]) == ("begun", 2, 3)  # 20 pairs, 8 a step
     assert (train["checkpoints"], train["last_checkpoint"]) == (2, "checkpoint_2026-01-02")
