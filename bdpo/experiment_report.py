@@ -116,8 +116,7 @@ def _arms(config: Config, plan: Experiment, done: Sequence[tuple[str, Config, Ru
     rows = []
     for arm in plan.arms:
         trained = read_manifest(folders[arm.name].train / "manifest.json") if arm.name in folders else None
-        account = {**trained.get("pairs", {}), **trained.get("safety", {})} if trained else {}
-        pairs = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in account.items())
+        pairs = _pairs(trained) if trained else ""
         steps = str(trained["steps"]) if trained else ""
         rows.append((arm.name, *(str(arm.params.get(key, "")) for key in keys), pairs, steps))
     seeds = ", ".join(map(str, config.experiment.seeds))
@@ -125,6 +124,15 @@ def _arms(config: Config, plan: Experiment, done: Sequence[tuple[str, Config, Ru
     if len({row[-1] for row in rows if row[-1]}) > 1:
         text.append("The arms have not the same number of steps: one that left out pairs has fewer.")
     return Part("The arms", text, [Grid(("arm", *keys, "pairs", "steps"), rows)])
+
+
+def _pairs(trained: Mapping[str, Any]) -> str:
+    """How many pairs a training had, from its manifest."""
+    safety = trained.get("safety") or {}
+    changed = [
+        f"{count:,} {what.replace('_', ' ')}" for what, count in safety.items() if what != "kept" and count
+    ]
+    return "; ".join([f"{trained['pairs']['trained on']:,} of {trained['pairs']['prepared']:,}", *changed])
 
 
 def _findings(plan: Experiment, results: pa.Table) -> Part | None:

@@ -120,7 +120,14 @@ def test_the_page_of_an_experiment(run, name):
         settings, own = arm_run(config, folder, name, arm, 0)
         write_text(own.metrics, json.dumps(log) + "\n")
         pairs = {"prepared": PAIRS, "trained on": PAIRS - 1}
-        write_manifest(own.train / "manifest.json", {}, seconds=3600.0, pairs=pairs, steps=7)
+        write_manifest(
+            own.train / "manifest.json",
+            {},
+            seconds=3600.0,
+            pairs=pairs,
+            steps=7,
+            safety={"kept": 9, "dropped": 3},
+        )
         done.append((arm.name, settings, own))
     notes = ["Not done is this and that."]
     stages = [("score", folder.scores / "manifest.json", 2.0)]
@@ -133,7 +140,7 @@ def test_the_page_of_an_experiment(run, name):
     if results is not None:
         assert csv_bytes(results).decode().count("\n") == results.num_rows + 1
         assert (folder.root / "experiments" / name / "the-arms.csv").is_file()
-        assert "199,999 trained on" in html
+        assert "199,999 of 200,000; 3 dropped" in html
         assert "without a correction" in html
     for shown in (notes[0], "Time and cost", "All settings", "200,003", "better understood in", "0.02"):
         assert shown in html
