@@ -457,9 +457,8 @@ def test_the_whole_pipeline_on_object_storage(inputs, bucket, tmp_path):
     assert steps(remote) == steps(local)
 
     command("experiment", file, "displacement", "experiment.seeds=[0]")
-    assert {
-        name: seen for name, seen in objects(remote).items() if not name.startswith("experiments/")
-    } == done
+    after = objects(remote)
+    assert {name: after[name] for name in after if "experiments/" not in name} == done
     folder = remote.root / "experiments" / "displacement"
     rows = list(csv.DictReader((folder / "displacement.csv").read_text().splitlines()))
     assert {(row["arm"], row["pairs"]) for row in rows if row["group"] == "all"} == {
