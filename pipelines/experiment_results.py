@@ -8,7 +8,7 @@ from dataclasses import replace
 import pyarrow as pa
 
 from bdpo.displacement import displaced_pairs, displacement
-from bdpo.evaluation.reading import read_evaluation
+from bdpo.evaluation.reading import Evaluation, read_evaluation
 from bdpo.experiment_report import arms_table, csv_bytes, experiment_page
 from bdpo.experiments import BASE, Record, experiment, rescored, summarise_arms
 from bdpo.mi_report import mi_imbalance
@@ -36,10 +36,9 @@ def write_results(run: RunDir, name: str) -> None:
     discard(*matching(folder, "*.png"), *matching(folder, "*.csv"))  # of an arm that is no longer there
     results = None
     if done:
-        found = {
-            job.arm: [read_evaluation(j.run.eval("trained")) for j in done if j.arm == job.arm]
-            for job in done
-        }
+        found: dict[str, list[Evaluation]] = {}
+        for job in done:
+            found.setdefault(job.arm, []).append(read_evaluation(job.run.eval("trained")))
         found[BASE] = [read_evaluation(base.eval("base"))]
         results = summarise_arms(found, plan.arms[0].name)
         write_bytes(folder / "results.csv", csv_bytes(results))
