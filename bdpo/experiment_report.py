@@ -14,7 +14,7 @@ from bdpo.config import Config
 from bdpo.displacement import SIGNS, displacement, displacement_figure
 from bdpo.evaluation.compare import p_value
 from bdpo.evaluation.summary import CONFIDENCE_LEVEL, percent
-from bdpo.experiments import BASE, Experiment
+from bdpo.experiments import BASE, Experiment, arm_folder
 from bdpo.page import BLUE, COLOURS, GREY, ORANGE, Grid, Page, Part, Picture, legend_below, plain_axes
 from bdpo.report import (
     Stage,
@@ -118,12 +118,16 @@ def _arms(config: Config, plan: Experiment, done: Sequence[tuple[str, Config, Ru
         trained = read_manifest(folders[arm.name].train / "manifest.json") if arm.name in folders else None
         pairs = _pairs(trained) if trained else ""
         steps = str(trained["steps"]) if trained else ""
-        rows.append((arm.name, *(str(arm.params.get(key, "")) for key in keys), pairs, steps))
+        values = (str(arm.params.get(key, "")) for key in keys)
+        rows.append((arm.name, *values, arm_folder(config, arm), pairs, steps))
     seeds = ", ".join(map(str, config.experiment.seeds))
-    text = [f"Each arm is trained with the seeds {seeds}; what the table does not name is in the settings."]
+    text = [
+        f"Each arm is trained with the seeds {seeds}; what the table does not name is in the settings. An arm "
+        "that other experiments of the run have as well is trained once, and its cost is on each of their pages."
+    ]
     if len({row[-1] for row in rows if row[-1]}) > 1:
         text.append("The arms have not the same number of steps: one that left out pairs has fewer.")
-    return Part("The arms", text, [Grid(("arm", *keys, "pairs", "steps"), rows)])
+    return Part("The arms", text, [Grid(("arm", *keys, "folder", "pairs", "steps"), rows)])
 
 
 def _pairs(trained: Mapping[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """The paper's experiments as arms: what each changes of a run's config, and what its results say.
 
-An arm is trained once for each seed, in a folder of its own, on the pairs and scores of the run:
+An arm is trained once for each seed, on the pairs and scores of the run, in a folder that all experiments
+share: it is called after what is trained, so that DPO is trained once and not once an experiment.
 
-    <run_dir>/experiments/<name>/<arm>/seed-0/     a run folder: config.yaml, metrics.jsonl, model/, eval/
+    <run_dir>/experiments/arms/<arm>/seed-0/       a run folder: config.yaml, metrics.jsonl, model/, eval/
     <run_dir>/experiments/<name>/experiment.json   what it was run with, see `Record`
     <run_dir>/experiments/<name>/results.csv       a row for each arm and measure, with its interval
     <run_dir>/experiments/<name>/displacement.csv  of `displacement`: what became of the pairs' log-probs
@@ -12,6 +13,8 @@ An arm is trained once for each seed, in a folder of its own, on the pairs and s
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,7 +30,7 @@ from bdpo.evaluation.compare import item_values, paired_difference
 from bdpo.evaluation.reading import Evaluation
 from bdpo.evaluation.summary import mean
 from bdpo.runs import RunDir, read_manifest, write_manifest
-from bdpo.search import Params, trial_config
+from bdpo.search import Params, trial_config, value_at
 from bdpo.status import run_config
 from bdpo.storage import StoragePath, matching
 
@@ -196,16 +199,39 @@ def _method(name: str, config: Config) -> Params:
     return {"method.name": name, "method.beta": beta}
 
 
-def arm_run(config: Config, run: RunDir, name: str, arm: Arm, seed: int) -> tuple[Config, RunDir]:
+def arm_run(config: Config, run: RunDir, arm: Arm, seed: int) -> tuple[Config, RunDir]:
     """The config and the run folder of an arm at a seed.
 
     The pairs are those of the run; so are the scores, unless the arm wants another unconditional context.
     """
-    folder = run.part("experiments", name, arm.name, f"seed-{seed}")
-    settings = trial_config(config, arm.params, str(folder.root), f"{name}, arm {arm.name}")
+    folder = run.part("experiments", _on_part("arms", config), arm_folder(config, arm), f"seed-{seed}")
+    settings = trial_config(config, arm.params, str(folder.root), f"arm {arm.name}")
     if settings.score.unconditional != config.score.unconditional:
         folder.scores = context_scores(run, settings.score.unconditional)
     return settings.model_copy(update={"seed": seed}), folder
+
+
+def arm_folder(config: Config, arm: Arm) -> str:
+    """`bdpo-alpha-2.0`: the method, and whatever the arm has otherwise than the run would have it."""
+    method: str = arm.params["method.name"]
+    as_the_run = _method(method, config)
+    changed = [
+        f"{key.rpartition('.')[2]}-{json.dumps(value)}"
+        for key, value in arm.params.items()
+        if value != as_the_run.get(key, value_at(config, key))
+    ]
+    return re.sub(r"[^A-Za-z0-9._+]+", "-", "-".join([method, *changed])).replace("+", "").strip("-")
+
+
+def base_run(config: Config, run: RunDir) -> RunDir:
+    """Where the base model is evaluated: with the run, or apart where it is on a part of the prompts."""
+    return run if config.evaluate.part == "all" else run.part("experiments", _on_part("base", config))
+
+
+def _on_part(name: str, config: Config) -> str:
+    """A folder's name; what is evaluated on a part of the prompts is kept apart."""
+    part = config.evaluate.part
+    return name if part == "all" else f"{name}-{part}"
 
 
 def run_at(root: StoragePath) -> RunDir:
@@ -231,9 +257,14 @@ def context_scores(run: RunDir, context: str) -> StoragePath:
 
 def experiment_results(run: RunDir, name: str) -> list[StoragePath]:
     """All that an experiment makes, with what it shares with the run and with other experiments."""
-    part = run.part("experiments", name)
-    contexts = matching(run.root / "experiments", f"{_CONTEXT}*")
-    return [run.data, run.scores, *contexts, run.eval("base"), run.responses("base"), part.root, part.private]
+    shared = [
+        folder
+        for experiments in (run.root / "experiments", run.private / "experiments")
+        for kind in (_CONTEXT, "arms", "base")
+        for folder in matching(experiments, f"{kind}*")
+    ]
+    own = run.part("experiments", name).root
+    return [run.data, run.scores, run.eval("base"), run.responses("base"), *shared, own]
 
 
 def rescored(config: Config, run: RunDir) -> tuple[Config, RunDir]:

@@ -10,7 +10,8 @@
     <run_dir>/eval/<name>/           per-item scores and summary.json of the model of that name
     <run_dir>/report/                summary and figures
     <run_dir>/tune/                  the trials of a search, their table, figures and best.yaml
-    <run_dir>/experiments/<name>/    the arms of an experiment, tables, figures and report.html
+    <run_dir>/experiments/arms/      the trainings of all experiments
+    <run_dir>/experiments/<name>/    tables, figures and report.html of an experiment
     <run_dir>/private/               quarantined rows and generated text; mode 0700
 
 It is a local or mounted folder, or one on object storage (`s3://bucket/prefix`): see `bdpo.storage`.

@@ -134,6 +134,14 @@ def trial_config(config: Config, params: Params, run_dir: str, source: str = "tu
     return parse_config(values, source)
 
 
+def value_at(config: Config, key: str) -> Any:
+    """What a dotted key has in a config; None where its section is not set."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
 def part_of(config: Config, part: str, limit: int | None = None) -> Config:
     """The config that evaluates on one part of the prompts, on at most `limit` of each benchmark."""
     limits = [n for n in (config.evaluate.limit, limit) if n is not None]
@@ -164,7 +172,7 @@ def suggest(config: Config, number: int, history: Sequence[Trial]) -> Params:
     if tune.searcher == "grid":
         return grid(tune)[number]
     distributions = {key: _distribution(key, dimension) for key, dimension in tune.space.items()}
-    as_it_stands = {key: _value(config, key) for key in tune.space}
+    as_it_stands = {key: value_at(config, key) for key in tune.space}
     if number == 0 and all(_within(tune.space[key], value) for key, value in as_it_stands.items()):
         return as_it_stands
     seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
@@ -339,14 +347,6 @@ def _observed(trial: Trial, distributions: dict[str, BaseDistribution], rungs: i
     if values:  # stopped, or under way: both are worth what their last rung showed
         return create_trial(state=TrialState.PRUNED, intermediate_values=values, **known)
     return create_trial(state=TrialState.RUNNING, **known)
-
-
-def _value(config: Config, key: str) -> Any:
-    """None of a key in a section that is not set."""
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name, None)
-    return value
 
 
 def _within(dimension: Any, value: Any) -> bool:

@@ -92,17 +92,11 @@ class ArmActor:
             raise InvalidEvaluation("; ".join(invalid_lines("trained", summary)))
 
 
-def jobs_of(config: Config, run: RunDir, name: str, arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
+def jobs_of(config: Config, run: RunDir, arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
     """Each arm at each seed."""
-    return [Job(arm.name, seed, *arm_run(config, run, name, arm, seed)) for arm in arms for seed in seeds]
+    return [Job(arm.name, seed, *arm_run(config, run, arm, seed)) for arm in arms for seed in seeds]
 
 
-def trial_jobs(config: Config, run: RunDir, name: str, trials: Sequence[Arm]) -> list[Job]:
+def trial_jobs(config: Config, run: RunDir, trials: Sequence[Arm]) -> list[Job]:
     """The trials of a search for learning rates, at the first seed."""
-    search = part_of(config, "search")
-    return jobs_of(search, run, f"{name}/learning-rates", trials, config.experiment.seeds[:1])
-
-
-def base_run(run: RunDir, name: str, trials: Sequence[Arm]) -> RunDir:
-    """Where the base model is evaluated: with the run, or on the prompts that a search for rates left."""
-    return run.part("experiments", name, "held_out") if trials else run
+    return jobs_of(part_of(config, "search"), run, trials, config.experiment.seeds[:1])

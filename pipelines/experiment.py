@@ -27,6 +27,7 @@ from bdpo.experiments import (
     Arm,
     Record,
     arm_run,
+    base_run,
     experiment,
     experiment_results,
     rescored,
@@ -36,7 +37,7 @@ from bdpo.placement import at_a_time
 from bdpo.runs import RunDir
 from bdpo.search import InvalidEvaluation, check_measures, measure, part_of
 from bdpo.selection import require_labels, wants_scores
-from pipelines.arms import ArmActor, Job, base_run, jobs_of, trial_jobs
+from pipelines.arms import ArmActor, Job, jobs_of, trial_jobs
 from pipelines.cli import check_inputs, cluster_nodes, connect, console, main
 from pipelines.evaluate import evaluate_model
 from pipelines.experiment_results import write_results
@@ -61,15 +62,15 @@ def run_experiment(config: Config, run: RunDir, name: str) -> None:
     run_prepare(config, run)
     if not arms:
         score_prepared(config, run)
-    arms, notes = _usable(config, run, name, arms)
+    arms, notes = _usable(config, run, arms)
     trials = tuple(trial for arm in arms for trial in _trials(config, arm))
     if trials:
-        arms = _with_best_rates(config, run, name, arms, trials)
-    jobs = jobs_of(config, run, name, arms, config.experiment.seeds)
+        arms = _with_best_rates(config, run, arms, trials)
+    jobs = jobs_of(config, run, arms, config.experiment.seeds)
     for job in jobs:
         job.refuse_other()
     Record(config, arms, trials, notes).write(run.part("experiments", name).root)
-    faults = _work_off(config, run, base_run(run, name, trials), jobs)
+    faults = _work_off(config, run, jobs)
     if experiment(name, config).displaced:
         faults |= _rescore(jobs)
     _say(faults)
@@ -96,14 +97,12 @@ def _evaluated(config: Config) -> Config:
     return config.model_copy(update={"evaluate": evaluate})
 
 
-def _usable(
-    config: Config, run: RunDir, name: str, arms: Sequence[Arm]
-) -> tuple[tuple[Arm, ...], tuple[str, ...]]:
+def _usable(config: Config, run: RunDir, arms: Sequence[Arm]) -> tuple[tuple[Arm, ...], tuple[str, ...]]:
     """The arms that the data allow, and a line for each of the others."""
     usable, notes = [], []
     for arm in arms:
         try:
-            require_labels(*arm_run(config, run, name, arm, config.experiment.seeds[0]))
+            require_labels(*arm_run(config, run, arm, config.experiment.seeds[0]))
             usable.append(arm)
         except UserError as error:
             notes.append(f"Left out is {arm.name}: {error}.")
@@ -118,7 +117,7 @@ def _trials(config: Config, arm: Arm) -> list[Arm]:
 
 
 def _with_best_rates(
-    config: Config, run: RunDir, name: str, arms: Sequence[Arm], trials: Sequence[Arm]
+    config: Config, run: RunDir, arms: Sequence[Arm], trials: Sequence[Arm]
 ) -> tuple[Arm, ...]:
     """Each arm with the learning rate that is best for it, by the rule of a search, on the prompts of one.
 
@@ -127,15 +126,14 @@ def _with_best_rates(
     Raises:
         UserError: an arm can be trained with none of them; or what else went wrong, as in `run_experiment`.
     """
-    search, base = part_of(config, "search"), run.part("experiments", name, "search")
-    jobs = trial_jobs(config, run, name, trials)
+    search, jobs = part_of(config, "search"), trial_jobs(config, run, trials)
     for job in jobs:
         job.refuse_other()
-    faults = _work_off(search, run, base, jobs)
+    faults = _work_off(search, run, jobs)
     _say(faults)
     no_good = FloatingPointError, InvalidEvaluation
     _raise({job: fault for job, fault in faults.items() if not isinstance(fault, no_good)})
-    base_scores = read_evaluation(base.eval("base")).scores
+    base_scores = read_evaluation(base_run(search, run).eval("base")).scores
     scores = {
         job.arm: measure(config.tune, read_evaluation(job.run.eval("trained")).scores, base_scores).score
         for job in jobs
@@ -152,7 +150,7 @@ def _with_best_rates(
     return tuple(chosen)
 
 
-def _work_off(config: Config, run: RunDir, base: RunDir, jobs: Sequence[Job]) -> dict[Job, Exception]:
+def _work_off(config: Config, run: RunDir, jobs: Sequence[Job]) -> dict[Job, Exception]:
     """Do all that the jobs want done, first what they share; returns the jobs that failed, and why.
 
     Raises:
@@ -164,7 +162,7 @@ def _work_off(config: Config, run: RunDir, base: RunDir, jobs: Sequence[Job]) ->
         refuse_what_does_not_fit(config, run)
     for job in {str(job.run.scores): job for job in jobs if wants_scores(job.config)}.values():
         score_prepared(job.config, job.run)  # once for each unconditional context
-    if jobs and not evaluate_model(config, base, "base")["valid"]:
+    if jobs and not evaluate_model(config, base_run(config, run), "base")["valid"]:
         raise UserError("the evaluation of the base model is invalid: there is nothing to compare with")
     return _on_actors(config, todo, jobs) if todo else {}
 

@@ -10,14 +10,15 @@ import pyarrow as pa
 from bdpo.displacement import displaced_pairs, displacement
 from bdpo.evaluation.reading import Evaluation, read_evaluation
 from bdpo.experiment_report import arms_table, csv_bytes, experiment_page
-from bdpo.experiments import BASE, Record, experiment, rescored, summarise_arms
+from bdpo.experiments import BASE, Record, base_run, experiment, rescored, summarise_arms
 from bdpo.mi_report import mi_imbalance
 from bdpo.page import write_page
 from bdpo.report import Stage, gpus, score_stage, train_stage
 from bdpo.runs import RunDir
 from bdpo.scoring import finished_scores
+from bdpo.search import part_of
 from bdpo.storage import discard, matching, write_bytes
-from pipelines.arms import Job, base_run, jobs_of, trial_jobs
+from pipelines.arms import Job, jobs_of, trial_jobs
 from pipelines.cli import console
 
 
@@ -29,9 +30,9 @@ def write_results(run: RunDir, name: str) -> None:
     """
     folder = run.part("experiments", name).root
     record = Record.read(folder)
-    config, base = record.config, base_run(run, name, record.trials)
+    config = record.config
     plan = replace(experiment(name, config), arms=record.arms)
-    jobs = jobs_of(config, run, name, plan.arms, config.experiment.seeds)
+    jobs = jobs_of(config, run, plan.arms, config.experiment.seeds)
     done = [job for job in jobs if job.done]
     discard(*matching(folder, "*.png"), *matching(folder, "*.csv"))  # of an arm that is no longer there
     results = None
@@ -39,7 +40,7 @@ def write_results(run: RunDir, name: str) -> None:
         found: dict[str, list[Evaluation]] = {}
         for job in done:
             found.setdefault(job.arm, []).append(read_evaluation(job.run.eval("trained")))
-        found[BASE] = [read_evaluation(base.eval("base"))]
+        found[BASE] = [read_evaluation(base_run(config, run).eval("base"))]
         results = summarise_arms(found, plan.arms[0].name)
         write_bytes(folder / "results.csv", csv_bytes(results))
         console.print(arms_table(results))
@@ -51,7 +52,7 @@ def write_results(run: RunDir, name: str) -> None:
         rows = [{"arm": arm, **row} for arm, pairs in displaced.items() for row in displacement(pairs)]
         write_bytes(folder / "displacement.csv", csv_bytes(pa.Table.from_pylist(rows)))
     trained = [(job.arm, job.config, job.run) for job in done]
-    stages = _stages(run, name, record, jobs)
+    stages = _stages(run, record, jobs)
     page = experiment_page(
         config, run, plan, results, trained, [*record.notes, *_missing(jobs)], displaced, stages
     )
@@ -82,11 +83,11 @@ def _displaced(run: RunDir, done: Sequence[Job]) -> dict[str, pa.Table]:
     return {arm: displaced_pairs(before, scores) for arm, scores in after.items()}
 
 
-def _stages(run: RunDir, name: str, record: Record, jobs: Sequence[Job]) -> list[Stage]:
+def _stages(run: RunDir, record: Record, jobs: Sequence[Job]) -> list[Stage]:
     """All that the experiment does, done or not."""
-    config, trials = record.config, trial_jobs(record.config, run, name, record.trials)
-    bases = [base_run(run, name, record.trials)] if jobs else []
-    bases += [run.part("experiments", name, "search")] if trials else []
+    config, trials = record.config, trial_jobs(record.config, run, record.trials)
+    bases = [base_run(config, run)] if jobs else []
+    bases += [base_run(part_of(config, "search"), run)] if trials else []
     stages = [score_stage(config, run)]
     contexts = {str(job.run.scores): job for job in jobs if job.run.scores != run.scores}
     stages += [

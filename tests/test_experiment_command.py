@@ -11,6 +11,7 @@ from bdpo.runs import RunDir
 pytestmark = pytest.mark.ray
 
 SEEDS = [0, 1]
+HALVES = {"balanced": "0.0-0.5", "imbalanced": "0.5-1.0"}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,8 @@ def arguments(folder):
 
 
 def arm(folder, name, seed):
-    return RunDir(folder / "run" / "experiments" / "balanced-subset" / name / f"seed-{seed}")
+    name = f"dpo-select-mi_difference-{HALVES[name]}"
+    return RunDir(folder / "run" / "experiments" / "arms" / name / f"seed-{seed}")
 
 
 def run(folder, name="balanced-subset", *overrides):
@@ -89,11 +91,11 @@ def test_results_page_and_figures_are_there_and_hold_no_text(finished, folder):
 
 
 def test_the_same_command_again_trains_nothing(finished, folder):
-    before = stamps(folder / "run" / "experiments" / "balanced-subset" / "imbalanced")
+    before = stamps(folder / "run" / "experiments" / "arms")
     code, out, err = run(folder)
     assert code == 0, err
     assert "to do" not in out
-    assert before == stamps(folder / "run" / "experiments" / "balanced-subset" / "imbalanced")
+    assert before == stamps(folder / "run" / "experiments" / "arms")
 
 
 def test_results_of_another_config_are_refused(finished, folder):
@@ -102,9 +104,14 @@ def test_results_of_another_config_are_refused(finished, folder):
     assert "train.learning_rate" in err
 
 
-def test_an_arm_that_cannot_be_trained_is_named_and_the_others_are_on_the_page(finished, folder):
-    """A β that is infinite in float32: its first loss is no number."""
-    code, out, _ = run(folder, "beta", "experiment.betas=[0.1, 1e39]", "experiment.seeds=[0]")
+@pytest.fixture(scope="module")
+def beta(finished, folder):
+    """A curve over β, one of which is infinite in float32: its first loss is no number."""
+    return run(folder, "beta", "experiment.betas=[0.1, 1e39]", "experiment.seeds=[0]")
+
+
+def test_an_arm_that_cannot_be_trained_is_named_and_the_others_are_on_the_page(beta, folder):
+    code, out, _ = beta
     assert code == 1
     assert "arm beta-1e+39, seed 0: " in out
     root = folder / "run" / "experiments" / "beta"
@@ -114,6 +121,20 @@ def test_an_arm_that_cannot_be_trained_is_named_and_the_others_are_on_the_page(f
         "base",
     }
     assert "Not done, and not in what follows: beta-1e+39, seed 0." in (root / "report.html").read_text()
+
+
+def test_what_one_experiment_trained_another_does_not_train_again(beta, folder):
+    arms = folder / "run" / "experiments" / "arms"
+    before = stamps(arms)
+    code, out, err = run(folder, "displacement", "experiment.seeds=[0]")
+    assert code == 0, err
+    assert "to do" not in out
+    after = stamps(arms)
+    assert before == {file: after[file] for file in before}
+    assert {file.relative_to(arms).parts[2] for file in after.keys() - before} == {"rescored"}
+    root = folder / "run" / "experiments" / "displacement"
+    assert {row["arm"] for row in csv.DictReader((root / "results.csv").open())} == {"dpo", "bdpo", "base"}
+    assert {row["arm"] for row in csv.DictReader((root / "displacement.csv").open())} == {"dpo", "bdpo"}
 
 
 def test_an_experiment_without_arms_needs_scores_alone(finished, folder):

@@ -14,9 +14,20 @@ from bdpo.evaluation.answers import prompts_fingerprint
 from bdpo.evaluation.judges import judge_fingerprint
 from bdpo.evaluation.reading import Evaluation
 from bdpo.evaluation.summary import SCORE_SCHEMA, rate
-from bdpo.experiments import EXPERIMENTS, Record, arm_run, experiment, item_means, run_at, summarise_arms
+from bdpo.experiments import (
+    EXPERIMENTS,
+    Record,
+    arm_run,
+    base_run,
+    experiment,
+    experiment_results,
+    item_means,
+    run_at,
+    summarise_arms,
+)
 from bdpo.runs import RunDir, write_manifest
-from bdpo.search import InvalidEvaluation
+from bdpo.search import InvalidEvaluation, part_of
+from bdpo.storage import discard
 from pipelines import arms
 from pipelines.arms import jobs_of
 from pipelines.experiment import _usable
@@ -40,7 +51,7 @@ def config(tmp_path):
 
 def settings_of(config, name, seed=7):
     run = RunDir(config.run_dir)
-    return {arm.name: arm_run(config, run, name, arm, seed) for arm in experiment(name, config).arms}
+    return {arm.name: arm_run(config, run, arm, seed) for arm in experiment(name, config).arms}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -49,11 +60,54 @@ def test_every_arm_is_a_config_of_its_own_in_a_folder_of_its_own(config, name):
     assert list(arms) == ARMS[name]
     made = [settings.model_dump(exclude={"run_dir"}) for settings, _ in arms.values()]
     assert all(made.count(one) == 1 for one in made)
-    for arm, (settings, run) in arms.items():
+    folders = set()
+    for settings, run in arms.values():
         assert settings.seed == 7
-        assert settings.run_dir == str(run.root) == f"{config.run_dir}/experiments/{name}/{arm}/seed-7"
+        assert settings.run_dir == str(run.root)
+        *_, experiments, all_arms, arm, seed = run.root.parts
+        assert (experiments, all_arms, seed) == ("experiments", "arms", "seed-7")
         assert run.pairs == RunDir(config.run_dir).pairs
-        assert run.private == RunDir(config.run_dir).private / "experiments" / name / arm / "seed-7"
+        assert run.private == RunDir(config.run_dir).private / "experiments" / "arms" / arm / "seed-7"
+        folders.add(arm)
+    assert len(folders) == len(arms)
+
+
+def test_arms_of_all_experiments_share_a_folder_if_and_only_if_they_train_the_same(config):
+    made = {}
+    for name in EXPERIMENTS:
+        for arm, (settings, run) in settings_of(config, name).items():
+            values = settings.model_dump(exclude={"run_dir"})
+            first, whose = made.setdefault(run.root.parent.name, (values, f"{name}, {arm}"))
+            assert first == values, (whose, name, arm)
+    values = [first for first, _ in made.values()]
+    assert all(values.count(one) == 1 for one in values)
+    assert {"dpo", "bdpo", "simpo", "bdpo-alpha-2.0", "bdpo-balance-softmax", "bdpo-unconditional-bos"} < set(
+        made
+    )
+    assert "dpo-select-mi_difference-0.0-0.5" in made
+
+
+def test_arms_on_a_part_of_the_prompts_are_kept_apart(config):
+    [arm, *_] = experiment("methods", config).arms
+    run = RunDir(config.run_dir)
+    of = {part: part_of(config, part) for part in ("all", "search", "held_out")}
+    assert len({arm_run(settings, run, arm, 0)[1].root for settings in of.values()}) == 3
+    assert len({base_run(settings, run).root for settings in of.values()}) == 3
+    assert base_run(of["all"], run) is run
+
+
+def test_starting_over_leaves_other_experiments_their_tables(config, tmp_path):
+    run = RunDir(config.run_dir)
+    [arm, *_] = experiment("methods", config).arms
+    _, folder = arm_run(config, run, arm, 0)
+    own, other = (run.root / "experiments" / name / "results.csv" for name in ("methods", "beta"))
+    base = base_run(part_of(config, "search"), run)
+    texts = [folder.private / "responses", base.private / "responses"]
+    for file in (folder.model / "w", run.scores / "s", base.eval("base") / "e", own, other, *texts):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("x")
+    discard(*experiment_results(run, "methods"))
+    assert [file for file in run.root.rglob("*") if file.is_file()] == [other]
 
 
 def test_methods_keep_the_run_s_beta_and_simpo_its_own(config):
@@ -194,7 +248,7 @@ def test_the_folder_of_an_arm_has_the_pairs_and_scores_of_its_run(config):
     run.open(config).release()
     for name in ("dpo", "bdpo-bos"):
         arm = next(arm for arm in experiment("ablation", config).arms if arm.name == name)
-        settings, folder = arm_run(config, run, "ablation", arm, 3)
+        settings, folder = arm_run(config, run, arm, 3)
         folder.record(settings)
         assert vars(run_at(folder.root)) == vars(folder)
     assert vars(run_at(run.root)) == vars(run)
@@ -206,7 +260,7 @@ def test_an_arm_that_the_data_do_not_allow_is_left_out_and_named(tmp_path, tiny_
     config = tiny_config(tmp_path / "run", save_model(tmp_path / "model", tiny_chat), pairs)
     run = RunDir(config.run_dir)
     run_prepare(config, run)
-    usable, [note] = _usable(config, run, "methods", experiment("methods", config).arms)
+    usable, [note] = _usable(config, run, experiment("methods", config).arms)
     assert [arm.name for arm in usable] == ["bdpo", "dpo", "cpo", "simpo"]
     assert "safedpo" in note
     assert "chosen_safe" in note
@@ -219,7 +273,7 @@ def test_answers_that_were_sampled_are_not_taken_for_greedy_ones(tmp_path, tiny_
     config = tiny_config(tmp_path / "run", save_model(tmp_path / "model", tiny_chat), pairs, evaluate=files)
     run = RunDir(config.run_dir)
     run_prepare(config, run)
-    [job] = jobs_of(config, run, "methods", experiment("methods", config).arms[:1], [0])
+    [job] = jobs_of(config, run, experiment("methods", config).arms[:1], [0])
     greedy = prompts_fingerprint(config) | judge_fingerprint(config.evaluate) | {"weights": "of the model"}
     write_manifest(job.run.eval("trained") / "summary.json", greedy)
     job.refuse_other()
@@ -236,7 +290,7 @@ def test_an_invalid_evaluation_of_an_arm_is_a_fault(monkeypatch, config):
         "evaluate_model",
         lambda *_, **__: {"valid": False, "benchmarks": {"strongreject": unjudged}},
     )
-    [job] = jobs_of(config, RunDir(config.run_dir), "methods", experiment("methods", config).arms[:1], [0])
+    [job] = jobs_of(config, RunDir(config.run_dir), experiment("methods", config).arms[:1], [0])
     with pytest.raises(InvalidEvaluation, match="3 of 4 unjudged"):
         arms.ArmActor().run(job)
 

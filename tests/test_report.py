@@ -117,7 +117,7 @@ def test_the_page_of_an_experiment(run, name):
     log = {"step": 1, "loss": 1, "rewards/margins": 0, "rewards/accuracies": 1, "logps/chosen": 0}
     done = []
     for arm in plan.arms[1:]:
-        settings, own = arm_run(config, folder, name, arm, 0)
+        settings, own = arm_run(config, folder, arm, 0)
         write_text(own.metrics, json.dumps(log) + "\n")
         pairs = {"prepared": PAIRS, "trained on": PAIRS - 1}
         write_manifest(
