@@ -122,8 +122,8 @@ def _arms(config: Config, plan: Experiment, done: Sequence[tuple[str, Config, Ru
         rows.append((arm.name, *values, arm_folder(config, arm), pairs, steps))
     seeds = ", ".join(map(str, config.experiment.seeds))
     text = [
-        f"Each arm is trained with the seeds {seeds}; what the table does not name is in the settings. An arm "
-        "that other experiments of the run have as well is trained once, and its cost is on each of their pages."
+        f"Each arm is trained with the seeds {seeds}; what the table does not name is in the settings. An "
+        "arm that other experiments of the run have as well is trained once; its cost is on all their pages."
     ]
     if len({row[-1] for row in rows if row[-1]}) > 1:
         text.append("The arms have not the same number of steps: one that left out pairs has fewer.")
