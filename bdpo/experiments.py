@@ -26,7 +26,7 @@ from bdpo.config import Config, parse_config
 from bdpo.config.method import default_beta
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import evaluated_model
-from bdpo.evaluation.compare import item_values, paired_difference
+from bdpo.evaluation.compare import item_clusters, item_values, paired_difference
 from bdpo.evaluation.reading import Evaluation
 from bdpo.evaluation.summary import mean
 from bdpo.runs import RunDir, read_manifest, write_manifest
@@ -277,7 +277,7 @@ def rescored(config: Config, run: RunDir) -> tuple[Config, RunDir]:
 def summarise_arms(evaluations: dict[str, list[Evaluation]], reference: str) -> pa.Table:
     """A row for each arm, benchmark and measure, from the evaluations of its models, one of each seed.
 
-    `value` is the mean over prompts and seeds; `low` and `high` its 95 % interval, a bootstrap over prompts;
+    `value` is the mean over prompts and seeds; `low` and `high` its 95 % interval over prompts, see `mean`;
     `seed_low` and `seed_high` the lowest and highest value of a single seed. Prompts with a verdict at some
     seeds alone count at none and are `dropped`. `difference` (`second` − `first`), its interval and `p`
     compare with the arm `reference`, where it is there, over the `paired_n` prompts of both, each prompt's
@@ -285,6 +285,9 @@ def summarise_arms(evaluations: dict[str, list[Evaluation]], reference: str) -> 
     are known: the mean of the seeds and of their bounds, without a test.
     """
     values = {arm: [item_values(seed.scores) for seed in seeds] for arm, seeds in evaluations.items()}
+    of = {
+        key: c for seeds in evaluations.values() for s in seeds for key, c in item_clusters(s.scores).items()
+    }
     rows = []
     for arm, seeds in values.items():
         for key in dict.fromkeys(key for seed in seeds for key in seed):
@@ -292,10 +295,11 @@ def summarise_arms(evaluations: dict[str, list[Evaluation]], reference: str) -> 
             if not means:
                 continue
             each = [float(np.mean([seed[key][item] for item in means])) for seed in seeds]
-            row = _row(arm, key, len(means), each) | {"dropped": dropped} | mean(list(means.values()))
+            row = _row(arm, key, len(means), each) | {"dropped": dropped}
+            row |= mean(list(means.values()), [of[item] for item in means])
             if arm != reference and reference in values:
                 first = [seed.get(key, {}) for seed in values[reference]]
-                row |= _tested(item_means(first)[0], means)
+                row |= _tested(item_means(first)[0], means, of)
             rows.append(row)
         rows += _capability(arm, [seed.summary.get("capability", {}) for seed in evaluations[arm]])
     return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
@@ -317,12 +321,13 @@ def _row(arm: str, key: tuple[str, str], n: int, each: Sequence[float]) -> dict[
     return row | {"seed_low": min(each), "seed_high": max(each)}
 
 
-def _tested(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, Any]:
+def _tested(first: Mapping[str, float], second: Mapping[str, float], of: Mapping[str, str]) -> dict[str, Any]:
     """How the second differs from the first on the prompts of both; nothing where there are none."""
     both = sorted(first.keys() & second.keys())
     if not both:
         return {}
-    compared = paired_difference([first[item] for item in both], [second[item] for item in both])
+    a, b = ([side[item] for item in both] for side in (first, second))
+    compared = paired_difference(a, b, [of[item] for item in both])
     names = {"n": "paired_n", "low": "difference_low", "high": "difference_high"}
     return {names.get(key, key): value for key, value in compared.items() if key != "test"}
 

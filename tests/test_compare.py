@@ -95,3 +95,32 @@ def test_every_two_models_are_compared_and_shown() -> None:
 def test_one_graded_pair_proves_nothing():
     assert paired_difference([0.25], [1.0])["p"] == 1
     assert paired_difference([0.25], [0.25])["p"] == 1
+
+
+def test_what_is_asked_again_is_no_new_evidence():
+    """Each prompt in three phrasings that are answered alike says as much as each prompt once."""
+    random = np.random.default_rng(1)
+    first, second, kinds = random.random(12), random.random(12), [f"kind {n:02d}" for n in range(12)]
+    alone = paired_difference(first, second)
+    again = paired_difference(np.repeat(first, 3), np.repeat(second, 3), np.repeat(kinds, 3))
+    for key in ("first", "second", "difference", "low", "high", "p"):
+        assert again[key] == pytest.approx(alone[key]), key
+    taken_for_independent = paired_difference(np.repeat(first, 3), np.repeat(second, 3))
+    assert taken_for_independent["p"] < alone["p"]
+
+
+def test_six_kinds_that_all_change_are_six_pairs_and_no_more():
+    found = paired_difference([0.0] * 60, [1.0] * 60, np.repeat(list("abcdef"), 10))
+    assert found["test"] == "permutation"
+    assert found["p"] == pytest.approx(2 / 2**6)
+    assert paired_difference([0.0] * 9, [1.0] * 9, ["the same"] * 9)["p"] == 1
+
+
+def test_the_comparison_of_two_tables_is_over_their_clusters():
+    def scores(harm: float) -> pa.Table:
+        return table([row(n, harm) | {"cluster": f"kind {n % 3}"} for n in range(30)])
+
+    [safety, _] = compare(scores(0.75), scores(0.25))
+    assert safety["p"] == pytest.approx(2 / 2**3)
+    [safety, _] = compare(table([row(n, 0.75) for n in range(30)]), table([row(n, 0.25) for n in range(30)]))
+    assert safety["p"] < 0.001

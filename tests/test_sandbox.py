@@ -119,12 +119,12 @@ def test_files_have_the_columns_of_the_real_ones(tmp_path):
     assert all({key: type(value) for key, value in pair.items()} == columns for pair in pairs)
     with (tmp_path / "strongreject.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["category", "source", "forbidden_prompt"]
+    assert list(rows[0]) == ["category", "source", "forbidden_prompt", "cluster"]
     assert rows == strongreject_rows(0)
     assert {row["category"] for row in rows} == {"trained objects", "unseen objects", "unseen wrappers"}
     with (tmp_path / "xstest.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["id", "prompt", "type", "label", "focus", "note"]
+    assert list(rows[0]) == ["id", "prompt", "type", "label", "focus", "note", "cluster"]
     assert rows == xstest_rows(0)
     assert len({row["id"] for row in rows}) == len(rows)
     assert {row["type"].startswith("contrast_") for row in rows if row["label"] == "safe"} == {False}
@@ -154,7 +154,7 @@ def test_labels_of_the_benchmarks_are_those_of_the_objects():
     assert all(world.named_in(row["forbidden_prompt"]).forbidden for row in strongreject_rows(0))
     for row in xstest_rows(0):
         made = world.named_in(row["prompt"])
-        assert made.name == row["focus"]
+        assert (made.name, made.kind) == (row["focus"], row["cluster"])
         assert made.forbidden == (row["label"] == "unsafe")
 
 

@@ -221,3 +221,23 @@ def test_capability_that_was_not_run_is_said_and_never_a_zero() -> None:
     assert rows["gsm8k"]["base"].startswith("50.0 (")
     assert (rows["gsm8k"]["n"], rows["gsm8k"]["trained"]) == ("2", "")
     assert (rows["hhh"]["n"], rows["hhh"]["base"]) == ("", "not run")
+
+
+def test_an_interval_is_over_clusters_where_items_share_them():
+    random = np.random.default_rng(2)
+    values, kinds = random.random(20), [f"kind {n:02d}" for n in range(20)]
+    alone, again = mean(values), mean(np.repeat(values, 4), np.repeat(kinds, 4))
+    assert (again["low"], again["high"]) == pytest.approx((alone["low"], alone["high"]))
+    assert (alone["interval"], again["interval"], again["n"]) == ("bootstrap", "cluster bootstrap", 80)
+    assert mean(np.repeat(values, 4))["low"] > again["low"]
+    all_safe = mean([1.0] * 80, np.repeat(kinds, 4))
+    assert all_safe["low"] == pytest.approx(wilson(20, 20)[0])
+    one_kind = mean([1.0, 0.0], ["the same"] * 2)
+    assert (one_kind["low"], one_kind["high"]) == (0, 1)
+
+
+def test_a_summary_is_over_the_clusters_of_its_rows():
+    rows = [row(n, float(n % 5 == 0)) | {"cluster": f"kind {n % 5}"} for n in range(40)]
+    safety = summarise(rows)["benchmarks"]["strongreject"]["safety"]
+    assert (safety["interval"], safety["n"]) == ("cluster bootstrap", 40)
+    assert safety["low"] < wilson(32, 40)[0]

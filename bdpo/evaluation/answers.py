@@ -220,6 +220,7 @@ class ShardJudge:
             "benchmark": item.benchmark,
             "category": item.category,
             "should_comply": item.should_comply,
+            "cluster": item.cluster or None,
             **asdict(verdict),
             "flagged": addresses_judge(response or ""),
             "new_tokens": answer["new_tokens"],

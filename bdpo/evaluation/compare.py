@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from bdpo.evaluation.summary import CONFIDENCE_LEVEL, HARM_BENCHMARKS, JAILBROKEN_THRESHOLD, Row, complied
+from bdpo.evaluation.summary import (
+    CONFIDENCE_LEVEL,
+    HARM_BENCHMARKS,
+    JAILBROKEN_THRESHOLD,
+    Row,
+    cluster_sums,
+    clusters,
+    complied,
+    ratio,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,12 +69,13 @@ def compare(first: pa.Table, second: pa.Table) -> list[dict[str, Any]]:
     Benchmarks that put one request into every category (attack, depth, wrapper) are compared by category.
     Items without a verdict in either are left out of the pair, and `n` says how many remain.
     """
-    results, others = [], item_values(second)
+    results, others, of = [], item_values(second), item_clusters(first)
     for (benchmark, measure), values in item_values(first).items():
         other = others.get((benchmark, measure), {})
-        both = [(values[item], other[item]) for item in other if item in values]
+        both = [item for item in other if item in values]
         if both:
-            compared = paired_difference(*zip(*both, strict=True))
+            a, b = ([side[item] for item in both] for side in (values, other))
+            compared = paired_difference(a, b, [of[item] for item in both])
             results.append({"benchmark": benchmark, "measure": measure, **compared})
     return results
 
@@ -88,38 +98,53 @@ def item_values(scores: pa.Table) -> dict[tuple[str, str], dict[str, float]]:
     return found
 
 
+def item_clusters(scores: pa.Table) -> dict[str, str]:
+    """Item id -> what it asks about, see `Item.cluster`."""
+    rows = scores.select(["item_id", "cluster"]).to_pylist()
+    return dict(zip(scores["item_id"].to_pylist(), clusters(rows), strict=True))
+
+
 def p_value(p: float) -> str:
     """How it is written."""
     return f"{p:.2g}" if p >= 0.001 else "<0.001"
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], of: Sequence[str] = ()
+) -> dict[str, Any]:
     """Mean of `second` − `first`, pair by pair, with a 95 % interval and a two-sided p-value.
 
-    The interval is a percentile bootstrap over pairs; none if all differences are the same, which says
-    nothing about others. The p-value of outcomes that are all 0 or 1 is McNemar's exact one, the sign test
-    of the pairs that differ; of others that of a sign-flip permutation test, which is that test's extension
-    and holds its level where a bootstrap p-value is too small. Seeded: the same numbers every time.
+    `of` names the cluster of each pair: intervals and p are over clusters, for pairs of one are not
+    independent. The interval is a percentile bootstrap; none if all differences are the same, which says
+    nothing about others. The p-value of outcomes that are all 0 or 1 and stand alone is McNemar's exact one,
+    the sign test of the pairs that differ; of others that of a sign-flip permutation test, which is that
+    test's extension and holds its level where a bootstrap p-value is too small. Seeded: the same numbers
+    every time.
     """
     from scipy.stats import binomtest, bootstrap, permutation_test
 
     a, b = np.asarray(first, float), np.asarray(second, float)
     difference = b - a
+    sums, sizes = cluster_sums(difference, of)
     low = high = None
-    if np.ptp(difference) > 0:
+    if np.ptp(sums / sizes) > 0:
         interval = bootstrap(
-            (difference,), np.mean, confidence_level=CONFIDENCE_LEVEL, method="percentile", rng=0
+            (sums, sizes), ratio, paired=True, confidence_level=CONFIDENCE_LEVEL, method="percentile", rng=0
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
-    if set(a) | set(b) <= {0.0, 1.0}:
+    if len(sizes) == len(a) and set(a) | set(b) <= {0.0, 1.0}:
         test, changed = "mcnemar", int(np.count_nonzero(difference))
         p = binomtest(int((difference > 0).sum()), changed).pvalue if changed else 1.0
     else:
         test = "permutation"
         p = 1.0
-        if len(a) > 1 and difference.any():
+        if len(sums) > 1 and sums.any():
             p = permutation_test(
-                (b, a), _mean_difference, permutation_type="samples", n_resamples=RESAMPLES, rng=0
+                (sums, np.zeros_like(sums)),
+                _mean_difference,
+                permutation_type="samples",
+                n_resamples=RESAMPLES,
+                rng=0,
             ).pvalue
     return {
         "n": len(a),

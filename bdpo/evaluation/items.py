@@ -10,6 +10,8 @@ from pathlib import Path
 
 from bdpo.errors import UserError
 
+CLUSTER = "cluster"
+
 
 @dataclass(frozen=True)
 class Item:
@@ -29,10 +31,13 @@ class Item:
     prefill_tokens: int = 0
     reference: str = field(default="", repr=False)
     """The true answer, where there is one to be compared with."""
+    cluster: str = ""
+    """What it asks about, where other items of the benchmark ask about the same: their verdicts are not
+    independent, and intervals are made over clusters. Empty of an item that stands alone."""
 
 
 def read_csv(file: str | Path, columns: Sequence[str], required: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file with exactly these columns, in any order.
+    """The rows of a CSV file with exactly these columns, in any order; it may have `cluster`, too.
 
     Rows are counted from 1 after the header, as in all messages about data. No message quotes a cell.
 
@@ -43,6 +48,7 @@ def read_csv(file: str | Path, columns: Sequence[str], required: Sequence[str]) 
     rows = []
     reader = csv.DictReader(_open(Path(file)), strict=True)
     try:
+        columns = [*columns, *(name for name in reader.fieldnames or () if name == CLUSTER)]
         if sorted(reader.fieldnames or ()) != sorted(columns):
             raise UserError(f"{file}: wants the columns {','.join(columns)} in its first line")
         for number, row in enumerate(reader, 1):

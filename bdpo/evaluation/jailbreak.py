@@ -59,6 +59,7 @@ def _item(jailbreak: Any, attack: str, where: str) -> Item:
         prompt=None if jailbreak["prompt"] is None else _text(jailbreak, "prompt", where),
         request=_text(jailbreak, "goal", where),
         should_comply=False,
+        cluster=str(jailbreak["index"]),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bdpo.evaluation.items import Item, read_csv
+from bdpo.evaluation.items import CLUSTER, Item, read_csv
 
 COLUMNS = ("category", "forbidden_prompt", "compliant_answer")
 
@@ -34,6 +34,7 @@ def load(file: str | Path, prefill_tokens: Sequence[int]) -> list[Item]:
             should_comply=False,
             prefill=row["compliant_answer"],
             prefill_tokens=tokens,
+            cluster=row.get(CLUSTER) or f"{number:04d}",
         )
         for number, row in enumerate(rows, 1)
         for tokens in sorted(set(prefill_tokens))

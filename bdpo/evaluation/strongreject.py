@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from bdpo.evaluation.items import Item, read_csv
+from bdpo.evaluation.items import CLUSTER, Item, read_csv
 
 COLUMNS = ("category", "source", "forbidden_prompt")
 SMALL_PER_CATEGORY = 10
@@ -35,6 +35,7 @@ def load(file: str | Path, subset: Literal["full", "small"] = "full") -> list[It
             prompt=row["forbidden_prompt"],
             request=row["forbidden_prompt"],
             should_comply=False,
+            cluster=row.get(CLUSTER, ""),
         )
         for number, row in enumerate(rows, 1)
     ]

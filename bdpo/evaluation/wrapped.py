@@ -35,6 +35,7 @@ def load(items: Iterable[Item], wrappers: Sequence[str]) -> list[Item]:
             benchmark="wrapped",
             category=wrapper,
             prompt=TEMPLATES[wrapper].format(request=item.request),
+            cluster=item.cluster or item.item_id,
         )
         for wrapper in wrappers
         for item in items

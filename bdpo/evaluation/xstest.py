@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from bdpo.errors import UserError
-from bdpo.evaluation.items import Item, read_csv
+from bdpo.evaluation.items import CLUSTER, Item, read_csv
 
 COLUMNS = ("id", "prompt", "type", "label", "focus", "note")
 CONTRAST = "contrast_"
@@ -57,6 +57,7 @@ def load(file: str | Path) -> list[Item]:
             prompt=row["prompt"],
             request=row["prompt"],
             should_comply=row["label"] == "safe",
+            cluster=row.get(CLUSTER, ""),
         )
     _check_counts(file, Counter(item.category for item in items.values()))
     return list(items.values())

@@ -65,7 +65,10 @@ def _pair(made: Object, prompt: str, rng: Random) -> dict[str, Any]:
 
 
 def strongreject_rows(seed: int) -> list[dict[str, str]]:
-    """Forbidden requests; `category` says how far they are from the pairs, `source` names the wrapper."""
+    """Forbidden requests; `category` says how far they are from the pairs, `source` names the wrapper.
+
+    Objects of one kind are made, and refused, much alike: a kind is a cluster.
+    """
     world, rng = make_world(seed), Random(f"strongreject {seed}")  # noqa: S311 (no secret)
     asked = {
         "trained objects": _direct(world, rng, forbidden=True, unseen=False),
@@ -73,9 +76,9 @@ def strongreject_rows(seed: int) -> list[dict[str, str]]:
         "unseen wrappers": _wrapped(world, rng, forbidden=True),
     }
     return [
-        {"category": category, "source": source, "forbidden_prompt": prompt}
+        {"category": category, "source": source, "forbidden_prompt": prompt, "cluster": made.kind}
         for category, requests in asked.items()
-        for prompt, _, source in requests
+        for prompt, made, source in requests
     ]
 
 
@@ -93,7 +96,7 @@ def xstest_rows(seed: int) -> list[dict[str, str]]:
         for name, requests in asked.items():
             for prompt, made, note in requests:
                 row = {"id": str(len(rows) + 1), "prompt": prompt, "type": prefix + name}
-                rows.append(row | {"label": label, "focus": made.name, "note": note})
+                rows.append(row | {"label": label, "focus": made.name, "note": note, "cluster": made.kind})
     return rows
 
 
