@@ -1,4 +1,4 @@
-"""How many trials of a search a cluster holds, as plain data: workers and evaluations on nodes and GPUs.
+"""How many trials of a search, or arms of an experiment, a cluster holds: workers on nodes and GPUs.
 
 Sums would not do: a worker lies on one node, and its share of a GPU on one GPU.
 """
@@ -17,12 +17,15 @@ _ACCELERATOR = "accelerator_type:"
 _ROUNDING = 1e-9  # of sums of shares
 
 
-def at_a_time(config: Config, nodes: Nodes | None, of: int, most: int | None, key: str) -> int:
-    """How many of `of` trials (of a search, or of an experiment) the nodes hold, at most `most`, from `key`.
+def at_a_time(
+    config: Config, nodes: Nodes | None, of: int, most: int | None, key: str, share: float = 0.0
+) -> int:
+    """How many of `of` trials, or arms, the nodes hold, at most `most`, from `key`.
 
-    A trial has its training workers and its evaluation on a GPU share of its own for as long as it lives, so
-    trials never wait for each other. While it evaluates its workers wait: the processors are shared. Of nodes
-    that cannot be known (None) the config has to say it.
+    An arm has its training workers, and its evaluation after them. A trial goes back to its workers when it
+    is evaluated: it keeps `share` of a GPU for that beside them as long as it lives, so that trials never
+    wait for each other, and their processors, which wait meanwhile. Of nodes that cannot be known (None) the
+    config has to say it.
 
     Raises:
         UserError: not even one; the message has the arithmetic.
@@ -32,12 +35,12 @@ def at_a_time(config: Config, nodes: Nodes | None, of: int, most: int | None, ke
             raise UserError(f"{key}: set it; what this cluster may grow to is known to KubeRay alone")
         return most
     fit = 0
-    while fit < min(most or of, of) and _hold(nodes, config, fit + 1):
+    while fit < min(most or of, of) and _hold(nodes, config, fit + 1, share):
         fit += 1
     if not fit:
         raise UserError(
-            f"{key.partition('.')[0]}: a trial needs {_need(config)}; that does not fit the cluster of "
-            f"{_described(nodes)}; lower them, or use a larger cluster"
+            f"{key.partition('.')[0]}: one training needs {_need(config, share)}; that does not fit the "
+            f"cluster of {_described(nodes)}; lower them, or use a larger cluster"
         )
     return fit
 
@@ -70,7 +73,7 @@ def _parts(gpus: float) -> list[float]:
     return [1.0] * int(whole) + [share] * (share > 0)
 
 
-def _hold(nodes: Nodes, config: Config, trials: int) -> bool:
+def _hold(nodes: Nodes, config: Config, trials: int, share: float) -> bool:
     """Whether there is room for so many, at worst: evaluations come first, and take of the largest nodes."""
     train, free = config.train, [_Node(resources) for count, resources in nodes for _ in range(count)]
     free.sort(key=lambda node: len(node.gpus), reverse=True)
@@ -78,19 +81,20 @@ def _hold(nodes: Nodes, config: Config, trials: int) -> bool:
     def place(count: int, cpus: float, gpus: float, accelerator: str | None = None) -> bool:
         return all(any(node.take(cpus, gpus, accelerator) for node in free) for _ in range(count))
 
-    return place(trials, 0, config.evaluate.gpus_per_worker) and place(
+    return place(trials, 0, share) and place(
         trials * train.workers, 1, train.gpus_per_worker, train.accelerator_type
     )
 
 
-def _need(config: Config) -> str:
-    train, share = config.train, config.evaluate.gpus_per_worker
+def _need(config: Config, share: float) -> str:
+    train = config.train
     workers, gpus = f"train.workers={train.workers}", train.workers * train.gpus_per_worker + share
     need = f"{train.workers} CPU ({workers} x 1)"
     if gpus:
         need += f" and {gpus:g} GPU ({workers} x {train.gpus_per_worker:g}"
         need += f" on {train.accelerator_type}" if train.accelerator_type else ""
-        need += f" + evaluate.gpus_per_worker={share:g}), each share on one GPU"
+        need += f" + evaluate.gpus_per_worker={share:g})" if share else ")"
+        need += ", each share on one GPU" if train.gpus_per_worker % 1 or share % 1 else ""
     return need
 
 

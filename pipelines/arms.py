@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bdpo.config import Config
 from bdpo.evaluation.answers import prompts_fingerprint
@@ -12,7 +13,8 @@ from bdpo.evaluation.judges import judge_fingerprint
 from bdpo.evaluation.reading import COMPARABLE
 from bdpo.evaluation.summary import invalid_lines
 from bdpo.experiments import Arm, arm_run
-from bdpo.runs import MetricsLog, RunDir, finished, read_manifest, refuse_other
+from bdpo.models import first_line
+from bdpo.runs import MetricsLog, RunDir, finished, read_manifest, refuse_other, write_manifest
 from bdpo.search import InvalidEvaluation, part_of
 from pipelines.evaluate import evaluate_model
 from pipelines.train import run_train, train_fingerprint
@@ -43,6 +45,19 @@ class Job:
     def complete(self) -> bool:
         """Whether there is nothing left to do."""
         return self.done and not self.not_run()
+
+    @property
+    def diverged(self) -> str | None:
+        """Why the training ended in what is no number, as it would again."""
+        file = self.run.root / "diverged.json"
+        found = finished(file, train_fingerprint(self.config, self.run)) if file.is_file() else None
+        return str(found["error"]) if found else None
+
+    def record(self, fault: Exception) -> None:
+        """Remember a fault that the same training would end in again."""
+        if isinstance(fault, FloatingPointError):
+            fingerprint = train_fingerprint(self.config, self.run)
+            write_manifest(self.run.root / "diverged.json", fingerprint, error=first_line(fault))
 
     def not_run(self) -> list[str]:
         """The capability benchmarks that have no result."""
@@ -77,7 +92,10 @@ class Job:
 
 
 class ArmActor:
-    """Runs one job after the other: Ray Train trains, this process evaluates."""
+    """Runs one job after the other: Ray Train trains; then this process evaluates, or one that has a GPU.
+
+    It holds no GPU itself, so that a training may take all that there are.
+    """
 
     def run(self, job: Job) -> None:
         """Whatever is done is not done again.
@@ -87,9 +105,26 @@ class ArmActor:
         """
         job.run.record(job.config)
         run_train(job.config, job.run)
-        summary = evaluate_model(job.config, job.run, "trained", here=True)
+        gpus = job.config.evaluate.gpus_per_worker
+        summary = _on_gpu(gpus, job) if gpus else _evaluate(job)
         if not summary["valid"]:
             raise InvalidEvaluation("; ".join(invalid_lines("trained", summary)))
+
+
+def _evaluate(job: Job) -> dict[str, Any]:
+    return evaluate_model(job.config, job.run, "trained", here=True)
+
+
+def _on_gpu(gpus: float, job: Job) -> dict[str, Any]:
+    """Evaluate in a process that holds a GPU for so long; one that dies is begun again where it was."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    try:
+        summary: dict[str, Any] = ray.get(ray.remote(num_cpus=1, num_gpus=gpus)(_evaluate).remote(job))
+    except RayTaskError as error:
+        raise error.cause from None
+    return summary
 
 
 def jobs_of(config: Config, run: RunDir, arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:

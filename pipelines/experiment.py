@@ -35,7 +35,7 @@ from bdpo.experiments import (
 from bdpo.models import first_line
 from bdpo.placement import at_a_time
 from bdpo.runs import RunDir
-from bdpo.search import InvalidEvaluation, check_measures, measure, part_of
+from bdpo.search import InvalidEvaluation, Measured, check_measures, measure, part_of
 from bdpo.selection import require_labels, wants_scores
 from pipelines.arms import ArmActor, Job, jobs_of, trial_jobs
 from pipelines.cli import check_inputs, cluster_nodes, connect, console, main
@@ -65,7 +65,8 @@ def run_experiment(config: Config, run: RunDir, name: str) -> None:
     arms, notes = _usable(config, run, arms)
     trials = tuple(trial for arm in arms for trial in _trials(config, arm))
     if trials:
-        arms = _with_best_rates(config, run, arms, trials)
+        arms, said = _with_best_rates(config, run, arms, trials)
+        notes += said
     jobs = jobs_of(config, run, arms, config.experiment.seeds)
     for job in jobs:
         job.refuse_other()
@@ -118,8 +119,8 @@ def _trials(config: Config, arm: Arm) -> list[Arm]:
 
 def _with_best_rates(
     config: Config, run: RunDir, arms: Sequence[Arm], trials: Sequence[Arm]
-) -> tuple[Arm, ...]:
-    """Each arm with the learning rate that is best for it, by the rule of a search, on the prompts of one.
+) -> tuple[tuple[Arm, ...], tuple[str, ...]]:
+    """Each arm with the learning rate that is best for it on the prompts of a search, and notes on them.
 
     A rate is left out with which the training ends in what is no number, or too few answers can be judged.
 
@@ -134,20 +135,31 @@ def _with_best_rates(
     no_good = FloatingPointError, InvalidEvaluation
     _raise({job: fault for job, fault in faults.items() if not isinstance(fault, no_good)})
     base_scores = read_evaluation(base_run(search, run).eval("base")).scores
-    scores = {
-        job.arm: measure(config.tune, read_evaluation(job.run.eval("trained")).scores, base_scores).score
+    measured = {
+        job.arm: measure(config.tune, read_evaluation(job.run.eval("trained")).scores, base_scores)
         for job in jobs
         if job.done
     }
-    chosen = []
+    chosen, notes = [], []
     for arm in arms:
-        tried = [trial for trial in _trials(config, arm) if trial.name in scores]
-        if not tried:
+        best = best_trial(_trials(config, arm), measured)
+        if best is None:
             raise UserError(f"experiment.learning_rates: {arm.name} can be trained with none of them")
-        best = max(tried, key=lambda trial: scores[trial.name])
         console.print(f"[bold]rate[/]      {arm.name}: {best.params['train.learning_rate']:g}")
+        if measured[best.name].violation > 0:
+            notes.append(f"With no learning rate is {arm.name} within tune.max_over_refusal: the nearest.")
+            console.print(notes[-1], soft_wrap=True)
         chosen.append(replace(best, name=arm.name))
-    return tuple(chosen)
+    return tuple(chosen), tuple(notes)
+
+
+def best_trial(trials: Sequence[Arm], measured: Mapping[str, Measured]) -> Arm | None:
+    """The best of those that are measured, by the rule of a search: of equals the one that complies more."""
+
+    def rank(trial: Arm) -> tuple[float, float]:
+        return measured[trial.name].score, measured[trial.name].constrained["value"]
+
+    return max((trial for trial in trials if trial.name in measured), key=rank, default=None)
 
 
 def _work_off(config: Config, run: RunDir, jobs: Sequence[Job]) -> dict[Job, Exception]:
@@ -156,29 +168,32 @@ def _work_off(config: Config, run: RunDir, jobs: Sequence[Job]) -> dict[Job, Exc
     Raises:
         UserError: the base model's evaluation is invalid, or no job can be run at all.
     """
-    todo = [job for job in jobs if not job.complete]
-    if todo:
-        require_memory(config)
-        refuse_what_does_not_fit(config, run)
+    diverged = {job: FloatingPointError(job.diverged) for job in jobs if job.diverged}
+    todo = [job for job in jobs if not job.complete and job not in diverged]
+    size = _require_room(config, run, len(todo)) if todo else 0
     for job in {str(job.run.scores): job for job in jobs if wants_scores(job.config)}.values():
         score_prepared(job.config, job.run)  # once for each unconditional context
     if jobs and not evaluate_model(config, base_run(config, run), "base")["valid"]:
         raise UserError("the evaluation of the base model is invalid: there is nothing to compare with")
-    return _on_actors(config, todo, jobs) if todo else {}
+    return diverged | (_on_actors(todo, jobs, size) if todo else {})
 
 
-def _on_actors(config: Config, todo: Sequence[Job], jobs: Sequence[Job]) -> dict[Job, Exception]:
-    """Give the jobs to as many actors as the cluster holds, and a job whose actor dies to another."""
+def _require_room(config: Config, run: RunDir, todo: int) -> int:
+    """How many arms run at a time; a cluster that can hold none is refused before anything is scored."""
+    require_memory(config)
+    refuse_what_does_not_fit(config, run)
+    most = config.experiment.max_concurrent_arms
+    return at_a_time(config, cluster_nodes(), todo, most, "experiment.max_concurrent_arms")
+
+
+def _on_actors(todo: Sequence[Job], jobs: Sequence[Job], size: int) -> dict[Job, Exception]:
+    """Give the jobs to so many actors, and a job whose actor dies to another."""
     connect()
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 
-    most = config.experiment.max_concurrent_arms
-    size = at_a_time(config, cluster_nodes(), len(todo), most, "experiment.max_concurrent_arms")
-    gpus = config.evaluate.gpus_per_worker
-    # A driver without GPU stays on the head node, which no autoscaler takes away.
-    where: dict[str, Any] = {"num_gpus": gpus} if gpus else {"resources": {"node:__internal_head__": 0.001}}
-    actor: Any = ray.remote(num_cpus=0, **where)(ArmActor)
+    # On the head node, which no autoscaler takes away.
+    actor: Any = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(ArmActor)
     idle = [actor.remote() for _ in range(size)]
     console.print(f"[bold]arms[/]      {len(todo)} trainings to do, {size} at a time")
     queue, faults = deque(todo), dict[Job, Exception]()
@@ -201,6 +216,7 @@ def _on_actors(config: Config, todo: Sequence[Job], jobs: Sequence[Job]) -> dict
                     queue.append(job)
                 else:
                     faults[job] = error.cause if isinstance(error, RayTaskError) else error
+                    job.record(faults[job])
                 ray.kill(worker)  # it may be dead, or hold on to what it failed with
                 worker = actor.remote()
             idle.append(worker)
@@ -231,7 +247,9 @@ def _raise(faults: Mapping[Job, Exception]) -> None:
         if isinstance(fault, UserError):
             raise fault
     for fault in faults.values():
-        raise RuntimeError(f"{len(faults)} arms failed; the same command tries them again") from fault
+        raise RuntimeError(
+            f"{len(faults)} arms failed; the same command tries again those that may pass"
+        ) from fault
 
 
 def _rescore(jobs: Sequence[Job]) -> dict[Job, Exception]:
@@ -241,7 +259,7 @@ def _rescore(jobs: Sequence[Job]) -> dict[Job, Exception]:
         try:
             if job.done:
                 score_prepared(*rescored(job.config, job.run))
-        except UserError as error:
+        except Exception as error:  # the others are to be on the page
             faults[job] = error
     return faults
 

@@ -114,6 +114,10 @@ def test_an_arm_that_cannot_be_trained_is_named_and_the_others_are_on_the_page(b
     code, out, _ = beta
     assert code == 1
     assert "arm beta-1e+39, seed 0: " in out
+    code, again, _ = run(folder, "beta", "experiment.betas=[0.1, 1e39]", "experiment.seeds=[0]")
+    assert code == 1
+    assert "to do" not in again
+    assert "arm beta-1e+39, seed 0: " in again
     root = folder / "run" / "experiments" / "beta"
     assert {row["arm"] for row in csv.DictReader((root / "results.csv").open())} == {
         "dpo",

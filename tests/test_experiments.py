@@ -16,6 +16,7 @@ from bdpo.evaluation.reading import Evaluation
 from bdpo.evaluation.summary import SCORE_SCHEMA, rate
 from bdpo.experiments import (
     EXPERIMENTS,
+    Arm,
     Record,
     arm_run,
     base_run,
@@ -26,11 +27,11 @@ from bdpo.experiments import (
     summarise_arms,
 )
 from bdpo.runs import RunDir, write_manifest
-from bdpo.search import InvalidEvaluation, part_of
+from bdpo.search import InvalidEvaluation, Measured, part_of
 from bdpo.storage import discard
 from pipelines import arms
 from pipelines.arms import jobs_of
-from pipelines.experiment import _usable
+from pipelines.experiment import _usable, best_trial
 from pipelines.prepare import run_prepare
 
 ARMS = {
@@ -305,3 +306,35 @@ def test_benchmarks_are_kept_apart():
         ("xstest", "compliance"): 0.75,
         ("gsm8k", "accuracy"): 0.5,
     }
+
+
+def measured(score, compliance, violation=0.0):
+    objective, constrained = ({"value": value} for value in (score, compliance))
+    return Measured(objective, constrained, 1.0, violation)
+
+
+def test_the_best_learning_rate_is_that_of_a_search():
+    """The safest within the bound; of equals the one that complies more; else the nearest to the bound."""
+    trials = [Arm(name) for name in "abcd"]
+    found = {"a": measured(0.7, 0.9), "b": measured(0.7, 0.95), "c": measured(0.9, 0.5, violation=0.4)}
+    assert best_trial(trials, found) == trials[1]
+    far = {"a": measured(0.9, 0.2, violation=0.7), "d": measured(0.8, 0.5, violation=0.4)}
+    assert best_trial(trials, far) == trials[3]
+    assert best_trial(trials, {}) is None
+
+
+def test_what_diverged_is_known_again_and_nothing_else(tmp_path, tiny_chat):
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", invented_pairs(4))
+    config = tiny_config(tmp_path / "run", save_model(tmp_path / "model", tiny_chat), pairs)
+    run = RunDir(config.run_dir)
+    run_prepare(config, run)
+    [job] = jobs_of(config, run, experiment("methods", config).arms[:1], [0])
+    job.record(RuntimeError("a node died"))
+    assert job.diverged is None
+    job.record(FloatingPointError("the loss is not finite: pairs a, b"))
+    assert job.diverged == "the loss is not finite: pairs a, b"
+    train = config.train.model_dump() | {"warmup_ratio": 0.5}
+    other = parse_config(config.model_dump() | {"train": train}, "test")
+    [changed] = jobs_of(other, run, experiment("methods", other).arms[:1], [0])
+    with pytest.raises(UserError, match=r"train\.warmup_ratio"):
+        assert changed.diverged

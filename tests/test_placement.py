@@ -1,13 +1,16 @@
 """How many trials nodes hold: shares of a GPU lie on one GPU, workers on one node."""
 
+from pathlib import Path
+
 import pytest
 from test_search import configured
 
-from bdpo.config import parse_config
+from bdpo.config import load_config, parse_config
 from bdpo.errors import UserError
 from bdpo.placement import at_a_time
 from bdpo.search import number_of_trials
 
+CONFIGS = Path(__file__).parents[1] / "pipelines" / "configs"
 H100 = {"CPU": 192, "GPU": 8, "accelerator_type:H100": 1}
 L40S = {"CPU": 16, "GPU": 1, "accelerator_type:L40S": 1}
 
@@ -22,7 +25,8 @@ def needing(workers, gpus=0.0, share=0.0, accelerator=None, **tune):
 
 def trials_at_a_time(config, nodes):
     most, of = config.tune.max_concurrent_trials, number_of_trials(config.tune)
-    return at_a_time(config, nodes, of, most, "tune.max_concurrent_trials")
+    share = config.evaluate.gpus_per_worker
+    return at_a_time(config, nodes, of, most, "tune.max_concurrent_trials", share)
 
 
 @pytest.mark.parametrize(
@@ -55,12 +59,16 @@ def test_what_fits(needs, nodes, fit):
         (
             (4, 1.0, 1.0),
             [(1, {"CPU": 9, "GPU": 4})],
-            r"and 5 GPU \(train.workers=4 x 1 \+ evaluate.gpus_per_worker=1\), .* 1 x \(9 CPU, 4 GPU\);",
+            r"and 5 GPU \(train.workers=4 x 1 \+ evaluate.gpus_per_worker=1\); .* 1 x \(9 CPU, 4 GPU\);",
         ),
         # 2 GPUs are there and needed: after the evaluation's 0.6 only one of them has room for a worker.
         ((2, 0.7, 0.6), [(1, {"CPU": 9, "GPU": 2})], r"and 2 GPU \(train.workers=2 x 0.7 \+ .*=0.6\), each"),
         ((1, 0.6), [(2, {"CPU": 9, "GPU": 0.5})], r"0.6 GPU .* 2 x \(9 CPU, 0.5 GPU\);"),
-        ((1, 1.0, 0.0, "A100"), [(2, H100), (8, L40S)], r"1 on A100 .* 2 x \(192 CPU, 8 GPU, H100\) \+ 8 x"),
+        (
+            (1, 1.0, 0.0, "A100"),
+            [(2, H100), (8, L40S)],
+            r"1 on A100\); .* 2 x \(192 CPU, 8 GPU, H100\) \+ 8 x",
+        ),
         ((1,), [(1, {})], r"1 x \(nothing\)"),
     ],
 )
@@ -68,6 +76,17 @@ def test_too_small_is_said_with_the_arithmetic(needs, nodes, said):
     with pytest.raises(UserError, match=said) as refused:
         trials_at_a_time(needing(*needs), nodes)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*-7b*.yaml")), ids=lambda file: file.stem)
+def test_an_experiment_of_every_7b_preset_fits_the_gpus_that_the_preset_is_for(file):
+    """An arm trains on all of them, and is evaluated on one of them afterwards."""
+    config = load_config(str(file), [])
+    gpus = config.train.workers * config.train.gpus_per_worker
+    assert at_a_time(config, [(1, {"CPU": 192, "GPU": gpus})], 5, None, "experiment.x") == 1
+    assert at_a_time(config, [(2, {"CPU": 192, "GPU": gpus})], 5, None, "experiment.x") == 2
+    with pytest.raises(UserError, match=r"^experiment: one training needs"):
+        at_a_time(config, [(1, {"CPU": 192, "GPU": gpus - 1})], 5, None, "experiment.x")
 
 
 def test_not_more_than_the_config_says():

@@ -125,7 +125,8 @@ def _require_room(config: Config, run: RunDir) -> int:
     require_memory(config)
     refuse_what_does_not_fit(config, run)
     most, of = config.tune.max_concurrent_trials, number_of_trials(config.tune)
-    return at_a_time(config, cluster_nodes(), of, most, "tune.max_concurrent_trials")
+    share = config.evaluate.gpus_per_worker
+    return at_a_time(config, cluster_nodes(), of, most, "tune.max_concurrent_trials", share)
 
 
 def _run_trials(sweep: Sweep, base_scores: pa.Table, todo: int, at_a_time: int) -> None:
