@@ -60,7 +60,7 @@ _MEASURES: list[tuple[str, str, Callable[[Row], float | None]]] = [
 
 
 _ASKED_AGAIN = {"jailbreak", "prefill", "wrapped"}
-"""One request in each category: over all categories the items are not independent of each other."""
+"""One request in each category: what an attack does is told by itself."""
 
 
 def compare(first: pa.Table, second: pa.Table) -> list[dict[str, Any]]:
