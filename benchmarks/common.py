@@ -1,8 +1,4 @@
-"""What the side-by-side measurements share: workloads, a model, TRL's trainer, meters, RESULTS.md.
-
-TRL is its DPOTrainer as a user gets it on a GPU: batches of `TRL_BATCH` pairs in the order of the data
-set, padded to their longest row, the output head on response positions only.
-"""
+"""What the measurements share: workloads, a model, meters, RESULTS.md."""
 
 from __future__ import annotations
 
@@ -10,35 +6,24 @@ import json
 import platform
 import random
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import trl.trainer.utils
-from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-from trl import DPOConfig, DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bdpo.tokens import EncodedPair
 
 VOCABULARY = 720
 EMPTY_TURN = 20  # tokens of Qwen2's template around an empty user turn
 MAX_LENGTH, MAX_PROMPT_LENGTH = 1024, 512
-TRL_BATCH = 8  # pairs; TRL's default per_device_train_batch_size
 TOKENS_PER_BATCH = 4096  # ours: about as many tokens as TRL's batch has
 RESULTS = Path(__file__).parent / "RESULTS.md"
-
-# On the CPU TRL runs its head on padding and prompts too; measured is what it does on a GPU.
-trl.trainer.utils._use_triton = lambda device: True
 
 
 def data_sets(pairs: int) -> dict[str, list[EncodedPair]]:
@@ -84,31 +69,6 @@ def make_model(vocabulary: int = VOCABULARY) -> Qwen2ForCausalLM:
     )
 
 
-def trl_trainer(model: Any, reference: Any = None) -> DPOTrainer:
-    """TRL's trainer around models that are there already; with a reference it is a live one."""
-    words = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({"a": 0, "<pad>": 1}, "a")), pad_token="<pad>", eos_token="<pad>"
-    )
-    arguments = DPOConfig(
-        tempfile.mkdtemp(), bf16=False, gradient_checkpointing=False, use_cpu=True, report_to=[],
-        precompute_ref_log_probs=reference is None, per_device_train_batch_size=TRL_BATCH,
-    )  # fmt: skip
-    rows = Dataset.from_list([{"prompt": "a", "chosen": "a", "rejected": "a"}])
-    return DPOTrainer(model, reference, arguments, train_dataset=rows, processing_class=words)
-
-
-def trl_batches(pairs: list[EncodedPair]) -> Iterator[dict[str, torch.Tensor]]:
-    """Pairs as TRL's collator pads them."""
-    collate = DataCollatorForPreference(pad_token_id=1, max_length=MAX_LENGTH)
-    for start in range(0, len(pairs), TRL_BATCH):
-        yield collate(
-            [
-                {f"{part}_ids": ids for part, ids in vars(pair).items()}
-                for pair in pairs[start : start + TRL_BATCH]
-            ]
-        )
-
-
 def flops(model: Any, work: Callable[[], Any]) -> tuple[int, int]:
     """Operations of matrix products and attention, and tokens of the grids that the model was given."""
     tokens = 0
@@ -142,13 +102,17 @@ def cpu_seconds(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
     return best
 
 
-def write_section(title: str, table: list[str]) -> None:
-    """Put a section in RESULTS.md in the place of the one of the same title."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
-    command = " ".join(
-        [f"python -m benchmarks.{Path(sys.argv[0]).stem}", *(Path(a).name for a in sys.argv[1:])]
-    )
-    head = f"`{command}` on {date.today()}: Python {platform.python_version()}, {versions}"
+def write_section(title: str, table: list[str], head: str | None = None) -> None:
+    """Put a section in RESULTS.md in the place of the one of the same title.
+
+    `head` says how, when and with what it was measured; by default, this command here and now.
+    """
+    if head is None:
+        versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
+        command = " ".join(
+            [f"python -m benchmarks.{Path(sys.argv[0]).stem}", *(Path(a).name for a in sys.argv[1:])]
+        )
+        head = f"`{command}` on {date.today()}: Python {platform.python_version()}, {versions}"
     text = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
     sections = [s for s in text.split("\n## ") if not s.startswith(title + "\n")]
     sections.append("\n".join([title, "", head, "", *table, ""]))

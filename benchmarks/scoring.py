@@ -29,10 +29,9 @@ from benchmarks.common import (
     flops,
     from_file,
     make_model,
-    trl_batches,
-    trl_trainer,
     write_section,
 )
+from benchmarks.peer import trl_batches, trl_trainer
 
 EMPTY = list(range(2, 2 + EMPTY_TURN))
 

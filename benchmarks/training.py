@@ -28,10 +28,9 @@ from benchmarks.common import (
     draw,
     flops,
     make_model,
-    trl_batches,
-    trl_trainer,
     write_section,
 )
+from benchmarks.peer import trl_batches, trl_trainer
 from benchmarks.scoring import EMPTY
 
 
