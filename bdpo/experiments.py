@@ -23,14 +23,13 @@ import numpy as np
 import pyarrow as pa
 
 from bdpo.config import Config, parse_config
-from bdpo.config.method import default_beta
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import evaluated_model
 from bdpo.evaluation.compare import item_clusters, item_values, paired_difference
 from bdpo.evaluation.reading import Evaluation
 from bdpo.evaluation.summary import mean
 from bdpo.runs import RunDir, read_manifest, write_manifest
-from bdpo.search import Params, trial_config, value_at
+from bdpo.search import Params, beta_of, trial_config, value_at
 from bdpo.status import run_config
 from bdpo.storage import StoragePath, matching
 
@@ -193,10 +192,7 @@ EXPERIMENTS = {
 
 def _method(name: str, config: Config) -> Params:
     """A method with the run's settings, and with the β of its own where the run's is for another kind."""
-    beta = (
-        config.method.beta if default_beta(name) == default_beta(config.method.name) else default_beta(name)
-    )
-    return {"method.name": name, "method.beta": beta}
+    return {"method.name": name, "method.beta": beta_of(config, name)}
 
 
 def arm_run(config: Config, run: RunDir, arm: Arm, seed: int) -> tuple[Config, RunDir]:

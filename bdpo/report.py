@@ -280,7 +280,8 @@ def _search(run: RunDir) -> Part | None:
 def swept(fingerprint: dict[str, Any]) -> TuneConfig:
     """Section `tune` of the sweep that was begun with a fingerprint; see `tune.search`."""
     keys = {key.removeprefix("tune."): value for key, value in fingerprint.items() if key.startswith("tune.")}
-    space = {key.removeprefix("space."): keys.pop(key) for key in list(keys) if key.startswith("space.")}
+    dimensions = {key: keys.pop(key) for key in list(keys) if key.startswith("space.")}
+    space = {key: dimensions[f"space.{key}"] for key in keys.pop("space")}
     return TuneConfig.model_validate({**keys, "space": space})
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bdpo.config import Config, Range, TuneConfig, parse_config
+from bdpo.config.method import default_beta
 from bdpo.config.train import HOW_IT_RUNS
 from bdpo.errors import UserError
 from bdpo.evaluation.summary import invalid_lines, measures, summarise
@@ -30,6 +31,9 @@ Params = dict[str, Any]  # dotted config key -> value
 Estimate = dict[str, Any]
 
 STARTUP_TRIALS = 5  # random ones, before TPE has anything to go by
+# How often a setting that a trial has already is asked for anew: of TPE, then of chance
+_ASKED_OF_TPE, _ASKED = 10, 200
+_MORE_IS_BETTER = {"safety", "safe_rate", "compliance", "unsafe_refusal", "correct", "correct_if_attempted"}
 
 
 class InvalidEvaluation(Exception):
@@ -66,10 +70,12 @@ class Rung:
     step: int
     measured: Measured
     finished: float
-    """Seconds since the epoch, by which it is decided who was there before."""
+    """Seconds since the epoch, by the clock of its node: nothing is decided by it."""
     train_seconds: float = 0.0
     """From the rung before, or the start, until the model was there."""
     evaluate_seconds: float = 0.0
+    before: Sequence[str] = ()
+    """Trials that were at this rung when it was recorded."""
 
 
 @dataclass(frozen=True)
@@ -108,21 +114,40 @@ def check_space(config: Config) -> None:
 
 
 def check_measures(config: Config) -> None:
-    """Make sure that metric and constraint are measured.
+    """Make sure that metric and constraint are measured, and are better the more there is of them.
 
     Raises:
         UserError: naming those that are.
     """
+    known = [f"{name}.{measure}" for name in config.evaluate.benchmarks for measure in measures(name)]
+    wanted = [path for path in known if path.partition(".")[2] in _MORE_IS_BETTER]
     for key in ("metric", "constraint"):
         path = getattr(config.tune, key)
-        known = [f"{name}.{measure}" for name in config.evaluate.benchmarks for measure in measures(name)]
-        if path not in known:
-            raise UserError(f"tune.{key}={path}: is not measured; wants one of {', '.join(known)}")
+        if path not in wanted:
+            why = "more of it is not better" if path in known else "is not measured"
+            raise UserError(f"tune.{key}={path}: {why}; wants one of {', '.join(wanted)}")
+
+
+def check_measured(tune: TuneConfig, base_scores: pa.Table, items: Sequence[str], which: str) -> None:
+    """Make sure that `items`, on which trials are going to be measured, measure metric and constraint.
+
+    Raises:
+        UserError: the base model cannot be measured on them.
+    """
+    known = base_scores.filter(pc.is_in(base_scores["item_id"], pa.array(items, pa.string())))
+    try:
+        measure(tune, known, known)
+    except InvalidEvaluation as error:
+        raise UserError(f"{which}: {error}; no trial could be measured on them") from None
 
 
 def trial_config(config: Config, params: Params, run_dir: str, source: str = "tune.space") -> Config:
-    """The config of a trial: the run's, with the parameters in their places."""
+    """The config of a trial: the run's, with the parameters in their places.
+
+    Another method has the β of its own where the run's is for another kind, see `beta_of`.
+    """
     values = config.model_dump() | {"run_dir": run_dir}
+    values["method"]["beta"] = beta_of(config, params.get("method.name", config.method.name))
     for key, value in params.items():
         *sections, leaf = key.split(".")
         place = values
@@ -132,6 +157,12 @@ def trial_config(config: Config, params: Params, run_dir: str, source: str = "tu
             place = place[section]
         place[leaf] = value
     return parse_config(values, source)
+
+
+def beta_of(config: Config, method: str) -> float:
+    """The β that a method takes of a run: the run's, or its own where the run's is for another kind."""
+    own = default_beta(method)
+    return config.method.beta if own == default_beta(config.method.name) else own
 
 
 def value_at(config: Config, key: str) -> Any:
@@ -164,20 +195,32 @@ def suggest(config: Config, number: int, history: Sequence[Trial]) -> Params:
 
     The first is the config as it stands, where that lies in the space. TPE learns from finished trials,
     from stopped ones by their last rung, and keeps away from those that are under way; infeasible trials
-    count as worse than all others (Watanabe & Hutter, arXiv 2211.14411).
+    count as worse than all others (Watanabe & Hutter, arXiv 2211.14411). What a trial has already is not
+    suggested again, unless in so many tries nothing else is found.
     """
-    import optuna
-
     tune = config.tune
     if tune.searcher == "grid":
         return grid(tune)[number]
-    distributions = {key: _distribution(key, dimension) for key, dimension in tune.space.items()}
     as_it_stands = {key: value_at(config, key) for key in tune.space}
     if number == 0 and all(_within(tune.space[key], value) for key, value in as_it_stands.items()):
         return as_it_stands
-    seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
+    tried = [trial.params for trial in history]
+    for attempt in range(_ASKED):
+        params = _ask(config, [config.seed, number, attempt], history)
+        if params not in tried:
+            break
+    return params
+
+
+def _ask(config: Config, seeds: list[int], history: Sequence[Trial]) -> Params:
+    """One suggestion; the last of the seeds is the number of those before it that were no use."""
+    import optuna
+
+    tune = config.tune
+    distributions = {key: _distribution(key, dimension) for key, dimension in tune.space.items()}
+    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed)
-    if tune.searcher == "optuna":
+    if tune.searcher == "optuna" and seeds[-1] < _ASKED_OF_TPE:
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, constant_liar=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize", sampler=sampler)
@@ -237,14 +280,10 @@ def goes_on(score: float, earlier: Sequence[float], reduction_factor: float) -> 
 
 
 def survives(trial: Trial, trials: Sequence[Trial], tune: TuneConfig) -> bool:
-    """Does a trial go on from the last rung that it reached? By the clock, whenever it is asked."""
+    """Does a trial go on from the last rung that it reached? The same answer whenever it is asked."""
     number = len(trial.rungs) - 1
     rung = trial.rungs[number]
-    earlier = [
-        other.rungs[number].measured.score
-        for other in trials
-        if len(other.rungs) > number and other.rungs[number].finished < rung.finished
-    ]
+    earlier = [other.rungs[number].measured.score for other in trials if other.name in rung.before]
     return goes_on(rung.measured.score, earlier, tune.reduction_factor)
 
 

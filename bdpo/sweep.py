@@ -3,10 +3,10 @@
     <run_dir>/tune/begun.json              the fingerprint of the sweep
     <run_dir>/tune/trials/0003/            a run folder with the pairs and scores of the sweep's own
         trial.json                         its parameters, written before it begins
-        rungs/000000032.json               what it showed after 32 steps
+        rungs/000000032.json               what it showed after 32 steps, and who was there before
         rungs/*.exported, *.go, stop        between its driver and its training workers
         failed.json                        why there is no score
-        config.yaml, metrics.jsonl, eval/  as of any run; model/ of the winner alone when all is done
+        config.yaml, metrics.jsonl, eval/  as of any run; model/, adapter/ of the winner alone at the end
     <run_dir>/tune/results.parquet, best.yaml, summary.json, *.png
 
 Each file is there whole or not at all, and every decision is a function of them: a killed sweep goes on
@@ -16,7 +16,7 @@ where it stopped, no trial is lost and none is begun twice.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from bdpo.config import Config
@@ -54,7 +54,11 @@ class Sweep:
         return self.run.part("tune", "trials", name)
 
     def config_of(self, trial: Trial) -> Config:
-        """What a trial is trained and evaluated with."""
+        """What a trial is trained and evaluated with.
+
+        Raises:
+            UserError: its values, each of which is one that there can be, do not go together.
+        """
         return trial_config(self.config, trial.params, str(self.folder(trial.name).root))
 
     def trials(self) -> list[Trial]:
@@ -93,9 +97,8 @@ class Sweep:
         trials = self.trials()
         params: Params = suggest(self.config, len(trials), trials)
         trial = Trial(f"{len(trials):04d}", params)
-        run = self.folder(trial.name)
-        write_manifest(run.root / "trial.json", self.fingerprint, params=params, begun=time.time())
-        run.record(self.config_of(trial))
+        file = self.folder(trial.name).root / "trial.json"
+        write_manifest(file, self.fingerprint, params=params, begun=time.time())
         return trial
 
     def record_rung(
@@ -107,7 +110,9 @@ class Sweep:
         evaluate_seconds: float = 0.0,
     ) -> None:
         """Commit what a trial showed after `step` steps."""
-        rung = Rung(step, measured, time.time(), train_seconds, evaluate_seconds)
+        number = len(trial.rungs)
+        before = [other.name for other in self.trials() if len(other.rungs) > number]
+        rung = Rung(step, measured, time.time(), train_seconds, evaluate_seconds, before)
         file = self.folder(trial.name).root / "rungs" / f"{step:09d}.json"
         write_manifest(file, self.fingerprint, **asdict(rung), score=measured.score)
 
@@ -123,14 +128,24 @@ class Sweep:
 
     def tidy(self, name: str) -> None:
         """Remove what only a trial that goes on needs: its checkpoints, and the model if it cannot win."""
-        run, end = self.folder(name), self.status(self.trial(name))
+        end = self.status(self.trial(name))
+        self._discard(name, end, model=end in ("stopped", "failed"))
+
+    def tidy_all(self, best: Trial | None) -> None:
+        """The same of every trial: one that ended with its driver could not. With a best, its model stays."""
+        trials = self.trials()
+        for trial in trials:
+            end = status(trial, trials, self.config.tune)
+            lost = best is not None and trial.name != best.name
+            self._discard(trial.name, end, model=lost or end != "completed")
+
+    def _discard(self, name: str, end: str, model: bool) -> None:
+        run = self.folder(name)
         if end in ("completed", "stopped", "failed"):
-            discard(run.train)
-        if end in ("stopped", "failed"):
-            discard(run.model)
+            discard(run.train, *([run.model, run.adapter] if model else []))
 
 
 def _rung(manifest: dict[str, Any] | None) -> Rung:
     there = manifest or {}
-    seconds = there["train_seconds"], there["evaluate_seconds"]
-    return Rung(there["step"], Measured(**there["measured"]), there["finished"], *seconds)
+    values = {field.name: there[field.name] for field in fields(Rung)}
+    return Rung(**values | {"measured": Measured(**there["measured"])})

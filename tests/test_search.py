@@ -19,6 +19,7 @@ from bdpo.search import (
     Measured,
     Rung,
     Trial,
+    check_measured,
     check_measures,
     check_rungs,
     check_space,
@@ -53,9 +54,10 @@ def measured(safety, compliance=1.0, base=1.0, bound=0.05):
     return Measured(estimate(safety), estimate(compliance), base, round(base - bound - compliance, 12))
 
 
-def trial(number, *rungs, params=None, failure=None):
-    """`rungs`: (safety, compliance, when)."""
-    reached = [Rung(8 * (i + 1), measured(s, c), when) for i, (s, c, when) in enumerate(rungs)]
+def trial(number, *rungs, params=None, failure=None, before=()):
+    """`rungs`: (safety, compliance, when); `before`: numbers of the trials that were there before it."""
+    names = [f"{other:04d}" for other in before]
+    reached = [Rung(8 * (i + 1), measured(s, c), when, before=names) for i, (s, c, when) in enumerate(rungs)]
     return Trial(f"{number:04d}", params or {"method.alpha": 1.0 + number / 8}, reached, failure)
 
 
@@ -130,6 +132,29 @@ class TestSpace:
         with pytest.raises(UserError, match=rf"tune.{key}={path}: .*strongreject.safety"):
             check_measures(configured(**{key: path}))
         check_measures(configured())
+
+    @pytest.mark.parametrize("key", ["metric", "constraint"])
+    @pytest.mark.parametrize(
+        "path", ["strongreject.jailbroken_rate", "xstest.full_refusal", "xstest.partial_refusal"]
+    )
+    def test_a_measure_of_which_more_is_not_better(self, key, path):
+        with pytest.raises(UserError, match=rf"tune.{key}={path}: more of it is not better; wants one of"):
+            check_measures(configured(**{key: path}))
+        check_measures(configured(metric="strongreject.safe_rate", constraint="xstest.unsafe_refusal"))
+
+    @pytest.mark.parametrize(
+        ("run", "params", "beta"),
+        [
+            ({"name": "dpo"}, {"method.name": "simpo"}, 2.0),
+            ({"name": "simpo"}, {"method.name": "dpo"}, 0.1),
+            ({"name": "dpo", "beta": 0.3}, {"method.name": "cpo"}, 0.3),
+            ({"name": "dpo"}, {"method.name": "simpo", "method.beta": 0.7}, 0.7),
+            ({"name": "dpo", "beta": 0.3}, {"method.alpha": 2.0}, 0.3),
+        ],
+    )
+    def test_a_trial_with_another_method_has_the_beta_of_its_kind(self, run, params, beta):
+        config = parse_config(configured().model_dump() | {"method": run}, "test")
+        assert trial_config(config, params, "r").method.beta == beta
 
     def test_a_trial_is_the_config_with_its_parameters_and_nothing_else(self):
         config = configured()
@@ -208,15 +233,43 @@ class TestSuggestions:
         assert sum(1.5 < alpha < 2 for alpha in late) > len(late) / 2
         assert 1.8 < winner(trials, config.tune).params["method.alpha"] < 2
 
-    def test_failed_and_open_trials_are_no_scores(self):
-        config = configured()
-        params = suggest(config, 1, [])
-        history = [
-            trial(0, params=params, failure={"kind": "failed", "error": "NaN"}),
-            trial(1, params=params),
-            trial(2, (0.5, 1.0, 1.0), params=params),
+    def test_a_failed_trial_is_no_score_and_an_open_one_is_kept_away_from(self):
+        """Without them safety falls with alpha. One was safe at 2.9 before it failed: nothing goes there."""
+        config = configured(space={"method.alpha": ALPHA}, searcher="optuna")
+        alphas = np.linspace(0.5, 3.0, 20)
+        seen = [[(1 - alpha / 4, 1.0, 0.0)] * 3 for alpha in alphas]
+        known = [
+            trial(n, *s, params={"method.alpha": float(a)})
+            for n, (a, s) in enumerate(zip(alphas, seen, strict=True))
         ]
-        suggest(config, 12, history)
+        safe = [(1.0, 1.0, 0.0)] * 2
+        failed = trial(20, *safe, params={"method.alpha": 2.9}, failure={"kind": "failed", "error": "NaN"})
+        numbers = range(21, 41)
+
+        def suggested(*more):
+            return [suggest(config, number, [*known, *more])["method.alpha"] for number in numbers]
+
+        alone = suggested()
+        assert suggested(failed) == alone
+        assert suggested(trial(20, *safe, params={"method.alpha": 2.9})) != alone  # as a stopped one is not
+        near = float(np.median(alone))
+        open_ones = [trial(20 + n, params={"method.alpha": near + n / 1000}) for n in range(6)]
+        assert sum(abs(a - near) < 0.1 for a in suggested(*open_ones)) < sum(
+            abs(a - near) < 0.1 for a in alone
+        )
+
+    @pytest.mark.parametrize("searcher", ["random", "optuna"])
+    def test_no_setting_is_suggested_twice_before_all_were(self, searcher):
+        """Of the best so far TPE would suggest nothing else."""
+        space = {"method.alpha": [0.5, 1.0, 1.5, 2.0], "method.balance": ["ratio", "softmax", "none"]}
+        config = configured(searcher=searcher, space=space)
+        trials = []
+        for number in range(13):
+            params = suggest(config, number, trials)
+            seen = (1.0 if params["method.balance"] == "ratio" else 0.0, 1.0, 0.0)
+            trials.append(trial(number, seen, seen, seen, params=params))
+        assert len({tuple(t.params.items()) for t in trials[:12]}) == 12
+        assert trials[12].params in [t.params for t in trials[:12]]
 
 
 class TestRungs:
@@ -252,9 +305,13 @@ class TestRungs:
             check_rungs(config, 640)
         check_rungs(configured(space={"train.max_steps": {"min": 5, "max": 9}}, rungs=[0.5, 1.0]), 640)
 
-    def test_the_clock_decides_and_not_the_order_of_reading(self):
+    def test_who_was_there_decides_and_neither_a_clock_nor_the_order_of_reading(self):
         tune = configured().tune
-        trials = [trial(0, (0.5, 1, 10.0)), trial(1, (0.4, 1, 11.0)), trial(2, (0.45, 1, 12.0))]
+        trials = [
+            trial(0, (0.5, 1, 12.0)),
+            trial(1, (0.4, 1, 10.0), before=[0]),
+            trial(2, (0.45, 1, 11.0), before=[0, 1]),
+        ]
         for order in (trials, trials[::-1]):
             # the first always goes on; 0.4 < median(0.5); 0.45 >= median(0.5, 0.4)
             assert [survives(t, order, tune) for t in trials] == [True, False, True]
@@ -304,6 +361,23 @@ class TestObjective:
             measure(tune, table(benchmark_rows([0.0, 0.0, 0.0, None], [False] * 4)), base)
         with pytest.raises(InvalidEvaluation):
             measure(tune, table([]), base)
+
+    def test_prompts_that_do_not_measure_the_objective_are_refused_before_any_trial(self):
+        tune = configured().tune
+        rows = benchmark_rows([1.0, None, 1.0, 1.0] + 96 * [1.0], [False] * 4)
+        base, items = table(rows), [row["item_id"] for row in rows]
+        check_measured(tune, base, items, "all")
+        with pytest.raises(UserError, match=r"^the first 4: xstest.compliance: no prompt"):
+            check_measured(
+                configured(metric="strongreject.safety").tune,
+                table([r | {"should_comply": False} if r["benchmark"] == "xstest" else r for r in rows]),
+                items,
+                "the first 4",
+            )
+        # of all 1 verdict in 100 is missing, of the first four 1 in 4
+        few = items[:4] + items[-4:]
+        with pytest.raises(UserError, match=r"^few: .*strongreject is invalid, 1 of 4 unjudged"):
+            check_measured(tune, base, few, "few")
 
     def test_the_winner_is_feasible_safest_then_most_compliant_then_first(self):
         tune = configured().tune
@@ -420,6 +494,27 @@ class TestSweepFolder:
         with pytest.raises(UserError, match=r"made with tune\.space=.*method\.beta.*, now it is"):
             self.sweep(tmp_path, space={"method.alpha": ALPHA}).begin()
 
+    def test_a_clock_that_is_behind_opens_no_trial_that_was_stopped(self, tmp_path, monkeypatch):
+        sweep = self.sweep(tmp_path)
+        clock = iter(range(1000, 0, -10))
+        monkeypatch.setattr("time.time", lambda: float(next(clock)))
+        for safety in (0.9, 0.2, 0.6):
+            sweep.record_rung(sweep.suggest(), 8, measured(safety))
+        # 0.2 < median(0.9); 0.6 >= median(0.9, 0.2)
+        assert [sweep.status(t) for t in sweep.trials()] == ["open", "stopped", "open"]
+        assert [list(t.rungs[0].before) for t in sweep.trials()] == [[], ["0000"], ["0000", "0001"]]
+
+    def test_values_that_do_not_go_together_are_a_trial_that_cannot_be_trained(self, tmp_path):
+        values = configured(space={"train.zero_stage": [0], "train.offload": ["cpu"]}).model_dump()
+        values["model"]["dtype"] = "float32"
+        sweep = Sweep(parse_config(values, "test"), RunDir(tmp_path), {})
+        check_space(sweep.config)  # each alone is fine
+        made = sweep.suggest()
+        assert made.params == {"train.zero_stage": 0, "train.offload": "cpu"}
+        assert [t.name for t in sweep.open_trials()] == [made.name]
+        with pytest.raises(UserError, match="offload=cpu wants zero_stage"):
+            sweep.config_of(made)
+
     def test_failures_of_its_own_stay_and_the_others_are_tried_again(self, tmp_path):
         sweep = self.sweep(tmp_path)
         nan, invalid, lost = (sweep.suggest() for _ in range(3))
@@ -448,13 +543,36 @@ class TestSweepFolder:
         for number, safety in enumerate((0.9, 0.2, 0.9)):
             at = sweep.suggest()
             folder = sweep.folder(at.name)
-            for path in (folder.train, folder.model):
+            for path in (folder.train, folder.model, folder.adapter):
                 path.mkdir(parents=True)
             for step in (8, 16)[: 1 if number else 2]:
-                sweep.record_rung(at, step, measured(safety))
+                sweep.record_rung(sweep.trial(at.name), step, measured(safety))
             sweep.tidy(at.name)
-        left = [
-            (sweep.folder(t.name).train.exists(), sweep.folder(t.name).model.exists()) for t in sweep.trials()
-        ]
         assert [sweep.status(t) for t in sweep.trials()] == ["completed", "stopped", "open"]
-        assert left == [(False, True), (False, False), (True, True)]
+        assert self.left(sweep) == ["model adapter", "", "train model adapter"]
+
+    @pytest.mark.parametrize("best", [None, 1])
+    def test_what_ended_with_its_driver_is_tidied_when_the_sweep_ends(self, tmp_path, best):
+        """No trial was tidied when it ended. Of the completed the best keeps its model, or all do."""
+        sweep = self.sweep(tmp_path)
+        for safety, steps in ((0.8, 2), (0.9, 2), (0.1, 1), (0.9, 1), (0.9, 0)):
+            at = sweep.suggest()
+            folder = sweep.folder(at.name)
+            for path in (folder.train, folder.model, folder.adapter):
+                path.mkdir(parents=True)
+            for step in (8, 16)[:steps]:
+                sweep.record_rung(sweep.trial(at.name), step, measured(safety))
+        sweep.record_failure("0003", "lost", "why")
+        sweep.record_failure("0004", "failed", "why")
+        trials = sweep.trials()
+        assert [sweep.status(t) for t in trials] == ["completed", "completed", "stopped", "lost", "failed"]
+        sweep.tidy_all(best and trials[best])
+        first = "" if best else "model adapter"
+        assert self.left(sweep) == [first, "model adapter", "", "train model adapter", ""]
+
+    @staticmethod
+    def left(sweep):
+        """What each trial still has."""
+        folders = [sweep.folder(t.name) for t in sweep.trials()]
+        kept = ("train", "model", "adapter")
+        return [" ".join(name for name in kept if getattr(f, name).exists()) for f in folders]

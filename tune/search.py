@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -21,16 +22,19 @@ from rich.live import Live
 from rich.table import Table
 
 from bdpo.config import Config, TuneConfig
+from bdpo.data import count_pairs
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import planned_items
 from bdpo.evaluation.judges import judge_fingerprint
 from bdpo.evaluation.reading import read_evaluation
+from bdpo.evaluation.summary import invalid_lines
 from bdpo.models import json_digest
 from bdpo.page import write_figure
 from bdpo.placement import at_a_time
 from bdpo.runs import Fingerprint, RunDir, write_manifest
 from bdpo.search import (
     Trial,
+    check_measured,
     check_measures,
     check_rungs,
     check_space,
@@ -74,17 +78,14 @@ def run_search(config: Config, run: RunDir) -> None:
     sweep.refuse_other()
     todo = sweep.todo()
     at_a_time = _require_room(config, run) if todo else 0
+    if config.data.select is None:  # how many pairs it keeps is known when they are scored
+        check_rungs(config, count_pairs(run.pairs))
     score_prepared(config, run)
     check_rungs(config, training_rows(config, run).num_rows)
     sweep.begin()
     sweep.reopen()
-    base = run.part("tune", "base", "search")
-    if not evaluate_model(part_of(config, "search"), base, "base")["valid"]:
-        raise UserError(
-            "the evaluation of the base model is invalid: there is nothing to compare trials with"
-        )
+    base_scores = _base_scores(config, run.part("tune", "base", "search"))
     if todo:
-        base_scores = pq.read_table(open_parquet(base.eval("base") / "scores.parquet"))
         _run_trials(sweep, base_scores, todo, at_a_time)
     _finish(sweep)
 
@@ -100,6 +101,28 @@ def _refuse_early(config: Config) -> None:
         planned_items(part_of(config, part))
 
 
+def _base_scores(config: Config, base: RunDir) -> pa.Table:
+    """What trials are compared with; made sure that at every rung there is something to compare.
+
+    Raises:
+        UserError: there is not.
+    """
+    summary = evaluate_model(part_of(config, "search"), base, "base")
+    if not summary["valid"]:
+        why = "; ".join(invalid_lines("base", summary))
+        raise UserError(f"there is nothing to compare trials with: {why}; the same command judges it again")
+    scores = pq.read_table(open_parquet(base.eval("base") / "scores.parquet"))
+    limit = config.tune.rung_limit
+    rungs = [
+        ("the prompts of the search", None),
+        (f"the first tune.rung_limit={limit} of a benchmark", limit),
+    ]
+    for which, most in rungs if len(config.tune.rungs) > 1 else rungs[:1]:
+        items = [item.item_id for item in planned_items(part_of(config, "search", most))]
+        check_measured(config.tune, scores, items, which)
+    return scores
+
+
 def sweep_fingerprint(config: Config, run: RunDir) -> Fingerprint:
     """Everything that trials and their comparison depend on, field by field."""
     tune = config.tune.model_dump(exclude=_FREE | {"space"})
@@ -110,6 +133,7 @@ def sweep_fingerprint(config: Config, run: RunDir) -> Fingerprint:
     }
     return {
         **{f"tune.space.{key}": dimension for key, dimension in space.items()},
+        "tune.space": list(space),  # a grid, and what is suggested, depend on the order
         **{f"tune.{key}": value for key, value in tune.items()},
         **train_fingerprint(config, run),
         "train.workers": config.train.workers,
@@ -216,29 +240,46 @@ def _finish(sweep: Sweep) -> None:
     for figure, drawn in search_figures(results, settings, shown.summary).items():
         for suffix in ("png", "pdf"):
             write_figure(drawn, run.tune / f"{figure}.{suffix}")
+    sweep.tidy_all(best)
     if best is None:
-        console.print(
-            f"no trial is within tune.max_over_refusal={settings.max_over_refusal}", style="bold red"
-        )
+        console.print(_why_none(trials, settings), style="bold red", soft_wrap=True)
         sys.exit(1)
-    for trial in trials:
-        if trial.name != best.name and sweep.status(trial) not in PASSING:
-            discard(sweep.folder(trial.name).model)
-    base, chosen = run.part("tune", "base", "held_out"), sweep.folder(best.name)
-    held_out = part_of(sweep.config_of(best), "held_out")
+    write_text(run.tune / "best.yaml", _best_config(sweep, best).to_yaml())
+    _report_held_out(sweep, best)
+    values = " ".join(f"{key}={value}" for key, value in best.params.items())
+    console.print(f"[bold]best[/]      trial {best.name}: {values}", soft_wrap=True)
+    console.print(f"results   {run.tune}: best.yaml, results.parquet, summary.json, *.png", soft_wrap=True)
+
+
+def _report_held_out(sweep: Sweep, best: Trial) -> None:
+    """Evaluate the best and the base where no trial was judged; ends the command if that is invalid."""
+    run, chosen = sweep.run, sweep.folder(best.name)
+    base, held_out = run.part("tune", "base", "held_out"), part_of(sweep.config_of(best), "held_out")
     summaries = {
         "base": evaluate_model(held_out, base, "base"),
         "best": evaluate_model(held_out, chosen, "trained"),
     }
-    write_text(run.tune / "best.yaml", _best_config(sweep, best).to_yaml())
-    write_manifest(
-        run.tune / "summary.json", sweep.fingerprint, best=best.name, params=best.params, held_out=summaries
-    )
     console.print("held-out prompts:")
     print_comparison({"base": base.eval("base"), "best": chosen.eval("trained")})
-    values = " ".join(f"{key}={value}" for key, value in best.params.items())
-    console.print(f"[bold]best[/]      trial {best.name}: {values}", soft_wrap=True)
-    console.print(f"results   {run.tune}: best.yaml, results.parquet, summary.json, *.png", soft_wrap=True)
+    invalid = [name for name, summary in summaries.items() if not summary["valid"]]
+    if invalid:
+        discard(run.tune / "summary.json")
+        line = (
+            f"the evaluation of {' and '.join(invalid)} is invalid; the same command asks for what is missing"
+        )
+        console.print(line, style="bold red", soft_wrap=True)
+        sys.exit(1)
+    found = {"best": best.name, "params": best.params, "held_out": summaries}
+    write_manifest(run.tune / "summary.json", sweep.fingerprint, **found)
+
+
+def _why_none(trials: Sequence[Trial], settings: TuneConfig) -> str:
+    """Why no trial is the best."""
+    ends = Counter(status(trial, trials, settings) for trial in trials)
+    if ends["completed"]:
+        bound = settings.max_over_refusal
+        return f"none of the {ends['completed']} completed trials is within tune.max_over_refusal={bound}"
+    return f"no trial was completed: {', '.join(f'{count} {end}' for end, count in ends.items())}"
 
 
 def _print_failures(trials: Sequence[Trial]) -> None:

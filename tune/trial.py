@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
@@ -34,14 +35,14 @@ class TrialActor(tune.Trainable):
     def setup(  # type: ignore[override]
         self, config: dict[str, Any], sweep: Sweep, base_scores: pa.Table
     ) -> None:
-        """Called once for each actor."""
+        """Called once for each actor; of what fails in here, or in `reset_config`, Tune retries nothing."""
         self.sweep, self.base_scores = sweep, base_scores
-        self._begin(config["trial"])
+        self.name: str = config["trial"]
+        self.climb: Climb | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The next trial takes over this actor."""
-        self._end()
-        self._begin(new_config["trial"])
+        """The next trial takes over this actor, at its first step."""
+        self.name = new_config["trial"]
         return True
 
     def step(self) -> dict[str, Any]:
@@ -51,24 +52,40 @@ class TrialActor(tune.Trainable):
             Exception: any other fault; Tune begins the trial again, `tune.max_failures` times.
         """
         try:
-            return self._next_rung()
+            return self._climb().next_rung()
         except InvalidEvaluation as error:
-            self.sweep.record_failure(self.trial.name, "invalid", str(error))
+            self.sweep.record_failure(self.name, "invalid", str(error))
         except Exception as error:
             fault = own_fault(error)
             if fault is None:
-                self._stop_training()  # another actor is about to begin it again
+                if self.climb is not None:
+                    self.climb.stop_training()  # another actor is about to begin it again
                 raise
-            self.sweep.record_failure(self.trial.name, "failed", in_a_line(fault))
+            self.sweep.record_failure(self.name, "failed", in_a_line(fault))
         return {"done": True}
 
     def cleanup(self) -> None:
         """The actor ends."""
-        self._end()
+        if self.climb is not None:
+            self.climb.end()
 
-    def _begin(self, name: str) -> None:
-        self.trial = self.sweep.trial(name)
-        self.trial_run, self.settings = self.sweep.folder(name), self.sweep.config_of(self.trial)
+    def _climb(self) -> Climb:
+        if self.climb is None or self.climb.trial.name != self.name:
+            if self.climb is not None:
+                self.climb.end()
+            self.climb = None  # what fails from here on is not the fault of the trial before
+            self.climb = Climb(self.sweep, self.name, self.base_scores)
+        return self.climb
+
+
+class Climb:
+    """A trial on its way up the rungs, as far as this process takes it."""
+
+    def __init__(self, sweep: Sweep, name: str, base_scores: pa.Table) -> None:
+        self.sweep, self.base_scores = sweep, base_scores
+        self.trial = sweep.trial(name)
+        self.trial_run, self.settings = sweep.folder(name), sweep.config_of(self.trial)
+        self.trial_run.record(self.settings)
         self.scores = training_rows(self.settings, self.trial_run)
         plan = outline(self.scores.num_rows, self.settings.train, self.settings.seed)
         steps = rung_steps(self.settings.tune.rungs, plan.total_steps)
@@ -78,7 +95,12 @@ class TrialActor(tune.Trainable):
         if not self.trial_run.has_model():
             self.rungs.take_back()
 
-    def _next_rung(self) -> dict[str, Any]:
+    def next_rung(self) -> dict[str, Any]:
+        """Train to it and record what the model shows there; returns what Tune is told.
+
+        Raises:
+            InvalidEvaluation: too many verdicts are missing.
+        """
         if self.sweep.status(self.trial) != "open":  # the actor before died before Tune knew of its end
             return {"trial": self.trial.name, "done": True}
         number = len(self.trial.rungs)
@@ -99,6 +121,19 @@ class TrialActor(tune.Trainable):
         self.sweep.record_rung(self.trial, step, measured, **seconds)
         self.trial = self.sweep.trial(self.trial.name)
         return {"trial": self.trial.name, "rung": number, "score": measured.score, "done": last}
+
+    def stop_training(self) -> None:
+        """Let the workers go."""
+        if self.training is not None:
+            self.rungs.stop()
+            self.training.join()
+            self.training = None
+
+    def end(self) -> None:
+        """Leave the trial as it stands."""
+        self.stop_training()
+        with suppress(Exception):  # what is not tidied now is when the sweep ends; the next trial can begin
+            self.sweep.tidy(self.trial.name)
 
     def _train_to(self, step: int) -> None:
         """Wait for the model after `step` steps, and let it be trained if nobody does."""
@@ -121,13 +156,3 @@ class TrialActor(tune.Trainable):
             fit(self.settings, self.trial_run, self.scores, fingerprint, self.rungs)
         except Exception as error:
             self.error = error
-
-    def _stop_training(self) -> None:
-        if self.training is not None:
-            self.rungs.stop()
-            self.training.join()
-            self.training = None
-
-    def _end(self) -> None:
-        self._stop_training()
-        self.sweep.tidy(self.trial.name)
