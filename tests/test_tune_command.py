@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM
 
 from bdpo.config import load_config, parse_config
 from bdpo.data import count_pairs
+from bdpo.errors import UserError
 from bdpo.evaluation import strongreject, xstest
+from bdpo.report import swept as swept_section
 from bdpo.rungs import Rungs
 from bdpo.runs import RunDir, write_manifest
 from bdpo.scoring import ShardScorer, finish_scores, score_fingerprint
@@ -33,6 +35,7 @@ from pipelines.prepare import run_prepare
 
 ROOT = Path(__file__).parents[1]
 PAIRS, STEPS, RUNGS = 22, 3, (2, 3)
+ALL = {"value": 1.0, "low": 0.9, "high": 1.0, "n": 6}
 RATES = [1e30, 1e-3]  # the first cannot be trained with
 SWEEP = """
 import ray, tune.search as search
@@ -92,6 +95,19 @@ def sweep_config(folder, chat, **evaluate):
     return parse_config(config.model_dump() | {"tune": tune}, "test")
 
 
+def from_root(config):
+    """The same, with paths that hold in the folder where the command is given and nowhere else."""
+    values = config.model_dump()
+    for section, key in (
+        ("model", "name_or_path"),
+        ("data", "path"),
+        ("evaluate", "strongreject_path"),
+        ("evaluate", "xstest_path"),
+    ):
+        values[section][key] = os.path.relpath(values[section][key], ROOT)
+    return parse_config(values, "test")
+
+
 def start(folder, *arguments, **variables):
     environment = {
         "OMP_NUM_THREADS": "1",
@@ -148,7 +164,7 @@ def swept(tmp_path_factory, tiny_chat):
     """A sweep that lost a worker, its driver, then its storage; (folder, what it printed at last)."""
     folder = tmp_path_factory.mktemp("swept")
     (folder / "sitecustomize.py").write_text(COUNTER)
-    (folder / "config.yaml").write_text(sweep_config(folder, tiny_chat).to_yaml())
+    (folder / "config.yaml").write_text(from_root(sweep_config(folder, tiny_chat)).to_yaml())
     trials = folder / "run" / "tune" / "trials"
     process = start(folder, "-c", SWEEP, "--config", str(folder / "config.yaml"))
     wait_for(process, trials / "0001" / "rungs" / "000000002.exported")
@@ -286,13 +302,17 @@ class Begun:
         ShardScorer(config, run, fingerprint, "cpu")({"first": 0, "rows": count_pairs(run.pairs)})
         finish_scores(run, fingerprint, 0)
 
-    def next_rung(self):
-        """What Tune is told by an actor that begins the trial again."""
+    def actor(self, name=None):
+        """One that begins a trial, this one if no other is named."""
         from tune.trial import TrialActor
 
         actor = object.__new__(TrialActor)  # its own Ray bookkeeping is of no interest here
-        actor.setup({"trial": self.name}, self.sweep, self.base)
-        return actor.step()
+        actor.setup({"trial": name or self.name}, self.sweep, self.base)
+        return actor
+
+    def next_rung(self):
+        """What Tune is told by an actor that begins the trial again."""
+        return self.actor().step()
 
     @property
     def status(self):
@@ -351,6 +371,102 @@ def test_a_fault_not_its_own_leaves_the_trial_to_the_next_actor(tmp_path, tiny_c
     assert begun.next_rung()["rung"] == 0
 
 
+def test_a_fault_before_the_training_is_told_apart_as_one_in_it(tmp_path, tiny_chat):
+    """Of an actor that does not come up, or cannot be taken over, Tune would begin the trial no more."""
+    values = sweep_config(tmp_path, tiny_chat).model_dump()
+    values["tune"] |= {"space": {"train.zero_stage": [0, 1], "train.offload": ["cpu"]}, "searcher": "random"}
+    begun = Begun(parse_config(values, "test"), tiny_chat)
+    begun.sweep.suggest()
+    [mixed] = [t for t in begun.sweep.trials() if t.params["train.zero_stage"] == 0]
+    [fine] = [t for t in begun.sweep.trials() if t.params["train.zero_stage"] == 1]
+    file = begun.sweep.folder(fine.name).config
+    file.mkdir(parents=True)  # a fault of the storage
+    actor = begun.actor(fine.name)
+    with pytest.raises(IsADirectoryError):
+        actor.step()
+    assert begun.sweep.status(fine) == "open"
+    assert actor.reset_config({"trial": mixed.name})
+    assert actor.step() == {"done": True}
+    failure = begun.sweep.trial(mixed.name).failure
+    assert failure["kind"] == "failed"
+    assert "offload=cpu wants zero_stage=1, 2 or 3" in failure["error"]
+
+
+def test_what_cannot_be_tidied_of_one_trial_does_not_cost_the_next(tmp_path, tiny_chat, monkeypatch):
+    begun = Begun(sweep_config(tmp_path, tiny_chat), tiny_chat)
+    actor = begun.actor(begun.name)
+    assert actor.step()["rung"] == 0
+
+    def cannot(sweep, name):
+        raise OSError(5, "I/O error")
+
+    monkeypatch.setattr(Sweep, "tidy", cannot)
+    following = begun.sweep.suggest()
+    begun.sweep.record_failure(following.name, "failed", "why")
+    assert actor.reset_config({"trial": following.name})
+    assert actor.step() == {"trial": following.name, "done": True}
+    actor.cleanup()
+
+
+def test_held_out_verdicts_that_are_missing_are_no_result_and_asked_for_again(tmp_path, tiny_chat, capsys):
+    from tune.search import _finish
+
+    asked = []
+
+    def down_for_the_best(handler, body):
+        asked.append(body)
+        reply(handler, b"{}", 500)
+
+    with fake_endpoint(honest(**FINE)) as endpoint:
+        judge = {"judge": "rubric", "judge_base_url": endpoint.url, "judge_model": "fake", "judge_retries": 0}
+        begun = Begun(sweep_config(tmp_path, tiny_chat, **judge), tiny_chat)
+        for step in RUNGS:
+            shown = Measured(ALL, ALL, base=1.0, violation=0.0)
+            begun.sweep.record_rung(begun.sweep.trial(begun.name), step, shown)
+        held_out = part_of(begun.sweep.config_of(begun.sweep.trial(begun.name)), "held_out")
+        base = begun.sweep.run.part("tune", "base", "held_out")
+        assert evaluate_model(held_out, base, "base", here=True)["valid"]
+        endpoint.script = down_for_the_best
+        assert not evaluate_model(held_out, begun.folder, "trained", here=True)["valid"]
+        with pytest.raises(SystemExit) as ended:
+            _finish(begun.sweep)
+        assert ended.value.code == 1
+        assert "the evaluation of best is invalid" in capsys.readouterr().out
+        assert not (begun.sweep.run.tune / "summary.json").exists()
+
+        missing, answered = len(asked) // 2, []  # asked twice already
+
+        def up_again(handler, body):
+            answered.append(body)
+            honest(**FINE)(handler, body)
+
+        endpoint.script = up_again
+        _finish(begun.sweep)
+        assert len(answered) == missing
+        assert json.loads((begun.sweep.run.tune / "summary.json").read_text())["best"] == begun.name
+
+
+def test_the_order_of_the_space_is_a_part_of_the_sweep(tmp_path, tiny_chat):
+    from tune.search import sweep_fingerprint
+
+    values = sweep_config(tmp_path, tiny_chat).model_dump()
+    keys = ["train.learning_rate", "method.alpha"]
+    configs = [
+        parse_config(values | {"tune": {"space": {key: [1.0, 2.0] for key in order}}}, "test")
+        for order in (keys, keys[::-1])
+    ]
+    run = RunDir(configs[0].run_dir)
+    run_prepare(configs[0], run)
+    first, second = (sweep_fingerprint(config, run) for config in configs)
+    Sweep(configs[0], run, first).begin()
+    Sweep(configs[0], run, first).begin()
+    with pytest.raises(UserError, match=r"made with tune.space=\['train.learning_rate', 'method.alpha'\]"):
+        Sweep(configs[1], run, second).begin()
+    for config, fingerprint in zip(configs, (first, second), strict=True):
+        kept = json.loads(json.dumps(fingerprint, sort_keys=True))
+        assert list(swept_section(kept).space.items()) == list(config.tune.space.items())
+
+
 def test_an_actor_that_dies_before_tune_knows_of_a_rung_changes_nothing(tmp_path, tiny_chat):
     """The next actor finds the rung recorded: it goes on, or it ends, as the sweep's files say."""
     begun = Begun(sweep_config(tmp_path, tiny_chat), tiny_chat)
@@ -364,6 +480,7 @@ def test_an_actor_that_dies_before_tune_knows_of_a_rung_changes_nothing(tmp_path
     shown = Measured({"value": 2.0}, {"value": 1.0}, base=1.0, violation=0.0)
     rung = asdict(Rung(RUNGS[0], shown, finished=0.0))
     write_manifest(begun.sweep.folder(better.name).root / "rungs" / first.name, {}, **rung)
+    first.write_text(json.dumps(json.loads(first.read_text()) | {"before": [better.name]}))
     assert begun.status == "stopped"
     assert begun.next_rung() == ended
     assert not last.exists()

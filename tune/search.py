@@ -221,7 +221,8 @@ def trials_table(sweep: Sweep) -> Table:
             allowed = last.base - settings.max_over_refusal
             shown = (last.objective["value"], last.constrained["value"], allowed)
             numbers = tuple(f"{100 * value:.1f}" for value in shown)  # type: ignore[assignment]
-        values = [f"{v:g}" if isinstance(v, float) else str(v) for v in trial.params.values()]
+        params = [trial.params[key] for key in settings.space]
+        values = [f"{v:g}" if isinstance(v, float) else str(v) for v in params]
         log = sweep.folder(trial.name).metrics
         steps = read_bytes(log).count(b"\n") if log.exists() else 0  # a line a step
         style = "bold green" if best and trial.name == best.name else None
