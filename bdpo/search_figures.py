@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from bdpo.config import Range, TuneConfig
-from bdpo.page import BLUE, GREEN, GREY, ORANGE, legend_below, plain_axes
+from bdpo.page import BLUE, GREEN, GREY, INK, ORANGE, legend_below, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,17 +54,14 @@ def pareto_front(points: list[tuple[float, float]]) -> list[int]:
 
 def _map(rows: list[Row], stopped: list[Row], tune: TuneConfig, x: str, y: str) -> Figure:
     """Trials over two keys, coloured by the objective; between them it is interpolated."""
-    from matplotlib.tri import Triangulation
-
     figure, axes = plain_axes(5.2, 4.2)
     xs, ys = (np.array([float(row[key]) for row in rows]) for key in (x, y))
     values = 100 * np.array([row["objective"] for row in rows])
-    style: dict[str, Any] = {"cmap": "viridis", "vmin": 10 * ((values.min() - 1e-9) // 10), "vmax": 100}
+    least = max(0.0, 10 * ((values.min() - 1e-9) // 10))
+    style: dict[str, Any] = {"cmap": "viridis", "vmin": least, "vmax": 100}
     flat = np.stack([_flat(tune, x, xs), _flat(tune, y, ys)])
     if len(rows) > 3 and np.linalg.matrix_rank(flat - flat.mean(axis=1, keepdims=True), tol=1e-6) == 2:
-        triangles = Triangulation(xs, ys, Triangulation(*flat).triangles)
-        levels = np.linspace(style["vmin"], 100, 21)
-        axes.tricontourf(triangles, values, levels=levels, alpha=0.55, **style)
+        _surface(axes, tune, (x, y), flat, values, least)
     feasible = np.array([row["feasible"] for row in rows])
     edge: dict[str, Any] = {"s": 55, "ec": "black", "lw": 0.8, "zorder": 3, "clip_on": False, **style}
     for mask, marker, label in ((feasible, "o", "within the bound"), (~feasible, "X", "refuses too much")):
@@ -75,13 +72,36 @@ def _map(rows: list[Row], stopped: list[Row], tune: TuneConfig, x: str, y: str) 
         axes.annotate(f"{value:.0f}", (float(row[x]), float(row[y])), **text)
     if stopped:
         at = [[float(row[key]) for row in stopped] for key in (x, y)]
-        axes.plot(*at, ".", c=GREY, label="stopped early", clip_on=False)
+        axes.plot(*at, ".", c=INK, label="stopped early", clip_on=False)
     _mark_winner(axes, rows, x, y)
     _scale(axes, "x", tune, x)
     _scale(axes, "y", tune, y)
     figure.colorbar(points, ax=axes, label=f"{_label(tune.metric)} (percent)")
     legend_below(axes)
     return figure
+
+
+def _surface(
+    axes: Axes, tune: TuneConfig, keys: tuple[str, str], flat: np.ndarray, values: np.ndarray, least: float
+) -> None:
+    """Paler than the points, which were measured; linear in the scale that each axis has.
+
+    `flat`: of each trial both keys in these scales, shape (2, trials).
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+    from matplotlib.tri import LinearTriInterpolator, Triangulation, UniformTriRefiner
+
+    measured = Triangulation(*flat)
+    between = LinearTriInterpolator(measured, values)
+    fine, refined = UniformTriRefiner(measured).refine_field(values, triinterpolator=between, subdiv=4)
+    xs, ys = (_unflat(tune, key, at) for key, at in zip(keys, (fine.x, fine.y), strict=True))
+    levels = np.linspace(least, 100, 41)
+    colours = ListedColormap(1 - 0.55 * (1 - colormaps["viridis"](np.linspace(0, 1, 40))[:, :3]))
+    # Rounding must not take the lowest and the highest value out of the levels.
+    drawn = np.clip(refined, least, 100)
+    filled = axes.tricontourf(Triangulation(xs, ys, fine.triangles), drawn, levels=levels, cmap=colours)
+    filled.set_edgecolor("face")  # else a hair of paper shows between the levels
 
 
 def _curve(rows: list[Row], tune: TuneConfig, key: str, base: dict[str, Any]) -> Figure:
@@ -114,9 +134,11 @@ def _front(rows: list[Row], tune: TuneConfig, base: dict[str, Any]) -> Figure:
         for axis, name in (("x", "constraint"), ("y", "objective"))
     }
     xs, ys = zip(*points, strict=True)
-    axes.errorbar(xs, ys, fmt="o", c=BLUE, ecolor="#b8d4e8", elinewidth=0.8, label="trials", **errors)
+    errors |= {"ecolor": "#6aaed6", "elinewidth": 1, "capsize": 2}
+    axes.errorbar(xs, ys, fmt="o", c=BLUE, label="trials", **errors)
+    # Up to the compliance of a trial on the front its safety is to be had, beyond it that of the next.
     front = sorted(points[i] for i in pareto_front(points))
-    axes.step(*zip(*front, strict=True), where="post", c=BLUE, lw=1.2, label="Pareto front")
+    axes.step(*zip(*front, strict=True), where="pre", c=INK, lw=1.6, zorder=3, label="Pareto front")
     at_base = (100 * _at(base, tune.constraint), 100 * _at(base, tune.metric))
     axes.plot(*at_base, "s", c=ORANGE, ms=8, label="base model")
     axes.axvline(100 * _bound(rows), c=GREY, lw=0.8, ls="--", label="least compliance allowed")
@@ -197,4 +219,9 @@ def _is_log(tune: TuneConfig, key: str) -> bool:
 
 
 def _flat(tune: TuneConfig, key: str, values: np.ndarray) -> np.ndarray:
+    """From what a key has to where that lies on its axis, up to a factor."""
     return np.log(values) if _is_log(tune, key) else values
+
+
+def _unflat(tune: TuneConfig, key: str, places: np.ndarray) -> np.ndarray:
+    return np.exp(places) if _is_log(tune, key) else places
