@@ -9,15 +9,18 @@ last digit. Prints trials lost, trials repeated, optimizer steps done again, and
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
+
+from bdpo.runs import MetricsLog
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "pipelines" / "configs" / "tune-sandbox.yaml"
@@ -50,6 +53,34 @@ def rungs(run: Path) -> dict[str, int]:
     return {str(file.relative_to(run)): file.stat().st_mtime_ns for file in files}
 
 
+class Redone:
+    """Optimizer steps done again, as the trainings note it when they go on; a trial that ends is tidied."""
+
+    def __init__(self) -> None:
+        self.notes: dict[str, list[dict[str, Any]]] = {}
+
+    def look(self, run: Path) -> None:
+        """Remember the notes that are there now."""
+        for file in run.glob("tune/trials/*/train/recoveries.jsonl"):
+            trial, known = file.parts[-3], self.notes.get(file.parts[-3], [])
+            self.notes[trial] = max(known, MetricsLog(file).read(), key=len)
+
+    def steps(self) -> int:
+        """From where each training went on, or began anew, to where it had been."""
+        notes = [note for notes in self.notes.values() for note in notes if "step" in note]
+        return sum(note["reached"] - note["step"] for note in notes)
+
+
+def follow(process: subprocess.Popen[bytes], run: Path, redone: Redone, until: float = math.inf) -> bool:
+    """Watch a sweep to its end, or until so many steps are in its logs; has it ended by itself?"""
+    while process.poll() is None:
+        redone.look(run)
+        if steps(run) >= until:
+            return False
+        time.sleep(0.02)
+    return True
+
+
 def main() -> None:
     """Run both sweeps and print the comparison; exit code 1 if a kill did harm."""
     parser = argparse.ArgumentParser(
@@ -61,28 +92,22 @@ def main() -> None:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
         if start(whole, overrides, Path(folder)).wait():
             sys.exit(whole.with_suffix(".log").read_text())
-        total = steps(whole)
+        total, redone = steps(whole), Redone()
         recorded: dict[str, int] = {}
         repeated: set[str] = set()
-        again = 0
         for share in (0.3, 0.6, 0.9):
             process = start(killed, overrides, Path(folder))
-            while steps(killed) < share * total:
-                if process.poll() is not None:
-                    sys.exit(killed.with_suffix(".log").read_text())
-                time.sleep(0.02)
+            if follow(process, killed, redone, share * total):
+                sys.exit(killed.with_suffix(".log").read_text())
             process.kill()
             process.wait()
             time.sleep(5)  # the cluster dies with its driver
             repeated |= {name for name, when in recorded.items() if rungs(killed)[name] != when}
             recorded = rungs(killed)
-            last = [
-                json.loads(f.read_text())["step"] for f in sorted(killed.glob("tune/trials/*/rungs/*.json"))
-            ]
-            done = {name.split("/")[2]: step for name, step in zip(sorted(recorded), last, strict=True)}
-            again += steps(killed) - sum(done.values())
             print(f"killed at {steps(killed)} of {total} steps, {len(recorded)} rungs recorded", flush=True)
-        if start(killed, overrides, Path(folder)).wait():
+        process = start(killed, overrides, Path(folder))
+        follow(process, killed, redone)
+        if process.returncode:
             sys.exit(killed.with_suffix(".log").read_text())
         repeated |= {name for name, when in recorded.items() if rungs(killed)[name] != when}
         tables = [pq.read_table(run / "tune" / "results.parquet") for run in (whole, killed)]
@@ -91,7 +116,7 @@ def main() -> None:
         best = [next(row["trial"] for row in side if row["winner"]) for side in rows]
         print(f"trials lost: {len(names[0] - names[1])}")
         print(f"trials repeated: {len(repeated) + len(names[1] - names[0])}")
-        print(f"optimizer steps done again: at most {again} of {total} (since the last rung)")
+        print(f"optimizer steps done again: {redone.steps()} of {total}")
         print(f"best trial unchanged: {best[0] == best[1]}; all results equal: {rows[0] == rows[1]}")
         sys.exit(rows[0] != rows[1] or bool(repeated))
 
