@@ -1,10 +1,13 @@
 """What Ray Tune is told while a sweep runs, from the files of a real one."""
 
 import pytest
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from test_search import configured, measured
 
+from bdpo.config.evaluate import EvaluateConfig
 from bdpo.runs import RunDir
 from bdpo.sweep import Sweep
+from tune.search import driver_resources
 from tune.steering import Suggestions, Survival
 
 
@@ -55,3 +58,12 @@ def test_open_trials_come_first_then_new_ones_and_each_once(sweep):
     given = [suggestions.suggest(str(number)) for number in range(4)]
     assert given == [{"trial": opened.name}, {"trial": "0004"}, {"trial": "0005"}, Suggestions.FINISHED]
     assert [trial.name for trial in raised.trials()] == [f"{n:04d}" for n in range(6)]
+
+
+def test_drivers_without_a_gpu_stay_on_the_head_by_the_resource_that_ray_gives_it(sweep):
+    without, share = (
+        driver_resources(sweep.config.model_copy(update={"evaluate": EvaluateConfig(gpus_per_worker=gpus)}))
+        for gpus in (0, 0.5)
+    )
+    assert without == {"CPU": 0, HEAD_NODE_RESOURCE_NAME: 0.001}
+    assert share == {"CPU": 0, "GPU": 0.5}  # wherever there is one: the head of a cluster often has none

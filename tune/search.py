@@ -168,14 +168,11 @@ def _run_trials(sweep: Sweep, base_scores: pa.Table, todo: int, at_a_time: int) 
 
     keep_secrets()
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    gpus = sweep.config.evaluate.gpus_per_worker
-    # A driver without GPU stays on the head node, which no autoscaler takes away.
-    bundle = {"CPU": 0, "GPU": gpus} if gpus else {"CPU": 0, "node:__internal_head__": 0.001}
     actor = tune.with_parameters(TrialActor, sweep=sweep, base_scores=base_scores)
     discard(sweep.run.tune / "ray")
     filesystem, storage_path = arrow_filesystem(sweep.run.tune)
     tuner = Tuner(
-        tune.with_resources(actor, PlacementGroupFactory([bundle])),
+        tune.with_resources(actor, PlacementGroupFactory([driver_resources(sweep.config)])),
         tune_config=tune.TuneConfig(
             search_alg=Suggestions(sweep),
             scheduler=Survival(sweep),
@@ -204,6 +201,15 @@ def _run_trials(sweep: Sweep, base_scores: pa.Table, todo: int, at_a_time: int) 
     discard(sweep.run.tune / "ray")
     if sweep.missing() or sweep.open_trials():  # Tune takes Ctrl-C for itself, and returns
         raise KeyboardInterrupt
+
+
+def driver_resources(config: Config) -> dict[str, float]:
+    """What the driver of a trial holds: its share of a GPU to evaluate with.
+
+    Without one it stays on the head node, which no autoscaler takes away.
+    """
+    gpus = config.evaluate.gpus_per_worker
+    return {"CPU": 0, "GPU": gpus} if gpus else {"CPU": 0, "node:__internal_head__": 0.001}
 
 
 def trials_table(sweep: Sweep) -> Table:
