@@ -1,5 +1,6 @@
 """Scoring a run folder: pairs that cannot be scored, memory that runs out, stale or foreign results."""
 
+import copy
 import json
 import os
 import re
@@ -7,18 +8,28 @@ import resource
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import PEAK, encoded_pairs, invented_pairs, save_model, tiny_config, tiny_qwen2, write_jsonl
+from helpers import (
+    PEAK,
+    encoded_pairs,
+    invented_pairs,
+    naive_logps,
+    save_model,
+    tiny_config,
+    tiny_qwen2,
+    write_jsonl,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.exceptions import RayError
 
-from bdpo.data import PAIR_SCHEMA, pair_ids
+from bdpo.data import PAIR_SCHEMA, pair_ids, read_pairs
 from bdpo.errors import UserError
 from bdpo.logps import LogpsModel
 from bdpo.packing import Tree, length_sorted_batches
@@ -26,6 +37,7 @@ from bdpo.runs import RunDir, write_manifest
 from bdpo.scoring import (
     MOST_UNSCORABLE,
     SCORE_SCHEMA,
+    ReferenceScorer,
     ShardScorer,
     finish_scores,
     read_scores,
@@ -207,6 +219,63 @@ def test_every_bad_row_is_found_and_every_other_row_scored(bad):
     assert sorted([*rows, *reasons]) == list(range(len(bad)))
     assert list(reasons) == [row for row, is_bad in enumerate(bad) if is_bad]
     assert all(reason.startswith("ZeroDivisionError at test_scoring.py:") for reason in reasons.values())
+
+
+def naive_scores(model, tokenizer, row, empty):
+    """Every number of a row of scores, in float64, one sequence at a time; `empty` is the text of c(∅).
+
+    Each to a relative 1e-5; MI is a difference, so what rounding leaves of it is measured by its terms.
+    """
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    approx = partial(pytest.approx, rel=1e-5)
+    prompt = ids(f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n")
+    expected, means = {"prompt_tokens": len(prompt)}, {}
+    for side in ("chosen", "rejected"):
+        response = ids(row[side] + "<|im_end|>")
+        tokens = len(response)
+        ref, uncond = naive_logps(model, [(prompt, response), (ids(empty), response)]).tolist()
+        expected |= {
+            f"{side}_tokens": tokens,
+            f"ref_{side}_logps": approx(ref),
+            f"uncond_{side}_logps": approx(uncond),
+            f"mi_{side}": pytest.approx((ref - uncond) / tokens, rel=0, abs=1e-5 * abs(ref) / tokens),
+        }
+        sequence = torch.tensor([prompt + response])
+        with torch.no_grad():
+            states = copy.deepcopy(model).double()(sequence, output_hidden_states=True).hidden_states[-1][0]
+        means[side] = states[len(prompt) - 1 : -1].sum(0) / tokens
+    alike = means["chosen"] @ means["rejected"] - means["chosen"] @ means["chosen"]
+    return expected | {"ches": approx(alike.item())}
+
+
+EMPTY = {"empty_turn": "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n", "bos": "<s>"}
+
+
+@pytest.mark.parametrize("mode", EMPTY)
+def test_every_column_is_what_one_sequence_at_a_time_says(mode, make_run, tiny_chat):
+    rows = invented_pairs(12)
+    rows[3] |= {"chosen": "n", "rejected": "yes cedar fern delta amber basil"}
+    rows[7] |= {"chosen": "yes ember basil amber cedar cedar fern", "rejected": "o"}
+    config, run = make_run(rows, score={"unconditional": mode, "tokens_per_batch": 300})
+    scorer, batches = ReferenceScorer(config, "cpu"), []
+    scorer.model.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    scores = scorer.score(read_pairs(run.pairs, 0, len(rows)))
+    assert scores.schema == SCORE_SCHEMA
+    for trees in (len(rows), 2 * len(rows)):  # conditional, then unconditional: several batches each
+        of_pass = []
+        while sum(of_pass) < trees:
+            of_pass.append(batches.pop(0))
+        assert len(of_pass) > 2
+        assert sum(of_pass) == trees
+    numbers = set(SCORE_SCHEMA.names) - {"pair_id", "group"}
+    for row, found, pair_id in zip(rows, scores.to_pylist(), pair_ids(run.pairs), strict=True):
+        expected = naive_scores(tiny_qwen2(), tiny_chat.tokenizer, row, EMPTY[mode])
+        assert expected.keys() == numbers
+        assert (found["pair_id"], found["group"]) == (pair_id, row["group"])
+        assert {name: found[name] for name in numbers} == expected
 
 
 def test_a_model_that_fits_nothing_is_not_bisected_for_ever(make_run):
