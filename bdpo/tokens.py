@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
 Unconditional = Literal["empty_turn", "bos"]
+
+# Llama 3.2 and others write the date of the day into every prompt: scores would be stale the day after.
+# So all that a template learns of the time is what Llama's takes where there is no clock. A macro, because
+# transformers lets no function through to a template; it shadows the clock that it offers.
+_TODAY = datetime(2024, 7, 26)
+_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('%{d}', '{_TODAY.strftime('%' + d)}')" for d in "aAbBcdeHIjmMpSTuUwxXyY")
+    + " }}{% endmacro %}\n"  # a line of its own, which leaves no trace
+)
 
 
 class Message(TypedDict):
@@ -98,7 +109,12 @@ class ChatTokenizer:
     def _render(self, messages: Sequence[Message], generate: bool = True) -> str:
         conversation: list[Any] = list(messages)
         return str(
-            self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate)
+            self.tokenizer.apply_chat_template(
+                conversation,
+                chat_template=_CLOCK + self.tokenizer.get_chat_template(),
+                tokenize=False,
+                add_generation_prompt=generate,
+            )
         )
 
     def _ids(self, text: str) -> list[int]:

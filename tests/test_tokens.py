@@ -1,5 +1,7 @@
 """Chat template -> ids, against the ids of the whole conversation as the template itself renders it."""
 
+import time
+
 import numpy as np
 import pytest
 from conftest import CHATML, byte_tokenizer
@@ -114,6 +116,37 @@ def test_unconditional_contexts(make_chat):
     assert chat.tokenizer.eos_token_id is None
     with pytest.raises(UserError, match=r"score\.unconditional=bos: the tokenizer has neither"):
         chat.unconditional_ids("bos")
+
+
+# As Llama 3.2 has it: the day's date, or this one where there is no clock.
+LLAMA_DATE = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    '{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}'
+    '{%- set date_string = "26 Jul 2024" %}{%- endif %}{%- endif %}\nToday: {{ date_string }}\n'
+)
+
+
+def test_no_template_learns_what_day_it_is(make_chat):
+    """Neither by itself nor in a macro of its own, nor to the microsecond."""
+    clock = "{% macro now() %}{{ strftime_now('%Y-%m-%d %H:%M:%S') }}{% endmacro %}At {{ now() }}"
+    frozen = make_chat(clock + LLAMA_DATE + CHATML)
+    question = [{"role": "user", "content": "x"}]
+    ours, theirs = frozen._render(question), frozen.tokenizer.apply_chat_template(question, tokenize=False)
+    without_clock = make_chat(LLAMA_DATE.replace("strftime_now", "nothing") + CHATML).tokenizer
+    fallback = without_clock.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    assert fallback.startswith("Today: 26 Jul 2024\n")
+    assert ours == "At 2024-07-26 00:00:00" + fallback
+    time.sleep(1.1)
+    assert frozen._render(question) == ours
+    assert frozen.tokenizer.apply_chat_template(question, tokenize=False) != theirs  # the real clock goes on
+
+
+@pytest.mark.parametrize("template", ["\n" + CHATML, "  {% set a = 1 %}\n" + CHATML, "x\n"])
+def test_the_frozen_clock_changes_nothing_else_of_a_template(make_chat, template):
+    chat = make_chat(template)
+    assert chat._render(CONVERSATION, generate=False) == chat.tokenizer.apply_chat_template(
+        CONVERSATION, tokenize=False
+    )
 
 
 def test_a_template_that_loses_the_answer_is_refused(make_chat):
