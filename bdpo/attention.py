@@ -7,20 +7,19 @@ shapes, forward and backward, against SDPA.
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
 from typing import TYPE_CHECKING
 
 import torch
 
+from bdpo.architectures import VOCABULARY, one_layer
 from bdpo.config import Config
 from bdpo.logps import LogpsModel, why_plain_rows
 from bdpo.models import first_line, model_config
 from bdpo.packing import Tree
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ def why_not_flex(
     """What FlexAttention gets wrong or cannot do here, in words that follow its name, or None."""
     try:
         exact, sdpa, flex = (
-            LogpsModel(_one_layer(shape, kind, of, device), max_length)
+            LogpsModel(one_layer(shape, kind, of, device), max_length)
             for kind, of in (("sdpa", torch.float32), ("sdpa", dtype), ("flex_attention", dtype))
         )
         if not flex.shared_rows:
@@ -73,28 +72,10 @@ def why_not_flex(
     return None
 
 
-def _one_layer(
-    shape: PreTrainedConfig, attention: str, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
-    """The first layer of the model: its true heads, next to nothing else; always the same random weights."""
-    from transformers import AutoModelForCausalLM
-
-    shape = copy.deepcopy(shape)
-    shape.num_hidden_layers, shape.vocab_size, shape.intermediate_size = 1, 64, 64
-    shape.initializer_range = 2 / math.sqrt(shape.hidden_size)  # so that tokens choose whom they look at
-    shape.pad_token_id = shape.bos_token_id = shape.eos_token_id = None
-    if getattr(shape, "layer_types", None):
-        shape.layer_types = shape.layer_types[:1]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(shape, attn_implementation=attention)
-    return model.to(dtype).to(device).eval()
-
-
 def _trees(lengths: list[tuple[int, int, int]]) -> list[Tree]:
     trees = []
     for number, (context, *responses) in enumerate(lengths, 1):
-        ids = [[(number * step) % 64 for step in range(1, n + 1)] for n in (context, *responses)]
+        ids = [[(number * step) % VOCABULARY for step in range(1, n + 1)] for n in (context, *responses)]
         trees.append(Tree(ids[0], ids[1:]))
     return trees
 

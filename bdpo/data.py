@@ -14,6 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
@@ -134,23 +135,55 @@ def format_of(config: DataConfig, rows: Sequence[dict[str, Any]]) -> str:
     return detect(rows, f"data.path={config.path}") if config.format == "auto" else config.format
 
 
-def read_pairs(folder: StoragePath, first: int, count: int, columns: list[str] | None = None) -> pa.Table:
-    """Rows [first, first + count) of the pairs that `prepare` wrote; only their row groups are read.
+class PairReader:
+    """Reads the pairs that `prepare` wrote into a folder.
 
-    Parts after them are not opened. `columns` are all by default.
+    It remembers how many rows each part has: a part is opened only for rows of its own, or to count it once.
+    Parts never change while a command works with them; whoever prepares anew makes a new reader.
     """
-    tables = []
+
+    def __init__(self, folder: StoragePath) -> None:
+        self.folder = folder
+        self.rows: dict[StoragePath, int] = {}
+
+    @cached_property
+    def parts(self) -> list[StoragePath]:
+        """All of them, in order."""
+        return _parts(self.folder)
+
+    def read(self, first: int, count: int, columns: list[str] | None = None) -> pa.Table:
+        """Rows [first, first + count); only their row groups are read. `columns` are all by default.
+
+        Parts after them are not opened.
+        """
+        tables: list[pa.Table] = []
+        begin = 0
+        for part in self.parts:
+            if begin >= first + count:
+                break
+            if part not in self.rows or begin + self.rows[part] > first:
+                with pq.ParquetFile(open_parquet(part)) as parquet:
+                    self.rows[part] = parquet.metadata.num_rows
+                    tables += _row_groups(parquet, first - begin, first - begin + count, columns)
+            begin += self.rows[part]
+        return pa.concat_tables(tables) if tables else PAIR_SCHEMA.empty_table()
+
+
+def _row_groups(
+    parquet: pq.ParquetFile, first: int, end: int, columns: list[str] | None
+) -> Iterator[pa.Table]:
+    """Rows [first, end) of one file, a table a row group."""
     position = 0
-    for part in _parts(folder):
-        if position >= first + count:
-            break
-        with pq.ParquetFile(open_parquet(part)) as parquet:
-            for group in range(parquet.num_row_groups):
-                start, position = position, position + parquet.metadata.row_group(group).num_rows
-                begin, end = max(first, start), min(first + count, position)
-                if begin < end:
-                    tables.append(parquet.read_row_group(group, columns).slice(begin - start, end - begin))
-    return pa.concat_tables(tables) if tables else PAIR_SCHEMA.empty_table()
+    for group in range(parquet.num_row_groups):
+        start, position = position, position + parquet.metadata.row_group(group).num_rows
+        begin, until = max(first, start), min(end, position)
+        if begin < until:
+            yield parquet.read_row_group(group, columns).slice(begin - start, until - begin)
+
+
+def read_pairs(folder: StoragePath, first: int, count: int, columns: list[str] | None = None) -> pa.Table:
+    """Rows [first, first + count) of the pairs in `folder`, once; see `PairReader`."""
+    return PairReader(folder).read(first, count, columns)
 
 
 def pair_ids(folder: StoragePath) -> Iterator[str]:

@@ -8,8 +8,10 @@ token's loss to bfloat16 (torch 2.13).
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bdpo.architectures import head_says_logits
 from bdpo.ches import mean_states
 from bdpo.packing import Batch, Tree, pack, pack_plain
 from bdpo.tokens import EncodedPair
@@ -29,8 +32,8 @@ log = logging.getLogger(__name__)
 # Logits that exist at one time: 128 MiB in float32.
 CHUNK_ELEMENTS = 2**25
 
-# Architectures known to take a 4-D mask and restarted positions, and whose logits are what the head
-# says, neither scaled nor capped. `tests/test_architectures.py` runs every one of them.
+# Architectures known to take a 4-D mask and restarted positions. `tests/test_architectures.py` runs every
+# one of them.
 SHARED_ROW_MODELS = frozenset(
     ["gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"]
 )
@@ -71,16 +74,16 @@ class LogpsModel(nn.Module):
     """A causal language model of transformers that answers with log-probs of responses.
 
     The model keeps its parameters under its own names; its output head is replaced by a LogpsHead, with
-    which it still answers calls of its own with logits. In models that are not in `SHARED_ROW_MODELS`
-    what follows the head is unknown, so their own logits are used: those of whole rows.
+    which it still answers calls of its own with logits. Of models that scale or cap what the head says
+    (`head_says_logits`) the own logits are used: those of the responses' part of a row.
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int) -> None:
         super().__init__()
         self.model = model
-        self.chunked = model.config.model_type in SHARED_ROW_MODELS
+        self.chunked = head_says_logits(model.config)
         why = why_plain_rows(model.config, max_length)
-        self.shared_rows = why is None
+        self.shared_rows = why is None and self.chunked
         self.tokens_forwarded = 0  # padding included, since the model was made
         if self.chunked:
             model.set_output_embeddings(LogpsHead(model.get_output_embeddings()))
@@ -98,20 +101,15 @@ class LogpsModel(nn.Module):
         config, device = self.model.config, self.model.device
         flex = device if config._attn_implementation == "flex_attention" else None
         batch = pack(trees, config.hidden_size, flex) if self.shared_rows else pack_plain(trees)
-        batch = batch.to(device)
         self.tokens_forwarded += batch.input_ids.numel()
         if self.chunked:
-            inputs = {
-                "input_ids": batch.input_ids,
-                "attention_mask": batch.attention_mask,
-                "use_cache": False,
-            }
-            if batch.position_ids is not None:
-                inputs["position_ids"] = batch.position_ids
+            batch = batch.to(device)
+            inputs = _inputs(batch)
             hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)[batch.predictors]
             token_logps = self.model.get_output_embeddings()(hidden, batch.targets)
         else:
             token_logps = self._by_own_logits(batch)
+            batch = batch.to(device)
         responses = sum(len(tree.responses) for tree in trees)
         logps = token_logps.new_zeros(responses).index_add(0, batch.responses, token_logps)
         if not means:
@@ -123,22 +121,34 @@ class LogpsModel(nn.Module):
     def _by_own_logits(self, batch: Batch) -> torch.Tensor:
         """Log-probs of the targets; as many rows at a time as have a chunk of logits, one at least.
 
-        Where there is a backward to come all logits are kept for it, so all rows go at once.
+        Logits begin where the first response is predicted, if the model can leave out those before. Where
+        there is a backward to come all are kept for it, so all rows go at once.
         """
         rows, width = batch.input_ids.shape
-        chunk = max(1, CHUNK_ELEMENTS // (width * self.model.config.get_text_config().vocab_size))
+        kept = width
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            kept -= int((batch.predictors % width).min())
+        chunk = max(1, CHUNK_ELEMENTS // (kept * self.model.config.get_text_config().vocab_size))
         logps = []
         for some in torch.arange(rows).split(rows if torch.is_grad_enabled() else chunk):
-            first, last = int(some[0]), int(some[-1]) + 1
-            here = (batch.predictors >= first * width) & (batch.predictors < last * width)
-            masks = {
-                "input_ids": batch.input_ids[first:last],
-                "attention_mask": batch.attention_mask[first:last],
-            }
-            logits = self.model(**masks, use_cache=False).logits.flatten(0, 1)
-            predicted = logits[batch.predictors[here] - first * width].float()
-            logps.append(-F.cross_entropy(predicted, batch.targets[here], reduction="none"))
+            here = torch.isin(batch.predictors // width, some)
+            row, column = batch.predictors[here] // width - some[0], batch.predictors[here] % width
+            part = replace(
+                batch,
+                input_ids=batch.input_ids[some],
+                attention_mask=batch.attention_mask[some],
+                predictors=row * kept + column - (width - kept),
+                targets=batch.targets[here],
+            ).to(self.model.device)
+            few = {"logits_to_keep": kept} if kept < width else {}
+            logits = self.model(**_inputs(part), **few).logits.flatten(0, 1)
+            logps.append(_PickedLogps.apply(logits, part.predictors, part.targets))
         return torch.cat(logps)
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    return inputs if batch.position_ids is None else inputs | {"position_ids": batch.position_ids}
 
 
 class LogpsHead(nn.Module):
@@ -170,14 +180,11 @@ class _TargetLogps(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, targets)
         logps = torch.empty(len(targets), device=hidden.device)
         for chunk in _chunks(len(targets), len(weight)):
-            logits = F.linear(hidden[chunk], weight, bias).float()
-            chosen = logits.gather(1, targets[chunk, None]).squeeze(1)
-            logps[chunk] = chosen - logits.logsumexp(1)
+            logps[chunk] = _picked(F.linear(hidden[chunk], weight, bias).float(), targets[chunk])
         return logps
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """d log softmax(z)[t] / dz = onehot(t) - softmax(z)."""
         hidden, weight, bias, targets = ctx.saved_tensors
         need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -185,9 +192,7 @@ class _TargetLogps(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
         for chunk in _chunks(len(targets), len(weight)):
             logits = F.linear(hidden[chunk], weight, bias).float()
-            grad_logits = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_().mul_(-grad[chunk, None])
-            grad_logits.scatter_add_(1, targets[chunk, None], grad[chunk, None])
-            grad_logits = grad_logits.to(hidden.dtype)
+            grad_logits = _grad_of_picked(logits, targets[chunk], grad[chunk]).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[chunk] = grad_logits @ weight
             if grad_weight is not None:
@@ -195,6 +200,38 @@ class _TargetLogps(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
         return grad_hidden, _like(grad_weight, weight), _like(grad_bias, bias), None
+
+
+class _PickedLogps(torch.autograd.Function):
+    """log softmax(logits[row])[target], as plain rows have it: no row twice. Float32 a chunk at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits, rows, targets)
+        logps = torch.empty(len(targets), device=logits.device)
+        for chunk in _chunks(len(targets), logits.shape[1]):
+            logps[chunk] = _picked(logits[rows[chunk]].float(), targets[chunk])
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits, rows, targets = ctx.saved_tensors
+        grad_logits = torch.zeros_like(logits)
+        for chunk in _chunks(len(targets), logits.shape[1]):
+            of_chunk = _grad_of_picked(logits[rows[chunk]].float(), targets[chunk], grad[chunk])
+            grad_logits[rows[chunk]] = of_chunk.to(logits.dtype)
+        return grad_logits, None, None
+
+
+def _picked(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log softmax(z)[t] = z[t] - log Σ exp(z)."""
+    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
+
+
+def _grad_of_picked(logits: torch.Tensor, targets: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """d log softmax(z)[t] / dz = onehot(t) - softmax(z), in the place of the logits."""
+    grad_logits = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_().mul_(-grad[:, None])
+    return grad_logits.scatter_add_(1, targets[:, None], grad[:, None])
 
 
 def _chunks(tokens: int, vocabulary: int) -> list[slice]:

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,11 +163,12 @@ def quiet_saving() -> Iterator[None]:
 
 
 def weights_digest(folder: Path) -> str:
-    """Digest of the weights' content and of the model's config, whatever the folder is called.
+    """Digest of weights, config and code of a model: of their content, whatever the folder is called.
 
     A file of weights is read once on a machine, for as long as it is the same file.
     """
-    return files_digest([folder / "config.json", *sorted(folder.glob("*.safetensors"))], read=_read_once)
+    files = (sorted(folder.glob(pattern)) for pattern in ("config.json", "*.safetensors", "*.py"))
+    return files_digest(list(chain(*files)), read=_read_once)
 
 
 def files_digest(

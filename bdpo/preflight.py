@@ -20,12 +20,12 @@ import requests
 from jinja2 import TemplateError
 
 from bdpo.adapters import check_lora
+from bdpo.architectures import head_says_logits
 from bdpo.config import Config, DataConfig, TuneConfig, worker_range
 from bdpo.data import DETECT_ROWS, format_of
 from bdpo.errors import UserError
 from bdpo.evaluation import load_items
 from bdpo.formats import FORMATS, BadRow, Excluded, Pair
-from bdpo.logps import SHARED_ROW_MODELS
 from bdpo.models import model_config
 from bdpo.plan import outline
 from bdpo.runs import RunDir, read_manifest
@@ -68,8 +68,9 @@ def examine(checks: Mapping[str, Check], *arguments: Any) -> Iterator[Finding]:
 def check_model(config: Config, run: RunDir) -> str:
     """Tokenizer, template and whole weights are to be had."""
     load_tokenizer(config.model)
-    kind = model_config(config.model).model_type
-    if config.data.select and config.data.select.ches and kind not in SHARED_ROW_MODELS:
+    shape = model_config(config.model)
+    kind = shape.model_type
+    if config.data.select and config.data.select.ches and not head_says_logits(shape):
         raise UserError(f"data.select.ches: {kind} models have no CHES; select by mi_difference")
     return f"{config.model.name_or_path}: {kind}, {config.model.dtype}"
 

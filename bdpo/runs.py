@@ -45,6 +45,8 @@ from bdpo.storage import (
 
 Fingerprint = dict[str, Any]  # field name -> JSON value
 
+VERSION = 1  # of what manifests hold and of the results that they stand for
+
 
 class RunDir:
     """Paths inside one run folder."""
@@ -132,7 +134,7 @@ class RunDir:
 
 def write_manifest(file: StoragePath, fingerprint: Fingerprint, **results: Any) -> dict[str, Any]:
     """Mark a stage as finished: its fingerprint and what there is to know of its results."""
-    manifest = {"version": 1, "fingerprint": fingerprint, **results}
+    manifest = {"version": VERSION, "fingerprint": fingerprint, **results}
     write_text(file, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     return manifest
 
@@ -141,15 +143,20 @@ def read_manifest(file: StoragePath) -> dict[str, Any] | None:
     """The manifest of a finished stage, None before.
 
     Raises:
-        UserError: the file is not a manifest.
+        UserError: the file is not a manifest, or is one of another version of bdpo.
     """
     try:
         manifest: dict[str, Any] = json.loads(read_text(file))
-        manifest["fingerprint"]
+        version, _ = manifest["version"], manifest["fingerprint"]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: not a manifest of bdpo; fresh=true starts over") from None
+    if version != VERSION:
+        raise UserError(
+            f"{file}: version={version}, this bdpo reads and writes {VERSION}; "
+            "use another run_dir, or fresh=true to start over"
+        )
     return manifest
 
 

@@ -24,7 +24,7 @@ import torch
 from bdpo.attention import attention_of
 from bdpo.ches import ches
 from bdpo.config import Config, ModelConfig
-from bdpo.data import pair_ids, read_pairs
+from bdpo.data import PairReader, pair_ids, read_pairs
 from bdpo.errors import UserError
 from bdpo.logps import LogpsModel, pair_trees
 from bdpo.mi import mutual_information
@@ -314,6 +314,7 @@ class ShardScorer:
     def __init__(self, config: Config, run: RunDir, fingerprint: Fingerprint, device: str) -> None:
         self.run = run
         self.store = score_store(self.run, fingerprint)
+        self.pairs = PairReader(run.pairs)
         self.stop = ""
         try:
             _require_same_reference(config.model, fingerprint)
@@ -332,7 +333,7 @@ class ShardScorer:
         unscorable: dict[int, str] = {}
         stop = self.stop
         try:
-            pairs = read_pairs(self.run.pairs, first, rows)
+            pairs = self.pairs.read(first, rows)
             if pairs.num_rows < rows:
                 stop = stop or (
                     f"run_dir={self.run.root}: host {socket.gethostname()} does not see all prepared pairs "

@@ -50,7 +50,8 @@ def storage_path(name: str | StoragePath, key: str) -> StoragePath:
     """The path of a folder or URL; `key` is what an error names.
 
     Raises:
-        UserError: the URL's protocol is unknown or wants a package, or there is a password in it.
+        UserError: the URL's protocol is unknown or wants a package, or there is a password in it, or a
+            character that fsspec would take for a pattern: files below it would not be found.
     """
     if isinstance(name, UPath) and not isinstance(name, Path):
         return name
@@ -59,6 +60,8 @@ def storage_path(name: str | StoragePath, key: str) -> StoragePath:
         return Path(rest if separator else name).expanduser().resolve()
     if urlsplit(str(name)).password is not None:
         raise UserError(f"{key}: no credentials in a URL, they come from the environment")
+    if protocol not in ("http", "https") and set(rest) & set("[]*?"):  # a web page's address may have a query
+        raise UserError(f"{key}={name}: the characters [ ] * ? stand for patterns there; use another name")
     try:
         # Other processes write here too: a listing must not be remembered.
         path = UPath(str(name).rstrip("/"), use_listings_cache=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -30,7 +31,7 @@ from bdpo.errors import UserError
 from bdpo.models import with_sandbox_files
 from bdpo.preflight import check_data, check_model
 from bdpo.runs import RunDir
-from bdpo.storage import StoragePath, discard
+from bdpo.storage import StoragePath, discard, error_line
 from bdpo.tokens import with_template
 
 if TYPE_CHECKING:
@@ -80,8 +81,24 @@ def main(
             if config.fresh:
                 check_inputs(resolved)  # a typo must not cost a finished run
                 discard(*results(run, *chosen))
-            stage(resolved, run, *chosen)
-            run.record(config)
+            with clear_when_full(f"run_dir={run.root}"):
+                stage(resolved, run, *chosen)
+                run.record(config)
+
+
+@contextmanager
+def clear_when_full(what: str) -> Iterator[None]:
+    """Say a full disk, quota or file system in one line, as the actors do; nothing of it is the run's fault.
+
+    Raises:
+        UserError: that.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(f"{what}: cannot be written ({error_line(error)})") from None
 
 
 @contextmanager

@@ -62,6 +62,7 @@ def encoded_pairs(shapes: list[tuple[int, int, int]], seed: int = 0) -> list[Enc
 def naive_logps(model: PreTrainedModel, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
     """Of (context, response) ids: one sequence at a time, in float64, by the model's own logits."""
     model, sums = copy.deepcopy(model).double(), []
+    model.set_experts_implementation("eager")  # grouped products know no float64
     for context, response in rows:
         with torch.no_grad():
             log_probs = model(torch.tensor([context + response])).logits[0].log_softmax(-1)

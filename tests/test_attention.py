@@ -6,6 +6,7 @@ from helpers import VOCABULARY, tiny_config, tiny_qwen2
 from transformers import LlamaConfig, MistralConfig
 
 from bdpo import attention, packing
+from bdpo.architectures import one_layer
 from bdpo.attention import attention_of, why_not_flex
 from bdpo.logps import LogpsModel
 from bdpo.models import load_model
@@ -56,7 +57,7 @@ def test_it_is_not_tried_where_rows_are_not_shared(dtype):
 
 def test_another_gradient_is_found_out(dtype):
     exact, sdpa, other = (
-        LogpsModel(attention._one_layer(SHAPE, "sdpa", of, CPU), 512) for of in (torch.float32, dtype, dtype)
+        LogpsModel(one_layer(SHAPE, "sdpa", of, CPU), 512) for of in (torch.float32, dtype, dtype)
     )
     trees = attention._trees(attention.FIRST_SHAPES[0])
     assert attention._differs(exact, sdpa, other, trees) is None

@@ -28,18 +28,18 @@ def naive(model, pair):
 
 @torch.no_grad()
 @pytest.mark.parametrize("shared_rows", [True, False])
-@pytest.mark.parametrize("model_type", ["qwen2", "gpt2", "gemma"])
+@pytest.mark.parametrize("model_type", ["qwen2", "gpt2", "gemma", "qwen3_moe"])
 def test_it_is_what_its_definition_says(model_type, shared_rows):
     model, pairs = tiny(model_type), encoded_pairs(SHAPES)
     expected = torch.tensor([naive(model, pair) for pair in pairs])
     ours = LogpsModel(model, 128)
-    ours.shared_rows = shared_rows
+    ours.shared_rows = shared_rows and ours.shared_rows
     _, alike = reference_logps(ours, pairs, [1, 2], 150)
     torch.testing.assert_close(alike, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_of_an_architecture_that_nobody_has_looked_at_it_is_not_known():
+def test_of_an_architecture_whose_logits_are_not_its_heads_it_is_not_known():
     _, alike = reference_logps(LogpsModel(tiny("gemma2"), 128), encoded_pairs(SHAPES), [1, 2], 150)
     assert all(map(math.isnan, alike))
 

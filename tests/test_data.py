@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bdpo.config import DataConfig
-from bdpo.data import PAIR_SCHEMA, ROW_GROUP, count_pairs, prepare, read_pairs
+from bdpo.data import PAIR_SCHEMA, ROW_GROUP, PairReader, count_pairs, prepare, read_pairs
 
 
 class TestValidation:
@@ -188,8 +188,13 @@ class TestOutput:
             expected = [row["chosen"] for row in rows[first : first + count]]
             assert table.column("chosen").to_pylist() == expected
         assert read_pairs(tmp_path / "pairs", len(rows), 5).num_rows == 0
+        reader, second = PairReader(tmp_path / "pairs"), parts[1].read_bytes()
         parts[1].write_bytes(b"")
-        assert read_pairs(tmp_path / "pairs", edge - 3, 3).num_rows == 3  # the part after them is not opened
+        assert reader.read(edge - 3, 3).num_rows == 3  # the part after them is not opened
+        parts[1].write_bytes(second)
+        parts[0].write_bytes(b"")
+        table = reader.read(edge, len(rows))  # nor is the part before them, now that its rows are counted
+        assert table.column("chosen").to_pylist() == [row["chosen"] for row in rows[edge:]]
 
     def test_pair_id_is_of_the_content_alone(self, prepare_here, kept_pairs):
         prepare_here([pair_row(0), pair_row(1)])

@@ -4,6 +4,7 @@ import copy
 import logging
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import GPT2Config, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    Qwen2Config,
+)
 
 import bdpo.logps
 from bdpo.logps import LogpsHead, LogpsModel, pair_logps, pair_trees, why_plain_rows
@@ -194,14 +202,23 @@ class Widest(TorchDispatchMode):
         return made
 
 
-def test_no_tensor_is_larger_than_a_chunk_of_logits(monkeypatch):
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize(
+    "of", [partial(Qwen2Config, **SMALL), partial(MixtralConfig, **SMALL, num_local_experts=2)]
+)
+def test_no_tensor_is_larger_than_a_chunk_of_logits(of, monkeypatch):
     vocabulary, chunk = 5000, 50  # tokens a chunk: more elements than any parameter has
-    config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
     monkeypatch.setattr(bdpo.logps, "CHUNK_ELEMENTS", chunk * vocabulary + 1)
-    model = LogpsModel(Qwen2ForCausalLM(config), max_length=512)
+    model = LogpsModel(AutoModelForCausalLM.from_config(of(vocab_size=vocabulary)), max_length=512)
     pairs = encoded_pairs([(20, 100, 90), (10, 80, 120)])
     with Widest() as widest:
         chosen, rejected = pair_logps(model, pairs)

@@ -59,6 +59,14 @@ def test_weights_are_read_once_and_again_when_they_change(folder):
     assert read >= SIZE
 
 
+def test_code_that_a_model_brings_is_part_of_it(folder):
+    without = weights_digest(folder)
+    (folder / "modeling_own.py").write_text("scale = 1")
+    first = weights_digest(folder)
+    (folder / "modeling_own.py").write_text("scale = 2")
+    assert len({without, first, weights_digest(folder)}) == 3
+
+
 def test_what_is_kept_is_the_digest_of_the_content_wherever_it_lies(folder, tmp_path):
     first = weights_digest(folder)
     folder.rename(tmp_path / "elsewhere")

@@ -65,6 +65,16 @@ def test_a_broken_manifest_is_said_not_ignored(tmp_path, content):
         finished(tmp_path / "manifest.json", {})
 
 
+@pytest.mark.parametrize("version", [0, 2, "1"])
+def test_a_manifest_of_another_version_is_refused(tmp_path, version):
+    file = tmp_path / "manifest.json"
+    write_manifest(file, {"weights": "a"})
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": version}))
+    with pytest.raises(UserError, match=rf"manifest.json: version={version}, this .* fresh=true") as refused:
+        finished(file, {"weights": "a"})
+    assert "\n" not in str(refused.value)
+
+
 def test_metrics_after_the_checkpoint_are_dropped_and_half_lines_do_not_count(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for step in (1, 2, 3):

@@ -69,7 +69,12 @@ class TestPaths:
 
     @pytest.mark.parametrize(
         ("url", "said"),
-        [("s4://a/b", "s4"), ("s3://key:" + SECRET + "@bucket/x", "credentials"), ("git://a", "git")],
+        [
+            ("s4://a/b", "s4"),
+            ("s3://key:" + SECRET + "@bucket/x", "credentials"),
+            ("git://a", "git"),
+            *((f"s3://bucket/first{character}/run", "patterns") for character in "[]*?"),
+        ],
     )
     def test_a_url_that_cannot_be(self, url, said):
         with pytest.raises(UserError, match=f"run_dir.*{said}") as error:
