@@ -31,7 +31,8 @@ def head_says_logits(shape: PreTrainedConfig) -> bool:
     """
     if shape.get_text_config() is not shape:  # of a model of several parts this would build all of them
         return False
-    return _head_says_logits(type(shape), shape.to_json_string(use_diff=False))
+    kind: Any = type(shape)
+    return _head_says_logits(kind, shape.to_json_string(use_diff=False))
 
 
 @lru_cache
