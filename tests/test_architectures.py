@@ -68,9 +68,12 @@ def test_log_probs_are_those_of_the_models_own_logits(model_type):
 def test_models_of_other_heads_make_the_logits_of_few_rows_at_a_time(monkeypatch):
     """And of what follows the prompts alone."""
     model, shapes = tiny("gemma2"), []
-    model.register_forward_hook(lambda module, inputs, output: shapes.append(output.logits.shape[:2]))
     pairs = encoded_pairs([(20, 3, 9), (25, 6, 1), (40, 5, 5)])
+    model.register_forward_hook(lambda module, inputs, output: shapes.append(output.logits.shape[:2]))
     expected = pair_logps(LogpsModel(model, max_length=128), pairs)
+    for side, logps in zip(("chosen", "rejected"), expected, strict=True):
+        exact = naive_logps(tiny("gemma2"), [(pair.prompt, getattr(pair, side)) for pair in pairs])
+        torch.testing.assert_close(logps.double(), exact, rtol=1e-5, atol=0)
     width = 40 + 5
     assert shapes == [(6, width - (20 - 1))]
     monkeypatch.setattr(logps_module, "CHUNK_ELEMENTS", 1)
