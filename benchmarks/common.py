@@ -42,16 +42,26 @@ def draw(pairs: int, prompt: int, response: int, spread: float) -> list[EncodedP
     return [_pair(rng, *of_pair) for of_pair in lengths]
 
 
-def from_file(file: Path, pairs: int) -> list[EncodedPair]:
-    """The lengths of a `sharegpt` ranking file, four characters a token; too long prompts are left out."""
+def from_file(file: Path, pairs: int) -> tuple[list[EncodedPair], str]:
+    """The lengths of the first pairs of a `sharegpt` ranking file, four characters a token.
+
+    Too long prompts are left out, as scoring quarantines them. The second value says what was taken.
+    """
+    rows = json.loads(file.read_text(encoding="utf-8"))
     found = []
-    for row in json.loads(file.read_text(encoding="utf-8")):
+    for row in rows:
         texts = ["".join(turn["value"] for turn in row["conversations"])]
         texts += [row[side]["value"] for side in ("chosen", "rejected")]
         prompt, *responses = (max(1, len(text) // 4) for text in texts)
         if prompt + EMPTY_TURN <= MAX_PROMPT_LENGTH:
             found.append((prompt + EMPTY_TURN, *responses))
-    return [_pair(random.Random(i), *lengths) for i, lengths in enumerate(found[:pairs])]
+    taken = found[:pairs]
+    note = (
+        f"{file.name}: the first {len(taken)} of {len(found)} pairs, to keep it short; "
+        f"{len(rows) - len(found)} more of its {len(rows)} have prompts of over {MAX_PROMPT_LENGTH} tokens, "
+        "which scoring would refuse too."
+    )
+    return [_pair(random.Random(i), *lengths) for i, lengths in enumerate(taken)], note
 
 
 def make_model(vocabulary: int = VOCABULARY) -> Qwen2ForCausalLM:

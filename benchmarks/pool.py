@@ -74,9 +74,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    sets = {SPREAD: data_sets(arguments.pairs)[SPREAD]}
+    sets, notes = {SPREAD: data_sets(arguments.pairs)[SPREAD]}, []
     if arguments.data:
-        sets[arguments.data.name] = from_file(arguments.data, arguments.pairs)
+        sets[arguments.data.name], note = from_file(arguments.data, arguments.pairs)
+        notes = ["", note]
     rows = [
         "| data set | s/shard plain | Ray, 1 actor | **ratio** | CPU s plain | Ray | **ratio** "
         "| 2 loops / 1 | 2 actors / 1 | padded/real | load before |",
@@ -86,6 +87,7 @@ def main() -> None:
         f"Best of {ROUNDS} rounds in turn, {os.cpu_count()} cores; seconds of the clock, then of processors. "
         "Load is that of the last minute, the passes before included: on free cores it is at most 2. "
         "2 loops / 1 is what a second core of this machine is worth without Ray.",
+        *notes,
     ]
     print(*rows, sep="\n")
     write_section("Scoring: on a pool of actors", rows)

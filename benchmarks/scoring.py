@@ -34,6 +34,12 @@ from benchmarks.common import (
 from benchmarks.peer import trl_batches, trl_trainer
 
 EMPTY = list(range(2, 2 + EMPTY_TURN))
+# TRL: 2 · (50 + 125) + 2 · (20 + 125) tokens a pair; ours: 50 + 2 · 125 + 2 · 125, were c(∅) for nothing.
+FLOOR = (
+    "At spread 0.0 no ratio of 0.75 is possible: all lengths are equal, TRL pads nothing, and all there is "
+    "to save are contexts. Each prompt once and c(∅) never, counted in tokens, would be "
+    f"{(50 + 4 * 125) / (2 * (50 + 125) + 2 * (EMPTY_TURN + 125)):.2f}."
+)
 
 
 def main() -> None:
@@ -42,9 +48,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=48)
     parser.add_argument("--data", type=Path)
     arguments = parser.parse_args()
-    sets = data_sets(arguments.pairs)
+    sets, notes = data_sets(arguments.pairs), []
     if arguments.data:
-        sets[arguments.data.name] = from_file(arguments.data, arguments.pairs)
+        sets[arguments.data.name], note = from_file(arguments.data, arguments.pairs)
+        notes = ["", note]
     rows = [
         "| data set | GFLOP ours / TRL | ratio | CPU s ours / TRL | ratio "
         "| padded/real TRL | ours | ours, 7B |",
@@ -52,6 +59,9 @@ def main() -> None:
         *(_row(name, pairs) for name, pairs in sets.items()),
         "",
         "padded/real counts a context that ours repeats as padding; 7B: rows as planned for that width.",
+        "",
+        FLOOR,
+        *notes,
         "",
         "| data set | bfloat16 − float32, nats/token: mean, mean size, max | of MI | mean size of MI |",
         "|---|---|---|---|",
