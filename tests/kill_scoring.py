@@ -5,7 +5,9 @@
 Three kinds in turn: the driver, an actor, and a node of a cluster of two (`ray.cluster_utils.Cluster`).
 All are real processes; the pairs and the model are the sandbox's. After each kill the run must end with
 every row once and with scores that are bit for bit those of a run that nobody disturbed. A driver is
-started again by hand, as a user would; actors and nodes are Ray's to replace. Exit code 1 if a kill did harm.
+started again by hand, as a user would; actors and nodes are Ray's to replace. A kill that came too
+late, when what it was meant for had ended or all was scored, does not count: it is tried again at an earlier
+point, and how often that was so is said. Exit code 1 if a kill did harm.
 
     rows lost, rows duplicated   against the prepared pairs, in what the shard files hold
     shards rescored              shards that were begun more often than once: those in flight at the kill
@@ -27,6 +29,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +135,10 @@ class Scoring:
             time.sleep(0.002)
         return driver
 
+    def complete(self) -> bool:
+        """Whether all is scored."""
+        return (self.scores / "manifest.json").is_file()
+
     def committed(self) -> dict[str, int]:
         """File name -> time of writing of every shard."""
         return {file.name: file.stat().st_mtime_ns for file in self.scores.glob("part-*")}
@@ -143,9 +150,13 @@ class Scoring:
         return pa.concat_tables(tables) if tables else SCORE_SCHEMA.empty_table()
 
 
-def kill_driver(scoring: Scoring, rng: random.Random, shards: int) -> dict[str, int]:
+class TooLate(Exception):
+    """There was nothing to kill any more, or nothing left to do."""
+
+
+def kill_driver(scoring: Scoring, rng: random.Random, latest: int) -> dict[str, int]:
     """Kill the driver, and with it its local cluster; returns what was committed then."""
-    driver = scoring.start_until_begun(rng.randrange(shards))
+    driver = scoring.start_until_begun(rng.randrange(latest))
     time.sleep(rng.uniform(0, 0.2))
     driver.kill()
     driver.wait()
@@ -153,36 +164,49 @@ def kill_driver(scoring: Scoring, rng: random.Random, shards: int) -> dict[str, 
     ends = time.monotonic() + PATIENCE
     while any(map(alive, orphans)) and time.monotonic() < ends:  # Ray ends them; none may write any more
         time.sleep(0.05)
+    if driver.returncode != -signal.SIGKILL or scoring.complete():
+        raise TooLate
     before = scoring.committed()
     finish(scoring.start_until_begun(len(scoring.begun()) + 1))
     return before
 
 
-def kill_actor(scoring: Scoring, rng: random.Random, shards: int) -> dict[str, int]:
+def kill_actor(scoring: Scoring, rng: random.Random, latest: int) -> dict[str, int]:
     """Kill the actor that began a shard last, of those that have not ended by themselves."""
-    driver = scoring.start_until_begun(rng.randrange(1, shards - 8))
+    driver = scoring.start_until_begun(rng.randrange(1, latest))
     time.sleep(rng.uniform(0, 0.1))
     before = scoring.committed()
     for _, actor in reversed(scoring.begun()):
-        with suppress(ProcessLookupError):
-            os.kill(actor, signal.SIGKILL)
-            break
+        if alive(actor):
+            with suppress(ProcessLookupError):
+                os.kill(actor, signal.SIGKILL)
+                break
+    else:
+        raise TooLate
+    if scoring.complete():
+        raise TooLate
     finish(driver)
     return before
 
 
 def kill_node(
-    scoring: Scoring, rng: random.Random, shards: int, cluster: Any, nodes: list[Any]
+    scoring: Scoring, rng: random.Random, latest: int, cluster: Any, nodes: list[Any]
 ) -> dict[str, int]:
     """Kill the node of the actor that began a shard last, and put another in its place."""
-    driver = scoring.start_until_begun(rng.randrange(1, shards - 8))
+    driver = scoring.start_until_begun(rng.randrange(1, latest))
     time.sleep(rng.uniform(0, 0.1))
     before = scoring.committed()
-    raylet = psutil.Process(scoring.begun()[-1][1]).ppid()
+    try:
+        raylet = psutil.Process(scoring.begun()[-1][1]).ppid()
+    except (IndexError, psutil.NoSuchProcess):
+        raise TooLate from None
     (node,) = (node for node in nodes if raylet == node.all_processes["raylet"][0].process.pid)
     nodes.remove(node)
     cluster.remove_node(node, allow_graceful=False)
+    late = scoring.complete()
     nodes.append(cluster.add_node(num_cpus=1))
+    if late:
+        raise TooLate
     finish(driver)
     return before
 
@@ -207,7 +231,7 @@ def damage(scoring: Scoring, reference: Scoring, before: dict[str, int]) -> Dama
     after = scoring.committed()
     attempts = Counter(first for first, _ in scoring.begun())
     return Damage(
-        recovered=int((scoring.scores / "manifest.json").is_file()),
+        recovered=int(scoring.complete()),
         rows_lost=(wanted - rows).total(),
         rows_duplicated=(rows - wanted).total(),
         scores_changed=int(found.num_rows == expected.num_rows and not found.equals(expected)),
@@ -241,29 +265,40 @@ def main() -> None:
     os.environ.update(
         RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16), RAY_USAGE_STATS_ENABLED="0"
     )
-    total, harmed = Damage(), 0
+    total, harmed, repeated = Damage(), 0, 0
     with tempfile.TemporaryDirectory(prefix="kill-scoring-") as folder, two_nodes(folder) as (cluster, nodes):
         reference = Scoring(Path(folder) / "reference")
         reference.undisturbed()
         shards = len(reference.committed())
         for number in range(arguments.kills):
-            rng = random.Random(f"{arguments.seed} {number}")
             kind = ("driver", "actor", "node")[number % 3]
-            scoring = Scoring(Path(folder) / str(number), cluster.address if kind == "node" else "local")
-            try:
-                if kind == "node":
-                    before = kill_node(scoring, rng, shards, cluster, nodes)
-                else:
-                    before = (kill_driver if kind == "driver" else kill_actor)(scoring, rng, shards)
-            finally:
-                scoring.driver.kill()
+            latest = shards if kind == "driver" else shards - 8  # begun shards: Ray has some more in hand
+            for attempt in count():
+                rng = random.Random(f"{arguments.seed} {number} {attempt}")
+                name = f"{number}.{attempt}"
+                scoring = Scoring(Path(folder) / name, cluster.address if kind == "node" else "local")
+                try:
+                    if kind == "node":
+                        before = kill_node(scoring, rng, latest, cluster, nodes)
+                    else:
+                        before = (kill_driver if kind == "driver" else kill_actor)(scoring, rng, latest)
+                    break
+                except TooLate:
+                    repeated += 1
+                    latest = max(2, latest // 2)
+                finally:
+                    scoring.driver.kill()
+                    scoring.driver.wait()
             done = damage(scoring, reference, before)
             print(f"{number:3} {kind:6} killed after {len(before):2} of {shards} shards: {done}", flush=True)
             if not done.harmless:
                 harmed += 1
                 print((scoring.folder / "log").read_text()[-4000:], flush=True)
             total += done
-    print(f"{arguments.kills} kills, seed {arguments.seed}: {total}; harmed {harmed}")
+    print(
+        f"{arguments.kills} kills, seed {arguments.seed}: {total}; harmed {harmed}; "
+        f"kills that came too late and were repeated earlier {repeated}"
+    )
     sys.exit(bool(harmed))
 
 
