@@ -11,6 +11,7 @@ or data.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -123,11 +124,14 @@ def fit(
         FloatingPointError: a loss or a gradient is not finite.
         TrainingFailedError: workers failed more than `train.max_failures` times.
     """
+    import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from pipelines.recovery import Recovery, final_cause, incomplete_checkpoints, restore_checkpoints
 
+    if len(ray.nodes()) == 1:  # whose end is that of the training: nobody need watch for it
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     committed = _begin(config, run, fingerprint, scores.num_rows)
     whole, damaged = restore_checkpoints(run.train / "ray", committed, config.train)
     if damaged:
