@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Sequence
 
 import pytest
+from browser import browser
 from data_files import write_jsonl
 from hypothesis import settings
 from s3_server import s3_server
@@ -96,3 +97,10 @@ def bucket():
     """The URL of an empty bucket on a real S3 server, which the environment names."""
     with s3_server() as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def tab():
+    """The tab of a headless Chromium."""
+    with browser() as opened:
+        yield opened

@@ -1,21 +1,12 @@
 """The page stands alone, shows what it is given and nothing else, and its figures follow its colours."""
 
-import os
 import re
-import shutil
-import subprocess
-import warnings
 from html.parser import HTMLParser
 
 import pytest
 from matplotlib.figure import Figure
 
 from bdpo.page import BLUE, INK, Grid, Page, Part, Picture, write_page
-
-CHROMIUM = shutil.which("chromium")
-MEASURE = """<script>
-document.body.dataset.width = document.documentElement.scrollWidth + "/" + window.innerWidth;
-</script>"""
 
 
 def drawing():
@@ -111,23 +102,58 @@ def test_the_same_page_twice_is_the_same_file(tmp_path):
     assert (tmp_path / "first/page.html").read_bytes() == (tmp_path / "second/page.html").read_bytes()
 
 
-def assert_fits_a_phone(file):
-    """Headless Chromium draws it, no wider than a phone."""
-    if CHROMIUM is None:
-        assert "CI" not in os.environ, "the page wants a look in a browser"
-        warnings.warn("NO CHROMIUM: the page was not looked at in a browser", stacklevel=2)
-        pytest.skip("NO CHROMIUM: `apt-get install chromium` to have the page tested in a browser")
-    # Scripts run in headless Chromium: the page says its own width, beside that of the phone.
-    measured, shot = file.with_name("measured.html"), file.with_name("shot.png")
-    measured.write_text(file.read_text().replace("</body>", MEASURE + "</body>"))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,1200"]
-    ask = {"check": True, "capture_output": True, "timeout": 1200}
-    subprocess.run([*command, f"--screenshot={shot}", measured.as_uri()], **ask)
-    assert shot.stat().st_size > 3000
-    shown = subprocess.run([*command, "--dump-dom", measured.as_uri()], **ask)
-    width, room = map(int, re.search(rb'data-width="(\d+)/(\d+)"', shown.stdout).groups())
-    assert width <= room
+INK_OF = "getComputedStyle(document.querySelector('{}')).color"
 
 
-def test_chromium_shows_it_without_a_horizontal_scroll(written):
-    assert_fits_a_phone(written / "page.html")
+def contrast(tab, selector, background):
+    """Of the text of an element, after WCAG 2.2: 1 is none, 4.5 is what text wants."""
+
+    def luminance(colour):
+        parts = [c / 255 for c in colour]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    ink = [int(number) for number in re.findall(r"\d+", tab.value(INK_OF.format(selector)))]
+    low, high = sorted((luminance(ink), luminance(background)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_it_fits_a_phone(written, tab):
+    tab.assert_fits_a_phone(written / "page.html")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "media", "dark"),
+    [
+        ("light", "screen", False),
+        ("dark", "screen", True),
+        ("dark", "print", False),
+        ("light", "print", False),
+    ],
+)
+def test_it_is_dark_where_that_is_wanted_and_never_on_paper(written, tab, scheme, media, dark):
+    tab.show(written / "page.html", 900, scheme, media)
+    paper = tab.pixels()[-1, -1]
+    assert (paper < 64).all() if dark else (paper > 250).all()
+    for selector in ("h1", "p", ".lead", "td", "figcaption", "svg text"):
+        assert contrast(tab, selector, paper) > 4.5
+    line = tab.value("getComputedStyle(document.querySelector('svg path[style*=\"--blue\"]')).stroke")
+    assert line == {True: "rgb(86, 180, 233)", False: "rgb(0, 114, 178)"}[dark]
+
+
+def test_paper_shows_what_the_screen_folds(written, tab):
+    visible = "[...document.querySelectorAll('details svg, summary')].map(x => x.checkVisibility())"
+    for media, shown in (("screen", [True, False]), ("print", [False, True])):  # the button, the figure
+        tab.show(written / "page.html", 900, media=media)
+        assert tab.value(visible) == shown
+
+
+def test_paper_shows_the_whole_of_a_wide_table(tmp_path, tab):
+    headings = [f"a rather long heading {i}" for i in range(12)]
+    wide = Grid(headings, [["12.3 (11.2 to 13.4)"] * 12])
+    write_page(Page("Title", [], [Part("Wide", grids=[wide])]), tmp_path / "page.html")
+    edge = "document.querySelector('td:last-child').getBoundingClientRect().right"
+    tab.show(tmp_path / "page.html", 700)
+    assert tab.value(edge) > 700
+    tab.show(tmp_path / "page.html", 700, media="print")
+    assert tab.value(edge) <= 700
