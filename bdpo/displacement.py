@@ -31,7 +31,9 @@ _BINS = 10
 
 
 def displaced_pairs(before: pa.Table, after: Sequence[pa.Table]) -> pa.Table:
-    """A row a pair: `group`, the `SIGNS`, and `change` of log π(y_w | x) in nats, the mean over models.
+    """A row a pair: `group`, the `SIGNS`, and by how much its log-probs changed in nats, mean over models.
+
+    `change` is of log π(y_w | x), `change_rejected` of log π(y_l | x).
 
     `before` are the scores of the reference model, `after` those of models that were trained from it, on the
     same pairs, in any order. What training held out or `data.select` left out is among the pairs too.
@@ -40,24 +42,28 @@ def displaced_pairs(before: pa.Table, after: Sequence[pa.Table]) -> pa.Table:
         ValueError: they are of other pairs.
     """
     ids = before["pair_id"].to_pylist()
-    changes = []
+    logps = {"change": "ref_chosen_logps", "change_rejected": "ref_rejected_logps"}
+    changes: dict[str, list[np.ndarray]] = {name: [] for name in logps}
     for trained in after:
-        found = dict(
-            zip(trained["pair_id"].to_pylist(), trained["ref_chosen_logps"].to_pylist(), strict=True)
-        )
-        if found.keys() != set(ids):
+        row = {pair: number for number, pair in enumerate(trained["pair_id"].to_pylist())}
+        if row.keys() != set(ids):
             raise ValueError("the scores of the trained model are of other pairs")
-        changes.append(np.array([found[pair] for pair in ids]) - before["ref_chosen_logps"].to_numpy())
+        same_order = trained.take([row[pair] for pair in ids])
+        for name, column in logps.items():
+            changes[name].append(same_order[column].to_numpy().astype(float) - before[column].to_numpy())
     difference = before["mi_chosen"].to_numpy() - before["mi_rejected"].to_numpy()
     signs = {name: before[name] for name in SIGNS if name != "imbalance"} | {"imbalance": abs(difference)}
-    return pa.table({"group": before["group"], **signs, "change": np.mean(changes, axis=0)})
+    means = {name: np.mean(models, axis=0) for name, models in changes.items()}
+    return pa.table({"group": before["group"], **signs, **means})
 
 
 def displacement(pairs: pa.Table) -> list[dict[str, Any]]:
-    """A row a group, and one of all: how many pairs `fell`, their mean `change`, the correlation with signs.
+    """A row a group, and one of all: how many pairs `fell`, mean changes, the correlations with signs.
 
-    Each with `_low` and `_high`, 95 % over pairs. The correlations are Spearman's ρ, nan where a sign is
-    the same of all pairs or not known (CHES of an architecture whose hidden states are not).
+    `change` and `change_rejected` are of all pairs; `lowest_ches` and `highest_ches` are the `change` of the
+    tenth of the group's pairs with the lowest and the highest CHES. The correlations are Spearman's ρ of
+    `change` and a sign. Each has `_low` and `_high`, 95 % over pairs. What is not known is nan: CHES of an
+    architecture whose hidden states are not, ρ with a sign that is the same of all pairs.
     """
     groups = np.array(pairs["group"].to_pylist(), dtype=object)
     names = [name for name in ("safe", "unsafe") if (groups == name).any()]
@@ -65,13 +71,28 @@ def displacement(pairs: pa.Table) -> list[dict[str, Any]]:
     for name in (None, *names):
         part = pairs if name is None else pairs.filter(groups == name)
         change = part["change"].to_numpy()
-        measured = {"fell": rate((change < 0).tolist()), "change": mean_of_many(change)}
+        tenths = _tenths(part, "ches") or [np.full(1, np.nan)]
+        measured = {
+            "fell": rate((change < 0).tolist()),
+            "change": mean_of_many(change),
+            "change_rejected": mean_of_many(part["change_rejected"].to_numpy()),
+            "lowest_ches": mean_of_many(tenths[0]),
+            "highest_ches": mean_of_many(tenths[-1]),
+        }
         measured |= {sign: _spearman(part[sign], change) for sign in SIGNS}
         named = {
             f"{key}{end}": found[bound] for key, found in measured.items() for end, bound in ENDS.items()
         }
         rows.append({"group": name or "all", "pairs": len(change), **named})
     return rows
+
+
+def _tenths(pairs: pa.Table, sign: str) -> list[np.ndarray]:
+    """The changes of the pairs in tenths by a sign, lowest first, fewer of few pairs; none if not known."""
+    if pairs[sign].null_count:
+        return []
+    change = pairs["change"].to_numpy()[np.argsort(pairs[sign].to_numpy(), kind="stable")]
+    return np.array_split(change, max(1, min(_BINS, len(change) // 2)))
 
 
 def _spearman(sign: pa.ChunkedArray, change: np.ndarray) -> dict[str, float]:
@@ -92,9 +113,7 @@ def displacement_figure(arms: Mapping[str, pa.Table], sign: str) -> Figure:
     """The mean change of log π(y_w | x) in each tenth of the pairs by a sign, a line an arm."""
     figure, axes = plain_axes(4.6, 3.4)
     for number, (arm, pairs) in enumerate(arms.items()):
-        order = np.argsort(pairs[sign].to_numpy(), kind="stable")
-        change = pairs["change"].to_numpy()[order]
-        tenths = [mean_of_many(part) for part in np.array_split(change, max(1, min(_BINS, len(change) // 2)))]
+        tenths = [mean_of_many(changes) for changes in _tenths(pairs, sign)]
         values = np.array([tenth["value"] for tenth in tenths])
         errors = [[abs(tenth["value"] - tenth[end]) for tenth in tenths] for end in ("low", "high")]
         colour = COLOURS[number % len(COLOURS)]
