@@ -29,7 +29,8 @@ def mi_summary(scores: pa.Table, method: MethodConfig) -> list[dict[str, Any]]:
 
     `chosen_better` is the share of pairs whose chosen response is better understood. `chosen` and
     `rejected` have the `mean`, the `QUANTILES`, and the shares of responses whose MI is `negative` and
-    whose MI is `floored`: below `mi_floor`.
+    whose MI is `floored`: below `mi_floor`. `ches` has `mean` and `quantiles` of the pairs' CHES, None where
+    it is not known.
     """
     return [
         {
@@ -38,15 +39,23 @@ def mi_summary(scores: pa.Table, method: MethodConfig) -> list[dict[str, Any]]:
             "chosen_better": float((chosen > rejected).mean()),
             "chosen": _mi_of(chosen, method),
             "rejected": _mi_of(rejected, method),
+            "ches": _ches_of(scores["ches"].filter(mask)),
         }
-        for group, chosen, rejected in _by_group(scores)
+        for (group, chosen, rejected), (_, mask) in zip(_by_group(scores), _masks(scores), strict=True)
     ]
+
+
+def _distribution(values: np.ndarray) -> dict[str, Any]:
+    return {"mean": float(values.mean()), "quantiles": [float(q) for q in np.quantile(values, QUANTILES)]}
+
+
+def _ches_of(ches: pa.ChunkedArray) -> dict[str, Any] | None:
+    return None if ches.null_count else _distribution(ches.to_numpy())
 
 
 def _mi_of(mi: np.ndarray, method: MethodConfig) -> dict[str, Any]:
     return {
-        "mean": float(mi.mean()),
-        "quantiles": [float(quantile) for quantile in np.quantile(mi, QUANTILES)],
+        **_distribution(mi),
         "negative": float((mi < 0).mean()),
         "floored": float((mi < np.float32(method.mi_floor)).mean()),
     }
@@ -93,6 +102,9 @@ def mi_tables(scores: pa.Table, method: MethodConfig) -> list[Table]:
             numbers = [f"{number:.3f}" for number in (row[side]["mean"], *row[side]["quantiles"])]
             shares = [f"{row[side][share]:.0%}" for share in ("negative", "floored")]
             table.add_row(side, *numbers, *shares, _histogram(mi, low, high))
+        if row["ches"] is not None:
+            ches = [f"{number:.4g}" for number in (row["ches"]["mean"], *row["ches"]["quantiles"])]
+            table.add_row("CHES", *ches)
         tables.append(table)
     return tables
 
@@ -185,7 +197,12 @@ def mi_difference(scores: pa.Table) -> Figure:
 
 def _by_group(scores: pa.Table) -> list[tuple[str | None, np.ndarray, np.ndarray]]:
     """(group, mi_chosen, mi_rejected) of every group that has pairs."""
-    groups = np.array(scores["group"].to_pylist(), dtype=object)
     chosen, rejected = scores["mi_chosen"].to_numpy(), scores["mi_rejected"].to_numpy()
+    return [(group, chosen[mask], rejected[mask]) for group, mask in _masks(scores)]
+
+
+def _masks(scores: pa.Table) -> list[tuple[str | None, np.ndarray]]:
+    """(group, which rows are of it) of every group that has pairs."""
+    groups = np.array(scores["group"].to_pylist(), dtype=object)
     masks = [(group, groups == group) for group in GROUPS]
-    return [(group, chosen[mask], rejected[mask]) for group, mask in masks if mask.any()]
+    return [(group, mask) for group, mask in masks if mask.any()]
