@@ -14,7 +14,7 @@ from bdpo.config import Config
 from bdpo.displacement import SIGNS, displacement, displacement_figure
 from bdpo.evaluation.compare import p_value
 from bdpo.evaluation.summary import CONFIDENCE_LEVEL, percent
-from bdpo.experiments import BASE, Experiment, arm_folder
+from bdpo.experiments import BASE, MAIN, Experiment, arm_folder
 from bdpo.page import BLUE, COLOURS, GREY, ORANGE, Grid, Page, Part, Picture, legend_below, plain_axes
 from bdpo.report import (
     Stage,
@@ -23,6 +23,7 @@ from bdpo.report import (
     measure_name,
     sentence,
     settings,
+    spent,
     training,
     understanding,
     what_was_run,
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-_MAIN = ("safety", "compliance", "correct", "accuracy")
-"""Measures that stand for their benchmark where there is room for one."""
-
 
 def csv_bytes(table: pa.Table) -> bytes:
     """A table as CSV."""
@@ -48,7 +46,7 @@ def csv_bytes(table: pa.Table) -> bytes:
 
 def main_rows(results: pa.Table) -> list[Row]:
     """Rows of the results whose measure stands for its benchmark."""
-    return [row for row in results.to_pylist() if row["measure"].partition(",")[0] in _MAIN]
+    return [row for row in results.to_pylist() if row["measure"].partition(",")[0] in MAIN]
 
 
 def arms_table(results: pa.Table) -> Table:
@@ -85,11 +83,14 @@ def experiment_page(
     notes: Sequence[str] = (),
     displaced: Mapping[str, pa.Table] | None = None,
     stages: Sequence[Stage] = (),
+    differences: pa.Table | None = None,
+    rates: pa.Table | None = None,
 ) -> Page:
     """The page of an experiment; `done` are trainings, `results` is None where there are none.
 
     `notes` come first, `displaced` are the `displaced_pairs` of each arm where the experiment asks for them,
-    `stages` is all that it did.
+    `stages` is all that it did, `differences` are the `arm_differences`, `rates` what the search for learning
+    rates showed of each arm at each of them.
     """
     logs: dict[str, list[list[Row]]] = {}
     for arm, _, folder in done:
@@ -97,14 +98,18 @@ def experiment_page(
     trained = read_manifest(done[0][2].train / "manifest.json") if done else None
     parts: list[Part | None] = [what_was_run(config, run, trained, arms=bool(plan.arms))]
     if results is not None:
-        parts += [_arms(config, plan, done), _findings(plan, results), _all_measures(results)]
+        parts.append(_arms(config, plan, done))
+        parts.append(_rates(config, rates) if rates is not None else None)
+        parts.append(_findings(plan, results))
+        parts.append(_differences(differences) if differences is not None else None)
+        parts.append(_all_measures(results))
     if displaced:
-        parts.append(_displacement(displaced))
+        parts += [_displacement(displaced), _signs(displaced)]
     parts += [
         data(run, trained=False),
         understanding(config, run),
         training(logs),
-        cost(stages),
+        cost(spent(stages)),
         settings(config),
     ]
     return Page(plan.title, [plan.question, *notes], [part for part in parts if part is not None])
@@ -183,25 +188,72 @@ def _compared(row: Row) -> Row:
     return {**row, "low": row["difference_low"], "high": row["difference_high"]}
 
 
-def _displacement(arms: Mapping[str, pa.Table]) -> Part:
-    """How many preferred responses fell, by how much, and how that goes with each sign."""
-    text = [
-        "log π(y_w | x) of every prepared pair under the trained model, less what it was under the reference "
-        "model; mean of the seeds. Correlations are Spearman's: below zero, pairs with more of the sign fall "
-        "more."
+def _rates(config: Config, rates: pa.Table) -> Part:
+    """What each arm showed at each learning rate, and which it is trained with."""
+    tune = config.tune
+    rows = [
+        (
+            row["arm"],
+            f"{row['learning_rate']:g}",
+            *(_bounded(row, name) for name in ("objective", "constraint")),
+            {True: "yes", False: "no", None: ""}[row["feasible"]],
+            "chosen" if row["chosen"] else "",
+        )
+        for row in rates.to_pylist()
     ]
+    text = [
+        f"At the first seed, on prompts that the results are not of. Feasible is a {tune.constraint} no more "
+        f"than {100 * tune.max_over_refusal:g} points below the base model's. A line without numbers: it "
+        "could not be trained, or not be judged."
+    ]
+    headings = ("arm", "learning rate", tune.metric, tune.constraint, "feasible", "")
+    return Part("Learning rates", text, [Grid(headings, rows, "Percent, 95 % intervals.")])
+
+
+def _bounded(row: Row, name: str) -> str:
+    return percent({"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]})
+
+
+def _displacement(arms: Mapping[str, pa.Table]) -> Part:
+    """How many preferred responses fell, by how much, and the rejected ones."""
+    text = [
+        "log π of both responses of every prepared pair under the trained model, less what it was under the "
+        "reference model; mean of the seeds. The tenths are of the preferred responses."
+    ]
+    numbers = {
+        "change": "y_w, nats",
+        "change_rejected": "y_l, nats",
+        "lowest_ches": "tenth of lowest CHES",
+        "highest_ches": "of highest CHES",
+    }
     rows = [
         (
             f"{arm}, {row['group']}",
             f"{row['pairs']:,}",
             _number(row, "fell", 100, ".1f"),
-            _number(row, "change", 1, "+.1f"),
-            *(_number(row, sign, 1, "+.2f") for sign in SIGNS),
+            *(_number(row, name, 1, "+.2f") for name in numbers),
         )
-        for arm, pairs in arms.items()
-        for row in displacement(pairs)
+        for arm, row in _displaced(arms)
     ]
-    grid = Grid(("", "pairs", "fell (percent)", "change (nats)", *SIGNS.values()), rows, "95 % intervals.")
+    grid = Grid(("", "pairs", "y_w fell, percent", *numbers.values()), rows, "95 % intervals over pairs.")
+    return Part("What became of the preferred responses", text, [grid])
+
+
+def _displaced(arms: Mapping[str, pa.Table]) -> list[tuple[str, Row]]:
+    return [(arm, row) for arm, pairs in arms.items() for row in displacement(pairs)]
+
+
+def _signs(arms: Mapping[str, pa.Table]) -> Part:
+    """How the change of the preferred responses goes with what the reference model said of the pairs."""
+    text = [
+        "Spearman's ρ of the change of log π(y_w | x) and what the reference model says of a pair: below "
+        "zero, pairs with more of it fall more."
+    ]
+    rows = [
+        (f"{arm}, {row['group']}", *(_number(row, sign, 1, "+.2f") for sign in SIGNS))
+        for arm, row in _displaced(arms)
+    ]
+    grid = Grid(("ρ", *SIGNS.values()), rows, "95 % intervals over pairs.")
     pictures = [
         Picture(
             f"displacement-{sign}", displacement_figure(arms, sign), f"By {written}, with 95 % intervals."
@@ -209,13 +261,33 @@ def _displacement(arms: Mapping[str, pa.Table]) -> Part:
         for sign, written in SIGNS.items()
         if all(pairs[sign].null_count == 0 for pairs in arms.values())
     ]
-    return Part("What became of the preferred responses", text, [grid], pictures)
+    return Part("Could the reference model tell", text, [grid], pictures)
 
 
 def _number(row: Row, key: str, scale: float, form: str) -> str:
     value, low, high = (scale * row[f"{key}{end}"] for end in ("", "_low", "_high"))
     interval = "" if math.isnan(low) else f" ({low:{form}} to {high:{form}})"
     return "" if math.isnan(value) else f"{value:{form}}{interval}"
+
+
+def _differences(differences: pa.Table) -> Part:
+    """Every two arms."""
+    rows = [
+        (
+            f"{row['arm']} − {row['reference']}",
+            measure_name(row),
+            str(row["paired_n"]),
+            _difference(row),
+            p_value(row["p"]),
+        )
+        for row in differences.to_pylist()
+    ]
+    text = [
+        f"{len(rows)} paired tests over each prompt's mean of the seeds, without a correction for their "
+        "number."
+    ]
+    grid = Grid(("arms", "measure", "n", "difference, points", "p"), rows, "95 % intervals over prompts.")
+    return Part("Every two arms", text, [grid], folded=True)
 
 
 def _all_measures(results: pa.Table) -> Part:

@@ -6,6 +6,8 @@ share: it is called after what is trained, so that DPO is trained once and not o
     <run_dir>/experiments/arms/<arm>/seed-0/       a run folder: config.yaml, metrics.jsonl, model/, eval/
     <run_dir>/experiments/<name>/experiment.json   what it was run with, see `Record`
     <run_dir>/experiments/<name>/results.csv       a row for each arm and measure, with its interval
+    <run_dir>/experiments/<name>/differences.csv   how every two arms differ
+    <run_dir>/experiments/<name>/rates.csv         of a search for learning rates: what each rate showed
     <run_dir>/experiments/<name>/displacement.csv  of `displacement`: what became of the pairs' log-probs
     <run_dir>/experiments/<name>/*.png             the figures
     <run_dir>/experiments/<name>/report.html       all of it on one page
@@ -17,6 +19,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -34,8 +37,10 @@ from bdpo.status import run_config
 from bdpo.storage import StoragePath, matching
 
 BASE = "base"
+MAIN = ("safety", "compliance", "correct", "accuracy")
+"""Measures that stand for their benchmark where there is room for one."""
 _CONTEXT = "context-"
-_RECORD = "experiment.json"
+RECORD = "experiment.json"
 RESULT_SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("arm", "benchmark", "measure")),
@@ -44,6 +49,13 @@ RESULT_SCHEMA = pa.schema(
         ("paired_n", pa.int64()),
         *((name, pa.float64()) for name in ("first", "second", "difference")),
         *((name, pa.float64()) for name in ("difference_low", "difference_high", "p")),
+    ]
+)
+
+DIFFERENCE_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("reference", "arm", "benchmark", "measure")),
+        *(RESULT_SCHEMA.field(name) for name in RESULT_SCHEMA.names[RESULT_SCHEMA.names.index("paired_n") :]),
     ]
 )
 
@@ -83,7 +95,7 @@ class Record:
     def write(self, folder: StoragePath) -> None:
         """Keep it in the experiment's folder."""
         arms = {name: [asdict(arm) for arm in getattr(self, name)] for name in ("arms", "trials")}
-        write_manifest(folder / _RECORD, {}, config=self.config.model_dump(), **arms, notes=self.notes)
+        write_manifest(folder / RECORD, {}, config=self.config.model_dump(), **arms, notes=self.notes)
 
     @classmethod
     def read(cls, folder: StoragePath) -> Record:
@@ -92,7 +104,7 @@ class Record:
         Raises:
             UserError: there is none.
         """
-        file = folder / _RECORD
+        file = folder / RECORD
         values = read_manifest(file)
         if values is None:
             command = f"python -m pipelines.experiment {folder.name}"
@@ -232,6 +244,8 @@ def _on_part(name: str, config: Config) -> str:
 
 def run_at(root: StoragePath) -> RunDir:
     """The run folder at a path: one of its own, or that of an arm or a trial, with the pairs of its run."""
+    if (root / "data").is_dir():
+        return RunDir(root)
     names, around = [root.name], root.parent
     while around.name not in ("", "experiments", "tune"):
         names.insert(0, around.name)
@@ -299,6 +313,26 @@ def summarise_arms(evaluations: dict[str, list[Evaluation]], reference: str) -> 
             rows.append(row)
         rows += _capability(arm, [seed.summary.get("capability", {}) for seed in evaluations[arm]])
     return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
+
+
+def arm_differences(evaluations: dict[str, list[Evaluation]]) -> pa.Table:
+    """How every two arms differ in the main measures, as `summarise_arms` has it of those with its reference.
+
+    A row for each two arms, benchmark and measure: `difference` is `arm` − `reference`, the one that comes
+    first. Of capability benchmarks only sums are known, so they are not here.
+    """
+    means: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
+    for arm, seeds in evaluations.items():
+        values = [item_values(seed.scores) for seed in seeds]
+        keys = dict.fromkeys(key for seed in values for key in seed if key[1].partition(",")[0] in MAIN)
+        means[arm] = {key: item_means([seed.get(key, {}) for seed in values])[0] for key in keys}
+    rows = []
+    for first, second in combinations(means, 2):
+        for key, items in means[first].items():
+            if tested := _tested(items, means[second].get(key, {})):
+                named = {"reference": first, "arm": second, "benchmark": key[0], "measure": key[1]}
+                rows.append(named | tested)
+    return pa.Table.from_pylist(rows, schema=DIFFERENCE_SCHEMA)
 
 
 def _capability(arm: str, seeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -37,6 +37,17 @@ _CURVES = {
     "rewards/accuracies": "reward accuracy",
     "logps/chosen": "log π of the preferred response",
 }
+_OWN_KEYS = {
+    "bdpo": ("alpha", "balance"),
+    "dpo_bw": ("balance",),
+    "dpo_sf": ("alpha",),
+    "cdpo": ("label_smoothing",),
+    "robust": ("label_smoothing",),
+    "cpo": ("cpo_alpha",),
+    "simpo": ("simpo_gamma",),
+    "safedpo": ("safedpo_delta",),
+}
+"""What a method goes by beside `beta`; the finer settings of its weights are in the table of all settings."""
 
 
 def run_page(config: Config, run: RunDir) -> Page:
@@ -54,7 +65,7 @@ def run_page(config: Config, run: RunDir) -> Page:
         safety(evaluations),
         _search(run),
         _experiments(run),
-        cost(run_stages(config, run)),
+        cost([*spent(run_stages(config, run)), *_search_spent(config, run)]),
         settings(config),
     ]
     title = f"{config.method.name} on {config.model.name_or_path}"
@@ -92,11 +103,13 @@ def what_was_run(config: Config, run: RunDir, trained: Mapping[str, Any] | None,
     named = ", ".join(f"{name} {number}" for name, number in versions.items())
     rows = [("model", f"{config.model.name_or_path} ({config.model.dtype})")]
     if not arms:
-        how = f"alpha {method.alpha:g}, beta {method.beta:g}, balance {method.balance}"
+        keys = ("beta", *_OWN_KEYS.get(method.name, ()))
+        how = ", ".join(f"{key} {getattr(method, key)}" for key in keys)
         rows.append(("method", f"{method.name}: {how}"))
+    length = f"{train.max_steps} steps" if train.max_steps else f"{train.num_train_epochs:g} epochs"
     rows += [
         ("data", f"{config.data.path} ({config.data.format})"),
-        ("training", f"{train.num_train_epochs} epochs of batches of {train.global_batch_size} pairs"),
+        ("training", f"{length} of batches of {train.global_batch_size} pairs"),
         ("learning rate", f"{train.learning_rate:g}, {train.lr_scheduler_type}"),
         ("workers", f"{train.workers} x ZeRO-{train.zero_stage}"),
         ("versions" if recorded else "versions where this page was written", named),
@@ -147,6 +160,9 @@ def understanding(config: Config, run: RunDir) -> Part | None:
             numbers = [f"{number:.3f}" for number in (mi["mean"], *mi["quantiles"])]
             shares = [f"{100 * mi[share]:.1f} %" for share in ("negative", "floored")]
             rows.append((f"{row['group'] or 'all'} queries, {side}", f"{row['pairs']:,}", *numbers, *shares))
+        if row["ches"] is not None:
+            numbers = [f"{number:.4g}" for number in (row["ches"]["mean"], *row["ches"]["quantiles"])]
+            rows.append((f"{row['group'] or 'all'} queries, CHES", f"{row['pairs']:,}", *numbers, "", ""))
     quantiles = [f"{quantile:.0%}" for quantile in QUANTILES]
     headings = ("nats per token", "pairs", "mean", *quantiles, "below 0", "floored")
     better = [
@@ -160,7 +176,9 @@ def understanding(config: Config, run: RunDir) -> Part | None:
         Picture("mi", mi_scatter(scores), "Mutual information of both responses, nats per token."),
         Picture("mi-difference", mi_difference(scores), "How differently the two are understood."),
     ]
-    return Part("What the reference model understands", better, [Grid(headings, rows)], pictures)
+    caption = "CHES has no unit: how alike the model sees both responses, the higher the more."
+    grid = Grid(headings, rows, caption if any(row["ches"] for row in summary) else "")
+    return Part("What the reference model understands", better, [grid], pictures)
 
 
 def training(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Part | None:
@@ -299,6 +317,8 @@ def _experiments(run: RunDir) -> Part | None:
 
 Stage = tuple[str, StoragePath, float]
 """What was done, the manifest that has its seconds, how many GPUs it held."""
+Spent = tuple[str, float, float]
+"""What was done, its seconds, how many GPUs it held."""
 
 
 def run_stages(config: Config, run: RunDir) -> list[Stage]:
@@ -317,18 +337,47 @@ def train_stage(config: Config, run: RunDir, name: str = "train") -> Stage:
     return name, run.train / "manifest.json", gpus(config.train)
 
 
-def cost(stages: Sequence[Stage]) -> Part | None:
-    """Seconds of each stage that is finished, and GPU-hours as its GPUs x time."""
-    rows, total = [], 0.0
-    for name, file, held in stages:
-        manifest = read_manifest(file)
-        if manifest is not None and "seconds" in manifest:
-            hours = held * manifest["seconds"] / 3600
-            total += hours
-            rows.append((name, f"{manifest['seconds']:,.0f}", f"{held:g}", f"{hours:.2f}"))
-    if not rows:
+def spent(stages: Sequence[Stage]) -> list[Spent]:
+    """What each stage that is finished took."""
+    manifests = [(name, read_manifest(file) or {}, held) for name, file, held in stages]
+    return [(name, found["seconds"], held) for name, found, held in manifests if "seconds" in found]
+
+
+def _search_spent(config: Config, run: RunDir) -> list[Spent]:
+    """What the sweep of a run took: its trials, and the evaluations that they are compared with."""
+    file = run.tune / "results.parquet"
+    if not file.is_file():
+        return []
+    folders = {
+        "base": run.part("tune", "base", "search").eval("base"),
+        "base, held out": run.part("tune", "base", "held_out").eval("base"),
+    }
+    if summary := read_manifest(run.tune / "summary.json"):
+        folders["chosen, held out"] = run.part("tune", "trials", summary["best"]).eval("trained")
+    stages = [
+        (f"search: evaluate {name}", folder / "summary.json", gpus(config.evaluate))
+        for name, folder in folders.items()
+    ]
+    trials = pq.read_table(open_parquet(file), columns=["train_seconds", "evaluate_seconds"])
+    seconds = {name: float(np.sum(trials[name].to_numpy())) for name in trials.column_names}
+    alone = config.evaluate.gpus_per_worker  # a trial evaluates in one process
+    return [
+        (f"search: train {trials.num_rows} trials", seconds["train_seconds"], gpus(config.train)),
+        (f"search: evaluate {trials.num_rows} trials", seconds["evaluate_seconds"], alone),
+        *spent(stages),
+    ]
+
+
+def cost(done: Sequence[Spent]) -> Part | None:
+    """Seconds of what was done, and GPU-hours as GPUs x time."""
+    if not done:
         return None
-    rows.append(("all", "", "", f"{total:.2f}"))
+    hours = [held * seconds / 3600 for _, seconds, held in done]
+    rows = [
+        (name, f"{seconds:,.0f}", f"{held:g}", f"{took:.2f}")
+        for (name, seconds, held), took in zip(done, hours, strict=True)
+    ]
+    rows.append(("all", "", "", f"{sum(hours):.2f}"))
     text = [
         "Of the last command that worked on each stage, so what was done before a kill is not in it; "
         "capability benchmarks are not either."

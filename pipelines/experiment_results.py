@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 
 from bdpo.displacement import displaced_pairs, displacement
 from bdpo.evaluation.reading import Evaluation, read_evaluation
+from bdpo.evaluation.summary import ENDS
 from bdpo.experiment_report import arms_table, csv_bytes, experiment_page
-from bdpo.experiments import BASE, Record, base_run, experiment, rescored, summarise_arms
+from bdpo.experiments import BASE, Record, arm_differences, base_run, experiment, rescored, summarise_arms
 from bdpo.mi_report import mi_imbalance
 from bdpo.page import write_page
 from bdpo.report import Stage, gpus, score_stage, train_stage
 from bdpo.runs import RunDir
 from bdpo.scoring import finished_scores
-from bdpo.search import part_of
+from bdpo.search import InvalidEvaluation, Measured, measure, part_of
 from bdpo.storage import discard, matching, write_bytes
 from pipelines.arms import Job, jobs_of, trial_jobs
 from pipelines.cli import console
+
+_RATE = "train.learning_rate"
+RATES_SCHEMA = pa.schema(
+    [
+        ("arm", pa.string()),
+        ("learning_rate", pa.float64()),
+        *((f"{name}{end}", pa.float64()) for name in ("objective", "constraint") for end in ENDS),
+        ("least", pa.float64()),
+        *((name, pa.bool_()) for name in ("feasible", "chosen")),
+    ]
+)
 
 
 def write_results(run: RunDir, name: str) -> None:
@@ -35,7 +49,7 @@ def write_results(run: RunDir, name: str) -> None:
     jobs = jobs_of(config, run, plan.arms, config.experiment.seeds)
     done = [job for job in jobs if job.done]
     discard(*matching(folder, "*.png"), *matching(folder, "*.csv"))  # of an arm that is no longer there
-    results = None
+    results = differences = None
     if done:
         found: dict[str, list[Evaluation]] = {}
         for job in done:
@@ -44,6 +58,11 @@ def write_results(run: RunDir, name: str) -> None:
         results = summarise_arms(found, plan.arms[0].name)
         write_bytes(folder / "results.csv", csv_bytes(results))
         console.print(arms_table(results))
+        differences = arm_differences(found)
+        write_bytes(folder / "differences.csv", csv_bytes(differences))
+    rates = _rates(run, record)
+    if rates is not None:
+        write_bytes(folder / "rates.csv", csv_bytes(rates))
     if not plan.arms:
         imbalance = pa.Table.from_pylist(mi_imbalance(finished_scores(run)[1]))
         write_bytes(folder / "results.csv", csv_bytes(imbalance))
@@ -53,9 +72,8 @@ def write_results(run: RunDir, name: str) -> None:
         write_bytes(folder / "displacement.csv", csv_bytes(pa.Table.from_pylist(rows)))
     trained = [(job.arm, job.config, job.run) for job in done]
     stages = _stages(run, record, jobs)
-    page = experiment_page(
-        config, run, plan, results, trained, [*record.notes, *_missing(jobs)], displaced, stages
-    )
+    notes = [*record.notes, *_missing(jobs)]
+    page = experiment_page(config, run, plan, results, trained, notes, displaced, stages, differences, rates)
     write_page(page, folder / "report.html")
     console.print(f"report    {folder}/report.html, *.png, *.csv", soft_wrap=True)
 
@@ -70,6 +88,36 @@ def _missing(jobs: Sequence[Job]) -> list[str]:
         for job in jobs
         if job.done and not job.complete
     ]
+
+
+def _rates(run: RunDir, record: Record) -> pa.Table | None:
+    """A row an arm and learning rate: what the search showed, and which is `chosen`; None without a search.
+
+    `objective` and `constraint` are `tune.metric` and `tune.constraint`, null where it could not be trained,
+    or not be judged; `feasible` is a constraint of at least `least`.
+    """
+    if not record.trials:
+        return None
+    config, search = record.config, part_of(record.config, "search")
+    base = read_evaluation(base_run(search, run).eval("base")).scores
+    rows = []
+    for job, trial in zip(trial_jobs(config, run, record.trials), record.trials, strict=True):
+        rate = trial.params[_RATE]
+        arm = next(arm for arm in record.arms if arm.params | {_RATE: rate} == trial.params)
+        row = {"arm": arm.name, "learning_rate": rate, "chosen": arm.params[_RATE] == rate}
+        if job.done:
+            with suppress(InvalidEvaluation):
+                scores = read_evaluation(job.run.eval("trained")).scores
+                row |= _measured(measure(config.tune, scores, base), config.tune.max_over_refusal)
+        rows.append(row)
+    return pa.Table.from_pylist(rows, schema=RATES_SCHEMA)
+
+
+def _measured(found: Measured, max_over_refusal: float) -> dict[str, Any]:
+    """What a search goes by, as a row of `RATES_SCHEMA`."""
+    estimates = {"objective": found.objective, "constraint": found.constrained}
+    numbers = {f"{name}{end}": e[key] for name, e in estimates.items() for end, key in ENDS.items()}
+    return numbers | {"least": found.base - max_over_refusal, "feasible": found.violation <= 0}
 
 
 def _displaced(run: RunDir, done: Sequence[Job]) -> dict[str, pa.Table]:

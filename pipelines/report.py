@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 
-from bdpo.experiments import run_at
+from bdpo.errors import UserError
+from bdpo.experiments import RECORD, run_at
 from bdpo.page import write_page
 from bdpo.report import run_page
 from bdpo.runs import RunDir
@@ -29,8 +30,10 @@ def main() -> None:
     parser.add_argument("folder", metavar="FOLDER", help="the run_dir of a run, or an experiment in it")
     with exit_codes():
         root = RunDir(parser.parse_args().folder).root
-        if root.parent.name == "experiments":
+        if (root / RECORD).is_file():
             write_results(RunDir(root.parent.parent), root.name)
+        elif not (root / "config.yaml").is_file():
+            raise UserError(f"{root}: no run folder (no config.yaml) and no experiment (no {RECORD})")
         else:
             run = run_at(root)
             write_page(run_page(run_config(run), run), run.report / "report.html")
