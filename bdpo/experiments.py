@@ -295,9 +295,7 @@ def summarise_arms(evaluations: dict[str, list[Evaluation]], reference: str) -> 
     are known: the mean of the seeds and of their bounds, without a test.
     """
     values = {arm: [item_values(seed.scores) for seed in seeds] for arm, seeds in evaluations.items()}
-    of = {
-        key: c for seeds in evaluations.values() for s in seeds for key, c in item_clusters(s.scores).items()
-    }
+    of = _all_clusters(evaluations)
     rows = []
     for arm, seeds in values.items():
         for key in dict.fromkeys(key for seed in seeds for key in seed):
@@ -326,13 +324,19 @@ def arm_differences(evaluations: dict[str, list[Evaluation]]) -> pa.Table:
         values = [item_values(seed.scores) for seed in seeds]
         keys = dict.fromkeys(key for seed in values for key in seed if key[1].partition(",")[0] in MAIN)
         means[arm] = {key: item_means([seed.get(key, {}) for seed in values])[0] for key in keys}
-    rows = []
+    of, rows = _all_clusters(evaluations), []
     for first, second in combinations(means, 2):
         for key, items in means[first].items():
-            if tested := _tested(items, means[second].get(key, {})):
+            if tested := _tested(items, means[second].get(key, {}), of):
                 named = {"reference": first, "arm": second, "benchmark": key[0], "measure": key[1]}
                 rows.append(named | tested)
     return pa.Table.from_pylist(rows, schema=DIFFERENCE_SCHEMA)
+
+
+def _all_clusters(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, str]:
+    """What every item asks about, see `item_clusters`."""
+    tables = [seed.scores for seeds in evaluations.values() for seed in seeds]
+    return {item: cluster for table in tables for item, cluster in item_clusters(table).items()}
 
 
 def _capability(arm: str, seeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

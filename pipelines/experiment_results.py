@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from bdpo.page import write_page
 from bdpo.report import Stage, gpus, score_stage, train_stage
 from bdpo.runs import RunDir
 from bdpo.scoring import finished_scores
-from bdpo.search import InvalidEvaluation, Measured, measure, part_of
+from bdpo.search import Measured, measure, part_of
 from bdpo.storage import discard, matching, write_bytes
 from pipelines.arms import Job, jobs_of, trial_jobs
 from pipelines.cli import console
@@ -106,9 +105,8 @@ def _rates(run: RunDir, record: Record) -> pa.Table | None:
         arm = next(arm for arm in record.arms if arm.params | {_RATE: rate} == trial.params)
         row = {"arm": arm.name, "learning_rate": rate, "chosen": arm.params[_RATE] == rate}
         if job.done:
-            with suppress(InvalidEvaluation):
-                scores = read_evaluation(job.run.eval("trained")).scores
-                row |= _measured(measure(config.tune, scores, base), config.tune.max_over_refusal)
+            scores = read_evaluation(job.run.eval("trained")).scores
+            row |= _measured(measure(config.tune, scores, base), config.tune.max_over_refusal)
         rows.append(row)
     return pa.Table.from_pylist(rows, schema=RATES_SCHEMA)
 

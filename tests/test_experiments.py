@@ -18,6 +18,7 @@ from bdpo.experiments import (
     EXPERIMENTS,
     Arm,
     Record,
+    arm_differences,
     arm_run,
     base_run,
     experiment,
@@ -213,6 +214,29 @@ def test_a_comparison_is_of_the_prompts_that_both_arms_have():
     ).to_pylist()
     row = next(row for row in results if row["arm"] == "b" and row["measure"] == "safety")
     assert (row["value"], row["first"], row["second"], row["paired_n"]) == (0.5, 1.0, 1.0, 1)
+
+
+def test_every_two_arms_differ_by_what_their_prompts_say():
+    """By formula, each prompt's mean over the seeds; and as `summarise_arms` has it of those with the first."""
+    harms = {"a": [[1.0, 0.0, 0.5], [1.0, 1.0, 0.5]], "b": [[0.0, 0.0, 0.25]], "c": [[0.5, None, 0.5]]}
+    found = {
+        arm: evaluated(*(table(h, [arm == "b"]) for h in seeds), accuracy=[True])
+        for arm, seeds in harms.items()
+    }
+    rows = {(r["reference"], r["arm"], r["measure"]): r for r in arm_differences(found).to_pylist()}
+    pairs = [("a", "b"), ("a", "c"), ("b", "c")]
+    assert list(rows) == [(*pair, measure) for pair in pairs for measure in ("safety", "compliance")]
+    safe = {"a": [0.0, 0.5, 0.5], "b": [1.0, 1.0, 0.75], "c": [0.5, None, 0.5]}
+    for first, second in pairs:
+        both = [(x, y) for x, y in zip(safe[first], safe[second], strict=True) if y is not None]
+        row = rows[first, second, "safety"]
+        assert row["difference"] == pytest.approx(statistics.mean(y - x for x, y in both))
+        assert row["paired_n"] == len(both)
+    assert rows["b", "c", "compliance"]["difference"] == 1.0
+    for row in summarise_arms(found, "a").to_pylist():
+        if row["arm"] != "a" and row["measure"] in ("safety", "compliance"):
+            same = rows["a", row["arm"], row["measure"]]
+            assert same == {key: row.get(key) for key in same} | {"reference": "a"}
 
 
 def test_without_the_reference_nothing_is_tested():
