@@ -217,7 +217,7 @@ def test_a_comparison_is_of_the_prompts_that_both_arms_have():
 
 
 def test_every_two_arms_differ_by_what_their_prompts_say():
-    """By formula, each prompt's mean over the seeds; and as `summarise_arms` has it of those with the first."""
+    """By formula, each prompt's mean over the seeds; and as `summarise_arms` has it."""
     harms = {"a": [[1.0, 0.0, 0.5], [1.0, 1.0, 0.5]], "b": [[0.0, 0.0, 0.25]], "c": [[0.5, None, 0.5]]}
     found = {
         arm: evaluated(*(table(h, [arm == "b"]) for h in seeds), accuracy=[True])
