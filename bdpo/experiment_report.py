@@ -196,17 +196,16 @@ def _rates(config: Config, rates: pa.Table) -> Part:
             row["arm"],
             f"{row['learning_rate']:g}",
             *(_bounded(row, name) for name in ("objective", "constraint")),
-            {True: "yes", False: "no", None: ""}[row["feasible"]],
-            "chosen" if row["chosen"] else "",
+            *({True: "yes", False: "no", None: ""}[row[name]] for name in ("feasible", "chosen")),
         )
         for row in rates.to_pylist()
     ]
     text = [
-        f"At the first seed, on prompts that the results are not of. Feasible is a {tune.constraint} no more "
-        f"than {100 * tune.max_over_refusal:g} points below the base model's. A line without numbers: it "
-        "could not be trained, or not be judged."
+        "At the first seed, on prompts that the results are not of. A rate is feasible if "
+        f"{tune.constraint} is no more than {100 * tune.max_over_refusal:g} points below the base model's. A "
+        "line without numbers: it could not be trained, or not be judged."
     ]
-    headings = ("arm", "learning rate", tune.metric, tune.constraint, "feasible", "")
+    headings = ("arm", "learning rate", tune.metric, tune.constraint, "feasible", "chosen")
     return Part("Learning rates", text, [Grid(headings, rows, "Percent, 95 % intervals.")])
 
 
@@ -218,13 +217,13 @@ def _displacement(arms: Mapping[str, pa.Table]) -> Part:
     """How many preferred responses fell, by how much, and the rejected ones."""
     text = [
         "log π of both responses of every prepared pair under the trained model, less what it was under the "
-        "reference model; mean of the seeds. The tenths are of the preferred responses."
+        "reference model; mean of the seeds. Lowest and highest CHES: of y_w, in that tenth of the pairs."
     ]
     numbers = {
         "change": "y_w, nats",
         "change_rejected": "y_l, nats",
-        "lowest_ches": "tenth of lowest CHES",
-        "highest_ches": "of highest CHES",
+        "lowest_ches": "lowest CHES",
+        "highest_ches": "highest CHES",
     }
     rows = [
         (
@@ -235,7 +234,7 @@ def _displacement(arms: Mapping[str, pa.Table]) -> Part:
         )
         for arm, row in _displaced(arms)
     ]
-    grid = Grid(("", "pairs", "y_w fell, percent", *numbers.values()), rows, "95 % intervals over pairs.")
+    grid = Grid(("", "pairs", "y_w fell, %", *numbers.values()), rows, "95 % intervals over pairs.")
     return Part("What became of the preferred responses", text, [grid])
 
 

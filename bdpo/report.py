@@ -106,10 +106,10 @@ def what_was_run(config: Config, run: RunDir, trained: Mapping[str, Any] | None,
         keys = ("beta", *_OWN_KEYS.get(method.name, ()))
         how = ", ".join(f"{key} {getattr(method, key)}" for key in keys)
         rows.append(("method", f"{method.name}: {how}"))
-    length = f"{train.max_steps} steps" if train.max_steps else f"{train.num_train_epochs:g} epochs"
+    length = f"steps: {train.max_steps}" if train.max_steps else f"epochs: {train.num_train_epochs:g}"
     rows += [
         ("data", f"{config.data.path} ({config.data.format})"),
-        ("training", f"{length} of batches of {train.global_batch_size} pairs"),
+        ("training", f"{length}, each batch of {train.global_batch_size} pairs"),
         ("learning rate", f"{train.learning_rate:g}, {train.lr_scheduler_type}"),
         ("workers", f"{train.workers} x ZeRO-{train.zero_stage}"),
         ("versions" if recorded else "versions where this page was written", named),

@@ -401,10 +401,11 @@ def test_learning_rates_that_were_tried_are_on_the_page(run):
     results = summarise_arms({"dpo": evaluated(table([1.0, 0.5]))}, "dpo")
     page = experiment_page(config, folder, plan, results, [], rates=rates)
     grid = part(page, "Learning rates").grids[0]
+    assert all(grid.headings)
     assert grid.headings[2:4] == (config.tune.metric, config.tune.constraint)
     assert grid.rows == [
-        ("dpo", "1e-05", "50.0 (40.0–60.0)", "90.0 (80.0–100.0)", "yes", "chosen"),
-        ("dpo", "1", "", "", "", ""),
+        ("dpo", "1e-05", "50.0 (40.0–60.0)", "90.0 (80.0–100.0)", "yes", "yes"),
+        ("dpo", "1", "", "", "", "no"),
     ]
 
 
@@ -440,7 +441,7 @@ def test_a_method_is_shown_with_the_keys_that_change_its_loss(tmp_path, name):
 
 
 def test_a_training_of_so_many_steps_is_not_shown_by_its_epochs(tmp_path):
-    for train, said in (({"max_steps": 7}, "7 steps of"), ({"num_train_epochs": 2}, "2 epochs of")):
+    for train, said in (({"max_steps": 7}, "steps: 7,"), ({"num_train_epochs": 2}, "epochs: 2,")):
         config = tiny_config(tmp_path / "run", tmp_path, tmp_path, train=train)
         rows = dict(what_was_run(config, RunDir(tmp_path / "run"), None).grids[0].rows)
         assert rows["training"].startswith(said)
