@@ -15,7 +15,7 @@ from bdpo.displacement import SIGNS, displacement, displacement_figure
 from bdpo.evaluation.compare import p_value
 from bdpo.evaluation.summary import CONFIDENCE_LEVEL, percent
 from bdpo.experiments import BASE, MAIN, Experiment, arm_folder
-from bdpo.page import BLUE, COLOURS, GREY, ORANGE, Grid, Page, Part, Picture, legend_below, plain_axes
+from bdpo.page import BLUE, COLOURS, ORANGE, Grid, Page, Part, Picture, legend_below, plain_axes
 from bdpo.report import (
     Stage,
     cost,
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = dict[str, Any]
+
+_MARKS = "os^DvP*"
 
 
 def csv_bytes(table: pa.Table) -> bytes:
@@ -168,7 +170,8 @@ def _findings(plan: Experiment, results: pa.Table) -> Part | None:
     if tested:
         said.append(
             f"Intervals and p are over prompts, for these seeds; {len(tested)} tests, without a correction "
-            "for their number."
+            "for their number. Where an interval leaves out 0 and p is above 0.05, few clusters of prompts "
+            "differ: p is the one to go by."
         )
     grid = Grid(
         ("percent", *measures),
@@ -342,13 +345,13 @@ def _front(rows: Sequence[Row], up: str, right: str) -> Figure:
     """One measure against another, a point an arm."""
     figure, axes = plain_axes(5.0, 4.2)
     at = {(row["arm"], measure_name(row)): 100 * row["value"] for row in rows}
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        if (arm, up) in at and (arm, right) in at:
-            point = (at[arm, right], at[arm, up])
-            axes.plot(*point, "s" if arm == BASE else "o", c=GREY if arm == BASE else BLUE)
-            axes.annotate(arm, point, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
+        if (arm, up) in at and (arm, right) in at:  # names beside the points would hide each other
+            colour, mark = COLOURS[number % len(COLOURS)], _MARKS[number % len(_MARKS)]
+            axes.plot(at[arm, right], at[arm, up], mark, c=colour, ms=7, alpha=0.8, ls="", label=arm)
     axes.set(xlabel=f"{right} (percent)", ylabel=f"{up} (percent)")
     axes.margins(0.12)
+    legend_below(axes)
     return figure
 
 
