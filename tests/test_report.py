@@ -1,5 +1,6 @@
 """The page of a run, made of a folder alone: what is there is shown, what is private is not."""
 
+import csv
 import json
 import sys
 
@@ -14,18 +15,18 @@ from bdpo.config import parse_config
 from bdpo.displacement import displaced_pairs
 from bdpo.evaluation.summary import rate, summarise
 from bdpo.experiment_report import csv_bytes, experiment_page
-from bdpo.experiments import Record, arm_differences, arm_run, experiment, summarise_arms
+from bdpo.experiments import Arm, Record, arm_differences, arm_run, base_run, experiment, summarise_arms
 from bdpo.losses import LOSSES, PairLogps
 from bdpo.mi import balance_weights
 from bdpo.page import write_page
 from bdpo.report import run_page, sentence, train_stage, training, what_was_run
 from bdpo.runs import RunDir, write_manifest
 from bdpo.scoring import SCORE_SCHEMA, score_store
-from bdpo.search import Measured, results_table
+from bdpo.search import Measured, part_of, results_table
 from bdpo.storage import write_parquet, write_text
 from bdpo.sweep import Sweep
 from pipelines import report
-from pipelines.experiment_results import RATES_SCHEMA
+from pipelines.experiment_results import RATES_SCHEMA, write_results
 
 FINGERPRINT = {"dtype": "float32", "unconditional": "bos", "max_length": 64, "weights": "0123456789abcdef"}
 PAIRS = 200_000
@@ -405,6 +406,55 @@ def test_learning_rates_that_were_tried_are_on_the_page(run):
         ("dpo", "1e-05", "50.0 (40.0–60.0)", "90.0 (80.0–100.0)", "yes", "yes"),
         ("dpo", "1", "", "", "", "no"),
     ]
+
+
+def test_the_tables_of_an_experiment_that_searched_its_learning_rates(run):
+    """On disk: DPO at two rates, of which the second refuses too much, and B-DPO at one."""
+    config, folder = run
+    held_out = parse_config(config.model_dump() | {"evaluate": {"part": "held_out"}}, "test")
+    search = part_of(config, "search")
+    plain = experiment("displacement", config).arms
+    trials = [
+        Arm(f"{a.name}-{r}", a.params | {"train.learning_rate": r}) for a in plain for r in (1e-5, 1e-4)
+    ]
+    arms = tuple(Arm(arm.name, arm.params | {"train.learning_rate": 1e-5}) for arm in plain)
+
+    def done(own, name, items):
+        write_text(own.model / "config.json", "{}")
+        write_parquet(own.eval(name) / "scores.parquet", items)
+        write_manifest(own.eval(name) / "summary.json", {}, seconds=1.0, **summarise(items))
+
+    shown = [([1.0, 0.0], [False] * 2), ([0.0, 0.0], [False, True]), ([1.0, 0.5], [False] * 2)]
+    for trial, (harms, refused) in zip(trials[:3], shown, strict=True):  # the last is not done
+        done(arm_run(search, folder, trial, 0)[1], "trained", table(harms, refused))
+    done(base_run(search, folder), "base", table([1.0, 1.0], [False] * 2))
+    for arm, harm in zip(arms, (1.0, 0.0), strict=True):
+        for seed in config.experiment.seeds:
+            done(arm_run(held_out, folder, arm, seed)[1], "trained", table([harm] * 4))
+    done(base_run(held_out, folder), "base", table([0.5] * 4))
+    own = folder.part("experiments", "displacement").root
+    Record(held_out, arms, tuple(trials)).write(own)
+    write_results(folder, "displacement")
+
+    def read(name):
+        return list(csv.DictReader((own / name).open()))
+
+    assert [
+        (row["arm"], float(row["learning_rate"]), row["objective"], row["constraint"], row["feasible"])
+        for row in read("rates.csv")
+    ] == [
+        ("dpo", 1e-5, "0.5", "1", "true"),
+        ("dpo", 1e-4, "1", "0.5", "false"),
+        ("bdpo", 1e-5, "0.25", "1", "true"),
+        ("bdpo", 1e-4, "", "", ""),
+    ]
+    assert [row["chosen"] for row in read("rates.csv")] == ["true", "false"] * 2
+    assert {float(row["least"]) for row in read("rates.csv") if row["least"]} == {0.95}
+    differences = [
+        (row["reference"], row["arm"], float(row["difference"])) for row in read("differences.csv")
+    ]
+    assert differences == [("dpo", "bdpo", 1.0), ("dpo", "base", 0.5), ("bdpo", "base", -0.5)]
+    assert "Learning rates" in (own / "report.html").read_text()
 
 
 def random_pairs(config, n=8):
