@@ -57,7 +57,9 @@ def arms_table(results: pa.Table) -> Table:
 
     rows = main_rows(results)
     measures = list(dict.fromkeys(measure_name(row) for row in rows))
-    caption = f"percent ({CONFIDENCE_LEVEL:.0%} interval over prompts); p: paired test, see the page"
+    caption = (
+        f"percent ({CONFIDENCE_LEVEL:.0%} interval over clusters of prompts); p: paired test, see the page"
+    )
     table = Table("arm", *measures, caption=caption)
     for arm, cells in _by_arm(rows, measures).items():
         table.add_row(arm, *cells)
@@ -158,7 +160,7 @@ def _findings(plan: Experiment, results: pa.Table) -> Part | None:
         pictures.append(
             Picture("curve", _curve(plan, rows, [m for m in (up, right) if m]), "With intervals.")
         )
-    caption = "95 % intervals over prompts; small marks: the lowest and the highest seed."
+    caption = "95 % intervals over clusters of prompts; small marks: the lowest and the highest seed."
     pictures.append(Picture("arms", _bars(rows, measures), caption))
     if up and right:
         caption = "Both at once: up and to the right is better."
@@ -169,14 +171,14 @@ def _findings(plan: Experiment, results: pa.Table) -> Part | None:
         said.append(f"Nothing is tested: there is no {reference}, which all others are compared with.")
     if tested:
         said.append(
-            f"Intervals and p are over prompts, for these seeds; {len(tested)} tests, without a correction "
-            "for their number. Where an interval leaves out 0 and p is above 0.05, few clusters of prompts "
-            "differ: p is the one to go by."
+            f"Intervals and p are over clusters of prompts, for these seeds; {len(tested)} tests, without a "
+            "correction for their number. Where an interval leaves out 0 and p is above 0.05, few clusters of "
+            "prompts differ: p is the one to go by."
         )
     grid = Grid(
         ("percent", *measures),
         [(arm, *cells) for arm, cells in _by_arm(rows, measures).items()],
-        f"Mean over prompts and seeds, 95 % interval over prompts; p of the paired test against {reference}.",
+        f"Mean over prompts and seeds, 95 % interval over clusters; p of the test against {reference}.",
     )
     return Part("What came of it", said, [grid], pictures)
 
@@ -288,7 +290,9 @@ def _differences(differences: pa.Table) -> Part:
         f"{len(rows)} paired tests over each prompt's mean of the seeds, without a correction for their "
         "number."
     ]
-    grid = Grid(("arms", "measure", "n", "difference, points", "p"), rows, "95 % intervals over prompts.")
+    grid = Grid(
+        ("arms", "measure", "n", "difference, points", "p"), rows, "95 % intervals over clusters of prompts."
+    )
     return Part("Every two arms", text, [grid], folded=True)
 
 

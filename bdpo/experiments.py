@@ -3,7 +3,10 @@
 An arm is trained once for each seed, on the pairs and scores of the run, in a folder that all experiments
 share: it is called after what is trained, so that DPO is trained once and not once an experiment.
 
-    <run_dir>/experiments/arms/<arm>/seed-0/       a run folder: config.yaml, metrics.jsonl, model/, eval/
+    <run_dir>/experiments/arms/<arm>/seed-0/       a run folder: config.yaml, metrics.jsonl, model/, eval/,
+                                                   rescored/ of `displacement`
+    <run_dir>/experiments/arms-search/, arms-held_out/, base-*/   the same on a part of the prompts
+    <run_dir>/experiments/context-bos/             the pairs' scores with another unconditional context
     <run_dir>/experiments/<name>/experiment.json   what it was run with, see `Record`
     <run_dir>/experiments/<name>/results.csv       a row for each arm and measure, with its interval
     <run_dir>/experiments/<name>/differences.csv   how every two arms differ
@@ -287,7 +290,7 @@ def rescored(config: Config, run: RunDir) -> tuple[Config, RunDir]:
 def summarise_arms(evaluations: dict[str, list[Evaluation]], reference: str) -> pa.Table:
     """A row for each arm, benchmark and measure, from the evaluations of its models, one of each seed.
 
-    `value` is the mean over prompts and seeds; `low` and `high` its 95 % interval over prompts, see `mean`;
+    `value` is the mean over prompts and seeds; `low` and `high` its 95 % interval over clusters, see `mean`;
     `seed_low` and `seed_high` the lowest and highest value of a single seed. Prompts with a verdict at some
     seeds alone count at none and are `dropped`. `difference` (`second` − `first`), its interval and `p`
     compare with the arm `reference`, where it is there, over the `paired_n` prompts of both, each prompt's

@@ -101,6 +101,8 @@ def what_was_run(config: Config, run: RunDir, trained: Mapping[str, Any] | None,
     recorded = trained is not None and "versions" in trained
     versions = trained["versions"] if trained and recorded else package_versions()
     named = ", ".join(f"{name} {number}" for name, number in versions.items())
+    own_rates = arms and config.experiment.learning_rates
+    rate = "each arm's own, see below" if own_rates else f"{train.learning_rate:g}"
     rows = [("model", f"{config.model.name_or_path} ({config.model.dtype})")]
     if not arms:
         keys = ("beta", *_OWN_KEYS.get(method.name, ()))
@@ -110,7 +112,7 @@ def what_was_run(config: Config, run: RunDir, trained: Mapping[str, Any] | None,
     rows += [
         ("data", f"{config.data.path} ({config.data.format})"),
         ("training", f"{length}, each batch of {train.global_batch_size} pairs"),
-        ("learning rate", f"{train.learning_rate:g}, {train.lr_scheduler_type}"),
+        ("learning rate", f"{rate}, {train.lr_scheduler_type}"),
         ("workers", f"{train.workers} x ZeRO-{train.zero_stage}"),
         ("versions" if recorded else "versions where this page was written", named),
     ]
@@ -231,7 +233,7 @@ def safety(evaluations: dict[str, Evaluation]) -> Part | None:
         for row in table
     ]
     invalid = [line for name, read in evaluations.items() for line in invalid_lines(name, read.summary)]
-    grid = Grid(("percent", "n", *evaluations), rows, "With 95 % intervals over prompts.")
+    grid = Grid(("percent", "n", *evaluations), rows, "With 95 % intervals over clusters of prompts.")
     return Part("Safety and usefulness", [*invalid, *sentences(evaluations)], [grid])
 
 

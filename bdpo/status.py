@@ -37,7 +37,7 @@ def run_status(run: RunDir) -> list[Stage]:
         return [_prepare(account), *scored, _search(run, config)]
     stages = [_prepare(account), *scored, _train(run, config, pairs)]
     models = [name for name in MODEL_NAMES if name != "adapter" or config.evaluate.adapter]
-    return [*stages, *(_evaluate(run, name) for name in models)]
+    return [*stages, *(_evaluate(run, name) for name in models), *_experiments(run)]
 
 
 def run_config(run: RunDir) -> Config:
@@ -112,6 +112,16 @@ def _search(run: RunDir, config: Config) -> Stage:
     return _stage(
         "search", done, bool(trials), trials=len(trials), of=number_of_trials(config.tune), **counts
     )
+
+
+def _experiments(run: RunDir) -> list[Stage]:
+    """How many trainings of all experiments are begun, trained and evaluated; nothing without any."""
+    begun = matching(run.root / "experiments", "arms*/*/seed-*")
+    parts = [RunDir(folder) for folder in begun]
+    trained = sum(part.has_model() for part in parts)
+    evaluated = sum((part.eval("trained") / "summary.json").is_file() for part in parts)
+    counts = {"trainings": len(parts), "trained": trained, "evaluated": evaluated}
+    return [_stage("experiments", evaluated == len(parts), True, **counts)] if parts else []
 
 
 def _evaluate(run: RunDir, name: str) -> Stage:

@@ -7,10 +7,11 @@
         rungs/*.exported, *.go, stop        between its driver and its training workers
         failed.json                        why there is no score
         config.yaml, metrics.jsonl, eval/  as of any run; model/, adapter/ of the winner alone at the end
+    <run_dir>/tune/base/                   the base model on the prompts of the search and the held-out ones
     <run_dir>/tune/results.parquet, best.yaml, summary.json, *.png
 
 Each file is there whole or not at all, and every decision is a function of them: a killed sweep goes on
-where it stopped, no trial is lost and none is begun twice.
+where it stopped, no trial is lost, and what one has shown is not asked of it again.
 """
 
 from __future__ import annotations

@@ -142,7 +142,8 @@ def check_inputs(config: Config) -> None:
 
 _EPILOG = """\
 The same command again resumes, and does nothing when all is done; fresh=true starts over.
-exit code: 0 done; 2 wrong config, input or environment, said in one line; 1 the run failed"""
+exit code: 0 done; 2 wrong config, input or environment, said in one line; 1 the run failed;
+130 interrupted"""
 
 
 def connect() -> None:

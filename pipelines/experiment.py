@@ -70,8 +70,9 @@ def run_experiment(config: Config, run: RunDir, name: str) -> None:
     jobs = jobs_of(config, run, arms, config.experiment.seeds)
     for job in jobs:
         job.refuse_other()
-    Record(config, arms, trials, notes).write(run.part("experiments", name).root)
-    faults = _work_off(config, run, jobs)
+    todo, size = _make_ready(config, run, jobs)
+    Record(config, arms, trials, notes).write(run.part("experiments", name).root)  # nothing was refused
+    faults = _work_off(jobs, todo, size)
     if experiment(name, config).displaced:
         faults |= _rescore(jobs)
     _say(faults)
@@ -130,7 +131,7 @@ def _with_best_rates(
     search, jobs = part_of(config, "search"), trial_jobs(config, run, trials)
     for job in jobs:
         job.refuse_other()
-    faults = _work_off(search, run, jobs)
+    faults = _work_off(jobs, *_make_ready(search, run, jobs))
     _say(faults)
     no_good = FloatingPointError, InvalidEvaluation
     _raise({job: fault for job, fault in faults.items() if not isinstance(fault, no_good)})
@@ -162,19 +163,24 @@ def best_trial(trials: Sequence[Arm], measured: Mapping[str, Measured]) -> Arm |
     return max((trial for trial in trials if trial.name in measured), key=rank, default=None)
 
 
-def _work_off(config: Config, run: RunDir, jobs: Sequence[Job]) -> dict[Job, Exception]:
-    """Do all that the jobs want done, first what they share; returns the jobs that failed, and why.
+def _make_ready(config: Config, run: RunDir, jobs: Sequence[Job]) -> tuple[list[Job], int]:
+    """Do what the jobs share; returns those that are left to do, and how many of them run at a time.
 
     Raises:
         UserError: the base model's evaluation is invalid, or no job can be run at all.
     """
-    diverged = {job: FloatingPointError(job.diverged) for job in jobs if job.diverged}
-    todo = [job for job in jobs if not job.complete and job not in diverged]
+    todo = [job for job in jobs if not (job.complete or job.diverged)]
     size = _require_room(config, run, len(todo)) if todo else 0
     for job in {str(job.run.scores): job for job in jobs if wants_scores(job.config)}.values():
         score_prepared(job.config, job.run)  # once for each unconditional context
     if jobs and not evaluate_model(config, base_run(config, run), "base")["valid"]:
         raise UserError("the evaluation of the base model is invalid: there is nothing to compare with")
+    return todo, size
+
+
+def _work_off(jobs: Sequence[Job], todo: Sequence[Job], size: int) -> dict[Job, Exception]:
+    """Do what is left to do; returns the jobs that failed, now or before, and why."""
+    diverged: dict[Job, Exception] = {job: FloatingPointError(job.diverged) for job in jobs if job.diverged}
     return diverged | (_on_actors(todo, jobs, size) if todo else {})
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from bdpo.displacement import displaced_pairs, displacement
+from bdpo.errors import UserError
 from bdpo.evaluation.reading import Evaluation, read_evaluation
 from bdpo.evaluation.summary import ENDS
 from bdpo.experiment_report import arms_table, csv_bytes, experiment_page
@@ -39,7 +40,7 @@ def write_results(run: RunDir, name: str) -> None:
     """Write and print tables, figures and the page of an experiment, from what lies in its folder.
 
     Raises:
-        UserError: it was never run.
+        UserError: it was never run, or started over for another one and not trained since.
     """
     folder = run.part("experiments", name).root
     record = Record.read(folder)
@@ -47,6 +48,8 @@ def write_results(run: RunDir, name: str) -> None:
     plan = replace(experiment(name, config), arms=record.arms)
     jobs = jobs_of(config, run, plan.arms, config.experiment.seeds)
     done = [job for job in jobs if job.done]
+    if plan.arms and not done and (folder / "results.csv").is_file():
+        raise UserError(f"{folder}: its trainings are gone; the page stays as it is")
     discard(*matching(folder, "*.png"), *matching(folder, "*.csv"))  # of an arm that is no longer there
     results = differences = None
     if done:
@@ -70,7 +73,7 @@ def write_results(run: RunDir, name: str) -> None:
         rows = [{"arm": arm, **row} for arm, pairs in displaced.items() for row in displacement(pairs)]
         write_bytes(folder / "displacement.csv", csv_bytes(pa.Table.from_pylist(rows)))
     trained = [(job.arm, job.config, job.run) for job in done]
-    stages = _stages(run, record, jobs)
+    stages = _stages(run, record, jobs, plan.displaced)
     notes = [*record.notes, *_missing(jobs)]
     page = experiment_page(config, run, plan, results, trained, notes, displaced, stages, differences, rates)
     write_page(page, folder / "report.html")
@@ -129,20 +132,23 @@ def _displaced(run: RunDir, done: Sequence[Job]) -> dict[str, pa.Table]:
     return {arm: displaced_pairs(before, scores) for arm, scores in after.items()}
 
 
-def _stages(run: RunDir, record: Record, jobs: Sequence[Job]) -> list[Stage]:
+def _stages(run: RunDir, record: Record, jobs: Sequence[Job], displaced: bool) -> list[Stage]:
     """All that the experiment does, done or not."""
     config, trials = record.config, trial_jobs(record.config, run, record.trials)
-    bases = [base_run(config, run)] if jobs else []
-    bases += [base_run(part_of(config, "search"), run)] if trials else []
+    bases = {"evaluate base": base_run(config, run)} if jobs else {}
+    if trials:
+        bases["evaluate base, search"] = base_run(part_of(config, "search"), run)
     stages = [score_stage(config, run)]
     contexts = {str(job.run.scores): job for job in jobs if job.run.scores != run.scores}
     stages += [
         score_stage(j.config, j.run, f"score, {j.config.score.unconditional}") for j in contexts.values()
     ]
-    stages += [("evaluate base", b.eval("base") / "summary.json", gpus(config.evaluate)) for b in bases]
+    for named, base in bases.items():
+        stages.append((named, base.eval("base") / "summary.json", gpus(config.evaluate)))
     for job in [*trials, *jobs]:
         named, summary = f"{job.arm}, seed {job.seed}", job.run.eval("trained") / "summary.json"
         stages.append(train_stage(job.config, job.run, f"{named}: train"))
         stages.append((f"{named}: evaluate", summary, config.evaluate.gpus_per_worker))  # in one process
-        stages.append(score_stage(*rescored(job.config, job.run), f"{named}: score again"))
+        if displaced:
+            stages.append(score_stage(*rescored(job.config, job.run), f"{named}: score again"))
     return stages

@@ -98,9 +98,14 @@ def test_the_same_command_again_trains_nothing(finished, folder):
 
 
 def test_results_of_another_config_are_refused(finished, folder):
-    code, _, err = run(folder, "balanced-subset", "train.learning_rate=0.5")
-    assert code == 2
-    assert "train.learning_rate" in err
+    root = folder / "run" / "experiments"
+    before = (root / "balanced-subset" / "experiment.json").read_bytes()
+    for name, override in (("balanced-subset", "train.learning_rate=0.5"), ("alpha", "train.workers=99")):
+        code, _, err = run(folder, name, override)
+        assert code == 2
+        assert override.partition("=")[0] in err
+    assert (root / "balanced-subset" / "experiment.json").read_bytes() == before
+    assert not (root / "alpha").exists()
 
 
 @pytest.fixture(scope="module")

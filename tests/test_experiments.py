@@ -33,6 +33,7 @@ from bdpo.storage import discard
 from pipelines import arms
 from pipelines.arms import jobs_of
 from pipelines.experiment import _usable, best_trial
+from pipelines.experiment_results import write_results
 from pipelines.prepare import run_prepare
 
 ARMS = {
@@ -362,3 +363,13 @@ def test_what_diverged_is_known_again_and_nothing_else(tmp_path, tiny_chat):
     [changed] = jobs_of(other, run, experiment("methods", other).arms[:1], [0])
     with pytest.raises(UserError, match=r"train\.warmup_ratio"):
         assert changed.diverged
+
+
+def test_a_page_whose_trainings_are_gone_stays_as_it_is(config):
+    run = RunDir(config.run_dir)
+    folder = run.part("experiments", "methods").root
+    Record(config, experiment("methods", config).arms).write(folder)
+    (folder / "results.csv").write_text("of another day")
+    with pytest.raises(UserError, match="stays as it is"):
+        write_results(run, "methods")
+    assert (folder / "results.csv").read_text() == "of another day"

@@ -117,3 +117,21 @@ def test_the_command(run, tmp_path):
     missing = command(str(tmp_path / "nothing"))
     assert missing.returncode == 2
     assert missing.stderr.startswith("error: ")
+
+
+def test_trainings_of_experiments_are_counted(tmp_path):
+    run = RunDir(tmp_path)
+    config = tiny_config(tmp_path, tmp_path / "model", tmp_path / "pairs")
+    run.record(config)
+    assert all(stage["stage"] != "experiments" for stage in run_status(run))
+    for seed, files in enumerate(
+        [[], ["model/config.json"], ["model/config.json", "eval/trained/summary.json"]]
+    ):
+        folder = run.root / "experiments" / "arms" / "dpo" / f"seed-{seed}"
+        folder.mkdir(parents=True)
+        for file in files:
+            (folder / file).parent.mkdir(parents=True)
+            (folder / file).write_text("{}")
+    [stage] = [stage for stage in run_status(run) if stage["stage"] == "experiments"]
+    counts = {"state": "begun", "trainings": 3, "trained": 2, "evaluated": 1}
+    assert stage == {"stage": "experiments"} | counts

@@ -149,6 +149,8 @@ class Climb:
             raise self.error
         if step == self.rungs.steps[-1]:
             self.rungs.hand_over(step)
+        elif not self.rungs.exported(step):
+            raise RuntimeError(f"the training ended before step {step}")
 
     def _fit(self) -> None:
         try:
