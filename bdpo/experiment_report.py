@@ -172,8 +172,8 @@ def _findings(plan: Experiment, results: pa.Table) -> Part | None:
     if tested:
         said.append(
             f"Intervals and p are over clusters of prompts, for these seeds; {len(tested)} tests, without a "
-            "correction for their number. Where an interval leaves out 0 and p is above 0.05, few clusters of "
-            "prompts differ: p is the one to go by."
+            "correction for their number. Where an interval leaves out 0 and p is above 0.05, few clusters "
+            "differ: p is the one to go by."
         )
     grid = Grid(
         ("percent", *measures),
