@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -78,6 +80,16 @@ def restore_checkpoints(
         discard(snapshot)
     discard(*(folder / name for name in wrong))
     return len(whole), wrong
+
+
+def forget_uncommitted(folder: StoragePath, reported: Sequence[Any]) -> None:
+    """Remove what a worker that died had copied to storage before Ray could commit it, whole or not.
+
+    Training goes on from `reported` and shortens its log to that: a later start that found a newer
+    checkpoint in `folder` would go on from steps which are no longer in the log.
+    """
+    kept = {Path(each.checkpoint.path).name for each in reported}
+    discard(*(file for file in _checkpoints(folder) if file.name not in kept))
 
 
 def incomplete_checkpoints(folder: StoragePath) -> dict[str, str]:

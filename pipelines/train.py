@@ -180,10 +180,12 @@ def train_worker(arguments: dict[str, Any]) -> None:
         CheckpointConsistencyMode,
         CheckpointUploadMode,
         get_all_reported_checkpoints,
+        get_context,
         report,
     )
 
     from bdpo.training import train
+    from pipelines.recovery import forget_uncommitted
 
     def report_in_background(folder: Path, metrics: dict[str, float]) -> None:
         # Training goes on while the folder is copied to storage; Ray removes it then.
@@ -196,6 +198,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     if arguments["resumes"] and not reported():
         raise none_whole({})  # whatever the reason, never from zero
     config, run, scores, rungs = (arguments[name] for name in ("config", "run", "scores", "rungs"))
+    if get_context().get_world_rank() == 0:
+        forget_uncommitted(run.train / "ray", reported())
     train(config, run, scores, reported, report_in_background, rungs)
 
 

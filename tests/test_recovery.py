@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from helpers import invented_pairs, save_model, tiny_config, write_jsonl
@@ -36,6 +37,22 @@ def account(inputs, nodes):
     """What the death of a worker, of the driver and of a node cost, one after the other."""
     kills = [("worker", "copy"), ("driver", "write"), ("node", "step")]
     return kill_training(nodes, inputs / "config.yaml", inputs, kills, 0, [])
+
+
+def test_what_was_copied_and_never_committed_is_not_gone_on_from(tmp_path):
+    """A worker dies between the last byte and the commit: training goes on from before, its log with it."""
+    from pipelines.recovery import forget_uncommitted
+
+    for name in ("checkpoint_1", "checkpoint_2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").write_text("whole")
+    (tmp_path / "checkpoint_manager_snapshot.json").write_text("{}")
+    committed = SimpleNamespace(checkpoint=SimpleNamespace(path=str(tmp_path / "checkpoint_1")))
+    forget_uncommitted(tmp_path, [committed])
+    left = {"checkpoint_1", "checkpoint_manager_snapshot.json"}
+    assert {file.name for file in tmp_path.iterdir()} == left
+    forget_uncommitted(tmp_path, [])
+    assert not (tmp_path / "checkpoint_1").exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
