@@ -108,7 +108,8 @@ def experiment_page(
         parts.append(_differences(differences) if differences is not None else None)
         parts.append(_all_measures(results))
     if displaced:
-        parts += [_displacement(displaced), _signs(displaced)]
+        rows = [(arm, row) for arm, pairs in displaced.items() for row in displacement(pairs)]
+        parts += [_displacement(rows), _signs(rows, displaced)]
     parts += [
         data(run, trained=False),
         understanding(config, run),
@@ -218,7 +219,7 @@ def _bounded(row: Row, name: str) -> str:
     return percent({"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]})
 
 
-def _displacement(arms: Mapping[str, pa.Table]) -> Part:
+def _displacement(displaced: Sequence[tuple[str, Row]]) -> Part:
     """How many preferred responses fell, by how much, and the rejected ones."""
     text = [
         "log π of both responses of every prepared pair under the trained model, less what it was under the "
@@ -237,17 +238,13 @@ def _displacement(arms: Mapping[str, pa.Table]) -> Part:
             _number(row, "fell", 100, ".1f"),
             *(_number(row, name, 1, "+.2f") for name in numbers),
         )
-        for arm, row in _displaced(arms)
+        for arm, row in displaced
     ]
     grid = Grid(("", "pairs", "y_w fell, %", *numbers.values()), rows, "95 % intervals over pairs.")
     return Part("What became of the preferred responses", text, [grid])
 
 
-def _displaced(arms: Mapping[str, pa.Table]) -> list[tuple[str, Row]]:
-    return [(arm, row) for arm, pairs in arms.items() for row in displacement(pairs)]
-
-
-def _signs(arms: Mapping[str, pa.Table]) -> Part:
+def _signs(displaced: Sequence[tuple[str, Row]], arms: Mapping[str, pa.Table]) -> Part:
     """How the change of the preferred responses goes with what the reference model said of the pairs."""
     text = [
         "Spearman's ρ of the change of log π(y_w | x) and what the reference model says of a pair: below "
@@ -255,7 +252,7 @@ def _signs(arms: Mapping[str, pa.Table]) -> Part:
     ]
     rows = [
         (f"{arm}, {row['group']}", *(_number(row, sign, 1, "+.2f") for sign in SIGNS))
-        for arm, row in _displaced(arms)
+        for arm, row in displaced
     ]
     grid = Grid(("ρ", *SIGNS.values()), rows, "95 % intervals over pairs.")
     pictures = [

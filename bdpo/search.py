@@ -62,6 +62,11 @@ class Measured:
         """
         return float(self.objective["value"]) if self.violation <= 0 else -self.violation
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Of equal scores that of the one that complies more is higher."""
+        return self.score, self.constrained["value"]
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -304,11 +309,7 @@ def winner(trials: Sequence[Trial], tune: TuneConfig) -> Trial | None:
         if len(trial.rungs) == len(tune.rungs) and trial.rungs[-1].measured.violation <= 0
     ]
 
-    def rank(trial: Trial) -> tuple[float, float]:
-        last = trial.rungs[-1].measured
-        return last.score, last.constrained["value"]
-
-    return max(feasible, key=rank, default=None)  # the first of equals
+    return max(feasible, key=lambda trial: trial.rungs[-1].measured.rank, default=None)  # the first of equals
 
 
 def results_table(trials: Sequence[Trial], tune: TuneConfig) -> pa.Table:

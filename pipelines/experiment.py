@@ -157,10 +157,8 @@ def _with_best_rates(
 def best_trial(trials: Sequence[Arm], measured: Mapping[str, Measured]) -> Arm | None:
     """The best of those that are measured, by the rule of a search: of equals the one that complies more."""
 
-    def rank(trial: Arm) -> tuple[float, float]:
-        return measured[trial.name].score, measured[trial.name].constrained["value"]
-
-    return max((trial for trial in trials if trial.name in measured), key=rank, default=None)
+    known = (trial for trial in trials if trial.name in measured)
+    return max(known, key=lambda trial: measured[trial.name].rank, default=None)
 
 
 def _make_ready(config: Config, run: RunDir, jobs: Sequence[Job]) -> tuple[list[Job], int]:

@@ -34,7 +34,7 @@ from bdpo.scoring import score_fingerprint
 from bdpo.selection import pairs_account, safety_account, training_rows, wants_scores
 from bdpo.storage import arrow_filesystem, discard
 from bdpo.tracking import Tracking
-from pipelines.cli import connect, console, main, progress_bar, require
+from pipelines.cli import cluster_nodes, connect, console, main, progress_bar, require
 from pipelines.plan import print_plan
 from pipelines.prepare import run_prepare
 
@@ -124,13 +124,13 @@ def fit(
         FloatingPointError: a loss or a gradient is not finite.
         TrainingFailedError: workers failed more than `train.max_failures` times.
     """
-    import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from pipelines.recovery import Recovery, final_cause, incomplete_checkpoints, restore_checkpoints
 
-    if len(ray.nodes()) == 1:  # whose end is that of the training: nobody need watch for it
+    nodes = cluster_nodes()
+    if nodes is not None and sum(count for count, _ in nodes) == 1:  # its end is that of the training
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     committed = _begin(config, run, fingerprint, scores.num_rows)
     whole, damaged = restore_checkpoints(run.train / "ray", committed, config.train)
