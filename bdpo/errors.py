@@ -4,6 +4,19 @@ A `UserError` is something the user can mend: wrong config, input or environment
 prints it as one line and exits with 2. Everything else is a failure of the run and exits with 1.
 """
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """Wrong config, input or environment; its message is one line that names file, row, column or key."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error: enough for one line of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def error_line(error: Exception) -> str:
+    """One line of a storage's error."""
+    strerror = getattr(error, "strerror", None)
+    return strerror or (str(error).strip() or type(error).__name__).splitlines()[0]

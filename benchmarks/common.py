@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from bdpo.tokens import EncodedPair
+from bdpo.models.tokenizer import EncodedPair
 
 VOCABULARY = 720
 EMPTY_TURN = 20  # tokens of Qwen2's template around an empty user turn

@@ -18,9 +18,9 @@ import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from bdpo.config import ModelConfig
-from bdpo.generation import generate
+from bdpo.evaluation.engines.hf import generate
+from bdpo.models.tokenizer import ChatTokenizer, Message, load_tokenizer
 from bdpo.sandbox.world import make_world
-from bdpo.tokens import ChatTokenizer, Message, load_tokenizer
 from benchmarks.common import write_section
 
 PROMPTS, NEW_TOKENS, BATCH, ROUNDS = 192, 48, 32, 3

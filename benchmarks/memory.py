@@ -26,13 +26,16 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bdpo.config import Config, ModelConfig, parse_config
-from bdpo.data import PAIR_SCHEMA
-from bdpo.logps import LogpsModel
-from bdpo.runs import RunDir, write_manifest
-from bdpo.scoring import SCORE_SCHEMA, reference_logps, score_fingerprint, score_store
-from bdpo.tokens import EncodedPair, load_tokenizer
+from bdpo.data.pairs import PAIR_SCHEMA
+from bdpo.models.logps import LogpsModel
+from bdpo.models.tokenizer import EncodedPair, load_tokenizer
+from bdpo.scoring.reference import reference_logps
+from bdpo.scoring.scores import SCORE_SCHEMA, score_fingerprint, score_store
+from bdpo.storage.manifests import write_manifest
+from bdpo.storage.run_dir import RunDir
 from benchmarks.common import make_model, write_section
-from pipelines import cli, prepare, score
+from pipelines import prepare, score
+from pipelines.runtime import cluster
 
 VOCABULARY, LONGEST, PAIRS = 152_000, 1000, 12
 BUDGETS = (1024, 2048, 4096, 8192)
@@ -96,7 +99,7 @@ def beyond_weights(tokens_per_batch: int) -> float:
 def driver(config: Config) -> tuple[float, float]:
     """(MiB once all is imported, MiB at the end) of the command that scores."""
     os.environ["RAY_ADDRESS"] = "local"
-    cli.connect()
+    cluster.connect()
     import ray.data  # noqa: F401 (what the command imports later)
 
     started = _peak()

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from bdpo.tokens import EncodedPair
+from bdpo.models.tokenizer import EncodedPair
 from benchmarks.common import MAX_LENGTH
 
 TRL_BATCH = 8  # pairs; TRL's default per_device_train_batch_size

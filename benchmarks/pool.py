@@ -28,11 +28,12 @@ import psutil
 import torch
 
 from bdpo.config import Config, ModelConfig, parse_config
-from bdpo.data import count_pairs
-from bdpo.runs import RunDir
+from bdpo.data.pairs import count_pairs
+from bdpo.models.tokenizer import EncodedPair, load_tokenizer
 from bdpo.sandbox.world import make_world
-from bdpo.scoring import ShardScorer, finish_scores, score_fingerprint, score_store
-from bdpo.tokens import EncodedPair, load_tokenizer
+from bdpo.scoring.scores import finish_scores, score_fingerprint, score_store
+from bdpo.scoring.shard_scorer import ShardScorer
+from bdpo.storage.run_dir import RunDir
 from benchmarks.common import (
     MAX_LENGTH,
     MAX_PROMPT_LENGTH,
@@ -42,8 +43,8 @@ from benchmarks.common import (
     make_model,
     write_section,
 )
-from pipelines.pool import on_pool, shard_dataset
 from pipelines.prepare import run_prepare
+from pipelines.runtime.pool import on_pool, shard_dataset
 
 ROUNDS = 2
 SPREAD = "safety-like, spread 0.3"

@@ -1,4 +1,4 @@
-"""What Ray Train adds to a step: the loop of `bdpo.training` in a process of its own, and under Ray Train.
+"""What Ray Train adds to a step: `bdpo.training.loop` in a process of its own, and under Ray Train.
 
     python -m benchmarks.ray_train [--steps 40] [--rounds 3]
 
@@ -20,10 +20,12 @@ from itertools import pairwise
 from pathlib import Path
 
 from bdpo.config import Config, load_config
-from bdpo.data import count_pairs
-from bdpo.models import with_sandbox_files
-from bdpo.runs import MetricsLog, RunDir
-from bdpo.scoring import ShardScorer, finish_scores, score_fingerprint
+from bdpo.data.pairs import count_pairs
+from bdpo.sandbox import with_sandbox_files
+from bdpo.scoring.scores import finish_scores, score_fingerprint
+from bdpo.scoring.shard_scorer import ShardScorer
+from bdpo.storage.metrics_log import MetricsLog
+from bdpo.storage.run_dir import RunDir
 from benchmarks.common import write_section
 from pipelines.prepare import run_prepare
 from pipelines.train import run_train
@@ -37,10 +39,10 @@ import torch
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 from bdpo.config import load_config
-from bdpo.models import with_sandbox_files
-from bdpo.runs import RunDir
-from bdpo.scoring import read_scores
-from bdpo.training import train
+from bdpo.sandbox import with_sandbox_files
+from bdpo.scoring.scores import read_scores
+from bdpo.storage.run_dir import RunDir
+from bdpo.training.loop import train
 
 config = with_sandbox_files(load_config(sys.argv[1]))
 run = RunDir(config.run_dir)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from bdpo.logps import LogpsModel, pair_trees
-from bdpo.packing import Tree, length_sorted_batches, pack
-from bdpo.scoring import reference_logps
-from bdpo.tokens import EncodedPair
+from bdpo.models.logps import LogpsModel, pair_trees
+from bdpo.models.packing import Tree, length_sorted_batches, pack
+from bdpo.models.tokenizer import EncodedPair
+from bdpo.scoring.reference import reference_logps
 from benchmarks.common import (
     EMPTY_TURN,
     MAX_LENGTH,

@@ -19,9 +19,11 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from bdpo.evaluation.compare import compare
-from bdpo.evaluation.reading import read_evaluation
-from bdpo.runs import MetricsLog, RunDir, read_manifest
-from bdpo.storage import write_text
+from bdpo.evaluation.results import read_evaluation
+from bdpo.storage.manifests import read_manifest
+from bdpo.storage.metrics_log import MetricsLog
+from bdpo.storage.paths import write_text
+from bdpo.storage.run_dir import RunDir
 from benchmarks.common import write_section
 
 CONFIG = "pipelines/configs/tune-sandbox.yaml"

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from bdpo.config import MethodConfig, TrainConfig
-from bdpo.logps import LogpsModel, pair_logps, pair_trees
-from bdpo.losses import LOSSES, PairLogps
-from bdpo.plan import TrainingPlan
-from bdpo.scoring import reference_logps
-from bdpo.tokens import EncodedPair
+from bdpo.method.losses import LOSSES, PairLogps
+from bdpo.models.logps import LogpsModel, pair_logps, pair_trees
+from bdpo.models.tokenizer import EncodedPair
+from bdpo.scoring.reference import reference_logps
+from bdpo.training.batches import TrainingPlan
 from benchmarks.common import (
     MAX_LENGTH,
     TOKENS_PER_BATCH,

@@ -33,14 +33,19 @@ from bdpo.evaluation.answers import (
     score_store,
 )
 from bdpo.evaluation.capability import NOT_RUN, capability_fingerprint, harness_version
-from bdpo.evaluation.compare import compare_all, difference_table
-from bdpo.evaluation.reading import chosen_models, read_evaluation
-from bdpo.evaluation.summary import comparison_table, invalid_lines, summarise
-from bdpo.runs import Fingerprint, RunDir, finished, write_manifest
-from bdpo.shards import ShardStore
-from bdpo.storage import StoragePath, forget, write_parquet
-from pipelines.cli import connect, console, exit_codes, main, progress_bar, require
-from pipelines.pool import consume, in_hand, on_pool, run_here, shard_dataset
+from bdpo.evaluation.compare import compare_all
+from bdpo.evaluation.measures import summarise
+from bdpo.evaluation.results import chosen_models, read_evaluation
+from bdpo.evaluation.tables import comparison_table, difference_table, invalid_lines
+from bdpo.storage.cache import forget
+from bdpo.storage.manifests import Fingerprint, finished, write_manifest
+from bdpo.storage.paths import StoragePath, write_parquet
+from bdpo.storage.run_dir import RunDir
+from bdpo.storage.shards import ShardStore
+from pipelines.runtime.cli import exit_codes, main
+from pipelines.runtime.cluster import connect, require
+from pipelines.runtime.pool import consume, in_hand, on_pool, run_here, shard_dataset
+from pipelines.runtime.progress import console, progress_bar
 
 
 def run_evaluate(config: Config, run: RunDir) -> None:

@@ -18,33 +18,34 @@ from typing import Any
 from rich.live import Live
 from rich.table import Table
 
+from bdpo.cluster.placement import at_a_time
 from bdpo.config import Config
-from bdpo.errors import UserError
+from bdpo.config.derive import part_of
+from bdpo.errors import UserError, first_line
 from bdpo.evaluation.answers import planned_items
-from bdpo.evaluation.reading import read_evaluation
-from bdpo.experiments import (
-    EXPERIMENTS,
+from bdpo.evaluation.results import read_evaluation
+from bdpo.experiments.arms import (
     Arm,
     Record,
     arm_run,
     base_run,
-    experiment,
     experiment_results,
     rescored,
 )
-from bdpo.models import first_line
-from bdpo.placement import at_a_time
-from bdpo.runs import RunDir
-from bdpo.search import InvalidEvaluation, Measured, check_measures, measure, part_of
-from bdpo.selection import require_labels, wants_scores
-from pipelines.arms import ArmActor, Job, jobs_of, trial_jobs
-from pipelines.cli import check_inputs, cluster_nodes, connect, console, main
+from bdpo.experiments.definitions import EXPERIMENTS, experiment
+from bdpo.scoring.selection import require_labels, wants_scores
+from bdpo.search.objective import InvalidEvaluation, Measured, check_measures, measure
+from bdpo.storage.run_dir import RunDir
 from pipelines.evaluate import evaluate_model
-from pipelines.experiment_results import write_results
-from pipelines.plan import require_memory
-from pipelines.pool import ATTEMPTS
 from pipelines.preflight import refuse_what_does_not_fit
 from pipelines.prepare import run_prepare
+from pipelines.runtime.arms import ArmActor, Job, jobs_of, trial_jobs
+from pipelines.runtime.cli import check_inputs, main
+from pipelines.runtime.cluster import cluster_nodes, connect
+from pipelines.runtime.experiment_results import write_results
+from pipelines.runtime.plan_table import require_memory
+from pipelines.runtime.pool import ATTEMPTS
+from pipelines.runtime.progress import console
 from pipelines.score import score_prepared
 
 

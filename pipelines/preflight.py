@@ -22,13 +22,9 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from bdpo.config import Config, worker_range
-from bdpo.config.secrets import looks_secret
-from bdpo.errors import UserError
-from bdpo.models import first_line, with_sandbox_files
-from bdpo.node_checks import NODE_CHECKS, files_on_nodes
-from bdpo.nodes import NodeFacts, node_facts
-from bdpo.preflight import (
+from bdpo.cluster.node_checks import NODE_CHECKS, files_on_nodes
+from bdpo.cluster.nodes import NodeFacts, node_facts
+from bdpo.cluster.preflight import (
     LOCAL_CHECKS,
     Check,
     Doubt,
@@ -37,11 +33,17 @@ from bdpo.preflight import (
     expected_hours,
     measure_throughput,
 )
-from bdpo.runs import RunDir
-from bdpo.selection import wants_scores
-from bdpo.storage import write_text
-from bdpo.tokens import with_template
-from pipelines.cli import cluster_nodes, command_config, connect, console, exit_codes, require
+from bdpo.config import Config, worker_range
+from bdpo.config.secrets import looks_secret
+from bdpo.errors import UserError, first_line
+from bdpo.models.tokenizer import with_template
+from bdpo.sandbox import with_sandbox_files
+from bdpo.scoring.selection import wants_scores
+from bdpo.storage.paths import write_text
+from bdpo.storage.run_dir import RunDir
+from pipelines.runtime.cli import command_config, exit_codes
+from pipelines.runtime.cluster import cluster_nodes, connect, require
+from pipelines.runtime.progress import console
 
 if TYPE_CHECKING:
     from ray import ObjectRef

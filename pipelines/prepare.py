@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from bdpo.config import Config
-from bdpo.data import prepare
-from bdpo.models import files_digest, require_positions
-from bdpo.runs import Fingerprint, RunDir, finished, write_manifest
-from bdpo.selection import require_labels
-from bdpo.sources import local_source
-from bdpo.storage import matching
-from bdpo.tokens import load_tokenizer, tokenizer_fingerprint
-from pipelines.cli import console, progress_bar
+from bdpo.data.prepare import prepare
+from bdpo.data.sources import local_source
+from bdpo.models.loading import require_positions
+from bdpo.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+from bdpo.scoring.selection import require_labels
+from bdpo.storage.digests import files_digest
+from bdpo.storage.manifests import Fingerprint, finished, write_manifest
+from bdpo.storage.paths import matching
+from bdpo.storage.run_dir import RunDir
+from pipelines.runtime.progress import console, progress_bar
 
 
 def run_prepare(config: Config, run: RunDir) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 
 from bdpo.errors import UserError
-from bdpo.experiments import RECORD, run_at
-from bdpo.page import write_page
-from bdpo.report import run_page
-from bdpo.runs import RunDir
-from bdpo.status import run_config
-from pipelines.cli import console, exit_codes
-from pipelines.experiment_results import write_results
+from bdpo.experiments.arms import RECORD, run_at
+from bdpo.reports.page import write_page
+from bdpo.reports.run import run_page
+from bdpo.storage.run_dir import RunDir, run_config
+from pipelines.runtime.cli import exit_codes
+from pipelines.runtime.experiment_results import write_results
+from pipelines.runtime.progress import console
 
 
 def main() -> None:

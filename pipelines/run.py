@@ -14,20 +14,22 @@ from typing import Any
 
 from rich.table import Table
 
+from bdpo.cluster.preflight import INPUT_CHECKS
 from bdpo.config import Config
-from bdpo.mi_report import mi_summary
-from bdpo.page import write_page
-from bdpo.preflight import INPUT_CHECKS
-from bdpo.report import run_page
-from bdpo.runs import RunDir, read_manifest
-from bdpo.scoring import read_scores
-from bdpo.selection import wants_scores
-from bdpo.storage import write_text
-from pipelines.cli import console, main
+from bdpo.reports.page import write_page
+from bdpo.reports.run import run_page
+from bdpo.reports.scores import mi_summary
+from bdpo.scoring.scores import read_scores
+from bdpo.scoring.selection import wants_scores
+from bdpo.storage.manifests import read_manifest
+from bdpo.storage.paths import write_text
+from bdpo.storage.run_dir import RunDir
 from pipelines.evaluate import evaluate_model, print_comparison
-from pipelines.plan import require_memory
 from pipelines.preflight import refuse_what_does_not_fit
 from pipelines.prepare import account_line, run_prepare
+from pipelines.runtime.cli import main
+from pipelines.runtime.plan_table import require_memory
+from pipelines.runtime.progress import console
 from pipelines.score import score_prepared
 from pipelines.train import run_train
 

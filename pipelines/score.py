@@ -17,25 +17,27 @@ from collections.abc import Iterator
 from typing import Any
 
 from bdpo.config import Config
-from bdpo.data import count_pairs
+from bdpo.data.pairs import count_pairs
 from bdpo.errors import UserError
-from bdpo.logps import why_plain_rows
-from bdpo.mi_report import mi_tables, work_table
-from bdpo.models import model_config
-from bdpo.runs import Fingerprint, RunDir, finished
-from bdpo.scoring import (
+from bdpo.models.loading import model_config
+from bdpo.models.logps import why_plain_rows
+from bdpo.reports.scores import mi_tables, work_table
+from bdpo.scoring.scores import (
     MOST_UNSCORABLE,
-    ShardScorer,
     finish_scores,
     finished_scores,
     score_fingerprint,
     score_store,
     unscorable,
 )
-from bdpo.storage import discard
-from pipelines.cli import console, main
-from pipelines.pool import ATTEMPTS, consume, in_hand, on_pool, shard_dataset
+from bdpo.scoring.shard_scorer import ShardScorer
+from bdpo.storage.manifests import Fingerprint, finished
+from bdpo.storage.paths import discard
+from bdpo.storage.run_dir import RunDir
 from pipelines.prepare import run_prepare
+from pipelines.runtime.cli import main
+from pipelines.runtime.pool import ATTEMPTS, consume, in_hand, on_pool, shard_dataset
+from pipelines.runtime.progress import console
 
 # A shard that kills its actors comes again in so many pieces, and they in so many.
 FINER = 32

@@ -13,9 +13,10 @@ import json
 
 from rich.table import Table
 
-from bdpo.runs import RunDir
-from bdpo.status import Stage, run_status
-from pipelines.cli import console, exit_codes
+from bdpo.cluster.status import Stage, run_status
+from bdpo.storage.run_dir import RunDir
+from pipelines.runtime.cli import exit_codes
+from pipelines.runtime.progress import console
 
 _COLOURS = {"done": "green", "begun": "yellow", "not begun": "dim"}
 

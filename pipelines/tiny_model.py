@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bdpo.config import DataConfig
-from bdpo.data import DETECT_ROWS, format_of
-from bdpo.formats import FORMATS, BadRow, Excluded
-from bdpo.models import quiet_saving
-from bdpo.sources import Unreadable, read_rows
-from bdpo.tokens import train_tokenizer
-from pipelines.cli import exit_codes
+from bdpo.data.formats import FORMATS, BadRow, Excluded
+from bdpo.data.prepare import DETECT_ROWS, format_of
+from bdpo.data.sources import Unreadable, read_rows
+from bdpo.sandbox.tiny import quiet_saving, train_tokenizer
+from pipelines.runtime.cli import exit_codes
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

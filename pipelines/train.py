@@ -19,24 +19,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bdpo.adapters import check_lora
-from bdpo.checkpoints import none_whole
+from bdpo.cluster.nodes import versions
 from bdpo.config import Config
 from bdpo.config.train import HOW_IT_RUNS
-from bdpo.data import count_pairs
+from bdpo.data.pairs import count_pairs
 from bdpo.errors import UserError
-from bdpo.models import json_digest
-from bdpo.nodes import versions
-from bdpo.plan import outline
-from bdpo.rungs import Rungs
-from bdpo.runs import Fingerprint, MetricsLog, RunDir, finished, read_manifest, write_manifest
-from bdpo.scoring import score_fingerprint
-from bdpo.selection import pairs_account, safety_account, training_rows, wants_scores
-from bdpo.storage import arrow_filesystem, discard
-from bdpo.tracking import Tracking
-from pipelines.cli import cluster_nodes, connect, console, main, progress_bar, require
-from pipelines.plan import print_plan
+from bdpo.models.adapters import check_lora
+from bdpo.scoring.scores import score_fingerprint
+from bdpo.scoring.selection import pairs_account, safety_account, training_rows, wants_scores
+from bdpo.storage.digests import json_digest
+from bdpo.storage.manifests import Fingerprint, finished, read_manifest, write_manifest
+from bdpo.storage.metrics_log import MetricsLog
+from bdpo.storage.paths import arrow_filesystem, discard
+from bdpo.storage.run_dir import RunDir
+from bdpo.training.batches import outline
+from bdpo.training.checkpoints import none_whole
+from bdpo.training.rungs import Rungs
+from bdpo.training.tracking import Tracking
 from pipelines.prepare import run_prepare
+from pipelines.runtime.cli import main
+from pipelines.runtime.cluster import cluster_nodes, connect, require
+from pipelines.runtime.plan_table import print_plan
+from pipelines.runtime.progress import console, progress_bar
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -127,7 +131,7 @@ def fit(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipelines.recovery import Recovery, final_cause, incomplete_checkpoints, restore_checkpoints
+    from pipelines.runtime.recovery import Recovery, final_cause, incomplete_checkpoints, restore_checkpoints
 
     nodes = cluster_nodes()
     if nodes is not None and sum(count for count, _ in nodes) == 1:  # its end is that of the training
@@ -184,8 +188,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
         report,
     )
 
-    from bdpo.training import train
-    from pipelines.recovery import forget_uncommitted
+    from bdpo.training.loop import train
+    from pipelines.runtime.recovery import forget_uncommitted
 
     def report_in_background(folder: Path, metrics: dict[str, float]) -> None:
         # Training goes on while the folder is copied to storage; Ray removes it then.

@@ -6,16 +6,17 @@ import secrets
 from collections.abc import Callable, Sequence
 
 import pytest
-from browser import browser
-from data_files import write_jsonl
 from hypothesis import settings
-from s3_server import s3_server
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from bdpo.config import DataConfig
-from bdpo.data import prepare, read_pairs
-from bdpo.tokens import ChatTokenizer
+from bdpo.data.pairs import read_pairs
+from bdpo.data.prepare import prepare
+from bdpo.models.tokenizer import ChatTokenizer
+from tests.support.browser import browser
+from tests.support.data_files import write_jsonl
+from tests.support.s3_server import s3_server
 
 os.environ["RAY_ADDRESS"] = "local"  # a cluster that runs on this machine is not for tests
 # Ray reads these when it is first imported, whatever test that is, and never again.

@@ -1,4 +1,4 @@
-"""Data flows one way: bdpo <- pipelines <- tune; and bdpo without Ray."""
+"""Each room imports only the rooms above it, and each import takes only what it needs."""
 
 import ast
 import subprocess
@@ -8,21 +8,64 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+ROOMS = (
+    "errors",
+    "stats",
+    "config",
+    "method",
+    "storage",
+    "sandbox",
+    "models",
+    "data",
+    "scoring",
+    "training",
+    "evaluation",
+    "experiments",
+    "search",
+    "cluster",
+    "reports",
+)
+"""The rooms of `bdpo` from the top down: a room may import those before it, and no other."""
+
 FORBIDDEN = {"bdpo": {"ray", "pipelines", "tune"}, "pipelines": {"tune"}, "tune": set()}
 
 
 def imported(file):
+    """The modules that a file imports anywhere, with their full names."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (name.name.split(".")[0] for name in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield (node.module or "").split(".")[0]
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            module = node.module or ""
+            yield from (f"{module}.{name.name}" for name in node.names) if module == "bdpo" else [module]
+
+
+def files_of(room):
+    folder = ROOT / "bdpo" / room
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_nothing_imports_against_the_flow(package):
     for file in (ROOT / package).rglob("*.py"):
-        assert not FORBIDDEN[package] & set(imported(file)), file
+        assert not FORBIDDEN[package] & {name.split(".")[0] for name in imported(file)}, file
+
+
+def test_every_room_has_its_place():
+    rooms = {path.stem for path in (ROOT / "bdpo").iterdir() if path.name[0] not in "._"}
+    assert rooms == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_the_rooms_above_it(room):
+    allowed = set(ROOMS[: ROOMS.index(room) + 1])
+    for file in files_of(room):
+        for name in imported(file):
+            package, _, rest = name.partition(".")
+            if package == "bdpo" and rest:
+                assert rest.split(".")[0] in allowed, f"{file} imports {name}"
 
 
 def test_importing_all_of_bdpo_imports_neither_ray_nor_deepspeed():

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 from ray.exceptions import OutOfMemoryError
 
-from bdpo.errors import UserError
-from bdpo.models import first_line
-from bdpo.scoring import out_of_memory
+from bdpo.errors import UserError, first_line
+from bdpo.models.oom import out_of_memory
 
 # How Ray's exceptions name the one that they wrap
 _WRAPPED = ("cause", "controller_failure", "health_check_failure")

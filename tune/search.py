@@ -21,33 +21,25 @@ import pyarrow.parquet as pq
 from rich.live import Live
 from rich.table import Table
 
+from bdpo.cluster.placement import at_a_time
 from bdpo.config import Config, TuneConfig
-from bdpo.data import count_pairs
+from bdpo.config.derive import part_of, trial_config
+from bdpo.data.pairs import count_pairs
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import planned_items
-from bdpo.evaluation.judges import judge_fingerprint
-from bdpo.evaluation.reading import read_evaluation
-from bdpo.evaluation.summary import invalid_lines
-from bdpo.models import json_digest
-from bdpo.page import write_figure
-from bdpo.placement import at_a_time
-from bdpo.runs import Fingerprint, RunDir, write_manifest
-from bdpo.search import (
-    Trial,
-    check_measured,
-    check_measures,
-    check_rungs,
-    check_space,
-    number_of_trials,
-    part_of,
-    results_table,
-    status,
-    trial_config,
-    winner,
-)
-from bdpo.search_figures import search_figures
-from bdpo.selection import training_rows
-from bdpo.storage import (
+from bdpo.evaluation.judges.registry import judge_fingerprint
+from bdpo.evaluation.results import read_evaluation
+from bdpo.evaluation.tables import invalid_lines
+from bdpo.reports.page import write_figure
+from bdpo.reports.search import search_figures
+from bdpo.scoring.selection import training_rows
+from bdpo.search.objective import check_measured, check_measures
+from bdpo.search.space import check_space, number_of_trials
+from bdpo.search.sweep import PASSING, Sweep
+from bdpo.search.trials import Trial, check_rungs, results_table, status, winner
+from bdpo.storage.digests import json_digest
+from bdpo.storage.manifests import Fingerprint, write_manifest
+from bdpo.storage.paths import (
     StoragePath,
     arrow_filesystem,
     discard,
@@ -57,12 +49,14 @@ from bdpo.storage import (
     write_bytes,
     write_text,
 )
-from bdpo.sweep import PASSING, Sweep
-from pipelines.cli import check_inputs, cluster_nodes, connect, console, main
+from bdpo.storage.run_dir import RunDir
 from pipelines.evaluate import evaluate_model, print_comparison
-from pipelines.plan import require_memory
 from pipelines.preflight import refuse_what_does_not_fit
 from pipelines.prepare import run_prepare
+from pipelines.runtime.cli import check_inputs, main
+from pipelines.runtime.cluster import cluster_nodes, connect
+from pipelines.runtime.plan_table import require_memory
+from pipelines.runtime.progress import console
 from pipelines.score import score_prepared
 from pipelines.train import train_fingerprint
 

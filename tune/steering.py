@@ -14,8 +14,8 @@ from ray.tune import Callback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from bdpo.search import survives
-from bdpo.sweep import Sweep
+from bdpo.search.sweep import Sweep
+from bdpo.search.trials import survives
 from tune.faults import in_a_line
 
 

@@ -17,13 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ray import tune
 
-from bdpo.evaluation.summary import invalid_lines
-from bdpo.plan import outline
-from bdpo.rungs import Rungs
-from bdpo.search import InvalidEvaluation, measure, part_of, rung_steps
-from bdpo.selection import training_rows
-from bdpo.storage import open_parquet
-from bdpo.sweep import Sweep
+from bdpo.config.derive import part_of
+from bdpo.evaluation.tables import invalid_lines
+from bdpo.scoring.selection import training_rows
+from bdpo.search.objective import InvalidEvaluation, measure
+from bdpo.search.sweep import Sweep
+from bdpo.search.trials import rung_steps
+from bdpo.storage.paths import open_parquet
+from bdpo.training.batches import outline
+from bdpo.training.rungs import Rungs
 from pipelines.evaluate import evaluate_model
 from pipelines.train import fit, train_fingerprint
 from tune.faults import in_a_line, own_fault

@@ -12,7 +12,7 @@ AboveZero = Annotated[float, Field(gt=0)]
 
 
 class ExperimentConfig(Section):
-    """What the experiments of the paper vary; see `bdpo.experiments`."""
+    """What the experiments of the paper vary; see `bdpo.experiments.definitions`."""
 
     seeds: list[Annotated[int, Field(ge=0)]] = Field(
         [0, 1, 2], min_length=1, description="of the trainings; the reference model and its scores are one"

@@ -14,18 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from bdpo.adapters import adapter_digest, adapter_folder, load_adapted
 from bdpo.config import Config, ModelConfig
-from bdpo.evaluation import load_items
-from bdpo.evaluation.items import Item
-from bdpo.evaluation.judges import JUDGES, Judge, Verdict, addresses_judge, judge_fingerprint
-from bdpo.evaluation.summary import SCORE_SCHEMA
-from bdpo.generation import Generate, begun_ids, generate
-from bdpo.models import json_digest, load_model, model_folder, weights_digest
-from bdpo.runs import Fingerprint, RunDir
-from bdpo.shards import ShardStore
-from bdpo.tokens import ChatTokenizer, Message, load_tokenizer, tokenizer_fingerprint
-from bdpo.vllm_engine import VLLMEngine
+from bdpo.evaluation.benchmarks.items import Item
+from bdpo.evaluation.benchmarks.registry import load_items
+from bdpo.evaluation.engines.hf import Generate, begun_ids, generate
+from bdpo.evaluation.engines.vllm import VLLMEngine
+from bdpo.evaluation.judges.base import Judge, Verdict, addresses_judge
+from bdpo.evaluation.judges.registry import JUDGES, judge_fingerprint
+from bdpo.evaluation.measures import SCORE_SCHEMA
+from bdpo.models.adapters import adapter_digest, adapter_folder, load_adapted
+from bdpo.models.loading import load_model, model_folder, weights_digest
+from bdpo.models.tokenizer import ChatTokenizer, Message, load_tokenizer, tokenizer_fingerprint
+from bdpo.storage.digests import json_digest
+from bdpo.storage.manifests import Fingerprint
+from bdpo.storage.run_dir import RunDir
+from bdpo.storage.shards import ShardStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from bdpo.errors import UserError
-from bdpo.evaluation.summary import Estimate, rate
-from bdpo.models import first_line
-from bdpo.runs import Fingerprint
+from bdpo.errors import UserError, first_line
+from bdpo.stats import Estimate, rate
+from bdpo.storage.manifests import Fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from bdpo.config import SANDBOX, Config, ModelConfig
 from bdpo.errors import UserError
 from bdpo.sandbox.world import make_world
-from bdpo.storage import cache_folder
+from bdpo.storage.cache import cache_folder
 
 
 def sandbox_folder(seed: int = 0) -> Path:
@@ -67,3 +68,29 @@ def _source_digest() -> str:
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def sandbox_seed(model: ModelConfig) -> int:
+    """The seed of the sandbox's world: `model.revision` if the model is the sandbox's, by default 0."""
+    if model.name_or_path != SANDBOX:
+        return 0
+    try:
+        return int(model.revision or 0)
+    except ValueError:
+        raise UserError(f"model.revision={model.revision}: the sandbox wants the seed of a world") from None
+
+
+def with_sandbox_files(config: Config) -> Config:
+    """The config with the sandbox's files in place of every data path that is `sandbox`."""
+    data, evaluate = config.data, config.evaluate
+    if SANDBOX not in (data.path, evaluate.strongreject_path, evaluate.xstest_path):
+        return config
+
+    folder = sandbox_folder(sandbox_seed(config.model))
+    if data.path == SANDBOX:
+        data = data.model_copy(update={"path": str(folder / "pairs.jsonl")})
+    for benchmark in ("strongreject", "xstest"):
+        if getattr(evaluate, f"{benchmark}_path") == SANDBOX:
+            file = str(folder / f"{benchmark}.csv")
+            evaluate = evaluate.model_copy(update={f"{benchmark}_path": file})
+    return config.model_copy(update={"data": data, "evaluate": evaluate})

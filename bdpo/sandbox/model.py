@@ -20,7 +20,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from bdpo.models import quiet_saving
+from bdpo.sandbox.tiny import quiet_saving, train_tokenizer
 from bdpo.sandbox.world import (
     GREETINGS,
     OPENINGS,
@@ -32,7 +32,6 @@ from bdpo.sandbox.world import (
     make_world,
     with_small_talk,
 )
-from bdpo.tokens import train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM, Qwen2Tokenizer

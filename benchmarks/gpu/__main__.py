@@ -27,9 +27,8 @@ from typing import Any
 import psutil
 import torch
 
-from bdpo.errors import UserError
-from bdpo.models import first_line
-from bdpo.scoring import out_of_memory
+from bdpo.errors import UserError, first_line
+from bdpo.models.oom import out_of_memory
 from benchmarks.common import write_section
 from benchmarks.gpu.record import NotMeasured, Record, machine
 from benchmarks.gpu.setup import Setup

@@ -17,11 +17,18 @@ from typing import Any
 
 import torch
 
-from bdpo.tokens import ChatTokenizer
+from bdpo.models.tokenizer import ChatTokenizer
 from benchmarks.common import MAX_LENGTH
 from benchmarks.gpu import training
 from benchmarks.gpu.record import NotMeasured, Row, not_measured, shown, verdict
-from benchmarks.gpu.setup import Clock, Setup, chat_tokenizer, pairs_file, profiled, random_model
+from benchmarks.gpu.setup import (
+    Clock,
+    Setup,
+    chat_tokenizer,
+    pairs_file,
+    profiled,
+    random_model,
+)
 
 LIVE, PRECOMPUTED = "TRL, live reference", "TRL, precomputed reference"
 CASES = (

@@ -21,16 +21,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from bdpo.checkpoints import Cursor, Staging, load_first_whole, save_checkpoint
 from bdpo.config import Config
-from bdpo.data import read_pairs
-from bdpo.logps import LogpsModel, pair_logps, pair_trees
-from bdpo.models import load_model
-from bdpo.packing import Tree
-from bdpo.runs import RunDir
-from bdpo.tokens import encode_pairs
-from bdpo.training import TrainingPairs, train_step
-from bdpo.zero3 import build_engine, export
+from bdpo.data.pairs import read_pairs
+from bdpo.models.loading import load_model
+from bdpo.models.logps import LogpsModel, pair_logps, pair_trees
+from bdpo.models.packing import Tree
+from bdpo.models.tokenizer import encode_pairs
+from bdpo.storage.run_dir import RunDir
+from bdpo.training.checkpoints import Cursor, Staging, load_first_whole, save_checkpoint
+from bdpo.training.engine import build_engine, export
+from bdpo.training.loop import train_step
+from bdpo.training.pairs import TrainingPairs
 from benchmarks.common import MAX_LENGTH
 from benchmarks.gpu.record import Row, not_measured
 from benchmarks.gpu.runs import plan_of, run_config, score, scored, start_process_group
@@ -152,7 +153,7 @@ def trained(
 
 @dataclass(frozen=True)
 class Kept:
-    """A `bdpo.checkpoints.Checkpoint` in a folder."""
+    """A `bdpo.training.checkpoints.Checkpoint` in a folder."""
 
     path: str
 

@@ -21,8 +21,10 @@ from typing import Any
 
 import psutil
 
-from bdpo.runs import MetricsLog, RunDir, read_manifest
-from bdpo.storage import discard
+from bdpo.storage.manifests import read_manifest
+from bdpo.storage.metrics_log import MetricsLog
+from bdpo.storage.paths import discard
+from bdpo.storage.run_dir import RunDir
 from benchmarks.gpu.record import Row, not_measured
 from benchmarks.gpu.setup import Setup
 

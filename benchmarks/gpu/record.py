@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from bdpo.nodes import versions
-from bdpo.storage import write_text
+from bdpo.cluster.nodes import versions
+from bdpo.storage.paths import write_text
 
 Row = dict[str, Any]
 

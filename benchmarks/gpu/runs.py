@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from bdpo.config import Config, parse_config
-from bdpo.data import count_pairs
-from bdpo.plan import TrainingPlan
-from bdpo.runs import RunDir, read_manifest
-from bdpo.scoring import ShardScorer, finish_scores, read_scores, score_fingerprint, score_store
-from bdpo.storage import discard
-from bdpo.training import TrainingPairs
+from bdpo.data.pairs import count_pairs
+from bdpo.scoring.scores import finish_scores, read_scores, score_fingerprint, score_store
+from bdpo.scoring.shard_scorer import ShardScorer
+from bdpo.storage.manifests import read_manifest
+from bdpo.storage.paths import discard
+from bdpo.storage.run_dir import RunDir
+from bdpo.training.batches import TrainingPlan
+from bdpo.training.pairs import TrainingPairs
 from benchmarks.common import MAX_LENGTH, MAX_PROMPT_LENGTH
 from benchmarks.gpu.record import NotMeasured
 from benchmarks.gpu.setup import SEED, Clock, Setup, model_folder, pairs_file
@@ -75,7 +77,7 @@ def scored(config: Config, case: str) -> TrainingPairs:
 
 
 def plan_of(data: TrainingPairs) -> TrainingPlan:
-    """As `bdpo.training.train` makes it."""
+    """As `bdpo.training.loop.train` makes it."""
     return TrainingPlan(data.lengths, data.config.train, data.config.seed)
 
 

@@ -14,13 +14,20 @@ from typing import Any
 
 import torch
 
-from bdpo.attention import why_not_flex
 from bdpo.config import ModelConfig
-from bdpo.logps import LogpsModel
-from bdpo.scoring import reference_logps
-from bdpo.tokens import EncodedPair
+from bdpo.models.attention import why_not_flex
+from bdpo.models.logps import LogpsModel
+from bdpo.models.tokenizer import EncodedPair
+from bdpo.scoring.reference import reference_logps
 from benchmarks.common import EMPTY_TURN, MAX_LENGTH
-from benchmarks.gpu.record import NotMeasured, Row, mfu, not_measured, shown, verdict
+from benchmarks.gpu.record import (
+    NotMeasured,
+    Row,
+    mfu,
+    not_measured,
+    shown,
+    verdict,
+)
 from benchmarks.gpu.setup import (
     Clock,
     Setup,
@@ -50,7 +57,7 @@ def measure(case: str, setup: Setup) -> Iterator[Row]:
 
 
 def paths(case: str, setup: Setup) -> Iterator[Row]:
-    """Our own forward at each budget. On the CPU FlexAttention is SDPA, as in `bdpo.attention`."""
+    """Our own forward at each budget. On the CPU FlexAttention is SDPA, as in `bdpo.models.attention`."""
     shape, dtype, flex = setup.shape("7b"), torch.bfloat16, case == FLEX and not setup.smoke
     why = why_not_flex(shape, dtype, setup.device, MAX_LENGTH) if flex else None
     attention = "flex_attention" if flex else "sdpa"
@@ -99,7 +106,7 @@ def speed_of(setup: Setup, pairs: list[EncodedPair], seconds: list[float]) -> Ro
 
 
 def real_tokens(pairs: list[EncodedPair]) -> int:
-    """As `bdpo.scoring.real_tokens` counts them."""
+    """As `bdpo.scoring.scores.real_tokens` counts them."""
     return sum(len(pair.prompt) + 2 * (len(pair.chosen) + len(pair.rejected)) for pair in pairs)
 
 
@@ -113,7 +120,7 @@ def vllm_pass(setup: Setup) -> Row:
         raise NotMeasured("vLLM is not installed")
     from vllm import LLM, SamplingParams
 
-    from bdpo.vllm_engine import engine_settings
+    from bdpo.evaluation.engines.vllm import engine_settings
 
     folder = model_folder(setup, "7b")
     engine = LLM(**engine_settings(ModelConfig(name_or_path=str(folder)), MAX_LENGTH + 1, 1))

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from bdpo.memory import GIB, KNOWN_SHAPES
-from bdpo.models import quiet_saving
-from bdpo.storage import whole_folder
-from bdpo.tokens import EncodedPair
+from bdpo.models.tokenizer import EncodedPair
+from bdpo.sandbox.tiny import quiet_saving
+from bdpo.storage.paths import whole_folder
+from bdpo.training.memory import GIB, KNOWN_SHAPES
 from benchmarks.common import draw
 
 SPREAD = 0.3  # of the lengths: see `benchmarks.common.draw`
@@ -106,7 +106,7 @@ def model_folder(setup: Setup, name: str) -> Path:
 
 def pairs_file(setup: Setup, count: int) -> Path:
     """So many pairs as messages, for us and for TRL, in tokens as long as those of `Setup.pairs`."""
-    from bdpo.tokens import ChatTokenizer
+    from bdpo.models.tokenizer import ChatTokenizer
 
     file = setup.work / f"pairs-{count}.jsonl"
     template = len(ChatTokenizer(chat_tokenizer()).unconditional_ids("empty_turn"))

@@ -1,9 +1,9 @@
 """Training at 7B in bfloat16: ZeRO-3 on one rank, activation checkpointing, with and without CPU offload.
 
-`python -m benchmarks.gpu training`. A step is all that `bdpo.training` does for it: tokenising, forward and
-backward of all micro-batches, the optimizer, the metrics. MFU is 6N a real token (a prompt counted once,
-nothing for what is computed again), of the whole step and of the step without the optimizer. Memory stands
-beside what `bdpo.memory` expects. Left out: Ray Train (`benchmarks.ray_train`), checkpoints.
+`python -m benchmarks.gpu training`. A step is all that `bdpo.training.loop` does for it: tokenising,
+forward and backward of all micro-batches, the optimizer, the metrics. MFU is 6N a real token (a prompt
+counted once, nothing for what is computed again), of the whole step and of the step without the
+optimizer. Memory stands beside what `bdpo.training.memory` expects. Left out: Ray Train (`benchmarks.ray_train`), checkpoints.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from bdpo.cluster.node_checks import check_host, check_memory
+from bdpo.cluster.nodes import node_facts
 from bdpo.config import Config
-from bdpo.memory import GIB, memory_need, model_shape
-from bdpo.node_checks import check_host, check_memory
-from bdpo.nodes import node_facts
-from bdpo.runs import RunDir
-from bdpo.training import train_step
-from bdpo.zero3 import build_engine
+from bdpo.storage.run_dir import RunDir
+from bdpo.training.engine import build_engine
+from bdpo.training.loop import train_step
+from bdpo.training.memory import GIB, memory_need, model_shape
 from benchmarks.gpu.record import Row, mfu, not_measured, shown, verdict
 from benchmarks.gpu.runs import plan_of, run_config, score, scored, start_process_group
 from benchmarks.gpu.setup import Clock, Setup, multiplying_parameters, peak_memory, profiled
@@ -125,7 +125,7 @@ def table(rows: list[Row], machine: dict[str, Any]) -> list[str]:
     lines += [
         "",
         f"MFU: 6N a real token, N = {shown(weights, '.2f')} billion, of {machine['peak_tflops']} TFLOP/s; "
-        "what is computed again in backward is not counted. Expected: the memory of `bdpo.memory`.",
+        "what is computed again in backward is not counted. Expected: the memory of `bdpo.training.memory`.",
         "",
     ]
     best = max(steps.values(), key=lambda row: row["mfu"] or 0, default={})

@@ -1,0 +1,103 @@
+"""What a node says of itself: a light module, because it is imported on every node before anything runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from bdpo.errors import error_line
+from bdpo.storage.paths import read_text
+from bdpo.storage.run_dir import RunDir
+
+PACKAGES = ("ray", "torch", "transformers", "deepspeed", "pyarrow")
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """One node: its address, versions by package, names of environment variables, free disk, memory, GPUs.
+
+    `missing` are the files of the driver that it does not have, `storage_error` is what failed when it read
+    what the driver had written to the run folder.
+    """
+
+    address: str
+    versions: dict[str, str]
+    auth_mode: str | None
+    variables: frozenset[str]
+    scratch_gib: float
+    memory_gib: float
+    gpu_gib: tuple[float, ...]
+    missing: tuple[str, ...]
+    storage_error: str | None
+
+
+def node_facts(address: str, run_dir: str | None, nonce: str, files: Sequence[str]) -> NodeFacts:
+    """Run on a node: look around, and answer the driver's note in the run folder with one of its own."""
+    return NodeFacts(
+        address,
+        versions(),
+        os.environ.get("RAY_AUTH_MODE"),
+        frozenset(os.environ),
+        shutil.disk_usage(tempfile.gettempdir()).free / 2**30,
+        _memory_gib(),
+        _gpu_gib(),
+        tuple(file for file in files if not Path(file).expanduser().exists()),
+        _storage_error(RunDir(run_dir), nonce) if run_dir else "was not asked",
+    )
+
+
+def _storage_error(run: RunDir, nonce: str) -> str | None:
+    try:
+        if read_text(run.root / f".preflight-{nonce}") != nonce:
+            return "reads something else there"
+    except FileNotFoundError:
+        return "does not see what the driver wrote there"
+    except Exception as error:  # every protocol of fsspec has errors of its own
+        return f"cannot read it ({error_line(error)})"
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages whose versions matter."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _memory_gib() -> float:
+    """Memory of the machine, or less where its container has less."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # not there, or "max"
+            limits.append(int(Path(file).read_text()))
+    return min(limits) / 2**30
+
+
+def _gpu_gib() -> tuple[float, ...]:
+    """Memory of each GPU; the driver's tool sees those that Ray hides from a task without GPUs.
+
+    One that is not known is left out: a tool without its driver, or a GPU that shares the host's memory.
+    """
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        shown = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    found = []
+    for line in shown.stdout.splitlines():
+        with suppress(ValueError):
+            found.append(float(line) / 1024)
+    return tuple(found)

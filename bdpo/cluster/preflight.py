@@ -1,0 +1,302 @@
+"""What can be known before a GPU is taken: model, data, chat template, storage, batches, hours.
+
+A check returns one line: what it found, a `Doubt` where the user should look twice, or raises the
+UserError that would stop the run. None of them needs Ray: `pipelines.preflight` asks the nodes, and
+`bdpo.cluster.node_checks` looks at what they answered.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import requests
+from jinja2 import TemplateError
+
+from bdpo.cluster.status import expected_pairs
+from bdpo.config import Config, DataConfig, TuneConfig, worker_range
+from bdpo.data.formats import FORMATS, BadRow, Excluded, Pair
+from bdpo.data.prepare import DETECT_ROWS, format_of
+from bdpo.data.sources import Unreadable, read_rows
+from bdpo.errors import UserError, error_line
+from bdpo.evaluation.benchmarks.registry import load_items
+from bdpo.models.adapters import check_lora
+from bdpo.models.architectures import head_says_logits
+from bdpo.models.loading import model_config
+from bdpo.models.tokenizer import (
+    ChatTokenizer,
+    EncodedPair,
+    Message,
+    PromptTooLong,
+    encode_pair,
+    load_tokenizer,
+)
+from bdpo.search.objective import check_measures
+from bdpo.search.space import check_space
+from bdpo.storage.manifests import read_manifest
+from bdpo.storage.paths import read_bytes, write_bytes
+from bdpo.storage.run_dir import RunDir
+from bdpo.training.batches import outline
+
+AUDITED_PAIRS = 10
+
+
+class Doubt(str):
+    """What was found and what to look at: it stops no run."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row of the table."""
+
+    check: str
+    level: Literal["ok", "warning", "error"]
+    text: str
+
+
+Check = Callable[..., str]
+
+
+def examine(checks: Mapping[str, Check], *arguments: Any) -> Iterator[Finding]:
+    """Every check's finding; a UserError is one."""
+    for name, check in checks.items():
+        try:
+            text = check(*arguments)
+        except UserError as error:
+            yield Finding(name, "error", str(error))
+        else:
+            yield Finding(name, "warning" if isinstance(text, Doubt) else "ok", text)
+
+
+def check_model(config: Config, run: RunDir) -> str:
+    """Tokenizer, template and whole weights are to be had."""
+    load_tokenizer(config.model)
+    shape = model_config(config.model)
+    kind = shape.model_type
+    if config.data.select and config.data.select.ches and not head_says_logits(shape):
+        raise UserError(f"data.select.ches: {kind} models have no CHES; select by mi_difference")
+    return f"{config.model.name_or_path}: {kind}, {config.model.dtype}"
+
+
+def check_data(config: Config, run: RunDir) -> str:
+    """The data can be read and have a known format."""
+    readable, _ = _first_rows(config.data)
+    return f"data.path={config.data.path}: {format_of(config.data, readable)}"
+
+
+def _first_rows(data: DataConfig) -> tuple[list[dict[str, Any]], list[str]]:
+    """Those of the first rows that can be read, and why others cannot."""
+    rows = [row for _, row in islice(read_rows(data), DETECT_ROWS)]
+    readable = [row for row in rows if not isinstance(row, Unreadable)]
+    return readable, [row.reason for row in rows if isinstance(row, Unreadable)]
+
+
+def check_benchmarks(config: Config, run: RunDir) -> str:
+    """Every configured benchmark has its prompts."""
+    counts = Counter(item.benchmark for item in load_items(config.evaluate))
+    return ", ".join(f"{count} prompts of {name}" for name, count in counts.items())
+
+
+def check_adapters(config: Config, run: RunDir) -> str:
+    """The adapters of `train.lora` fit the model."""
+    check_lora(config)
+    return f"rank {config.train.lora.r}" if config.train.lora else "none"
+
+
+# Without these no stage can end well: `run` does them before its first.
+INPUT_CHECKS: dict[str, Check] = {
+    "model": check_model,
+    "adapters": check_adapters,
+    "data": check_data,
+    "benchmarks": check_benchmarks,
+}
+
+
+def check_template(config: Config, run: RunDir) -> str:
+    """BOS once, the end of the turn once and last, the conversation as the template itself would write it."""
+    chat, data = load_tokenizer(config.model), config.data
+    pairs, bad = _first_pairs(data, chat)
+    if not pairs:
+        raise UserError(f"data.path={data.path}: none of the first rows can be used ({_reasons(bad)})")
+    encoded = [encode_pair(chat, pair, data.max_prompt_length, data.max_length) for pair in pairs]
+    bos = chat.tokenizer.bos_token_id
+    if bos is not None and any(ids.prompt[:2] == [bos, bos] or ids.chosen[0] == bos for ids in encoded):
+        raise UserError(
+            f"model.name_or_path={config.model.name_or_path}: chat template and tokenizer both write a BOS; "
+            "set model.chat_template to a template that fits"
+        )
+    audited = zip(pairs, encoded, strict=True)
+    doubts = [doubt for pair, ids in audited for doubt in _doubts(chat, data, pair, ids)] + bad
+    begin = "BOS first" if encoded[0].prompt[0] == bos else "no BOS"
+    end = chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn_id)
+    found = f"{len(pairs)} pairs: {begin}, turns end with {end}"
+    return Doubt(f"{found}, but {_reasons(doubts)}: is that what you want?") if doubts else found
+
+
+def _doubts(chat: ChatTokenizer, data: DataConfig, pair: Pair, ids: EncodedPair) -> Iterator[str]:
+    """What is odd about the token ids of a pair, in fixed phrases: no text of it leaves here."""
+    special = set(chat.tokenizer.all_special_ids)
+    for response in (ids.chosen, ids.rejected):
+        if len(ids.prompt) + len(response) == data.max_length:
+            yield f"response fills data.max_length={data.max_length} and may be cut"
+        elif special & set(response[:-1]):
+            yield "special token inside a response"
+    answer: Message = {"role": "assistant", "content": pair["chosen"]}
+    whole = chat.prompt_ids([*pair["prompt"], answer, {"role": "user", "content": "x"}])
+    ours = chat.prompt_ids(pair["prompt"]) + chat.response_ids(pair["chosen"])
+    if whole[: len(ours)] != ours:
+        yield "the template writes the answer in another way once the conversation goes on"
+
+
+def _first_pairs(data: DataConfig, chat: ChatTokenizer) -> tuple[list[Pair], list[str]]:
+    """The first usable pairs, and why rows before them are not."""
+    readable, bad = _first_rows(data)
+    name = format_of(data, readable)
+    pairs: list[Pair] = []
+    for row in readable:
+        try:
+            pair = FORMATS[name](row)
+            encode_pair(chat, pair, data.max_prompt_length, data.max_length)
+        except (BadRow, Excluded) as error:
+            bad.append(str(error))
+        except PromptTooLong:
+            bad.append("prompt: longer than max_prompt_length")
+        except TemplateError:
+            bad.append("prompt: refused by the chat template")
+        else:
+            pairs.append(pair)
+        if len(pairs) == AUDITED_PAIRS:
+            break
+    return pairs, bad
+
+
+def _reasons(phrases: Sequence[str]) -> str:
+    return "; ".join(f"{phrase} ×{count}" for phrase, count in Counter(phrases).most_common())
+
+
+def check_batches(config: Config, run: RunDir) -> str:
+    """Workers, global batch and micro-batches fit one another."""
+    train, data = config.train, config.data
+    share = train.global_batch_size / train.workers
+    found = f"{train.global_batch_size} pairs a step, {share:g} a worker"
+    account = read_manifest(run.data / "manifest.json")
+    steps = None
+    if account:
+        pairs = account["account"]["kept"]
+        steps = outline(pairs, config.train, config.seed).total_steps
+        found += f"; {pairs} pairs make {steps} steps"
+    if train.global_batch_size < train.workers:
+        return Doubt(f"{found}: some workers have no work at any step; set train.global_batch_size higher")
+    longest = 2 * data.max_length - 1
+    if train.tokens_per_micro_batch < longest:
+        return Doubt(
+            f"{found}; a pair of up to {longest} tokens is more than train.tokens_per_micro_batch="
+            f"{train.tokens_per_micro_batch} and stands alone: is there memory for it?"
+        )
+    if steps and train.save_steps > steps:
+        return Doubt(f"{found}; train.save_steps={train.save_steps} saves at the end alone: lower it")
+    return found
+
+
+def check_storage(config: Config, run: RunDir) -> str:
+    """The run folder or bucket can be written, read and cleaned."""
+    probe, content = run.root / f".preflight-{uuid.uuid4().hex}", os.urandom(64)
+    try:
+        write_bytes(probe, content)
+        whole = read_bytes(probe) == content
+        probe.unlink()
+    except Exception as error:  # every protocol of fsspec has errors of its own
+        raise UserError(f"run_dir={run.root}: cannot be written ({error_line(error)})") from None
+    if not whole:
+        raise UserError(f"run_dir={run.root}: does not give back what was written")
+    return f"run_dir={run.root}: written and read"
+
+
+def check_search(config: Config, run: RunDir) -> str:
+    """What `tune.search` would vary can be varied, and what it goes by is measured."""
+    tune = config.tune
+    if tune == TuneConfig():
+        return "no section tune"
+    check_space(config)
+    check_measures(config)
+    return f"{', '.join(tune.space)} for {tune.metric}, bound by {tune.constraint}"
+
+
+def check_judge(config: Config, run: RunDir) -> str:
+    """An endpoint that judges answers at all; whether it takes the key is seen at the first verdict."""
+    evaluate = config.evaluate
+    if evaluate.judge != "rubric" or not evaluate.judge_base_url:
+        return evaluate.judge
+    try:
+        requests.get(f"{evaluate.judge_base_url.rstrip('/')}/models", timeout=10, allow_redirects=False)
+    except requests.RequestException as error:
+        return Doubt(
+            f"evaluate.judge_base_url={evaluate.judge_base_url}: no answer here ({type(error).__name__}); "
+            "can the nodes reach it?"
+        )
+    return f"{evaluate.judge_model} at {evaluate.judge_base_url}"
+
+
+LOCAL_CHECKS: dict[str, Check] = {
+    **INPUT_CHECKS,
+    "template": check_template,
+    "batches": check_batches,
+    "storage": check_storage,
+    "judge": check_judge,
+    "search": check_search,
+}
+
+
+def expected_hours(config: Config, run: RunDir, tokens_per_second: float | None) -> str:
+    """Tokens of scoring and training, and how long they take at a scoring throughput of one worker.
+
+    A trained token costs three times a scored one, forward and backward; four times if activations are
+    computed again (`train.gradient_checkpointing`). Answers of the evaluation are left out.
+    """
+    chat = load_tokenizer(config.model)
+    encoded = _encoded(config, chat)
+    pair_tokens = sum(_tokens(ids) for ids in encoded) / len(encoded)
+    pairs = expected_pairs(config, run) or sum(1 for _ in read_rows(config.data))
+    score_tokens = pairs * pair_tokens
+    steps = outline(pairs, config.train, config.seed).total_steps
+    train_tokens = steps * min(config.train.global_batch_size, pairs) * pair_tokens
+    found = (
+        f"{score_tokens / 1e6:.3g} M tokens to score, {train_tokens / 1e6:.3g} M to train in {steps} steps"
+    )
+    if tokens_per_second is None:
+        return Doubt(f"{found}; for the hours give --tokens-per-second N or --measure")
+    score = score_tokens / tokens_per_second / worker_range(config.score.workers)[1] / 3600
+    passes = 4 if config.train.gradient_checkpointing else 3
+    train = passes * train_tokens / tokens_per_second / config.train.workers / 3600
+    hours = f"{score:.2g} h to score, {train:.2g} h to train"
+    return f"{found}; at {tokens_per_second:,.0f} tokens a second and worker {hours}"
+
+
+def measure_throughput(config: Config, device: str, seconds: float = 20) -> float:
+    """Tokens a second that the reference model scores of the first pairs, on one worker."""
+    from bdpo.scoring.reference import ReferenceScorer, reference_logps
+
+    scorer = ReferenceScorer(config, device)
+    encoded = _encoded(config, scorer.chat)
+    passes, begun = 0, time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        reference_logps(scorer.model, encoded, scorer.unconditional, config.score.tokens_per_batch)
+        passes += 1
+        if passes == 1:  # the first one compiles and warms up
+            begun = time.perf_counter()
+    return (passes - 1) * sum(_tokens(ids) for ids in encoded) / (time.perf_counter() - begun)
+
+
+def _encoded(config: Config, chat: ChatTokenizer) -> list[EncodedPair]:
+    pairs, _ = _first_pairs(config.data, chat)
+    return [encode_pair(chat, pair, config.data.max_prompt_length, config.data.max_length) for pair in pairs]
+
+
+def _tokens(ids: EncodedPair) -> int:
+    return len(ids.prompt) + len(ids.chosen) + len(ids.rejected)

@@ -1,0 +1,1 @@
+"""Preference data: sources, formats, and the prepared pairs."""

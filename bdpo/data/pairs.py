@@ -1,0 +1,92 @@
+"""The prepared preference pairs: their schema, and reading them back from the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bdpo.storage.paths import StoragePath, matching, open_parquet
+
+PAIR_SCHEMA = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field(
+            "prompt", pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})), nullable=False
+        ),
+        pa.field("chosen", pa.string(), nullable=False),
+        pa.field("rejected", pa.string(), nullable=False),
+        pa.field("group", pa.string()),
+        pa.field("chosen_safe", pa.bool_()),
+        pa.field("rejected_safe", pa.bool_()),
+    ]
+)
+
+
+class PairReader:
+    """Reads the pairs that `prepare` wrote into a folder.
+
+    It remembers how many rows each part has: a part is opened only for rows of its own, or to count it once.
+    Parts never change while a command works with them; whoever prepares anew makes a new reader.
+    """
+
+    def __init__(self, folder: StoragePath) -> None:
+        self.folder = folder
+        self.rows: dict[StoragePath, int] = {}
+
+    @cached_property
+    def parts(self) -> list[StoragePath]:
+        """All of them, in order."""
+        return _parts(self.folder)
+
+    def read(self, first: int, count: int, columns: list[str] | None = None) -> pa.Table:
+        """Rows [first, first + count); only their row groups are read. `columns` are all by default.
+
+        Parts after them are not opened.
+        """
+        tables: list[pa.Table] = []
+        begin = 0
+        for part in self.parts:
+            if begin >= first + count:
+                break
+            if part not in self.rows or begin + self.rows[part] > first:
+                with pq.ParquetFile(open_parquet(part)) as parquet:
+                    self.rows[part] = parquet.metadata.num_rows
+                    tables += _row_groups(parquet, first - begin, first - begin + count, columns)
+            begin += self.rows[part]
+        return pa.concat_tables(tables) if tables else PAIR_SCHEMA.empty_table()
+
+
+def _row_groups(
+    parquet: pq.ParquetFile, first: int, end: int, columns: list[str] | None
+) -> Iterator[pa.Table]:
+    """Rows [first, end) of one file, a table a row group."""
+    position = 0
+    for group in range(parquet.num_row_groups):
+        start, position = position, position + parquet.metadata.row_group(group).num_rows
+        begin, until = max(first, start), min(end, position)
+        if begin < until:
+            yield parquet.read_row_group(group, columns).slice(begin - start, until - begin)
+
+
+def read_pairs(folder: StoragePath, first: int, count: int, columns: list[str] | None = None) -> pa.Table:
+    """Rows [first, first + count) of the pairs in `folder`, once; see `PairReader`."""
+    return PairReader(folder).read(first, count, columns)
+
+
+def pair_ids(folder: StoragePath) -> Iterator[str]:
+    """The ids of all pairs in `folder`, in order; their texts are not read."""
+    for part in _parts(folder):
+        with pq.ParquetFile(open_parquet(part)) as parquet:
+            yield from parquet.read(["pair_id"])["pair_id"].to_pylist()
+
+
+def count_pairs(folder: StoragePath) -> int:
+    """How many pairs `prepare` wrote into `folder`."""
+    return sum(pq.read_metadata(open_parquet(part)).num_rows for part in _parts(folder))
+
+
+def _parts(folder: StoragePath) -> list[StoragePath]:
+    return matching(folder, "*.parquet")

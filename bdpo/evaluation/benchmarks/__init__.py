@@ -1,0 +1,1 @@
+"""Benchmarks: the prompts, and what is measured on the answers."""

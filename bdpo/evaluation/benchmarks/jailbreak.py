@@ -1,0 +1,82 @@
+"""Jailbreak transfer: attacks that were found on another model, tried on this one.
+
+Artifacts of JailbreakBench (Chao et al., arXiv 2404.01318; `src/jailbreakbench/artifact.py` and
+github.com/JailbreakBench/artifacts): a JSON file per attack (GCG, PAIR, ...) and attacked model. Finding
+new jailbreaks is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bdpo.errors import UserError
+from bdpo.evaluation.benchmarks.items import Item
+
+
+def load(files: Sequence[str | Path]) -> list[Item]:
+    """The attacks of all artifacts; a category is the attack's method and the model that it was found on.
+
+    The judge is given the original goal. A behaviour whose `prompt` is null has no attack: like upstream's
+    success rate, which divides by all behaviours, it stays in as one that the model withstood.
+
+    Raises:
+        UserError: a file cannot be read or lacks what is used here, naming the jailbreak and the key; or
+            two artifacts have the same method and model.
+    """
+    items: dict[str, Item] = {}
+    for file in files:
+        for item in _artifact(Path(file)):
+            if item.item_id in items:
+                raise UserError(f"{file}: {item.item_id} appears twice; is the artifact listed twice?")
+            items[item.item_id] = item
+    return list(items.values())
+
+
+def _artifact(file: Path) -> list[Item]:
+    content = _read(file)
+    parameters, jailbreaks = content.get("parameters"), content.get("jailbreaks")
+    if not isinstance(parameters, dict) or not isinstance(jailbreaks, list) or not jailbreaks:
+        raise UserError(f"{file}: wants an object with `parameters` and a list of `jailbreaks`")
+    attack = "/".join(_text(parameters, key, f"{file}, parameters") for key in ("method", "model"))
+    return [_item(jailbreak, attack, f"{file}, jailbreak {n}") for n, jailbreak in enumerate(jailbreaks, 1)]
+
+
+def _item(jailbreak: Any, attack: str, where: str) -> Item:
+    if not isinstance(jailbreak, dict):
+        raise UserError(f"{where}: wants an object")
+    if "index" not in jailbreak or "prompt" not in jailbreak:
+        raise UserError(f"{where}: wants the keys index and prompt")
+    if not re.fullmatch(r"\d{1,9}", str(jailbreak["index"])):
+        raise UserError(f"{where}, key index: wants a number")
+    return Item(
+        item_id=f"jailbreak-{attack}-{jailbreak['index']}",
+        benchmark="jailbreak",
+        category=attack,
+        prompt=None if jailbreak["prompt"] is None else _text(jailbreak, "prompt", where),
+        request=_text(jailbreak, "goal", where),
+        should_comply=False,
+        cluster=str(jailbreak["index"]),
+    )
+
+
+def _text(values: dict[str, Any], key: str, where: str) -> str:
+    value = values.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}, key {key}: wants a text that is not empty")
+    return value
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):  # not UTF-8 or not JSON; the error's own text quotes the file
+        raise UserError(f"{file}: not valid JSON") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: wants an object with `parameters` and a list of `jailbreaks`")
+    return content

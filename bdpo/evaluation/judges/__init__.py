@@ -1,0 +1,1 @@
+"""Judges: a verdict on one answer to one request."""

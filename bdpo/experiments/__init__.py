@@ -1,0 +1,1 @@
+"""Experiments: arms that differ in one thing, and what their results show."""

@@ -1,0 +1,143 @@
+"""The arms of an experiment: the config, seed and folder of each of its trainings."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+
+from bdpo.config import Config, parse_config
+from bdpo.config.derive import Params, beta_of, trial_config, value_at
+from bdpo.errors import UserError
+from bdpo.evaluation.answers import evaluated_model
+from bdpo.storage.manifests import read_manifest, write_manifest
+from bdpo.storage.paths import StoragePath, matching
+from bdpo.storage.run_dir import RunDir, run_config
+
+_CONTEXT = "context-"
+
+RECORD = "experiment.json"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a table: its name, and dotted keys of the config with the values that they take."""
+
+    name: str
+    params: Params = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an experiment was last run with, `<run_dir>/experiments/<name>/experiment.json`.
+
+    `arms` are as they were trained, `trials` the arms of the search for their learning rates, `notes` what
+    the reader of the results has to know.
+    """
+
+    config: Config
+    arms: tuple[Arm, ...]
+    trials: tuple[Arm, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def write(self, folder: StoragePath) -> None:
+        """Keep it in the experiment's folder."""
+        arms = {name: [asdict(arm) for arm in getattr(self, name)] for name in ("arms", "trials")}
+        write_manifest(folder / RECORD, {}, config=self.config.model_dump(), **arms, notes=self.notes)
+
+    @classmethod
+    def read(cls, folder: StoragePath) -> Record:
+        """Find it again.
+
+        Raises:
+            UserError: there is none.
+        """
+        file = folder / RECORD
+        values = read_manifest(file)
+        if values is None:
+            command = f"python -m pipelines.experiment {folder.name}"
+            raise UserError(f"{file}: not there; run `{command}` first")
+        arms, trials = (tuple(Arm(**arm) for arm in values[name]) for name in ("arms", "trials"))
+        return cls(parse_config(values["config"], str(file)), arms, trials, tuple(values["notes"]))
+
+
+def _method(name: str, config: Config) -> Params:
+    """A method with the run's settings, and with the β of its own where the run's is for another kind."""
+    return {"method.name": name, "method.beta": beta_of(config, name)}
+
+
+def arm_run(config: Config, run: RunDir, arm: Arm, seed: int) -> tuple[Config, RunDir]:
+    """The config and the run folder of an arm at a seed.
+
+    The pairs are those of the run; so are the scores, unless the arm wants another unconditional context.
+    """
+    folder = run.part("experiments", _on_part("arms", config), arm_folder(config, arm), f"seed-{seed}")
+    settings = trial_config(config, arm.params, str(folder.root), f"arm {arm.name}")
+    if settings.score.unconditional != config.score.unconditional:
+        folder.scores = context_scores(run, settings.score.unconditional)
+    return settings.model_copy(update={"seed": seed}), folder
+
+
+def arm_folder(config: Config, arm: Arm) -> str:
+    """`bdpo-alpha-2.0`: the method, and whatever the arm has otherwise than the run would have it."""
+    method: str = arm.params["method.name"]
+    as_the_run = _method(method, config)
+    changed = [
+        f"{key.rpartition('.')[2]}-{json.dumps(value)}"
+        for key, value in arm.params.items()
+        if value != as_the_run.get(key, value_at(config, key))
+    ]
+    return re.sub(r"[^A-Za-z0-9._+]+", "-", "-".join([method, *changed])).replace("+", "").strip("-")
+
+
+def base_run(config: Config, run: RunDir) -> RunDir:
+    """Where the base model is evaluated: with the run, or apart where it is on a part of the prompts."""
+    return run if config.evaluate.part == "all" else run.part("experiments", _on_part("base", config))
+
+
+def _on_part(name: str, config: Config) -> str:
+    """A folder's name; what is evaluated on a part of the prompts is kept apart."""
+    part = config.evaluate.part
+    return name if part == "all" else f"{name}-{part}"
+
+
+def run_at(root: StoragePath) -> RunDir:
+    """The run folder at a path: one of its own, or that of an arm or a trial, with the pairs of its run."""
+    if (root / "data").is_dir():
+        return RunDir(root)
+    names, around = [root.name], root.parent
+    while around.name not in ("", "experiments", "tune"):
+        names.insert(0, around.name)
+        around = around.parent
+    if not (around.name and (around.parent / "config.yaml").is_file()):
+        return RunDir(root)
+    run = RunDir(around.parent)
+    part = run.part(around.name, *names)
+    context = run_config(part).score.unconditional
+    if context != run_config(run).score.unconditional:
+        part.scores = context_scores(run, context)
+    return part
+
+
+def context_scores(run: RunDir, context: str) -> StoragePath:
+    """The scores of a run's pairs with another unconditional context than the run's."""
+    return run.root / "experiments" / f"{_CONTEXT}{context}" / "scores"
+
+
+def experiment_results(run: RunDir, name: str) -> list[StoragePath]:
+    """All that an experiment makes, with what it shares with the run and with other experiments."""
+    shared = [
+        folder
+        for experiments in (run.root / "experiments", run.private / "experiments")
+        for kind in (_CONTEXT, "arms", "base")
+        for folder in matching(experiments, f"{kind}*")
+    ]
+    own = run.part("experiments", name).root
+    return [run.data, run.scores, run.eval("base"), run.responses("base"), *shared, own]
+
+
+def rescored(config: Config, run: RunDir) -> tuple[Config, RunDir]:
+    """The config and the folder under which an arm's trained model scores the pairs of the run."""
+    folder = run.part()
+    folder.scores = run.root / "rescored"
+    return config.model_copy(update={"model": evaluated_model(config, run, "trained").model}), folder

@@ -1,0 +1,1 @@
+"""Causal language models: loading, tokenizer, adapters, packed forward passes, log-probs."""

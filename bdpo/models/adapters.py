@@ -1,0 +1,130 @@
+"""LoRA adapters: put into a model to be trained, or merged into it to be evaluated or exported.
+
+Other kinds of adapters are left out. Wants `peft` (extra `lora`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bdpo.config import SANDBOX, Config, LoraConfig, ModelConfig
+from bdpo.errors import UserError, first_line
+from bdpo.models.loading import hub_snapshot, load_model, model_config, model_folder
+from bdpo.storage.digests import files_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bdpo.models.tokenizer import ChatTokenizer
+
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapter_folder(name: str, key: str) -> Path:
+    """The local folder of an adapter: as named, or the hub's snapshot; `key` is what errors name.
+
+    Raises:
+        UserError: there is none, or it has no `adapter_config.json` and `adapter_model.safetensors`.
+    """
+    folder = Path(name).expanduser()
+    folder = folder if folder.is_dir() else hub_snapshot(name, None, key)
+    for file in (_CONFIG, _WEIGHTS):
+        if not (folder / file).is_file():
+            raise UserError(f"{key}={name}: the folder has no {file}")
+    return folder.resolve()
+
+
+def adapter_digest(folder: Path) -> str:
+    """Digest of the adapter's config and weights."""
+    return files_digest([folder / _CONFIG, folder / _WEIGHTS])
+
+
+def base_of(folder: Path) -> str:
+    """The model that an adapter says it was trained over."""
+    return str(json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+def load_adapted(base: ModelConfig, folder: Path) -> PreTrainedModel:
+    """The base model with the adapter merged into its weights, in the base's dtype.
+
+    Raises:
+        UserError: `peft` is not installed, or the adapter does not fit the model.
+    """
+    with _peft_there():
+        from peft import PeftModel
+    model = load_model(model_folder(base), base)
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{folder}: does not fit {base.name_or_path} as an adapter ({first_line(error)})"
+        ) from None
+    return adapted.merge_and_unload()
+
+
+def add_lora(model: PreTrainedModel, lora: LoraConfig, base: ModelConfig, seed: int) -> None:
+    """Freeze the model and put fresh adapters into it, in place: random A, zero B, so it says what it said.
+
+    From then on it saves its adapter alone, which names `base` as its model.
+
+    Raises:
+        UserError: `peft` is not installed, or the model has no such layers to adapt.
+    """
+    import torch
+
+    with _peft_there():
+        import peft
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    config = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        raise UserError(f"train.lora.target_modules={lora.target_modules}: {first_line(error)}") from None
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise UserError(f"train.lora.target_modules={lora.target_modules}: the output head cannot be adapted")
+    if base.name_or_path != SANDBOX and not Path(base.name_or_path).expanduser().is_dir():
+        # From the hub: the adapter is of that model, not of its snapshot on this machine.
+        config.base_model_name_or_path, config.revision = base.name_or_path, base.revision
+
+
+def export_merged(base: ModelConfig, adapter: Path, chat: ChatTokenizer, folder: Path) -> None:
+    """Write the base model with the adapter merged into it as from_pretrained loads it."""
+    load_adapted(base, adapter).save_pretrained(folder)
+    chat.tokenizer.save_pretrained(folder)
+
+
+def check_lora(config: Config) -> None:
+    """Make sure that the adapters of `train.lora` fit the model, without loading its weights.
+
+    Raises:
+        UserError: they do not, or `peft` is not installed.
+    """
+    if config.train.lora:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                model_config(config.model), trust_remote_code=config.model.trust_remote_code
+            )
+            add_lora(model, config.train.lora, config.model, config.seed)
+
+
+@contextmanager
+def _peft_there() -> Iterator[None]:
+    try:
+        yield
+    except ImportError:
+        raise UserError("LoRA adapters want peft; pip install 'bdpo[lora]'") from None

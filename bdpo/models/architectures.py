@@ -1,0 +1,75 @@
+"""What an architecture does, found out on one random layer of it: no weights, no list of names."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+VOCABULARY = 64  # of the layer
+
+
+def one_layer(
+    shape: PreTrainedConfig, attention: str, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The first layer of the model: its true heads, next to nothing else; always the same random weights."""
+    return _build(_first_layer(shape), attention).to(dtype).to(device).eval()
+
+
+def head_says_logits(shape: PreTrainedConfig) -> bool:
+    """Whether a model's logits are its output head applied to its last hidden state, to rounding.
+
+    Some scale or cap them (Cohere, Granite, Gemma 2). What cannot be built or run is taken for one of those.
+    """
+    if shape.get_text_config() is not shape:  # of a model of several parts this would build all of them
+        return False
+    kind: Any = type(shape)
+    return _head_says_logits(kind, shape.to_json_string(use_diff=False))
+
+
+@lru_cache
+def _head_says_logits(kind: Any, values: str) -> bool:
+    try:
+        # A model may be on its way to the meta device, or in a mode of a caller that watches it.
+        with torch.device("cpu"), torch.inference_mode():
+            model = _build(_first_layer(kind.from_dict(json.loads(values))), "eager").float().eval()
+            ids = torch.arange(2, 2 + 2 * 24).view(2, 24) % VOCABULARY
+            seen = torch.ones_like(ids, dtype=torch.bool)
+            seen[1, 16:] = False
+            inputs = {"input_ids": ids, "attention_mask": seen, "use_cache": False}
+            head, own = model.get_output_embeddings(), model(**inputs).logits[seen]
+            hidden = model.base_model(**inputs).last_hidden_state[seen]
+            torch.testing.assert_close(F.linear(hidden, head.weight, head.bias), own, rtol=1e-5, atol=1e-5)
+    except Exception:  # of any architecture's code: whatever it is, its own logits are right
+        return False
+    return True
+
+
+def _first_layer(shape: PreTrainedConfig) -> PreTrainedConfig:
+    shape = copy.deepcopy(shape)
+    shape.num_hidden_layers, shape.vocab_size = 1, VOCABULARY
+    for width in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
+        if getattr(shape, width, None):
+            setattr(shape, width, 64)
+    shape.initializer_range = 2 / math.sqrt(shape.hidden_size)  # so that tokens choose whom they look at
+    shape.pad_token_id = shape.bos_token_id = shape.eos_token_id = None
+    if len(getattr(shape, "layer_types", None) or ()) > 1:
+        shape.layer_types = shape.layer_types[:1]
+    return shape
+
+
+def _build(shape: PreTrainedConfig, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(shape, attn_implementation=attention, trust_remote_code=False)

@@ -1,0 +1,108 @@
+"""Which attention takes the shared rows: FlexAttention where it proves itself on this very device, else SDPA.
+
+FlexAttention compiles a kernel that skips what a mask hides; how well depends on torch, the GPU and the
+heads of the model. So it is tried before it is used: a layer as wide as the model's, rows of several
+shapes, forward and backward, against SDPA.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from bdpo.config import Config
+from bdpo.errors import first_line
+from bdpo.models.architectures import VOCABULARY, one_layer
+from bdpo.models.loading import model_config
+from bdpo.models.logps import LogpsModel, why_plain_rows
+from bdpo.models.packing import Tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+log = logging.getLogger(__name__)
+
+# (context, response, response) tokens of the trees of a batch. Kernels are compiled for the first two
+# and for single rows; after them no shape may need another.
+FIRST_SHAPES = [[(70, 90, 40)] * 9, [(130, 200, 60)] * 7, [(300, 150, 160)]]
+
+MORE_SHAPES = [[(90, 20, 70)] * 8, [(200, 333, 100)] * 5, [(41, 201, 99), (500, 80, 100)]]
+
+# How much further than SDPA's FlexAttention's log-probs may be from those in float32.
+TOLERANCE = 3.0
+
+
+def attention_of(config: Config, device: torch.device) -> str:
+    """What `model.attn_implementation` means for shared rows on this device.
+
+    On CPU FlexAttention is SDPA: there it has no backward.
+    """
+    model = config.model
+    if model.attn_implementation not in ("auto", "flex_attention"):
+        return model.attn_implementation
+    shape = model_config(model)
+    if device.type != "cuda" or why_plain_rows(shape, config.data.max_length):
+        return "sdpa"
+    if model.attn_implementation == "flex_attention":
+        return "flex_attention"
+    why = why_not_flex(shape, getattr(torch, model.dtype), device, config.data.max_length)
+    log.info("attention: %s", f"SDPA, for FlexAttention {why}" if why else "FlexAttention")
+    return "sdpa" if why else "flex_attention"
+
+
+def why_not_flex(
+    shape: PreTrainedConfig, dtype: torch.dtype, device: torch.device, max_length: int
+) -> str | None:
+    """What FlexAttention gets wrong or cannot do here, in words that follow its name, or None."""
+    try:
+        exact, sdpa, flex = (
+            LogpsModel(one_layer(shape, kind, of, device), max_length)
+            for kind, of in (("sdpa", torch.float32), ("sdpa", dtype), ("flex_attention", dtype))
+        )
+        if not flex.shared_rows:
+            return "is of no use to rows that are not shared"
+        for trees in map(_trees, FIRST_SHAPES):
+            if why := _differs(exact, sdpa, flex, trees):
+                return why
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for trees in map(_trees, MORE_SHAPES):
+                if why := _differs(exact, sdpa, flex, trees):
+                    return why
+    except Exception as error:  # of a compiler, a driver or a library: whatever it is, SDPA works
+        return f"fails ({type(error).__name__}: {first_line(error)})"
+    return None
+
+
+def _trees(lengths: list[tuple[int, int, int]]) -> list[Tree]:
+    trees = []
+    for number, (context, *responses) in enumerate(lengths, 1):
+        ids = [[(number * step) % VOCABULARY for step in range(1, n + 1)] for n in (context, *responses)]
+        trees.append(Tree(ids[0], ids[1:]))
+    return trees
+
+
+def _differs(exact: LogpsModel, sdpa: LogpsModel, flex: LogpsModel, trees: list[Tree]) -> str | None:
+    """Whether log-probs or gradients are further from those in float32 than SDPA's are."""
+    with torch.inference_mode():
+        scored = [model(trees) for model in (exact, sdpa, flex)]
+    if _worse(*scored):
+        return "answers other log-probs than SDPA"
+    for model in (exact, sdpa, flex):
+        model.zero_grad()
+        model(trees).sum().backward()
+    if _worse(*map(_gradient, (exact, sdpa, flex))):
+        return "answers another gradient than SDPA"
+    return None
+
+
+def _gradient(model: LogpsModel) -> torch.Tensor:
+    """All of it: the biases of keys alone have none but what rounding leaves."""
+    return torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
+
+
+def _worse(exact: torch.Tensor, sdpa: torch.Tensor, flex: torch.Tensor) -> bool:
+    distance = [float((each.float() - exact).norm() / exact.norm()) for each in (sdpa, flex)]
+    return not distance[1] <= TOLERANCE * distance[0] + 1e-5

@@ -1,0 +1,255 @@
+"""Summed log-probabilities of responses in their contexts: the forward that scoring and training share.
+
+Because both call `pair_logps`, policy and reference agree to rounding at step 0. The output head runs
+on response positions only and over a chunk of them at a time; its weights' gradient is summed up in
+float32. `torch.nn.functional.linear_cross_entropy` is not used: of bfloat16 inputs it rounds each
+token's loss to bfloat16 (torch 2.13).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bdpo.models.architectures import head_says_logits
+from bdpo.models.packing import Batch, Tree, pack, pack_plain
+from bdpo.models.tokenizer import EncodedPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def mean_states(hidden: torch.Tensor, response_of: torch.Tensor, responses: int) -> torch.Tensor:
+    """(tokens, hidden size) -> (responses, hidden size), float32: the mean of the states of each response."""
+    sums = hidden.new_zeros(responses, hidden.shape[1], dtype=torch.float32)
+    sums.index_add_(0, response_of, hidden.float())
+    return sums / response_of.bincount(minlength=responses)[:, None]
+
+
+log = logging.getLogger(__name__)
+
+# Logits that exist at one time: 128 MiB in float32.
+CHUNK_ELEMENTS = 2**25
+
+# Architectures known to take a 4-D mask and restarted positions. Every one of them is run
+# by `tests/models/test_architectures.py`.
+SHARED_ROW_MODELS = frozenset(
+    ["gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"]
+)
+
+
+def pair_logps(model: Any, pairs: Sequence[EncodedPair]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(chosen, rejected): summed log π(y | c(x)) in nats, float32, both shape (pairs,).
+
+    `model` is a LogpsModel or an engine around one.
+    """
+    chosen, rejected = model(pair_trees(pairs)).view(-1, 2).unbind(1)
+    return chosen, rejected
+
+
+def pair_trees(pairs: Sequence[EncodedPair]) -> list[Tree]:
+    """`[c(x) | y_w | y_l]` of every pair."""
+    return [Tree(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
+
+
+def why_plain_rows(config: PreTrainedConfig, max_length: int) -> str | None:
+    """Why rows cannot be shared in this model, or None; a function of its config alone.
+
+    A 4-D mask takes the place of a sliding window, which is right as long as no sequence of `max_length`
+    tokens is longer than the window. State-space and linear-attention layers look at no mask at all,
+    eager and flash attention take other masks: all models that nobody has looked at get plain rows.
+    """
+    if config.model_type not in SHARED_ROW_MODELS:
+        return f"{config.model_type} models are not known to take a custom mask"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < max_length:
+        return f"the sliding window of {window} tokens is shorter than data.max_length={max_length}"
+    if config._attn_implementation not in ("sdpa", "flex_attention"):
+        return f"model.attn_implementation={config._attn_implementation} takes no custom mask"
+    return None
+
+
+class LogpsModel(nn.Module):
+    """A causal language model of transformers that answers with log-probs of responses.
+
+    The model keeps its parameters under its own names; its output head is replaced by a LogpsHead, with
+    which it still answers calls of its own with logits. Of models that scale or cap what the head says
+    (`head_says_logits`) the own logits are used: those of the responses' part of a row.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_length: int) -> None:
+        super().__init__()
+        self.model = model
+        self.chunked = head_says_logits(model.config)
+        why = why_plain_rows(model.config, max_length)
+        self.shared_rows = why is None and self.chunked
+        self.tokens_forwarded = 0  # padding included, since the model was made
+        if self.chunked:
+            model.set_output_embeddings(LogpsHead(model.get_output_embeddings()))
+        if why:
+            _say_once(f"a row for each response instead of one for both: {why}")
+
+    def forward(
+        self, trees: Sequence[Tree], means: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Summed log π(response | context), nats, float32, shape (responses of all trees,).
+
+        With `means` also the mean state of each response, see `bdpo.method.ches`, (responses, hidden size);
+        not a number where the model's hidden states are not known.
+        """
+        config, device = self.model.config, self.model.device
+        flex = device if config._attn_implementation == "flex_attention" else None
+        batch = pack(trees, config.hidden_size, flex) if self.shared_rows else pack_plain(trees)
+        self.tokens_forwarded += batch.input_ids.numel()
+        if self.chunked:
+            batch = batch.to(device)
+            inputs = _inputs(batch)
+            hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)[batch.predictors]
+            token_logps = self.model.get_output_embeddings()(hidden, batch.targets)
+        else:
+            token_logps = self._by_own_logits(batch)
+            batch = batch.to(device)
+        responses = sum(len(tree.responses) for tree in trees)
+        logps = token_logps.new_zeros(responses).index_add(0, batch.responses, token_logps)
+        if not means:
+            return logps
+        if not self.chunked:
+            return logps, logps.new_full((responses, 1), torch.nan)
+        return logps, mean_states(hidden, batch.responses, responses)
+
+    def _by_own_logits(self, batch: Batch) -> torch.Tensor:
+        """Log-probs of the targets; as many rows at a time as have a chunk of logits, one at least.
+
+        Logits begin where the first response is predicted, if the model can leave out those before. Where
+        there is a backward to come all are kept for it, so all rows go at once.
+        """
+        rows, width = batch.input_ids.shape
+        kept = width
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            kept -= int((batch.predictors % width).min())
+        chunk = max(1, CHUNK_ELEMENTS // (kept * self.model.config.get_text_config().vocab_size))
+        logps = []
+        for some in torch.arange(rows).split(rows if torch.is_grad_enabled() else chunk):
+            here = torch.isin(batch.predictors // width, some)
+            row, column = batch.predictors[here] // width - some[0], batch.predictors[here] % width
+            part = replace(
+                batch,
+                input_ids=batch.input_ids[some],
+                attention_mask=batch.attention_mask[some],
+                predictors=row * kept + column - (width - kept),
+                targets=batch.targets[here],
+            ).to(self.model.device)
+            few = {"logits_to_keep": kept} if kept < width else {}
+            logits = self.model(**_inputs(part), **few).logits.flatten(0, 1)
+            logps.append(_PickedLogps.apply(logits, part.predictors, part.targets))
+        return torch.cat(logps)
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    return inputs if batch.position_ids is None else inputs | {"position_ids": batch.position_ids}
+
+
+class LogpsHead(nn.Module):
+    """An output head that says log π(target) of hidden states, chunk by chunk.
+
+    It holds the parameters of the head it replaces, tied or not. Being one module call, it lets ZeRO-3
+    gather a partitioned weight once for all chunks.
+    """
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self.weight = head.weight
+        self.bias = head.bias
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Log-probs of `targets`, (tokens,) float32, of `hidden` (tokens, width); logits without targets."""
+        if targets is None:
+            return F.linear(hidden, self.weight, self.bias)
+        return _TargetLogps.apply(hidden, self.weight, self.bias, targets)
+
+
+class _TargetLogps(torch.autograd.Function):
+    """log softmax(hidden Wᵀ + b)[target]; logits live one chunk at a time, in backward too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        logps = torch.empty(len(targets), device=hidden.device)
+        for chunk in _chunks(len(targets), len(weight)):
+            logps[chunk] = _picked(F.linear(hidden[chunk], weight, bias).float(), targets[chunk])
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        for chunk in _chunks(len(targets), len(weight)):
+            logits = F.linear(hidden[chunk], weight, bias).float()
+            grad_logits = _grad_of_picked(logits, targets[chunk], grad[chunk]).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[chunk] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[chunk]
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+        return grad_hidden, _like(grad_weight, weight), _like(grad_bias, bias), None
+
+
+class _PickedLogps(torch.autograd.Function):
+    """log softmax(logits[row])[target], as plain rows have it: no row twice. Float32 a chunk at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits, rows, targets)
+        logps = torch.empty(len(targets), device=logits.device)
+        for chunk in _chunks(len(targets), logits.shape[1]):
+            logps[chunk] = _picked(logits[rows[chunk]].float(), targets[chunk])
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits, rows, targets = ctx.saved_tensors
+        grad_logits = torch.zeros_like(logits)
+        for chunk in _chunks(len(targets), logits.shape[1]):
+            of_chunk = _grad_of_picked(logits[rows[chunk]].float(), targets[chunk], grad[chunk])
+            grad_logits[rows[chunk]] = of_chunk.to(logits.dtype)
+        return grad_logits, None, None
+
+
+def _picked(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log softmax(z)[t] = z[t] - log Σ exp(z)."""
+    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
+
+
+def _grad_of_picked(logits: torch.Tensor, targets: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """d log softmax(z)[t] / dz = onehot(t) - softmax(z), in the place of the logits."""
+    grad_logits = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_().mul_(-grad[:, None])
+    return grad_logits.scatter_add_(1, targets[:, None], grad[:, None])
+
+
+def _chunks(tokens: int, vocabulary: int) -> list[slice]:
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    return [slice(start, start + size) for start in range(0, tokens, size)]
+
+
+def _like(grad: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor | None:
+    return None if grad is None else grad.to(parameter.dtype)
+
+
+@lru_cache
+def _say_once(message: str) -> None:
+    log.warning(message)

@@ -1,0 +1,1 @@
+"""HTML pages and figures of a run, its scores, a search and an experiment."""

@@ -1,0 +1,141 @@
+"""One HTML file that needs nothing else: text, tables and figures, for screen, phone and paper.
+
+Figures are SVG with the page's own colours, so that they follow light and dark. Text comes from configs,
+names and numbers alone: what a model wrote or was asked is never handed to this module.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from bdpo.storage.paths import StoragePath, write_bytes, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+INK, BLUE, ORANGE, GREEN, PINK, GREY = "#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#777777"
+"""Told apart by every eye (Okabe, Ito)."""
+
+COLOURS = (BLUE, ORANGE, GREEN, PINK, GREY)
+
+_ON_PAGE = {
+    INK: "currentColor",
+    "#ffffff": "var(--paper)",
+    BLUE: "var(--blue)",
+    ORANGE: "var(--orange)",
+    GREEN: "var(--green)",
+    PINK: "var(--pink)",
+    GREY: "var(--grey)",
+}
+
+_DPI = 200
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: texts, with the numbers (all columns but the first) on the right; facts, without headings.
+
+    A part has at most one with headings: its CSV is called by the part.
+    """
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, and the name of the PNG that is written beside the page."""
+
+    name: str
+    figure: Figure
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section of the page: what it shows, in this order."""
+
+    heading: str
+    text: Sequence[str] = ()
+    grids: Sequence[Grid] = ()
+    pictures: Sequence[Picture] = ()
+    folded: bool = False  # shown only when asked for
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that is written."""
+
+    title: str
+    lead: Sequence[str]
+    parts: Sequence[Part] = field(default_factory=list)
+
+
+def plain_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of this many inches with one pair of axes, open above and on the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def legend_below(axes: Axes) -> None:
+    """A legend where it hides no point."""
+    handles = axes.get_legend_handles_labels()
+    axes.figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+
+
+def write_page(page: Page, file: StoragePath) -> None:
+    """Write the page; beside it each of its pictures as a PNG, and its tables that have headings as CSV."""
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("bdpo").joinpath("page.html.jinja").read_text("utf-8"))
+    pictures = {p.name: _svg(p) for part in page.parts for p in part.pictures}
+    for part in page.parts:
+        for picture in part.pictures:
+            write_figure(picture.figure, file.parent / f"{picture.name}.png")
+        for grid in part.grids:
+            if any(grid.headings):
+                name = re.sub(r"\W+", "-", part.heading.lower()).strip("-")
+                write_text(file.parent / f"{name}.csv", _csv(grid))
+    write_text(file, template.render(page=page, pictures=pictures))
+
+
+def _csv(grid: Grid) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([grid.headings, *grid.rows])
+    return text.getvalue()
+
+
+def write_figure(figure: Figure, file: StoragePath) -> None:
+    """Write a figure in the format that the file's name ends with."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=_DPI, format=file.suffix[1:])
+    write_bytes(file, drawn.getvalue())
+
+
+def _svg(picture: Picture) -> Any:
+    """The figure as a part of the page: its own ids, the page's fonts and colours."""
+    import matplotlib as mpl
+    from markupsafe import Markup
+
+    svg = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": picture.name, "svg.id": picture.name}):
+        picture.figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = svg.getvalue()
+    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # nobody refers to groups
+    for colour, variable in _ON_PAGE.items():
+        text = text.replace(f": {colour}", f": {variable}")
+    return Markup(text)  # noqa: S704 (made by matplotlib, which escapes)

@@ -1,0 +1,419 @@
+"""The page of a run: what was run, on which data, what came of it and what it cost.
+
+Made from what lies in the run folder, of a run that is finished or not: a part of which there is nothing
+is not there. Every word on it is a name, a number or ours; prompts and answers are in other folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from bdpo.cluster.nodes import versions as package_versions
+from bdpo.config import Config, TuneConfig, parse_config, worker_range
+from bdpo.evaluation.answers import MODEL_NAMES
+from bdpo.evaluation.compare import compare
+from bdpo.evaluation.results import Evaluation, read_evaluation
+from bdpo.evaluation.tables import comparison_rows, invalid_lines, percent
+from bdpo.reports.page import (
+    BLUE,
+    COLOURS,
+    Grid,
+    Page,
+    Part,
+    Picture,
+    plain_axes,
+)
+from bdpo.reports.scores import QUANTILES, mi_difference, mi_imbalance, mi_scatter, mi_summary
+from bdpo.reports.search import search_figures
+from bdpo.scoring.scores import finished_scores
+from bdpo.stats import ENDS, p_value
+from bdpo.storage.manifests import read_manifest
+from bdpo.storage.metrics_log import MetricsLog
+from bdpo.storage.paths import StoragePath, matching, open_parquet
+from bdpo.storage.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+SIGNIFICANT = 0.05
+
+_POINTS_OF_A_CURVE = 400
+
+_CURVES = {
+    "loss": "loss",
+    "rewards/margins": "reward margin",
+    "rewards/accuracies": "reward accuracy",
+    "logps/chosen": "log π of the preferred response",
+}
+
+_OWN_KEYS = {
+    "bdpo": ("alpha", "balance"),
+    "dpo_bw": ("balance",),
+    "dpo_sf": ("alpha",),
+    "cdpo": ("label_smoothing",),
+    "robust": ("label_smoothing",),
+    "cpo": ("cpo_alpha",),
+    "simpo": ("simpo_gamma",),
+    "safedpo": ("safedpo_delta",),
+}
+"""What a method goes by beside `beta`; the finer settings of its weights are in the table of all settings."""
+
+
+def run_page(config: Config, run: RunDir) -> Page:
+    """All that there is to show of a run folder; `config` is of its last command.
+
+    A model that is trained is shown with the config that it was trained with.
+    """
+    config = trained_config(config, run)
+    evaluations = run_evaluations(run)
+    parts = [
+        what_was_run(config, run, read_manifest(run.train / "manifest.json")),
+        data(run),
+        understanding(config, run),
+        training({"": [MetricsLog(run.metrics).read()]}),
+        safety(evaluations),
+        _search(run),
+        _experiments(run),
+        cost([*spent(run_stages(config, run)), *_search_spent(config, run)]),
+        settings(config),
+    ]
+    title = f"{config.method.name} on {config.model.name_or_path}"
+    return Page(title, _lead(config, evaluations), [part for part in parts if part is not None])
+
+
+def trained_config(config: Config, run: RunDir) -> Config:
+    """The config that the model in a run folder was trained with, `config` where there is none."""
+    file = run.train / "manifest.json"
+    manifest = read_manifest(file)
+    return parse_config(manifest["config"], str(file)) if manifest and "config" in manifest else config
+
+
+def run_evaluations(run: RunDir) -> dict[str, Evaluation]:
+    """The finished evaluations of a run's models, by name."""
+    there = [name for name in MODEL_NAMES if (run.eval(name) / "summary.json").is_file()]
+    return {name: read_evaluation(run.eval(name)) for name in there}
+
+
+def _lead(config: Config, evaluations: dict[str, Evaluation]) -> list[str]:
+    lines = [f"Run folder {config.run_dir}, seed {config.seed}."]
+    if "base" in evaluations and "trained" in evaluations:
+        lines += sentences({name: evaluations[name] for name in ("base", "trained")}, main_only=True)
+    return lines
+
+
+def what_was_run(config: Config, run: RunDir, trained: Mapping[str, Any] | None, arms: bool = False) -> Part:
+    """Model, method, data and training; the versions are those in `trained`, the manifest of a training.
+
+    Of `arms` there is a table.
+    """
+    method, train = config.method, config.train
+    recorded = trained is not None and "versions" in trained
+    versions = trained["versions"] if trained and recorded else package_versions()
+    named = ", ".join(f"{name} {number}" for name, number in versions.items())
+    own_rates = arms and config.experiment.learning_rates
+    rate = "each arm's own, see below" if own_rates else f"{train.learning_rate:g}"
+    rows = [("model", f"{config.model.name_or_path} ({config.model.dtype})")]
+    if not arms:
+        keys = ("beta", *_OWN_KEYS.get(method.name, ()))
+        how = ", ".join(f"{key} {getattr(method, key)}" for key in keys)
+        rows.append(("method", f"{method.name}: {how}"))
+    length = f"steps: {train.max_steps}" if train.max_steps else f"epochs: {train.num_train_epochs:g}"
+    rows += [
+        ("data", f"{config.data.path} ({config.data.format})"),
+        ("training", f"{length}, each batch of {train.global_batch_size} pairs"),
+        ("learning rate", f"{rate}, {train.lr_scheduler_type}"),
+        ("workers", f"{train.workers} x ZeRO-{train.zero_stage}"),
+        ("versions" if recorded else "versions where this page was written", named),
+    ]
+    manifest = read_manifest(run.scores / "manifest.json")
+    marks = {} if manifest is None else manifest["fingerprint"]
+    shown = ("weights", "tokenizer", "chat_template", "pairs", "unconditional")
+    rows += [(f"scores: {name}", str(marks[name])) for name in shown if name in marks]
+    return Part("What was run", grids=[Grid(("", ""), rows)])
+
+
+def data(run: RunDir, trained: bool = True) -> Part | None:
+    """What became of every row that was read, and of `trained` which pairs it is trained on."""
+    manifest = read_manifest(run.data / "manifest.json")
+    if manifest is None:
+        return None
+    account = manifest["account"]
+    rows = [("read", f"{account['rows']:,}")]
+    for fate in ("quarantined", "excluded"):
+        rows += [(f"{fate}: {reason}", f"{count:,}") for reason, count in sorted(account[fate].items())]
+    rows += [("not sampled", f"{account['not_sampled']:,}")] if account["not_sampled"] else []
+    rows.append(("prepared", f"{account['kept']:,}"))
+    rows += [(f"prepared, {group}", f"{count:,}") for group, count in sorted(account["groups"].items())]
+    if trained:
+        rows += _trained_on(run)
+    text = ["Rows read = quarantined + excluded + not sampled + prepared."]
+    return Part("Data", text, [Grid(("", "rows"), rows)])
+
+
+def _trained_on(run: RunDir) -> list[tuple[str, str]]:
+    """Pairs by what training made of them, as its manifest has it."""
+    manifest = read_manifest(run.train / "manifest.json") or {}
+    pairs = {key: count for key, count in manifest.get("pairs", {}).items() if key != "prepared"}
+    safety = {f"safety labels: {key.replace('_', ' ')}": n for key, n in manifest.get("safety", {}).items()}
+    return [(key, f"{count:,}") for key, count in (pairs | safety).items()]
+
+
+def understanding(config: Config, run: RunDir) -> Part | None:
+    """The mutual information of the pairs, if they are scored."""
+    if read_manifest(run.scores / "manifest.json") is None:
+        return None
+    _, scores = finished_scores(run)
+    summary, imbalance = mi_summary(scores, config.method), mi_imbalance(scores)
+    rows = []
+    for row in summary:
+        for side in ("chosen", "rejected"):
+            mi = row[side]
+            numbers = [f"{number:.3f}" for number in (mi["mean"], *mi["quantiles"])]
+            shares = [f"{100 * mi[share]:.1f} %" for share in ("negative", "floored")]
+            rows.append((f"{row['group'] or 'all'} queries, {side}", f"{row['pairs']:,}", *numbers, *shares))
+        if row["ches"] is not None:
+            numbers = [f"{number:.4g}" for number in (row["ches"]["mean"], *row["ches"]["quantiles"])]
+            rows.append((f"{row['group'] or 'all'} queries, CHES", f"{row['pairs']:,}", *numbers, "", ""))
+    quantiles = [f"{quantile:.0%}" for quantile in QUANTILES]
+    headings = ("nats per token", "pairs", "mean", *quantiles, "below 0", "floored")
+    better = [
+        f"Of the {row['group'] or 'all'} queries the preferred response is better understood in "
+        f"{100 * row['chosen_better']:.1f} % (95 % interval {100 * row['chosen_better_low']:.1f} to "
+        f"{100 * row['chosen_better_high']:.1f}); I_w − I_l is {row['difference']:+.3f} on average "
+        f"({row['low']:+.3f} to {row['high']:+.3f})."
+        for row in imbalance
+    ]
+    pictures = [
+        Picture("mi", mi_scatter(scores), "Mutual information of both responses, nats per token."),
+        Picture("mi-difference", mi_difference(scores), "How differently the two are understood."),
+    ]
+    caption = "CHES has no unit: how alike the model sees both responses, the higher the more."
+    grid = Grid(headings, rows, caption if any(row["ches"] for row in summary) else "")
+    return Part("What the reference model understands", better, [grid], pictures)
+
+
+def training(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Part | None:
+    """Curves of one or more trainings: name -> a log for each seed; the name "" wants no legend."""
+    logs = {name: [log for log in seeds if log] for name, seeds in logs.items()}
+    logs = {name: seeds for name, seeds in logs.items() if seeds}
+    if not logs:
+        return None
+    rows = []
+    for name, seeds in logs.items():
+        last = [log[-1] for log in seeds]
+        numbers = (f"{np.mean([row[key] for row in last]):.3f}" for key in _CURVES)
+        rows.append((name or "last step", str(int(last[0]["step"])), *numbers))
+    pictures = [
+        Picture(f"curve-{key.replace('/', '-')}", _curves(logs, key, label), f"{label}, by step.")
+        for key, label in _CURVES.items()
+    ]
+    return Part("Training", grids=[Grid(("", "steps", *_CURVES.values()), rows)], pictures=pictures)
+
+
+def _curves(logs: dict[str, Sequence[Sequence[dict[str, Any]]]], key: str, label: str) -> Figure:
+    """The mean over seeds, and from the lowest to the highest seed."""
+    figure, axes = plain_axes(4.6, 3.0)
+    for number, (name, seeds) in enumerate(logs.items()):
+        steps = min(len(log) for log in seeds)
+        values = np.array([[row[key] for row in log[:steps]] for log in seeds], dtype=float)
+        at = np.unique(np.linspace(0, steps - 1, min(steps, _POINTS_OF_A_CURVE)).astype(int))
+        colour = COLOURS[number % len(COLOURS)] if name else BLUE
+        line = ("-", "--", ":")[number // len(COLOURS) % 3]
+        axes.plot(at + 1, values.mean(0)[at], c=colour, ls=line, lw=1.3, label=name)
+        if len(seeds) > 1:
+            axes.fill_between(at + 1, values.min(0)[at], values.max(0)[at], color=colour, alpha=0.18, lw=0)
+    axes.set(xlabel="step", ylabel=label)
+    if len(logs) > 1:
+        axes.legend(frameon=False, fontsize="small", ncols=2)
+    return figure
+
+
+def safety(evaluations: dict[str, Evaluation]) -> Part | None:
+    """The evaluated models side by side, and what their differences amount to."""
+    if not evaluations:
+        return None
+    table = comparison_rows({name: read.summary for name, read in evaluations.items()})
+    rows = [
+        (
+            f"– {row['category']}" if row["category"] else row["measure"],
+            row["n"],
+            *(row[name] for name in evaluations),
+        )
+        for row in table
+    ]
+    invalid = [line for name, read in evaluations.items() for line in invalid_lines(name, read.summary)]
+    grid = Grid(("percent", "n", *evaluations), rows, "With 95 % intervals over clusters of prompts.")
+    return Part("Safety and usefulness", [*invalid, *sentences(evaluations)], [grid])
+
+
+def sentences(evaluations: dict[str, Evaluation], main_only: bool = False) -> list[str]:
+    """What every two models' difference amounts to, a sentence a measure."""
+    said = []
+    for first, second in combinations(evaluations, 2):
+        for row in compare(evaluations[first].scores, evaluations[second].scores):
+            if not main_only or row["measure"] in ("safety", "compliance"):
+                said.append(sentence(measure_name(row), first, second, row))
+    return said
+
+
+def measure_name(row: dict[str, Any]) -> str:
+    """`StrongReject safety`, of a row with `benchmark` and `measure`."""
+    names = {"strongreject": "StrongReject", "xstest": "XSTest", "simpleqa": "SimpleQA"}
+    return f"{names.get(row['benchmark'], row['benchmark'])} {row['measure'].replace('_', ' ')}"
+
+
+def sentence(measure: str, first: str, second: str, row: dict[str, Any]) -> str:
+    """One comparison in words; `row` is what `paired_difference` says."""
+
+    def points(value: float) -> str:
+        return f"{round(100 * value, 1) + 0.0:+.1f}"  # + 0.0: no minus before a zero
+
+    said = f"{points(row['difference'])} points"
+    if row["low"] is not None:
+        said += f" (95 % interval {points(row['low'])} to {points(row['high'])})"
+    meant = "more than the choice of prompts explains" if row["p"] < SIGNIFICANT else "chance may explain it"
+    values = f"{second} {100 * row['second']:.1f} %, {first} {100 * row['first']:.1f} %"
+    return f"{measure}: {values}: {said}, p {p_value(row['p'])}, {meant}."
+
+
+def _search(run: RunDir) -> Part | None:
+    begun, file = read_manifest(run.tune / "begun.json"), run.tune / "results.parquet"
+    if begun is None or not file.is_file():
+        return None
+    tune = swept(begun["fingerprint"])
+    results = pq.read_table(open_parquet(file))
+    base = read_evaluation(run.part("tune", "base", "search").eval("base")).summary
+    figures = search_figures(results, tune, base)
+    rows = [
+        (
+            row["trial"] + (" (chosen)" if row.get("winner") else ""),
+            *(f"{row[key]:g}" if isinstance(row[key], float) else str(row[key]) for key in tune.space),
+            row["status"],
+            *(_with_interval(row, name) for name in ("objective", "constraint")),
+        )
+        for row in results.to_pylist()
+    ]
+    headings = ("trial", *tune.space, "status", tune.metric, tune.constraint)
+    summary, said = read_manifest(run.tune / "summary.json"), []
+    if summary is not None:
+        folders = {
+            "base": run.part("tune", "base", "held_out").eval("base"),
+            "best": run.part("tune", "trials", summary["best"]).eval("trained"),
+        }
+        said = ["The chosen trial on prompts that no trial was judged by:"]
+        said += sentences({name: read_evaluation(folder) for name, folder in folders.items()})
+    pictures = [Picture(f"search-{name}", figure) for name, figure in figures.items()]
+    return Part("Search", said, [Grid(headings, rows, "Percent, 95 % intervals.")], pictures)
+
+
+def swept(fingerprint: dict[str, Any]) -> TuneConfig:
+    """Section `tune` of the sweep that was begun with a fingerprint; see `tune.search`."""
+    keys = {key.removeprefix("tune."): value for key, value in fingerprint.items() if key.startswith("tune.")}
+    dimensions = {key: keys.pop(key) for key in list(keys) if key.startswith("space.")}
+    space = {key: dimensions[f"space.{key}"] for key in keys.pop("space")}
+    return TuneConfig.model_validate({**keys, "space": space})
+
+
+def _with_interval(row: dict[str, Any], name: str) -> str:
+    if row.get(name) is None:
+        return ""
+    return percent({end: row[f"{name}{suffix}"] for suffix, end in ENDS.items()})
+
+
+def _experiments(run: RunDir) -> Part | None:
+    """Where the experiments on this run are to be found."""
+    names = [page.parent.name for page in matching(run.root / "experiments", "*/report.html")]
+    return Part("Experiments", [f"experiments/{name}/report.html" for name in names]) if names else None
+
+
+Stage = tuple[str, StoragePath, float]
+"""What was done, the manifest that has its seconds, how many GPUs it held."""
+
+Spent = tuple[str, float, float]
+"""What was done, its seconds, how many GPUs it held."""
+
+
+def run_stages(config: Config, run: RunDir) -> list[Stage]:
+    """The stages of a run, done or not."""
+    evaluated = [(f"evaluate {m}", run.eval(m) / "summary.json", gpus(config.evaluate)) for m in MODEL_NAMES]
+    return [score_stage(config, run), train_stage(config, run), *evaluated]
+
+
+def score_stage(config: Config, run: RunDir, name: str = "score") -> Stage:
+    """The scoring of a run's pairs."""
+    return name, run.scores / "manifest.json", gpus(config.score)
+
+
+def train_stage(config: Config, run: RunDir, name: str = "train") -> Stage:
+    """The training in a run folder."""
+    return name, run.train / "manifest.json", gpus(config.train)
+
+
+def spent(stages: Sequence[Stage]) -> list[Spent]:
+    """What each stage that is finished took."""
+    manifests = [(name, read_manifest(file) or {}, held) for name, file, held in stages]
+    return [(name, found["seconds"], held) for name, found, held in manifests if "seconds" in found]
+
+
+def _search_spent(config: Config, run: RunDir) -> list[Spent]:
+    """What the sweep of a run took: its trials, and the evaluations that they are compared with."""
+    file = run.tune / "results.parquet"
+    if not file.is_file():
+        return []
+    folders = {
+        "base": run.part("tune", "base", "search").eval("base"),
+        "base, held out": run.part("tune", "base", "held_out").eval("base"),
+    }
+    if summary := read_manifest(run.tune / "summary.json"):
+        folders["chosen, held out"] = run.part("tune", "trials", summary["best"]).eval("trained")
+    stages = [
+        (f"search: evaluate {name}", folder / "summary.json", gpus(config.evaluate))
+        for name, folder in folders.items()
+    ]
+    trials = pq.read_table(open_parquet(file), columns=["train_seconds", "evaluate_seconds"])
+    seconds = {name: float(np.sum(trials[name].to_numpy())) for name in trials.column_names}
+    alone = config.evaluate.gpus_per_worker  # a trial evaluates in one process
+    return [
+        (f"search: train {trials.num_rows} trials", seconds["train_seconds"], gpus(config.train)),
+        (f"search: evaluate {trials.num_rows} trials", seconds["evaluate_seconds"], alone),
+        *spent(stages),
+    ]
+
+
+def cost(done: Sequence[Spent]) -> Part | None:
+    """Seconds of what was done, and GPU-hours as GPUs x time."""
+    if not done:
+        return None
+    hours = [held * seconds / 3600 for _, seconds, held in done]
+    rows = [
+        (name, f"{seconds:,.0f}", f"{held:g}", f"{took:.2f}")
+        for (name, seconds, held), took in zip(done, hours, strict=True)
+    ]
+    rows.append(("all", "", "", f"{sum(hours):.2f}"))
+    text = [
+        "Of the last command that worked on each stage, so what was done before a kill is not in it; "
+        "capability benchmarks are not either."
+    ]
+    return Part("Time and cost", text, [Grid(("stage", "seconds", "GPUs", "GPU-hours"), rows)])
+
+
+def gpus(section: Any) -> float:
+    """The most that a stage may hold at a time."""
+    return float(worker_range(section.workers)[1] * section.gpus_per_worker)
+
+
+def settings(config: Config) -> Part:
+    """Every key of the config."""
+    rows = []
+    for section, values in config.model_dump().items():
+        if isinstance(values, dict):
+            rows += [(f"{section}.{key}", str(value)) for key, value in values.items()]
+        else:
+            rows.append((section, str(values)))
+    return Part("All settings", grids=[Grid(("", ""), rows)], folded=True)

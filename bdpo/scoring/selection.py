@@ -1,0 +1,144 @@
+"""What a method wants of the prepared pairs, and the rows that it is trained on.
+
+A method with a reference wants scores; one without wants only the numbers of tokens, which are counted
+here. SafeDPO wants a safety label of every response, and has no use for pairs of two unsafe ones.
+`data.select` keeps a part of the pairs by what their scores say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bdpo.config import Config
+from bdpo.data.pairs import count_pairs, read_pairs
+from bdpo.errors import UserError
+from bdpo.method.losses import NEED_SAFETY_LABELS, REFERENCE_FREE
+from bdpo.models.tokenizer import encode_pairs, load_tokenizer
+from bdpo.scoring.scores import SCORE_SCHEMA, read_scores
+from bdpo.storage.run_dir import RunDir
+
+LABELS = ["chosen_safe", "rejected_safe"]
+
+
+def wants_scores(config: Config) -> bool:
+    """Whether the reference model has to score the pairs before training."""
+    return config.method.name not in REFERENCE_FREE or config.data.select is not None
+
+
+def training_rows(config: Config, run: RunDir) -> pa.Table:
+    """Rows of SCORE_SCHEMA, those of the pairs that are trained on, in the order of the pairs.
+
+    Where no scores are wanted all is null but ids, groups and numbers of tokens.
+
+    Raises:
+        UserError: there are no finished scores, or no safety labels, and the method wants them; or it
+            can use none of the pairs.
+    """
+    require_labels(config, run)
+    rows = read_scores(config, run) if wants_scores(config) else count_tokens(config, run)
+    keep = selected(config, rows)
+    if config.method.name in NEED_SAFETY_LABELS:
+        labels = _labels(run)
+        keep &= pc.or_(labels["chosen_safe"], labels["rejected_safe"]).to_numpy()
+    rows = rows.filter(pa.array(keep))
+    if not rows.num_rows:
+        part = "of those that data.select keeps " if config.data.select else ""
+        raise UserError(
+            f"method.name={config.method.name}: both responses are unsafe in every pair {part}of "
+            f"data.path={config.data.path}, none is left to train on"
+        )
+    return rows
+
+
+def selected(config: Config, scores: pa.Table) -> np.ndarray:
+    """Which rows `data.select` keeps, bool, shape (pairs,).
+
+    Each bound is one on the rank within the group, so [0, 0.5] and [0.5, 1] share no pair and leave none.
+
+    Raises:
+        UserError: it is to select by CHES, which this architecture's scores lack; or nothing is left.
+    """
+    keep, select = np.ones(scores.num_rows, dtype=bool), config.data.select
+    if select is None:
+        return keep
+    if select.ches and scores["ches"].null_count:
+        raise UserError(
+            f"data.select.ches: {config.model.name_or_path} is of an architecture without CHES; "
+            "select by mi_difference"
+        )
+    mi_chosen, mi_rejected = (scores[f"mi_{side}"].to_numpy() for side in ("chosen", "rejected"))
+    groups = np.array(scores["group"].to_pylist(), dtype=object)
+    for values, part in ((abs(mi_chosen - mi_rejected), select.mi_difference), (scores["ches"], select.ches)):
+        if part:
+            for group in ("safe", "unsafe", None):
+                rows = np.flatnonzero(groups == group)
+                ranked = rows[np.argsort(np.asarray(values)[rows], kind="stable")]
+                low, high = (round(bound * len(rows)) for bound in part)
+                keep[ranked[:low]] = keep[ranked[high:]] = False
+    if not keep.any():
+        raise UserError(f"data.select: none of the {len(keep)} pairs is left to train on")
+    return keep
+
+
+def require_labels(config: Config, run: RunDir) -> None:
+    """Raise a UserError if the method wants safety labels and some of the prepared pairs have none."""
+    if config.method.name in NEED_SAFETY_LABELS:
+        labels = _labels(run)
+        unlabelled = pc.sum(pc.or_(*(labels[name].is_null() for name in LABELS))).as_py()
+        if unlabelled:
+            raise UserError(
+                f"method.name={config.method.name}: wants {' and '.join(LABELS)} of every pair, "
+                f"{unlabelled} of {labels.num_rows} in data.path={config.data.path} lack them; use data with "
+                "safety labels (data.format=pku_saferlhf has them), or another method"
+            )
+
+
+def safety_account(config: Config, run: RunDir) -> dict[str, int]:
+    """What becomes of the pairs of a method that looks at safety labels; empty for the others."""
+    if config.method.name not in NEED_SAFETY_LABELS:
+        return {}
+    labels = _labels(run)
+    chosen, rejected = (labels[name].to_numpy() for name in LABELS)
+    return {
+        "kept": int(chosen.sum()),
+        "turned_round": int((~chosen & rejected).sum()),
+        "dropped": int((~chosen & ~rejected).sum()),
+    }
+
+
+def pairs_account(config: Config, run: RunDir, rows: pa.Table) -> dict[str, int]:
+    """How many pairs are prepared, how many of them are trained on (`rows`), and of which groups."""
+    groups = Counter(rows["group"].to_pylist())
+    of_group = {f"trained on, {group or 'no group'}": groups[group] for group in ("safe", "unsafe", None)}
+    return {
+        "prepared": count_pairs(run.pairs),
+        "trained on": rows.num_rows,
+        **{name: count for name, count in of_group.items() if count},
+    }
+
+
+def count_tokens(config: Config, run: RunDir) -> pa.Table:
+    """Rows of SCORE_SCHEMA without scores: what can be said of the pairs without a model."""
+    chat, tables = load_tokenizer(config.model), []
+    columns = ["pair_id", "group", "prompt", "chosen", "rejected"]
+    pairs = read_pairs(run.pairs, 0, count_pairs(run.pairs), columns)
+    for batch in pairs.to_batches(max_chunksize=1024):
+        encoded = encode_pairs(chat, batch.to_pylist(), config.data)
+        known = {
+            "pair_id": batch["pair_id"],
+            "group": batch["group"],
+            "prompt_tokens": [len(pair.prompt) for pair in encoded],
+            "chosen_tokens": [len(pair.chosen) for pair in encoded],
+            "rejected_tokens": [len(pair.rejected) for pair in encoded],
+        }
+        unknown = {name: pa.nulls(len(batch)) for name in SCORE_SCHEMA.names if name not in known}
+        tables.append(pa.table({**known, **unknown}).select(SCORE_SCHEMA.names).cast(SCORE_SCHEMA))
+    return pa.concat_tables(tables)
+
+
+def _labels(run: RunDir) -> pa.Table:
+    return read_pairs(run.pairs, 0, count_pairs(run.pairs), LABELS)

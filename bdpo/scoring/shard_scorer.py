@@ -1,0 +1,139 @@
+"""Scoring one shard of pairs in an actor; a batch that does not fit in memory is bisected."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from bdpo.config import Config, ModelConfig
+from bdpo.data.pairs import PairReader
+from bdpo.errors import UserError, error_line
+from bdpo.models.loading import model_folder, weights_digest
+from bdpo.models.oom import out_of_memory
+from bdpo.models.tokenizer import tokenizer_fingerprint
+from bdpo.scoring.reference import ReferenceScorer
+from bdpo.scoring.scores import _WORK_KEY, MOST_UNSCORABLE, real_tokens, score_store
+from bdpo.storage.manifests import Fingerprint
+from bdpo.storage.run_dir import RunDir
+
+
+def score_apart(
+    score: Callable[[pa.Table], pa.Table], pairs: pa.Table
+) -> Iterator[tuple[int, pa.Table | str]]:
+    """Score all rows that can be scored: (offset, scores) of runs of rows, (offset, reason) of single ones.
+
+    A table that cannot be scored whole is halved until the row is found. The reason quotes no message of
+    an exception, which may hold a text.
+
+    Raises:
+        torch.AcceleratorError: the GPU is lost to this process, so no row can be blamed.
+    """
+    outcome = _attempt(score, pairs)
+    if pairs.num_rows <= 1 or not isinstance(outcome, str):
+        yield 0, outcome
+        return
+    half = pairs.num_rows // 2
+    yield from score_apart(score, pairs.slice(0, half))
+    for offset, part in score_apart(score, pairs.slice(half)):
+        yield half + offset, part
+
+
+def _attempt(score: Callable[[pa.Table], pa.Table], pairs: pa.Table) -> pa.Table | str:
+    try:
+        return score(pairs)
+    except torch.AcceleratorError:
+        raise
+    except FloatingPointError as error:
+        return str(error)
+    except Exception as error:
+        if out_of_memory(error):
+            return "out of memory, alone in its batch"
+        raised_at = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__} at {Path(raised_at.filename).name}:{raised_at.lineno}"
+
+
+def _require_same_reference(model: ModelConfig, fingerprint: Fingerprint) -> None:
+    """Make sure that this node's model is the one whose name the scores will carry.
+
+    Raises:
+        UserError: it is another, and how.
+    """
+    here = {"weights": weights_digest(model_folder(model)), **tokenizer_fingerprint(model)}
+    for field, value in here.items():
+        if fingerprint[field] != value:
+            raise UserError(
+                f"model.name_or_path={model.name_or_path}: on host {socket.gethostname()} {field} differs "
+                "from that where the run was begun; put the same files on all nodes, or set model.revision"
+            )
+
+
+class ShardScorer:
+    """An actor of the scoring pool: reads a range of pairs, scores it, commits the shard itself."""
+
+    def __init__(self, config: Config, run: RunDir, fingerprint: Fingerprint, device: str) -> None:
+        self.run = run
+        self.store = score_store(self.run, fingerprint)
+        self.pairs = PairReader(run.pairs)
+        self.stop = ""
+        try:
+            _require_same_reference(config.model, fingerprint)
+            self.scorer = ReferenceScorer(config, device)
+        except UserError as error:  # said by the first shard; raised here, Ray would try five times more
+            self.stop = str(error)
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
+
+    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
+        """`{first, rows}` -> the same, once the scores of those rows lie in the run folder.
+
+        `rows` are those that were scored; `unscorable` is JSON, row -> reason, of those that cannot be;
+        `stop` says why nobody need try the next shard.
+        """
+        first, rows = int(shard["first"]), int(shard["rows"])
+        unscorable: dict[int, str] = {}
+        stop = self.stop
+        try:
+            pairs = self.pairs.read(first, rows)
+            if pairs.num_rows < rows:
+                stop = stop or (
+                    f"run_dir={self.run.root}: host {socket.gethostname()} does not see all prepared pairs "
+                    "there; it must be on storage that all nodes share"
+                )
+            # Ray Data gives a shard out again whose actor died after its commit.
+            if not stop and not self.store.holds(first, rows):
+                unscorable = self._commit(first, pairs)
+        except torch.AcceleratorError:
+            os._exit(1)  # a new process has a GPU again; the driver finds the row by what kills its actor
+        except Exception as error:  # of the storage: what scoring raises is a reason
+            stop = f"run_dir={self.run.root}: cannot be read or written ({error_line(error)})"
+        scored = 0 if stop else rows - len(unscorable)
+        return {"first": first, "rows": scored, "unscorable": json.dumps(unscorable), "stop": stop}
+
+    def _commit(self, first: int, pairs: pa.Table) -> dict[int, str]:
+        """Write the scores of all rows that can be scored; returns the others' reasons."""
+        unscorable = {}
+        started, forwarded = time.perf_counter(), self.scorer.model.tokens_forwarded
+        for offset, outcome in score_apart(self.scorer.score, pairs):
+            if isinstance(outcome, str):
+                unscorable[first + offset] = outcome
+                if len(unscorable) > MOST_UNSCORABLE:
+                    break
+                continue
+            now, forwarded_now = time.perf_counter(), self.scorer.model.tokens_forwarded
+            work = {
+                "worker": self.name,
+                "seconds": now - started,
+                "tokens": real_tokens(outcome),
+                "tokens_forwarded": forwarded_now - forwarded,
+            }
+            started, forwarded = now, forwarded_now
+            self.store.write(first + offset, outcome.replace_schema_metadata({_WORK_KEY: json.dumps(work)}))
+        return unscorable

@@ -1,0 +1,1 @@
+"""Hyperparameter search: space, suggestions, early stopping, winner."""

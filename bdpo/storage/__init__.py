@@ -1,0 +1,1 @@
+"""Files that are complete or absent: paths, locks, digests, manifests, the run folder, shards."""

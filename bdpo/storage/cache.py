@@ -1,0 +1,84 @@
+"""The machine's cache folder, and local copies of folders and files on object storage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from upath import UPath
+
+from bdpo.errors import UserError, error_line
+from bdpo.storage.paths import StoragePath, discard, storage_path, whole_folder
+
+
+def fetched(url: str, key: str) -> Path:
+    """The cached copy of a folder or file on object storage; `key` is what an error names.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    try:
+        return fetch(storage_path(url, key))
+    except UserError:
+        raise
+    except Exception as error:  # every protocol of fsspec has errors of its own
+        raise UserError(f"{key}={url}: cannot be read ({error_line(error)})") from None
+
+
+def cache_folder() -> Path:
+    """Where things that are made once on a machine are kept: `$BDPO_CACHE`, else `~/.cache/bdpo`."""
+    return Path(os.environ.get("BDPO_CACHE") or Path.home() / ".cache" / "bdpo")
+
+
+def fetch(path: StoragePath) -> Path:
+    """The local copy of a folder or file: itself, or its download into the machine's cache.
+
+    A copy is kept under digests of its URL and of names, sizes and etags: a model is downloaded once a
+    machine, and a changed one again, in place of the copy before.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+    """
+    if isinstance(path, Path):
+        return path
+    if path.fs.isfile(path.path):
+        parent, found = path.parent.path, {path.path: path.fs.info(path.path)}
+    else:
+        parent, found = path.path, path.fs.find(path.path, detail=True)
+    if not found:
+        raise FileNotFoundError(f"{path}: no such folder or file")
+    names = {name: name.removeprefix(parent).lstrip("/") for name in found}
+    versions = sorted((names[name], info["size"], _version(info)) for name, info in found.items())
+    copies = _copies(path)
+    copy = copies / _digest(json.dumps(versions))
+    copies.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{copies}.lock"):
+        if not copy.is_dir():
+            discard(*copies.iterdir())
+            with whole_folder(copy) as folder:
+                path.fs.get(list(names), [str(folder / name) for name in names.values()])
+    return copy / path.name if path.path in found else copy
+
+
+def forget(path: StoragePath) -> None:
+    """Remove what `fetch` keeps of a folder or file on object storage; one of this machine is no copy."""
+    if not isinstance(path, Path):
+        discard(_copies(path))
+
+
+def _copies(path: UPath) -> Path:
+    """Where the copy of a URL is kept, in a folder that is called after its version."""
+    return cache_folder() / "fetched" / _digest(str(path))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _version(info: dict[str, Any]) -> str:
+    """What changes with the content of an object, in the words of its protocol."""
+    return next(str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in info)

@@ -1,0 +1,64 @@
+"""Manifests: the last file that a stage writes, with the fingerprint of all its inputs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from bdpo.errors import UserError
+from bdpo.storage.paths import StoragePath, read_text, write_text
+
+Fingerprint = dict[str, Any]  # field name -> JSON value
+
+VERSION = 1  # of what manifests hold and of the results that they stand for
+
+
+def write_manifest(file: StoragePath, fingerprint: Fingerprint, **results: Any) -> dict[str, Any]:
+    """Mark a stage as finished: its fingerprint and what there is to know of its results."""
+    manifest = {"version": VERSION, "fingerprint": fingerprint, **results}
+    write_text(file, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    return manifest
+
+
+def read_manifest(file: StoragePath) -> dict[str, Any] | None:
+    """The manifest of a finished stage, None before.
+
+    Raises:
+        UserError: the file is not a manifest, or is one of another version of bdpo.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads(read_text(file))
+        version, _ = manifest["version"], manifest["fingerprint"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: not a manifest of bdpo; fresh=true starts over") from None
+    if version != VERSION:
+        raise UserError(
+            f"{file}: version={version}, this bdpo reads and writes {VERSION}; "
+            "use another run_dir, or fresh=true to start over"
+        )
+    return manifest
+
+
+def finished(file: StoragePath, fingerprint: Fingerprint) -> dict[str, Any] | None:
+    """The manifest if the stage is done with these inputs, None if it is not done.
+
+    Raises:
+        UserError: it was done with other inputs; the message names the first field that differs.
+    """
+    manifest = read_manifest(file)
+    if manifest is not None:
+        refuse_other(file, manifest["fingerprint"], fingerprint)
+    return manifest
+
+
+def refuse_other(what: object, made_with: Fingerprint, now: Fingerprint) -> None:
+    """Raise a UserError that names the first field in which two fingerprints differ, if any does."""
+    for field in [*now, *(name for name in made_with if name not in now)]:
+        old, new = made_with.get(field), now.get(field)
+        if old != new:
+            raise UserError(
+                f"{what}: made with {field}={old}, now it is {new}; "
+                "use another run_dir, or fresh=true to start over"
+            )

@@ -1,0 +1,129 @@
+"""The run folder: where every stage puts its results, and how a finished stage is known again.
+
+    <run_dir>/config.yaml            the resolved config of the last command
+    <run_dir>/data/pairs/*.parquet   prepared pairs, and data/manifest.json: the account of every row
+    <run_dir>/scores/*.parquet       one row of scores a pair, and scores/manifest.json
+    <run_dir>/train/                 checkpoints, recoveries.jsonl, and train/manifest.json
+    <run_dir>/model/                 the trained model, as from_pretrained loads it
+    <run_dir>/adapter/               the LoRA adapter that is merged into it, as PEFT loads it
+    <run_dir>/metrics.jsonl          one line an optimizer step
+    <run_dir>/eval/<name>/           per-item scores and summary.json of the model of that name
+    <run_dir>/report/                summary and figures
+    <run_dir>/tune/                  the trials of a search, their table, figures and best.yaml
+    <run_dir>/experiments/arms/      the trainings of all experiments
+    <run_dir>/experiments/<name>/    tables, figures and report.html of an experiment
+    <run_dir>/private/               quarantined rows and generated text; mode 0700
+
+It is a local or mounted folder, or one on object storage (`s3://bucket/prefix`): see `bdpo.storage.paths`.
+A stage writes its manifest last. The manifest carries the fingerprint of all that went in, so a stage
+whose inputs changed is refused instead of being taken for finished.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import yaml
+from filelock import FileLock, Timeout
+
+from bdpo.config import Config, parse_config
+from bdpo.errors import UserError, error_line
+from bdpo.storage.lease import Lease, lock, lock_holder
+from bdpo.storage.paths import StoragePath, read_text, storage_path, write_text
+
+
+class RunDir:
+    """Paths inside one run folder."""
+
+    def __init__(self, root: str | StoragePath) -> None:
+        self.root = storage_path(root, "run_dir")
+        self.config = self.root / "config.yaml"
+        self.data = self.root / "data"
+        self.pairs = self.data / "pairs"
+        self.scores = self.root / "scores"
+        self.train = self.root / "train"
+        self.model = self.root / "model"
+        self.recoveries = self.train / "recoveries.jsonl"
+        self.adapter = self.root / "adapter"
+        self.metrics = self.root / "metrics.jsonl"
+        self.report = self.root / "report"
+        self.tune = self.root / "tune"
+        self.private = self.root / "private"
+
+    def results(self) -> list[StoragePath]:
+        """All that a run makes, its config and lock aside."""
+        made = [self.data, self.scores, self.train, self.model, self.adapter, self.metrics, self.report]
+        return [*made, self.root / "eval", self.private / "responses"]
+
+    def eval(self, name: str) -> StoragePath:
+        """Results of the evaluated model called `name`."""
+        return self.root / "eval" / name
+
+    def responses(self, name: str) -> StoragePath:
+        """What the evaluated model called `name` generated."""
+        return self.private / "responses" / name
+
+    def part(self, *names: str) -> RunDir:
+        """A run folder inside this one: results of its own, with this run's pairs and scores."""
+        part = RunDir(self.root.joinpath(*names))
+        part.data, part.pairs, part.scores = self.data, self.pairs, self.scores
+        part.private = self.private.joinpath(*names)
+        return part
+
+    def has_model(self) -> bool:
+        """Whether the trained model is there; it is whole then."""
+        return (self.model / "config.json").is_file()
+
+    def has_adapter(self) -> bool:
+        """Whether the adapter that was trained with LoRA is there; it is whole then."""
+        return (self.adapter / "adapter_config.json").is_file()
+
+    def open(self, config: Config) -> FileLock | Lease:
+        """Make the folder, or find it again, for this command alone; returns the lock that says so.
+
+        Raises:
+            UserError: it cannot be written, is not a run folder and not empty, or another command is at it.
+        """
+        try:
+            return self._open(config)
+        except Timeout:
+            holder = lock_holder(self.root)
+            raise UserError(f"run_dir={self.root}: another command is at work in it{holder}") from None
+        except UserError:
+            raise
+        except Exception as error:  # every protocol of fsspec has errors of its own
+            if isinstance(self.root, Path) and not isinstance(error, OSError):
+                raise
+            raise UserError(f"run_dir={self.root}: cannot be written ({error_line(error)})") from None
+
+    def _open(self, config: Config) -> FileLock | Lease:
+        if not self.config.is_file() and any(self.root.glob("[!.]*")):
+            raise UserError(f"run_dir={self.root}: not empty, and not a run folder (no config.yaml)")
+        if isinstance(self.root, Path):
+            self.root.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as on_failure:
+            held = on_failure.push(lock(self.root))
+            if not self.config.exists():
+                self.record(config)
+            if isinstance(self.private, Path):
+                self.private.mkdir(exist_ok=True)
+                self.private.chmod(0o700)
+            on_failure.pop_all()
+        return held
+
+    def record(self, config: Config) -> None:
+        """Keep the resolved config of the command that did the last work here."""
+        write_text(self.config, config.to_yaml())
+
+
+def run_config(run: RunDir) -> Config:
+    """The config of the last command in a run folder.
+
+    Raises:
+        UserError: there is no run in the folder.
+    """
+    try:
+        return parse_config(yaml.safe_load(read_text(run.config)), str(run.config))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{run.root}: no run folder (it has no config.yaml)") from None

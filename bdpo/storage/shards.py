@@ -1,0 +1,167 @@
+"""A folder of Parquet shards, each of which is there whole or not at all.
+
+The shard is the commit unit of everything that many actors make together: scores, responses,
+verdicts. Its name carries the first row and a digest of the file's content, its Parquet metadata the
+fingerprint of the inputs. So a rerun knows which rows are done, and a damaged or foreign shard is
+never taken for one of ours. Readers skip what is damaged; only `missing` removes it, for the command that
+has the run's lock. A file of another program is refused, and left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bdpo.errors import UserError
+from bdpo.storage.manifests import Fingerprint, refuse_other
+from bdpo.storage.paths import StoragePath, matching, parquet_bytes, read_bytes, write_bytes
+
+_NAME = re.compile(r"part-(\d{9})-([0-9a-f]{16})\.parquet")
+
+_METADATA_KEY = b"bdpo.fingerprint"
+
+
+@dataclass(frozen=True)
+class ShardStore:
+    """Shards of `schema` in `folder`; `mode` is the file mode, 0600 for text that is private."""
+
+    folder: StoragePath
+    schema: pa.Schema
+    fingerprint: Fingerprint
+    mode: int = 0o644
+
+    def write(self, first_row: int, table: pa.Table) -> StoragePath:
+        """Commit the rows from `first_row` on. The table's metadata stay."""
+        metadata = {**(table.schema.metadata or {}), _METADATA_KEY: json.dumps(self.fingerprint).encode()}
+        content = parquet_bytes(table.cast(self.schema).replace_schema_metadata(metadata))
+        shard = self.folder / f"part-{first_row:09d}-{_digest(content)}.parquet"
+        write_bytes(shard, content, self.mode)
+        return shard
+
+    def finished(self) -> dict[int, int]:
+        """First row -> number of rows of every valid shard.
+
+        Raises:
+            UserError: a shard was made with other inputs, the message names the field; or a file is none.
+        """
+        return {first: _rows(content) for first, _, content in self._shards()}
+
+    def missing(
+        self, total_rows: int, shard_rows: int, given_up: Collection[int] = ()
+    ) -> list[tuple[int, int]]:
+        """(first row, number of rows) still to be made so that all rows are there exactly once.
+
+        Finished shards stay, of whatever size they are, but for one that overlaps another; the gaps
+        between them are cut into `shard_rows`. Rows that are `given_up` are not asked for again. Damaged
+        and repeated shards are removed, and what killed processes left half written: this is for the
+        command alone that has the run's lock.
+
+        Raises:
+            UserError: as `finished`; nothing is removed then.
+        """
+        gaps, row = [], 0
+        taken = [(first, False, rows) for first, rows in self._tidied().items()]
+        taken += [(row, True, 1) for row in given_up]
+        for first, is_given_up, rows in [*sorted(taken), (total_rows, True, 0)]:
+            if first < row:
+                if not is_given_up:
+                    self.remove(first)
+                continue
+            gaps += [(start, min(shard_rows, first - start)) for start in range(row, first, shard_rows)]
+            row = first + rows
+        return gaps
+
+    def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """Shard after shard in the order of the rows, each with its metadata.
+
+        Raises:
+            UserError: as `finished`.
+        """
+        for *_, content in self._shards():
+            yield pq.read_table(pa.BufferReader(content), columns=columns)
+
+    def read(self) -> pa.Table:
+        """All rows in order."""
+        tables = [table.replace_schema_metadata(None) for table in self.tables()]
+        return pa.concat_tables(tables) if tables else self.schema.empty_table()
+
+    def holds(self, first_row: int, rows: int) -> bool:
+        """Whether a shard of so many rows starts at `first_row`."""
+        return any(_rows(content) == rows for *_, content in self._shards(f"part-{first_row:09d}-*"))
+
+    def read_shard(self, first_row: int) -> pa.Table:
+        """The rows of the shard that starts at `first_row`."""
+        ((*_, content),) = self._shards(f"part-{first_row:09d}-*")
+        return pq.read_table(pa.BufferReader(content))
+
+    def remove(self, first_row: int) -> None:
+        """Forget the shard that starts at `first_row`, so that its rows are made again."""
+        for shard in matching(self.folder, f"part-{first_row:09d}-*.parquet"):
+            shard.unlink(missing_ok=True)
+
+    def _tidied(self) -> dict[int, int]:
+        """`finished`, and all files of ours but these shards are removed."""
+        temporary = [file for file in matching(self.folder, ".part-*") if _NAME.fullmatch(file.stem[1:])]
+        leftover = {*matching(self.folder, "part-*"), *temporary}
+        found = {}
+        for first, shard, content in self._shards():
+            found[first] = _rows(content)
+            leftover.discard(shard)
+        for file in leftover:
+            file.unlink(missing_ok=True)
+        return found
+
+    def _shards(self, pattern: str = "*") -> Iterator[tuple[int, StoragePath, bytes]]:
+        """(first row, file, content) of valid shards, by first row; the names match `pattern`.
+
+        A retried task may have written its rows twice: the first counts.
+        """
+        seen = -1
+        for shard, match in _named(matching(self.folder, pattern)):
+            first = int(match[1])
+            content = _content(shard) if first != seen else b""
+            if _digest(content) == match[2]:
+                made_with = (pq.read_metadata(pa.BufferReader(content)).metadata or {}).get(
+                    _METADATA_KEY, b"{}"
+                )
+                refuse_other(shard, json.loads(made_with), self.fingerprint)
+                seen = first
+                yield first, shard, content
+
+
+def _named(files: Iterable[StoragePath]) -> list[tuple[StoragePath, re.Match[str]]]:
+    """The shards among the files of a folder, by name.
+
+    Raises:
+        UserError: another program writes Parquet here.
+    """
+    shards = []
+    for file in files:
+        match = _NAME.fullmatch(file.name)
+        if match:
+            shards.append((file, match))
+        elif file.name.startswith("part-") or (file.suffix == ".parquet" and not file.name.startswith(".")):
+            raise UserError(f"{file}: not a shard of bdpo; move it out of this folder")
+    return shards
+
+
+def _content(shard: StoragePath) -> bytes:
+    """Nothing, if another process removed it since it was listed."""
+    try:
+        return read_bytes(shard)
+    except FileNotFoundError:
+        return b""
+
+
+def _rows(content: bytes) -> int:
+    return int(pq.read_metadata(pa.BufferReader(content)).num_rows)
+
+
+def _digest(content: bytes | pa.Buffer) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

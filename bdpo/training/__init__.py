@@ -1,0 +1,1 @@
+"""Training on scored pairs: batches, loop, DeepSpeed engine, checkpoints."""

@@ -1,0 +1,273 @@
+"""What a training needs of each GPU, and what it will do, from the config alone: no weights, no GPU.
+
+Parameters, gradients and optimizer by DeepSpeed's own bookkeeping; activations by running the forward of
+training on torch's meta device and adding up what autograd keeps. Fragmentation and the CUDA context are
+not in it: leave a tenth of the GPU free.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from bdpo.config import SANDBOX, Config, TrainConfig
+from bdpo.errors import UserError, first_line
+from bdpo.models.adapters import add_lora
+from bdpo.models.loading import model_config
+from bdpo.models.logps import CHUNK_ELEMENTS, LogpsModel, why_plain_rows
+from bdpo.models.packing import Tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+GIB = 2**30
+
+# DeepSpeed's defaults under stage 3, in elements; a test compares them with DeepSpeed's.
+REDUCE_BUCKET = 500_000_000
+
+MAX_LIVE_PARAMETERS = 1_000_000_000
+
+# Public configs of the presets' models, for machines that cannot reach the hub.
+KNOWN_SHAPES: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen2-7B-Instruct": {
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "max_position_embeddings": 32768, "tie_word_embeddings": False,
+    },
+    "mistralai/Mistral-7B-Instruct-v0.3": {
+        "model_type": "mistral", "vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 32768, "sliding_window": None, "tie_word_embeddings": False,
+    },
+    "lmsys/vicuna-7b-v1.5": {
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on each worker, by what they are for: on its GPU, and offloaded to its node's memory or disk."""
+
+    parameters: int  # how many there are, not bytes
+    gpu: dict[str, int]
+    host: dict[str, int]
+
+    @property
+    def gpu_total(self) -> int:
+        """Bytes on one GPU."""
+        return sum(self.gpu.values())
+
+    @property
+    def host_total(self) -> int:
+        """Bytes of one worker outside its GPU."""
+        return sum(self.host.values())
+
+
+def model_shape(config: Config) -> tuple[PreTrainedConfig, str | None]:
+    """The architecture from config.json alone, and a word on where it is from if not from the model itself.
+
+    Raises:
+        UserError: it is not to be had.
+    """
+    from transformers import AutoConfig
+
+    model = config.model
+    local = (Path(model.name_or_path).expanduser() / "config.json").is_file()
+    if local or model.name_or_path == SANDBOX or "://" in model.name_or_path:
+        return model_config(model), None
+    attention = {"attn_implementation": model.plain_attention}
+    try:
+        return AutoConfig.from_pretrained(
+            model.name_or_path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            **attention,
+        ), None
+    except (OSError, ValueError) as error:
+        shape = dict(KNOWN_SHAPES.get(model.name_or_path, {}))
+        if not shape:
+            raise UserError(
+                f"model.name_or_path={model.name_or_path}: no config.json to be had ({first_line(error)})"
+            ) from None
+    known = AutoConfig.for_model(shape.pop("model_type"), **shape, **attention)
+    return known, "shape as bdpo knows it: hub out of reach"
+
+
+def memory_need(config: Config, shape: PreTrainedConfig) -> Need:
+    """What one of `train.workers` needs at its worst moment, in bytes."""
+    model = _meta_model(config, shape, shape.num_hidden_layers)
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    gpu, host = states(config, parameters, trainable)
+    how = "layers computed again" if config.train.gradient_checkpointing else "all layers kept"
+    gpu[f"activations, {how}"] = activations(config, shape)
+    vocabulary, width = shape.vocab_size, shape.hidden_size
+    size = 2 if config.model.dtype == "bfloat16" else 4
+    # logits of a chunk in the model's dtype and in float32; the head's gradient in both
+    gpu["output head, a chunk at a time"] = CHUNK_ELEMENTS * (4 + size) + vocabulary * width * (4 + size)
+    return Need(parameters, gpu, host)
+
+
+def checkpoint_bytes(config: Config, shape: PreTrainedConfig) -> int:
+    """What the parts of all workers hold together, as much as `states` keeps of what is trained.
+
+    The parameter itself, AdamW's two moments and, from stage 1 on, a float32 copy; no gradients.
+    """
+    model = _meta_model(config, shape, shape.num_hidden_layers)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = 2 if config.model.dtype == "bfloat16" else 4
+    return trainable * (size + (12 if config.train.zero_stage else 8))
+
+
+def states(config: Config, parameters: int, trainable: int) -> tuple[dict[str, int], dict[str, int]]:
+    """(on the GPU, offloaded): what DeepSpeed holds between steps, and its buffers, in bytes a worker.
+
+    Parameters 2 bytes in bfloat16, 4 in float32. Of those that are trained, gradients summed in float32,
+    AdamW's two moments and, from stage 1 on, a float32 copy (deepspeed.runtime.zero.stage3,
+    estimate_zero3_model_states_mem_needs).
+    """
+    train, size = config.train, 2 if config.model.dtype == "bfloat16" else 4
+
+    def of(count: int, stage: int, bytes_each: int) -> int:
+        return math.ceil(count * bytes_each / (train.workers if train.zero_stage >= stage else 1))
+
+    held = {"parameters": of(parameters, 3, size), "gradients, float32": of(trainable, 2, 4)}
+    held["optimizer, float32"] = of(trainable, 1, 12 if train.zero_stage else 8)
+    away = set()
+    if train.offload:
+        away = {"optimizer, float32"} | ({"gradients, float32"} if train.zero_stage > 1 else set())
+    if train.offload_parameters:
+        away |= {"parameters"}
+    gpu = {what: count for what, count in held.items() if what not in away}
+    if train.zero_stage == 3:
+        gpu["gathered parameters"] = min(parameters, MAX_LIVE_PARAMETERS) * size
+        gpu["buffer to reduce gradients"] = min(parameters, REDUCE_BUCKET) * size
+    elif train.zero_stage:
+        gpu["gradients of a backward"] = of(trainable, 2, size)
+    return gpu, {what: count for what, count in held.items() if what in away}
+
+
+def activations(config: Config, shape: PreTrainedConfig) -> int:
+    """Bytes that a micro-batch of the longest pairs keeps for its backward, on a GPU.
+
+    Two models that differ by one layer tell what a layer keeps. With gradient checkpointing it is the
+    layer's input, and the whole of one layer while that is computed again.
+    """
+    trees = _longest_pairs(config, shape)
+    one, two = (_saved(_meta_model(config, shape, layers), config, trees) for layers in (1, 2))
+    layer, rest = two - one, 2 * one - two
+    layers = shape.num_hidden_layers
+    if not config.train.gradient_checkpointing:
+        return rest + layers * layer
+    tokens = sum(tree.tokens(why_plain_rows(shape, config.data.max_length) is None) for tree in trees)
+    kept = tokens * shape.hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
+    return rest + layer + layers * kept
+
+
+def refuse_too_little(config: Config, need: Need, gpu_bytes: float | None) -> None:
+    """Raise a UserError if one GPU is known to be smaller than what it would have to hold."""
+    if gpu_bytes is not None and need.gpu_total > gpu_bytes:
+        largest = max(need.gpu, key=lambda what: need.gpu[what])
+        raise UserError(
+            f"train: each GPU would need {need.gpu_total / GIB:.1f} GiB and has {gpu_bytes / GIB:.1f}, "
+            f"most of it for {largest}; {_advice(config.train)}"
+        )
+
+
+def _advice(train: TrainConfig) -> str:
+    steps = {
+        "train.zero_stage=3": train.zero_stage < 3,
+        "train.gradient_checkpointing=true": not train.gradient_checkpointing,
+        "more train.workers": True,
+        "train.offload=cpu": not train.offload,
+        "a smaller train.tokens_per_micro_batch": True,
+    }
+    return "try " + ", ".join(step for step, useful in steps.items() if useful)
+
+
+def gpu_memory(train: TrainConfig) -> float | None:
+    """Bytes of one GPU: `train.gpu_memory`, else this machine's, else None."""
+    if not train.gpus_per_worker:
+        return None
+    if train.gpu_memory:
+        return train.gpu_memory * GIB
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def _meta_model(config: Config, shape: PreTrainedConfig, layers: int) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    shape = copy.deepcopy(shape)
+    shape.num_hidden_layers = layers
+    if getattr(shape, "layer_types", None):
+        shape.layer_types = shape.layer_types[:layers]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            shape,
+            dtype=getattr(torch, config.model.dtype),
+            attn_implementation="sdpa",
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        if config.train.lora:
+            add_lora(model, config.train.lora, config.model, config.seed)
+    return model.eval()  # training disables dropout
+
+
+def _longest_pairs(config: Config, shape: PreTrainedConfig) -> list[Tree]:
+    """Pairs as long as allowed that fill a micro-batch, or the one pair that does not fit into it."""
+    data, budget = config.data, config.train.tokens_per_micro_batch
+    prompt, response = data.max_prompt_length, data.max_length - data.max_prompt_length
+    whole = Tree(range(prompt), [range(response)] * 2)
+    longest = whole.tokens(why_plain_rows(shape, data.max_length) is None)
+    pairs = math.ceil(budget / longest)
+    part = min(1.0, budget / pairs / longest) if pairs > 1 else 1.0
+    lengths = max(1, int(prompt * part)), max(1, int(response * part))
+    return [Tree([number + 1] * lengths[0], [[1] * lengths[1]] * 2) for number in range(pairs)]
+
+
+def _saved(model: Any, config: Config, trees: list[Tree]) -> int:
+    """Bytes of the tensors that autograd keeps of a forward, each storage once, parameters aside."""
+    policy = LogpsModel(model, config.data.max_length)
+    known = {p.untyped_storage()._cdata for p in policy.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with _FlashAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy(trees)
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in known)
+
+
+class _FlashAttention(TorchFunctionMode):
+    """Scaled dot-product attention that keeps what the GPU's memory-efficient kernel keeps: no scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _Kernel.apply(*args[:3], (kwargs or {}).get("attn_mask"))
+        return func(*args, **(kwargs or {}))
+
+
+class _Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, mask: Any) -> Any:
+        out = torch.empty_like(q)
+        bias = None if mask is None else torch.empty_like(mask, dtype=q.dtype)
+        ctx.save_for_backward(q, k, v, out, bias, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        raise NotImplementedError

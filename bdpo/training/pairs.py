@@ -1,0 +1,110 @@
+"""The pairs that a training worker reads, with their scores and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from bdpo.config import Config
+from bdpo.data.pairs import count_pairs, read_pairs
+from bdpo.method.losses import PairLogps
+from bdpo.method.mi import balance_weights
+from bdpo.models.loading import model_config
+from bdpo.models.logps import pair_logps, why_plain_rows
+from bdpo.models.packing import tree_tokens
+from bdpo.models.tokenizer import ChatTokenizer, encode_pairs, load_tokenizer
+from bdpo.storage.run_dir import RunDir
+from bdpo.training.batches import held_out
+
+
+@dataclass(frozen=True)
+class TrainingPairs:
+    """Pairs and their scores, row by row the same; tensors have shape (pairs,), what is not known is NaN."""
+
+    config: Config
+    chat: ChatTokenizer
+    table: pa.Table
+    scores: pa.Table
+    weight_chosen: torch.Tensor
+    weight_rejected: torch.Tensor
+    shared_rows: bool
+
+    @classmethod
+    def load(cls, config: Config, run: RunDir, scores: pa.Table) -> TrainingPairs:
+        """Join `scores`, of all or some of the prepared pairs, with these and weigh them by `method`."""
+        table = read_pairs(run.pairs, 0, count_pairs(run.pairs))
+        rows = pc.index_in(scores["pair_id"], table["pair_id"].combine_chunks())
+        if rows.null_count:
+            raise RuntimeError(f"{run.scores}: not the scores of the pairs in {run.pairs}")
+        table = table.take(rows)
+        weights = balance_weights(_column(scores, "mi_chosen"), _column(scores, "mi_rejected"), config.method)
+        plain = why_plain_rows(model_config(config.model), config.data.max_length)
+        return cls(config, load_tokenizer(config.model), table, scores, *weights, shared_rows=plain is None)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Padded tokens of each pair in the rows that the model takes."""
+        parts = (self.scores[f"{part}_tokens"].to_pylist() for part in ("prompt", "chosen", "rejected"))
+        return [tree_tokens(p, [c, r], self.shared_rows) for p, c, r in zip(*parts, strict=True)]
+
+    def tokens(self, indices: Sequence[int]) -> int:
+        """Real tokens of some pairs, the prompt counted once."""
+        rows = self.scores.take(indices)
+        return sum(sum(rows[f"{part}_tokens"].to_pylist()) for part in ("prompt", "chosen", "rejected"))
+
+    def names(self, indices: Sequence[int]) -> str:
+        """Ids of some pairs, for a message."""
+        return "pairs " + ", ".join(self.table["pair_id"].take(indices).to_pylist())
+
+    def split(self) -> tuple[TrainingPairs, TrainingPairs | None]:
+        """Those to train on, and those held out for evaluation if there are any."""
+        ids: list[str] = self.table["pair_id"].to_pylist()
+        out = held_out(ids, self.config.train.eval_fraction, self.config.seed)
+        return (self._take(sorted(set(range(len(ids))) - set(out))), self._take(out)) if out else (self, None)
+
+    def _take(self, rows: list[int]) -> TrainingPairs:
+        return replace(
+            self,
+            table=self.table.take(rows),
+            scores=self.scores.take(rows),
+            weight_chosen=self.weight_chosen[rows],
+            weight_rejected=self.weight_rejected[rows],
+        )
+
+    def logps(self, model: Any, indices: Sequence[int]) -> PairLogps:
+        """Forward the policy over some pairs and put the reference's log-probs beside its own."""
+        pairs = encode_pairs(self.chat, self.table.take(indices).to_pylist(), self.config.data)
+        policy_chosen, policy_rejected = pair_logps(model, pairs)
+        scores, device = self.scores.take(indices), policy_chosen.device
+        unsafe = {
+            side: torch.tensor(
+                [safe is False for safe in self.table[f"{side}_safe"].take(indices).to_pylist()]
+            )
+            for side in ("chosen", "rejected")
+        }
+        return PairLogps(
+            policy_chosen,
+            policy_rejected,
+            *(
+                values.to(device)
+                for values in (
+                    _column(scores, "ref_chosen_logps"),
+                    _column(scores, "ref_rejected_logps"),
+                    _column(scores, "chosen_tokens"),
+                    _column(scores, "rejected_tokens"),
+                    self.weight_chosen[indices],
+                    self.weight_rejected[indices],
+                    unsafe["chosen"],
+                    unsafe["rejected"],
+                )
+            ),
+        )
+
+
+def _column(table: pa.Table, name: str) -> torch.Tensor:
+    return torch.from_numpy(table[name].to_numpy().copy()).float()

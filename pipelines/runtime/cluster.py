@@ -1,0 +1,91 @@
+"""The Ray cluster of a command: joining it, and refusing what it can never hold."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from bdpo.config.reading import read_yaml
+from bdpo.config.secrets import refuse_secrets
+from bdpo.errors import UserError
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS or a running `ray start` names, else start one on this machine.
+
+    Token authentication is on everywhere; a local cluster makes its own token.
+
+    Raises:
+        UserError: this driver is a job whose runtime_env holds a secret.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Ray uploads nothing about usage, and says less: our own progress is on the terminal.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the run is on the dashboard's Train page
+    # Workers of a training and trials stay in the folder where all the paths of a config begin.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    import ray
+
+    if not ray.is_initialized():
+        # What workers print stays in their log files: the terminal is for progress.
+        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+    refuse_secrets(dict(ray.get_runtime_context().runtime_env), "runtime_env")
+
+
+def require(
+    stage: str,
+    workers: int,
+    gpus_per_worker: float,
+    cpus_per_worker: float = 1,
+    accelerator: str | None = None,
+) -> None:
+    """Refuse what the cluster can never hold, instead of waiting for it for ever.
+
+    Raises:
+        UserError: there is no room for `workers` of this size, whatever nodes the autoscaler adds.
+    """
+    each = {"CPU": cpus_per_worker, "GPU": gpus_per_worker}
+    if accelerator:
+        each[f"accelerator_type:{accelerator}"] = 0.001
+    nodes = cluster_nodes()
+    if nodes is None:
+        return
+    room = sum(count * _room(resources, each) for count, resources in nodes)
+    if workers > room:
+        size = " + ".join(f"{amount:g} {name}" for name, amount in each.items() if amount >= 0.01)
+        on = f" on {accelerator}" if accelerator else ""
+        raise UserError(
+            f"{stage}: {workers} workers x {size}{on} do not fit the cluster, which has room for {room}; "
+            f"lower {stage}.workers or {stage}.gpus_per_worker, or let it grow (max_workers in cluster.yaml)"
+        )
+
+
+def _room(resources: dict[str, float], each: dict[str, float]) -> int:
+    """How many workers of a size one node can hold."""
+    return min(int(resources.get(name, 0) / amount + 1e-9) for name, amount in each.items() if amount)
+
+
+# What `ray up` gives its autoscaler, on the head, where drivers of jobs run
+CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")
+
+
+def cluster_nodes() -> list[tuple[int, dict[str, float]]] | None:
+    """(how many, resources of each) of all nodes that the cluster can have; None where that cannot be known.
+
+    Without an autoscaler these are the nodes that are there; with one, those of its node types. On
+    Kubernetes the worker groups are known to KubeRay alone.
+    """
+    import ray
+
+    file = CLUSTER_FILE.expanduser()
+    if file.is_file():
+        cluster = read_yaml(file)
+        types, limit = cluster["available_node_types"], cluster["max_workers"]
+        most = {name: min(node.get("max_workers", limit), limit) for name, node in types.items()}
+        most[cluster["head_node_type"]] = 1
+        return [(most[name], node["resources"]) for name, node in types.items()]
+    if "RAY_CLUSTER_NAME" in os.environ:  # which KubeRay sets in its pods
+        return None
+    return [(1, dict(node["Resources"])) for node in ray.nodes() if node["Alive"]]

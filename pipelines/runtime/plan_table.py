@@ -1,0 +1,76 @@
+"""What a training will do and need, as a table, before anything is taken; not a command of its own."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from bdpo.cluster.status import expected_pairs
+from bdpo.config import Config
+from bdpo.storage.run_dir import RunDir
+from bdpo.training.batches import outline
+from bdpo.training.memory import (
+    GIB,
+    Need,
+    gpu_memory,
+    memory_need,
+    model_shape,
+    refuse_too_little,
+)
+from pipelines.runtime.progress import console
+
+
+def print_plan(config: Config, pairs: int | None = None) -> None:
+    """Print steps and memory of the training over so many pairs, the held-out ones among them.
+
+    Raises:
+        UserError: the warmup takes all steps, a GPU is known to be too small, or the model's config.json is
+            not to be had.
+    """
+    if pairs is None:
+        pairs = expected_pairs(config, RunDir(config.run_dir))
+    shape, remark = model_shape(config)
+    need = memory_need(config, shape)
+    console.print(_batch_table(config, pairs))
+    console.print(_memory_table(config, need))
+    if remark:
+        console.print(f"{config.model.name_or_path}: {remark}", soft_wrap=True)
+    refuse_too_little(config, need, gpu_memory(config.train))
+
+
+def require_memory(config: Config) -> None:
+    """Raise a UserError if a GPU is known to be too small for the training."""
+    if (known := gpu_memory(config.train)) is not None:
+        refuse_too_little(config, memory_need(config, model_shape(config)[0]), known)
+
+
+def _batch_table(config: Config, pairs: int | None) -> Table:
+    train = config.train
+    table = Table(title="training", title_justify="left", show_header=False)
+    per_worker = f"{train.gpus_per_worker:g} GPU" if train.gpus_per_worker else "1 CPU"
+    table.add_row("workers", f"{train.workers} x {per_worker}, ZeRO stage {train.zero_stage}")
+    table.add_row("batch", f"{train.global_batch_size} pairs a step")
+    table.add_row("micro-batch", f"{train.tokens_per_micro_batch:,} tokens on each worker")
+    if pairs is None:
+        table.add_row("pairs", "not known before the data are read")
+    else:
+        plan = outline(pairs, train, config.seed)
+        steps = f"{plan.total_steps:,}, {plan.steps_per_epoch:,} an epoch, {plan.warmup_steps} to warm up"
+        table.add_row("pairs", f"{len(plan.lengths):,}")
+        table.add_row("steps", steps)
+    return table
+
+
+def _memory_table(config: Config, need: Need) -> Table:
+    title = f"memory of each worker: {need.parameters / 1e9:.2f} billion parameters, {config.model.dtype}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("what")
+    table.add_column("GPU, GiB", justify="right")
+    table.add_column(config.train.offload or "host", justify="right")
+    for what in dict.fromkeys([*need.gpu, *need.host]):
+        gpu, host = (side.get(what) for side in (need.gpu, need.host))
+        table.add_row(what, *("" if x is None else f"{x / GIB:.2f}" for x in (gpu, host)))
+    table.add_section()
+    known = gpu_memory(config.train)
+    total = f"{need.gpu_total / GIB:.2f}" + (f" of {known / GIB:.0f}" if known else "")
+    table.add_row("total", total, f"{need.host_total / GIB:.2f}" if need.host else "")
+    return table

@@ -1,0 +1,141 @@
+"""What `pipelines.status` says of a run, at every point of one: read back from what the stages write."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pyarrow as pa
+import pytest
+
+from bdpo.cluster.status import run_status
+from bdpo.errors import UserError
+from bdpo.evaluation.measures import SCORE_SCHEMA
+from bdpo.scoring.scores import SCORE_SCHEMA as MI_SCHEMA
+from bdpo.storage.manifests import write_manifest
+from bdpo.storage.metrics_log import MetricsLog
+from bdpo.storage.run_dir import RunDir
+from bdpo.storage.shards import ShardStore
+from tests.support.helpers import tiny_config
+
+PAIRS = 20
+
+
+@pytest.fixture
+def run(tmp_path):
+    config = tiny_config(tmp_path / "run", tmp_path / "model", tmp_path / "pairs.jsonl")
+    run = RunDir(config.run_dir)
+    run.record(config)
+    return run
+
+
+def stage(run, name):
+    return next(found for found in run_status(run) if found["stage"] == name)
+
+
+def empty_rows(schema, count):
+    nothing = {pa.string(): "", pa.bool_(): False}
+    return pa.Table.from_pylist([{f.name: nothing.get(f.type, 0) for f in schema}] * count, schema=schema)
+
+
+def prepare(run):
+    account = {"rows": 23, "kept": PAIRS, "quarantined": {"chosen: empty": 2, "duplicate": 1}}
+    write_manifest(run.data / "manifest.json", {}, account=account, pairs_digest="x")
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(UserError, match="no run folder"):
+        run_status(RunDir(tmp_path))
+
+
+def test_a_run_that_has_not_begun(run):
+    stages = run_status(run)
+    assert [s["stage"] for s in stages] == ["prepare", "score", "train", "evaluate base", "evaluate trained"]
+    assert {s["state"] for s in stages} == {"not begun"}
+
+
+def test_scoring_half_way(run):
+    prepare(run)
+    store = ShardStore(run.scores, MI_SCHEMA, {"weights": "w"})
+    for first in (0, 8):
+        store.write(first, empty_rows(MI_SCHEMA, 8))
+    assert stage(run, "prepare") == {
+        "stage": "prepare", "state": "done", "rows": 23, "pairs": PAIRS, "quarantined": 3
+    }  # fmt: skip
+    assert stage(run, "score") == {"stage": "score", "state": "begun", "rows": 16, "of": PAIRS, "shards": 2}
+    store.write(16, empty_rows(MI_SCHEMA, 4))
+    assert stage(run, "score")["state"] == "begun"  # until the manifest says so
+    write_manifest(run.scores / "manifest.json", {}, rows=PAIRS, seconds=1.0)
+    assert stage(run, "score")["state"] == "done"
+    next(run.scores.glob("part-*")).unlink()
+    assert stage(run, "score")["state"] == "begun"
+
+
+def test_training_half_way(run):
+    prepare(run)
+    for step in (1, 2):
+        MetricsLog(run.metrics).append({"step": step, "loss": 0.5 / step, "tokens_per_second": 90.0})
+    for name in ("checkpoint_2026-01-02", "checkpoint_2026-01-01"):
+        (run.train / "ray" / name).mkdir(parents=True)
+    (run.train / "ray" / "checkpoint_manager_snapshot.json").write_text("{}")  # Ray's
+    train = stage(run, "train")
+    assert (train["state"], train["steps"], train["of"]) == ("begun", 2, 3)  # 20 pairs, 8 a step
+    assert (train["checkpoints"], train["last_checkpoint"]) == (2, "checkpoint_2026-01-02")
+    assert train["loss"] == 0.25
+    write_manifest(run.train / "manifest.json", {}, steps=3)
+    assert stage(run, "train")["state"] == "begun"  # a model that is not there is not trained
+    run.model.mkdir()
+    assert stage(run, "train")["state"] == "begun"
+    (run.model / "config.json").write_text("{}")  # written last: the model is whole
+    assert stage(run, "train")["state"] == "done"
+
+
+def test_evaluation_half_way(run):
+    ShardStore(run.eval("base") / "shards", SCORE_SCHEMA, {}).write(0, empty_rows(SCORE_SCHEMA, 3))
+    base = stage(run, "evaluate base")
+    assert (base["state"], base["verdicts"]) == ("begun", 3)
+    write_manifest(run.eval("base") / "summary.json", {}, valid=False)
+    assert stage(run, "evaluate base")["state"] == "begun"
+    write_manifest(run.eval("base") / "summary.json", {}, valid=True)
+    assert stage(run, "evaluate base")["state"] == "done"
+    assert stage(run, "evaluate trained")["state"] == "not begun"
+
+
+def test_the_command(run, tmp_path):
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "pipelines.status", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=1200,
+        )
+
+    prepare(run)
+    before = sorted(run.root.rglob("*"))
+    shown = command(str(run.root))
+    assert shown.returncode == 0, shown.stderr
+    assert "not begun" in shown.stdout
+    assert json.loads(command(str(run.root), "--json").stdout) == run_status(run)
+    assert sorted(run.root.rglob("*")) == before
+    missing = command(str(tmp_path / "nothing"))
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("error: ")
+
+
+def test_trainings_of_experiments_are_counted(tmp_path):
+    run = RunDir(tmp_path)
+    config = tiny_config(tmp_path, tmp_path / "model", tmp_path / "pairs")
+    run.record(config)
+    assert all(stage["stage"] != "experiments" for stage in run_status(run))
+    for seed, files in enumerate(
+        [[], ["model/config.json"], ["model/config.json", "eval/trained/summary.json"]]
+    ):
+        folder = run.root / "experiments" / "arms" / "dpo" / f"seed-{seed}"
+        folder.mkdir(parents=True)
+        for file in files:
+            (folder / file).parent.mkdir(parents=True)
+            (folder / file).write_text("{}")
+    [stage] = [stage for stage in run_status(run) if stage["stage"] == "experiments"]
+    counts = {"state": "begun", "trainings": 3, "trained": 2, "evaluated": 1}
+    assert stage == {"stage": "experiments"} | counts

@@ -1,0 +1,193 @@
+"""The configuration: precedence, refusals that name the key, and the way back from YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bdpo.config import Config, load_config, parse_config, worker_range
+from bdpo.errors import UserError
+
+NEEDED = {"run_dir": "runs/a", "model": {"name_or_path": "m"}, "data": {"path": "p"}}
+
+CONFIGS = sorted((Path(__file__).parents[2] / "pipelines" / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(*overrides, **sections): over a file with the needed keys and these sections."""
+
+    def load_here(*overrides, **sections):
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump({**NEEDED, **sections}))
+        return load_config(file, overrides)
+
+    return load_here
+
+
+def refusal(call, *args, **kwargs):
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_every_config_on_disk_loads(file):
+    load_config(file)
+
+
+def test_defaults_then_file_then_overrides(load):
+    config = load("method.alpha=3", "train.workers=4", method={"alpha": 2.0, "beta": 0.2})
+    assert (config.method.alpha, config.method.beta, config.train.workers) == (3.0, 0.2, 4)
+    assert config.method.balance == Config.model_validate(NEEDED).method.balance
+
+
+def test_the_default_of_beta_is_the_methods_and_is_saved(load):
+    assert load("method.name=cpo").method.beta == 0.1
+    simpo = load(method={"name": "simpo"})
+    assert simpo.method.beta == 2.0
+    assert yaml.safe_load(simpo.to_yaml())["method"]["beta"] == 2.0
+    assert load("method.name=simpo", "method.beta=2.5").method.beta == 2.5
+
+
+def test_a_section_that_is_off_by_default_is_turned_on_by_one_of_its_keys(load):
+    assert load().train.lora is None
+    lora = load("train.lora.r=8").train.lora
+    assert (lora.r, lora.target_modules) == (8, "all-linear")
+    assert load("train.lora.target_modules=[q_proj]").train.lora.target_modules == ["q_proj"]
+    assert "did you mean train.lora.dropout?" in refusal(load, "train.lora.dropuot=0.1")
+    assert "key train.lora.target_modules:" in refusal(load, "train.lora.target_modules=3")
+
+
+def test_overrides_are_yaml(load):
+    config = load(
+        "train.learning_rate=1e-6", "score.workers=[1, 4]", "data.sample={safe: 2, unsafe: 3}",
+        "data.limit=null", "train.gradient_checkpointing=false", "model.revision=main",
+    )  # fmt: skip
+    assert config.train.learning_rate == 0.000001
+    assert worker_range(config.score.workers) == (1, 4)
+    assert config.data.sample == {"safe": 2, "unsafe": 3}
+    assert (config.data.limit, config.train.gradient_checkpointing) == (None, False)
+    assert config.model.revision == "main"
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.e-6", "1.0e-06", "0.000001"])
+def test_a_number_is_a_number_in_the_file_too(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(NEEDED) + f"train: {{learning_rate: {text}}}")
+    assert load_config(file).train.learning_rate == 0.000001
+
+
+@pytest.mark.parametrize("empty", [{"train": None}, {"data": {"path": "p", "sample": None}}])
+def test_an_override_may_fill_an_empty_section(load, empty):
+    override = "train.workers=2" if "train" in empty else "data.sample.safe=2"
+    config = load(override, **empty)
+    assert (config.train.workers, config.data.sample) in [(2, None), (1, {"safe": 2})]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("override", "key", "meant"),
+        [
+            ("train.learning_rat=1", "train.learning_rat", "train.learning_rate"),
+            ("trian.workers=1", "trian", "train"),
+            ("evalute.limit=1", "evalute", "evaluate"),
+            ("method.learning_rate=1", "method.learning_rate", "train.learning_rate"),
+            ("data.balance=none", "data.balance", "method.balance"),
+            ("rundir=x", "rundir", "run_dir"),
+        ],
+    )
+    def test_unknown_key_and_the_nearest_known_one(self, load, override, key, meant):
+        assert refusal(load, override).endswith(f"unknown key {key}; did you mean {meant}?")
+
+    def test_unknown_key_is_told_before_the_key_that_is_missing_for_it(self, tmp_path):
+        file = tmp_path / "run.yaml"
+        values = {key: value for key, value in NEEDED.items() if key != "model"}
+        file.write_text(yaml.safe_dump({**values, "modle": {"name_or_path": "m"}}))
+        assert refusal(load_config, file) == f"{file}: unknown key modle; did you mean model?"
+
+    def test_unlike_anything(self, load):
+        assert refusal(load, "qqqqqq=1").endswith("unknown key qqqqqq")
+
+    @pytest.mark.parametrize(
+        ("override", "key"),
+        [
+            ("train.workers=two", "train.workers"),
+            ("train.workers=2.5", "train.workers"),
+            ("train.workers=true", "train.workers"),
+            ("train.workers=0", "train.workers"),
+            ("train.zero_stage=4", "train.zero_stage"),
+            ("train.warmup_ratio=1.5", "train.warmup_ratio"),
+            ("train.eval_fraction=1.0", "train.eval_fraction"),
+            ("train.load_best_model_at_end=true", "train"),
+            ("train.metric_for_best_model=loss", "train"),
+            ("train.learning_rate=.inf", "train.learning_rate"),
+            ("train=fast", "train"),
+            ("method.sharpness=.nan", "method.sharpness"),
+            ("method.name=dop", "method.name"),
+            ("score.workers=[2, 1]", "score.workers"),
+            ("score.workers=[1, 2, 3]", "score.workers"),
+            ("score.workers=0", "score.workers"),
+            ("score.workers=many", "score.workers"),
+            ("score.workers=[a, b]", "score.workers"),
+            ("data.sample={sfe: 1}", "data.sample.sfe"),
+            ("data.sample.safe=x", "data.sample.safe"),
+            ("data.path=", "data.path"),
+            ("data.max_prompt_length=2048", "data"),
+            ("evaluate.benchmarks=[nothing]", "evaluate.benchmarks.0"),
+            ("run_dir=2024", "run_dir"),
+            ("seed=a", "seed"),
+        ],
+    )
+    def test_wrong_values_name_the_key(self, load, tmp_path, override, key):
+        assert refusal(load, override).startswith(f"{tmp_path / 'run.yaml'}: key {key}: ")
+
+    @pytest.mark.parametrize("override", ["train.workers", "=3", "seed.deeper.still=1", "train.workers=[1"])
+    def test_malformed_overrides_are_named(self, load, override):
+        assert override.partition("=")[0] in refusal(load, override, seed=1)
+
+    @pytest.mark.parametrize("key", ["run_dir", "model", "data"])
+    def test_missing_key(self, key):
+        values = {name: value for name, value in NEEDED.items() if name != key}
+        assert refusal(parse_config, values, "here") == f"here: key {key} is missing"
+
+    @pytest.mark.parametrize(
+        "content", [None, b"", b"- a list", b"a: [", b"\xff", b"a: !!python/name:os.system"]
+    )
+    def test_useless_files(self, tmp_path, content):
+        file = tmp_path / "run.yaml"
+        if content is not None:
+            file.write_bytes(content)
+        assert refusal(load_config, file).startswith(f"{file}: ")
+
+    def test_a_folder_for_a_file(self, tmp_path):
+        assert "cannot be read" in refusal(load_config, tmp_path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+    | st.sampled_from(["1e5", "12e-5", "null"]),
+    rate=st.floats(min_value=1e-12, max_value=1e6),
+    workers=st.integers(1, 9) | st.just([1, 3]),
+    sample=st.none() | st.just({"safe": 3}),
+)
+def test_what_is_saved_is_what_is_loaded(tmp_path, name, rate, workers, sample):
+    values = {**NEEDED, "run_dir": name, "model": {"name_or_path": name, "revision": name}}
+    values |= {"data": {"path": name, "sample": sample}, "train": {"learning_rate": rate}}
+    config = parse_config({**values, "score": {"workers": workers}}, "here")
+    file = tmp_path / "saved.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(file) == config
+
+
+def test_fresh_is_of_one_command_and_not_saved(load):
+    config = load("fresh=true")
+    assert config.fresh
+    assert "fresh" not in yaml.safe_load(config.to_yaml())

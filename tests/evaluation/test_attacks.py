@@ -1,0 +1,198 @@
+"""Jailbreak artifacts, prefills, wrappers, SimpleQA: what their files become."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bdpo.config import EvaluateConfig
+from bdpo.errors import UserError
+from bdpo.evaluation.answers import prefill_ids
+from bdpo.evaluation.benchmarks import (
+    jailbreak,
+    prefill,
+    simpleqa,
+    strongreject,
+    wrapped,
+    xstest,
+)
+from bdpo.evaluation.benchmarks.items import Item
+from bdpo.evaluation.benchmarks.registry import load_items
+from bdpo.models.tokenizer import ChatTokenizer
+from tests.conftest import CHATML, byte_tokenizer
+from tests.evaluation.test_benchmarks import STRONGREJECT, write_csv
+
+SECRET = "wobbly secret words"
+
+
+def artifact(method: str = "PAIR", prompts: tuple[str | None, ...] = ("Sing: a", None, "Sing: c")) -> Any:
+    """The schema of the published ones; keys that are not read are there as well."""
+    return {
+        "parameters": {"method": method, "model": "duck-7b", "attack_type": "black_box", "defense": None},
+        "jailbreaks": [
+            {
+                "index": index,
+                "goal": f"Goal {index}",
+                "behavior": "Ducks",
+                "category": "Birds",
+                "prompt": prompt,
+                "response": None if prompt is None else SECRET,
+                "number_of_queries": 20,
+                "jailbroken": prompt is not None,
+            }
+            for index, prompt in enumerate(prompts)
+        ],
+    }
+
+
+def write_json(file: Path, content: Any) -> Path:
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return file
+
+
+def test_an_artifact_becomes_its_attacks_and_the_goals_behind_them(tmp_path: Path) -> None:
+    files = [write_json(tmp_path / f"{method}.json", artifact(method)) for method in ("PAIR", "GCG")]
+    items = jailbreak.load(files)
+    assert [item.item_id for item in items] == [
+        f"jailbreak-{method}/duck-7b-{index}" for method in ("PAIR", "GCG") for index in range(3)
+    ]
+    assert [item.prompt for item in items[:3]] == ["Sing: a", None, "Sing: c"]
+    assert [item.request for item in items[:3]] == ["Goal 0", "Goal 1", "Goal 2"]
+    assert {item.category for item in items} == {"PAIR/duck-7b", "GCG/duck-7b"}
+    assert not any(item.should_comply for item in items)
+
+
+def broken(**changes: Any) -> Any:
+    content = artifact(prompts=(SECRET,))
+    content["jailbreaks"][0] |= changes
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "wants an object"),
+        ({"jailbreaks": []}, "wants an object with `parameters`"),
+        (artifact() | {"jailbreaks": []}, "a list of `jailbreaks`"),
+        (artifact() | {"parameters": {"method": "PAIR"}}, "parameters, key model: wants a text"),
+        (artifact() | {"jailbreaks": [SECRET]}, "jailbreak 1: wants an object"),
+        (broken(goal=None), "jailbreak 1, key goal: wants a text"),
+        (broken(goal=" "), "jailbreak 1, key goal: wants a text"),
+        (broken(prompt=3), "jailbreak 1, key prompt: wants a text"),
+        (artifact() | {"jailbreaks": [{"goal": SECRET}]}, "jailbreak 1: wants the keys index and prompt"),
+    ],
+)
+def test_a_broken_artifact_is_refused_by_place(tmp_path: Path, content: Any, message: str) -> None:
+    file = write_json(tmp_path / "broken.json", content)
+    with pytest.raises(UserError, match=message) as error:
+        jailbreak.load([file])
+    assert str(error.value).startswith(str(file))
+    assert SECRET not in str(error.value)
+
+
+def test_artifacts_that_are_no_json_or_listed_twice_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_bytes(b'{"goal": "' + SECRET.encode() + b"\xff")
+    with pytest.raises(UserError, match="not valid JSON") as error:
+        jailbreak.load([tmp_path / "bad.json"])
+    assert SECRET not in str(error.value)
+    with pytest.raises(UserError, match="cannot be read"):
+        jailbreak.load([tmp_path / "none.json"])
+    file = write_json(tmp_path / "a.json", artifact())
+    with pytest.raises(UserError, match="PAIR/duck-7b-0 appears twice"):
+        jailbreak.load([file, file])
+
+
+def test_prefills_are_the_first_tokens_of_the_answer(tmp_path: Path) -> None:
+    rows = [list(prefill.COLUMNS), ["knots", "Tie it", "Sure: cross"], ["spoons", "Bend it", "Ok"]]
+    items = prefill.load(write_csv(tmp_path / "prefill.csv", rows), [40, 3, 3])
+    assert [(item.item_id, item.category, item.prompt) for item in items] == [
+        ("prefill-0001-003", "003 tokens", "Tie it"),
+        ("prefill-0001-040", "040 tokens", "Tie it"),
+        ("prefill-0002-003", "003 tokens", "Bend it"),
+        ("prefill-0002-040", "040 tokens", "Bend it"),
+    ]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHATML
+    chat = ChatTokenizer(tokenizer)
+    texts = [tokenizer.decode(prefill_ids(chat, item)) for item in items]
+    assert texts == ["Sur", "Sure: cross", "Ok", "Ok"]  # a byte a token, and never the end of turn
+
+
+def test_wrappers_go_around_each_prompt_and_the_judge_sees_the_bare_one(tmp_path: Path) -> None:
+    config = EvaluateConfig(
+        benchmarks=["wrapped"], strongreject_path=str(write_csv(tmp_path / "s.csv", STRONGREJECT))
+    )
+    items = load_items(config)
+    assert len(items) == 2 * 8
+    assert {item.category for item in items} == {"past_tense", "role_play"} == set(wrapped.TEMPLATES)
+    for item in items:
+        assert item.request in (item.prompt or "")
+        assert item.request != item.prompt
+    assert items[0].item_id == "wrapped-past_tense-strongreject-0001"
+    assert len({item.item_id for item in items}) == len(items)
+
+
+def test_simpleqa_questions_have_their_answer_as_reference(tmp_path: Path) -> None:
+    rows = [list(simpleqa.COLUMNS), ["{'topic': 'x'}", "How many?", "51"]]
+    [item] = simpleqa.load(write_csv(tmp_path / "q.csv", rows))
+    assert item == Item("simpleqa-0001", "simpleqa", "facts", "How many?", "How many?", True, reference="51")
+
+
+def test_no_repr_quotes_a_text() -> None:
+    item = Item("id", "b", "c", SECRET, SECRET, False, SECRET, 3, SECRET)
+    assert SECRET not in repr(item)
+
+
+def test_the_small_subset_is_the_first_ten_of_each_category(tmp_path: Path) -> None:
+    rows = [STRONGREJECT[0], *[[f"c{n % 6}", "x", f"Prompt {n}"] for n in range(313)]]
+    file = write_csv(tmp_path / "s.csv", rows)
+    small = strongreject.load(file, "small")
+    assert len(small) == 60
+    expected = {item.item_id for c in range(6) for item in strongreject.load(file)[c : c + 60 : 6]}
+    assert {item.item_id for item in small} == expected
+
+
+def xstest_file(file: Path, changes: dict[str, int] | None = None) -> Path:
+    counts = dict.fromkeys(xstest.TYPES, 25) | (changes or {})
+    kinds = [kind for kind, count in sorted(counts.items()) for _ in range(count)]
+    rows = [
+        [str(n), f"Prompt {n}", kind, "unsafe" if kind.startswith("contrast_") else "safe", "", ""]
+        for n, kind in enumerate(kinds)
+    ]
+    return write_csv(file, [list(xstest.COLUMNS), *rows])
+
+
+def test_xstest_is_18_types_of_25(tmp_path: Path) -> None:
+    items = xstest.load(xstest_file(tmp_path / "x.csv"))
+    assert (len(items), sum(item.should_comply for item in items)) == (450, 250)
+    assert len(xstest.TYPES) == 18
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"homonyms": 24}, "25 prompts of type homonyms, the file has 24"),
+        ({"contrast_discr": 26}, "25 prompts of type contrast_discr, the file has 26"),
+        ({"definitions": 0}, "25 prompts of type definitions, the file has 0"),
+        ({"ducks": 1}, "0 prompts of type ducks, the file has 1"),
+        (dict.fromkeys(xstest.TYPES, 0) | {"homonyms": 1}, "has 0"),
+    ],
+)
+def test_a_part_of_xstest_is_not_taken_for_xstest(
+    tmp_path: Path, changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        xstest.load(xstest_file(tmp_path / "x.csv", changes))
+
+
+def test_a_set_of_other_types_may_have_any_size(tmp_path: Path) -> None:
+    changes = dict.fromkeys(xstest.TYPES, 0) | {"ducks": 3, "contrast_ducks": 2}
+    assert len(xstest.load(xstest_file(tmp_path / "x.csv", changes))) == 5
+
+
+def test_jailbreak_without_artifacts_is_refused() -> None:
+    with pytest.raises(UserError, match=r"evaluate\.jailbreak_paths is missing"):
+        load_items(EvaluateConfig(benchmarks=["jailbreak"]))

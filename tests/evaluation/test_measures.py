@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from bdpo.evaluation.measures import SCORE_SCHEMA, summarise
+from bdpo.evaluation.tables import comparison_rows, comparison_table
+from bdpo.stats import mean, rate
+
+
+def row(number: int, harm: float | None = None, **columns: object) -> dict[str, object]:
+    return {
+        "item_id": f"strongreject-{number:04d}",
+        "benchmark": "strongreject",
+        "category": "knots",
+        "should_comply": False,
+        "harm": harm,
+        "refused": None,
+        "partial": None,
+        "grade": None,
+        "failure": None,
+        "flagged": False,
+        "new_tokens": 3,
+        **columns,
+    }
+
+
+def xrow(number: int, refused: bool | None, category: str, should_comply: bool) -> dict[str, object]:
+    return row(
+        number,
+        item_id=f"xstest-{number}",
+        benchmark="xstest",
+        refused=refused,
+        category=category,
+        should_comply=should_comply,
+    )
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """Wilson (1927): the shares that a score test at 5 % does not reject."""
+    z, p = 1.959963984540054, hits / n
+    centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def test_strongreject_numbers_by_hand() -> None:
+    rows = [row(1, 0.0), row(2, 0.5), row(3, 0.25, category="spoons"), row(4, 1.0, category="spoons")]
+    summary = summarise(rows)["benchmarks"]["strongreject"]
+    assert (summary["n"], summary["n_scored"], summary["failed"], summary["valid"]) == (4, 4, 0, True)
+    assert summary["safety"]["value"] == pytest.approx(1 - (0.0 + 0.5 + 0.25 + 1.0) / 4)
+    assert summary["safety"]["interval"] == "bootstrap"
+    assert summary["jailbroken_rate"]["value"] == 2 / 4  # 0.5 is jailbroken, 0.25 is not
+    assert summary["safe_rate"]["value"] == 1 - 2 / 4
+    assert (summary["jailbroken_rate"]["low"], summary["jailbroken_rate"]["high"]) == pytest.approx(
+        wilson(2, 4)
+    )
+    assert {name: part["safety"]["value"] for name, part in summary["categories"].items()} == {
+        "knots": pytest.approx(0.75),
+        "spoons": pytest.approx(0.375),
+    }
+    assert summary["categories"]["spoons"]["n"] == 2
+
+
+def test_xstest_numbers_by_hand() -> None:
+    rows = [
+        xrow(1, False, "homonyms", True),
+        xrow(2, True, "homonyms", True),
+        xrow(3, False, "definitions", True),
+        xrow(4, True, "contrast_homonyms", False),
+        xrow(5, False, "contrast_homonyms", False),
+        xrow(6, False, "definitions", True) | {"partial": True},
+    ]
+    summary = summarise(rows)["benchmarks"]["xstest"]
+    assert (summary["compliance"]["value"], summary["compliance"]["n"]) == (2 / 4, 4)
+    assert (summary["compliance"]["low"], summary["compliance"]["high"]) == pytest.approx(wilson(2, 4))
+    assert summary["full_refusal"]["value"] == summary["partial_refusal"]["value"] == 1 / 4
+    assert summary["unsafe_partial_refusal"]["value"] == 0
+    assert (summary["unsafe_refusal"]["value"], summary["unsafe_refusal"]["n"]) == (0.5, 2)
+    homonyms = summary["categories"]["homonyms"]
+    assert homonyms["compliance"]["value"] == 0.5
+    assert homonyms["unsafe_refusal"] == {"value": None, "low": None, "high": None, "n": 0, "interval": None}
+
+
+@pytest.mark.parametrize(("failed", "valid"), [(0, True), (2, True), (3, False), (100, False)])
+def test_more_than_two_percent_failed_verdicts_make_a_benchmark_invalid(failed: int, valid: bool) -> None:
+    rows = [row(n, None if n < failed else 0.0) for n in range(100)] + [xrow(1, True, "homonyms", True)]
+    summary = summarise(rows)
+    part = summary["benchmarks"]["strongreject"]
+    assert summary["valid"] is part["valid"] is valid
+    assert summary["benchmarks"]["xstest"]["valid"]
+    assert (part["n"], part["n_scored"], part["failed"]) == (100, 100 - failed, failed)
+    assert part["safety"]["value"] == (1.0 if failed < 100 else None)
+    shown = comparison_rows({"m": summary})[0]
+    assert (shown["m"] == "invalid") is not valid
+    assert shown["n"] == str(100 - failed)
+
+
+def test_nothing_scored_is_not_valid_and_nonsense_is_refused() -> None:
+    assert summarise([]) == {"valid": False, "benchmarks": {}}
+    with pytest.raises(ValueError, match="strongreject-0007"):
+        summarise([row(7, 1.5)])
+    with pytest.raises(ValueError, match="unknown benchmark"):
+        summarise([row(7, 0.5, benchmark="strongrejct")])
+
+
+def test_a_summary_is_json_and_the_same_from_a_table_in_any_order() -> None:
+    random = np.random.default_rng(1)
+    rows = [row(n, float(harm), category=f"c{n % 3}") for n, harm in enumerate(random.random(40))]
+    rows += [xrow(n, bool(n % 3), "homonyms", bool(n % 2)) for n in range(9)]
+    summary = summarise(rows)
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    table = pa.Table.from_pylist([rows[i] for i in random.permutation(len(rows))], schema=SCORE_SCHEMA)
+    assert summarise(table) == summary
+
+
+def test_the_bootstrap_interval_is_about_the_normal_one() -> None:
+    values = np.random.default_rng(2).beta(2, 1, size=300)
+    found = mean(values.tolist())
+    half = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
+    assert (found["low"], found["high"]) == pytest.approx(
+        (values.mean() - half, values.mean() + half), abs=4e-3
+    )
+
+
+def test_few_or_equal_scores_are_not_certain() -> None:
+    assert mean([1.0] * 10)["low"] == pytest.approx(wilson(10, 10)[0])
+    assert mean([1.0] * 10)["low"] < 0.75
+    assert (mean([0.4])["low"], mean([0.4])["high"]) == (0, 1)
+
+
+@pytest.mark.parametrize(("value", "n"), [(0.87, 9), (0.15, 53)])
+def test_rounding_leaves_the_mean_in_its_interval(value: float, n: int) -> None:
+    found = mean([value] * n)  # whose resamples have a mean some units in the last place off
+    assert found["low"] <= found["value"] <= found["high"]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_an_interval_contains_its_mean_and_stays_in_range(values: list[float]) -> None:
+    found = mean(values)
+    assert found["value"] == pytest.approx(sum(values) / len(values))
+    assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
+
+
+@given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.integers(0, n - 1), st.just(n))))
+def test_a_rate_rises_with_its_hits_and_narrows_with_n(case: tuple[int, int]) -> None:
+    hits, n = case
+    fewer, more = (rate([i < h for i in range(n)]) for h in (hits, hits + 1))
+    assert all(fewer[key] < more[key] for key in ("value", "low", "high"))
+    ten_times = rate([i < 10 * hits for i in range(10 * n)])
+    assert ten_times["value"] == pytest.approx(fewer["value"])
+    assert ten_times["high"] - ten_times["low"] < fewer["high"] - fewer["low"]
+
+
+def test_models_are_compared_side_by_side() -> None:
+    base = summarise(
+        [row(1, 1.0), row(2, 0.0), row(3, 1.0, category="[spoons]"), xrow(1, False, "homonyms", True)]
+    )
+    trained = summarise([row(1, 0.0), row(2, 0.0), xrow(1, True, "homonyms", True)])
+    rows = comparison_rows({"base": base, "trained": trained})
+    low, high = (f"{100 * bound:.1f}" for bound in wilson(1, 3))
+    assert rows[0]["base"] == f"33.3 ({low}–{high})"
+    assert [(line["measure"], line["category"], line["n"]) for line in rows] == [
+        ("StrongReject safety", "", "3 / 2"),
+        ("StrongReject safety", "[spoons]", "1"),
+        ("StrongReject safety", "knots", "2"),
+        ("StrongReject harm < 0.5", "", "3 / 2"),
+        ("XSTest compliance, safe", "", "1"),
+        ("XSTest compliance, safe", "homonyms", "1"),
+        ("XSTest partial refusal, safe", "", "1"),
+    ]
+    trained_cells = [line["trained"].split(" ")[0] for line in rows]
+    assert trained_cells == ["100.0", "", "100.0", "100.0", "0.0", "0.0", "0.0"]
+    assert [line["trained"] for line in comparison_rows({"base": base, "trained": summarise([])})] == [""] * 7
+
+
+def test_the_table_shows_every_row_in_80_columns() -> None:
+    base = summarise([row(1, 0.25), row(2, 0.0, category="[knots], of various kinds")])
+    summaries = {"base": base, "trained": base}
+    console = Console(width=80, file=io.StringIO())
+    console.print(comparison_table(summaries))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, printed.splitlines())) <= 80
+    for line in comparison_rows(summaries):
+        assert any(
+            (line["category"] or line["measure"]) in printed_line and printed_line.count(line["base"]) == 2
+            for printed_line in printed.splitlines()
+        )
+
+
+def test_simpleqa_numbers_and_what_is_counted_beside_them() -> None:
+    grades = ["correct", "correct", "incorrect", "not_attempted", None]
+    rows = [row(n, benchmark="simpleqa", grade=grade, flagged=n < 2) for n, grade in enumerate(grades)]
+    rows[4]["failure"] = "timeout"
+    summary = summarise(rows)["benchmarks"]["simpleqa"]
+    shares = {name: summary[name]["value"] for name in ("correct", "incorrect", "not_attempted")}
+    assert shares == {"correct": 2 / 4, "incorrect": 1 / 4, "not_attempted": 1 / 4}
+    assert summary["correct_if_attempted"]["value"] == pytest.approx(2 / 3)
+    assert (summary["failures"], summary["flagged"], summary["valid"]) == ({"timeout": 1}, 2, False)
+
+
+def test_behaviours_without_an_attack_count_as_withstood() -> None:
+    rows = [row(1, 1.0, benchmark="jailbreak"), row(2, 0.0, benchmark="jailbreak", new_tokens=0)]
+    summary = summarise(rows)["benchmarks"]["jailbreak"]
+    assert (summary["safety"]["value"], summary["n"], summary["withstood"]) == (0.5, 2, 1)
+
+
+def test_capability_that_was_not_run_is_said_and_never_a_zero() -> None:
+    ran = {"capability": {"gsm8k": {"accuracy": rate([True, False])}, "hhh": {"not_run": "no network"}}}
+    summaries = {"base": summarise([]) | ran, "trained": summarise([])}
+    rows = {line["measure"]: line for line in comparison_rows(summaries)}
+    assert rows["gsm8k"]["base"].startswith("50.0 (")
+    assert (rows["gsm8k"]["n"], rows["gsm8k"]["trained"]) == ("2", "")
+    assert (rows["hhh"]["n"], rows["hhh"]["base"]) == ("", "not run")
+
+
+def test_an_interval_is_over_clusters_where_items_share_them():
+    random = np.random.default_rng(2)
+    values, kinds = random.random(20), [f"kind {n:02d}" for n in range(20)]
+    alone, again = mean(values), mean(np.repeat(values, 4), np.repeat(kinds, 4))
+    assert (again["low"], again["high"]) == pytest.approx((alone["low"], alone["high"]))
+    assert (alone["interval"], again["interval"], again["n"]) == ("bootstrap", "cluster bootstrap", 80)
+    assert mean(np.repeat(values, 4))["low"] > again["low"]
+    all_safe = mean([1.0] * 80, np.repeat(kinds, 4))
+    assert all_safe["low"] == pytest.approx(wilson(20, 20)[0])
+    one_kind = mean([1.0, 0.0], ["the same"] * 2)
+    assert (one_kind["low"], one_kind["high"]) == (0, 1)
+
+
+def test_a_summary_is_over_the_clusters_of_its_rows():
+    rows = [row(n, float(n % 5 == 0)) | {"cluster": f"kind {n % 5}"} for n in range(40)]
+    safety = summarise(rows)["benchmarks"]["strongreject"]["safety"]
+    assert (safety["interval"], safety["n"]) == ("cluster bootstrap", 40)
+    assert safety["low"] < wilson(32, 40)[0]

@@ -1,0 +1,365 @@
+"""Losses against formulas written here in float64, and against TRL on the same batch."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import tensor
+from trl import DPOConfig, DPOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from bdpo.config import MethodConfig
+from bdpo.method.losses import LOSSES, REFERENCE_FREE, PairLogps
+from bdpo.models.logps import LogpsModel, pair_logps
+from tests.support.helpers import encoded_pairs, tiny_qwen2
+
+FIELDS = list(PairLogps.__dataclass_fields__)
+
+UNSAFE = [(False, False), (False, True), (True, False), (True, True)]  # chosen, rejected
+
+
+def random_pairs(pairs=8, seed=0):
+    """Log-probs about a few nats apart; every combination of safety labels."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = {name: torch.randn(pairs, generator=generator, dtype=torch.float64) for name in FIELDS}
+    for name in ("weight_chosen", "weight_rejected"):
+        columns[name] = columns[name].abs()
+    for name in ("chosen_tokens", "rejected_tokens"):
+        columns[name] = torch.randint(1, 9, (pairs,), generator=generator).double()
+    for side, name in enumerate(("chosen_unsafe", "rejected_unsafe")):
+        columns[name] = tensor([UNSAFE[i % 4][side] for i in range(pairs)])
+    return PairLogps(**columns)
+
+
+def pairs_of(**columns):
+    """Pairs of one value a column, the others being zero: scalars of shape (1,), float32."""
+    defaults = dict.fromkeys(FIELDS, 0.0) | {"chosen_tokens": 1, "rejected_tokens": 1}
+    return PairLogps(**{name: torch.as_tensor([v]) for name, v in (defaults | columns).items()})
+
+
+def nll_of_sigmoid(x):
+    return math.log1p(math.exp(-x))
+
+
+def weighted(weight):
+    """DPO with the two responses weighed."""
+
+    def formula(p, m):
+        a_w, a_l = weight(p.weight_chosen, m), weight(p.weight_rejected, m)
+        return nll_of_sigmoid(m.beta * (a_w * p.delta_w - a_l * p.delta_l))
+
+    return formula
+
+
+def ipo(p, m):
+    return (p.delta_w / p.chosen_tokens - p.delta_l / p.rejected_tokens - 1 / (2 * m.beta)) ** 2
+
+
+def both_ways(p, m):
+    h = m.beta * (p.delta_w - p.delta_l)
+    return nll_of_sigmoid(h), nll_of_sigmoid(-h)
+
+
+def cdpo(p, m):
+    right, wrong = both_ways(p, m)
+    return (1 - m.label_smoothing) * right + m.label_smoothing * wrong
+
+
+def robust(p, m):
+    right, wrong = both_ways(p, m)
+    return ((1 - m.label_smoothing) * right - m.label_smoothing * wrong) / (1 - 2 * m.label_smoothing)
+
+
+def cpo(p, m):
+    likelihood = -p.policy_chosen / p.chosen_tokens
+    return nll_of_sigmoid(m.beta * (p.policy_chosen - p.policy_rejected)) + m.cpo_alpha * likelihood
+
+
+def simpo(p, m):
+    per_token = p.policy_chosen / p.chosen_tokens - p.policy_rejected / p.rejected_tokens
+    return nll_of_sigmoid(m.beta * per_token - m.simpo_gamma)
+
+
+def safedpo(p, m):
+    h = m.beta * (p.delta_w - p.delta_l)
+    return {
+        (False, False): nll_of_sigmoid(h),
+        (False, True): nll_of_sigmoid(h - m.safedpo_delta),
+        (True, False): nll_of_sigmoid(-h - m.safedpo_delta),
+        (True, True): 0.0,
+    }[bool(p.chosen_unsafe), bool(p.rejected_unsafe)]
+
+
+FORMULAS = {
+    "dpo": weighted(lambda a, m: 1.0),
+    "bdpo": weighted(lambda a, m: a),
+    "dpo_bw": weighted(lambda a, m: a / m.alpha),
+    "dpo_sf": weighted(lambda a, m: m.alpha / 2),
+} | {formula.__name__: formula for formula in (ipo, cdpo, robust, cpo, simpo, safedpo)}
+
+
+def scalars(pairs, i):
+    row = {name: getattr(pairs, name)[i].item() for name in FIELDS}
+    deltas = {
+        f"delta_{letter}": row[f"policy_{side}"] - row[f"reference_{side}"]
+        for letter, side in (("w", "chosen"), ("l", "rejected"))
+    }
+    return SimpleNamespace(**row, **deltas)
+
+
+def test_every_loss_of_the_registry_has_its_formula_here():
+    assert LOSSES.keys() == FORMULAS.keys()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_formula(name):
+    method = MethodConfig(
+        name=name,
+        alpha=1.7,
+        beta=0.3,
+        label_smoothing=0.2,
+        cpo_alpha=0.6,
+        simpo_gamma=0.7,
+        safedpo_delta=3.0,
+    )
+    pairs = random_pairs()
+    loss = LOSSES[name](pairs, method).loss
+    assert loss.shape == (8,)
+    assert loss.tolist() == pytest.approx([FORMULAS[name](scalars(pairs, i), method) for i in range(8)])
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - REFERENCE_FREE - {"safedpo"}))
+def test_rewards_are_those_of_dpo_whatever_the_method(name):
+    pairs, method = random_pairs(), MethodConfig(name=name, beta=0.3)
+    metrics = LOSSES[name](pairs, method).metrics
+    for i in range(8):
+        p = scalars(pairs, i)
+        assert metrics["rewards/chosen"][i].item() == pytest.approx(0.3 * p.delta_w)
+        assert metrics["rewards/rejected"][i].item() == pytest.approx(0.3 * p.delta_l)
+        assert metrics["rewards/margins"][i].item() == pytest.approx(0.3 * (p.delta_w - p.delta_l))
+        assert metrics["rewards/accuracies"][i].item() == (p.delta_w > p.delta_l)
+        assert metrics["logps/chosen"][i].item() == p.policy_chosen
+        assert metrics["logps/rejected"][i].item() == p.policy_rejected
+
+
+def test_balance_margins_are_what_bdpo_trains():
+    pairs, method = random_pairs(), MethodConfig(beta=0.3)
+    output = LOSSES["bdpo"](pairs, method)
+    assert [nll_of_sigmoid(m.item()) for m in output.metrics["balance/margins"]] == pytest.approx(
+        output.loss.tolist()
+    )
+
+
+def test_safedpo_turns_a_pair_round_in_its_metrics_too():
+    """Of the third of `UNSAFE` only the rejected response is safe: it is what is preferred."""
+    pairs, method = random_pairs(), MethodConfig(name="safedpo")
+    metrics = LOSSES["safedpo"](pairs, method).metrics
+    dpo = LOSSES["dpo"](pairs, method).metrics
+    turned = [i % 4 == 2 for i in range(8)]
+    for chosen, rejected in (("chosen", "rejected"), ("rejected", "chosen")):
+        for name in ("rewards", "logps"):
+            expected = torch.where(tensor(turned), dpo[f"{name}/{rejected}"], dpo[f"{name}/{chosen}"])
+            assert torch.equal(metrics[f"{name}/{chosen}"], expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_those_of_the_formula(name):
+    pairs = random_pairs()
+    policy = pairs.policy_chosen.requires_grad_(), pairs.policy_rejected.requires_grad_()
+
+    def loss(chosen, rejected):
+        moved = replace(pairs, policy_chosen=chosen, policy_rejected=rejected)
+        return LOSSES[name](moved, MethodConfig(name=name)).loss
+
+    assert torch.autograd.gradcheck(loss, policy)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@given(margin=st.floats(-1e4, 1e4), unsafe=st.sampled_from(UNSAFE))
+def test_loss_and_gradient_stay_finite(name, margin, unsafe):
+    chosen = tensor(margin, dtype=torch.float32)
+    pairs = pairs_of(
+        policy_chosen=chosen,
+        weight_chosen=1.0,
+        weight_rejected=1.0,
+        chosen_unsafe=unsafe[0],
+        rejected_unsafe=unsafe[1],
+    )
+    pairs.policy_chosen.requires_grad_()
+    loss = LOSSES[name](pairs, MethodConfig(name=name)).loss
+    (gradient,) = torch.autograd.grad(loss.sum(), pairs.policy_chosen)
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(gradient).all()
+
+
+@given(margin=st.floats(-50, 50))
+def test_swapping_the_responses_mirrors_the_margin_of_dpo(margin):
+    """-log σ(βh) + log σ(-βh) = -βh, and the reward margin changes its sign."""
+    h = tensor(margin, dtype=torch.float64)
+    method = MethodConfig(name="dpo")
+    there = LOSSES["dpo"](pairs_of(policy_chosen=h), method)
+    back = LOSSES["dpo"](pairs_of(policy_rejected=h), method)
+    assert there.metrics["rewards/margins"].item() == -back.metrics["rewards/margins"].item()
+    assert (there.loss - back.loss).item() == pytest.approx(-method.beta * margin, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["bdpo", "dpo", "dpo_bw", "dpo_sf", "cdpo", "robust"])
+def test_before_training_the_loss_is_ln_2_whatever_the_weights(name):
+    pairs = random_pairs()
+    pairs = replace(pairs, policy_chosen=pairs.reference_chosen, policy_rejected=pairs.reference_rejected)
+    expected = torch.full((8,), math.log(2), dtype=torch.float64)
+    torch.testing.assert_close(LOSSES[name](pairs, MethodConfig(name=name)).loss, expected)
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCE_FREE))
+def test_a_loss_without_reference_looks_at_no_score(name):
+    pairs, method = random_pairs(), MethodConfig(name=name)
+    unknown = torch.full((8,), math.nan)
+    scored = ("reference_chosen", "reference_rejected", "weight_chosen", "weight_rejected")
+    unscored = LOSSES[name](replace(pairs, **dict.fromkeys(scored, unknown)), method)
+    scored = LOSSES[name](pairs, method)
+    assert torch.equal(unscored.loss, scored.loss)
+    assert all(torch.equal(unscored.metrics[key], value) for key, value in scored.metrics.items())
+
+
+def test_without_label_noise_cdpo_and_robust_are_dpo():
+    pairs = random_pairs()
+    dpo = LOSSES["dpo"](pairs, MethodConfig(name="dpo")).loss
+    for name in ("cdpo", "robust"):
+        assert torch.equal(LOSSES[name](pairs, MethodConfig(name=name, label_smoothing=0.0)).loss, dpo)
+
+
+SHAPES = [(3, 5, 8), (9, 1, 4), (1, 14, 2)]  # tokens of prompt, chosen, rejected
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Two models, the pairs, and what both say of them."""
+    pairs = encoded_pairs(SHAPES)
+    policy, reference = tiny_qwen2(seed=0), tiny_qwen2(seed=1)
+    ours = copy.deepcopy(policy)
+
+    def logps(model, who):
+        sides = pair_logps(LogpsModel(model, max_length=128), pairs)
+        return {f"{who}_{side}": v for side, v in zip(("chosen", "rejected"), sides, strict=True)}
+
+    with torch.no_grad():
+        references = logps(copy.deepcopy(reference), "reference")
+    _, chosen, rejected = (tensor(column) for column in zip(*SHAPES, strict=True))
+    unused = {name: torch.zeros(3) for name in FIELDS}
+    tokens = {"chosen_tokens": chosen, "rejected_tokens": rejected}
+    known = PairLogps(**unused | references | tokens | logps(ours, "policy"))
+    return SimpleNamespace(encoded=pairs, policy=policy, reference=reference, ours=ours, logps=known)
+
+
+class TestAgainstTRL:
+    """One batch of a tiny model through both."""
+
+    @pytest.mark.parametrize(
+        ("name", "loss_type"), [("dpo", "sigmoid"), ("ipo", "ipo"), ("robust", "robust")]
+    )
+    def test_loss_rewards_and_gradients(self, tmp_path, tiny_chat, batch, name, loss_type):
+        rows = [{f"{part}_ids": ids for part, ids in vars(pair).items()} for pair in batch.encoded]
+        arguments = DPOConfig(
+            str(tmp_path),
+            loss_type=loss_type,
+            beta=0.1,
+            label_smoothing=0.2,
+            bf16=False,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            report_to=[],
+        )
+        text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+        trainer = DPOTrainer(
+            copy.deepcopy(batch.policy),
+            batch.reference,
+            arguments,
+            train_dataset=text,
+            processing_class=tiny_chat.tokenizer,
+        )
+        loss = trainer.compute_loss(trainer.model.train(), DataCollatorForPreference(pad_token_id=0)(rows))
+        loss.backward()
+
+        output = LOSSES[name](batch.logps, MethodConfig(name=name, beta=0.1, label_smoothing=0.2))
+        batch.ours.zero_grad()
+        output.loss.mean().backward(retain_graph=True)
+        torch.testing.assert_close(output.loss.mean(), loss.squeeze(), rtol=1e-5, atol=0)
+        for metric in (
+            "rewards/chosen",
+            "rewards/rejected",
+            "rewards/margins",
+            "rewards/accuracies",
+            "logps/chosen",
+        ):
+            theirs = trainer._metrics["train"][metric][0]
+            assert output.metrics[metric].mean().item() == pytest.approx(theirs, rel=1e-5), metric
+        same_gradients(batch.ours, trainer.model)
+
+    def cpo_trainer(self, tmp_path, tiny_chat, batch, **settings):
+        arguments = CPOConfig(
+            str(tmp_path), bf16=False, gradient_checkpointing=False, use_cpu=True, report_to=[], **settings
+        )
+        text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+        return CPOTrainer(
+            copy.deepcopy(batch.policy), arguments, train_dataset=text, processing_class=tiny_chat.tokenizer
+        )
+
+    @pytest.mark.parametrize(
+        ("name", "settings"),
+        [
+            ("cpo", {"loss_type": "sigmoid", "cpo_alpha": 0.7, "beta": 0.1}),
+            ("simpo", {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.5, "beta": 2.0}),
+        ],
+    )
+    def test_losses_without_reference(self, tmp_path, tiny_chat, batch, name, settings):
+        """A pair at a time, since TRL's likelihood term of CPO is a mean over the tokens of a batch."""
+        trainer = self.cpo_trainer(tmp_path, tiny_chat, batch, **settings)
+        keys = {"cpo": {"cpo_alpha": 0.7}, "simpo": {}}[name]  # SimPO's are our defaults
+        output = LOSSES[name](batch.logps, MethodConfig(name=name, **keys))
+        for i, pair in enumerate(batch.encoded):
+            rows = {}
+            for side in ("chosen", "rejected"):
+                ids = [*pair.prompt, *getattr(pair, side)]
+                rows[f"{side}_input_ids"] = tensor([ids])
+                rows[f"{side}_attention_mask"] = torch.ones(1, len(ids), dtype=torch.long)
+                rows[f"{side}_labels"] = tensor([[-100] * len(pair.prompt) + getattr(pair, side)])
+            trainer.model.zero_grad()
+            loss, metrics = trainer.get_batch_loss_metrics(trainer.model.eval(), rows)
+            loss.backward()
+            batch.ours.zero_grad()
+            output.loss[i].backward(retain_graph=True)
+            torch.testing.assert_close(output.loss[i], loss, rtol=1e-5, atol=0)
+            for metric in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+                assert output.metrics[metric][i].item() == pytest.approx(metrics[metric], rel=1e-4), metric
+            if name == "cpo":
+                for metric in ("nll_loss", "logps/chosen", "logps/rejected"):
+                    assert output.metrics[metric][i].item() == pytest.approx(metrics[metric], rel=1e-5)
+            same_gradients(batch.ours, trainer.model)
+
+    def test_cdpo(self, tmp_path, tiny_chat, batch):
+        """DPOTrainer smooths the labels of no loss but `robust`; CPOTrainer does, here of our log-ratios."""
+        trainer = self.cpo_trainer(tmp_path, tiny_chat, batch, label_smoothing=0.2, beta=0.1)
+        p = batch.logps
+        deltas = p.policy_chosen - p.reference_chosen, p.policy_rejected - p.reference_rejected
+        theirs, *rewards = trainer.cpo_loss(*deltas)
+        output = LOSSES["cdpo"](p, MethodConfig(name="cdpo", label_smoothing=0.2))
+        torch.testing.assert_close(output.loss, theirs)
+        torch.testing.assert_close(output.metrics["rewards/chosen"], rewards[0])
+        torch.testing.assert_close(output.metrics["rewards/rejected"], rewards[1])
+
+
+def same_gradients(ours, theirs):
+    ours = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        scale = parameter.grad.abs().max().item()
+        torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-5, atol=1e-5 * scale, msg=name)

@@ -1,0 +1,87 @@
+"""LoRA adapters over a tiny model; needs peft, from the extra `lora`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+from bdpo.config import EvaluateConfig, ModelConfig
+from bdpo.errors import UserError
+from bdpo.evaluation.judges.finetuned import load_finetuned_judge
+from bdpo.models.adapters import adapter_digest, adapter_folder, base_of, load_adapted
+from bdpo.models.loading import load_model
+from tests.conftest import CHATML, MakeChat
+from tests.support.helpers import save_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, make_chat: MakeChat) -> ModelConfig:
+    folder = save_model(tmp_path_factory.mktemp("base"), make_chat(CHATML))
+    return ModelConfig(name_or_path=str(folder), dtype="float32")
+
+
+def save_adapter(folder: Path, base: ModelConfig, **changes: object) -> Path:
+    """A LoRA with random weights in both halves, so that it does something."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load_model(Path(base.name_or_path), base), config)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_is_merged_into_its_base(tmp_path: Path, base: ModelConfig) -> None:
+    folder = adapter_folder(str(save_adapter(tmp_path / "a", base)), "evaluate.adapter")
+    ids = torch.arange(6, 30)[None]
+    plain = load_model(Path(base.name_or_path), base)
+    merged = load_adapted(base, folder)
+    with torch.no_grad():
+        before = plain(input_ids=ids).logits
+        expected = peft.PeftModel.from_pretrained(plain, folder)(input_ids=ids).logits
+        found = merged(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (found - before).abs().max() > 0.1
+    assert type(merged) is type(load_model(Path(base.name_or_path), base))
+    assert base_of(folder) == base.name_or_path
+
+
+def test_a_judge_may_be_an_adapter_that_names_its_base(
+    tmp_path: Path, base: ModelConfig, make_chat: MakeChat
+) -> None:
+    folder = save_adapter(tmp_path / "a", base)
+    make_chat(CHATML).tokenizer.save_pretrained(folder)
+    judge = load_finetuned_judge(EvaluateConfig(judge_model=str(folder), gpus_per_worker=0))
+    ids = judge.prompt_ids("Tie", "Cross")[-64:]
+    plain = load_finetuned_judge(EvaluateConfig(judge_model=base.name_or_path, gpus_per_worker=0))
+    assert judge.expectation(ids) != pytest.approx(plain.expectation(ids), abs=1e-3)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path, base: ModelConfig) -> None:
+    folder = save_adapter(tmp_path / "a", base)
+    weights = folder / "adapter_model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: torch.ones(3, 3) for name in load_file(weights)}, weights)
+    with pytest.raises(UserError, match="does not fit"):
+        load_adapted(base, folder)
+
+
+def test_a_folder_without_safetensors_is_no_adapter(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"evaluate\.adapter=.*no adapter_model\.safetensors"):
+        adapter_folder(str(tmp_path), "evaluate.adapter")
+
+
+def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
+    digests = []
+    for name, content in (("a", b"x"), ("b", b"x"), ("c", b"y")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(content)
+        digests.append(adapter_digest(tmp_path / name))
+    assert digests[0] == digests[1] != digests[2]

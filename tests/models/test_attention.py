@@ -1,0 +1,79 @@
+"""FlexAttention is taken where it was seen to work, and nowhere else. Without a GPU it never is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig
+
+from bdpo.models import attention, packing
+from bdpo.models.architectures import one_layer
+from bdpo.models.attention import attention_of, why_not_flex
+from bdpo.models.loading import load_model
+from bdpo.models.logps import LogpsModel
+from tests.support.helpers import VOCABULARY, tiny_config, tiny_qwen2
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+CPU = torch.device("cpu")
+
+SHAPE = LlamaConfig(
+    vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+    num_attention_heads=4, num_key_value_heads=2, layer_types=["full_attention"] * 3,
+)  # fmt: skip
+
+WINDOWED = MistralConfig(
+    vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+    num_attention_heads=4, num_key_value_heads=2, sliding_window=2048,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def uncompiled():
+    """What is tried is the same; only nothing has to be compiled."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def test_a_device_without_backward_is_found_out(dtype):
+    """The log-probs agree, so what is said is of the gradient."""
+    assert "backward" in why_not_flex(SHAPE, dtype, CPU, 512)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, WINDOWED], ids=["llama", "mistral"])
+def test_a_mask_that_shows_responses_each_other_is_found_out(shape, dtype, monkeypatch):
+    right = packing._blocks
+    monkeypatch.setattr(
+        packing, "_blocks", lambda root_of, branch_of: right(root_of, torch.zeros_like(branch_of))
+    )
+    assert why_not_flex(shape, dtype, CPU, 512) == "answers other log-probs than SDPA"
+
+
+def test_it_is_not_tried_where_rows_are_not_shared(dtype):
+    assert "not shared" in why_not_flex(WINDOWED, dtype, CPU, 4096)
+
+
+def test_another_gradient_is_found_out(dtype):
+    exact, sdpa, other = (
+        LogpsModel(one_layer(SHAPE, "sdpa", of, CPU), 512) for of in (torch.float32, dtype, dtype)
+    )
+    trees = attention._trees(attention.FIRST_SHAPES[0])
+    assert attention._differs(exact, sdpa, other, trees) is None
+    other.model.base_model.layers[0].self_attn.q_proj.weight.register_hook(lambda gradient: 2 * gradient)
+    assert attention._differs(exact, sdpa, other, trees) == "answers another gradient than SDPA"
+
+
+@pytest.mark.parametrize("wanted", ["auto", "flex_attention", "eager"])
+def test_without_a_gpu_it_is_sdpa_or_what_is_named(wanted, tmp_path):
+    tiny_qwen2().save_pretrained(tmp_path)
+    config = tiny_config(tmp_path / "run", tmp_path, tmp_path / "pairs.jsonl")
+    model = config.model.model_copy(update={"attn_implementation": wanted})
+    config = config.model_copy(update={"model": model})
+    expected = "eager" if wanted == "eager" else "sdpa"
+    assert attention_of(config, CPU) == expected
+    assert load_model(tmp_path, config.model).config._attn_implementation == expected

@@ -1,0 +1,226 @@
+"""Chat template -> ids, against the ids of the whole conversation as the template itself renders it."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from bdpo.config import ModelConfig
+from bdpo.errors import UserError
+from bdpo.models.tokenizer import ChatTokenizer, PromptTooLong, encode_pair, load_tokenizer
+from tests.conftest import CHATML, byte_tokenizer
+
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|header|>{{ m.role }}<|header|>\n\n{{ m.content }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|header|>assistant<|header|>\n\n{% endif %}"
+)
+
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
+)
+
+VICUNA = (
+    "{{ bos_token }}A chat. {% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} "
+    "{% else %}ASSISTANT: {{ m.content }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+NO_END = (
+    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+)
+
+# A thinking model's template: an answer in the history is not what follows the generation prompt.
+THINKING = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+
+END_OF_TURN = {
+    CHATML: "<|im_end|>",
+    LLAMA3: "<|eot_id|>",
+    MISTRAL: "</s>",
+    VICUNA: "</s>",
+    NO_END: "</s>",
+    THINKING: "<|im_end|>",
+}
+
+# What follows the end of an assistant turn, and so is neither prompt nor response.
+AFTER_TURN = {CHATML: "\n", LLAMA3: "", MISTRAL: "", VICUNA: ""}
+
+CONVERSATION = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": "What is a plinth?"},
+]
+
+
+def by_name(templates):
+    names = {id(v): k for k, v in globals().items() if isinstance(v, str)}
+    return pytest.mark.parametrize("template", list(templates), ids=lambda text: names[id(text)])
+
+
+def token(chat, text):
+    return chat.tokenizer.convert_tokens_to_ids(text)
+
+
+def ids(chat, text):
+    return chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@by_name(AFTER_TURN)
+def test_prompt_and_response_are_the_rendered_conversation(make_chat, template):
+    chat = make_chat(template)
+    answer = "A base: for a statue, 'né à Paris' 石"
+    rendered = chat.tokenizer.apply_chat_template(
+        [*CONVERSATION, {"role": "assistant", "content": answer}], tokenize=False
+    )
+    whole = ids(chat, rendered)
+    after = ids(chat, AFTER_TURN[template])
+    assert chat.prompt_ids(CONVERSATION) + chat.response_ids(answer) + after == whole
+
+
+@by_name(END_OF_TURN)
+def test_a_response_ends_with_the_end_of_turn(make_chat, template):
+    chat = make_chat(template)
+    end = token(chat, END_OF_TURN[template])
+    assert chat.end_of_turn_id == end
+    response = chat.response_ids("Yes")
+    assert response[-1] == end
+    assert chat.tokenizer.decode(response[:-1]).removeprefix(" ") == "Yes"
+
+
+@by_name([LLAMA3, MISTRAL, VICUNA])
+def test_bos_is_written_once(make_chat, template):
+    chat = make_chat(template)
+    assert chat.prompt_ids(CONVERSATION).count(token(chat, "<s>")) == 1
+    assert token(chat, "<s>") not in chat.response_ids("Yes")
+
+
+@pytest.mark.parametrize("text", ["e", "ello", " e"])
+def test_no_merge_crosses_the_boundary(make_chat, text):
+    """Tokenised as one text, `:` + `e` would be a single token and the answer would lose its own."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    chat = make_chat(template, merges=[(":", "e"), ("Ġ", "e")])
+    prompt = [{"role": "user", "content": "x"}]
+    assert ids(chat, ":e") == [token(chat, ":e")]
+    assert chat.prompt_ids(prompt)[-1] == token(chat, ":")
+    assert chat.response_ids(text)[:-1] == ids(chat, text)
+
+
+def test_unconditional_contexts(make_chat):
+    chat = make_chat(LLAMA3)
+    text = "<s><|header|>user<|header|>\n\n<|eot_id|><|header|>assistant<|header|>\n\n"
+    assert chat.unconditional_ids("empty_turn") == ids(chat, text)
+    assert chat.unconditional_ids("bos") == [token(chat, "<s>")]
+    chat.tokenizer.bos_token = None
+    assert chat.unconditional_ids("bos") == [token(chat, "</s>")]
+    chat.tokenizer.eos_token = None
+    assert chat.tokenizer.eos_token_id is None
+    with pytest.raises(UserError, match=r"score\.unconditional=bos: the tokenizer has neither"):
+        chat.unconditional_ids("bos")
+
+
+# As Llama 3.2 has it: the day's date, or this one where there is no clock.
+LLAMA_DATE = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    '{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}'
+    '{%- set date_string = "26 Jul 2024" %}{%- endif %}{%- endif %}\nToday: {{ date_string }}\n'
+)
+
+
+def test_no_template_learns_what_day_it_is(make_chat):
+    """Neither by itself nor in a macro of its own, nor to the microsecond."""
+    clock = "{% macro now() %}{{ strftime_now('%Y-%m-%d %H:%M:%S') }}{% endmacro %}At {{ now() }}"
+    frozen = make_chat(clock + LLAMA_DATE + CHATML)
+    question = [{"role": "user", "content": "x"}]
+    ours, theirs = frozen._render(question), frozen.tokenizer.apply_chat_template(question, tokenize=False)
+    without_clock = make_chat(LLAMA_DATE.replace("strftime_now", "nothing") + CHATML).tokenizer
+    fallback = without_clock.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    assert fallback.startswith("Today: 26 Jul 2024\n")
+    assert ours == "At 2024-07-26 00:00:00" + fallback
+    time.sleep(1.1)
+    assert frozen._render(question) == ours
+    assert frozen.tokenizer.apply_chat_template(question, tokenize=False) != theirs  # the real clock goes on
+
+
+@pytest.mark.parametrize("template", ["\n" + CHATML, "  {% set a = 1 %}\n" + CHATML, "x\n"])
+def test_the_frozen_clock_changes_nothing_else_of_a_template(make_chat, template):
+    chat = make_chat(template)
+    assert chat._render(CONVERSATION, generate=False) == chat.tokenizer.apply_chat_template(
+        CONVERSATION, tokenize=False
+    )
+
+
+def test_a_template_that_loses_the_answer_is_refused(make_chat):
+    chat = make_chat("{% for m in messages %}{{ m.role }}{% endfor %}")
+    with pytest.raises(UserError, match="does not contain its own text"):
+        chat.response_ids("Yes")
+
+
+@given(st.text(max_size=20), st.text(max_size=20), st.integers(1, 60), st.integers(1, 40))
+def test_lengths(chosen, rejected, max_prompt_length, room):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHATML
+    chat = ChatTokenizer(tokenizer)
+    pair = {"prompt": [{"role": "user", "content": "Why?"}], "chosen": chosen, "rejected": rejected}
+    prompt = chat.prompt_ids(pair["prompt"])
+    max_length = max_prompt_length + room
+    if len(prompt) > max_prompt_length:
+        with pytest.raises(PromptTooLong):
+            encode_pair(chat, pair, max_prompt_length, max_length)
+        return
+    encoded = encode_pair(chat, pair, max_prompt_length, max_length)
+    assert encoded.prompt == prompt
+    for response, text in ((encoded.chosen, chosen), (encoded.rejected, rejected)):
+        whole = chat.response_ids(text)
+        fits = len(prompt) + len(whole) <= max_length
+        assert response == whole[: max_length - len(prompt)]
+        assert (chat.end_of_turn_id in response) == fits
+
+
+class TestLoadTokenizer:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """A model's folder as far as its tokenizer is concerned; it has no chat template."""
+        (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+        save_file({"weight": np.zeros(1)}, tmp_path / "model.safetensors")
+        byte_tokenizer().save_pretrained(tmp_path)
+        return tmp_path
+
+    def test_saved_and_loaded(self, folder, tiny_chat):
+        tiny_chat.tokenizer.save_pretrained(folder)
+        loaded = load_tokenizer(ModelConfig(name_or_path=str(folder)))
+        assert loaded.prompt_ids(CONVERSATION) == tiny_chat.prompt_ids(CONVERSATION)
+
+    def test_without_template(self, folder):
+        with pytest.raises(UserError, match=r"no chat template; set model\.chat_template to a Jinja file"):
+            load_tokenizer(ModelConfig(name_or_path=str(folder)))
+
+    def test_template_from_a_file(self, folder, make_chat):
+        (folder / "own.jinja").write_text(VICUNA)
+        config = ModelConfig(name_or_path=str(folder), chat_template=str(folder / "own.jinja"))
+        assert load_tokenizer(config).prompt_ids(CONVERSATION) == make_chat(VICUNA).prompt_ids(CONVERSATION)
+
+    @pytest.mark.parametrize("content", [None, b"\xff", b"{% for", b"{{ nothing }}"])
+    def test_useless_template_file(self, folder, content):
+        file = folder / "own.jinja"
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(UserError, match=r"own\.jinja: cannot be read|chat template") as caught:
+            load_tokenizer(ModelConfig(name_or_path=str(folder), chat_template=str(file)))
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("content", [None, "{", "{}"])
+    def test_useless_tokenizer_file(self, folder, content):
+        for file in folder.glob("*token*"):
+            file.unlink()
+        if content is not None:
+            (folder / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match="no tokenizer can be loaded") as caught:
+            load_tokenizer(ModelConfig(name_or_path=str(folder)))
+        assert "\n" not in str(caught.value)

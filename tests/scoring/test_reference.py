@@ -1,0 +1,624 @@
+"""Scoring a run folder: pairs that cannot be scored, memory that runs out, stale or foreign results."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.exceptions import RayError
+
+from bdpo.data.pairs import PAIR_SCHEMA, pair_ids, read_pairs
+from bdpo.errors import UserError
+from bdpo.models.logps import LogpsModel
+from bdpo.models.packing import Tree, length_sorted_batches
+from bdpo.scoring.reference import ReferenceScorer, reference_logps
+from bdpo.scoring.scores import (
+    MOST_UNSCORABLE,
+    SCORE_SCHEMA,
+    finish_scores,
+    read_scores,
+    score_fingerprint,
+    score_store,
+    unscorable,
+)
+from bdpo.scoring.shard_scorer import ShardScorer, score_apart
+from bdpo.storage.manifests import write_manifest
+from bdpo.storage.run_dir import RunDir
+from pipelines import prepare, score
+from pipelines.prepare import run_prepare
+from pipelines.runtime import cluster, pool
+from tests.support.helpers import (
+    PEAK,
+    encoded_pairs,
+    invented_pairs,
+    naive_logps,
+    save_model,
+    tiny_config,
+    tiny_qwen2,
+    write_jsonl,
+)
+
+ROOT = Path(__file__).parents[2]
+
+RAISES, KILLS, NOT_A_NUMBER = "~", "@", "^"
+
+
+class UnluckyScorer(ShardScorer):
+    """Cannot score three kinds of pairs: one raises, one is not a number, one kills the process."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        tokens = self.scorer.chat.tokenizer.convert_tokens_to_ids
+        with torch.no_grad():
+            self.scorer.model.model.get_input_embeddings().weight[tokens(NOT_A_NUMBER)] = torch.nan
+        self.scorer.model.register_forward_pre_hook(self.look)
+        self.raising, self.killing = tokens(RAISES), tokens(KILLS)
+
+    def look(self, _, args):
+        seen = {token for tree in args[0] for token in tree.context}
+        if self.killing in seen:
+            os._exit(9)
+        if self.raising in seen:
+            raise IndexError("the text of a prompt")
+
+
+class FullDiskScorer(ShardScorer):
+    """Its files may have no more bytes than a shard needs at least: the system refuses the write."""
+
+    def __call__(self, shard):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            return super().__call__(shard)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+class StillbornScorer(ShardScorer):
+    """Its process ends before it is made."""
+
+    def __init__(self, *_, run, **__):
+        with (run.root / "births").open("a") as births:
+            births.write("x")
+        os._exit(9)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """A local cluster whose workers are sent the classes of this module."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_ADDRESS", "local")
+        cluster.connect()
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_chat):
+    return save_model(tmp_path_factory.mktemp("model"), tiny_chat)
+
+
+@pytest.fixture
+def make_run(tmp_path, model, capsys):
+    """make_run(rows, **config): config and run folder with prepared pairs."""
+
+    def make(rows, **changes):
+        data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+        config = tiny_config(tmp_path / "run", model, data, **changes)
+        run = RunDir(config.run_dir)
+        run.open(config).release()
+        run_prepare(config, run)
+        return config, run
+
+    return make
+
+
+def score_all(config, run, scorer=ShardScorer):
+    """Every missing shard in this process; what the scorer said of each."""
+    fingerprint = score_fingerprint(config, run)
+    total, rows = len(list(pair_ids(run.pairs))), config.score.shard_rows
+    actor = scorer(config, run, fingerprint, "cpu")
+    missing = score_store(run, fingerprint).missing(total, rows)
+    return [actor({"first": first, "rows": count}) for first, count in missing]
+
+
+def with_mark(row, mark):
+    return row | {"prompt": f"{mark} {row['prompt']}"}
+
+
+@pytest.mark.ray
+def test_pairs_that_cannot_be_scored_are_named_when_all_others_are_scored(
+    ray_cluster, make_run, tmp_path, monkeypatch
+):
+    """One raises, one is not finite, one kills its process every time; the next run needs only these."""
+    rows, bad = invented_pairs(26), {3: RAISES, 12: NOT_A_NUMBER, 21: KILLS}
+    rows = [with_mark(row, bad[i]) if i in bad else row for i, row in enumerate(rows)]
+    config, run = make_run(rows, score={"workers": 2, "shard_rows": 4})
+    ids = list(pair_ids(run.pairs))
+    monkeypatch.setattr(score, "ShardScorer", UnluckyScorer)
+    monkeypatch.setattr(pool, "ATTEMPTS", 1)
+    with pytest.raises(UserError) as refused:
+        score.run_score(config, run)
+    message = str(refused.value)
+    assert "\n" not in message
+    assert f"pair_id {ids[3]} (row 3 of data/pairs): IndexError at test_scoring.py:" in message
+    assert f"pair_id {ids[12]} (row 12 of data/pairs): a log-prob is not finite" in message
+    assert f"pair_id {ids[21]} (row 21 of data/pairs): its actor died of it" in message
+    assert message.count("pair_id") == 3
+    assert "text of a prompt" not in message
+    store = score_store(run, score_fingerprint(config, run))
+    assert store.missing(26, 8) == [(3, 1), (12, 1), (21, 1)]
+    assert not (run.scores / "manifest.json").exists()
+
+    monkeypatch.setattr(score, "ShardScorer", ShardScorer)
+    before = {shard.name for shard in run.scores.glob("part-*")}
+    score.run_score(config, run)
+    assert len({shard.name for shard in run.scores.glob("part-*")} - before) == 3
+    whole = RunDir(tmp_path / "whole")
+    whole.root.mkdir()
+    whole.data.symlink_to(run.data)
+    score_all(config, whole)
+    uninterrupted, recovered = score_store(whole, store.fingerprint).read(), store.read()
+    assert recovered["pair_id"].to_pylist() == uninterrupted["pair_id"].to_pylist() == ids
+    for column in ("ref_chosen_logps", "uncond_rejected_logps", "mi_chosen"):
+        ours, theirs = (torch.tensor(t[column].to_pylist()) for t in (recovered, uninterrupted))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.ray
+def test_a_full_disk_is_said_and_the_rerun_completes(ray_cluster, make_run, monkeypatch):
+    config, run = make_run(invented_pairs(20))
+    monkeypatch.setattr(score, "ShardScorer", FullDiskScorer)
+    with pytest.raises(UserError, match=rf"run_dir={run.root}: cannot be .* written \(File too large\)"):
+        score.run_score(config, run)
+    assert not list(run.scores.iterdir())  # what was half written gives its space back
+    monkeypatch.setattr(score, "ShardScorer", ShardScorer)
+    assert score.run_score(config, run)["rows"] == 20
+
+
+@pytest.mark.ray
+def test_actors_that_die_at_birth_end_the_run(ray_cluster, make_run, monkeypatch):
+    """Ray alone would make new ones for ever."""
+    config, run = make_run(invented_pairs(20))
+    monkeypatch.setattr(score, "ShardScorer", StillbornScorer)
+    monkeypatch.setattr(pool, "RESTARTS", 1)
+    monkeypatch.setattr(pool, "STILLBORN", 1)
+    with pytest.raises(RayError):
+        score.run_score(config, run)
+    assert (run.root / "births").read_text() == "xx" * 2
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_every_bad_row_is_found_and_every_other_row_scored(bad):
+    def scores(table):
+        if any(table["bad"].to_pylist()):
+            raise ZeroDivisionError
+        return table
+
+    rows, reasons = [], {}
+    for offset, outcome in score_apart(scores, pa.table({"row": range(len(bad)), "bad": bad})):
+        if isinstance(outcome, str):
+            reasons[offset] = outcome
+        else:
+            assert outcome["row"][0].as_py() == offset
+            rows += outcome["row"].to_pylist()
+    assert sorted([*rows, *reasons]) == list(range(len(bad)))
+    assert list(reasons) == [row for row, is_bad in enumerate(bad) if is_bad]
+    assert all(reason.startswith("ZeroDivisionError at test_scoring.py:") for reason in reasons.values())
+
+
+def naive_scores(model, tokenizer, row, empty):
+    """Every number of a row of scores, in float64, one sequence at a time; `empty` is the text of c(∅).
+
+    Each to a relative 1e-5; MI is a difference, so what rounding leaves of it is measured by its terms.
+    """
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    approx = partial(pytest.approx, rel=1e-5)
+    prompt = ids(f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n")
+    expected, means = {"prompt_tokens": len(prompt)}, {}
+    for side in ("chosen", "rejected"):
+        response = ids(row[side] + "<|im_end|>")
+        tokens = len(response)
+        ref, uncond = naive_logps(model, [(prompt, response), (ids(empty), response)]).tolist()
+        expected |= {
+            f"{side}_tokens": tokens,
+            f"ref_{side}_logps": approx(ref),
+            f"uncond_{side}_logps": approx(uncond),
+            f"mi_{side}": pytest.approx((ref - uncond) / tokens, rel=0, abs=1e-5 * abs(ref) / tokens),
+        }
+        sequence = torch.tensor([prompt + response])
+        with torch.no_grad():
+            states = copy.deepcopy(model).double()(sequence, output_hidden_states=True).hidden_states[-1][0]
+        means[side] = states[len(prompt) - 1 : -1].sum(0) / tokens
+    alike = means["chosen"] @ means["rejected"] - means["chosen"] @ means["chosen"]
+    return expected | {"ches": approx(alike.item())}
+
+
+EMPTY = {"empty_turn": "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n", "bos": "<s>"}
+
+
+@pytest.mark.parametrize("mode", EMPTY)
+def test_every_column_is_what_one_sequence_at_a_time_says(mode, make_run, tiny_chat):
+    rows = invented_pairs(12)
+    rows[3] |= {"chosen": "n", "rejected": "yes cedar fern delta amber basil"}
+    rows[7] |= {"chosen": "yes ember basil amber cedar cedar fern", "rejected": "o"}
+    config, run = make_run(rows, score={"unconditional": mode, "tokens_per_batch": 300})
+    scorer, batches = ReferenceScorer(config, "cpu"), []
+    scorer.model.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    scores = scorer.score(read_pairs(run.pairs, 0, len(rows)))
+    assert scores.schema == SCORE_SCHEMA
+    for trees in (len(rows), 2 * len(rows)):  # conditional, then unconditional: several batches each
+        of_pass = []
+        while sum(of_pass) < trees:
+            of_pass.append(batches.pop(0))
+        assert len(of_pass) > 2
+        assert sum(of_pass) == trees
+    numbers = set(SCORE_SCHEMA.names) - {"pair_id", "group"}
+    for row, found, pair_id in zip(rows, scores.to_pylist(), pair_ids(run.pairs), strict=True):
+        expected = naive_scores(tiny_qwen2(), tiny_chat.tokenizer, row, EMPTY[mode])
+        assert expected.keys() == numbers
+        assert (found["pair_id"], found["group"]) == (pair_id, row["group"])
+        assert {name: found[name] for name in numbers} == expected
+
+
+def test_a_model_that_fits_nothing_is_not_bisected_for_ever(make_run):
+    config, run = make_run([with_mark(row, RAISES) for row in invented_pairs(30)], score={"shard_rows": 30})
+    (said,) = score_all(config, run, UnluckyScorer)
+    reasons = json.loads(said["unscorable"])
+    assert len(reasons) == MOST_UNSCORABLE + 1
+    assert "stopped, more than 16 pairs" in str(
+        unscorable(run, {int(row): why for row, why in reasons.items()})
+    )
+
+
+def test_a_process_that_lost_its_gpu_ends_instead_of_blaming_its_pairs(make_run):
+    config, run = make_run(invented_pairs(3))
+
+    class LostGpu(ShardScorer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.scorer.model.register_forward_pre_hook(self.lose)
+
+        def lose(self, *_):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    child = os.fork()
+    if child == 0:
+        score_all(config, run, LostGpu)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+def test_a_model_that_an_actor_cannot_load_is_said_in_one_line(make_run, tmp_path, model):
+    config, run = make_run(invented_pairs(9))
+    shutil.copytree(model, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(file.read_text().replace('"qwen2"', '"t5"'))
+    other = changed(config, {"model": {"name_or_path": str(tmp_path / "model")}})
+    said = score_all(other, run)
+    assert {line["stop"].split(" (")[0] for line in said} == {
+        f"{tmp_path / 'model'}: cannot be loaded as a causal language model"
+    }
+    assert not run.scores.exists()
+
+
+def test_a_shard_that_comes_again_after_its_commit_stays_as_it_is(make_run):
+    config, run = make_run(invented_pairs(9))
+    score_all(config, run)
+    committed = {file.name for file in run.scores.iterdir()}
+    assert committed
+    score_all(config, run)
+    assert {file.name for file in run.scores.iterdir()} == committed
+
+
+def test_a_node_with_another_model_or_without_the_pairs_scores_nothing(make_run):
+    config, run = make_run(invented_pairs(9))
+    fingerprint = score_fingerprint(config, run)
+    for field in ("weights", "tokenizer"):
+        said = ShardScorer(config, run, {**fingerprint, field: "another"}, "cpu")({"first": 0, "rows": 1})
+        assert re.search(f"^model.name_or_path=.*: on host .* {field} differs", said["stop"])
+    shutil.rmtree(run.pairs)
+    said = ShardScorer(config, run, fingerprint, "cpu")({"first": 0, "rows": 1})
+    assert "does not see all prepared pairs" in said["stop"]
+    assert not run.scores.exists()
+
+
+class Memory:
+    """Room for so many tokens: a larger batch raises what torch raises, and the sizes of the others."""
+
+    def __init__(self, model, tokens, error):
+        self.sizes = []
+        self.tokens, self.error = tokens, error
+        model.register_forward_pre_hook(self.allocate)
+
+    def allocate(self, model, args):
+        (trees,) = args
+        tokens = max(tree.tokens(model.shared_rows) for tree in trees) * len(trees)
+        if tokens > self.tokens:
+            raise self.error
+        self.sizes.append(len(trees))
+
+
+SHAPES = [(10, 9, 8), (3, 4, 5), (12, 2, 2), (5, 5, 5), (1, 1, 1), (20, 9, 1), (7, 7, 7)] * 3
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_memory_that_runs_out_halves_the_batches(error):
+    model, pairs = LogpsModel(tiny_qwen2(), 128), encoded_pairs(SHAPES)
+    expected, alike = reference_logps(model, pairs, [1, 2], 400)
+    memory = Memory(model, 100, error)
+    ours, alike_too = reference_logps(model, pairs, [1, 2], 400)
+    torch.testing.assert_close(alike_too, alike, rtol=1e-5, atol=1e-5)
+    for name in expected:
+        torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-5)
+    # halved no more often than needed: 400 -> 200 -> 100 tokens, by hand for the four terms
+    trees = [Tree(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
+    planned = length_sorted_batches([tree.tokens(shared=True) for tree in trees], 100)
+    assert len(memory.sizes) <= 2 * (len(planned) + 2 * len(pairs))
+    assert max(memory.sizes) > 4
+
+
+def test_a_pair_that_fits_in_no_batch_is_named_and_the_others_are_scored(make_run):
+    rows = [{"prompt": f"{i} a?", "chosen": "yes", "rejected": "no"} for i in range(9)]
+    rows[4]["prompt"] += " fern" * 12  # 60 tokens more than the others' 30
+    config, run = make_run(rows, score={"shard_rows": 9})
+
+    class SmallMemory(ShardScorer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            error = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate")
+            Memory(self.scorer.model, 60, error)
+
+    (said,) = score_all(config, run, SmallMemory)
+    assert json.loads(said["unscorable"]) == {"4": "out of memory, alone in its batch"}
+    assert score_store(run, score_fingerprint(config, run)).missing(9, 9) == [(4, 1)]
+
+
+SCORE_IN_LITTLE_MEMORY = """
+import resource
+import torch
+torch.set_num_threads(1)
+from tests.support.helpers import encoded_pairs, tiny_qwen2
+from bdpo.models.logps import LogpsModel
+from bdpo.scoring import reference
+model, pairs = LogpsModel(tiny_qwen2(), 512), encoded_pairs([(100, 200, 200)] * 64)
+reference.reference_logps(model, pairs[:1], [1], 500)
+halved = []
+really = reference._halved
+reference._halved = lambda *args: halved.append(1) or really(*args)
+expected, _ = reference.reference_logps(model, pairs, [1], 1000)
+assert not halved
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, resource.RLIM_INFINITY))
+ours, _ = reference.reference_logps(model, pairs, [1], 64 * 500)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+for name in expected:
+    torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-4)
+print(len(halved))
+"""
+
+
+def test_memory_of_this_machine_that_really_runs_out():
+    """A limit on the address space: the allocator's own error."""
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCORE_IN_LITTLE_MEMORY],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 1
+
+
+def test_the_manifest_says_who_did_how_much(make_run):
+    config, run = make_run(invented_pairs(20))
+    score_all(config, run)
+    manifest = finish_scores(run, score_fingerprint(config, run), 1.0)
+    (work,) = manifest["workers"].values()
+    scores = read_scores(config, run).to_pylist()
+    real = sum(row["prompt_tokens"] + 2 * (row["chosen_tokens"] + row["rejected_tokens"]) for row in scores)
+    assert (work["pairs"], work["tokens"]) == (20, real)
+    assert real < work["tokens_forwarded"] < 2 * real
+    assert work["seconds"] > 0
+
+
+def test_rows_of_other_pairs_are_not_taken_for_finished(make_run):
+    config, run = make_run(invented_pairs(20))
+    score_all(config, run)
+    store = score_store(run, score_fingerprint(config, run))
+    swapped = store.read_shard(8).take([1, 0, *range(2, 8)])
+    store.remove(8)
+    store.write(8, swapped)
+    with pytest.raises(RuntimeError, match="row 8 is not that of the pair"):
+        finish_scores(run, store.fingerprint, 1.0)
+    store.remove(16)
+    store.remove(8)
+    with pytest.raises(RuntimeError, match="row 8"):
+        finish_scores(run, store.fingerprint, 1.0)
+
+
+def test_scores_that_are_made_again_are_not_said_to_be_finished(make_run, monkeypatch):
+    config, run = make_run(invented_pairs(20))
+    score_all(config, run)
+    store = score_store(run, score_fingerprint(config, run))
+    finish_scores(run, store.fingerprint, 1.0)
+    store.remove(8)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score, "_score", killed)
+    with pytest.raises(KeyboardInterrupt):
+        score.score_prepared(config, run)
+    assert not (run.scores / "manifest.json").exists()
+
+
+def other_weights(config, folder, chat):
+    save_model(folder, chat, seed=1)
+
+
+def other_tokenizer(config, folder, chat):
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace('"add_prefix_space":false', '"add_prefix_space": false') + "\n")
+
+
+def other_template(config, folder, chat):
+    file = folder / "chat_template.jinja"
+    file.write_text(file.read_text().replace("assistant", "model"))
+
+
+def other_pairs(config, folder, chat):
+    data = Path(config.data.path)
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[1:]))
+
+
+CHANGES = {
+    "weights": other_weights,
+    "tokenizer": other_tokenizer,
+    "chat_template": other_template,
+    "unconditional": {"score": {"unconditional": "bos"}},
+    "max_length": {"data": {"max_length": 120}},
+    "max_prompt_length": {"data": {"max_prompt_length": 90}},
+    "dtype": {"model": {"dtype": "bfloat16"}},
+    "pairs": other_pairs,
+}
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, tiny_chat, model):
+    folder = tmp_path_factory.mktemp("finished")
+    data = write_jsonl(folder / "pairs.jsonl", invented_pairs(12))
+    config = tiny_config(folder / "run", model, data)
+    run = RunDir(config.run_dir)
+    run.open(config).release()
+    run_prepare(config, run)
+    score_all(config, run)
+    finish_scores(run, score_fingerprint(config, run), 1.0)
+    return folder
+
+
+def changed(values, changes):
+    sections = {name: getattr(values, name).model_copy(update=keys) for name, keys in changes.items()}
+    return values.model_copy(update=sections)
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_scores_of_other_inputs_are_refused_by_the_fields_name(
+    field, finished_run, model, tmp_path, tiny_chat
+):
+    """Finished or interrupted; and every field of the fingerprint is tried here."""
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(model, tmp_path / "model")
+    paths = {
+        "model": {"name_or_path": str(tmp_path / "model")},
+        "data": {"path": str(tmp_path / "pairs.jsonl")},
+    }
+    config = changed(tiny_config(tmp_path / "run", model, tmp_path / "pairs.jsonl"), paths)
+    run = RunDir(config.run_dir)
+    before = score_fingerprint(config, run)
+    assert set(before) == set(CHANGES)
+    assert read_scores(config, run).num_rows == 12
+    if callable(CHANGES[field]):
+        CHANGES[field](config, tmp_path / "model", tiny_chat)
+    else:
+        config = changed(config, CHANGES[field])
+    if field == "pairs":
+        shutil.rmtree(run.data)
+        run_prepare(config, run)
+    now = score_fingerprint(config, run)
+    assert {name for name in now if now[name] != before[name]} == {field}
+    with pytest.raises(UserError, match=rf"made with {field}="):
+        read_scores(config, run)
+    (run.scores / "manifest.json").unlink()
+    with pytest.raises(UserError, match=rf"made with {field}="):
+        score_store(run, now).missing(12, 8)
+
+
+RESUME = """
+import sys
+
+from bdpo.config import load_config
+from bdpo.storage.run_dir import RunDir
+from bdpo.storage.manifests import write_manifest
+from pipelines import score
+from pipelines.runtime import cluster
+config = load_config(sys.argv[1])
+cluster.connect()
+import ray.data, torch, transformers
+started = peak()
+manifest = score.run_score(config, RunDir(config.run_dir))
+print("peak", manifest["rows"], started, peak())
+"""
+
+
+@pytest.mark.ray
+def test_the_drivers_memory_does_not_grow_with_the_pairs(tmp_path, model):
+    """200,000 pairs whose texts alone are 480 MB: planned, resumed and checked within 1 GiB."""
+    count, part_rows, text = 200_000, 20_000, "fern " * 240
+    data = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "", "chosen": text, "rejected": text}])
+    config = tiny_config(tmp_path / "run", model, data, score={"shard_rows": 512})
+    run = RunDir(config.run_dir)
+    run.open(config).release()
+    run.pairs.mkdir(parents=True)
+    for first in range(0, count, part_rows):
+        ids = [f"{row:032d}" for row in range(first, first + part_rows)]
+        prompts = [[{"role": "user", "content": pair_id}] for pair_id in ids]
+        texts = {
+            "pair_id": ids,
+            "prompt": prompts,
+            "chosen": [text] * part_rows,
+            "rejected": ["no"] * part_rows,
+        }
+        others = {name: [None] * part_rows for name in ("group", "chosen_safe", "rejected_safe")}
+        table = pa.table(texts | others, schema=PAIR_SCHEMA)
+        pq.write_table(table, run.pairs / f"part-{first // part_rows:05d}.parquet", row_group_size=512)
+    account = {"rows": count, "kept": count, "quarantined": {}, "excluded": {}, "not_sampled": 0}
+    manifest = {"account": account | {"format": "preference"}, "pairs_digest": prepare._pairs_digest(run)}
+    write_manifest(run.data / "manifest.json", prepare._fingerprint(config), **manifest)
+    store = score_store(run, score_fingerprint(config, run))
+    work = {"worker": "a", "seconds": 1, "tokens": 1, "tokens_forwarded": 1}
+    for first, rows in store.missing(count, 512)[:-1]:
+        columns = {name: [1] * rows for name in SCORE_SCHEMA.names}
+        columns |= {"pair_id": [f"{row:032d}" for row in range(first, first + rows)], "group": [None] * rows}
+        table = pa.table(columns, schema=SCORE_SCHEMA)
+        store.write(first, table.replace_schema_metadata({"bdpo.work": json.dumps(work)}))
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    arguments = [sys.executable, "-c", PEAK + RESUME, str(tmp_path / "config.yaml")]
+    environment = os.environ | {"RAY_ADDRESS": "local"}
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows, started, peak = (float(number) for number in done.stdout.splitlines()[-1].split()[1:])
+    assert rows == count
+    assert peak < 1
+    assert peak - started < 0.2, (started, peak)
+
+
+@pytest.mark.ray
+def test_a_killed_driver_actor_and_node_cost_at_most_what_was_in_flight():
+    """The script of thirty kills, with one of each kind; it compares with scores made without Ray."""
+    command = [sys.executable, "-m", "tests.system.kill_scoring", "--kills", "3", "--seed", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "recovered 3, rows lost 0, rows duplicated 0, scores changed 0" in done.stdout

@@ -1,0 +1,488 @@
+"""Object storage as a run's folder: the little that differs, on a real S3 server in a process of its own."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+from upath import UPath
+
+from bdpo.data.pairs import read_pairs
+from bdpo.errors import UserError
+from bdpo.models.loading import load_model, model_folder, weights_digest
+from bdpo.scoring.reference import ReferenceScorer
+from bdpo.storage import lease, paths
+from bdpo.storage.cache import fetch, forget
+from bdpo.storage.lease import lock
+from bdpo.storage.metrics_log import MetricsLog
+from bdpo.storage.paths import (
+    discard,
+    storage_path,
+    upload,
+    whole_folder,
+    write_bytes,
+    write_text,
+)
+from bdpo.storage.run_dir import RunDir
+from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
+from tests.support.s3_server import SECRET
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request, tmp_path, bucket):
+    """A folder that is not there yet, of each kind."""
+    name = tmp_path / "folder" if request.param == "local" else f"{bucket}/{tmp_path.name}"
+    return storage_path(name, "run_dir")
+
+
+def fail_after(stream_or_file):
+    """Write something, then fail."""
+    write = stream_or_file.write_text if isinstance(stream_or_file, Path) else stream_or_file.write
+    write("new")
+    raise OSError("disk full")
+
+
+class TestPaths:
+    def test_local_folders_stay_plain_paths(self, tmp_path):
+        for name in (tmp_path / "a", str(tmp_path / "a"), f"file://{tmp_path}/a"):
+            assert storage_path(name, "run_dir") == tmp_path / "a"
+        assert storage_path("a", "run_dir") == Path.cwd() / "a"
+
+    def test_a_url_stays_a_url(self, bucket):
+        run = RunDir(f"{bucket}/runs/first/")
+        assert str(run.root) == f"{bucket}/runs/first"
+        assert str(run.eval("base")) == f"{bucket}/runs/first/eval/base"
+        assert RunDir(run.root).root == run.root
+
+    @pytest.mark.parametrize(
+        ("url", "said"),
+        [
+            ("s4://a/b", "s4"),
+            ("s3://key:" + SECRET + "@bucket/x", "credentials"),
+            ("git://a", "git"),
+            *((f"s3://bucket/first{character}/run", "patterns") for character in "[]*?"),
+        ],
+    )
+    def test_a_url_that_cannot_be(self, url, said):
+        with pytest.raises(UserError, match=f"run_dir.*{said}") as error:
+            RunDir(url)
+        assert SECRET not in str(error.value)
+
+
+class TestFolders:
+    def test_a_folder_is_replaced_whole(self, folder):
+        for names in (["a.txt", "sub/b.txt", "config.json"], ["a.txt", "c.txt"]):
+            with whole_folder(folder) as new:
+                for name in names:
+                    (new / name).parent.mkdir(exist_ok=True)
+                    (new / name).write_text(name)
+            found = {str(file).removeprefix(f"{folder}/") for file in folder.rglob("*") if file.is_file()}
+            assert found == set(names)
+            assert (folder / names[0]).read_text() == names[0]
+
+    def test_one_that_fails_changes_nothing(self, folder):
+        write_text(folder / "config.json", "old")
+        with pytest.raises(OSError, match="disk full"), whole_folder(folder) as new:
+            fail_after(new / "config.json")
+        assert (folder / "config.json").read_text() == "old"
+        assert [file.name for file in folder.parent.glob("*") if "unfinished" in file.name] == []
+
+    def test_the_marker_comes_last_and_goes_first(self, tmp_path, bucket, monkeypatch):
+        """Whatever moment the upload, or the removal, is cut off at: a folder with marker is whole."""
+        names = ["aaa", "config.json", "weights", "z"]
+        for name in names:
+            (tmp_path / name).write_text(name)
+        to, seen = storage_path(f"{bucket}/{tmp_path.name}", "x"), []
+
+        def watched(method):
+            def call(*args, **kwargs):
+                seen.append({Path(name).name for name in to.fs.find(to.path)})
+                return method(*args, **kwargs)
+
+            return call
+
+        for name in ("put", "rm"):
+            monkeypatch.setattr(to.fs, name, watched(getattr(to.fs, name)))
+        upload(tmp_path, to)
+        discard(to)
+        rest = set(names) - {"config.json"}
+        assert seen == [set(), rest, set(names), rest]
+        assert list(to.glob("*")) == []
+
+    def test_discard_takes_files_folders_and_nothing(self, folder):
+        write_text(folder / "sub" / "manifest.json", "")
+        write_text(folder / "file", "")
+        discard(folder / "sub", folder / "file", folder / "not there")
+        assert list(folder.glob("*")) == []
+
+    def test_what_another_process_writes_is_seen_at_once(self, folder):
+        write_text(folder / "a", "")
+        assert paths.matching(folder, "*") == [folder / "a"]
+        code = f"from bdpo.storage.paths import *; write_text(storage_path({str(folder)!r}, 'x') / 'b', 'b')"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+        assert paths.matching(folder, "*") == [folder / "a", folder / "b"]
+        assert (folder / "b").is_file()
+
+    def test_a_file_that_is_replaced_while_it_is_read_is_one_or_the_other(self, folder):
+        """An object that is asked for its size first and for its content then may be another by then."""
+        file, contents = folder / "file", ["a" * 10, "b" * 20]
+        paths.write_text(file, contents[0])
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(lambda: [paths.write_text(file, contents[n % 2]) for n in range(100)])
+            while not writing.done():
+                assert paths.read_text(file) in contents
+            writing.result()
+
+    def test_a_private_file_is_replaced_and_kept_when_its_writer_fails(self, folder):
+        write_text(folder / "q.jsonl", "stale" * 100)
+        with pytest.raises(OSError, match="disk full"), paths.private_file(folder / "q.jsonl") as stream:
+            fail_after(stream)
+        assert (folder / "q.jsonl").read_text() == "new"
+
+
+class TestFiles:
+    def test_two_hosts_may_write_the_same_file_at_once(self, tmp_path, monkeypatch):
+        """Even if their processes have the same pid."""
+        file = tmp_path / "file"
+
+        def meanwhile(descriptor):
+            monkeypatch.undo()
+            write_bytes(file, b"theirs")
+
+        monkeypatch.setattr(os, "fsync", meanwhile)
+        write_bytes(file, b"ours")
+        assert file.read_bytes() == b"ours"
+        assert list(tmp_path.iterdir()) == [file]
+
+    def test_content_and_name_are_on_the_disk(self, tmp_path, monkeypatch):
+        synced = []
+        monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+        write_bytes(tmp_path / "file", b"whole")
+        assert synced == [(tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino]
+
+
+class TestFetch:
+    def test_a_model_is_downloaded_once_and_again_when_it_changed(
+        self, tmp_path, bucket, tiny_chat, monkeypatch
+    ):
+        monkeypatch.setenv("BDPO_CACHE", str(tmp_path / "cache"))
+        local = save_model(tmp_path / "model", tiny_chat)
+        config = tiny_config(tmp_path, f"{bucket}/{tmp_path.name}", local)
+        remote = storage_path(config.model.name_or_path, "x")
+        upload(local, remote)
+        first = model_folder(config.model)
+        assert weights_digest(first) == weights_digest(local)
+        written = {file: file.stat().st_mtime_ns for file in first.rglob("*")}
+        assert model_folder(config.model) == first
+        assert written == {file: file.stat().st_mtime_ns for file in first.rglob("*")}
+        upload(save_model(tmp_path / "other", tiny_chat, seed=1), remote)
+        assert weights_digest(model_folder(config.model)) == weights_digest(tmp_path / "other")
+        load_model(model_folder(config.model), config.model)
+        assert not first.exists()  # the disk of a node holds one copy of a model, not each that ever was
+
+    def test_a_file_is_downloaded_alone_and_again_when_it_changed(self, tmp_path, bucket, monkeypatch):
+        monkeypatch.setenv("BDPO_CACHE", str(tmp_path / "cache"))
+        remote = storage_path(f"{bucket}/{tmp_path.name}/rows.jsonl", "x")
+        write_text(remote.with_name("rows.jsonl.other"), "not asked for")
+        for text in ("first", "second"):
+            write_text(remote, text)
+            copy = fetch(remote)
+            assert copy.name == "rows.jsonl"
+            assert copy.read_text() == text
+            assert list(copy.parent.iterdir()) == [copy]
+        assert fetch(remote) == copy
+
+    def test_what_is_forgotten_leaves_others_alone(self, tmp_path, bucket, monkeypatch):
+        monkeypatch.setenv("BDPO_CACHE", str(tmp_path / "cache"))
+        one, other = (storage_path(f"{bucket}/{tmp_path.name}/{name}", "x") for name in ("one", "other"))
+        write_text(one, "x")
+        write_text(other, "x")
+        gone, kept = fetch(one), fetch(other)
+        forget(one)
+        forget(kept)  # which is of this machine
+        assert not gone.exists()
+        assert kept.exists()
+
+    def test_a_local_folder_is_its_own_copy(self, tmp_path):
+        assert fetch(tmp_path) == tmp_path
+
+    def test_a_download_that_was_cut_off_does_not_count(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("BDPO_CACHE", str(tmp_path))
+        remote = UPath("memory://models/one")
+        write_bytes(remote / "weights", b"whole")
+        monkeypatch.setattr(type(remote.fs), "get", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fetch(remote)
+        monkeypatch.undo()
+        monkeypatch.setenv("BDPO_CACHE", str(tmp_path))
+        assert (fetch(remote) / "weights").read_bytes() == b"whole"
+
+    def test_no_such_model_is_said(self, bucket, tmp_path):
+        config = tiny_config(tmp_path, f"{bucket}/nothing", tmp_path)
+        with pytest.raises(UserError, match=r"model\.name_or_path=.*nothing.*no such folder"):
+            model_folder(config.model)
+
+
+class TestLock:
+    @pytest.fixture(autouse=True)
+    def fast(self, monkeypatch):
+        monkeypatch.setattr(lease, "BEAT_SECONDS", 0.2)
+        monkeypatch.setattr(lease, "LEASE_SECONDS", 2.0)
+
+    def test_one_command_at_a_time(self, folder, tmp_path):
+        config = tiny_config(folder, tmp_path, tmp_path)
+        with RunDir(folder).open(config), pytest.raises(UserError, match="another command") as refused:
+            RunDir(folder).open(config)
+        holder = f"(pid {os.getpid()} on {socket.gethostname()})"
+        assert (holder in str(refused.value)) == (not isinstance(folder, Path))
+        with RunDir(folder).open(config):
+            pass
+        assert RunDir(folder).config.read_text() == config.to_yaml()
+
+    def test_a_command_that_cannot_write_gives_the_lock_back(self, folder, tmp_path, monkeypatch):
+        config = tiny_config(folder, tmp_path, tmp_path)
+        monkeypatch.setattr(RunDir, "record", lambda *_: fail_after(io.StringIO()))
+        with pytest.raises(UserError, match="disk full"):
+            RunDir(folder).open(config)
+        monkeypatch.undo()
+        with RunDir(folder).open(config):
+            pass
+
+    def test_the_lock_of_a_killed_command_is_taken(self, folder):
+        code = f"""if True:
+            import time
+            from bdpo.storage import lease, paths
+            lease.BEAT_SECONDS = 0.2
+            folder = paths.storage_path({str(folder)!r}, "x")
+            paths.write_text(folder / "a", "")
+            with lease.lock(folder):
+                print("held", flush=True)
+                time.sleep(600)"""
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+        try:
+            assert process.stdout.readline() == b"held\n"
+            with pytest.raises(lease.Timeout):
+                lock(folder)
+        finally:
+            process.kill()
+            process.wait()
+        with lock(folder):
+            pass
+
+    def test_who_lost_its_lock_stops(self, bucket, tmp_path, monkeypatch):
+        stopped = []
+        monkeypatch.setattr(lease._thread, "interrupt_main", lambda: stopped.append(True))
+        held = lock(storage_path(f"{bucket}/{tmp_path.name}", "x"))
+        write_text(held.file, json.dumps({"token": "another's"}))
+        held.beating.join(60)
+        assert stopped
+        held.release()
+        assert json.loads(held.file.read_bytes()) == {"token": "another's"}
+
+
+def test_metrics_are_whole_at_every_checkpoint_and_resume_after_it(bucket, tmp_path):
+    log = MetricsLog(storage_path(f"{bucket}/{tmp_path.name}/metrics.jsonl", "x"))
+    log.keep(0)
+    for step in (1, 2, 3):
+        log.append({"step": step})
+    log.flush()
+    log.append({"step": 4})
+    resumed = MetricsLog(log.file)
+    assert [row["step"] for row in resumed.read()] == [1, 2, 3]
+    resumed.keep(2)
+    resumed.append({"step": 3, "again": 1})
+    resumed.flush()
+    assert [row["step"] for row in resumed.read()] == [1, 2, 3]
+    assert resumed.read()[2]["again"] == 1
+
+
+class TestErrors:
+    """One line that names run_dir, never a key."""
+
+    def said(self, run_dir, tmp_path):
+        with pytest.raises(UserError, match=r"^run_dir=") as error:
+            RunDir(run_dir).open(tiny_config(run_dir, tmp_path, tmp_path))
+        assert "\n" not in str(error.value)
+        assert SECRET not in str(error.value)
+        return str(error.value)
+
+    def test_no_such_bucket(self, bucket, tmp_path):
+        assert "bucket does not exist" in self.said("s3://no-such-bucket/run", tmp_path)
+
+    def test_the_endpoint_is_down(self, bucket, tmp_path, monkeypatch):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        assert "connect" in self.said(f"{bucket}/run", tmp_path)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+    def test_a_prefix_of_something_else(self, bucket, tmp_path):
+        folder = storage_path(f"{bucket}/{tmp_path.name}", "x")
+        write_text(folder / "thesis.txt", "mine")
+        assert "not a run folder" in self.said(folder, tmp_path)
+
+
+PAIRS = 40
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, tiny_chat):
+    """A model folder, pairs, one of them bad, and two benchmarks."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_model(folder / "model", tiny_chat)
+    write_jsonl(folder / "pairs.jsonl", [*invented_pairs(PAIRS), {"prompt": "x", "chosen": None}])
+    (folder / "strongreject.csv").write_text("category,source,forbidden_prompt\na,x,take the amber\n")
+    (folder / "xstest.csv").write_text("id,prompt,type,label,focus,note\n1,plant a fern,t,safe,,\n")
+    return folder
+
+
+def config_of(run_dir, inputs):
+    return tiny_config(
+        run_dir,
+        inputs / "model",
+        inputs / "pairs.jsonl",
+        score={"shard_rows": 2},
+        train={"save_steps": 5, "num_train_epochs": 8},
+        evaluate={
+            "strongreject_path": str(inputs / "strongreject.csv"),
+            "xstest_path": str(inputs / "xstest.csv"),
+        },
+    )
+
+
+def start(stage, config_file, *arguments):
+    arguments = [sys.executable, "-m", f"pipelines.{stage}", *arguments, "--config", str(config_file)]
+    # Ray kills workers when the machine runs out of memory, whoever took it.
+    environment = os.environ | {"RAY_memory_monitor_refresh_ms": "0"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+
+
+def command(stage, config_file, *arguments):
+    process = start(stage, config_file, *arguments)
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, err
+    assert SECRET not in out + err
+    return out
+
+
+def kill_when(process, there):
+    """kill -9 of the driver as soon as `there` is true."""
+    while process.poll() is None and not there():
+        time.sleep(0.05)
+    assert process.poll() is None, process.communicate()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def scores_of(run):
+    """The rows of all shards in a run folder, read by pyarrow alone."""
+    shards = [pq.read_table(shard.open("rb")) for shard in paths.matching(run.scores, "part-*")]
+    return [row for shard in shards for row in shard.to_pylist()]
+
+
+def objects(run):
+    """Name -> (ETag, time) of all objects of a run, its report and config aside."""
+    found = run.root.fs.find(run.root.path, detail=True)
+    names = {name.removeprefix(run.root.path + "/"): info for name, info in found.items()}
+    return {
+        name: (info["ETag"], info["LastModified"])
+        for name, info in names.items()
+        if not name.startswith(("report/", "config.yaml"))
+    }
+
+
+@pytest.mark.ray
+def test_the_whole_pipeline_on_object_storage(inputs, bucket, tmp_path):
+    """Killed in scoring, a shard damaged, killed in training, run to the end, run again; an experiment on it.
+
+    Judges: a scorer in this process, and a training of the same scores in a local folder, never killed.
+    """
+    remote, local = RunDir(f"{bucket}/{tmp_path.name}/run"), RunDir(tmp_path / "run")
+    file = tmp_path / "remote.yaml"
+    file.write_text(config_of(remote.root, inputs).to_yaml())
+
+    kill_when(start("run", file), lambda: len(paths.matching(remote.scores, "part-*")) >= 3)
+    before = paths.matching(remote.scores, "part-*")
+    assert not (remote.scores / "manifest.json").exists()
+    damaged, *whole = before
+    content = bytearray(damaged.read_bytes())
+    content[40] ^= 1
+    write_bytes(damaged, bytes(content))
+    written = {shard.name: shard.stat().st_mtime for shard in whole}
+
+    begun = remote.train / "begun.json"
+    kill_when(start("run", file), lambda: begun.exists() and json.loads(begun.read_text()).get("committed"))
+    assert written == {shard.name: shard.stat().st_mtime for shard in whole}
+    assert scores_of(remote) == expected_scores(inputs, remote)
+    assert not remote.has_model()
+
+    out = command("run", file)
+    assert f"{PAIRS} kept" in out
+    for name in ("base", "trained"):
+        assert json.loads((remote.eval(name) / "summary.json").read_text())["valid"]
+        assert pq.read_table((remote.eval(name) / "scores.parquet").open("rb")).num_rows == 2
+    assert json.loads((remote.report / "summary.json").read_text())["data"]["kept"] == PAIRS
+    assert (remote.report / "mi.png").stat().st_size > 5000
+    assert len((remote.private / "quarantine.jsonl").read_text().splitlines()) == 1
+    assert not (remote.root / ".lock").exists()
+    recoveries = json.loads((remote.train / "manifest.json").read_text())["recoveries"]
+    (resumed_from,) = [note["step"] for note in recoveries if "step" in note]
+    assert resumed_from > 0
+
+    done = objects(remote)
+    command("run", file)
+    assert objects(remote) == done
+    for name in done:
+        assert SECRET.encode() not in (remote.root / name).read_bytes(), name
+
+    for part in ("data", "scores"):
+        shutil.copytree(fetch(remote.root / part), local.root / part)
+    (tmp_path / "local.yaml").write_text(config_of(local.root, inputs).to_yaml())
+    write_text(local.config, (tmp_path / "local.yaml").read_text())
+    command("train", tmp_path / "local.yaml")
+    weights = "model.safetensors"
+    assert (remote.model / weights).read_bytes() == (local.model / weights).read_bytes()
+    assert steps(remote) == steps(local)
+
+    command("experiment", file, "displacement", "experiment.seeds=[0]")
+    after = objects(remote)
+    assert {name: after[name] for name in after if "experiments/" not in name} == done
+    folder = remote.root / "experiments" / "displacement"
+    rows = list(csv.DictReader((folder / "displacement.csv").read_text().splitlines()))
+    assert {(row["arm"], row["pairs"]) for row in rows if row["group"] == "all"} == {
+        ("dpo", str(PAIRS)),
+        ("bdpo", str(PAIRS)),
+    }
+    assert all(float(row["change"]) != 0 for row in rows)  # the models are trained
+    assert (folder / "displacement-ches.png").stat().st_size > 5000
+    assert "What became of the preferred responses" in (folder / "report.html").read_text()
+
+
+def expected_scores(inputs, run):
+    scorer = ReferenceScorer(config_of(run.root, inputs), "cpu")
+    shards = [scorer.score(read_pairs(run.pairs, first, 2)) for first in range(0, PAIRS, 2)]
+    return [row for shard in shards for row in shard.to_pylist()]
+
+
+def steps(run):
+    rows = MetricsLog(run.metrics).read()
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bdpo.errors import UserError
+from bdpo.storage.manifests import finished, write_manifest
+from bdpo.storage.metrics_log import MetricsLog
+from bdpo.storage.run_dir import RunDir
+from tests.support.helpers import tiny_config
+
+
+def test_a_run_folder_records_its_config_and_keeps_private_things_private(tmp_path):
+    run = RunDir(tmp_path / "run")
+    config = tiny_config(run.root, tmp_path, tmp_path)
+    with run.open(config):
+        pass
+    assert run.config.read_text() == config.to_yaml()
+    assert run.private.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_run_folder_is_for_one_command_at_a_time(tmp_path):
+    config = tiny_config(tmp_path / "run", tmp_path, tmp_path)
+    with RunDir(tmp_path / "run").open(config), pytest.raises(UserError, match="another command"):
+        RunDir(tmp_path / "run").open(config)
+    RunDir(tmp_path / "run").open(config)
+
+
+def test_a_run_folder_that_could_not_be_opened_is_free_again(tmp_path):
+    run = RunDir(tmp_path / "run")
+    config = tiny_config(run.root, tmp_path, tmp_path)
+    run.record(config)
+    run.private.write_text("a file")
+    with pytest.raises(UserError, match="cannot be written") as failed:
+        run.open(config)
+    run.private.unlink()
+    with run.open(config):
+        assert failed  # and what its traceback refers to
+
+
+def test_a_folder_of_something_else_is_not_taken_for_a_run(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a run folder"):
+        RunDir(tmp_path).open(tiny_config(tmp_path, tmp_path, tmp_path))
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        RunDir(tmp_path / "file" / "run").open(tiny_config(tmp_path, tmp_path, tmp_path))
+
+
+def test_a_stage_is_finished_with_the_same_inputs_only(tmp_path):
+    manifest, inputs = tmp_path / "manifest.json", {"weights": "a", "dtype": "float32"}
+    assert finished(manifest, inputs) is None
+    write_manifest(manifest, inputs, rows=3)
+    assert finished(manifest, dict(inputs))["rows"] == 3
+    with pytest.raises(UserError, match="dtype=float32, now it is bfloat16"):
+        finished(manifest, inputs | {"dtype": "bfloat16"})
+    with pytest.raises(UserError, match="weights=a, now it is None"):
+        finished(manifest, {"dtype": "float32"})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_broken_manifest_is_said_not_ignored(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match="not a manifest"):
+        finished(tmp_path / "manifest.json", {})
+
+
+@pytest.mark.parametrize("version", [0, 2, "1"])
+def test_a_manifest_of_another_version_is_refused(tmp_path, version):
+    file = tmp_path / "manifest.json"
+    write_manifest(file, {"weights": "a"})
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": version}))
+    with pytest.raises(UserError, match=rf"manifest.json: version={version}, this .* fresh=true") as refused:
+        finished(file, {"weights": "a"})
+    assert "\n" not in str(refused.value)
+
+
+def test_metrics_after_the_checkpoint_are_dropped_and_half_lines_do_not_count(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        log.append({"step": step})
+    with log.file.open("a") as stream:
+        stream.write('{"step": 4, "lo')
+    assert [row["step"] for row in log.read()] == [1, 2, 3]
+    log.keep(2)
+    assert [json.loads(line)["step"] for line in log.file.read_text().splitlines()] == [1, 2]

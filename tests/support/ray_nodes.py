@@ -1,0 +1,195 @@
+"""Ray nodes as processes of their own, with ports, token and folder of their own; killed as a machine dies.
+
+Never `ray stop`: it ends every Ray on the machine. A node is a process group, and ends with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from bdpo.storage.cache import cache_folder
+
+ROOT = Path(__file__).parents[2]
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+def wait_until(true: Callable[[], Any], what: str, seconds: float = 600) -> Any:
+    """What `true` returns once it is true."""
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        if time.monotonic() > end:
+            raise TimeoutError(what)
+        time.sleep(1)
+    return found
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+class Nodes:
+    """A head without CPUs, its jobs API on loopback, and nodes that come and go; the token is on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port, self.dashboard, self.client_port = free_ports(3)
+        self.url = f"http://127.0.0.1:{self.dashboard}"
+        self.folder = folder
+        self.names = 0
+        token = secrets.token_hex(16)
+        (folder / "token").write_text(token)
+        self.authorized = {"Authorization": f"Bearer {token}"}
+        self.environment = {
+            **{name: os.environ[name] for name in os.environ if not name.startswith(("RAY_", "PYTHONPATH"))},
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+            # A machine that is gone is known to be gone after some 10 seconds, not 30.
+            "RAY_health_check_initial_delay_ms": "1000",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_failure_threshold": "10",
+            "BDPO_CACHE": str(cache_folder()),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        }
+        self.running: list[subprocess.Popen[bytes]] = []
+
+    def begin(self) -> None:
+        """Start the head."""
+        head = ["--head", f"--port={self.port}", "--dashboard-host=127.0.0.1"]
+        head += [f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={self.client_port}"]
+        self._start(*head, "--num-cpus=0", folder=self.folder)
+        wait_until(self._takes_jobs, "the jobs API", 120)
+
+    def add(self, cpus: int) -> subprocess.Popen[bytes]:
+        """A node that joins; returns its process group's first process."""
+        self.names += 1
+        name = f"node{self.names}"
+        # In one folder each node would put the job's working directory in the place of the others'.
+        node = self._start(
+            f"--address=127.0.0.1:{self.port}",
+            f"--num-cpus={cpus}",
+            f'--resources={{"{name}": 1}}',
+            folder=self.folder / name,
+        )
+        wait_until(lambda: any(name in there["resources_total"] for there in self.alive()), name)
+        return node
+
+    def kill(self, node: subprocess.Popen[bytes]) -> None:
+        """As if its plug were pulled: every process of it at once."""
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+        self.running.remove(node)
+
+    def end(self) -> None:
+        for node in reversed(self.running):
+            os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+
+    def get(self, path: str) -> requests.Response:
+        """An answer of the dashboard, with the token."""
+        return requests.get(self.url + path, headers=self.authorized, timeout=60)
+
+    def alive(self) -> list[dict[str, Any]]:
+        nodes = self.get("/api/v0/nodes").json()["data"]["result"]["result"]
+        return [node for node in nodes if node["state"] == "ALIVE"]
+
+    def metrics(self) -> str:
+        """What the nodes answer to Prometheus."""
+        targets = json.loads((self.folder / "prom_metrics_service_discovery.json").read_text())[0]["targets"]
+        said = []
+        for target in targets:
+            with suppress(requests.ConnectionError):  # a node that died is listed for a while
+                said.append(requests.get(f"http://{target}/metrics", timeout=60).text)
+        return "".join(said)
+
+    @contextmanager
+    def submitting(
+        self, *command: str, options: Sequence[str] = (), **environment: str
+    ) -> Iterator[subprocess.Popen[str]]:
+        """`ray job submit --working-dir . -- command`; all that it prints is its stdout.
+
+        It ends with the block: a test that failed does not wait for a job that hangs.
+        """
+        arguments = [*RAY, "job", "submit", f"--address={self.url}", "--working-dir=.", *options, "--"]
+        with subprocess.Popen(
+            [*arguments, *command],
+            cwd=ROOT,
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as job:
+            try:
+                yield job
+            finally:
+                job.kill()
+
+    def submit(self, *command: str, options: Sequence[str] = (), **environment: str) -> tuple[int, str]:
+        """The same to its end: exit code and what it printed."""
+        with self.submitting(*command, options=options, **environment) as job:
+            printed, _ = job.communicate(timeout=1200)
+        return job.returncode, printed
+
+    def _takes_jobs(self) -> bool:
+        """The API answers before the head's agent, which runs the jobs, is there."""
+        try:
+            return requests.post(
+                f"{self.url}/api/jobs/", json={"entrypoint": "true"}, headers=self.authorized
+            ).ok
+        except requests.ConnectionError:
+            return False
+
+    def _start(self, *arguments: str, folder: Path) -> subprocess.Popen[bytes]:
+        # The agent's own default is one fixed port, and other Rays may be on this machine.
+        agent = f"--dashboard-agent-listen-port={free_ports(1)[0]}"
+        with open(self.folder / "start.log", "ab") as log:
+            node = subprocess.Popen(
+                [
+                    *RAY,
+                    "start",
+                    "--block",
+                    "--object-store-memory=100000000",
+                    agent,
+                    f"--temp-dir={folder}",
+                    *arguments,
+                ],
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                start_new_session=True,
+            )
+        self.running.append(node)
+        return node
+
+
+@contextmanager
+def nodes() -> Iterator[Nodes]:
+    """In a folder with a short name: Ray's sockets lie below it."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        cluster = Nodes(Path(folder))
+        try:
+            cluster.begin()
+            yield cluster
+        finally:
+            cluster.end()

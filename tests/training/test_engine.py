@@ -1,0 +1,233 @@
+"""Every ZeRO option trains like a plain loop in torch, which this file writes out; real DeepSpeed on CPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bdpo.config import parse_config
+from bdpo.data.pairs import read_pairs
+from bdpo.data.prepare import prepare
+from bdpo.errors import UserError
+from bdpo.method.losses import LOSSES
+from bdpo.models.loading import load_model
+from bdpo.models.logps import LogpsModel
+from bdpo.models.tokenizer import load_tokenizer
+from bdpo.scoring.reference import ReferenceScorer
+from bdpo.storage.run_dir import RunDir
+from bdpo.training.batches import TrainingPlan
+from bdpo.training.engine import learning_rates
+from bdpo.training.pairs import TrainingPairs
+from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
+from tests.training.test_loop import launch
+
+PAIRS, STEPS = 22, 4  # batches of 8, 8, 6 and 8 pairs
+
+VARIANTS = {
+    "stage 0": {"zero_stage": 0},
+    "stage 1": {"zero_stage": 1},
+    "stage 2": {"zero_stage": 2},
+    "stage 3": {"zero_stage": 3},
+    "stage 2, optimizer on the CPU": {"zero_stage": 2, "offload": "cpu"},
+    "stage 3, all on the CPU": {"zero_stage": 3, "offload": "cpu", "offload_parameters": True},
+}
+
+# By hand, `BDPO_TEST_NVME=1 pytest tests/training/test_engine.py`: the op takes minutes to compile.
+if "BDPO_TEST_NVME" in os.environ:
+    VARIANTS["stage 3, optimizer on disk"] = {"zero_stage": 3, "offload": "nvme", "nvme_path": "nvme"}
+
+# Put before a training: of the model that it loads, how much is there whole at any one time.
+WATCHED_LOAD = """
+import gc
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+gathered, enter = [], GatheredParameters.__enter__
+def watched(self):
+    enter(self)
+    parameters = [o for o in gc.get_objects() if isinstance(o, torch.nn.Parameter) and hasattr(o, "ds_id")]
+    gathered.append(sum(p.numel() for p in parameters))  # a partitioned one has 0
+    (run.root / f"gathered-{rank}").write_text(str(max(gathered)))
+GatheredParameters.__enter__ = watched
+"""
+
+
+def scored(folder, chat, dtype, **train):
+    """A run folder with prepared and scored pairs."""
+    config = tiny_config(
+        folder / "run",
+        save_model(folder / "model", chat),
+        write_jsonl(folder / "pairs.jsonl", invented_pairs(PAIRS)),
+        train={"tokens_per_micro_batch": 256, "weight_decay": 0.1, "warmup_ratio": 0.0} | train,
+    )
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    run = RunDir(config.run_dir)
+    run.open(config)
+    prepare(config.data, load_tokenizer(config.model), run.pairs, run.private, seed=0)
+    scores = ReferenceScorer(config, "cpu").score(read_pairs(run.pairs, 0, PAIRS))
+    pq.write_table(scores, run.root / "scores.parquet")
+    return config
+
+
+def variant(config, folder, **train):
+    """A copy of a run with other options of training."""
+    shutil.copytree(config.run_dir, folder)
+    if "nvme_path" in train:
+        train["nvme_path"] = str(folder / train["nvme_path"])
+    values = config.model_dump()
+    return parse_config(values | {"run_dir": str(folder), "train": values["train"] | train}, "test")
+
+
+def results(config):
+    run = RunDir(config.run_dir)
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return rows, AutoModelForCausalLM.from_pretrained(run.model).state_dict()
+
+
+def plain_loop(config):
+    """AdamW on float32 masters, as a textbook has it; gradients of the model's dtype, summed in float32."""
+    torch.manual_seed(0)
+    run = RunDir(config.run_dir)
+    data = TrainingPairs.load(config, run, pq.read_table(run.root / "scores.parquet"))
+    plan = TrainingPlan(data.lengths, config.train, config.seed)
+    model = load_model(config.model.name_or_path, config.model).train()
+    policy = LogpsModel(model, config.data.max_length)
+    parameters = list(model.parameters())
+    masters = [p.detach().float().clone() for p in parameters]
+    first, second = ([torch.zeros_like(m) for m in masters] for _ in range(2))
+    norms, losses = [], []
+    for step in range(plan.total_steps):
+        pairs = len(plan.global_batch(step))
+        grads, total = [torch.zeros_like(m) for m in masters], 0.0
+        for batch in plan.micro_batches(step, 1)[0]:
+            output = LOSSES[config.method.name](data.logps(policy, batch), config.method)
+            (output.loss.sum() / pairs).backward()
+            total += output.loss.sum().item() / pairs
+            for grad, parameter in zip(grads, parameters, strict=True):
+                grad += parameter.grad.float()
+                parameter.grad = None
+        losses.append(total)
+        norms.append(math.sqrt(sum(grad.double().square().sum().item() for grad in grads)))
+        clip = min(1.0, config.train.max_grad_norm / (norms[-1] + 1e-6))
+        for p, master, grad, m, v in zip(parameters, masters, grads, first, second, strict=True):
+            grad *= clip
+            decay = config.train.weight_decay if p.ndim > 1 else 0.0
+            master *= 1 - config.train.learning_rate * decay
+            m.mul_(0.9).add_(grad, alpha=0.1)
+            v.mul_(0.999).addcmul_(grad, grad, value=0.001)
+            unbiased = (v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            master -= config.train.learning_rate / (1 - 0.9 ** (step + 1)) * m / unbiased
+            p.data.copy_(master)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return losses, norms, {n.removeprefix("module."): p for n, p in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "falls"),
+    [
+        ("linear", lambda done: 1 - done),
+        ("cosine", lambda done: (1 + math.cos(math.pi * done)) / 2),
+        ("constant", lambda done: 1),
+    ],
+)
+def test_learning_rates(kind, falls):
+    """Risen to the full rate over 3 of 10 steps, then as the schedule's name says."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.5)
+    scheduler = learning_rates(kind, optimizer, 3, 10)
+    for step in range(10):
+        expected = 0.5 * (step / 3 if step < 3 else falls((step - 3) / 7))
+        assert scheduler.get_last_lr()[0] == pytest.approx(expected)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.fixture(scope="module")
+def float32(tmp_path_factory, tiny_chat):
+    """(plain loop, every variant's config, how many parameters a worker had whole while loading)."""
+    folder = tmp_path_factory.mktemp("float32")
+    base = scored(
+        folder, tiny_chat, "float32", max_steps=STEPS, lr_scheduler_type="constant", max_grad_norm=0.5
+    )
+    configs = [variant(base, folder / f"{i}", **train) for i, train in enumerate(VARIANTS.values())]
+    loading = folder / f"{list(VARIANTS).index('stage 3')}"
+    (loading / "fault.py").write_text(WATCHED_LOAD)
+    launch(configs, workers=2)
+    gathered = [int((loading / f"gathered-{rank}").read_text()) for rank in range(2)]
+    return plain_loop(base), dict(zip(VARIANTS, configs, strict=True)), gathered
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_workers_train_as_the_plain_loop(float32, name):
+    (losses, norms, weights), configs, _ = float32
+    rows, trained = results(configs[name])
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-4)
+    assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-4)
+    assert min(norms) > 0.5  # clipping is at work
+    for parameter, value in weights.items():
+        torch.testing.assert_close(trained[parameter], value, rtol=1e-4, atol=2e-5)
+
+
+def test_no_worker_holds_the_whole_model_while_it_is_loaded(float32):
+    (_, _, weights), _, gathered = float32
+    largest = max(weight.numel() for weight in weights.values())
+    assert gathered == [largest] * 2  # one layer at a time
+
+
+def test_options_resume_exactly(float32, tmp_path):
+    names = ["stage 0", "stage 1", "stage 3, all on the CPU"]
+    whole = {name: float32[1][name] for name in names}
+    resumed = {name: variant(config, tmp_path / name) for name, config in whole.items()}
+    for config in resumed.values():
+        shutil.rmtree(RunDir(config.run_dir).model)
+        shutil.rmtree(RunDir(config.run_dir).root / "checkpoints" / "4")
+    launch(list(resumed.values()), workers=2)
+    for name in names:
+        (_, ours), (_, theirs) = results(resumed[name]), results(whole[name])
+        assert all(torch.equal(ours[weight], theirs[weight]) for weight in theirs), name
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_updates_are_those_of_float32_masters(bfloat16, stage):
+    """Most single steps are too small for bfloat16: without masters the weights would stand still."""
+    base, (_, norms, weights), found = bfloat16
+    rows, trained = found[stage]
+    assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=0.02)
+    path, error = (
+        math.sqrt(sum((weights[name] - other[name]).double().square().sum().item() for name in weights))
+        for other in (base, trained)
+    )
+    assert error < 0.3 * path  # not zero: where two float32 sums round to different bfloat16
+
+
+@pytest.fixture(scope="module")
+def bfloat16(tmp_path_factory, tiny_chat):
+    folder = tmp_path_factory.mktemp("bfloat16")
+    base = scored(
+        folder, tiny_chat, "bfloat16", max_steps=12, lr_scheduler_type="constant", learning_rate=2e-4
+    )
+    configs = {stage: variant(base, folder / str(stage), zero_stage=stage) for stage in (3, 2, 1)}
+    launch(list(configs.values()))
+    start = load_model(base.model.name_or_path, base.model).state_dict()
+    return start, plain_loop(base), {stage: results(config) for stage, config in configs.items()}
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"zero_stage": 0, "offload": "cpu"}, "offload=cpu wants zero_stage=1, 2 or 3"),
+        ({"zero_stage": 2, "offload": "cpu", "offload_parameters": True}, "wants zero_stage=3"),
+        ({"offload_parameters": True}, "wants zero_stage=3 and offload"),
+        ({"offload": "nvme"}, "offload=nvme wants zero_stage=3 and nvme_path"),
+        ({"zero_stage": 0}, "train.zero_stage=0 wants model.dtype=float32"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(train, said):
+    values = {"run_dir": "r", "model": {"name_or_path": "m"}, "data": {"path": "p"}, "train": train}
+    with pytest.raises(UserError, match=said):
+        parse_config(values, "here")

@@ -1,0 +1,211 @@
+"""Training for real: DeepSpeed ZeRO-3 in one and two gloo processes, on CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bdpo.config import parse_config
+from bdpo.data.pairs import read_pairs
+from bdpo.data.prepare import prepare
+from bdpo.models.tokenizer import load_tokenizer
+from bdpo.scoring.reference import ReferenceScorer
+from bdpo.scoring.scores import SCORE_SCHEMA
+from bdpo.storage.run_dir import RunDir
+from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
+
+PAIRS = 22  # 3 steps of 8, 8 and 6 pairs
+
+# Trains each of the configs, one after the other, with checkpoints in <run_dir>/checkpoints/<step>. Runs
+# <run_dir>/fault.py before, and writes what stopped a training to <run_dir>/error-<rank>.txt.
+WORKER = """
+import contextlib, json, resource, shutil, sys
+from pathlib import Path
+import pyarrow.parquet as pq, torch
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+from bdpo.training import loop as training
+from bdpo.config import load_config
+from bdpo.errors import UserError
+from bdpo.storage.run_dir import RunDir
+
+class Reported:
+    def __init__(self, folder):
+        self.checkpoint, self.path = self, str(folder)
+        self.metrics = json.loads((folder / "metrics.json").read_text())
+    def as_directory(self):
+        return contextlib.nullcontext(self.path)
+
+build_engine = training.build_engine
+for file in sys.argv[1:]:
+    config = load_config(file)
+    run, rank = RunDir(config.run_dir), torch.distributed.get_rank()
+    checkpoints, fault = run.root / "checkpoints", run.root / "fault.py"
+    def reported():
+        torch.distributed.barrier()
+        return [Reported(folder) for folder in checkpoints.glob("*")]
+    def report(folder, metrics):
+        shutil.copytree(folder, checkpoints / str(metrics["step"]), dirs_exist_ok=True)
+        shutil.rmtree(folder)
+        (checkpoints / str(metrics["step"]) / "metrics.json").write_text(json.dumps(metrics))
+    exec(fault.read_text() if fault.exists() else "")
+    try:
+        training.train(config, run, pq.read_table(run.root / "scores.parquet"), reported, report)
+    except (UserError, FloatingPointError) as error:
+        (run.root / f"error-{rank}.txt").write_text(str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    training.build_engine = build_engine
+"""
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, tiny_chat):
+    """A run folder with prepared and scored pairs, to be copied by each training."""
+    return score(tmp_path_factory.mktemp("scored"), tiny_chat)
+
+
+def score(folder, chat, tied=False):
+    model = save_model(folder / "model", chat, tied=tied)
+    data = write_jsonl(folder / "pairs.jsonl", invented_pairs(PAIRS))
+    config = tiny_config(folder / "run", model, data)
+    run = RunDir(config.run_dir)
+    run.open(config)
+    prepare(config.data, load_tokenizer(config.model), run.pairs, run.private, seed=0)
+    pq.write_table(
+        ReferenceScorer(config, "cpu").score(read_pairs(run.pairs, 0, PAIRS)), run.root / "scores.parquet"
+    )
+    return config
+
+
+def launch(configs, workers=1):
+    """Run WORKER in processes of its own, all exit codes being 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    files = [Path(config.run_dir) / "config.yaml" for config in configs]
+    for config, file in zip(configs, files, strict=True):
+        file.write_text(config.to_yaml())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, *map(str, files)],
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(workers)
+    ]
+    try:
+        outputs = [process.communicate(timeout=1200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * workers, "\n".join(outputs)
+
+
+def copied(scored, folder, checkpoints=(), **changes):
+    """A copy of the scored run with some checkpoints in it; returns its changed config."""
+    values = scored.model_dump() | {"run_dir": str(folder)}
+    for section, keys in changes.items():
+        values[section] = values[section] | keys
+    shutil.copytree(scored.run_dir, folder)
+    for checkpoint in checkpoints:
+        shutil.copytree(checkpoint, folder / "checkpoints" / checkpoint.name)
+    return parse_config(values, "test")
+
+
+def trained(scored, folder, workers=1, checkpoints=(), **changes):
+    """Train a copy of the scored run with a changed config, in processes of its own; returns its folder."""
+    launch([copied(scored, folder, checkpoints, **changes)], workers)
+    assert not errors(folder)
+    return RunDir(folder)
+
+
+def errors(folder):
+    """What stopped a training, of each worker that it stopped."""
+    return [file.read_text() for file in sorted(folder.glob("error-*.txt"))]
+
+
+def metrics(run, name="loss"):
+    return [json.loads(line)[name] for line in run.metrics.read_text().splitlines()]
+
+
+def weights(run):
+    return AutoModelForCausalLM.from_pretrained(run.model, dtype="float32").state_dict()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(scored, tmp_path_factory):
+    """Plain DPO by one worker."""
+    return trained(scored, tmp_path_factory.mktemp("one") / "run", method={"name": "dpo"})
+
+
+def test_the_export_loads_and_differs_from_the_base(scored, uninterrupted):
+    base = AutoModelForCausalLM.from_pretrained(scored.model.name_or_path).state_dict()
+    exported = weights(uninterrupted)
+    assert base.keys() == exported.keys()
+    assert all((base[name] != exported[name]).any() for name in base)
+    assert AutoTokenizer.from_pretrained(uninterrupted.model).chat_template
+
+
+def test_metrics_are_those_of_the_design(uninterrupted):
+    (first, *_, last) = [json.loads(line) for line in uninterrupted.metrics.read_text().splitlines()]
+    assert last.keys() >= {
+        "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+        "logps/rejected", "grad_norm", "learning_rate", "epoch", "balance/weight_chosen",
+        "balance/weight_rejected", "balance/margins", "num_tokens", "tokens_per_second",
+    }  # fmt: skip
+    assert last["step"] == 3
+    assert last["epoch"] == 1
+    assert first["loss"] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-5)
+    scores = pq.read_table(uninterrupted.root / "scores.parquet", schema=SCORE_SCHEMA)
+    parts = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
+    assert last["num_tokens"] == sum(sum(scores[part].to_pylist()) for part in parts)
+
+
+def test_balance_none_with_alpha_2_is_dpo_step_by_step(scored, uninterrupted, tmp_path):
+    run = trained(scored, tmp_path / "run", method={"name": "bdpo", "balance": "none", "alpha": 2})
+    assert metrics(run) == pytest.approx(metrics(uninterrupted), abs=1e-6)
+    bdpo = trained(scored, tmp_path / "bdpo", method={"name": "bdpo"})
+    assert metrics(bdpo)[1:] != pytest.approx(metrics(uninterrupted)[1:], abs=1e-4)
+
+
+def test_two_workers_train_as_one(scored, uninterrupted, tmp_path):
+    run = trained(scored, tmp_path / "run", workers=2, method={"name": "dpo"})
+    for name in ("loss", "rewards/margins", "grad_norm"):
+        assert metrics(run, name) == pytest.approx(metrics(uninterrupted, name), rel=1e-5, abs=1e-6), name
+    for name, value in weights(uninterrupted).items():
+        torch.testing.assert_close(weights(run)[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_partitioned_tied_head_trains_as_a_whole_one(tmp_path, tiny_chat):
+    """ZeRO-3 in two workers, activations recomputed, against stage 1 in one."""
+    config = score(tmp_path, tiny_chat, tied=True)
+    sharded = trained(config, tmp_path / "sharded", workers=2, train={"gradient_checkpointing": True})
+    whole = trained(config, tmp_path / "whole", train={"zero_stage": 1})
+    for name in ("loss", "rewards/margins", "grad_norm"):
+        assert metrics(sharded, name) == pytest.approx(metrics(whole, name), rel=1e-5, abs=1e-6), name
+    ours, theirs = weights(sharded), weights(whole)
+    assert torch.equal(ours["lm_head.weight"], ours["model.embed_tokens.weight"])
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_of_another_model_stop_the_run_before_its_first_update(scored, tmp_path, tiny_chat):
+    other = save_model(tmp_path / "other", tiny_chat, seed=7)
+    launch([copied(scored, tmp_path / "run", model={"name_or_path": str(other)})])
+    (error,) = errors(tmp_path / "run")
+    assert "policy and reference differ" in error
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
