@@ -101,7 +101,7 @@ def write_page(page: Page, file: StoragePath) -> None:
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("bdpo").joinpath("page.html.jinja").read_text("utf-8"))
+    template = environment.from_string(files("bdpo.reports").joinpath("page.html.jinja").read_text("utf-8"))
     pictures = {p.name: _svg(p) for part in page.parts for p in part.pictures}
     for part in page.parts:
         for picture in part.pictures:

@@ -3,7 +3,8 @@
 `python -m benchmarks.gpu training`. A step is all that `bdpo.training.loop` does for it: tokenising,
 forward and backward of all micro-batches, the optimizer, the metrics. MFU is 6N a real token (a prompt
 counted once, nothing for what is computed again), of the whole step and of the step without the
-optimizer. Memory stands beside what `bdpo.training.memory` expects. Left out: Ray Train (`benchmarks.ray_train`), checkpoints.
+optimizer. Memory stands beside what `bdpo.training.memory` expects. Left out: Ray Train
+(`benchmarks.ray_train`), checkpoints.
 """
 
 from __future__ import annotations

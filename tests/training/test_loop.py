@@ -57,7 +57,8 @@ for file in sys.argv[1:]:
     def report(folder, metrics):
         shutil.copytree(folder, checkpoints / str(metrics["step"]), dirs_exist_ok=True)
         shutil.rmtree(folder)
-        (checkpoints / str(metrics["step"]) / "metrics.json").write_text(json.dumps(metrics))
+        if rank == 0:  # the workers report their own times: two writers would mix their lines
+            (checkpoints / str(metrics["step"]) / "metrics.json").write_text(json.dumps(metrics))
     exec(fault.read_text() if fault.exists() else "")
     try:
         training.train(config, run, pq.read_table(run.root / "scores.parquet"), reported, report)
