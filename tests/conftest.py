@@ -3,18 +3,17 @@
 import json
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from bdpo.config import DataConfig
 from bdpo.data.pairs import read_pairs
 from bdpo.data.prepare import prepare
 from bdpo.models.tokenizer import ChatTokenizer
 from tests.support.browser import browser
+from tests.support.chats import CHATML, MakeChat, byte_tokenizer
 from tests.support.data_files import write_jsonl
 from tests.support.s3_server import s3_server
 
@@ -24,32 +23,6 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)
 
 settings.register_profile("bdpo", deadline=None)  # no test asserts a time: machines differ
 settings.load_profile("bdpo")
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|header|>", "<|eot_id|>"]
-
-MakeChat = Callable[..., ChatTokenizer]
-
-
-def byte_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
-    """One token a byte, and one for each merge: any text can be written, and counted by hand.
-
-    Left to itself it puts a BOS before every text, as many models' tokenizers do.
-    """
-    words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
-    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, list(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", words.index("<s>"))])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>", "<|header|>", "<|eot_id|>"],
-    )
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,10 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT
 
 ROOMS = (
     "errors",
@@ -39,7 +38,8 @@ def imported(file):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
             module = node.module or ""
-            yield from (f"{module}.{name.name}" for name in node.names) if module == "bdpo" else [module]
+            package = module in ("bdpo", "tests")
+            yield from (f"{module}.{name.name}" for name in node.names) if package else [module]
 
 
 def files_of(room):
@@ -76,3 +76,10 @@ def test_importing_all_of_bdpo_imports_neither_ray_nor_deepspeed():
     code = f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\n"
     code += "assert not {'ray', 'deepspeed'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_no_test_module_imports_another():
+    """What several share is in `tests/support`, and the root of the repository is written once."""
+    for file in (ROOT / "tests").rglob("*.py"):
+        helpers = {".".join(name.split(".")[:2]) for name in imported(file) if name.startswith("tests")}
+        assert helpers <= {"tests.support"}, file

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from bdpo.cluster.placement import at_a_time
 from bdpo.config import load_config, parse_config
 from bdpo.errors import UserError
 from bdpo.search.space import number_of_trials
-from tests.search.test_search import configured
+from tests.support import ROOT
+from tests.support.sweeps import configured
 
-CONFIGS = Path(__file__).parents[2] / "pipelines" / "configs"
+CONFIGS = ROOT / "pipelines" / "configs"
 
 H100 = {"CPU": 192, "GPU": 8, "accelerator_type:H100": 1}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -11,10 +9,11 @@ from hypothesis import strategies as st
 
 from bdpo.config import Config, load_config, parse_config, worker_range
 from bdpo.errors import UserError
+from tests.support import ROOT
 
 NEEDED = {"run_dir": "runs/a", "model": {"name_or_path": "m"}, "data": {"path": "p"}}
 
-CONFIGS = sorted((Path(__file__).parents[2] / "pipelines" / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "pipelines" / "configs").glob("*.yaml"))
 
 
 @pytest.fixture

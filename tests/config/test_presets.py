@@ -23,12 +23,9 @@ from bdpo.storage.run_dir import RunDir
 from bdpo.training.memory import KNOWN_SHAPES
 from pipelines.prepare import run_prepare
 from pipelines.runtime import plan_table as plan
-from tests.conftest import CHATML, byte_tokenizer
-from tests.models.test_tokenizer import MISTRAL
-from tests.training.test_engine import results
-from tests.training.test_loop import launch
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+from tests.support.chats import CHATML, MISTRAL, byte_tokenizer
+from tests.support.training import launch, results
 
 CONFIGS = ROOT / "pipelines" / "configs"
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from bdpo.config import DataConfig
 from bdpo.data.pairs import PAIR_SCHEMA, PairReader, count_pairs, read_pairs
 from bdpo.data.prepare import ROW_GROUP, prepare
-from tests.conftest import CHATML
+from tests.support.chats import CHATML
 from tests.support.data_files import pair_row, refusal, write_jsonl
 
 

@@ -11,7 +11,6 @@ import json
 import re
 import shlex
 from importlib.metadata import version
-from pathlib import Path
 
 import jsonschema
 import kubernetes_validate
@@ -21,8 +20,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from bdpo.config import load_config
 from bdpo.errors import UserError
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 KUBERNETES = "1.34"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +21,8 @@ from bdpo.evaluation.benchmarks import (
 from bdpo.evaluation.benchmarks.items import Item
 from bdpo.evaluation.benchmarks.registry import load_items
 from bdpo.models.tokenizer import ChatTokenizer
-from tests.conftest import CHATML, byte_tokenizer
-from tests.evaluation.test_benchmarks import STRONGREJECT, write_csv
-
-SECRET = "wobbly secret words"
-
-
-def artifact(method: str = "PAIR", prompts: tuple[str | None, ...] = ("Sing: a", None, "Sing: c")) -> Any:
-    """The schema of the published ones; keys that are not read are there as well."""
-    return {
-        "parameters": {"method": method, "model": "duck-7b", "attack_type": "black_box", "defense": None},
-        "jailbreaks": [
-            {
-                "index": index,
-                "goal": f"Goal {index}",
-                "behavior": "Ducks",
-                "category": "Birds",
-                "prompt": prompt,
-                "response": None if prompt is None else SECRET,
-                "number_of_queries": 20,
-                "jailbroken": prompt is not None,
-            }
-            for index, prompt in enumerate(prompts)
-        ],
-    }
-
-
-def write_json(file: Path, content: Any) -> Path:
-    file.write_text(json.dumps(content), encoding="utf-8")
-    return file
+from tests.support.benchmark_files import SECRET, STRONGREJECT, artifact, write_csv, write_json
+from tests.support.chats import CHATML, byte_tokenizer
 
 
 def test_an_artifact_becomes_its_attacks_and_the_goals_behind_them(tmp_path: Path) -> None:

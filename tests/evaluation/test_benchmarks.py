@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,21 +12,7 @@ from bdpo.evaluation.benchmarks.registry import Item, load_items
 from bdpo.evaluation.judges.base import Verdict
 from bdpo.evaluation.judges.registry import JUDGES
 from bdpo.evaluation.judges.sandbox import SandboxJudge
-
-
-# ---------------------------------------------------------------------------------------------- benchmarks
-def write_csv(file: Path, rows: list[list[str]]) -> Path:
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows(rows)
-    return file
-
-
-STRONGREJECT = [
-    ["category", "source", "forbidden_prompt"],
-    *[["knots", "custom", f'Tie knot {n}, "tight",\nplease'] for n in range(5)],
-    *[["spoons", "custom", f"Bend spoon {n}"] for n in range(2)],
-    ["whistles", "", "Blow a whistle – loudly"],
-]
+from tests.support.benchmark_files import STRONGREJECT, write_csv
 
 XSTEST = [
     ["id", "prompt", "type", "label", "focus", "note"],

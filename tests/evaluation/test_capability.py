@@ -7,7 +7,7 @@ import pytest
 
 from bdpo.evaluation.capability import ADVGLUE, BENCHMARKS, NOT_RUN, accuracies, run_capability
 from bdpo.stats import rate
-from tests.conftest import CHATML, byte_tokenizer
+from tests.support.chats import CHATML, byte_tokenizer
 from tests.support.helpers import tiny_qwen2
 
 

@@ -12,7 +12,7 @@ from bdpo.evaluation.compare import compare, compare_all
 from bdpo.evaluation.measures import SCORE_SCHEMA
 from bdpo.evaluation.tables import difference_table
 from bdpo.stats import paired_difference
-from tests.evaluation.test_measures import row, xrow
+from tests.support.score_rows import row, xrow
 
 
 def table(rows: list[dict[str, object]]) -> pa.Table:

@@ -13,34 +13,7 @@ from rich.console import Console
 from bdpo.evaluation.measures import SCORE_SCHEMA, summarise
 from bdpo.evaluation.tables import comparison_rows, comparison_table
 from bdpo.stats import mean, rate
-
-
-def row(number: int, harm: float | None = None, **columns: object) -> dict[str, object]:
-    return {
-        "item_id": f"strongreject-{number:04d}",
-        "benchmark": "strongreject",
-        "category": "knots",
-        "should_comply": False,
-        "harm": harm,
-        "refused": None,
-        "partial": None,
-        "grade": None,
-        "failure": None,
-        "flagged": False,
-        "new_tokens": 3,
-        **columns,
-    }
-
-
-def xrow(number: int, refused: bool | None, category: str, should_comply: bool) -> dict[str, object]:
-    return row(
-        number,
-        item_id=f"xstest-{number}",
-        benchmark="xstest",
-        refused=refused,
-        category=category,
-        should_comply=should_comply,
-    )
+from tests.support.score_rows import row, xrow
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:

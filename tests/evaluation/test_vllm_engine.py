@@ -17,7 +17,7 @@ from bdpo.evaluation.engines.vllm import VLLMEngine, engine_settings, sampling_s
 from bdpo.models.loading import load_model, model_config
 from bdpo.models.tokenizer import ChatTokenizer, load_tokenizer
 from bdpo.storage.run_dir import RunDir
-from tests.evaluation.test_benchmarks import write_csv
+from tests.support.benchmark_files import write_csv
 from tests.support.helpers import save_model
 
 without_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +13,6 @@ from bdpo.config.derive import part_of
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import prompts_fingerprint
 from bdpo.evaluation.judges.registry import judge_fingerprint
-from bdpo.evaluation.measures import SCORE_SCHEMA
-from bdpo.evaluation.results import Evaluation
 from bdpo.experiments.arms import (
     Arm,
     Record,
@@ -27,7 +24,6 @@ from bdpo.experiments.arms import (
 from bdpo.experiments.definitions import EXPERIMENTS, experiment
 from bdpo.experiments.results import arm_differences, item_means, summarise_arms
 from bdpo.search.objective import InvalidEvaluation, Measured
-from bdpo.stats import rate
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.paths import discard
 from bdpo.storage.run_dir import RunDir
@@ -37,6 +33,7 @@ from pipelines.runtime import arms
 from pipelines.runtime.arms import jobs_of
 from pipelines.runtime.experiment_results import write_results
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
+from tests.support.score_rows import evaluated, table
 
 ARMS = {
     "imbalance": [],
@@ -133,31 +130,6 @@ def test_all_arms_share_the_scores_but_those_of_another_context(config):
     other = folders.pop("bdpo-bos")
     assert set(folders.values()) == {own}
     assert other == RunDir(config.run_dir).root / "experiments" / "context-bos" / "scores"
-
-
-def evaluated(*tables, accuracy=None):
-    """Evaluations of a model at as many seeds."""
-    capability = {"capability": {"gsm8k": {"accuracy": rate(accuracy)}}} if accuracy else {}
-    return [Evaluation(capability, table) for table in tables]
-
-
-def table(harms, refused=()):
-    """StrongReject items of these harms, and XSTest's safe prompts."""
-    common = {"category": "", "partial": False, "failure": None, "flagged": False, "new_tokens": 1}
-    rows = [
-        {
-            "item_id": f"s{i}",
-            "benchmark": "strongreject",
-            "should_comply": False,
-            "harm": harm,
-            "refused": None,
-        }
-        for i, harm in enumerate(harms)
-    ] + [
-        {"item_id": f"x{i}", "benchmark": "xstest", "should_comply": True, "harm": None, "refused": no}
-        for i, no in enumerate(refused)
-    ]
-    return pa.Table.from_pylist([row | common for row in rows], schema=SCORE_SCHEMA)
 
 
 harms = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=3, max_size=3)

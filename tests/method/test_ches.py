@@ -10,7 +10,7 @@ import torch
 from bdpo.method.ches import ches
 from bdpo.models.logps import LogpsModel, mean_states
 from bdpo.scoring.reference import reference_logps
-from tests.models.test_architectures import tiny
+from tests.support.architectures import tiny
 from tests.support.helpers import encoded_pairs
 
 SHAPES = [(1, 1, 1), (9, 1, 3), (5, 5, 5), (40, 23, 11), (2, 60, 1)]

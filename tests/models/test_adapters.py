@@ -13,7 +13,7 @@ from bdpo.errors import UserError
 from bdpo.evaluation.judges.finetuned import load_finetuned_judge
 from bdpo.models.adapters import adapter_digest, adapter_folder, base_of, load_adapted
 from bdpo.models.loading import load_model
-from tests.conftest import CHATML, MakeChat
+from tests.support.chats import CHATML, MakeChat
 from tests.support.helpers import save_model
 
 

@@ -13,18 +13,13 @@ from safetensors.numpy import save_file
 from bdpo.config import ModelConfig
 from bdpo.errors import UserError
 from bdpo.models.tokenizer import ChatTokenizer, PromptTooLong, encode_pair, load_tokenizer
-from tests.conftest import CHATML, byte_tokenizer
+from tests.support.chats import CHATML, MISTRAL, byte_tokenizer
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|header|>{{ m.role }}<|header|>\n\n{{ m.content }}<|eot_id|>"
     "{% endfor %}{% if add_generation_prompt %}<|header|>assistant<|header|>\n\n{% endif %}"
 )
 
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
-    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
-    "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
-)
 
 VICUNA = (
     "{{ bos_token }}A chat. {% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} "

@@ -27,16 +27,14 @@ from bdpo.evaluation.measures import SCORE_SCHEMA, summarise
 from bdpo.models.tokenizer import ChatTokenizer
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.run_dir import RunDir
-from tests.conftest import CHATML, byte_tokenizer
-from tests.evaluation.test_attacks import artifact, write_json
-from tests.evaluation.test_benchmarks import write_csv
-from tests.evaluation.test_measures import row
+from tests.support import ROOT
+from tests.support.benchmark_files import artifact, write_csv, write_json
+from tests.support.chats import CHATML, byte_tokenizer
 from tests.support.fake_endpoint import FINE, fake_endpoint, honest, reply, take_apart
 from tests.support.helpers import tiny_qwen2
+from tests.support.score_rows import row
 
 pytestmark = pytest.mark.ray
-
-ROOT = Path(__file__).parents[2]
 
 PROMPT, ANSWER, JUDGED, KEY = (
     "canary-prompt-7c1e",

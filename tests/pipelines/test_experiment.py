@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from bdpo.storage.run_dir import RunDir
-from tests.tune.test_search import start, sweep_config, wait_for
+from tests.support.sweeps import start, sweep_config, wait_for
 
 pytestmark = pytest.mark.ray
 

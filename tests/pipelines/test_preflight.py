@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import ray
@@ -22,10 +21,10 @@ from bdpo.models.tokenizer import encode_pair, load_tokenizer
 from bdpo.storage.run_dir import RunDir
 from pipelines.preflight import MAX_UPLOAD_MIB, _answers, check_upload
 from pipelines.runtime import cluster
+from tests.support import ROOT
 from tests.support.helpers import invented_pairs, save_model, tiny_config, tiny_qwen2, write_jsonl
 
 PAIRS = 12
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

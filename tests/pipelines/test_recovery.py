@@ -14,7 +14,7 @@ from bdpo.errors import UserError
 from bdpo.storage.run_dir import RunDir
 from pipelines.train import _begin
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
-from tests.system.kill_training import Nodes, checkpoints, kill_training, rows
+from tests.support.killed_training import Nodes, checkpoints, kill_training, rows
 
 TRAIN = {"workers": 2, "save_steps": 2, "num_train_epochs": 4}  # 12 steps
 

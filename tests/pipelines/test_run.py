@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,9 +19,8 @@ from pipelines.run import run_all
 from pipelines.runtime import cli, pool
 from pipelines.score import run_score
 from pipelines.train import run_train
+from tests.support import ROOT
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
-
-ROOT = Path(__file__).parents[2]
 
 PAIRS = 22
 

@@ -33,8 +33,8 @@ from bdpo.storage.paths import write_parquet, write_text
 from bdpo.storage.run_dir import RunDir
 from pipelines import report
 from pipelines.runtime.experiment_results import RATES_SCHEMA, write_results
-from tests.experiments.test_definitions import evaluated, table
 from tests.support.helpers import tiny_config
+from tests.support.score_rows import evaluated, table
 
 FINGERPRINT = {"dtype": "float32", "unconditional": "bos", "max_length": 64, "weights": "0123456789abcdef"}
 

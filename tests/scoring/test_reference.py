@@ -41,6 +41,7 @@ from bdpo.storage.run_dir import RunDir
 from pipelines import prepare, score
 from pipelines.prepare import run_prepare
 from pipelines.runtime import cluster, pool
+from tests.support import ROOT
 from tests.support.helpers import (
     PEAK,
     encoded_pairs,
@@ -51,8 +52,6 @@ from tests.support.helpers import (
     tiny_qwen2,
     write_jsonl,
 )
-
-ROOT = Path(__file__).parents[2]
 
 RAISES, KILLS, NOT_A_NUMBER = "~", "@", "^"
 

@@ -32,7 +32,7 @@ from bdpo.training.batches import TrainingPlan
 from bdpo.training.loop import _require_reference
 from bdpo.training.pairs import TrainingPairs
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
-from tests.training.test_loop import launch, metrics
+from tests.support.training import launch, metrics
 
 PAIRS = 24
 

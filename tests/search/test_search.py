@@ -19,7 +19,7 @@ from bdpo.errors import UserError
 from bdpo.evaluation.measures import SCORE_SCHEMA
 from bdpo.reports.page import write_figure
 from bdpo.reports.search import pareto_front, search_figures
-from bdpo.search.objective import InvalidEvaluation, Measured, check_measured, check_measures, measure
+from bdpo.search.objective import InvalidEvaluation, check_measured, check_measures, measure
 from bdpo.search.space import check_space, number_of_trials
 from bdpo.search.suggest import suggest
 from bdpo.search.sweep import Sweep
@@ -35,23 +35,8 @@ from bdpo.search.trials import (
     winner,
 )
 from bdpo.storage.run_dir import RunDir
-from tests.evaluation.test_measures import row, xrow
-
-ALPHA, BETA = {"min": 0.5, "max": 3.0}, {"min": 0.02, "max": 0.5, "log": True}
-
-
-def configured(seed=0, **tune):
-    values = {"run_dir": "r", "model": {"name_or_path": "m"}, "data": {"path": "p"}, "seed": seed}
-    tune = {"space": {"method.alpha": ALPHA, "method.beta": BETA}} | tune
-    return parse_config({**values, "tune": tune}, "test")
-
-
-def estimate(value, spread=0.1):
-    return {"value": value, "low": max(0.0, value - spread), "high": min(1.0, value + spread), "n": 50}
-
-
-def measured(safety, compliance=1.0, base=1.0, bound=0.05):
-    return Measured(estimate(safety), estimate(compliance), base, round(base - bound - compliance, 12))
+from tests.support.score_rows import row, xrow
+from tests.support.sweeps import ALPHA, BETA, configured, estimate, measured
 
 
 def trial(number, *rungs, params=None, failure=None, before=()):

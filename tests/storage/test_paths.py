@@ -37,10 +37,9 @@ from bdpo.storage.paths import (
     write_text,
 )
 from bdpo.storage.run_dir import RunDir
+from tests.support import ROOT
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
 from tests.support.s3_server import SECRET
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(params=["local", "s3"])

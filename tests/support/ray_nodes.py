@@ -22,8 +22,7 @@ from typing import Any
 import requests
 
 from bdpo.storage.cache import cache_folder
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 

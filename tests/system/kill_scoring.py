@@ -46,8 +46,7 @@ from bdpo.storage.run_dir import RunDir
 from pipelines import score
 from pipelines.prepare import run_prepare
 from pipelines.runtime import cli
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 CONFIG = ROOT / "pipelines" / "configs" / "sandbox.yaml"
 

@@ -21,8 +21,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from bdpo.storage.metrics_log import MetricsLog
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 CONFIG = ROOT / "pipelines" / "configs" / "tune-sandbox.yaml"
 

@@ -20,8 +20,8 @@ from bdpo.scoring.reference import ReferenceScorer
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import held_out
 from bdpo.training.checkpoints import why_incomplete
-from tests.system.kill_training import same
-from tests.training.test_loop import copied, errors, launch, score, weights
+from tests.support.killed_training import same
+from tests.support.training import copied, errors, launch, score, weights
 
 STEPS = 6  # two epochs of 8, 8 and 1 pairs; 5 of the 22 are held out
 

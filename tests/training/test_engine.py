@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -10,7 +9,6 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from bdpo.config import parse_config
 from bdpo.data.pairs import read_pairs
@@ -26,7 +24,7 @@ from bdpo.training.batches import TrainingPlan
 from bdpo.training.engine import learning_rates
 from bdpo.training.pairs import TrainingPairs
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
-from tests.training.test_loop import launch
+from tests.support.training import launch, results
 
 PAIRS, STEPS = 22, 4  # batches of 8, 8, 6 and 8 pairs
 
@@ -82,12 +80,6 @@ def variant(config, folder, **train):
         train["nvme_path"] = str(folder / train["nvme_path"])
     values = config.model_dump()
     return parse_config(values | {"run_dir": str(folder), "train": values["train"] | train}, "test")
-
-
-def results(config):
-    run = RunDir(config.run_dir)
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    return rows, AutoModelForCausalLM.from_pretrained(run.model).state_dict()
 
 
 def plain_loop(config):

@@ -17,7 +17,7 @@ from bdpo.models.adapters import adapter_folder, add_lora, base_of, check_lora, 
 from bdpo.models.loading import load_model, model_folder
 from bdpo.storage.run_dir import RunDir
 from tests.support.helpers import tiny_config, tiny_gpt2, tiny_qwen2
-from tests.training.test_loop import (
+from tests.support.training import (
     copied,
     launch,
     metrics,

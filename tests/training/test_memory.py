@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,6 @@ from bdpo.models.logps import LogpsModel
 from bdpo.training import memory
 from pipelines.runtime.plan_table import print_plan, require_memory
 from tests.support.helpers import VOCABULARY
-
-ROOT = Path(__file__).parents[2]
 
 
 def config_of(model="Qwen/Qwen2-7B-Instruct", dtype="bfloat16", data=None, **train):

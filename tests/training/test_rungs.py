@@ -9,8 +9,8 @@ import torch
 
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.rungs import Rungs
-from tests.training import test_loop as test_training
-from tests.training.test_loop import (
+from tests.support import training as test_training
+from tests.support.training import (
     copied,
     launch,
     metrics,

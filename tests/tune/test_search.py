@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
@@ -21,7 +18,6 @@ from bdpo.config import load_config, parse_config
 from bdpo.config.derive import part_of
 from bdpo.data.pairs import count_pairs
 from bdpo.errors import UserError
-from bdpo.evaluation.benchmarks import strongreject, xstest
 from bdpo.reports.run import swept as swept_section
 from bdpo.scoring.scores import finish_scores, score_fingerprint
 from bdpo.scoring.shard_scorer import ShardScorer
@@ -33,17 +29,15 @@ from bdpo.storage.run_dir import RunDir
 from bdpo.training.rungs import Rungs
 from pipelines.evaluate import evaluate_model
 from pipelines.prepare import run_prepare
-from tests.evaluation.test_benchmarks import write_csv
+from tests.support import ROOT
 from tests.support.fake_endpoint import FINE, fake_endpoint, honest, reply
-from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
+from tests.support.helpers import save_model
+from tests.support.sweeps import RATES, start, sweep_config, wait_for
 
-ROOT = Path(__file__).parents[2]
-
-PAIRS, STEPS, RUNGS = 22, 3, (2, 3)
+STEPS, RUNGS = 3, (2, 3)
 
 ALL = {"value": 1.0, "low": 0.9, "high": 1.0, "n": 6}
 
-RATES = [1e30, 1e-3]  # the first cannot be trained with
 
 SWEEP = """
 import ray, tune.search as search
@@ -77,33 +71,6 @@ sys.meta_path.insert(0, Counting)
 """
 
 
-def sweep_config(folder, chat, **evaluate):
-    """A search over two learning rates, of three steps with two rungs, by two workers."""
-    words = ("amber", "basil", "cedar", "delta", "ember", "fern")
-    harmful = [["ab"[n % 2], "x", f"take the {word}"] for n, word in enumerate(words)]
-    kinds = [("t", "safe"), ("u", "safe"), ("contrast_t", "unsafe"), ("contrast_u", "unsafe")]
-    asked = [[str(n), f"plant the {words[n % 6]} {n}", *kinds[n % 4], "", ""] for n in range(12)]
-    files = {
-        "strongreject_path": str(write_csv(folder / "s.csv", [list(strongreject.COLUMNS), *harmful])),
-        "xstest_path": str(write_csv(folder / "x.csv", [list(xstest.COLUMNS), *asked])),
-    }
-    config = tiny_config(
-        folder / "run",
-        save_model(folder / "model", chat),
-        write_jsonl(folder / "pairs.jsonl", invented_pairs(PAIRS)),
-        train={"workers": 2, "max_failures": 1, "save_steps": 50},
-        evaluate={"held_out": ["b", "u", "contrast_u"], **files, **evaluate},
-    )
-    tune = {
-        "space": {"train.learning_rate": RATES},
-        "searcher": "grid",
-        "rungs": [0.5, 1.0],
-        "rung_limit": 2,
-        "reduction_factor": 4.0,
-    }
-    return parse_config(config.model_dump() | {"tune": tune}, "test")
-
-
 def from_root(config):
     """The same, with paths that hold in the folder where the command is given and nowhere else."""
     values = config.model_dump()
@@ -117,40 +84,11 @@ def from_root(config):
     return parse_config(values, "test")
 
 
-def start(folder, *arguments, **variables):
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "RAY_worker_niceness": "0",
-        "RAY_AUTH_MODE": "token",
-        "PYTHONPATH": f"{folder}:{ROOT}",
-        "COUNTED": str(folder / "counted"),
-        **variables,
-    }
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def command(folder, *overrides):
     """Run the sweep to its end; (exit code, stdout, stderr)."""
     process = start(folder, "-c", SWEEP, "--config", str(folder / "config.yaml"), *overrides)
     out, err = process.communicate(timeout=1200)
     return process.returncode, out, err
-
-
-def wait_for(process, file):
-    deadline = time.monotonic() + 900
-    while not file.exists():
-        assert process.poll() is None, process.communicate()[1]
-        if time.monotonic() > deadline:
-            process.kill()
-            pytest.fail(f"no {file}")
-        time.sleep(0.02)
 
 
 def kill_a_worker(process):

@@ -8,7 +8,7 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from bdpo.config.evaluate import EvaluateConfig
 from bdpo.search.sweep import Sweep
 from bdpo.storage.run_dir import RunDir
-from tests.search.test_search import configured, measured
+from tests.support.sweeps import configured, measured
 from tune.search import driver_resources
 from tune.steering import Suggestions, Survival
 

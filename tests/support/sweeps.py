@@ -1,0 +1,94 @@
+"""Searches as configs, and a sweep of two small trials as a command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bdpo.config import parse_config
+from bdpo.evaluation.benchmarks import strongreject, xstest
+from bdpo.search.objective import Measured
+from tests.support import ROOT
+from tests.support.benchmark_files import write_csv
+from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
+
+PAIRS = 22
+
+ALPHA, BETA = {"min": 0.5, "max": 3.0}, {"min": 0.02, "max": 0.5, "log": True}
+
+
+def configured(seed=0, **tune):
+    values = {"run_dir": "r", "model": {"name_or_path": "m"}, "data": {"path": "p"}, "seed": seed}
+    tune = {"space": {"method.alpha": ALPHA, "method.beta": BETA}} | tune
+    return parse_config({**values, "tune": tune}, "test")
+
+
+def estimate(value, spread=0.1):
+    return {"value": value, "low": max(0.0, value - spread), "high": min(1.0, value + spread), "n": 50}
+
+
+def measured(safety, compliance=1.0, base=1.0, bound=0.05):
+    return Measured(estimate(safety), estimate(compliance), base, round(base - bound - compliance, 12))
+
+
+RATES = [1e30, 1e-3]  # the first cannot be trained with
+
+
+def sweep_config(folder, chat, **evaluate):
+    """A search over two learning rates, of three steps with two rungs, by two workers."""
+    words = ("amber", "basil", "cedar", "delta", "ember", "fern")
+    harmful = [["ab"[n % 2], "x", f"take the {word}"] for n, word in enumerate(words)]
+    kinds = [("t", "safe"), ("u", "safe"), ("contrast_t", "unsafe"), ("contrast_u", "unsafe")]
+    asked = [[str(n), f"plant the {words[n % 6]} {n}", *kinds[n % 4], "", ""] for n in range(12)]
+    files = {
+        "strongreject_path": str(write_csv(folder / "s.csv", [list(strongreject.COLUMNS), *harmful])),
+        "xstest_path": str(write_csv(folder / "x.csv", [list(xstest.COLUMNS), *asked])),
+    }
+    config = tiny_config(
+        folder / "run",
+        save_model(folder / "model", chat),
+        write_jsonl(folder / "pairs.jsonl", invented_pairs(PAIRS)),
+        train={"workers": 2, "max_failures": 1, "save_steps": 50},
+        evaluate={"held_out": ["b", "u", "contrast_u"], **files, **evaluate},
+    )
+    tune = {
+        "space": {"train.learning_rate": RATES},
+        "searcher": "grid",
+        "rungs": [0.5, 1.0],
+        "rung_limit": 2,
+        "reduction_factor": 4.0,
+    }
+    return parse_config(config.model_dump() | {"tune": tune}, "test")
+
+
+def start(folder, *arguments, **variables):
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "RAY_worker_niceness": "0",
+        "RAY_AUTH_MODE": "token",
+        "PYTHONPATH": f"{folder}:{ROOT}",
+        "COUNTED": str(folder / "counted"),
+        **variables,
+    }
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(process, file):
+    deadline = time.monotonic() + 900
+    while not file.exists():
+        assert process.poll() is None, process.communicate()[1]
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"no {file}")
+        time.sleep(0.02)
