@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from bdpo.models.logps import LogpsModel, pair_trees
-from bdpo.models.packing import Tree, length_sorted_batches, pack
+from bdpo.models.logps import LogpsModel, pair_groups
+from bdpo.models.packing import PrefixGroup, length_sorted_batches, pack
 from bdpo.models.tokenizer import EncodedPair
 from bdpo.scoring.reference import reference_logps
 from benchmarks.common import (
@@ -114,9 +114,9 @@ def _tokens_as_7b(pairs: list[EncodedPair]) -> int:
     """Of all grids that our scorer would lay out for a model as wide as Qwen2-7B."""
     tokens = 0
     responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
-    for trees in (pair_trees(pairs), [Tree(EMPTY, [response]) for response in responses]):
-        batches = length_sorted_batches([tree.tokens(shared=True) for tree in trees], TOKENS_PER_BATCH)
-        tokens += sum(pack([trees[i] for i in batch], 3584).input_ids.numel() for batch in batches)
+    for groups in (pair_groups(pairs), [PrefixGroup(EMPTY, [response]) for response in responses]):
+        batches = length_sorted_batches([group.tokens(shared=True) for group in groups], TOKENS_PER_BATCH)
+        tokens += sum(pack([groups[i] for i in batch], 3584).input_ids.numel() for batch in batches)
     return tokens
 
 

@@ -16,7 +16,7 @@ import torch
 
 from bdpo.config import MethodConfig, TrainConfig
 from bdpo.method.losses import LOSSES, PairLogps
-from bdpo.models.logps import LogpsModel, pair_logps, pair_trees
+from bdpo.models.logps import LogpsModel, pair_groups, pair_logps
 from bdpo.models.tokenizer import EncodedPair
 from bdpo.scoring.reference import reference_logps
 from bdpo.training.batches import TrainingPlan
@@ -74,7 +74,7 @@ def _row(name: str, pairs: list[EncodedPair]) -> str:
 def micro_batches(pairs: list[EncodedPair]) -> list[list[EncodedPair]]:
     """As the training plan cuts one global batch of all pairs, for one worker."""
     train = TrainConfig(global_batch_size=len(pairs), tokens_per_micro_batch=TOKENS_PER_BATCH)
-    lengths = [tree.tokens(shared=True) for tree in pair_trees(pairs)]
+    lengths = [group.tokens(shared=True) for group in pair_groups(pairs)]
     return [
         [pairs[i] for i in batch] for batch in TrainingPlan(lengths, train, seed=0).micro_batches(0, 1)[0]
     ]

@@ -20,7 +20,7 @@ from bdpo.config import Config
 from bdpo.data.pairs import count_pairs
 from bdpo.errors import UserError
 from bdpo.models.loading import model_config
-from bdpo.models.logps import why_plain_rows
+from bdpo.models.logps import prefix_sharing_obstacle
 from bdpo.reports.scores import mi_tables, work_table
 from bdpo.scoring.scores import (
     MOST_UNSCORABLE,
@@ -83,7 +83,7 @@ def _score(
 
     store = score_store(run, fingerprint)
     before = sum(rows for _, rows in missing)
-    why_plain = why_plain_rows(model_config(config.model), config.data.max_length)
+    why_plain = prefix_sharing_obstacle(model_config(config.model), config.data.max_length)
     if why_plain:
         console.print(f"every response has a row of its own: {why_plain}", soft_wrap=True)
     arguments = {"config": config, "run": run, "fingerprint": fingerprint}

@@ -27,7 +27,7 @@ from bdpo.data.sources import Unreadable, read_rows
 from bdpo.errors import UserError, error_line
 from bdpo.evaluation.benchmarks.registry import load_items
 from bdpo.models.adapters import check_lora
-from bdpo.models.architectures import head_says_logits
+from bdpo.models.architectures import has_plain_lm_head
 from bdpo.models.loading import model_config
 from bdpo.models.tokenizer import (
     ChatTokenizer,
@@ -79,7 +79,7 @@ def check_model(config: Config, run: RunDir) -> str:
     load_tokenizer(config.model)
     shape = model_config(config.model)
     kind = shape.model_type
-    if config.data.select and config.data.select.ches and not head_says_logits(shape):
+    if config.data.select and config.data.select.ches and not has_plain_lm_head(shape):
         raise UserError(f"data.select.ches: {kind} models have no CHES; select by mi_difference")
     return f"{config.model.name_or_path}: {kind}, {config.model.dtype}"
 

@@ -25,7 +25,7 @@ def one_layer(
     return _build(_first_layer(shape), attention).to(dtype).to(device).eval()
 
 
-def head_says_logits(shape: PreTrainedConfig) -> bool:
+def has_plain_lm_head(shape: PreTrainedConfig) -> bool:
     """Whether a model's logits are its output head applied to its last hidden state, to rounding.
 
     Some scale or cap them (Cohere, Granite, Gemma 2). What cannot be built or run is taken for one of those.
@@ -33,11 +33,11 @@ def head_says_logits(shape: PreTrainedConfig) -> bool:
     if shape.get_text_config() is not shape:  # of a model of several parts this would build all of them
         return False
     kind: Any = type(shape)
-    return _head_says_logits(kind, shape.to_json_string(use_diff=False))
+    return _has_plain_lm_head(kind, shape.to_json_string(use_diff=False))
 
 
 @lru_cache
-def _head_says_logits(kind: Any, values: str) -> bool:
+def _has_plain_lm_head(kind: Any, values: str) -> bool:
     try:
         # A model may be on its way to the meta device, or in a mode of a caller that watches it.
         with torch.device("cpu"), torch.inference_mode():

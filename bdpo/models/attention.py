@@ -16,8 +16,8 @@ from bdpo.config import Config
 from bdpo.errors import first_line
 from bdpo.models.architectures import VOCABULARY, one_layer
 from bdpo.models.loading import model_config
-from bdpo.models.logps import LogpsModel, why_plain_rows
-from bdpo.models.packing import Tree
+from bdpo.models.logps import LogpsModel, prefix_sharing_obstacle
+from bdpo.models.packing import PrefixGroup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# (context, response, response) tokens of the trees of a batch. Kernels are compiled for the first two
+# (context, response, response) tokens of the groups of a batch. Kernels are compiled for the first two
 # and for single rows; after them no shape may need another.
 FIRST_SHAPES = [[(70, 90, 40)] * 9, [(130, 200, 60)] * 7, [(300, 150, 160)]]
 
@@ -44,7 +44,7 @@ def attention_of(config: Config, device: torch.device) -> str:
     if model.attn_implementation not in ("auto", "flex_attention"):
         return model.attn_implementation
     shape = model_config(model)
-    if device.type != "cuda" or why_plain_rows(shape, config.data.max_length):
+    if device.type != "cuda" or prefix_sharing_obstacle(shape, config.data.max_length):
         return "sdpa"
     if model.attn_implementation == "flex_attention":
         return "flex_attention"
@@ -64,35 +64,35 @@ def why_not_flex(
         )
         if not flex.shared_rows:
             return "is of no use to rows that are not shared"
-        for trees in map(_trees, FIRST_SHAPES):
-            if why := _differs(exact, sdpa, flex, trees):
+        for groups in map(_groups, FIRST_SHAPES):
+            if why := _differs(exact, sdpa, flex, groups):
                 return why
         with torch.compiler.set_stance("fail_on_recompile"):
-            for trees in map(_trees, MORE_SHAPES):
-                if why := _differs(exact, sdpa, flex, trees):
+            for groups in map(_groups, MORE_SHAPES):
+                if why := _differs(exact, sdpa, flex, groups):
                     return why
     except Exception as error:  # of a compiler, a driver or a library: whatever it is, SDPA works
         return f"fails ({type(error).__name__}: {first_line(error)})"
     return None
 
 
-def _trees(lengths: list[tuple[int, int, int]]) -> list[Tree]:
-    trees = []
+def _groups(lengths: list[tuple[int, int, int]]) -> list[PrefixGroup]:
+    groups = []
     for number, (context, *responses) in enumerate(lengths, 1):
         ids = [[(number * step) % VOCABULARY for step in range(1, n + 1)] for n in (context, *responses)]
-        trees.append(Tree(ids[0], ids[1:]))
-    return trees
+        groups.append(PrefixGroup(ids[0], ids[1:]))
+    return groups
 
 
-def _differs(exact: LogpsModel, sdpa: LogpsModel, flex: LogpsModel, trees: list[Tree]) -> str | None:
+def _differs(exact: LogpsModel, sdpa: LogpsModel, flex: LogpsModel, groups: list[PrefixGroup]) -> str | None:
     """Whether log-probs or gradients are further from those in float32 than SDPA's are."""
     with torch.inference_mode():
-        scored = [model(trees) for model in (exact, sdpa, flex)]
+        scored = [model(groups) for model in (exact, sdpa, flex)]
     if _worse(*scored):
         return "answers other log-probs than SDPA"
     for model in (exact, sdpa, flex):
         model.zero_grad()
-        model(trees).sum().backward()
+        model(groups).sum().backward()
     if _worse(*map(_gradient, (exact, sdpa, flex))):
         return "answers another gradient than SDPA"
     return None

@@ -43,11 +43,11 @@ def model_folder(model: ModelConfig) -> Path:
     if not weights:
         raise UserError(f"model.name_or_path={model.name_or_path}: the folder has no *.safetensors weights")
     for file in weights:
-        _require_whole(file)
+        _require_intact(file)
     return folder.resolve()
 
 
-def _require_whole(file: Path) -> None:
+def _require_intact(file: Path) -> None:
     """The header of a safetensors file says how long it is: a truncated one is found without reading it."""
     from safetensors import SafetensorError, safe_open
 

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bdpo.models.architectures import head_says_logits
-from bdpo.models.packing import Batch, Tree, pack, pack_plain
+from bdpo.models.architectures import has_plain_lm_head
+from bdpo.models.packing import Batch, PrefixGroup, pack, pack_plain
 from bdpo.models.tokenizer import EncodedPair
 
 if TYPE_CHECKING:
@@ -51,16 +51,16 @@ def pair_logps(model: Any, pairs: Sequence[EncodedPair]) -> tuple[torch.Tensor, 
 
     `model` is a LogpsModel or an engine around one.
     """
-    chosen, rejected = model(pair_trees(pairs)).view(-1, 2).unbind(1)
+    chosen, rejected = model(pair_groups(pairs)).view(-1, 2).unbind(1)
     return chosen, rejected
 
 
-def pair_trees(pairs: Sequence[EncodedPair]) -> list[Tree]:
+def pair_groups(pairs: Sequence[EncodedPair]) -> list[PrefixGroup]:
     """`[c(x) | y_w | y_l]` of every pair."""
-    return [Tree(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
+    return [PrefixGroup(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
 
 
-def why_plain_rows(config: PreTrainedConfig, max_length: int) -> str | None:
+def prefix_sharing_obstacle(config: PreTrainedConfig, max_length: int) -> str | None:
     """Why rows cannot be shared in this model, or None; a function of its config alone.
 
     A 4-D mask takes the place of a sliding window, which is right as long as no sequence of `max_length`
@@ -82,14 +82,14 @@ class LogpsModel(nn.Module):
 
     The model keeps its parameters under its own names; its output head is replaced by a LogpsHead, with
     which it still answers calls of its own with logits. Of models that scale or cap what the head says
-    (`head_says_logits`) the own logits are used: those of the responses' part of a row.
+    (`has_plain_lm_head`) the own logits are used: those of the responses' part of a row.
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int) -> None:
         super().__init__()
         self.model = model
-        self.chunked = head_says_logits(model.config)
-        why = why_plain_rows(model.config, max_length)
+        self.chunked = has_plain_lm_head(model.config)
+        why = prefix_sharing_obstacle(model.config, max_length)
         self.shared_rows = why is None and self.chunked
         self.tokens_forwarded = 0  # padding included, since the model was made
         if self.chunked:
@@ -98,26 +98,26 @@ class LogpsModel(nn.Module):
             _say_once(f"a row for each response instead of one for both: {why}")
 
     def forward(
-        self, trees: Sequence[Tree], means: bool = False
+        self, groups: Sequence[PrefixGroup], means: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Summed log π(response | context), nats, float32, shape (responses of all trees,).
+        """Summed log π(response | context), nats, float32, shape (responses of all groups,).
 
         With `means` also the mean state of each response, see `bdpo.method.ches`, (responses, hidden size);
         not a number where the model's hidden states are not known.
         """
         config, device = self.model.config, self.model.device
         flex = device if config._attn_implementation == "flex_attention" else None
-        batch = pack(trees, config.hidden_size, flex) if self.shared_rows else pack_plain(trees)
+        batch = pack(groups, config.hidden_size, flex) if self.shared_rows else pack_plain(groups)
         self.tokens_forwarded += batch.input_ids.numel()
         if self.chunked:
             batch = batch.to(device)
             inputs = _inputs(batch)
-            hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)[batch.predictors]
+            hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)[batch.logit_positions]
             token_logps = self.model.get_output_embeddings()(hidden, batch.targets)
         else:
             token_logps = self._by_own_logits(batch)
             batch = batch.to(device)
-        responses = sum(len(tree.responses) for tree in trees)
+        responses = sum(len(group.responses) for group in groups)
         logps = token_logps.new_zeros(responses).index_add(0, batch.responses, token_logps)
         if not means:
             return logps
@@ -134,22 +134,22 @@ class LogpsModel(nn.Module):
         rows, width = batch.input_ids.shape
         kept = width
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            kept -= int((batch.predictors % width).min())
+            kept -= int((batch.logit_positions % width).min())
         chunk = max(1, CHUNK_ELEMENTS // (kept * self.model.config.get_text_config().vocab_size))
         logps = []
         for some in torch.arange(rows).split(rows if torch.is_grad_enabled() else chunk):
-            here = torch.isin(batch.predictors // width, some)
-            row, column = batch.predictors[here] // width - some[0], batch.predictors[here] % width
+            here = torch.isin(batch.logit_positions // width, some)
+            row, column = batch.logit_positions[here] // width - some[0], batch.logit_positions[here] % width
             part = replace(
                 batch,
                 input_ids=batch.input_ids[some],
                 attention_mask=batch.attention_mask[some],
-                predictors=row * kept + column - (width - kept),
+                logit_positions=row * kept + column - (width - kept),
                 targets=batch.targets[here],
             ).to(self.model.device)
             few = {"logits_to_keep": kept} if kept < width else {}
             logits = self.model(**_inputs(part), **few).logits.flatten(0, 1)
-            logps.append(_PickedLogps.apply(logits, part.predictors, part.targets))
+            logps.append(_PickedLogps.apply(logits, part.logit_positions, part.targets))
         return torch.cat(logps)
 
 

@@ -18,9 +18,9 @@ from bdpo.method.ches import ches
 from bdpo.method.mi import mutual_information
 from bdpo.models.attention import attention_of
 from bdpo.models.loading import load_model, model_folder
-from bdpo.models.logps import LogpsModel, pair_trees
+from bdpo.models.logps import LogpsModel, pair_groups
 from bdpo.models.oom import out_of_memory
-from bdpo.models.packing import Tree, length_sorted_batches
+from bdpo.models.packing import PrefixGroup, length_sorted_batches
 from bdpo.models.tokenizer import EncodedPair, encode_pairs, load_tokenizer
 from bdpo.scoring.scores import SCORE_SCHEMA
 
@@ -78,12 +78,12 @@ def reference_logps(
 
     alike = torch.empty(len(pairs))
 
-    def in_batches(trees: Sequence[Tree], means: bool = False) -> torch.Tensor:
-        logps = torch.empty(len(trees), len(trees[0].responses))
-        lengths = [tree.tokens(model.shared_rows) for tree in trees]
+    def in_batches(groups: Sequence[PrefixGroup], means: bool = False) -> torch.Tensor:
+        logps = torch.empty(len(groups), len(groups[0].responses))
+        lengths = [group.tokens(model.shared_rows) for group in groups]
         batches = length_sorted_batches(lengths, tokens_per_batch)
         while batches:
-            scored = _within_memory(model, [trees[i] for i in batches[0]], means)
+            scored = _within_memory(model, [groups[i] for i in batches[0]], means)
             if scored is None:
                 batches = _halved(batches, lengths)
             else:
@@ -94,9 +94,9 @@ def reference_logps(
                 logps[batch] = scored.view(len(batch), -1).cpu()
         return logps.view(-1, 2)
 
-    ref = in_batches(pair_trees(pairs), means=True)
+    ref = in_batches(pair_groups(pairs), means=True)
     responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
-    uncond = in_batches([Tree(unconditional, [response]) for response in responses])
+    uncond = in_batches([PrefixGroup(unconditional, [response]) for response in responses])
     return {
         "ref_chosen_logps": ref[:, 0],
         "ref_rejected_logps": ref[:, 1],
@@ -105,12 +105,12 @@ def reference_logps(
     }, alike
 
 
-def _within_memory(model: LogpsModel, trees: Sequence[Tree], means: bool) -> Any:
-    """The model's answer; None if memory does not suffice for so many trees, an exception if not for one."""
+def _within_memory(model: LogpsModel, groups: Sequence[PrefixGroup], means: bool) -> Any:
+    """The model's answer; None if memory does not suffice for so many groups, an exception if not for one."""
     try:
-        return model(trees, means=means)
+        return model(groups, means=means)
     except (RuntimeError, MemoryError) as error:
-        if len(trees) == 1 or not out_of_memory(error):
+        if len(groups) == 1 or not out_of_memory(error):
             raise
     # Outside the handler: the exception held the frames, and they the tensors.
     if torch.cuda.is_available():

@@ -21,8 +21,8 @@ from bdpo.config import SANDBOX, Config, TrainConfig
 from bdpo.errors import UserError, first_line
 from bdpo.models.adapters import add_lora
 from bdpo.models.loading import model_config
-from bdpo.models.logps import CHUNK_ELEMENTS, LogpsModel, why_plain_rows
-from bdpo.models.packing import Tree
+from bdpo.models.logps import CHUNK_ELEMENTS, LogpsModel, prefix_sharing_obstacle
+from bdpo.models.packing import PrefixGroup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -164,13 +164,15 @@ def activations(config: Config, shape: PreTrainedConfig) -> int:
     Two models that differ by one layer tell what a layer keeps. With gradient checkpointing it is the
     layer's input, and the whole of one layer while that is computed again.
     """
-    trees = _longest_pairs(config, shape)
-    one, two = (_saved(_meta_model(config, shape, layers), config, trees) for layers in (1, 2))
+    groups = _longest_pairs(config, shape)
+    one, two = (_saved(_meta_model(config, shape, layers), config, groups) for layers in (1, 2))
     layer, rest = two - one, 2 * one - two
     layers = shape.num_hidden_layers
     if not config.train.gradient_checkpointing:
         return rest + layers * layer
-    tokens = sum(tree.tokens(why_plain_rows(shape, config.data.max_length) is None) for tree in trees)
+    tokens = sum(
+        group.tokens(prefix_sharing_obstacle(shape, config.data.max_length) is None) for group in groups
+    )
     kept = tokens * shape.hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
     return rest + layer + layers * kept
 
@@ -224,19 +226,19 @@ def _meta_model(config: Config, shape: PreTrainedConfig, layers: int) -> Any:
     return model.eval()  # training disables dropout
 
 
-def _longest_pairs(config: Config, shape: PreTrainedConfig) -> list[Tree]:
+def _longest_pairs(config: Config, shape: PreTrainedConfig) -> list[PrefixGroup]:
     """Pairs as long as allowed that fill a micro-batch, or the one pair that does not fit into it."""
     data, budget = config.data, config.train.tokens_per_micro_batch
     prompt, response = data.max_prompt_length, data.max_length - data.max_prompt_length
-    whole = Tree(range(prompt), [range(response)] * 2)
-    longest = whole.tokens(why_plain_rows(shape, data.max_length) is None)
+    whole = PrefixGroup(range(prompt), [range(response)] * 2)
+    longest = whole.tokens(prefix_sharing_obstacle(shape, data.max_length) is None)
     pairs = math.ceil(budget / longest)
     part = min(1.0, budget / pairs / longest) if pairs > 1 else 1.0
     lengths = max(1, int(prompt * part)), max(1, int(response * part))
-    return [Tree([number + 1] * lengths[0], [[1] * lengths[1]] * 2) for number in range(pairs)]
+    return [PrefixGroup([number + 1] * lengths[0], [[1] * lengths[1]] * 2) for number in range(pairs)]
 
 
-def _saved(model: Any, config: Config, trees: list[Tree]) -> int:
+def _saved(model: Any, config: Config, groups: list[PrefixGroup]) -> int:
     """Bytes of the tensors that autograd keeps of a forward, each storage once, parameters aside."""
     policy = LogpsModel(model, config.data.max_length)
     known = {p.untyped_storage()._cdata for p in policy.parameters()}
@@ -247,7 +249,7 @@ def _saved(model: Any, config: Config, trees: list[Tree]) -> int:
         return tensor
 
     with _FlashAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        policy(trees)
+        policy(groups)
     return sum(storage.nbytes() for key, storage in storages.items() if key not in known)
 
 

@@ -15,8 +15,8 @@ from bdpo.data.pairs import count_pairs, read_pairs
 from bdpo.method.losses import PairLogps
 from bdpo.method.mi import balance_weights
 from bdpo.models.loading import model_config
-from bdpo.models.logps import pair_logps, why_plain_rows
-from bdpo.models.packing import tree_tokens
+from bdpo.models.logps import pair_logps, prefix_sharing_obstacle
+from bdpo.models.packing import group_tokens
 from bdpo.models.tokenizer import ChatTokenizer, encode_pairs, load_tokenizer
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import held_out
@@ -43,14 +43,14 @@ class TrainingPairs:
             raise RuntimeError(f"{run.scores}: not the scores of the pairs in {run.pairs}")
         table = table.take(rows)
         weights = balance_weights(_column(scores, "mi_chosen"), _column(scores, "mi_rejected"), config.method)
-        plain = why_plain_rows(model_config(config.model), config.data.max_length)
+        plain = prefix_sharing_obstacle(model_config(config.model), config.data.max_length)
         return cls(config, load_tokenizer(config.model), table, scores, *weights, shared_rows=plain is None)
 
     @property
     def lengths(self) -> list[int]:
         """Padded tokens of each pair in the rows that the model takes."""
         parts = (self.scores[f"{part}_tokens"].to_pylist() for part in ("prompt", "chosen", "rejected"))
-        return [tree_tokens(p, [c, r], self.shared_rows) for p, c, r in zip(*parts, strict=True)]
+        return [group_tokens(p, [c, r], self.shared_rows) for p, c, r in zip(*parts, strict=True)]
 
     def tokens(self, indices: Sequence[int]) -> int:
         """Real tokens of some pairs, the prompt counted once."""

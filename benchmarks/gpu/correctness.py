@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from bdpo.config import Config
 from bdpo.data.pairs import read_pairs
 from bdpo.models.loading import load_model
-from bdpo.models.logps import LogpsModel, pair_logps, pair_trees
-from bdpo.models.packing import Tree
+from bdpo.models.logps import LogpsModel, pair_groups, pair_logps
+from bdpo.models.packing import PrefixGroup
 from bdpo.models.tokenizer import encode_pairs
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.checkpoints import Cursor, Staging, load_first_whole, save_checkpoint
@@ -62,19 +62,19 @@ def measure(case: str, setup: Setup) -> Iterator[Row]:
 
 def rows_alike(setup: Setup, dtype: torch.dtype, attention: str) -> Iterator[Row]:
     """Shared rows against plain ones: log-probs and gradients. On the CPU FlexAttention is SDPA."""
-    trees = pair_trees(setup.pairs(4 if setup.smoke else 24))
+    groups = pair_groups(setup.pairs(4 if setup.smoke else 24))
     shape = setup.shape("7b", layers=2 if setup.smoke else LAYERS)
     shape.initializer_range = 2 / math.sqrt(shape.hidden_size)  # so that tokens choose whom they look at
     plain = LogpsModel(random_model(shape, dtype, setup.device), MAX_LENGTH)
     plain.shared_rows = False
-    exact = Answers.of(copy.deepcopy(plain).float(), trees)
+    exact = Answers.of(copy.deepcopy(plain).float(), groups)
     kernel = "sdpa" if setup.smoke else attention
     shared = LogpsModel(random_model(shape, dtype, setup.device, kernel), MAX_LENGTH)
-    logps, gradient = Answers.of(shared, trees).distance(exact)
+    logps, gradient = Answers.of(shared, groups).distance(exact)
     if dtype == torch.float32:
         tolerances = LOGPS_FLOAT32, GRADIENT_FLOAT32
     else:
-        tolerances = tuple(TIMES * far for far in Answers.of(plain, trees).distance(exact))
+        tolerances = tuple(TIMES * far for far in Answers.of(plain, groups).distance(exact))
     yield {"what": "log-probs, largest difference, nats/token", "value": logps, "tolerance": tolerances[0]}
     yield {"what": "gradient, difference over its norm", "value": gradient, "tolerance": tolerances[1]}
 
@@ -87,11 +87,11 @@ class Answers:
     gradient: list[torch.Tensor]
 
     @classmethod
-    def of(cls, model: LogpsModel, trees: Sequence[Tree]) -> Answers:
-        """What a model says of the trees."""
-        logps = model(trees)
+    def of(cls, model: LogpsModel, groups: Sequence[PrefixGroup]) -> Answers:
+        """What a model says of the groups."""
+        logps = model(groups)
         logps.sum().backward()
-        tokens = logps.new_tensor([len(response) for tree in trees for response in tree.responses])
+        tokens = logps.new_tensor([len(response) for group in groups for response in group.responses])
         return cls(logps.detach() / tokens, [p.grad for p in model.parameters() if p.grad is not None])
 
     def distance(self, exact: Answers) -> tuple[float, float]:

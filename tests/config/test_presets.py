@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bdpo.config import load_config
 from bdpo.models.loading import load_model, model_config
-from bdpo.models.logps import why_plain_rows
+from bdpo.models.logps import prefix_sharing_obstacle
 from bdpo.models.tokenizer import load_tokenizer
 from bdpo.scoring.scores import finish_scores, read_scores, score_fingerprint
 from bdpo.scoring.shard_scorer import ShardScorer
@@ -121,7 +121,7 @@ def test_the_twin_trains_two_steps_under_zero_3(twins, preset):
 
 
 def test_only_the_sliding_window_keeps_rows_apart(twins):
-    why = {name: why_plain_rows(model_config(twins[name].model), 1024) for name in twins}
+    why = {name: prefix_sharing_obstacle(model_config(twins[name].model), 1024) for name in twins}
     assert "sliding window of 64 tokens" in why.pop("mistral-7b")
     assert set(why.values()) == {None}
 

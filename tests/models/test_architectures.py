@@ -73,16 +73,16 @@ def test_gradients_of_models_of_other_heads_are_those_of_autograd(monkeypatch):
 
 @pytest.mark.parametrize("state", ["meta device", "another random state"])
 def test_what_a_head_says_is_found_out_wherever_the_model_is_made(state):
-    architectures._head_says_logits.cache_clear()
+    architectures._has_plain_lm_head.cache_clear()
     before = torch.random.get_rng_state()
     for model_type in ("qwen3_moe", "gemma2"):
         shape = AutoConfig.for_model(model_type, **COMMON | SPECIAL[model_type])
         with torch.device("meta" if state == "meta device" else "cpu"):
-            assert architectures.head_says_logits(shape) == (model_type == "qwen3_moe")
+            assert architectures.has_plain_lm_head(shape) == (model_type == "qwen3_moe")
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_of_an_architecture_that_cannot_be_built_the_own_logits_count():
     parts = AutoConfig.for_model("gemma3")  # of text and pictures: all of it would be built
-    assert not architectures.head_says_logits(parts)
-    assert not architectures.head_says_logits(AutoConfig.for_model("t5"))
+    assert not architectures.has_plain_lm_head(parts)
+    assert not architectures.has_plain_lm_head(AutoConfig.for_model("t5"))

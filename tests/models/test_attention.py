@@ -49,7 +49,7 @@ def test_a_device_without_backward_is_found_out(dtype):
 def test_a_mask_that_shows_responses_each_other_is_found_out(shape, dtype, monkeypatch):
     right = packing._blocks
     monkeypatch.setattr(
-        packing, "_blocks", lambda root_of, branch_of: right(root_of, torch.zeros_like(branch_of))
+        packing, "_blocks", lambda group_of, response_of: right(group_of, torch.zeros_like(response_of))
     )
     assert why_not_flex(shape, dtype, CPU, 512) == "answers other log-probs than SDPA"
 
@@ -62,10 +62,10 @@ def test_another_gradient_is_found_out(dtype):
     exact, sdpa, other = (
         LogpsModel(one_layer(SHAPE, "sdpa", of, CPU), 512) for of in (torch.float32, dtype, dtype)
     )
-    trees = attention._trees(attention.FIRST_SHAPES[0])
-    assert attention._differs(exact, sdpa, other, trees) is None
+    groups = attention._groups(attention.FIRST_SHAPES[0])
+    assert attention._differs(exact, sdpa, other, groups) is None
     other.model.base_model.layers[0].self_attn.q_proj.weight.register_hook(lambda gradient: 2 * gradient)
-    assert attention._differs(exact, sdpa, other, trees) == "answers another gradient than SDPA"
+    assert attention._differs(exact, sdpa, other, groups) == "answers another gradient than SDPA"
 
 
 @pytest.mark.parametrize("wanted", ["auto", "flex_attention", "eager"])

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 import bdpo.models.logps
-from bdpo.models.logps import LogpsHead, LogpsModel, pair_logps, pair_trees, why_plain_rows
-from bdpo.models.packing import Tree
+from bdpo.models.logps import LogpsHead, LogpsModel, pair_groups, pair_logps, prefix_sharing_obstacle
+from bdpo.models.packing import PrefixGroup
 from bdpo.models.tokenizer import encode_pair
 from tests.support.helpers import (
     PEAK,
@@ -108,7 +108,7 @@ def test_conditional_and_unconditional_terms_of_several_chat_templates(template,
         torch.testing.assert_close(ours.double(), naive, rtol=1e-5, atol=0)
     empty = chat.unconditional_ids("empty_turn")
     responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
-    ours = shared(model)([Tree(empty, [response]) for response in responses])
+    ours = shared(model)([PrefixGroup(empty, [response]) for response in responses])
     naive = naive_logps(model, [(empty, response) for response in responses])
     torch.testing.assert_close(ours.double(), naive, rtol=1e-5, atol=0)
 
@@ -121,27 +121,27 @@ def flex(model):
 
 def one_prompt(pairs):
     """Unconditional terms: all responses behind the same c(∅), which is there once a row."""
-    return [Tree([7, 8], [response]) for pair in pairs for response in (pair.chosen, pair.rejected)]
+    return [PrefixGroup([7, 8], [response]) for pair in pairs for response in (pair.chosen, pair.rejected)]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("trees_of", [pair_trees, one_prompt])
+@pytest.mark.parametrize("groups_of", [pair_groups, one_prompt])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_agrees_with_sdpa_and_with_plain_rows(tied, trees_of):
+def test_flex_attention_agrees_with_sdpa_and_with_plain_rows(tied, groups_of):
     """Uncompiled: it says what the mask makes of the rows, not what a GPU's kernel does. Forward only,
     for FlexAttention has no backward on a CPU."""
-    model, trees = tiny_qwen2(tied=tied), trees_of(encoded_pairs(SHAPES))
+    model, groups = tiny_qwen2(tied=tied), groups_of(encoded_pairs(SHAPES))
     masks = []
     ours = flex(model)
     ours.model.base_model.layers[0].self_attn.register_forward_pre_hook(
         lambda module, args, inputs: masks.append(inputs["attention_mask"]), with_kwargs=True
     )
     with torch.compiler.set_stance("force_eager"):
-        logps = ours(trees)
+        logps = ours(groups)
     assert [type(mask) for mask in masks] == [BlockMask]
     for rows in (shared, plain):
-        torch.testing.assert_close(logps, rows(model)(trees), rtol=1e-5, atol=0)
+        torch.testing.assert_close(logps, rows(model)(groups), rtol=1e-5, atol=0)
 
 
 @torch.no_grad()
@@ -294,12 +294,12 @@ def test_the_head_is_the_models_own_parameter_and_still_answers_with_logits():
 
 def test_models_that_a_mask_would_wrong_take_plain_rows():
     for implementation in ("sdpa", "flex_attention"):
-        assert why_plain_rows(Qwen2Config(attn_implementation=implementation), 2**15) is None
+        assert prefix_sharing_obstacle(Qwen2Config(attn_implementation=implementation), 2**15) is None
     narrow = MistralConfig(sliding_window=1024, attn_implementation="sdpa")
-    assert why_plain_rows(narrow, 1024) is None
-    assert "1024" in why_plain_rows(narrow, 1025)
+    assert prefix_sharing_obstacle(narrow, 1024) is None
+    assert "1024" in prefix_sharing_obstacle(narrow, 1025)
     for implementation in ("eager", "flash_attention_2"):
-        assert implementation in why_plain_rows(GPT2Config(attn_implementation=implementation), 128)
+        assert implementation in prefix_sharing_obstacle(GPT2Config(attn_implementation=implementation), 128)
 
 
 def test_a_narrow_sliding_window_is_scored_right_and_said_once(caplog):

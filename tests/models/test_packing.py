@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
-from bdpo.models.packing import Tree, arrange, length_sorted_batches, pack, pack_plain
+from bdpo.models.packing import PrefixGroup, arrange, length_sorted_batches, pack, pack_plain
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=60)
 
@@ -32,7 +32,7 @@ def area(lengths, common, rows):
 
 
 @given(LENGTHS, st.integers(0, 30), st.integers(1, 5000))
-def test_rows_are_never_more_padded_than_one_tree_each(lengths, common, hidden_size):
+def test_rows_are_never_more_padded_than_one_group_each(lengths, common, hidden_size):
     rows = arrange(lengths, common, hidden_size)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(rows)
@@ -47,28 +47,28 @@ def test_long_rows_are_for_models_whose_attention_is_cheap_in_comparison():
     assert area(lengths, 0, arrange(lengths, 0, hidden_size=4096)) <= 1.03 * sum(lengths)
 
 
-TREES = st.lists(
+GROUPS = st.lists(
     st.tuples(st.integers(1, 9), st.lists(st.integers(1, 12), min_size=1, max_size=3)), min_size=1, max_size=8
 )
 
 
 @settings(deadline=None)
-@given(TREES, st.booleans(), st.sampled_from([2, 4096]))
+@given(GROUPS, st.booleans(), st.sampled_from([2, 4096]))
 def test_every_response_token_is_predicted_from_its_context_and_what_precedes_it_alone(
     shapes, one_context, hidden_size
 ):
     """Walk from each predictor through the mask: what it sees, by position, is a prefix of [c | y]."""
     ids = iter(range(10**6))  # all different, so that ids say where a token came from
     common = [next(ids) for _ in range(shapes[0][0])]
-    trees = [
-        Tree(
+    groups = [
+        PrefixGroup(
             common if one_context else [next(ids) for _ in range(c)],
             [[next(ids) for _ in range(n)] for n in r],
         )
         for c, r in shapes
     ]
-    rows = [(tree.context, response) for tree in trees for response in tree.responses]
-    for batch in (pack(trees, hidden_size), pack_plain(trees)):
+    rows = [(group.context, response) for group in groups for response in group.responses]
+    for batch in (pack(groups, hidden_size), pack_plain(groups)):
         positions, mask = batch.position_ids, batch.attention_mask
         if positions is None:  # what a model makes of plain rows by itself
             width = batch.input_ids.shape[1]
@@ -78,7 +78,7 @@ def test_every_response_token_is_predicted_from_its_context_and_what_precedes_it
         for number, (context, response) in enumerate(rows):
             for k in range(len(response)):
                 n = next(token)
-                row, column = divmod(batch.predictors[n].item(), batch.input_ids.shape[1])
+                row, column = divmod(batch.logit_positions[n].item(), batch.input_ids.shape[1])
                 seen = mask[row, 0, column]
                 order = positions[row][seen].argsort()
                 assert batch.input_ids[row][seen][order].tolist() == [*context, *response][: len(context) + k]
@@ -100,12 +100,14 @@ def test_every_response_token_is_predicted_from_its_context_and_what_precedes_it
 )  # fmt: skip
 def test_the_block_mask_is_the_dense_mask(shapes, one_context, hidden_size):
     """Token by token in its `mask_mod`, and block by block of 128 x 128 in what it lets be skipped."""
-    trees = [
-        Tree([1] * (shapes[0][0] if one_context else c) + ([] if one_context else [i]), [[2] * n for n in r])
+    groups = [
+        PrefixGroup(
+            [1] * (shapes[0][0] if one_context else c) + ([] if one_context else [i]), [[2] * n for n in r]
+        )
         for i, (c, r) in enumerate(shapes)
     ]
-    dense = pack(trees, hidden_size).attention_mask
-    blocks = pack(trees, hidden_size, torch.device("cpu")).attention_mask
+    dense = pack(groups, hidden_size).attention_mask
+    blocks = pack(groups, hidden_size, torch.device("cpu")).attention_mask
     rows, _, width, _ = dense.shape
     assert torch.equal(create_mask(blocks.mask_mod, rows, 1, width, width, "cpu"), dense)
     assert blocks.shape == dense.shape
@@ -115,18 +117,18 @@ def test_the_block_mask_is_the_dense_mask(shapes, one_context, hidden_size):
 
 
 @settings(deadline=None)
-@given(TREES)
-def test_a_tree_costs_what_it_says(shapes):
+@given(GROUPS)
+def test_a_group_costs_what_it_says(shapes):
     for context, responses in shapes:
-        tree = Tree([1] * context, [[2] * n for n in responses])
-        assert pack([tree], 1).input_ids.numel() == tree.tokens(shared=True)
-        assert pack_plain([tree]).input_ids.numel() == tree.tokens(shared=False)
+        group = PrefixGroup([1] * context, [[2] * n for n in responses])
+        assert pack([group], 1).input_ids.numel() == group.tokens(shared=True)
+        assert pack_plain([group]).input_ids.numel() == group.tokens(shared=False)
 
 
 def test_a_context_of_all_trees_is_there_once_a_row():
     context = [1] * 20
-    trees = [Tree(context, [[2] * 5]) for _ in range(8)]
-    batch = pack(trees, 4096)
+    groups = [PrefixGroup(context, [[2] * 5]) for _ in range(8)]
+    batch = pack(groups, 4096)
     assert batch.input_ids.numel() == len(batch.input_ids) * 20 + 8 * 5
 
 
@@ -137,10 +139,10 @@ def test_padding_of_safety_like_pairs():
     def draw(mean):
         return max(1, round(rng.lognormvariate(0, 0.6) * mean))
 
-    trees = [Tree([1] * draw(42), [[2] * draw(104), [2] * draw(104)]) for _ in range(512)]
-    lengths = [tree.tokens(shared=True) for tree in trees]
+    groups = [PrefixGroup([1] * draw(42), [[2] * draw(104), [2] * draw(104)]) for _ in range(512)]
+    lengths = [group.tokens(shared=True) for group in groups]
     for budget in (4096, 16384):
         batches = length_sorted_batches(lengths, budget)
-        cells = [pack([trees[i] for i in batch], 3584).input_ids.numel() for batch in batches]
+        cells = [pack([groups[i] for i in batch], 3584).input_ids.numel() for batch in batches]
         assert max(cells) <= budget
         assert sum(cells) <= 1.03 * sum(lengths)

@@ -24,7 +24,7 @@ from ray.exceptions import RayError
 from bdpo.data.pairs import PAIR_SCHEMA, pair_ids, read_pairs
 from bdpo.errors import UserError
 from bdpo.models.logps import LogpsModel
-from bdpo.models.packing import Tree, length_sorted_batches
+from bdpo.models.packing import PrefixGroup, length_sorted_batches
 from bdpo.scoring.reference import ReferenceScorer, reference_logps
 from bdpo.scoring.scores import (
     MOST_UNSCORABLE,
@@ -68,7 +68,7 @@ class UnluckyScorer(ShardScorer):
         self.raising, self.killing = tokens(RAISES), tokens(KILLS)
 
     def look(self, _, args):
-        seen = {token for tree in args[0] for token in tree.context}
+        seen = {token for group in args[0] for token in group.context}
         if self.killing in seen:
             os._exit(9)
         if self.raising in seen:
@@ -266,12 +266,12 @@ def test_every_column_is_what_one_sequence_at_a_time_says(mode, make_run, tiny_c
     scorer.model.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     scores = scorer.score(read_pairs(run.pairs, 0, len(rows)))
     assert scores.schema == SCORE_SCHEMA
-    for trees in (len(rows), 2 * len(rows)):  # conditional, then unconditional: several batches each
+    for groups in (len(rows), 2 * len(rows)):  # conditional, then unconditional: several batches each
         of_pass = []
-        while sum(of_pass) < trees:
+        while sum(of_pass) < groups:
             of_pass.append(batches.pop(0))
         assert len(of_pass) > 2
-        assert sum(of_pass) == trees
+        assert sum(of_pass) == groups
     numbers = set(SCORE_SCHEMA.names) - {"pair_id", "group"}
     for row, found, pair_id in zip(rows, scores.to_pylist(), pair_ids(run.pairs), strict=True):
         expected = naive_scores(tiny_qwen2(), tiny_chat.tokenizer, row, EMPTY[mode])
@@ -351,11 +351,11 @@ class Memory:
         model.register_forward_pre_hook(self.allocate)
 
     def allocate(self, model, args):
-        (trees,) = args
-        tokens = max(tree.tokens(model.shared_rows) for tree in trees) * len(trees)
+        (groups,) = args
+        tokens = max(group.tokens(model.shared_rows) for group in groups) * len(groups)
         if tokens > self.tokens:
             raise self.error
-        self.sizes.append(len(trees))
+        self.sizes.append(len(groups))
 
 
 SHAPES = [(10, 9, 8), (3, 4, 5), (12, 2, 2), (5, 5, 5), (1, 1, 1), (20, 9, 1), (7, 7, 7)] * 3
@@ -371,8 +371,8 @@ def test_memory_that_runs_out_halves_the_batches(error):
     for name in expected:
         torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-5)
     # halved no more often than needed: 400 -> 200 -> 100 tokens, by hand for the four terms
-    trees = [Tree(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
-    planned = length_sorted_batches([tree.tokens(shared=True) for tree in trees], 100)
+    groups = [PrefixGroup(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
+    planned = length_sorted_batches([group.tokens(shared=True) for group in groups], 100)
     assert len(memory.sizes) <= 2 * (len(planned) + 2 * len(pairs))
     assert max(memory.sizes) > 4
 
