@@ -18,7 +18,7 @@ from typing import Any
 from rich.live import Live
 from rich.table import Table
 
-from bdpo.cluster.placement import at_a_time
+from bdpo.cluster.placement import max_concurrent
 from bdpo.config import Config
 from bdpo.config.derive import part_of
 from bdpo.errors import UserError, first_line
@@ -34,8 +34,8 @@ from bdpo.experiments.arms import (
 )
 from bdpo.experiments.definitions import EXPERIMENTS, experiment
 from bdpo.scoring.selection import require_labels, wants_scores
-from bdpo.search.objective import InvalidEvaluation, Measured, check_measures, measure
 from bdpo.storage.run_dir import RunDir
+from bdpo.variants.objective import InvalidEvaluation, Measured, check_measures, measure
 from pipelines.evaluate import evaluate_model
 from pipelines.preflight import refuse_what_does_not_fit
 from pipelines.prepare import run_prepare
@@ -188,7 +188,7 @@ def _require_room(config: Config, run: RunDir, todo: int) -> int:
     require_memory(config)
     refuse_what_does_not_fit(config, run)
     most = config.experiment.max_concurrent_arms
-    return at_a_time(config, cluster_nodes(), todo, most, "experiment.max_concurrent_arms")
+    return max_concurrent(config, cluster_nodes(), todo, most, "experiment.max_concurrent_arms")
 
 
 def _on_actors(todo: Sequence[Job], jobs: Sequence[Job], size: int) -> dict[Job, Exception]:
@@ -200,7 +200,7 @@ def _on_actors(todo: Sequence[Job], jobs: Sequence[Job], size: int) -> dict[Job,
     # On the head node, which no autoscaler takes away.
     actor: Any = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(ArmActor)
     idle = [actor.remote() for _ in range(size)]
-    console.print(f"[bold]arms[/]      {len(todo)} trainings to do, {size} at a time")
+    console.print(f"[bold]arms[/]      {len(todo)} trainings to do, {size} at the same time")
     queue, faults = deque(todo), dict[Job, Exception]()
     working = dict[Any, tuple[Job, Any]]()
     tries = Counter[Job]()

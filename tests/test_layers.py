@@ -20,6 +20,7 @@ ROOMS = (
     "scoring",
     "training",
     "evaluation",
+    "variants",
     "experiments",
     "search",
     "cluster",

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from rich.live import Live
 from rich.table import Table
 
-from bdpo.cluster.placement import at_a_time
+from bdpo.cluster.placement import max_concurrent
 from bdpo.config import Config, TuneConfig
 from bdpo.config.derive import part_of, trial_config
 from bdpo.data.pairs import count_pairs
@@ -33,10 +33,9 @@ from bdpo.evaluation.tables import invalid_lines
 from bdpo.reports.page import write_figure
 from bdpo.reports.search import search_figures
 from bdpo.scoring.selection import training_rows
-from bdpo.search.objective import check_measured, check_measures
 from bdpo.search.space import check_space, number_of_trials
-from bdpo.search.sweep import PASSING, Sweep
-from bdpo.search.trials import Trial, check_rungs, results_table, status, winner
+from bdpo.search.sweep import Sweep
+from bdpo.search.trials import Trial, check_rungs, end_of, results_table, winner
 from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint, write_manifest
 from bdpo.storage.paths import (
@@ -50,6 +49,8 @@ from bdpo.storage.paths import (
     write_text,
 )
 from bdpo.storage.run_dir import RunDir
+from bdpo.variants.ends import RETRIED, End
+from bdpo.variants.objective import check_measured, check_measures
 from pipelines.evaluate import evaluate_model, print_comparison
 from pipelines.preflight import refuse_what_does_not_fit
 from pipelines.prepare import run_prepare
@@ -71,7 +72,7 @@ def run_search(config: Config, run: RunDir) -> None:
     sweep = Sweep(config, run, sweep_fingerprint(config, run))
     sweep.refuse_other()
     todo = sweep.todo()
-    at_a_time = _require_room(config, run) if todo else 0
+    concurrent = _require_room(config, run) if todo else 0
     if config.data.select is None:  # how many pairs it keeps is known when they are scored
         check_rungs(config, count_pairs(run.pairs))
     score_prepared(config, run)
@@ -80,7 +81,7 @@ def run_search(config: Config, run: RunDir) -> None:
     sweep.reopen()
     base_scores = _base_scores(config, run.part("tune", "base", "search"))
     if todo:
-        _run_trials(sweep, base_scores, todo, at_a_time)
+        _run_trials(sweep, base_scores, todo, concurrent)
     _finish(sweep)
 
 
@@ -144,10 +145,10 @@ def _require_room(config: Config, run: RunDir) -> int:
     refuse_what_does_not_fit(config, run)
     most, of = config.tune.max_concurrent_trials, number_of_trials(config.tune)
     share = config.evaluate.gpus_per_worker
-    return at_a_time(config, cluster_nodes(), of, most, "tune.max_concurrent_trials", share)
+    return max_concurrent(config, cluster_nodes(), of, most, "tune.max_concurrent_trials", share)
 
 
-def _run_trials(sweep: Sweep, base_scores: pa.Table, todo: int, at_a_time: int) -> None:
+def _run_trials(sweep: Sweep, base_scores: pa.Table, todo: int, concurrent: int) -> None:
     # Tune's own files, tables and tracebacks would say again what the sweep's files and table say.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
@@ -171,7 +172,7 @@ def _run_trials(sweep: Sweep, base_scores: pa.Table, todo: int, at_a_time: int) 
             search_alg=Suggestions(sweep),
             scheduler=Survival(sweep),
             num_samples=todo,
-            max_concurrent_trials=at_a_time,
+            max_concurrent_trials=concurrent,
             reuse_actors=True,
         ),
         run_config=RunConfig(
@@ -184,7 +185,7 @@ def _run_trials(sweep: Sweep, base_scores: pa.Table, todo: int, at_a_time: int) 
             verbose=0,
         ),
     )
-    console.print(f"[bold]trials[/]    {todo} to do, {at_a_time} at a time")
+    console.print(f"[bold]trials[/]    {todo} to do, {concurrent} at the same time")
     with Live(
         get_renderable=lambda: trials_table(sweep),
         console=console,
@@ -226,7 +227,7 @@ def trials_table(sweep: Sweep) -> Table:
         log = sweep.folder(trial.name).metrics
         steps = read_bytes(log).count(b"\n") if log.exists() else 0  # a line a step
         style = "bold green" if best and trial.name == best.name else None
-        table.add_row(trial.name, *values, status(trial, trials, settings), str(steps), *numbers, style=style)
+        table.add_row(trial.name, *values, end_of(trial, trials, settings), str(steps), *numbers, style=style)
     return table
 
 
@@ -276,18 +277,18 @@ def _report_held_out(sweep: Sweep, best: Trial) -> None:
 
 def _why_none(trials: Sequence[Trial], settings: TuneConfig) -> str:
     """Why no trial is the best."""
-    ends = Counter(status(trial, trials, settings) for trial in trials)
-    if ends["completed"]:
+    ends = Counter(end_of(trial, trials, settings) for trial in trials)
+    if ends[End.COMPLETED]:
         bound = settings.max_over_refusal
-        return f"none of the {ends['completed']} completed trials is within tune.max_over_refusal={bound}"
+        return f"none of the {ends[End.COMPLETED]} completed trials is within tune.max_over_refusal={bound}"
     return f"no trial was completed: {', '.join(f'{count} {end}' for end, count in ends.items())}"
 
 
 def _print_failures(trials: Sequence[Trial]) -> None:
     for trial in trials:
         if trial.failure is not None:
-            line = f"trial {trial.name} {trial.failure['kind']}: {trial.failure['error']}"
-            again = "; the same command tries it again" if trial.failure["kind"] in PASSING else ""
+            line = f"trial {trial.name} {trial.failure.end}: {trial.failure.error}"
+            again = "; the same command tries it again" if trial.failure.end in RETRIED else ""
             console.print(line + again, style="red", soft_wrap=True, markup=False)
 
 

@@ -15,8 +15,9 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from bdpo.search.sweep import Sweep
-from bdpo.search.trials import survives
-from tune.faults import in_a_line
+from bdpo.search.trials import is_promoted
+from bdpo.variants.ends import End, Failure
+from pipelines.runtime.faults import in_a_line
 
 
 class Suggestions(Searcher):
@@ -53,8 +54,8 @@ class Survival(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """CONTINUE or STOP."""
         here = self.sweep.trial(trial.config["trial"])
-        go_on = survives(here, self.sweep.trials(), self.sweep.config.tune)
-        return str(TrialScheduler.CONTINUE if go_on else TrialScheduler.STOP)
+        promoted = is_promoted(here, self.sweep.trials(), self.sweep.config.tune)
+        return str(TrialScheduler.CONTINUE if promoted else TrialScheduler.STOP)
 
 
 class Failures(Callback):
@@ -68,4 +69,4 @@ class Failures(Callback):
         file = trial.pickled_error_file  # None where Ray has no error of the actor's own
         what = in_a_line(cloudpickle.loads(Path(file).read_bytes())) if file else "its process died"
         error = f"{trial.num_failures} times, at last {what}"
-        self.sweep.record_failure(trial.config["trial"], "lost", error)
+        self.sweep.record_failure(trial.config["trial"], Failure(End.LOST, error))

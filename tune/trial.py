@@ -20,15 +20,16 @@ from ray import tune
 from bdpo.config.derive import part_of
 from bdpo.evaluation.tables import invalid_lines
 from bdpo.scoring.selection import training_rows
-from bdpo.search.objective import InvalidEvaluation, measure
 from bdpo.search.sweep import Sweep
 from bdpo.search.trials import rung_steps
 from bdpo.storage.paths import open_parquet
 from bdpo.training.batches import outline
 from bdpo.training.rungs import Rungs
+from bdpo.variants.ends import End, Failure
+from bdpo.variants.objective import InvalidEvaluation, measure
 from pipelines.evaluate import evaluate_model
+from pipelines.runtime.faults import in_a_line, own_fault
 from pipelines.train import fit, train_fingerprint
-from tune.faults import in_a_line, own_fault
 
 
 class TrialActor(tune.Trainable):
@@ -40,7 +41,7 @@ class TrialActor(tune.Trainable):
         """Called once for each actor; of what fails in here, or in `reset_config`, Tune retries nothing."""
         self.sweep, self.base_scores = sweep, base_scores
         self.name: str = config["trial"]
-        self.climb: Climb | None = None
+        self.runner: TrialRunner | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial takes over this actor, at its first step."""
@@ -54,33 +55,33 @@ class TrialActor(tune.Trainable):
             Exception: any other fault; Tune begins the trial again, `tune.max_failures` times.
         """
         try:
-            return self._climb().next_rung()
+            return self._runner_of_trial().next_rung()
         except InvalidEvaluation as error:
-            self.sweep.record_failure(self.name, "invalid", str(error))
+            self.sweep.record_failure(self.name, Failure(End.INVALID, str(error)))
         except Exception as error:
             fault = own_fault(error)
             if fault is None:
-                if self.climb is not None:
-                    self.climb.stop_training()  # another actor is about to begin it again
+                if self.runner is not None:
+                    self.runner.stop_training()  # another actor is about to begin it again
                 raise
-            self.sweep.record_failure(self.name, "failed", in_a_line(fault))
+            self.sweep.record_failure(self.name, Failure(End.FAILED, in_a_line(fault)))
         return {"done": True}
 
     def cleanup(self) -> None:
         """The actor ends."""
-        if self.climb is not None:
-            self.climb.end()
+        if self.runner is not None:
+            self.runner.end()
 
-    def _climb(self) -> Climb:
-        if self.climb is None or self.climb.trial.name != self.name:
-            if self.climb is not None:
-                self.climb.end()
-            self.climb = None  # what fails from here on is not the fault of the trial before
-            self.climb = Climb(self.sweep, self.name, self.base_scores)
-        return self.climb
+    def _runner_of_trial(self) -> TrialRunner:
+        if self.runner is None or self.runner.trial.name != self.name:
+            if self.runner is not None:
+                self.runner.end()
+            self.runner = None  # what fails from here on is not the fault of the trial before
+            self.runner = TrialRunner(self.sweep, self.name, self.base_scores)
+        return self.runner
 
 
-class Climb:
+class TrialRunner:
     """A trial on its way up the rungs, as far as this process takes it."""
 
     def __init__(self, sweep: Sweep, name: str, base_scores: pa.Table) -> None:
@@ -103,7 +104,7 @@ class Climb:
         Raises:
             InvalidEvaluation: too many verdicts are missing.
         """
-        if self.sweep.status(self.trial) != "open":  # the actor before died before Tune knew of its end
+        if self.sweep.end_of(self.trial) != End.OPEN:  # the actor before died before Tune knew of its end
             return {"trial": self.trial.name, "done": True}
         number = len(self.trial.rungs)
         step, last = self.rungs.steps[number], number + 1 == len(self.rungs.steps)

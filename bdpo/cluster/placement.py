@@ -1,6 +1,6 @@
-"""How many trials of a search, or arms of an experiment, a cluster holds: workers on nodes and GPUs.
+"""How many variants (trials of a search, arms of an experiment) a cluster holds at the same time.
 
-Sums would not do: a worker lies on one node, and its share of a GPU on one GPU.
+A comparison of sums would be wrong: a worker lies on one node, and its share of a GPU on one GPU.
 """
 
 from __future__ import annotations
@@ -11,43 +11,44 @@ from collections.abc import Mapping, Sequence
 from bdpo.config import Config
 from bdpo.errors import UserError
 
-Nodes = Sequence[tuple[int, Mapping[str, float]]]  # how many, and the resources of each by Ray's names
+Nodes = Sequence[tuple[int, Mapping[str, float]]]
+"""How many nodes, and the resources of each by Ray's names."""
 
 _ACCELERATOR = "accelerator_type:"
 
-_ROUNDING = 1e-9  # of sums of shares
+_ROUNDING = 1e-9  # tolerance for sums of GPU shares
 
 
-def at_a_time(
-    config: Config, nodes: Nodes | None, of: int, most: int | None, key: str, share: float = 0.0
+def max_concurrent(
+    config: Config, nodes: Nodes | None, todo: int, limit: int | None, key: str, share: float = 0.0
 ) -> int:
-    """How many of `of` trials, or arms, the nodes hold, at most `most`, from `key`.
+    """How many of `todo` variants the nodes hold at the same time, at most `limit`, the value of `key`.
 
-    An arm has its training workers, and its evaluation after them. A trial goes back to its workers when it
-    is evaluated: it keeps `share` of a GPU for that beside them as long as it lives, so that trials never
-    wait for each other, and their processors, which wait meanwhile. Of nodes that cannot be known (None) the
-    config has to say it.
+    An arm holds its training workers, and after the training what its evaluation requires. A trial returns
+    to its training after every evaluation. It therefore holds, beside its workers, `share` of a GPU for the
+    evaluation as long as it runs, so that trials never wait for each other; the CPUs of its workers are idle
+    while it is evaluated. If the nodes are not known (None), the config has to set the limit.
 
     Raises:
-        UserError: not even one; the message has the arithmetic.
+        UserError: the nodes hold not even one; the message shows the arithmetic.
     """
     if nodes is None:
-        if most is None:
+        if limit is None:
             raise UserError(f"{key}: set it; what this cluster may grow to is known to KubeRay alone")
-        return most
+        return limit
     fit = 0
-    while fit < min(most or of, of) and _hold(nodes, config, fit + 1, share):
+    while fit < min(limit or todo, todo) and _hold(nodes, config, fit + 1, share):
         fit += 1
     if not fit:
         raise UserError(
-            f"{key.partition('.')[0]}: one training needs {_need(config, share)}; that does not fit the "
+            f"{key.partition('.')[0]}: one training requires {_need(config, share)}; that does not fit the "
             f"cluster of {_described(nodes)}; lower them, or use a larger cluster"
         )
     return fit
 
 
 class _Node:
-    """What is free of a node."""
+    """The free resources of a node."""
 
     def __init__(self, resources: Mapping[str, float]) -> None:
         self.names = resources.keys()
@@ -55,7 +56,7 @@ class _Node:
         self.gpus = _parts(resources.get("GPU", 0.0))
 
     def take(self, cpus: float, gpus: float, accelerator: str | None = None) -> bool:
-        """Take so much if it is there: a share from the fullest GPU that has it, as Ray does."""
+        """Reserve these resources if they are free; a share of a GPU on the fullest GPU that has it."""
         left = list(self.gpus)
         if cpus > self.cpus + _ROUNDING or (accelerator and _ACCELERATOR + accelerator not in self.names):
             return False
@@ -69,21 +70,21 @@ class _Node:
 
 
 def _parts(gpus: float) -> list[float]:
-    """Whole GPUs, and a share of another."""
+    """A number of GPUs as whole GPUs and a share of one more."""
     whole, share = divmod(gpus, 1)
     return [1.0] * int(whole) + [share] * (share > 0)
 
 
-def _hold(nodes: Nodes, config: Config, trials: int, share: float) -> bool:
-    """Whether there is room for so many, at worst: evaluations come first, and take of the largest nodes."""
+def _hold(nodes: Nodes, config: Config, variants: int, share: float) -> bool:
+    """Whether so many fit in the worst case: the evaluations are placed first, on the largest nodes."""
     train, free = config.train, [_Node(resources) for count, resources in nodes for _ in range(count)]
     free.sort(key=lambda node: len(node.gpus), reverse=True)
 
     def place(count: int, cpus: float, gpus: float, accelerator: str | None = None) -> bool:
         return all(any(node.take(cpus, gpus, accelerator) for node in free) for _ in range(count))
 
-    return place(trials, 0, share) and place(
-        trials * train.workers, 1, train.gpus_per_worker, train.accelerator_type
+    return place(variants, 0, share) and place(
+        variants * train.workers, 1, train.gpus_per_worker, train.accelerator_type
     )
 
 
@@ -100,7 +101,7 @@ def _need(config: Config, share: float) -> str:
 
 
 def _described(nodes: Nodes) -> str:
-    """Alike nodes as one: `8 x (16 CPU, 1 GPU, L40S)`."""
+    """Nodes with the same resources as one entry: `8 x (16 CPU, 1 GPU, L40S)`."""
     counts: Counter[str] = Counter()
     for count, resources in nodes:
         parts = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)]

@@ -37,12 +37,12 @@ from bdpo.models.tokenizer import (
     encode_pair,
     load_tokenizer,
 )
-from bdpo.search.objective import check_measures
 from bdpo.search.space import check_space
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.paths import read_bytes, write_bytes
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import outline
+from bdpo.variants.objective import check_measures
 
 AUDITED_PAIRS = 10
 

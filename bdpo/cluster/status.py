@@ -93,11 +93,11 @@ def _train(run: RunDir, config: Config, pairs: int | None) -> Stage:
 
 
 def _search(run: RunDir, config: Config) -> Stage:
-    """How many trials there are of each status, see `bdpo.search.trials.status`."""
+    """How many trials there are of each status, see `bdpo.search.trials.end_of`."""
     sweep = Sweep(config, run, {})
     trials = sweep.trials()
     done = read_manifest(run.tune / "summary.json") is not None
-    counts = Counter(sweep.status(trial) for trial in trials)
+    counts = Counter(str(sweep.end_of(trial)) for trial in trials)
     return _stage(
         "search", done, bool(trials), trials=len(trials), of=number_of_trials(config.tune), **counts
     )

@@ -1,7 +1,8 @@
-"""A search over method and training settings, as plain data: space, suggestions, objective, rungs, winner.
+"""The space of a search: which keys of `method` and `train` it varies, and between which values.
 
-No Ray and no files here. Everything is a function of the config and of what trials have shown so far, so
-that a sweep which was killed goes on exactly as it would have.
+Neither Ray nor files are used in this package, but for the folder of a sweep (`bdpo.search.sweep`). Every
+decision is a function of the config and of the results so far, so a sweep that was killed continues as if it
+had not been.
 """
 
 from __future__ import annotations
@@ -14,23 +15,21 @@ from bdpo.config.derive import Params, trial_config
 from bdpo.config.train import HOW_IT_RUNS
 from bdpo.errors import UserError
 
-Estimate = dict[str, Any]
-
 
 def check_space(config: Config) -> None:
-    """Make sure that every value of the space is one that a trial can have.
+    """Make sure that every value of the space is allowed in the config of a trial.
 
     Raises:
-        UserError: an unknown key, one that is not searched, a value that the key does not take, or trials
-            whose last model is not the one that they would end with.
+        UserError: an unknown key, a key that is not searched, a value that the key does not take, or
+            `load_best_model_at_end`, with which a trial would not end with its last model.
     """
     for key, dimension in config.tune.space.items():
         section, _, name = key.partition(".")
-        trials = [trial_config(config, {key: value}, config.run_dir) for value in _ends(key, dimension)]
-        # Its rungs add checkpoints to choose from: trained again in one go, a trial would end with another.
+        trials = [trial_config(config, {key: value}, config.run_dir) for value in end_values(key, dimension)]
+        # Rungs add checkpoints to choose from: trained again without rungs, the trial would export another.
         if any(trial.train.load_best_model_at_end for trial in trials):
             raise UserError("train.load_best_model_at_end: a sweep compares last models; set it false")
-        # A trial shares the run's scores and yardstick, and how it runs is not what it is.
+        # Trials share the scores and prompts of the run, and where a training runs does not change it.
         if section not in ("method", "train") or name in HOW_IT_RUNS:
             raise UserError(
                 f"tune.space: {key} is not searched; method and train are, but for where and how they run "
@@ -42,46 +41,47 @@ def check_space(config: Config) -> None:
 
 
 def grid(tune: TuneConfig) -> list[Params]:
-    """Every combination of a space of lists; the last key changes fastest."""
+    """Every combination of the values of a space of lists; the last key changes fastest."""
     return [dict(zip(tune.space, values, strict=True)) for values in product(*tune.space.values())]
 
 
 def number_of_trials(tune: TuneConfig) -> int:
-    """`num_samples`, or all of a grid."""
+    """How many trials the search has: `num_samples`, or every combination of a grid."""
     return len(grid(tune)) if tune.searcher == "grid" else tune.num_samples
 
 
-def _within(dimension: Any, value: Any) -> bool:
+def within(dimension: Any, value: Any) -> bool:
+    """Whether a value lies in a dimension of the space."""
     if isinstance(dimension, Range):
         return value is not None and dimension.min <= value <= dimension.max
     return value in dimension
 
 
-def _rounded(dimension: Any, value: Any) -> Any:
-    """Four digits, as people write it in a paper, and still in the range."""
+def rounded(dimension: Any, value: Any) -> Any:
+    """A value with four significant digits that is still within the range."""
     if not isinstance(dimension, Range) or isinstance(value, int):
         return value
     return min(max(float(f"{value:.4g}"), dimension.min), dimension.max)
 
 
-def _takes_whole_numbers(key: str) -> bool:
-    """Of a key that there is; an unknown one is refused elsewhere."""
+def takes_integers(key: str) -> bool:
+    """Whether a key takes integers; False for an unknown key, which `check_space` refuses."""
     annotation: Any = Config
     for name in key.split("."):
-        sections = (annotation, *get_args(annotation))  # of `LoraConfig | None` the first
+        sections = (annotation, *get_args(annotation))  # the first class of `LoraConfig | None`
         fields = [getattr(section, "model_fields", {}).get(name) for section in sections]
         annotation = next((field.annotation for field in fields if field is not None), None)
     return _has_int(annotation)
 
 
 def _has_int(annotation: Any) -> bool:
-    """In `int`, `int | None`, and what is annotated with more."""
+    """Whether a type is `int`, or contains it: `int | None`, `Annotated[int, ...]`."""
     return annotation is int or any(_has_int(part) for part in get_args(annotation))
 
 
-def _ends(key: str, dimension: Range | list[Any]) -> list[Any]:
-    """All values of a list, both ends of a range, as the key wants them."""
+def end_values(key: str, dimension: Range | list[Any]) -> list[Any]:
+    """All values of a list, or both ends of a range, with the type that the key requires."""
     if isinstance(dimension, list):
         return dimension
     ends = (dimension.min, dimension.max)
-    return [int(end) if _takes_whole_numbers(key) and end == int(end) else end for end in ends]
+    return [int(end) if takes_integers(key) and end == int(end) else end for end in ends]

@@ -9,7 +9,7 @@ import numpy as np
 
 from bdpo.config import Config
 from bdpo.config.derive import Params, value_at
-from bdpo.search.space import _rounded, _takes_whole_numbers, _within, grid
+from bdpo.search.space import grid, rounded, takes_integers, within
 from bdpo.search.trials import Trial
 
 if TYPE_CHECKING:
@@ -17,28 +17,29 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
-STARTUP_TRIALS = 5  # random ones, before TPE has anything to go by
+STARTUP_TRIALS = 5
+"""Random trials before TPE has enough results to learn from."""
 
-# How often a setting that a trial has already is asked for anew: of TPE, then of chance
-_ASKED_OF_TPE, _ASKED = 10, 200
+# How many draws are made until a setting is new: the first from TPE, all others at random.
+_TPE_DRAWS, _DRAWS = 10, 200
 
 
 def suggest(config: Config, number: int, history: Sequence[Trial]) -> Params:
     """The parameters of trial `number`: a function of the seed, the number and the trials so far.
 
-    The first is the config as it stands, where that lies in the space. TPE learns from finished trials,
-    from stopped ones by their last rung, and keeps away from those that are under way; infeasible trials
-    count as worse than all others (Watanabe & Hutter, arXiv 2211.14411). What a trial has already is not
-    suggested again, unless in so many tries nothing else is found.
+    The first is the config as it stands, if that lies in the space. TPE learns from completed trials and
+    from the last rung of stopped ones, and avoids the neighbourhood of open ones; infeasible trials count
+    as worse than all others (Watanabe & Hutter, arXiv 2211.14411). A setting that another trial has is not
+    suggested again, unless 200 draws find no other.
     """
     tune = config.tune
     if tune.searcher == "grid":
         return grid(tune)[number]
-    as_it_stands = {key: value_at(config, key) for key in tune.space}
-    if number == 0 and all(_within(tune.space[key], value) for key, value in as_it_stands.items()):
-        return as_it_stands
+    unchanged = {key: value_at(config, key) for key in tune.space}
+    if number == 0 and all(within(tune.space[key], value) for key, value in unchanged.items()):
+        return unchanged
     tried = [trial.params for trial in history]
-    for attempt in range(_ASKED):
+    for attempt in range(_DRAWS):
         params = _ask(config, [config.seed, number, attempt], history)
         if params not in tried:
             break
@@ -46,21 +47,21 @@ def suggest(config: Config, number: int, history: Sequence[Trial]) -> Params:
 
 
 def _ask(config: Config, seeds: list[int], history: Sequence[Trial]) -> Params:
-    """One suggestion; the last of the seeds is the number of those before it that were no use."""
+    """One draw; the last of the seeds is the number of rejected draws before it."""
     import optuna
 
     tune = config.tune
     distributions = {key: _distribution(key, dimension) for key, dimension in tune.space.items()}
     seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed)
-    if tune.searcher == "optuna" and seeds[-1] < _ASKED_OF_TPE:
+    if tune.searcher == "optuna" and seeds[-1] < _TPE_DRAWS:
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, constant_liar=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for trial in history:
         study.add_trial(_observed(trial, distributions, len(tune.rungs)))
     params = study.ask(distributions).params
-    return {key: _rounded(tune.space[key], params[key]) for key in tune.space}
+    return {key: rounded(tune.space[key], params[key]) for key in tune.space}
 
 
 def _distribution(key: str, dimension: Any) -> BaseDistribution:
@@ -68,7 +69,7 @@ def _distribution(key: str, dimension: Any) -> BaseDistribution:
 
     if isinstance(dimension, list):
         return CategoricalDistribution(dimension)
-    if _takes_whole_numbers(key):
+    if takes_integers(key):
         return IntDistribution(int(dimension.min), int(dimension.max), log=dimension.log)
     return FloatDistribution(dimension.min, dimension.max, log=dimension.log)
 
@@ -84,6 +85,6 @@ def _observed(trial: Trial, distributions: dict[str, BaseDistribution], rungs: i
     values = {rung.step: float(rung.measured.objective["value"]) for rung in trial.rungs}
     if len(values) == rungs:
         return create_trial(state=TrialState.COMPLETE, value=values[trial.rungs[-1].step], **known)
-    if values:  # stopped, or under way: both are worth what their last rung showed
+    if values:  # stopped or open: TPE learns from the last rung
         return create_trial(state=TrialState.PRUNED, intermediate_values=values, **known)
     return create_trial(state=TrialState.RUNNING, **known)

@@ -1,17 +1,17 @@
-"""A sweep on disk: which trials there are, how far each came, and what is wanted of its training.
+"""A search on disk: its trials, and the results of each.
 
-    <run_dir>/tune/begun.json              the fingerprint of the sweep
-    <run_dir>/tune/trials/0003/            a run folder with the pairs and scores of the sweep's own
+    <run_dir>/tune/begun.json              the fingerprint of the search
+    <run_dir>/tune/trials/0003/            a run folder with the pairs and scores of the run
         trial.json                         its parameters, written before it begins
-        rungs/000000032.json               what it showed after 32 steps, and who was there before
-        rungs/*.exported, *.go, stop        between its driver and its training workers
-        failed.json                        why there is no score
-        config.yaml, metrics.jsonl, eval/  as of any run; model/, adapter/ of the winner alone at the end
+        rungs/000000032.json               its results after 32 steps, and which trials were there before it
+        rungs/*.exported, *.go, stop       messages between its driver and its training workers
+        failed.json                        why it has no result, see `bdpo.variants.ends`
+        config.yaml, metrics.jsonl, eval/  as in any run; in the end only the winner keeps model/, adapter/
     <run_dir>/tune/base/                   the base model on the prompts of the search and the held-out ones
     <run_dir>/tune/results.parquet, best.yaml, summary.json, *.png
 
-Each file is there whole or not at all, and every decision is a function of them: a killed sweep goes on
-where it stopped, no trial is lost, and what one has shown is not asked of it again.
+Each file is complete or missing, and every decision is a function of the files: a search that was killed
+resumes where it stopped, no trial is lost, and no rung is trained or evaluated twice.
 """
 
 from __future__ import annotations
@@ -22,36 +22,34 @@ from typing import Any
 
 from bdpo.config import Config
 from bdpo.config.derive import Params, trial_config
-from bdpo.search.objective import Measured
 from bdpo.search.space import number_of_trials
 from bdpo.search.suggest import suggest
-from bdpo.search.trials import Rung, Trial, status
+from bdpo.search.trials import Rung, Trial, end_of
 from bdpo.storage.manifests import Fingerprint, finished, read_manifest, write_manifest
 from bdpo.storage.paths import discard, matching
 from bdpo.storage.run_dir import RunDir
-
-# Ends of a trial that are not its own: a judge or a machine failed, and may have been mended.
-PASSING = ("invalid", "lost")
+from bdpo.variants.ends import RETRIED, End, Failure, forget_failure, read_failure, write_failure
+from bdpo.variants.objective import Measured
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The trials of a run folder; a small object that goes wherever trials are run."""
+    """The trials of a search; a small object that is sent to every process that runs one."""
 
     config: Config
     run: RunDir
     fingerprint: Fingerprint
 
     def refuse_other(self) -> None:
-        """Make sure that the folder does not hold another sweep.
+        """Make sure that the folder does not hold another search.
 
         Raises:
-            UserError: it does; the message names the first difference.
+            UserError: it does; the message names the first field that differs.
         """
         finished(self.run.tune / "begun.json", self.fingerprint)
 
     def begin(self) -> None:
-        """Remember what this sweep is of, unless `refuse_other` raises."""
+        """Record the fingerprint of this search, unless `refuse_other` raises."""
         self.refuse_other()
         write_manifest(self.run.tune / "begun.json", self.fingerprint)
 
@@ -60,46 +58,46 @@ class Sweep:
         return self.run.part("tune", "trials", name)
 
     def config_of(self, trial: Trial) -> Config:
-        """What a trial is trained and evaluated with.
+        """The config that a trial is trained and evaluated with.
 
         Raises:
-            UserError: its values, each of which is one that there can be, do not go together.
+            UserError: its values are allowed one by one, but not together.
         """
         return trial_config(self.config, trial.params, str(self.folder(trial.name).root))
 
     def trials(self) -> list[Trial]:
-        """Every trial that was suggested, in that order."""
+        """Every trial that was suggested, in the order of suggestion."""
         found = matching(self.run.tune / "trials", "*/trial.json")
         return [self.trial(file.parent.name) for file in found]
 
     def trial(self, name: str) -> Trial:
-        """A trial as it stands now."""
+        """A trial, read from its files."""
         root = self.folder(name).root
         rungs = [_rung(read_manifest(file)) for file in matching(root / "rungs", "*.json")]
-        begun, failure = read_manifest(root / "trial.json"), read_manifest(root / "failed.json")
-        return Trial(name, (begun or {})["params"], rungs, failure)
+        begun = read_manifest(root / "trial.json") or {}
+        return Trial(name, begun["params"], rungs, read_failure(root))
 
-    def status(self, trial: Trial) -> str:
-        """See `bdpo.search.trials.status`."""
-        return status(trial, self.trials(), self.config.tune)
+    def end_of(self, trial: Trial) -> End:
+        """See `bdpo.search.trials.end_of`."""
+        return end_of(trial, self.trials(), self.config.tune)
 
     def open_trials(self) -> list[Trial]:
         """Trials that are begun and not at their end."""
         trials = self.trials()
-        return [trial for trial in trials if status(trial, trials, self.config.tune) == "open"]
+        return [trial for trial in trials if end_of(trial, trials, self.config.tune) == End.OPEN]
 
     def missing(self) -> int:
-        """How many trials are not suggested yet."""
+        """How many trials are not yet suggested."""
         return max(0, number_of_trials(self.config.tune) - len(self.trials()))
 
     def todo(self) -> int:
-        """How many trials are missing, open, or to be reopened."""
+        """How many trials are missing, open, or tried again by this command."""
         trials = self.trials()
-        ends = [status(trial, trials, self.config.tune) for trial in trials]
-        return self.missing() + sum(end in ("open", *PASSING) for end in ends)
+        ends = [end_of(trial, trials, self.config.tune) for trial in trials]
+        return self.missing() + sum(end in (End.OPEN, *RETRIED) for end in ends)
 
     def suggest(self) -> Trial:
-        """The next trial; it is on disk before anything is done for it."""
+        """The next trial; its parameters are on disk before anything is done for it."""
         trials = self.trials()
         params: Params = suggest(self.config, len(trials), trials)
         trial = Trial(f"{len(trials):04d}", params)
@@ -115,43 +113,46 @@ class Sweep:
         train_seconds: float = 0.0,
         evaluate_seconds: float = 0.0,
     ) -> None:
-        """Commit what a trial showed after `step` steps."""
+        """Commit the results of a trial after `step` steps."""
         number = len(trial.rungs)
         before = [other.name for other in self.trials() if len(other.rungs) > number]
         rung = Rung(step, measured, time.time(), train_seconds, evaluate_seconds, before)
         file = self.folder(trial.name).root / "rungs" / f"{step:09d}.json"
         write_manifest(file, self.fingerprint, **asdict(rung), score=measured.score)
 
-    def record_failure(self, name: str, kind: str, error: str) -> None:
-        """Commit that a trial has no score; `error` is one line without text of the data."""
-        write_manifest(self.folder(name).root / "failed.json", self.fingerprint, kind=kind, error=error)
+    def record_failure(self, name: str, failure: Failure) -> None:
+        """Commit that a trial has no result."""
+        write_failure(self.folder(name).root, self.fingerprint, failure)
 
     def reopen(self) -> None:
-        """Forget failures that are not the trial's own: it goes on from its last checkpoint and answers."""
+        """Forget failures that are not the trial's own: it resumes from its last checkpoint and its answers.
+
+        A trial that failed by a fault of its own stays failed: the searcher has learned from it.
+        """
         for trial in self.trials():
-            if trial.failure is not None and trial.failure["kind"] in PASSING:
-                (self.folder(trial.name).root / "failed.json").unlink()
+            if trial.failure is not None and trial.failure.end in RETRIED:
+                forget_failure(self.folder(trial.name).root)
 
     def tidy(self, name: str) -> None:
-        """Remove what only a trial that goes on needs: its checkpoints, and the model if it cannot win."""
-        end = self.status(self.trial(name))
-        self._discard(name, end, model=end in ("stopped", "failed"))
+        """Remove what an ended trial no longer requires: its checkpoints, and the model if it cannot win."""
+        end = self.end_of(self.trial(name))
+        self._discard(name, end, model=end in (End.STOPPED, End.FAILED))
 
     def tidy_all(self, best: Trial | None) -> None:
-        """The same of every trial: one that ended with its driver could not. With a best, its model stays."""
+        """Tidy every trial, also those whose process died; with a best trial, no other keeps its model."""
         trials = self.trials()
         for trial in trials:
-            end = status(trial, trials, self.config.tune)
-            lost = best is not None and trial.name != best.name
-            self._discard(trial.name, end, model=lost or end != "completed")
+            end = end_of(trial, trials, self.config.tune)
+            beaten = best is not None and trial.name != best.name
+            self._discard(trial.name, end, model=beaten or end != End.COMPLETED)
 
-    def _discard(self, name: str, end: str, model: bool) -> None:
+    def _discard(self, name: str, end: End, model: bool) -> None:
         run = self.folder(name)
-        if end in ("completed", "stopped", "failed"):
+        if end in (End.COMPLETED, End.STOPPED, End.FAILED):
             discard(run.train, *([run.model, run.adapter] if model else []))
 
 
 def _rung(manifest: dict[str, Any] | None) -> Rung:
-    there = manifest or {}
-    values = {field.name: there[field.name] for field in fields(Rung)}
-    return Rung(**values | {"measured": Measured(**there["measured"])})
+    recorded = manifest or {}
+    values = {field.name: recorded[field.name] for field in fields(Rung)}
+    return Rung(**values | {"measured": Measured(**recorded["measured"])})

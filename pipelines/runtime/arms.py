@@ -15,10 +15,10 @@ from bdpo.evaluation.judges.registry import judge_fingerprint
 from bdpo.evaluation.results import COMPARABLE
 from bdpo.evaluation.tables import invalid_lines
 from bdpo.experiments.arms import Arm, arm_run
-from bdpo.search.objective import InvalidEvaluation
 from bdpo.storage.manifests import finished, read_manifest, refuse_other, write_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
+from bdpo.variants.objective import InvalidEvaluation
 from pipelines.evaluate import evaluate_model
 from pipelines.train import run_train, train_fingerprint
 

@@ -20,10 +20,10 @@ from bdpo.reports.page import write_page
 from bdpo.reports.run import Stage, gpus, score_stage, train_stage
 from bdpo.reports.scores import mi_imbalance
 from bdpo.scoring.scores import finished_scores
-from bdpo.search.objective import Measured, measure
 from bdpo.stats import ENDS
 from bdpo.storage.paths import discard, matching, write_bytes
 from bdpo.storage.run_dir import RunDir
+from bdpo.variants.objective import Measured, measure
 from pipelines.runtime.arms import Job, jobs_of, trial_jobs
 from pipelines.runtime.progress import console
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bdpo.cluster.placement import at_a_time
+from bdpo.cluster.placement import max_concurrent
 from bdpo.config import load_config, parse_config
 from bdpo.errors import UserError
 from bdpo.search.space import number_of_trials
@@ -26,10 +26,10 @@ def needing(workers, gpus=0.0, share=0.0, accelerator=None, **tune):
     return parse_config(config, "test")
 
 
-def trials_at_a_time(config, nodes):
+def concurrent_trials(config, nodes):
     most, of = config.tune.max_concurrent_trials, number_of_trials(config.tune)
     share = config.evaluate.gpus_per_worker
-    return at_a_time(config, nodes, of, most, "tune.max_concurrent_trials", share)
+    return max_concurrent(config, nodes, of, most, "tune.max_concurrent_trials", share)
 
 
 @pytest.mark.parametrize(
@@ -52,13 +52,13 @@ def trials_at_a_time(config, nodes):
     ],
 )
 def test_what_fits(needs, nodes, fit):
-    assert trials_at_a_time(needing(*needs), nodes) == fit
+    assert concurrent_trials(needing(*needs), nodes) == fit
 
 
 @pytest.mark.parametrize(
     ("needs", "nodes", "said"),
     [
-        ((2,), [(1, {"CPU": 1})], r"needs 2 CPU \(train.workers=2 x 1\); .* cluster of 1 x \(1 CPU\);"),
+        ((2,), [(1, {"CPU": 1})], r"requires 2 CPU \(train.workers=2 x 1\); .* cluster of 1 x \(1 CPU\);"),
         (
             (4, 1.0, 1.0),
             [(1, {"CPU": 9, "GPU": 4})],
@@ -77,7 +77,7 @@ def test_what_fits(needs, nodes, fit):
 )
 def test_too_small_is_said_with_the_arithmetic(needs, nodes, said):
     with pytest.raises(UserError, match=said) as refused:
-        trials_at_a_time(needing(*needs), nodes)
+        concurrent_trials(needing(*needs), nodes)
     assert "\n" not in str(refused.value)
 
 
@@ -86,17 +86,17 @@ def test_an_experiment_of_every_7b_preset_fits_the_gpus_that_the_preset_is_for(f
     """An arm trains on all of them, and is evaluated on one of them afterwards."""
     config = load_config(str(file), [])
     gpus = config.train.workers * config.train.gpus_per_worker
-    assert at_a_time(config, [(1, {"CPU": 192, "GPU": gpus})], 5, None, "experiment.x") == 1
-    assert at_a_time(config, [(2, {"CPU": 192, "GPU": gpus})], 5, None, "experiment.x") == 2
-    with pytest.raises(UserError, match=r"^experiment: one training needs"):
-        at_a_time(config, [(1, {"CPU": 192, "GPU": gpus - 1})], 5, None, "experiment.x")
+    assert max_concurrent(config, [(1, {"CPU": 192, "GPU": gpus})], 5, None, "experiment.x") == 1
+    assert max_concurrent(config, [(2, {"CPU": 192, "GPU": gpus})], 5, None, "experiment.x") == 2
+    with pytest.raises(UserError, match=r"^experiment: one training requires"):
+        max_concurrent(config, [(1, {"CPU": 192, "GPU": gpus - 1})], 5, None, "experiment.x")
 
 
 def test_not_more_than_the_config_says():
-    assert trials_at_a_time(needing(1, max_concurrent_trials=2), [(1, {"CPU": 8})]) == 2
+    assert concurrent_trials(needing(1, max_concurrent_trials=2), [(1, {"CPU": 8})]) == 2
 
 
 def test_of_nodes_that_cannot_be_known_the_config_says_it():
-    assert trials_at_a_time(needing(8, 1.0, 1.0, max_concurrent_trials=3), None) == 3
+    assert concurrent_trials(needing(8, 1.0, 1.0, max_concurrent_trials=3), None) == 3
     with pytest.raises(UserError, match=r"^tune\.max_concurrent_trials: set it"):
-        trials_at_a_time(needing(8, 1.0, 1.0), None)
+        concurrent_trials(needing(8, 1.0, 1.0), None)

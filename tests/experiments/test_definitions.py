@@ -23,10 +23,10 @@ from bdpo.experiments.arms import (
 )
 from bdpo.experiments.definitions import EXPERIMENTS, experiment
 from bdpo.experiments.results import arm_differences, item_means, summarise_arms
-from bdpo.search.objective import InvalidEvaluation, Measured
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.paths import discard
 from bdpo.storage.run_dir import RunDir
+from bdpo.variants.objective import InvalidEvaluation, Measured
 from pipelines.experiment import _usable, best_trial
 from pipelines.prepare import run_prepare
 from pipelines.runtime import arms

@@ -24,13 +24,13 @@ from bdpo.reports.experiment import csv_bytes, experiment_page
 from bdpo.reports.page import write_page
 from bdpo.reports.run import run_page, sentence, train_stage, training, what_was_run
 from bdpo.scoring.scores import SCORE_SCHEMA, score_store
-from bdpo.search.objective import Measured
 from bdpo.search.sweep import Sweep
 from bdpo.search.trials import results_table
 from bdpo.stats import rate
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.paths import write_parquet, write_text
 from bdpo.storage.run_dir import RunDir
+from bdpo.variants.objective import Measured
 from pipelines import report
 from pipelines.runtime.experiment_results import RATES_SCHEMA, write_results
 from tests.support.helpers import tiny_config

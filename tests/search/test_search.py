@@ -19,24 +19,27 @@ from bdpo.errors import UserError
 from bdpo.evaluation.measures import SCORE_SCHEMA
 from bdpo.reports.page import write_figure
 from bdpo.reports.search import pareto_front, search_figures
-from bdpo.search.objective import InvalidEvaluation, check_measured, check_measures, measure
 from bdpo.search.space import check_space, number_of_trials
 from bdpo.search.suggest import suggest
 from bdpo.search.sweep import Sweep
 from bdpo.search.trials import (
     Rung,
     Trial,
+    asha_promotes,
     check_rungs,
-    goes_on,
+    end_of,
+    is_promoted,
     results_table,
     rung_steps,
-    status,
-    survives,
     winner,
 )
 from bdpo.storage.run_dir import RunDir
+from bdpo.variants.ends import End, Failure
+from bdpo.variants.objective import InvalidEvaluation, check_measured, check_measures, measure
 from tests.support.score_rows import row, xrow
 from tests.support.sweeps import ALPHA, BETA, configured, estimate, measured
+
+NAN = Failure(End.FAILED, "FloatingPointError: NaN")
 
 
 def trial(number, *rungs, params=None, failure=None, before=()):
@@ -123,7 +126,7 @@ class TestSpace:
         "path", ["strongreject.jailbroken_rate", "xstest.full_refusal", "xstest.partial_refusal"]
     )
     def test_a_measure_of_which_more_is_not_better(self, key, path):
-        with pytest.raises(UserError, match=rf"tune.{key}={path}: more of it is not better; wants one of"):
+        with pytest.raises(UserError, match=rf"tune.{key}={path}: more of it is not better; requires one of"):
             check_measures(configured(**{key: path}))
         check_measures(configured(metric="strongreject.safe_rate", constraint="xstest.unsafe_refusal"))
 
@@ -228,7 +231,7 @@ class TestSuggestions:
             for n, (a, s) in enumerate(zip(alphas, seen, strict=True))
         ]
         safe = [(1.0, 1.0, 0.0)] * 2
-        failed = trial(20, *safe, params={"method.alpha": 2.9}, failure={"kind": "failed", "error": "NaN"})
+        failed = trial(20, *safe, params={"method.alpha": 2.9}, failure=NAN)
         numbers = range(21, 41)
 
         def suggested(*more):
@@ -272,7 +275,7 @@ class TestRungs:
         bracket = _Bracket(1, 1, factor, 0)
         for number, score in enumerate(scores):
             theirs = bracket.on_result(Named(str(number)), 1, score)
-            assert (theirs == "CONTINUE") == goes_on(score, scores[:number], factor)
+            assert (theirs == "CONTINUE") == asha_promotes(score, scores[:number], factor)
 
     @given(st.integers(1, 10_000), st.lists(st.integers(1, 99), unique=True, max_size=4))
     def test_steps(self, total, percents):
@@ -299,14 +302,14 @@ class TestRungs:
         ]
         for order in (trials, trials[::-1]):
             # the first always goes on; 0.4 < median(0.5); 0.45 >= median(0.5, 0.4)
-            assert [survives(t, order, tune) for t in trials] == [True, False, True]
-            assert [status(t, order, tune) for t in trials] == ["open", "stopped", "open"]
+            assert [is_promoted(t, order, tune) for t in trials] == [True, False, True]
+            assert [end_of(t, order, tune) for t in trials] == ["open", "stopped", "open"]
 
     def test_a_completed_trial_stays_completed(self):
         tune = configured().tune
         best = trial(0, *[(0.9, 1, float(t)) for t in range(3)])
-        worst = trial(1, *[(0.1, 1, float(t)) for t in range(5, 8)], failure={"kind": "failed"})
-        assert [status(t, [best, worst], tune) for t in (best, worst)] == ["completed", "completed"]
+        worst = trial(1, *[(0.1, 1, float(t)) for t in range(5, 8)], failure=NAN)
+        assert [end_of(t, [best, worst], tune) for t in (best, worst)] == ["completed", "completed"]
 
 
 def benchmark_rows(harms, refusals):
@@ -392,9 +395,7 @@ class TestResults:
             )
             for n in range(7)
         ]
-        failed = trial(
-            7, params={"method.alpha": 3.0, "method.beta": 0.5}, failure={"kind": "failed", "error": "NaN"}
-        )
+        failed = trial(7, params={"method.alpha": 3.0, "method.beta": 0.5}, failure=NAN)
         return [*done, failed]
 
     def test_a_row_a_trial(self, trials):
@@ -403,7 +404,7 @@ class TestResults:
         assert [r["trial"] for r in rows] == [t.name for t in trials]
         assert [r["winner"] for r in rows].index(True) == 2  # of those with compliance 0.95 and more
         assert rows[7]["status"] == "failed"
-        assert rows[7]["error"] == "NaN"
+        assert rows[7]["error"] == NAN.error
         assert rows[7]["objective"] is None
         assert rows[3]["objective"] == pytest.approx(0.3 + 0.08 * 3)
         assert [r["method.alpha"] for r in rows] == [t.params["method.alpha"] for t in trials]
@@ -483,7 +484,7 @@ class TestSweepFolder:
             self.work(self.sweep(killed.run.root), commits)
         self.work(self.sweep(killed.run.root), commits=-1)
         ends = [
-            [(t.name, t.params, [(r.step, r.measured) for r in t.rungs], s.status(t)) for t in s.trials()]
+            [(t.name, t.params, [(r.step, r.measured) for r in t.rungs], s.end_of(t)) for t in s.trials()]
             for s in (whole, killed)
         ]
         assert ends[0] == ends[1]
@@ -502,7 +503,7 @@ class TestSweepFolder:
         for safety in (0.9, 0.2, 0.6):
             sweep.record_rung(sweep.suggest(), 8, measured(safety))
         # 0.2 < median(0.9); 0.6 >= median(0.9, 0.2)
-        assert [sweep.status(t) for t in sweep.trials()] == ["open", "stopped", "open"]
+        assert [sweep.end_of(t) for t in sweep.trials()] == ["open", "stopped", "open"]
         assert [list(t.rungs[0].before) for t in sweep.trials()] == [[], ["0000"], ["0000", "0001"]]
 
     def test_values_that_do_not_go_together_are_a_trial_that_cannot_be_trained(self, tmp_path):
@@ -519,10 +520,10 @@ class TestSweepFolder:
     def test_failures_of_its_own_stay_and_the_others_are_tried_again(self, tmp_path):
         sweep = self.sweep(tmp_path)
         nan, invalid, lost = (sweep.suggest() for _ in range(3))
-        sweep.record_failure(nan.name, "failed", "FloatingPointError: NaN")
-        sweep.record_failure(invalid.name, "invalid", "12 of 40 unjudged")
-        sweep.record_failure(lost.name, "lost", "3 times, at last OSError")
-        assert [sweep.status(t) for t in sweep.trials()] == ["failed", "invalid", "lost"]
+        sweep.record_failure(nan.name, Failure(End("failed"), "FloatingPointError: NaN"))
+        sweep.record_failure(invalid.name, Failure(End("invalid"), "12 of 40 unjudged"))
+        sweep.record_failure(lost.name, Failure(End("lost"), "3 times, at last OSError"))
+        assert [sweep.end_of(t) for t in sweep.trials()] == ["failed", "invalid", "lost"]
         assert sweep.open_trials() == []
         assert sweep.todo() == sweep.missing() + 2
         sweep.reopen()
@@ -535,7 +536,7 @@ class TestSweepFolder:
         folder = sweep.folder(sweep.suggest().name)
         for path in (folder.train, folder.model):
             path.mkdir(parents=True)
-        sweep.record_failure("0000", kind, "why")
+        sweep.record_failure("0000", Failure(End(kind), "why"))
         sweep.tidy("0000")
         assert (folder.train.exists(), folder.model.exists()) == (kept, kept)
 
@@ -549,7 +550,7 @@ class TestSweepFolder:
             for step in (8, 16)[: 1 if number else 2]:
                 sweep.record_rung(sweep.trial(at.name), step, measured(safety))
             sweep.tidy(at.name)
-        assert [sweep.status(t) for t in sweep.trials()] == ["completed", "stopped", "open"]
+        assert [sweep.end_of(t) for t in sweep.trials()] == ["completed", "stopped", "open"]
         assert self.left(sweep) == ["model adapter", "", "train model adapter"]
 
     @pytest.mark.parametrize("best", [None, 1])
@@ -563,10 +564,10 @@ class TestSweepFolder:
                 path.mkdir(parents=True)
             for step in (8, 16)[:steps]:
                 sweep.record_rung(sweep.trial(at.name), step, measured(safety))
-        sweep.record_failure("0003", "lost", "why")
-        sweep.record_failure("0004", "failed", "why")
+        sweep.record_failure("0003", Failure(End("lost"), "why"))
+        sweep.record_failure("0004", Failure(End("failed"), "why"))
         trials = sweep.trials()
-        assert [sweep.status(t) for t in trials] == ["completed", "completed", "stopped", "lost", "failed"]
+        assert [sweep.end_of(t) for t in trials] == ["completed", "completed", "stopped", "lost", "failed"]
         sweep.tidy_all(best and trials[best])
         first = "" if best else "model adapter"
         assert self.left(sweep) == [first, "model adapter", "", "train model adapter", ""]

@@ -11,7 +11,7 @@ import pytest
 
 from bdpo.config import parse_config
 from bdpo.evaluation.benchmarks import strongreject, xstest
-from bdpo.search.objective import Measured
+from bdpo.variants.objective import Measured
 from tests.support import ROOT
 from tests.support.benchmark_files import write_csv
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl

@@ -21,12 +21,13 @@ from bdpo.errors import UserError
 from bdpo.reports.run import swept as swept_section
 from bdpo.scoring.scores import finish_scores, score_fingerprint
 from bdpo.scoring.shard_scorer import ShardScorer
-from bdpo.search.objective import Measured
 from bdpo.search.sweep import Sweep
 from bdpo.search.trials import Rung
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.rungs import Rungs
+from bdpo.variants.ends import End, Failure
+from bdpo.variants.objective import Measured
 from pipelines.evaluate import evaluate_model
 from pipelines.prepare import run_prepare
 from tests.support import ROOT
@@ -151,7 +152,7 @@ class TestSweep:
 
     def test_trials_of_two_workers_do_not_share_three_processors(self, swept):
         folder, out = swept
-        assert "1 at a time" in out
+        assert "1 at the same time" in out
         trials = folder / "run" / "tune" / "trials"
         failed = (trials / "0000" / "failed.json").stat().st_mtime
         assert failed < json.loads((trials / "0001" / "trial.json").read_text())["begun"]
@@ -227,7 +228,7 @@ def test_what_cannot_be_searched_is_said_before_anything_is_done(tmp_path, tiny_
     _, err = process.communicate(timeout=1200)
     assert process.returncode == 2
     assert err.count("\n") == 1
-    assert "tune.metric=strongreject.x: is not measured; wants one of strongreject.safety" in err
+    assert "tune.metric=strongreject.x: is not measured; requires one of strongreject.safety" in err
     assert not (tmp_path / "run" / "data").exists()
 
 
@@ -263,7 +264,7 @@ class Begun:
 
     @property
     def status(self):
-        return self.sweep.status(self.sweep.trial(self.name))
+        return self.sweep.end_of(self.sweep.trial(self.name))
 
 
 @pytest.mark.ray
@@ -299,7 +300,7 @@ def test_a_judge_that_goes_down_costs_no_answer_and_makes_no_score(tmp_path, tin
         [invalid] = begun.sweep.trials()
         assert begun.status == "invalid"
         assert invalid.rungs == []
-        assert "is invalid, 2 of 2 unjudged (2 http_500)" in invalid.failure["error"]
+        assert "is invalid, 2 of 2 unjudged (2 http_500)" in invalid.failure.error
         answered = {f: f.stat().st_mtime_ns for f in begun.folder.private.rglob("*.parquet")}
 
         endpoint.script = honest(**FINE)
@@ -331,12 +332,12 @@ def test_a_fault_before_the_training_is_told_apart_as_one_in_it(tmp_path, tiny_c
     actor = begun.actor(fine.name)
     with pytest.raises(IsADirectoryError):
         actor.step()
-    assert begun.sweep.status(fine) == "open"
+    assert begun.sweep.end_of(fine) == "open"
     assert actor.reset_config({"trial": mixed.name})
     assert actor.step() == {"done": True}
     failure = begun.sweep.trial(mixed.name).failure
-    assert failure["kind"] == "failed"
-    assert "offload=cpu wants zero_stage=1, 2 or 3" in failure["error"]
+    assert failure.end == End.FAILED
+    assert "offload=cpu wants zero_stage=1, 2 or 3" in failure.error
 
 
 def test_what_cannot_be_tidied_of_one_trial_does_not_cost_the_next(tmp_path, tiny_chat, monkeypatch):
@@ -349,7 +350,7 @@ def test_what_cannot_be_tidied_of_one_trial_does_not_cost_the_next(tmp_path, tin
 
     monkeypatch.setattr(Sweep, "tidy", cannot)
     following = begun.sweep.suggest()
-    begun.sweep.record_failure(following.name, "failed", "why")
+    begun.sweep.record_failure(following.name, Failure(End("failed"), "why"))
     assert actor.reset_config({"trial": following.name})
     assert actor.step() == {"trial": following.name, "done": True}
     actor.cleanup()

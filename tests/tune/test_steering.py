@@ -8,6 +8,7 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from bdpo.config.evaluate import EvaluateConfig
 from bdpo.search.sweep import Sweep
 from bdpo.storage.run_dir import RunDir
+from bdpo.variants.ends import End, Failure
 from tests.support.sweeps import configured, measured
 from tune.search import driver_resources
 from tune.steering import Suggestions, Survival
@@ -52,7 +53,7 @@ def test_open_trials_come_first_then_new_ones_and_each_once(sweep):
     for step in (8, 16):
         sweep.record_rung(sweep.trial(done.name), step, measured(0.9))
     sweep.record_rung(stopped, 8, measured(0.2))
-    sweep.record_failure(failed.name, "failed", "why")
+    sweep.record_failure(failed.name, Failure(End("failed"), "why"))
     opened = sweep.suggest()
     more = configured(num_samples=6, rungs=[0.5, 1.0])
     raised = Sweep(more, sweep.run, {})

@@ -1,4 +1,4 @@
-"""Whose fault an error of a trial is: its own, which it would meet again, or that of what it runs on."""
+"""Whether an error is the fault of the variant itself, which would meet it again, or of what it runs on."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from ray.exceptions import OutOfMemoryError
 from bdpo.errors import UserError, first_line
 from bdpo.models.oom import out_of_memory
 
-# How Ray's exceptions name the one that they wrap
+# The attributes in which Ray's exceptions keep the error that they wrap
 _WRAPPED = ("cause", "controller_failure", "health_check_failure")
 
 
 def own_fault(error: BaseException) -> BaseException | None:
-    """What of `error` is the trial's own: not a number, no memory for it, or what its user is to mend."""
+    """The part of `error` that is the fault of the variant itself; None if there is none.
+
+    Its own are a value that is not finite, too little memory, and a UserError. All other errors come from
+    processes, nodes, storage or endpoints: a retry may succeed.
+    """
     return next((cause for cause in causes(error) if _is_own(cause)), None)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """What really failed, out of Ray's wrapping; of a group of workers what each of them raised."""
+    """The errors that Ray's exceptions wrap; of a group of workers the error of each."""
     wrapped = [getattr(error, name, None) for name in _WRAPPED]
     wrapped += getattr(error, "worker_failures", {}).values()
     inside = [each for each in wrapped if isinstance(each, BaseException)]
@@ -30,7 +34,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def in_a_line(error: BaseException) -> str:
-    """Its first cause by class and message."""
+    """The first cause of an error, as its class and the first line of its message."""
     cause = next(causes(error))
     return f"{type(cause).__name__}: {first_line(cause)}"
 

@@ -9,7 +9,7 @@ from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from bdpo.errors import UserError
-from tune.faults import in_a_line, own_fault
+from pipelines.runtime.faults import in_a_line, own_fault
 
 RESET = ConnectionResetError("the other worker is gone")
 

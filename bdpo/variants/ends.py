@@ -1,0 +1,70 @@
+"""How a variant ends, and the record of one that has no result: one vocabulary for arms and trials."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from bdpo.storage.manifests import Fingerprint, finished, read_manifest, write_manifest
+from bdpo.storage.paths import StoragePath, discard
+
+_FILE = "failed.json"
+
+
+class End(StrEnum):
+    """How far a variant is: open, or one of the five ways in which it ends."""
+
+    OPEN = "open"
+    """Not begun, or not at its end."""
+    COMPLETED = "completed"
+    """Trained to its last step and evaluated."""
+    STOPPED = "stopped"
+    """Stopped early, because others did better after as many steps."""
+    FAILED = "failed"
+    """By a fault of its own, which the same config would meet again: a loss that is not finite, too little
+    memory, values that do not go together."""
+    INVALID = "invalid"
+    """Trained, but too many of its answers have no verdict; the same command asks for the missing ones."""
+    LOST = "lost"
+    """Its process, its node or its storage failed more often than a variant is retried; the same command
+    resumes it."""
+
+
+RETRIED = (End.INVALID, End.LOST)
+"""Ends that are not the fault of the variant: the same command tries it again."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a variant has no result."""
+
+    end: End
+    """FAILED, INVALID or LOST."""
+    error: str
+    """One line without text of the data: the class of the error and its message."""
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a number that is not finite ended the training: it would again, after as many hours."""
+        return self.error.startswith(FloatingPointError.__name__)
+
+
+def write_failure(folder: StoragePath, fingerprint: Fingerprint, failure: Failure) -> None:
+    """Record in the folder of a variant why it has no result."""
+    write_manifest(folder / _FILE, fingerprint, kind=failure.end, error=failure.error)
+
+
+def read_failure(folder: StoragePath, fingerprint: Fingerprint | None = None) -> Failure | None:
+    """The failure that is recorded in the folder of a variant.
+
+    Raises:
+        UserError: it is the failure of a variant with another fingerprint than the one given.
+    """
+    file = folder / _FILE
+    record = read_manifest(file) if fingerprint is None else finished(file, fingerprint)
+    return None if record is None else Failure(End(record["kind"]), record["error"])
+
+
+def forget_failure(folder: StoragePath) -> None:
+    """Remove the record: the variant is open again."""
+    discard(folder / _FILE)
