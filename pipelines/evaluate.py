@@ -37,7 +37,7 @@ from bdpo.evaluation.compare import compare_all
 from bdpo.evaluation.measures import summarise
 from bdpo.evaluation.results import chosen_models, read_evaluation
 from bdpo.evaluation.tables import comparison_table, difference_table, invalid_lines
-from bdpo.storage.cache import forget
+from bdpo.storage.cache import drop_local_copy
 from bdpo.storage.manifests import Fingerprint, finished, write_manifest
 from bdpo.storage.paths import StoragePath, write_parquet
 from bdpo.storage.run_dir import RunDir
@@ -79,7 +79,7 @@ def evaluate_model(config: Config, run: RunDir, name: str, here: bool = False) -
         seconds = time.perf_counter() - started
         summary = write_manifest(summary_file, scores.fingerprint, seconds=seconds, **summarise(table))
     if here:
-        forget(run.model)  # the next rung has another
+        drop_local_copy(run.model)  # the next rung has another
     capability = _capability(config, run, name, model, fingerprint)
     return {**summary, "capability": capability} if capability else summary
 

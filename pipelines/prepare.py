@@ -13,7 +13,7 @@ from bdpo.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from bdpo.scoring.selection import require_labels
 from bdpo.storage.digests import files_digest
 from bdpo.storage.manifests import Fingerprint, finished, write_manifest
-from bdpo.storage.paths import matching
+from bdpo.storage.paths import sorted_glob
 from bdpo.storage.run_dir import RunDir
 from pipelines.runtime.progress import console, progress_bar
 
@@ -69,7 +69,7 @@ def _fingerprint(config: Config) -> Fingerprint:
 
 
 def _pairs_digest(run: RunDir) -> str:
-    return files_digest(matching(run.pairs, "*.parquet"))
+    return files_digest(sorted_glob(run.pairs, "*.parquet"))
 
 
 def _digest_or_name(source: Path) -> str:

@@ -23,12 +23,12 @@ from bdpo.models.loading import model_config
 from bdpo.models.logps import prefix_sharing_obstacle
 from bdpo.reports.scores import mi_tables, work_table
 from bdpo.scoring.scores import (
-    MOST_UNSCORABLE,
+    MAX_UNSCORABLE,
     finish_scores,
     finished_scores,
     score_fingerprint,
     score_store,
-    unscorable,
+    unscorable_error,
 )
 from bdpo.scoring.shard_scorer import ShardScorer
 from bdpo.storage.manifests import Fingerprint, finished
@@ -78,8 +78,8 @@ def _score(
         if shard["stop"]:
             raise UserError(shard["stop"])
         reasons.update({int(row): reason for row, reason in json.loads(shard["unscorable"]).items()})
-        if len(reasons) > MOST_UNSCORABLE:
-            raise unscorable(run, reasons)
+        if len(reasons) > MAX_UNSCORABLE:
+            raise unscorable_error(run, reasons)
 
     store = score_store(run, fingerprint)
     before = sum(rows for _, rows in missing)
@@ -88,7 +88,7 @@ def _score(
         console.print(f"every response has a row of its own: {why_plain}", soft_wrap=True)
     arguments = {"config": config, "run": run, "fingerprint": fingerprint}
     pool = config.score.workers, config.score.gpus_per_worker
-    may_fail = MOST_UNSCORABLE + in_hand(config.score.workers)
+    may_fail = MAX_UNSCORABLE + in_hand(config.score.workers)
     for number, size in enumerate(_rounds(config.score.shard_rows)):
         if number:
             missing = store.missing(total, size, reasons)
@@ -109,7 +109,7 @@ def _score(
             )
         reasons |= {row: f"its actor died of it, {ATTEMPTS} times alone" for row, _ in alone}
     if reasons:
-        raise unscorable(run, reasons)
+        raise unscorable_error(run, reasons)
 
 
 def _rounds(shard_rows: int) -> Iterator[int]:

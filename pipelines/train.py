@@ -32,8 +32,8 @@ from bdpo.storage.manifests import Fingerprint, finished, read_manifest, write_m
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import arrow_filesystem, discard
 from bdpo.storage.run_dir import RunDir
-from bdpo.training.batches import outline
-from bdpo.training.checkpoints import none_whole
+from bdpo.training.batches import plan_without_lengths
+from bdpo.training.checkpoints import no_intact_checkpoint
 from bdpo.training.rungs import Rungs
 from bdpo.training.tracking import Tracking
 from pipelines.prepare import run_prepare
@@ -107,7 +107,7 @@ def _fit(config: Config, run: RunDir, fingerprint: Fingerprint) -> int:
             "data.select",
             soft_wrap=True,
         )
-    steps = outline(scores.num_rows, config.train, config.seed).total_steps
+    steps = plan_without_lengths(scores.num_rows, config.train, config.seed).total_steps
     check_lora(config)
     print_plan(config, scores.num_rows)
     connect()
@@ -131,13 +131,18 @@ def fit(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipelines.runtime.recovery import Recovery, final_cause, incomplete_checkpoints, restore_checkpoints
+    from pipelines.runtime.recovery import (
+        Recovery,
+        final_cause,
+        incomplete_checkpoints,
+        rebuild_checkpoint_list,
+    )
 
     nodes = cluster_nodes()
     if nodes is not None and sum(count for count, _ in nodes) == 1:  # its end is that of the training
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     committed = _begin(config, run, fingerprint, scores.num_rows)
-    whole, damaged = restore_checkpoints(run.train / "ray", committed, config.train)
+    whole, damaged = rebuild_checkpoint_list(run.train / "ray", committed, config.train)
     if damaged:
         note = {"damaged": damaged}
         MetricsLog(run.recoveries).append(note)
@@ -189,7 +194,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     )
 
     from bdpo.training.loop import train
-    from pipelines.runtime.recovery import forget_uncommitted
+    from pipelines.runtime.recovery import remove_uncommitted
 
     def report_in_background(folder: Path, metrics: dict[str, float]) -> None:
         # Training goes on while the folder is copied to storage; Ray removes it then.
@@ -200,10 +205,10 @@ def train_worker(arguments: dict[str, Any]) -> None:
         return get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
 
     if arguments["resumes"] and not reported():
-        raise none_whole({})  # whatever the reason, never from zero
+        raise no_intact_checkpoint({})  # whatever the reason, never from zero
     config, run, scores, rungs = (arguments[name] for name in ("config", "run", "scores", "rungs"))
     if get_context().get_world_rank() == 0:
-        forget_uncommitted(run.train / "ray", reported())
+        remove_uncommitted(run.train / "ray", reported())
     train(config, run, scores, reported, report_in_background, rungs)
 
 
@@ -217,7 +222,7 @@ def _begin(config: Config, run: RunDir, fingerprint: Fingerprint, pairs: int) ->
     begun_file = run.train / "begun.json"
     begun = finished(begun_file, fingerprint)
     if begun is None and MetricsLog(run.metrics).read():
-        raise none_whole({})  # nobody knows how the steps that are logged were made
+        raise no_intact_checkpoint({})  # nobody knows how the steps that are logged were made
     committed: int | None = begun["committed"] if begun else None
     if begun and committed and begun["workers"] != config.train.workers:
         raise UserError(

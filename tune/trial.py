@@ -23,7 +23,7 @@ from bdpo.scoring.selection import training_rows
 from bdpo.search.sweep import Sweep
 from bdpo.search.trials import rung_steps
 from bdpo.storage.paths import open_parquet
-from bdpo.training.batches import outline
+from bdpo.training.batches import plan_without_lengths
 from bdpo.training.rungs import Rungs
 from bdpo.variants.ends import End, Failure
 from bdpo.variants.objective import InvalidEvaluation, measure
@@ -90,13 +90,13 @@ class TrialRunner:
         self.trial_run, self.settings = sweep.folder(name), sweep.config_of(self.trial)
         self.trial_run.record(self.settings)
         self.scores = training_rows(self.settings, self.trial_run)
-        plan = outline(self.scores.num_rows, self.settings.train, self.settings.seed)
+        plan = plan_without_lengths(self.scores.num_rows, self.settings.train, self.settings.seed)
         steps = rung_steps(self.settings.tune.rungs, plan.total_steps)
         self.rungs = Rungs(self.trial_run.root / "rungs", tuple(steps))
         self.training: threading.Thread | None = None
         self.error: Exception | None = None
         if not self.trial_run.has_model():
-            self.rungs.take_back()
+            self.rungs.withdraw_export()
 
     def next_rung(self) -> dict[str, Any]:
         """Train to it and record what the model shows there; returns what Tune is told.
@@ -110,7 +110,7 @@ class TrialRunner:
         step, last = self.rungs.steps[number], number + 1 == len(self.rungs.steps)
         started = time.time()
         for before in self.rungs.steps[:number]:
-            self.rungs.go_on(before)
+            self.rungs.promote(before)
         self._train_to(step)
         trained = time.time()
         limit = None if last else self.settings.tune.rung_limit
@@ -143,7 +143,7 @@ class TrialRunner:
         if self.rungs.exported(step):
             return
         if self.training is None:
-            self.rungs.reopen()
+            self.rungs.clear_stop()
             self.training = threading.Thread(target=self._fit, daemon=True)
             self.training.start()
         while self.training.is_alive() and not self.rungs.exported(step):
@@ -151,7 +151,7 @@ class TrialRunner:
         if self.error is not None:
             raise self.error
         if step == self.rungs.steps[-1]:
-            self.rungs.hand_over(step)
+            self.rungs.mark_exported(step)
         elif not self.rungs.exported(step):
             raise RuntimeError(f"the training ended before step {step}")
 

@@ -17,7 +17,7 @@ from bdpo.training.memory import (
     gpu_memory,
     memory_need,
     model_shape,
-    refuse_too_little,
+    require_gpu_memory,
 )
 
 SPARE_GIB = 5
@@ -131,7 +131,7 @@ def check_memory(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str
     smallest = min((gib * GIB for node in nodes for gib in node.gpu_gib), default=None)
     # Nodes do not tell which of their GPUs are of the accelerator type.
     known = gpu_memory(train) or (None if train.accelerator_type else smallest)
-    refuse_too_little(config, need, known)
+    require_gpu_memory(config, need, known)
     found = f"{need.gpu_total / GIB:.1f} GiB of each GPU"
     if known is None:
         return Doubt(f"{found}: nothing is known of the GPUs to compare; set train.gpu_memory")

@@ -41,7 +41,7 @@ from bdpo.search.space import check_space
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.paths import read_bytes, write_bytes
 from bdpo.storage.run_dir import RunDir
-from bdpo.training.batches import outline
+from bdpo.training.batches import plan_without_lengths
 from bdpo.variants.objective import check_measures
 
 AUDITED_PAIRS = 10
@@ -189,7 +189,7 @@ def check_batches(config: Config, run: RunDir) -> str:
     steps = None
     if account:
         pairs = account["account"]["kept"]
-        steps = outline(pairs, config.train, config.seed).total_steps
+        steps = plan_without_lengths(pairs, config.train, config.seed).total_steps
         found += f"; {pairs} pairs make {steps} steps"
     if train.global_batch_size < train.workers:
         return Doubt(f"{found}: some workers have no work at any step; set train.global_batch_size higher")
@@ -264,7 +264,7 @@ def expected_hours(config: Config, run: RunDir, tokens_per_second: float | None)
     pair_tokens = sum(_tokens(ids) for ids in encoded) / len(encoded)
     pairs = expected_pairs(config, run) or sum(1 for _ in read_rows(config.data))
     score_tokens = pairs * pair_tokens
-    steps = outline(pairs, config.train, config.seed).total_steps
+    steps = plan_without_lengths(pairs, config.train, config.seed).total_steps
     train_tokens = steps * min(config.train.global_batch_size, pairs) * pair_tokens
     found = (
         f"{score_tokens / 1e6:.3g} M tokens to score, {train_tokens / 1e6:.3g} M to train in {steps} steps"

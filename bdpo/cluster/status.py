@@ -15,9 +15,9 @@ from bdpo.search.space import number_of_trials
 from bdpo.search.sweep import Sweep
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.metrics_log import MetricsLog
-from bdpo.storage.paths import StoragePath, matching, open_parquet
+from bdpo.storage.paths import StoragePath, open_parquet, sorted_glob
 from bdpo.storage.run_dir import RunDir, run_config
-from bdpo.training.batches import outline
+from bdpo.training.batches import plan_without_lengths
 
 State = Literal["done", "begun", "not begun"]
 
@@ -74,7 +74,7 @@ def _score(run: RunDir, pairs: int | None) -> Stage:
 def _train(run: RunDir, config: Config, pairs: int | None) -> Stage:
     metrics = MetricsLog(run.metrics).read()
     last: dict[str, Any] = metrics[-1] if metrics else {}
-    checkpoints = matching(run.train / "ray", "checkpoint_[0-9]*")  # Ray's own list is beside them
+    checkpoints = sorted_glob(run.train / "ray", "checkpoint_[0-9]*")  # Ray's own list is beside them
     manifest = read_manifest(run.train / "manifest.json")
     begun = read_manifest(run.train / "begun.json")
     pairs = begun.get("pairs", pairs) if begun else pairs  # a method or data.select may want a part of all
@@ -83,7 +83,7 @@ def _train(run: RunDir, config: Config, pairs: int | None) -> Stage:
         manifest is not None and run.has_model(),
         bool(metrics),
         steps=int(last.get("step", 0)),
-        of=outline(pairs, config.train, config.seed).total_steps if pairs else None,
+        of=plan_without_lengths(pairs, config.train, config.seed).total_steps if pairs else None,
         checkpoints=len(checkpoints),
         last_checkpoint=checkpoints[-1].name if checkpoints else None,
         recoveries=len(MetricsLog(run.recoveries).read()),
@@ -105,7 +105,7 @@ def _search(run: RunDir, config: Config) -> Stage:
 
 def _experiments(run: RunDir) -> list[Stage]:
     """How many trainings of all experiments are begun, trained and evaluated; nothing without any."""
-    begun = matching(run.root / "experiments", "arms*/*/seed-*")
+    begun = sorted_glob(run.root / "experiments", "arms*/*/seed-*")
     parts = [RunDir(folder) for folder in begun]
     trained = sum(part.has_model() for part in parts)
     evaluated = sum((part.eval("trained") / "summary.json").is_file() for part in parts)
@@ -137,7 +137,7 @@ def expected_pairs(config: Config, run: RunDir) -> int | None:
 
 def _shards(folder: StoragePath) -> tuple[int, int]:
     """Number of shards in a folder, and of rows in them; a bucket answers many requests at a time."""
-    shards = matching(folder, "part-*.parquet")
+    shards = sorted_glob(folder, "part-*.parquet")
     with ThreadPoolExecutor(8) as pool:
         return len(shards), sum(pool.map(_rows, shards))
 

@@ -8,7 +8,7 @@ from functools import cached_property
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bdpo.storage.paths import StoragePath, matching, open_parquet
+from bdpo.storage.paths import StoragePath, open_parquet, sorted_glob
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -89,4 +89,4 @@ def count_pairs(folder: StoragePath) -> int:
 
 
 def _parts(folder: StoragePath) -> list[StoragePath]:
-    return matching(folder, "*.parquet")
+    return sorted_glob(folder, "*.parquet")

@@ -29,7 +29,7 @@ from bdpo.data.sources import NumberedRow, Row, Unreadable, read_rows
 from bdpo.errors import UserError
 from bdpo.models.tokenizer import ChatTokenizer, PromptTooLong, encode_pair
 from bdpo.storage.digests import json_digest
-from bdpo.storage.paths import StoragePath, private_file, whole_folder
+from bdpo.storage.paths import StoragePath, atomic_folder, private_file
 
 ROW_GROUP = 512
 
@@ -105,7 +105,7 @@ def prepare(
         raise UserError(f"data.path={config.path}: no row can be read (row {number}: {reason})")
     name = format_of(config, sample_rows)
     account = _Account(config.path, name, quarantine / "quarantine.jsonl")
-    with whole_folder(out) as unfinished:
+    with atomic_folder(out) as unfinished:
         with private_file(account.bad_rows) as bad:
             pairs = _usable(chain(head, rows), _Checker(config, name, chat), account, bad, config, progress)
             if config.sample:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from bdpo.config import DataConfig
 from bdpo.errors import UserError, first_line
-from bdpo.storage.cache import fetched
+from bdpo.storage.cache import cached_copy
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def local_source(config: DataConfig) -> Path:
     Raises:
         UserError: nothing can be read at the URL.
     """
-    return fetched(config.path, "data.path") if "://" in config.path else Path(config.path)
+    return cached_copy(config.path, "data.path") if "://" in config.path else Path(config.path)
 
 
 def _open(path: Path, config: DataConfig) -> Iterator[NumberedRow]:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import MODEL_NAMES
 from bdpo.storage.manifests import read_manifest
-from bdpo.storage.paths import StoragePath, matching, open_parquet
+from bdpo.storage.paths import StoragePath, open_parquet, sorted_glob
 from bdpo.storage.run_dir import RunDir
 
 COMPARABLE = (
@@ -49,7 +49,7 @@ def read_evaluation(folder: StoragePath) -> Evaluation:
     summary = read_manifest(folder / "summary.json")
     if summary is None:
         raise UserError(f"{folder}: no finished evaluation; run `python -m pipelines.evaluate` first")
-    capability = {file.stem: read_manifest(file) for file in matching(folder / "capability", "*.json")}
+    capability = {file.stem: read_manifest(file) for file in sorted_glob(folder / "capability", "*.json")}
     summary = {**summary, "capability": capability} if capability else summary
     valid = [name for name, part in summary["benchmarks"].items() if part["valid"]]
     scores = pq.read_table(open_parquet(folder / "scores.parquet"))

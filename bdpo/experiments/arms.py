@@ -11,7 +11,7 @@ from bdpo.config.derive import Params, beta_of, trial_config, value_at
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import evaluated_model
 from bdpo.storage.manifests import read_manifest, write_manifest
-from bdpo.storage.paths import StoragePath, matching
+from bdpo.storage.paths import StoragePath, sorted_glob
 from bdpo.storage.run_dir import RunDir, run_config
 
 _CONTEXT = "context-"
@@ -130,7 +130,7 @@ def experiment_results(run: RunDir, name: str) -> list[StoragePath]:
         folder
         for experiments in (run.root / "experiments", run.private / "experiments")
         for kind in (_CONTEXT, "arms", "base")
-        for folder in matching(experiments, f"{kind}*")
+        for folder in sorted_glob(experiments, f"{kind}*")
     ]
     own = run.part("experiments", name).root
     return [run.data, run.scores, run.eval("base"), run.responses("base"), *shared, own]

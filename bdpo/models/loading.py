@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from bdpo.config import SANDBOX, Config, ModelConfig
 from bdpo.errors import UserError, first_line
 from bdpo.sandbox import sandbox_seed
-from bdpo.storage.cache import fetched
+from bdpo.storage.cache import cached_copy
 from bdpo.storage.digests import _read_once, files_digest
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def model_folder(model: ModelConfig) -> Path:
         return sandbox_folder(sandbox_seed(model)) / "model"
     folder = Path(model.name_or_path).expanduser()
     if "://" in model.name_or_path:
-        folder = fetched(model.name_or_path, "model.name_or_path")
+        folder = cached_copy(model.name_or_path, "model.name_or_path")
     elif not folder.is_dir():
         folder = hub_snapshot(model.name_or_path, model.revision, "model.name_or_path")
     if not (folder / "config.json").is_file():

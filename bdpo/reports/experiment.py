@@ -17,29 +17,27 @@ from bdpo.experiments.arms import arm_folder
 from bdpo.experiments.definitions import Experiment
 from bdpo.experiments.displacement import SIGNS, _tenths, displacement
 from bdpo.experiments.results import BASE, MAIN
+from bdpo.reports.cost import TimedStage, cost_section, stage_costs
 from bdpo.reports.page import (
     BLUE,
     COLOURS,
     GREY,
     ORANGE,
-    Grid,
     Page,
-    Part,
+    PageTable,
     Picture,
+    Section,
     legend_below,
     plain_axes,
 )
 from bdpo.reports.run import (
-    Stage,
-    cost,
-    data,
+    comparison_sentence,
+    data_section,
     measure_name,
-    sentence,
-    settings,
-    spent,
-    training,
-    understanding,
-    what_was_run,
+    mutual_information_section,
+    settings_section,
+    setup_section,
+    training_section,
 )
 from bdpo.stats import CONFIDENCE_LEVEL, mean_of_many, p_value
 from bdpo.storage.manifests import read_manifest
@@ -121,7 +119,7 @@ def experiment_page(
     done: Sequence[tuple[str, Config, RunDir]],
     notes: Sequence[str] = (),
     displaced: Mapping[str, pa.Table] | None = None,
-    stages: Sequence[Stage] = (),
+    stages: Sequence[TimedStage] = (),
     differences: pa.Table | None = None,
     rates: pa.Table | None = None,
 ) -> Page:
@@ -135,7 +133,7 @@ def experiment_page(
     for arm, _, folder in done:
         logs.setdefault(arm, []).append(MetricsLog(folder.metrics).read())
     trained = read_manifest(done[0][2].train / "manifest.json") if done else None
-    parts: list[Part | None] = [what_was_run(config, run, trained, arms=bool(plan.arms))]
+    parts: list[Section | None] = [setup_section(config, run, trained, arms=bool(plan.arms))]
     if results is not None:
         parts.append(_arms(config, plan, done))
         parts.append(_rates(config, rates) if rates is not None else None)
@@ -146,16 +144,16 @@ def experiment_page(
         rows = [(arm, row) for arm, pairs in displaced.items() for row in displacement(pairs)]
         parts += [_displacement(rows), _signs(rows, displaced)]
     parts += [
-        data(run, trained=False),
-        understanding(config, run),
-        training(logs),
-        cost(spent(stages)),
-        settings(config),
+        data_section(run, trained=False),
+        mutual_information_section(config, run),
+        training_section(logs),
+        cost_section(stage_costs(stages)),
+        settings_section(config),
     ]
     return Page(plan.title, [plan.question, *notes], [part for part in parts if part is not None])
 
 
-def _arms(config: Config, plan: Experiment, done: Sequence[tuple[str, Config, RunDir]]) -> Part:
+def _arms(config: Config, plan: Experiment, done: Sequence[tuple[str, Config, RunDir]]) -> Section:
     keys = list(dict.fromkeys(key for arm in plan.arms for key in arm.params))
     folders = {arm: folder for arm, _, folder in done}
     rows = []
@@ -172,7 +170,7 @@ def _arms(config: Config, plan: Experiment, done: Sequence[tuple[str, Config, Ru
     ]
     if len({row[-1] for row in rows if row[-1]}) > 1:
         text.append("The arms have not the same number of steps: one that left out pairs has fewer.")
-    return Part("The arms", text, [Grid(("arm", *keys, "folder", "pairs", "steps"), rows)])
+    return Section("The arms", text, [PageTable(("arm", *keys, "folder", "pairs", "steps"), rows)])
 
 
 def _pairs(trained: Mapping[str, Any]) -> str:
@@ -184,7 +182,7 @@ def _pairs(trained: Mapping[str, Any]) -> str:
     return "; ".join([f"{trained['pairs']['trained on']:,} of {trained['pairs']['prepared']:,}", *changed])
 
 
-def _findings(plan: Experiment, results: pa.Table) -> Part | None:
+def _findings(plan: Experiment, results: pa.Table) -> Section | None:
     rows = main_rows(results)
     if not rows:
         return None
@@ -202,7 +200,7 @@ def _findings(plan: Experiment, results: pa.Table) -> Part | None:
         caption = "Both at once: up and to the right is better."
         pictures.append(Picture("front", _front(rows, up, right), caption))
     tested = [row for row in rows if row["p"] is not None]
-    said = [sentence(measure_name(row), reference, row["arm"], _compared(row)) for row in tested]
+    said = [comparison_sentence(measure_name(row), reference, row["arm"], _compared(row)) for row in tested]
     if reference not in {row["arm"] for row in rows}:
         said.append(f"Nothing is tested: there is no {reference}, which all others are compared with.")
     if tested:
@@ -211,12 +209,12 @@ def _findings(plan: Experiment, results: pa.Table) -> Part | None:
             "correction for their number. Where an interval leaves out 0 and p is above 0.05, few clusters "
             "differ: p is the one to go by."
         )
-    grid = Grid(
+    grid = PageTable(
         ("percent", *measures),
         [(arm, *cells) for arm, cells in _by_arm(rows, measures).items()],
         f"Mean over prompts and seeds, 95 % interval over clusters; p of the test against {reference}.",
     )
-    return Part("What came of it", said, [grid], pictures)
+    return Section("What came of it", said, [grid], pictures)
 
 
 def _first(rows: Sequence[Row], measures: Sequence[str]) -> str | None:
@@ -229,7 +227,7 @@ def _compared(row: Row) -> Row:
     return {**row, "low": row["difference_low"], "high": row["difference_high"]}
 
 
-def _rates(config: Config, rates: pa.Table) -> Part:
+def _rates(config: Config, rates: pa.Table) -> Section:
     """What each arm showed at each learning rate, and which it is trained with."""
     tune = config.tune
     rows = [
@@ -247,14 +245,14 @@ def _rates(config: Config, rates: pa.Table) -> Part:
         "line without numbers: it could not be trained, or not be judged."
     ]
     headings = ("arm", "learning rate", tune.metric, tune.constraint, "feasible", "chosen")
-    return Part("Learning rates", text, [Grid(headings, rows, "Percent, 95 % intervals.")])
+    return Section("Learning rates", text, [PageTable(headings, rows, "Percent, 95 % intervals.")])
 
 
 def _bounded(row: Row, name: str) -> str:
     return percent({"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]})
 
 
-def _displacement(displaced: Sequence[tuple[str, Row]]) -> Part:
+def _displacement(displaced: Sequence[tuple[str, Row]]) -> Section:
     """How many preferred responses fell, by how much, and the rejected ones."""
     text = [
         "log π of both responses of every prepared pair under the trained model, less what it was under the "
@@ -275,11 +273,11 @@ def _displacement(displaced: Sequence[tuple[str, Row]]) -> Part:
         )
         for arm, row in displaced
     ]
-    grid = Grid(("", "pairs", "y_w fell, %", *numbers.values()), rows, "95 % intervals over pairs.")
-    return Part("What became of the preferred responses", text, [grid])
+    grid = PageTable(("", "pairs", "y_w fell, %", *numbers.values()), rows, "95 % intervals over pairs.")
+    return Section("What became of the preferred responses", text, [grid])
 
 
-def _signs(displaced: Sequence[tuple[str, Row]], arms: Mapping[str, pa.Table]) -> Part:
+def _signs(displaced: Sequence[tuple[str, Row]], arms: Mapping[str, pa.Table]) -> Section:
     """How the change of the preferred responses goes with what the reference model said of the pairs."""
     text = [
         "Spearman's ρ of the change of log π(y_w | x) and what the reference model says of a pair: below "
@@ -289,7 +287,7 @@ def _signs(displaced: Sequence[tuple[str, Row]], arms: Mapping[str, pa.Table]) -
         (f"{arm}, {row['group']}", *(_number(row, sign, 1, "+.2f") for sign in SIGNS))
         for arm, row in displaced
     ]
-    grid = Grid(("ρ", *SIGNS.values()), rows, "95 % intervals over pairs.")
+    grid = PageTable(("ρ", *SIGNS.values()), rows, "95 % intervals over pairs.")
     pictures = [
         Picture(
             f"displacement-{sign}", displacement_figure(arms, sign), f"By {written}, with 95 % intervals."
@@ -297,7 +295,7 @@ def _signs(displaced: Sequence[tuple[str, Row]], arms: Mapping[str, pa.Table]) -
         for sign, written in SIGNS.items()
         if all(pairs[sign].null_count == 0 for pairs in arms.values())
     ]
-    return Part("Could the reference model tell", text, [grid], pictures)
+    return Section("Could the reference model tell", text, [grid], pictures)
 
 
 def _number(row: Row, key: str, scale: float, form: str) -> str:
@@ -306,7 +304,7 @@ def _number(row: Row, key: str, scale: float, form: str) -> str:
     return "" if math.isnan(value) else f"{value:{form}}{interval}"
 
 
-def _differences(differences: pa.Table) -> Part:
+def _differences(differences: pa.Table) -> Section:
     """Every two arms."""
     rows = [
         (
@@ -322,13 +320,13 @@ def _differences(differences: pa.Table) -> Part:
         f"{len(rows)} paired tests over each prompt's mean of the seeds, without a correction for their "
         "number."
     ]
-    grid = Grid(
+    grid = PageTable(
         ("arms", "measure", "n", "difference, points", "p"), rows, "95 % intervals over clusters of prompts."
     )
-    return Part("Every two arms", text, [grid], folded=True)
+    return Section("Every two arms", text, [grid], folded=True)
 
 
-def _all_measures(results: pa.Table) -> Part:
+def _all_measures(results: pa.Table) -> Section:
     headings = ("arm", "measure", "n", "dropped", "value", "seeds from", "to", "difference", "p")
     rows = [
         (
@@ -344,7 +342,9 @@ def _all_measures(results: pa.Table) -> Part:
         )
         for row in results.to_pylist()
     ]
-    return Part("All measures", grids=[Grid(headings, rows, "The same as results.csv.")], folded=True)
+    return Section(
+        "All measures", tables=[PageTable(headings, rows, "The same as results.csv.")], folded=True
+    )
 
 
 def _difference(row: Row) -> str:

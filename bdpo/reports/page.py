@@ -40,7 +40,7 @@ _DPI = 200
 
 
 @dataclass(frozen=True)
-class Grid:
+class PageTable:
     """A table: texts, with the numbers (all columns but the first) on the right; facts, without headings.
 
     A part has at most one with headings: its CSV is called by the part.
@@ -61,12 +61,12 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Part:
+class Section:
     """A section of the page: what it shows, in this order."""
 
     heading: str
     text: Sequence[str] = ()
-    grids: Sequence[Grid] = ()
+    tables: Sequence[PageTable] = ()
     pictures: Sequence[Picture] = ()
     folded: bool = False  # shown only when asked for
 
@@ -77,7 +77,7 @@ class Page:
 
     title: str
     lead: Sequence[str]
-    parts: Sequence[Part] = field(default_factory=list)
+    sections: Sequence[Section] = field(default_factory=list)
 
 
 def plain_axes(width: float, height: float) -> tuple[Figure, Axes]:
@@ -102,20 +102,20 @@ def write_page(page: Page, file: StoragePath) -> None:
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("bdpo.reports").joinpath("page.html.jinja").read_text("utf-8"))
-    pictures = {p.name: _svg(p) for part in page.parts for p in part.pictures}
-    for part in page.parts:
-        for picture in part.pictures:
+    pictures = {p.name: _svg(p) for section in page.sections for p in section.pictures}
+    for section in page.sections:
+        for picture in section.pictures:
             write_figure(picture.figure, file.parent / f"{picture.name}.png")
-        for grid in part.grids:
-            if any(grid.headings):
-                name = re.sub(r"\W+", "-", part.heading.lower()).strip("-")
-                write_text(file.parent / f"{name}.csv", _csv(grid))
+        for table in section.tables:
+            if any(table.headings):
+                name = re.sub(r"\W+", "-", section.heading.lower()).strip("-")
+                write_text(file.parent / f"{name}.csv", _csv(table))
     write_text(file, template.render(page=page, pictures=pictures))
 
 
-def _csv(grid: Grid) -> str:
+def _csv(table: PageTable) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([grid.headings, *grid.rows])
+    csv.writer(text, lineterminator="\n").writerows([table.headings, *table.rows])
     return text.getvalue()
 
 

@@ -14,18 +14,19 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from bdpo.cluster.nodes import versions as package_versions
-from bdpo.config import Config, TuneConfig, parse_config, worker_range
+from bdpo.config import Config, TuneConfig, parse_config
 from bdpo.evaluation.answers import MODEL_NAMES
 from bdpo.evaluation.compare import compare
 from bdpo.evaluation.results import Evaluation, read_evaluation
 from bdpo.evaluation.tables import comparison_rows, invalid_lines, percent
+from bdpo.reports.cost import cost_section, run_stages, search_costs, stage_costs
 from bdpo.reports.page import (
     BLUE,
     COLOURS,
-    Grid,
     Page,
-    Part,
+    PageTable,
     Picture,
+    Section,
     plain_axes,
 )
 from bdpo.reports.scores import QUANTILES, mi_difference, mi_imbalance, mi_scatter, mi_summary
@@ -34,7 +35,7 @@ from bdpo.scoring.scores import finished_scores
 from bdpo.stats import ENDS, p_value
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.metrics_log import MetricsLog
-from bdpo.storage.paths import StoragePath, matching, open_parquet
+from bdpo.storage.paths import open_parquet, sorted_glob
 from bdpo.storage.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -72,19 +73,19 @@ def run_page(config: Config, run: RunDir) -> Page:
     """
     config = trained_config(config, run)
     evaluations = run_evaluations(run)
-    parts = [
-        what_was_run(config, run, read_manifest(run.train / "manifest.json")),
-        data(run),
-        understanding(config, run),
-        training({"": [MetricsLog(run.metrics).read()]}),
-        safety(evaluations),
+    sections = [
+        setup_section(config, run, read_manifest(run.train / "manifest.json")),
+        data_section(run),
+        mutual_information_section(config, run),
+        training_section({"": [MetricsLog(run.metrics).read()]}),
+        evaluation_section(evaluations),
         _search(run),
         _experiments(run),
-        cost([*spent(run_stages(config, run)), *_search_spent(config, run)]),
-        settings(config),
+        cost_section([*stage_costs(run_stages(config, run)), *search_costs(config, run)]),
+        settings_section(config),
     ]
     title = f"{config.method.name} on {config.model.name_or_path}"
-    return Page(title, _lead(config, evaluations), [part for part in parts if part is not None])
+    return Page(title, _lead(config, evaluations), [section for section in sections if section is not None])
 
 
 def trained_config(config: Config, run: RunDir) -> Config:
@@ -103,11 +104,15 @@ def run_evaluations(run: RunDir) -> dict[str, Evaluation]:
 def _lead(config: Config, evaluations: dict[str, Evaluation]) -> list[str]:
     lines = [f"Run folder {config.run_dir}, seed {config.seed}."]
     if "base" in evaluations and "trained" in evaluations:
-        lines += sentences({name: evaluations[name] for name in ("base", "trained")}, main_only=True)
+        lines += comparison_sentences(
+            {name: evaluations[name] for name in ("base", "trained")}, main_only=True
+        )
     return lines
 
 
-def what_was_run(config: Config, run: RunDir, trained: Mapping[str, Any] | None, arms: bool = False) -> Part:
+def setup_section(
+    config: Config, run: RunDir, trained: Mapping[str, Any] | None, arms: bool = False
+) -> Section:
     """Model, method, data and training; the versions are those in `trained`, the manifest of a training.
 
     Of `arms` there is a table.
@@ -135,10 +140,10 @@ def what_was_run(config: Config, run: RunDir, trained: Mapping[str, Any] | None,
     marks = {} if manifest is None else manifest["fingerprint"]
     shown = ("weights", "tokenizer", "chat_template", "pairs", "unconditional")
     rows += [(f"scores: {name}", str(marks[name])) for name in shown if name in marks]
-    return Part("What was run", grids=[Grid(("", ""), rows)])
+    return Section("Setup", tables=[PageTable(("", ""), rows)])
 
 
-def data(run: RunDir, trained: bool = True) -> Part | None:
+def data_section(run: RunDir, trained: bool = True) -> Section | None:
     """What became of every row that was read, and of `trained` which pairs it is trained on."""
     manifest = read_manifest(run.data / "manifest.json")
     if manifest is None:
@@ -153,7 +158,7 @@ def data(run: RunDir, trained: bool = True) -> Part | None:
     if trained:
         rows += _trained_on(run)
     text = ["Rows read = quarantined + excluded + not sampled + prepared."]
-    return Part("Data", text, [Grid(("", "rows"), rows)])
+    return Section("Data", text, [PageTable(("", "rows"), rows)])
 
 
 def _trained_on(run: RunDir) -> list[tuple[str, str]]:
@@ -164,7 +169,7 @@ def _trained_on(run: RunDir) -> list[tuple[str, str]]:
     return [(key, f"{count:,}") for key, count in (pairs | safety).items()]
 
 
-def understanding(config: Config, run: RunDir) -> Part | None:
+def mutual_information_section(config: Config, run: RunDir) -> Section | None:
     """The mutual information of the pairs, if they are scored."""
     if read_manifest(run.scores / "manifest.json") is None:
         return None
@@ -194,11 +199,11 @@ def understanding(config: Config, run: RunDir) -> Part | None:
         Picture("mi-difference", mi_difference(scores), "How differently the two are understood."),
     ]
     caption = "CHES has no unit: how alike the model sees both responses, the higher the more."
-    grid = Grid(headings, rows, caption if any(row["ches"] for row in summary) else "")
-    return Part("What the reference model understands", better, [grid], pictures)
+    table = PageTable(headings, rows, caption if any(row["ches"] for row in summary) else "")
+    return Section("Mutual information under the reference model", better, [table], pictures)
 
 
-def training(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Part | None:
+def training_section(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Section | None:
     """Curves of one or more trainings: name -> a log for each seed; the name "" wants no legend."""
     logs = {name: [log for log in seeds if log] for name, seeds in logs.items()}
     logs = {name: seeds for name, seeds in logs.items() if seeds}
@@ -213,7 +218,7 @@ def training(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Part | N
         Picture(f"curve-{key.replace('/', '-')}", _curves(logs, key, label), f"{label}, by step.")
         for key, label in _CURVES.items()
     ]
-    return Part("Training", grids=[Grid(("", "steps", *_CURVES.values()), rows)], pictures=pictures)
+    return Section("Training", tables=[PageTable(("", "steps", *_CURVES.values()), rows)], pictures=pictures)
 
 
 def _curves(logs: dict[str, Sequence[Sequence[dict[str, Any]]]], key: str, label: str) -> Figure:
@@ -234,31 +239,31 @@ def _curves(logs: dict[str, Sequence[Sequence[dict[str, Any]]]], key: str, label
     return figure
 
 
-def safety(evaluations: dict[str, Evaluation]) -> Part | None:
+def evaluation_section(evaluations: dict[str, Evaluation]) -> Section | None:
     """The evaluated models side by side, and what their differences amount to."""
     if not evaluations:
         return None
-    table = comparison_rows({name: read.summary for name, read in evaluations.items()})
+    compared = comparison_rows({name: read.summary for name, read in evaluations.items()})
     rows = [
         (
             f"– {row['category']}" if row["category"] else row["measure"],
             row["n"],
             *(row[name] for name in evaluations),
         )
-        for row in table
+        for row in compared
     ]
     invalid = [line for name, read in evaluations.items() for line in invalid_lines(name, read.summary)]
-    grid = Grid(("percent", "n", *evaluations), rows, "With 95 % intervals over clusters of prompts.")
-    return Part("Safety and usefulness", [*invalid, *sentences(evaluations)], [grid])
+    table = PageTable(("percent", "n", *evaluations), rows, "With 95 % intervals over clusters of prompts.")
+    return Section("Safety and usefulness", [*invalid, *comparison_sentences(evaluations)], [table])
 
 
-def sentences(evaluations: dict[str, Evaluation], main_only: bool = False) -> list[str]:
+def comparison_sentences(evaluations: dict[str, Evaluation], main_only: bool = False) -> list[str]:
     """What every two models' difference amounts to, a sentence a measure."""
     said = []
     for first, second in combinations(evaluations, 2):
         for row in compare(evaluations[first].scores, evaluations[second].scores):
             if not main_only or row["measure"] in ("safety", "compliance"):
-                said.append(sentence(measure_name(row), first, second, row))
+                said.append(comparison_sentence(measure_name(row), first, second, row))
     return said
 
 
@@ -268,7 +273,7 @@ def measure_name(row: dict[str, Any]) -> str:
     return f"{names.get(row['benchmark'], row['benchmark'])} {row['measure'].replace('_', ' ')}"
 
 
-def sentence(measure: str, first: str, second: str, row: dict[str, Any]) -> str:
+def comparison_sentence(measure: str, first: str, second: str, row: dict[str, Any]) -> str:
     """One comparison in words; `row` is what `paired_difference` says."""
 
     def points(value: float) -> str:
@@ -282,11 +287,11 @@ def sentence(measure: str, first: str, second: str, row: dict[str, Any]) -> str:
     return f"{measure}: {values}: {said}, p {p_value(row['p'])}, {meant}."
 
 
-def _search(run: RunDir) -> Part | None:
+def _search(run: RunDir) -> Section | None:
     begun, file = read_manifest(run.tune / "begun.json"), run.tune / "results.parquet"
     if begun is None or not file.is_file():
         return None
-    tune = swept(begun["fingerprint"])
+    tune = sweep_settings(begun["fingerprint"])
     results = pq.read_table(open_parquet(file))
     base = read_evaluation(run.part("tune", "base", "search").eval("base")).summary
     figures = search_figures(results, tune, base)
@@ -307,12 +312,12 @@ def _search(run: RunDir) -> Part | None:
             "best": run.part("tune", "trials", summary["best"]).eval("trained"),
         }
         said = ["The chosen trial on prompts that no trial was judged by:"]
-        said += sentences({name: read_evaluation(folder) for name, folder in folders.items()})
+        said += comparison_sentences({name: read_evaluation(folder) for name, folder in folders.items()})
     pictures = [Picture(f"search-{name}", figure) for name, figure in figures.items()]
-    return Part("Search", said, [Grid(headings, rows, "Percent, 95 % intervals.")], pictures)
+    return Section("Search", said, [PageTable(headings, rows, "Percent, 95 % intervals.")], pictures)
 
 
-def swept(fingerprint: dict[str, Any]) -> TuneConfig:
+def sweep_settings(fingerprint: dict[str, Any]) -> TuneConfig:
     """Section `tune` of the sweep that was begun with a fingerprint; see `tune.search`."""
     keys = {key.removeprefix("tune."): value for key, value in fingerprint.items() if key.startswith("tune.")}
     dimensions = {key: keys.pop(key) for key in list(keys) if key.startswith("space.")}
@@ -326,89 +331,13 @@ def _with_interval(row: dict[str, Any], name: str) -> str:
     return percent({end: row[f"{name}{suffix}"] for suffix, end in ENDS.items()})
 
 
-def _experiments(run: RunDir) -> Part | None:
+def _experiments(run: RunDir) -> Section | None:
     """Where the experiments on this run are to be found."""
-    names = [page.parent.name for page in matching(run.root / "experiments", "*/report.html")]
-    return Part("Experiments", [f"experiments/{name}/report.html" for name in names]) if names else None
+    names = [page.parent.name for page in sorted_glob(run.root / "experiments", "*/report.html")]
+    return Section("Experiments", [f"experiments/{name}/report.html" for name in names]) if names else None
 
 
-Stage = tuple[str, StoragePath, float]
-"""What was done, the manifest that has its seconds, how many GPUs it held."""
-
-Spent = tuple[str, float, float]
-"""What was done, its seconds, how many GPUs it held."""
-
-
-def run_stages(config: Config, run: RunDir) -> list[Stage]:
-    """The stages of a run, done or not."""
-    evaluated = [(f"evaluate {m}", run.eval(m) / "summary.json", gpus(config.evaluate)) for m in MODEL_NAMES]
-    return [score_stage(config, run), train_stage(config, run), *evaluated]
-
-
-def score_stage(config: Config, run: RunDir, name: str = "score") -> Stage:
-    """The scoring of a run's pairs."""
-    return name, run.scores / "manifest.json", gpus(config.score)
-
-
-def train_stage(config: Config, run: RunDir, name: str = "train") -> Stage:
-    """The training in a run folder."""
-    return name, run.train / "manifest.json", gpus(config.train)
-
-
-def spent(stages: Sequence[Stage]) -> list[Spent]:
-    """What each stage that is finished took."""
-    manifests = [(name, read_manifest(file) or {}, held) for name, file, held in stages]
-    return [(name, found["seconds"], held) for name, found, held in manifests if "seconds" in found]
-
-
-def _search_spent(config: Config, run: RunDir) -> list[Spent]:
-    """What the sweep of a run took: its trials, and the evaluations that they are compared with."""
-    file = run.tune / "results.parquet"
-    if not file.is_file():
-        return []
-    folders = {
-        "base": run.part("tune", "base", "search").eval("base"),
-        "base, held out": run.part("tune", "base", "held_out").eval("base"),
-    }
-    if summary := read_manifest(run.tune / "summary.json"):
-        folders["chosen, held out"] = run.part("tune", "trials", summary["best"]).eval("trained")
-    stages = [
-        (f"search: evaluate {name}", folder / "summary.json", gpus(config.evaluate))
-        for name, folder in folders.items()
-    ]
-    trials = pq.read_table(open_parquet(file), columns=["train_seconds", "evaluate_seconds"])
-    seconds = {name: float(np.sum(trials[name].to_numpy())) for name in trials.column_names}
-    alone = config.evaluate.gpus_per_worker  # a trial evaluates in one process
-    return [
-        (f"search: train {trials.num_rows} trials", seconds["train_seconds"], gpus(config.train)),
-        (f"search: evaluate {trials.num_rows} trials", seconds["evaluate_seconds"], alone),
-        *spent(stages),
-    ]
-
-
-def cost(done: Sequence[Spent]) -> Part | None:
-    """Seconds of what was done, and GPU-hours as GPUs x time."""
-    if not done:
-        return None
-    hours = [held * seconds / 3600 for _, seconds, held in done]
-    rows = [
-        (name, f"{seconds:,.0f}", f"{held:g}", f"{took:.2f}")
-        for (name, seconds, held), took in zip(done, hours, strict=True)
-    ]
-    rows.append(("all", "", "", f"{sum(hours):.2f}"))
-    text = [
-        "Of the last command that worked on each stage, so what was done before a kill is not in it; "
-        "capability benchmarks are not either."
-    ]
-    return Part("Time and cost", text, [Grid(("stage", "seconds", "GPUs", "GPU-hours"), rows)])
-
-
-def gpus(section: Any) -> float:
-    """The most that a stage may hold at a time."""
-    return float(worker_range(section.workers)[1] * section.gpus_per_worker)
-
-
-def settings(config: Config) -> Part:
+def settings_section(config: Config) -> Section:
     """Every key of the config."""
     rows = []
     for section, values in config.model_dump().items():
@@ -416,4 +345,4 @@ def settings(config: Config) -> Part:
             rows += [(f"{section}.{key}", str(value)) for key, value in values.items()]
         else:
             rows.append((section, str(values)))
-    return Part("All settings", grids=[Grid(("", ""), rows)], folded=True)
+    return Section("All settings", tables=[PageTable(("", ""), rows)], folded=True)

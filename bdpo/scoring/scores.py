@@ -37,7 +37,7 @@ SCORE_SCHEMA = pa.schema(
 )
 
 # More pairs than these are not single bad rows but a model or a machine that is unfit: scoring stops.
-MOST_UNSCORABLE = 16
+MAX_UNSCORABLE = 16
 
 _WORK_KEY = b"bdpo.work"
 
@@ -99,13 +99,13 @@ def finish_scores(run: RunDir, fingerprint: Fingerprint, seconds: float) -> dict
     )
 
 
-def unscorable(run: RunDir, reasons: Mapping[int, str]) -> UserError:
+def unscorable_error(run: RunDir, reasons: Mapping[int, str]) -> UserError:
     """The error that names the pairs (row -> reason) that cannot be scored."""
-    rows = sorted(reasons)[:MOST_UNSCORABLE]
+    rows = sorted(reasons)[:MAX_UNSCORABLE]
     ids = {row: read_pairs(run.pairs, row, 1)["pair_id"][0].as_py() for row in rows}
     named = "; ".join(f"pair_id {ids[row]} (row {row} of data/pairs): {reasons[row]}" for row in rows)
-    if len(reasons) > MOST_UNSCORABLE:
-        return UserError(f"score: stopped, more than {MOST_UNSCORABLE} pairs cannot be scored: {named}")
+    if len(reasons) > MAX_UNSCORABLE:
+        return UserError(f"score: stopped, more than {MAX_UNSCORABLE} pairs cannot be scored: {named}")
     return UserError(
         f"score: {len(reasons)} pairs cannot be scored, all others are: {named}; mend the cause and the same "
         "command scores these alone, or leave them out of data.path and start over with fresh=true"

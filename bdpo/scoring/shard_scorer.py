@@ -21,12 +21,12 @@ from bdpo.models.loading import model_folder, weights_digest
 from bdpo.models.oom import out_of_memory
 from bdpo.models.tokenizer import tokenizer_fingerprint
 from bdpo.scoring.reference import ReferenceScorer
-from bdpo.scoring.scores import _WORK_KEY, MOST_UNSCORABLE, real_tokens, score_store
+from bdpo.scoring.scores import _WORK_KEY, MAX_UNSCORABLE, real_tokens, score_store
 from bdpo.storage.manifests import Fingerprint
 from bdpo.storage.run_dir import RunDir
 
 
-def score_apart(
+def score_with_bisection(
     score: Callable[[pa.Table], pa.Table], pairs: pa.Table
 ) -> Iterator[tuple[int, pa.Table | str]]:
     """Score all rows that can be scored: (offset, scores) of runs of rows, (offset, reason) of single ones.
@@ -42,8 +42,8 @@ def score_apart(
         yield 0, outcome
         return
     half = pairs.num_rows // 2
-    yield from score_apart(score, pairs.slice(0, half))
-    for offset, part in score_apart(score, pairs.slice(half)):
+    yield from score_with_bisection(score, pairs.slice(0, half))
+    for offset, part in score_with_bisection(score, pairs.slice(half)):
         yield half + offset, part
 
 
@@ -121,10 +121,10 @@ class ShardScorer:
         """Write the scores of all rows that can be scored; returns the others' reasons."""
         unscorable = {}
         started, forwarded = time.perf_counter(), self.scorer.model.tokens_forwarded
-        for offset, outcome in score_apart(self.scorer.score, pairs):
+        for offset, outcome in score_with_bisection(self.scorer.score, pairs):
             if isinstance(outcome, str):
                 unscorable[first + offset] = outcome
-                if len(unscorable) > MOST_UNSCORABLE:
+                if len(unscorable) > MAX_UNSCORABLE:
                     break
                 continue
             now, forwarded_now = time.perf_counter(), self.scorer.model.tokens_forwarded

@@ -26,7 +26,7 @@ from bdpo.search.space import number_of_trials
 from bdpo.search.suggest import suggest
 from bdpo.search.trials import Rung, Trial, end_of
 from bdpo.storage.manifests import Fingerprint, finished, read_manifest, write_manifest
-from bdpo.storage.paths import discard, matching
+from bdpo.storage.paths import discard, sorted_glob
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.ends import RETRIED, End, Failure, forget_failure, read_failure, write_failure
 from bdpo.variants.objective import Measured
@@ -67,13 +67,13 @@ class Sweep:
 
     def trials(self) -> list[Trial]:
         """Every trial that was suggested, in the order of suggestion."""
-        found = matching(self.run.tune / "trials", "*/trial.json")
+        found = sorted_glob(self.run.tune / "trials", "*/trial.json")
         return [self.trial(file.parent.name) for file in found]
 
     def trial(self, name: str) -> Trial:
         """A trial, read from its files."""
         root = self.folder(name).root
-        rungs = [_rung(read_manifest(file)) for file in matching(root / "rungs", "*.json")]
+        rungs = [_rung(read_manifest(file)) for file in sorted_glob(root / "rungs", "*.json")]
         begun = read_manifest(root / "trial.json") or {}
         return Trial(name, begun["params"], rungs, read_failure(root))
 

@@ -14,7 +14,7 @@ from bdpo.config import Config, TuneConfig
 from bdpo.config.derive import Params, trial_config
 from bdpo.errors import UserError
 from bdpo.search.space import end_values
-from bdpo.training.batches import outline
+from bdpo.training.batches import plan_without_lengths
 from bdpo.variants.ends import End, Failure
 from bdpo.variants.objective import Measured
 
@@ -53,7 +53,7 @@ def check_rungs(config: Config, pairs: int) -> None:
     ends = ({key: end} for key, dim in config.tune.space.items() for end in end_values(key, dim))
     for params in [{}, *ends]:
         trial = trial_config(config, params, config.run_dir)
-        rung_steps(trial.tune.rungs, outline(pairs, trial.train, trial.seed).total_steps)
+        rung_steps(trial.tune.rungs, plan_without_lengths(pairs, trial.train, trial.seed).total_steps)
 
 
 def rung_steps(rungs: Sequence[float], total_steps: int) -> list[int]:

@@ -12,17 +12,17 @@ from filelock import FileLock
 from upath import UPath
 
 from bdpo.errors import UserError, error_line
-from bdpo.storage.paths import StoragePath, discard, storage_path, whole_folder
+from bdpo.storage.paths import StoragePath, atomic_folder, discard, storage_path
 
 
-def fetched(url: str, key: str) -> Path:
+def cached_copy(url: str, key: str) -> Path:
     """The cached copy of a folder or file on object storage; `key` is what an error names.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
     try:
-        return fetch(storage_path(url, key))
+        return local_copy(storage_path(url, key))
     except UserError:
         raise
     except Exception as error:  # every protocol of fsspec has errors of its own
@@ -34,7 +34,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("BDPO_CACHE") or Path.home() / ".cache" / "bdpo")
 
 
-def fetch(path: StoragePath) -> Path:
+def local_copy(path: StoragePath) -> Path:
     """The local copy of a folder or file: itself, or its download into the machine's cache.
 
     A copy is kept under digests of its URL and of names, sizes and etags: a model is downloaded once a
@@ -59,13 +59,13 @@ def fetch(path: StoragePath) -> Path:
     with FileLock(f"{copies}.lock"):
         if not copy.is_dir():
             discard(*copies.iterdir())
-            with whole_folder(copy) as folder:
+            with atomic_folder(copy) as folder:
                 path.fs.get(list(names), [str(folder / name) for name in names.values()])
     return copy / path.name if path.path in found else copy
 
 
-def forget(path: StoragePath) -> None:
-    """Remove what `fetch` keeps of a folder or file on object storage; one of this machine is no copy."""
+def drop_local_copy(path: StoragePath) -> None:
+    """Remove the cached copy that `local_copy` made of something on object storage; local paths stay."""
     if not isinstance(path, Path):
         discard(_copies(path))
 

@@ -122,7 +122,7 @@ def private_file(file: StoragePath) -> Iterator[IO[str]]:
 
 
 @contextmanager
-def whole_folder(to: StoragePath) -> Iterator[Path]:
+def atomic_folder(to: StoragePath) -> Iterator[Path]:
     """A local folder to fill; it takes the place of `to` when the block ends well.
 
     A local folder is renamed. Another is uploaded from the machine's scratch, its marker last: until then
@@ -169,7 +169,7 @@ def discard(*paths: StoragePath) -> None:
             path.unlink(missing_ok=True)
 
 
-def matching(folder: StoragePath, pattern: str) -> list[StoragePath]:
+def sorted_glob(folder: StoragePath, pattern: str) -> list[StoragePath]:
     """What a glob pattern finds in a folder, in order; nothing in one that is not there."""
     return sorted(folder.glob(pattern), key=str)
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from bdpo.errors import UserError
 from bdpo.storage.manifests import Fingerprint, refuse_other
-from bdpo.storage.paths import StoragePath, matching, parquet_bytes, read_bytes, write_bytes
+from bdpo.storage.paths import StoragePath, parquet_bytes, read_bytes, sorted_glob, write_bytes
 
 _NAME = re.compile(r"part-(\d{9})-([0-9a-f]{16})\.parquet")
 
@@ -102,13 +102,13 @@ class ShardStore:
 
     def remove(self, first_row: int) -> None:
         """Forget the shard that starts at `first_row`, so that its rows are made again."""
-        for shard in matching(self.folder, f"part-{first_row:09d}-*.parquet"):
+        for shard in sorted_glob(self.folder, f"part-{first_row:09d}-*.parquet"):
             shard.unlink(missing_ok=True)
 
     def _tidied(self) -> dict[int, int]:
         """`finished`, and all files of ours but these shards are removed."""
-        temporary = [file for file in matching(self.folder, ".part-*") if _NAME.fullmatch(file.stem[1:])]
-        leftover = {*matching(self.folder, "part-*"), *temporary}
+        temporary = [file for file in sorted_glob(self.folder, ".part-*") if _NAME.fullmatch(file.stem[1:])]
+        leftover = {*sorted_glob(self.folder, "part-*"), *temporary}
         found = {}
         for first, shard, content in self._shards():
             found[first] = _rows(content)
@@ -123,7 +123,7 @@ class ShardStore:
         A retried task may have written its rows twice: the first counts.
         """
         seen = -1
-        for shard, match in _named(matching(self.folder, pattern)):
+        for shard, match in _named(sorted_glob(self.folder, pattern)):
             first = int(match[1])
             content = _content(shard) if first != seen else b""
             if _digest(content) == match[2]:

@@ -19,7 +19,7 @@ from bdpo.errors import UserError
 from bdpo.models.packing import length_sorted_batches
 
 
-def held_out(pair_ids: Sequence[str], fraction: float, seed: int) -> list[int]:
+def draw_held_out(pair_ids: Sequence[str], fraction: float, seed: int) -> list[int]:
     """Rows of the pairs that are only evaluated on: `fraction` of all, rounded up.
 
     Which pairs these are depends on seed and ids alone, not on the order of the rows.
@@ -34,17 +34,19 @@ def held_out(pair_ids: Sequence[str], fraction: float, seed: int) -> list[int]:
     return sorted(drawn[:count])
 
 
-def outline(pairs: int, train: TrainConfig, seed: int) -> TrainingPlan:
+def plan_without_lengths(pairs: int, train: TrainConfig, seed: int) -> TrainingPlan:
     """The plan of a training on so many pairs, the held-out ones among them: steps without lengths.
 
     Raises:
-        UserError: see `held_out` and `TrainingPlan`.
+        UserError: see `draw_held_out` and `TrainingPlan`.
     """
-    out = held_out([str(pair) for pair in range(pairs)], train.eval_fraction, seed)
+    out = draw_held_out([str(pair) for pair in range(pairs)], train.eval_fraction, seed)
     return TrainingPlan([0] * (pairs - len(out)), train, seed)
 
 
-def deal(pairs: Sequence[int], lengths: Sequence[int], budget: int, workers: int) -> list[list[list[int]]]:
+def deal_micro_batches(
+    pairs: Sequence[int], lengths: Sequence[int], budget: int, workers: int
+) -> list[list[list[int]]]:
     """[worker][micro-step] -> some of `pairs`, the same number of micro-steps for every worker.
 
     `lengths` are the tokens of each of `pairs`, `budget` the most of a micro-batch. Micro-batches of one
@@ -104,9 +106,11 @@ class TrainingPlan:
         return _permutation(len(self.lengths), self.seed, epoch)[start : start + self.train.global_batch_size]
 
     def micro_batches(self, step: int, workers: int) -> list[list[list[int]]]:
-        """[worker][micro-step] -> indices of the pairs of a step, see `deal`."""
+        """[worker][micro-step] -> indices of the pairs of a step, see `deal_micro_batches`."""
         pairs = self.global_batch(step)
-        return deal(pairs, [self.lengths[i] for i in pairs], self.train.tokens_per_micro_batch, workers)
+        return deal_micro_batches(
+            pairs, [self.lengths[i] for i in pairs], self.train.tokens_per_micro_batch, workers
+        )
 
 
 @lru_cache(maxsize=2)

@@ -52,7 +52,7 @@ class Reported(Protocol):
 
 
 @dataclass(frozen=True)
-class Cursor:
+class TrainProgress:
     """Where a training stands. The order of the pairs is a function of the seed and `step` alone."""
 
     step: int = 0
@@ -77,7 +77,9 @@ class Staging:
         return Path(tempfile.mkdtemp(prefix=self.prefix))
 
 
-def save_checkpoint(engine: Any, cursor: Cursor, metrics: Metrics, staging: Staging, report: Report) -> None:
+def save_checkpoint(
+    engine: Any, cursor: TrainProgress, metrics: Metrics, staging: Staging, report: Report
+) -> None:
     """Write this worker's part of the engine's state and hand it to `report`; every worker must call this.
 
     Raises:
@@ -108,7 +110,9 @@ def save_checkpoint(engine: Any, cursor: Cursor, metrics: Metrics, staging: Stag
     report(folder, metrics)
 
 
-def load_first_whole(engine: Any, checkpoints: Sequence[Checkpoint]) -> tuple[Cursor, str, dict[str, str]]:
+def load_first_intact(
+    engine: Any, checkpoints: Sequence[Checkpoint]
+) -> tuple[TrainProgress, str, dict[str, str]]:
     """Restore the engine, and the generators, from the first of `checkpoints` that is whole.
 
     Every worker must call this with the same checkpoints. Returns the cursor, the name of the checkpoint,
@@ -127,10 +131,10 @@ def load_first_whole(engine: Any, checkpoints: Sequence[Checkpoint]) -> tuple[Cu
             if wrong is None:
                 return _load(engine, Path(folder)), name, damaged
             damaged[name] = wrong
-    raise none_whole(damaged)
+    raise no_intact_checkpoint(damaged)
 
 
-def none_whole(damaged: dict[str, str]) -> UserError:
+def no_intact_checkpoint(damaged: dict[str, str]) -> UserError:
     """A begun training never silently starts from zero: what to say instead."""
     wrong = "; ".join(f"{name}: {what}" for name, what in damaged.items()) or "all are gone"
     return UserError(f"no checkpoint to go on from ({wrong}); restore one, or fresh=true starts over")
@@ -142,7 +146,7 @@ def read_part(folder: StoragePath) -> dict[str, Any]:
     return part
 
 
-def why_incomplete(folder: StoragePath) -> str | None:
+def checkpoint_defect(folder: StoragePath) -> str | None:
     """What is missing of a checkpoint, or shorter than it was written; None if nothing is."""
     try:
         workers = read_part(folder)["workers"]
@@ -167,7 +171,7 @@ def _damage(folder: StoragePath, rank: int, hashes: bool = True) -> str | None:
     return None
 
 
-def _load(engine: Any, folder: Path) -> Cursor:
+def _load(engine: Any, folder: Path) -> TrainProgress:
     part, workers = read_part(folder), dist.get_world_size()
     if part["workers"] != workers:
         raise UserError(
@@ -182,7 +186,7 @@ def _load(engine: Any, folder: Path) -> Cursor:
     all_trained = all(parameter.requires_grad for parameter in engine.module.parameters())
     engine.load_checkpoint(str(folder), tag="state", load_module_strict=all_trained)
     _set_rng_state(torch.load(folder / f"rng_state_{dist.get_rank()}.pth", weights_only=True))
-    return Cursor(part["step"], part["epoch"], part["num_tokens"])
+    return TrainProgress(part["step"], part["epoch"], part["num_tokens"])
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:

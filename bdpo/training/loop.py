@@ -23,19 +23,19 @@ from bdpo.config import Config, TrainConfig
 from bdpo.errors import UserError
 from bdpo.method.losses import LOSSES, REFERENCE_FREE, LossOutput, PairLogps
 from bdpo.models.adapters import export_merged
-from bdpo.storage.cache import fetch
+from bdpo.storage.cache import local_copy
 from bdpo.storage.metrics_log import MetricsLog
-from bdpo.storage.paths import whole_folder
+from bdpo.storage.paths import atomic_folder
 from bdpo.storage.run_dir import RunDir
-from bdpo.training.batches import TrainingPlan, deal
+from bdpo.training.batches import TrainingPlan, deal_micro_batches
 from bdpo.training.checkpoints import (
     Checkpoint,
-    Cursor,
     Metrics,
     Report,
     Reported,
     Staging,
-    load_first_whole,
+    TrainProgress,
+    load_first_intact,
     save_checkpoint,
 )
 from bdpo.training.engine import build_engine, export
@@ -81,7 +81,7 @@ def train(
         metrics = train_step(engine, pairs, plan, cursor.step)
         tokens = pairs.tokens(plan.global_batch(cursor.step))
         step = cursor.step + 1
-        cursor = Cursor(step, step / plan.steps_per_epoch, cursor.num_tokens + tokens)
+        cursor = TrainProgress(step, step / plan.steps_per_epoch, cursor.num_tokens + tokens)
         metrics |= asdict(cursor) | {"tokens_per_second": tokens / (time.perf_counter() - started)}
         last, at_rung = step == plan.total_steps, rungs is not None and step in rungs.steps
         if held_out and (last or at_rung or step % config.train.eval_steps == 0):
@@ -93,7 +93,7 @@ def train(
             log.flush()
             save_checkpoint(engine, cursor, metrics, staging, report)
     if config.train.load_best_model_at_end:
-        load_first_whole(engine, best_first(config.train, reported()))
+        load_first_intact(engine, best_first(config.train, reported()))
     _export(engine, pairs, run)
 
 
@@ -111,7 +111,7 @@ def train_step(engine: Any, data: TrainingPairs, plan: TrainingPlan, step: int) 
         # The engine averages gradients over workers; the loss is a mean over the global batch.
         scale = workers / len(pairs_of_step) if indices else 0.0
         if number == 1 and step == 0:
-            _require_reference(pairs, output, data.config)
+            _require_initial_loss(pairs, output, data.config)
         engine.set_gradient_accumulation_boundary(number == len(micro_batches))
         engine.backward(output.loss.sum() * scale)
         engine.step()
@@ -129,7 +129,9 @@ def evaluate(engine: Any, data: TrainingPairs) -> Metrics:
     rank, workers, rows = dist.get_rank(), dist.get_world_size(), list(range(data.table.num_rows))
     sums: dict[str, torch.Tensor] = {}
     engine.eval()
-    for indices in deal(rows, data.lengths, data.config.train.tokens_per_micro_batch, workers)[rank]:
+    for indices in deal_micro_batches(rows, data.lengths, data.config.train.tokens_per_micro_batch, workers)[
+        rank
+    ]:
         _, output = _loss(engine, data, indices or rows[:1])
         _add(sums, output, bool(indices))
     engine.train()
@@ -147,15 +149,17 @@ def best_first(train: TrainConfig, reported: Sequence[Reported]) -> list[Checkpo
     return [r.checkpoint for r in reversed(by_score)]
 
 
-def _resume(engine: Any, run: RunDir, log: MetricsLog, reported: Callable[[], Sequence[Reported]]) -> Cursor:
+def _resume(
+    engine: Any, run: RunDir, log: MetricsLog, reported: Callable[[], Sequence[Reported]]
+) -> TrainProgress:
     """Go on from the newest whole checkpoint and note that, or begin if there is none."""
     newest_first = sorted(reported(), key=lambda r: r.metrics["step"], reverse=True)
-    cursor, name = Cursor(), None
+    cursor, name = TrainProgress(), None
     damaged: dict[str, str] = {}
     logged = log.read()
     dist.barrier()  # before the first worker shortens the log
     if newest_first:
-        cursor, name, damaged = load_first_whole(engine, [r.checkpoint for r in newest_first])
+        cursor, name, damaged = load_first_intact(engine, [r.checkpoint for r in newest_first])
     if dist.get_rank() == 0:
         if newest_first or logged:
             reached = logged[-1]["step"] if logged else 0
@@ -188,7 +192,7 @@ def _means(sums: dict[str, torch.Tensor], pairs: int) -> Metrics:
     return dict(zip(sums, (totals / pairs).tolist(), strict=True))
 
 
-def _require_reference(pairs: PairLogps, output: LossOutput, config: Config) -> None:
+def _require_initial_loss(pairs: PairLogps, output: LossOutput, config: Config) -> None:
     """Before any update policy and reference are the same model, so every pair's loss is that of Δ = 0.
 
     That is ln 2 for DPO and all that differ from it by weights or by label smoothing.
@@ -215,7 +219,7 @@ def _at_rung(engine: Any, data: TrainingPairs, run: RunDir, rungs: Rungs, step: 
         _export(engine, data, run)
         dist.barrier()
         if dist.get_rank() == 0:
-            rungs.hand_over(step)
+            rungs.mark_exported(step)
     return _all_agree(rungs.wait(step))
 
 
@@ -232,8 +236,8 @@ def _export(engine: Any, data: TrainingPairs, run: RunDir) -> None:
     Of a model with LoRA the adapter comes first, and the base with it merged in is made from that.
     """
     first, lora = dist.get_rank() == 0, data.config.train.lora is not None
-    with whole_folder(run.adapter if lora else run.model) if first else nullcontext(Path()) as folder:
+    with atomic_folder(run.adapter if lora else run.model) if first else nullcontext(Path()) as folder:
         export(engine, data.chat, folder)
     if lora and first:
-        with whole_folder(run.model) as folder:
-            export_merged(data.config.model, fetch(run.adapter), data.chat, folder)
+        with atomic_folder(run.model) as folder:
+            export_merged(data.config.model, local_copy(run.adapter), data.chat, folder)

@@ -56,7 +56,7 @@ KNOWN_SHAPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """Bytes on each worker, by what they are for: on its GPU, and offloaded to its node's memory or disk."""
 
     parameters: int  # how many there are, not bytes
@@ -104,23 +104,23 @@ def model_shape(config: Config) -> tuple[PreTrainedConfig, str | None]:
     return known, "shape as bdpo knows it: hub out of reach"
 
 
-def memory_need(config: Config, shape: PreTrainedConfig) -> Need:
+def memory_need(config: Config, shape: PreTrainedConfig) -> MemoryNeed:
     """What one of `train.workers` needs at its worst moment, in bytes."""
     model = _meta_model(config, shape, shape.num_hidden_layers)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    gpu, host = states(config, parameters, trainable)
+    gpu, host = model_state_bytes(config, parameters, trainable)
     how = "layers computed again" if config.train.gradient_checkpointing else "all layers kept"
-    gpu[f"activations, {how}"] = activations(config, shape)
+    gpu[f"activations, {how}"] = activation_bytes(config, shape)
     vocabulary, width = shape.vocab_size, shape.hidden_size
     size = 2 if config.model.dtype == "bfloat16" else 4
     # logits of a chunk in the model's dtype and in float32; the head's gradient in both
     gpu["output head, a chunk at a time"] = CHUNK_ELEMENTS * (4 + size) + vocabulary * width * (4 + size)
-    return Need(parameters, gpu, host)
+    return MemoryNeed(parameters, gpu, host)
 
 
 def checkpoint_bytes(config: Config, shape: PreTrainedConfig) -> int:
-    """What the parts of all workers hold together, as much as `states` keeps of what is trained.
+    """What the parts of all workers hold together, as much as `model_state_bytes` keeps of what is trained.
 
     The parameter itself, AdamW's two moments and, from stage 1 on, a float32 copy; no gradients.
     """
@@ -130,7 +130,9 @@ def checkpoint_bytes(config: Config, shape: PreTrainedConfig) -> int:
     return trainable * (size + (12 if config.train.zero_stage else 8))
 
 
-def states(config: Config, parameters: int, trainable: int) -> tuple[dict[str, int], dict[str, int]]:
+def model_state_bytes(
+    config: Config, parameters: int, trainable: int
+) -> tuple[dict[str, int], dict[str, int]]:
     """(on the GPU, offloaded): what DeepSpeed holds between steps, and its buffers, in bytes a worker.
 
     Parameters 2 bytes in bfloat16, 4 in float32. Of those that are trained, gradients summed in float32,
@@ -158,7 +160,7 @@ def states(config: Config, parameters: int, trainable: int) -> tuple[dict[str, i
     return gpu, {what: count for what, count in held.items() if what in away}
 
 
-def activations(config: Config, shape: PreTrainedConfig) -> int:
+def activation_bytes(config: Config, shape: PreTrainedConfig) -> int:
     """Bytes that a micro-batch of the longest pairs keeps for its backward, on a GPU.
 
     Two models that differ by one layer tell what a layer keeps. With gradient checkpointing it is the
@@ -177,7 +179,7 @@ def activations(config: Config, shape: PreTrainedConfig) -> int:
     return rest + layer + layers * kept
 
 
-def refuse_too_little(config: Config, need: Need, gpu_bytes: float | None) -> None:
+def require_gpu_memory(config: Config, need: MemoryNeed, gpu_bytes: float | None) -> None:
     """Raise a UserError if one GPU is known to be smaller than what it would have to hold."""
     if gpu_bytes is not None and need.gpu_total > gpu_bytes:
         largest = max(need.gpu, key=lambda what: need.gpu[what])

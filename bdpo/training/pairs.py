@@ -19,7 +19,7 @@ from bdpo.models.logps import pair_logps, prefix_sharing_obstacle
 from bdpo.models.packing import group_tokens
 from bdpo.models.tokenizer import ChatTokenizer, encode_pairs, load_tokenizer
 from bdpo.storage.run_dir import RunDir
-from bdpo.training.batches import held_out
+from bdpo.training.batches import draw_held_out
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class TrainingPairs:
     def split(self) -> tuple[TrainingPairs, TrainingPairs | None]:
         """Those to train on, and those held out for evaluation if there are any."""
         ids: list[str] = self.table["pair_id"].to_pylist()
-        out = held_out(ids, self.config.train.eval_fraction, self.config.seed)
+        out = draw_held_out(ids, self.config.train.eval_fraction, self.config.seed)
         return (self._take(sorted(set(range(len(ids))) - set(out))), self._take(out)) if out else (self, None)
 
     def _take(self, rows: list[int]) -> TrainingPairs:

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bdpo.storage.paths import StoragePath, matching, write_text
+from bdpo.storage.paths import StoragePath, sorted_glob, write_text
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Rungs:
         """Is the model after `step` steps in its place? It stays there until training goes on."""
         return self._file(step, "exported").exists()
 
-    def hand_over(self, step: int) -> None:
+    def mark_exported(self, step: int) -> None:
         """Say that it is."""
         write_text(self._file(step, "exported"), "")
 
-    def take_back(self) -> None:
+    def withdraw_export(self) -> None:
         """The model was lost: it is to be written again."""
-        for file in matching(self.folder, "*.exported"):
+        for file in sorted_glob(self.folder, "*.exported"):
             file.unlink()
 
     def wait(self, step: int) -> bool:
@@ -44,7 +44,7 @@ class Rungs:
             time.sleep(self.poll_seconds)
         return go
 
-    def go_on(self, step: int) -> None:
+    def promote(self, step: int) -> None:
         """Let training go on from `step`, now and whenever it comes there again."""
         write_text(self._file(step, "go"), "")
 
@@ -52,7 +52,7 @@ class Rungs:
         """Let training end where it waits."""
         write_text(self.folder / "stop", "")
 
-    def reopen(self) -> None:
+    def clear_stop(self) -> None:
         """A training begins: the end of the one before is not its own."""
         (self.folder / "stop").unlink(missing_ok=True)
 

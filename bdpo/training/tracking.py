@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from bdpo.config import Config
 from bdpo.errors import UserError, first_line
 from bdpo.storage.metrics_log import MetricsLog
-from bdpo.storage.paths import discard, read_text, whole_folder, write_text
+from bdpo.storage.paths import atomic_folder, discard, read_text, write_text
 from bdpo.storage.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class _TensorBoard:
         self.place, folder = ExitStack(), run.train / "tensorboard"
         discard(folder)
         if not isinstance(folder, Path):
-            folder = self.place.enter_context(whole_folder(folder))
+            folder = self.place.enter_context(atomic_folder(folder))
         self.writer = SummaryWriter(str(folder))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

@@ -28,7 +28,7 @@ from bdpo.models.logps import LogpsModel, pair_groups, pair_logps
 from bdpo.models.packing import PrefixGroup
 from bdpo.models.tokenizer import encode_pairs
 from bdpo.storage.run_dir import RunDir
-from bdpo.training.checkpoints import Cursor, Staging, load_first_whole, save_checkpoint
+from bdpo.training.checkpoints import Staging, TrainProgress, load_first_intact, save_checkpoint
 from bdpo.training.engine import build_engine, export
 from bdpo.training.loop import train_step
 from bdpo.training.pairs import TrainingPairs
@@ -137,7 +137,7 @@ def trained(
     """The engine after the last step, and the losses; a checkpoint is kept on the way, or begun from."""
     plan = plan_of(data)
     engine = build_engine(config, plan.total_steps, plan.warmup_steps)
-    first = load_first_whole(engine, [Kept(str(start))])[0].step if start else 0
+    first = load_first_intact(engine, [Kept(str(start))])[0].step if start else 0
     losses = []
     for step in range(first, plan.total_steps):
         if keep and step == RESUMED_AT:
@@ -146,7 +146,7 @@ def trained(
                 shutil.rmtree(keep, ignore_errors=True)
                 shutil.move(folder, keep)
 
-            save_checkpoint(engine, Cursor(step), {}, Staging(RunDir(config.run_dir)), report)
+            save_checkpoint(engine, TrainProgress(step), {}, Staging(RunDir(config.run_dir)), report)
         losses.append(train_step(engine, data, plan, step)["loss"])
     return engine, losses
 

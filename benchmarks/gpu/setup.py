@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from bdpo.models.tokenizer import EncodedPair
 from bdpo.sandbox.tiny import quiet_saving
-from bdpo.storage.paths import whole_folder
+from bdpo.storage.paths import atomic_folder
 from bdpo.training.memory import GIB, KNOWN_SHAPES
 from benchmarks.common import draw
 
@@ -98,7 +98,7 @@ def model_folder(setup: Setup, name: str) -> Path:
     """The model in bfloat16 with a tokenizer, as `from_pretrained` loads it; made once."""
     folder = setup.work / f"model-{name}"
     if not folder.is_dir():
-        with whole_folder(folder) as unfinished, quiet_saving():
+        with atomic_folder(folder) as unfinished, quiet_saving():
             random_model(setup.shape(name), torch.bfloat16, setup.device).save_pretrained(unfinished)
             chat_tokenizer().save_pretrained(unfinished)
     return folder

@@ -15,13 +15,13 @@ from bdpo.experiments.arms import Record, base_run, rescored
 from bdpo.experiments.definitions import experiment
 from bdpo.experiments.displacement import displaced_pairs, displacement
 from bdpo.experiments.results import BASE, arm_differences, summarise_arms
+from bdpo.reports.cost import TimedStage, score_stage, stage_gpus, train_stage
 from bdpo.reports.experiment import arms_table, csv_bytes, experiment_page
 from bdpo.reports.page import write_page
-from bdpo.reports.run import Stage, gpus, score_stage, train_stage
 from bdpo.reports.scores import mi_imbalance
 from bdpo.scoring.scores import finished_scores
 from bdpo.stats import ENDS
-from bdpo.storage.paths import discard, matching, write_bytes
+from bdpo.storage.paths import discard, sorted_glob, write_bytes
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.objective import Measured, measure
 from pipelines.runtime.arms import Job, jobs_of, trial_jobs
@@ -54,7 +54,7 @@ def write_results(run: RunDir, name: str) -> None:
     done = [job for job in jobs if job.done]
     if plan.arms and not done and (folder / "results.csv").is_file():
         raise UserError(f"{folder}: its trainings are gone; the page stays as it is")
-    discard(*matching(folder, "*.png"), *matching(folder, "*.csv"))  # of an arm that is no longer there
+    discard(*sorted_glob(folder, "*.png"), *sorted_glob(folder, "*.csv"))  # of an arm that is no longer there
     results = differences = None
     if done:
         found: dict[str, list[Evaluation]] = {}
@@ -136,7 +136,7 @@ def _displaced(run: RunDir, done: Sequence[Job]) -> dict[str, pa.Table]:
     return {arm: displaced_pairs(before, scores) for arm, scores in after.items()}
 
 
-def _stages(run: RunDir, record: Record, jobs: Sequence[Job], displaced: bool) -> list[Stage]:
+def _stages(run: RunDir, record: Record, jobs: Sequence[Job], displaced: bool) -> list[TimedStage]:
     """All that the experiment does, done or not."""
     config, trials = record.config, trial_jobs(record.config, run, record.trials)
     bases = {"evaluate base": base_run(config, run)} if jobs else {}
@@ -148,11 +148,12 @@ def _stages(run: RunDir, record: Record, jobs: Sequence[Job], displaced: bool) -
         score_stage(j.config, j.run, f"score, {j.config.score.unconditional}") for j in contexts.values()
     ]
     for named, base in bases.items():
-        stages.append((named, base.eval("base") / "summary.json", gpus(config.evaluate)))
+        stages.append(TimedStage(named, base.eval("base") / "summary.json", stage_gpus(config.evaluate)))
     for job in [*trials, *jobs]:
         named, summary = f"{job.arm}, seed {job.seed}", job.run.eval("trained") / "summary.json"
         stages.append(train_stage(job.config, job.run, f"{named}: train"))
-        stages.append((f"{named}: evaluate", summary, config.evaluate.gpus_per_worker))  # in one process
+        alone = config.evaluate.gpus_per_worker  # an arm is evaluated in one process
+        stages.append(TimedStage(f"{named}: evaluate", summary, alone))
         if displaced:
             stages.append(score_stage(*rescored(job.config, job.run), f"{named}: score again"))
     return stages

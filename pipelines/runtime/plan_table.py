@@ -7,14 +7,14 @@ from rich.table import Table
 from bdpo.cluster.status import expected_pairs
 from bdpo.config import Config
 from bdpo.storage.run_dir import RunDir
-from bdpo.training.batches import outline
+from bdpo.training.batches import plan_without_lengths
 from bdpo.training.memory import (
     GIB,
-    Need,
+    MemoryNeed,
     gpu_memory,
     memory_need,
     model_shape,
-    refuse_too_little,
+    require_gpu_memory,
 )
 from pipelines.runtime.progress import console
 
@@ -34,13 +34,13 @@ def print_plan(config: Config, pairs: int | None = None) -> None:
     console.print(_memory_table(config, need))
     if remark:
         console.print(f"{config.model.name_or_path}: {remark}", soft_wrap=True)
-    refuse_too_little(config, need, gpu_memory(config.train))
+    require_gpu_memory(config, need, gpu_memory(config.train))
 
 
 def require_memory(config: Config) -> None:
     """Raise a UserError if a GPU is known to be too small for the training."""
     if (known := gpu_memory(config.train)) is not None:
-        refuse_too_little(config, memory_need(config, model_shape(config)[0]), known)
+        require_gpu_memory(config, memory_need(config, model_shape(config)[0]), known)
 
 
 def _batch_table(config: Config, pairs: int | None) -> Table:
@@ -53,14 +53,14 @@ def _batch_table(config: Config, pairs: int | None) -> Table:
     if pairs is None:
         table.add_row("pairs", "not known before the data are read")
     else:
-        plan = outline(pairs, train, config.seed)
+        plan = plan_without_lengths(pairs, train, config.seed)
         steps = f"{plan.total_steps:,}, {plan.steps_per_epoch:,} an epoch, {plan.warmup_steps} to warm up"
         table.add_row("pairs", f"{len(plan.lengths):,}")
         table.add_row("steps", steps)
     return table
 
 
-def _memory_table(config: Config, need: Need) -> Table:
+def _memory_table(config: Config, need: MemoryNeed) -> Table:
     title = f"memory of each worker: {need.parameters / 1e9:.2f} billion parameters, {config.model.dtype}"
     table = Table(title=title, title_justify="left")
     table.add_column("what")

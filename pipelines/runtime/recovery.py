@@ -19,8 +19,8 @@ from ray.train import ControllerError, TrainingFailedError, UserCallback
 from bdpo.config import TrainConfig
 from bdpo.errors import UserError
 from bdpo.storage.manifests import read_manifest, write_manifest
-from bdpo.storage.paths import StoragePath, discard, matching, write_text
-from bdpo.training.checkpoints import none_whole, read_part, why_incomplete
+from bdpo.storage.paths import StoragePath, discard, sorted_glob, write_text
+from bdpo.training.checkpoints import checkpoint_defect, no_intact_checkpoint, read_part
 
 # Every retry would meet these again: a guard of the training, or a full disk.
 FINAL = (UserError, FloatingPointError)
@@ -56,7 +56,7 @@ def final_cause(error: TrainingFailedError) -> Exception:
     return cause if isinstance(cause, FINAL) else error
 
 
-def restore_checkpoints(
+def rebuild_checkpoint_list(
     folder: StoragePath, committed: int | None, train: TrainConfig
 ) -> tuple[int, dict[str, str]]:
     """Make Ray's list of the checkpoints in `folder` that of those which are whole; the others are removed.
@@ -70,7 +70,7 @@ def restore_checkpoints(
     wrong = incomplete_checkpoints(folder)
     whole = [file for file in _checkpoints(folder) if file.name not in wrong]
     if committed and not whole:
-        raise none_whole(wrong)
+        raise no_intact_checkpoint(wrong)
     snapshot = folder / "checkpoint_manager_snapshot.json"
     if whole:
         write_text(
@@ -82,7 +82,7 @@ def restore_checkpoints(
     return len(whole), wrong
 
 
-def forget_uncommitted(folder: StoragePath, reported: Sequence[Any]) -> None:
+def remove_uncommitted(folder: StoragePath, reported: Sequence[Any]) -> None:
     """Remove what a worker that died had copied to storage before Ray could commit it, whole or not.
 
     Training goes on from `reported` and shortens its log to that: a later start that found a newer
@@ -94,11 +94,11 @@ def forget_uncommitted(folder: StoragePath, reported: Sequence[Any]) -> None:
 
 def incomplete_checkpoints(folder: StoragePath) -> dict[str, str]:
     """Names of the checkpoints in `folder` that are not whole, with what is wrong with each."""
-    return {file.name: why for file in _checkpoints(folder) if (why := why_incomplete(file))}
+    return {file.name: why for file in _checkpoints(folder) if (why := checkpoint_defect(file))}
 
 
 def _checkpoints(folder: StoragePath) -> list[StoragePath]:
-    return [file for file in matching(folder, "checkpoint_*") if file.is_dir()]
+    return [file for file in sorted_glob(folder, "checkpoint_*") if file.is_dir()]
 
 
 def _ray_list(metrics: dict[str, dict[str, Any]], train: TrainConfig) -> dict[str, Any]:

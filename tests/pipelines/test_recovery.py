@@ -43,17 +43,17 @@ def account(inputs, nodes):
 
 def test_what_was_copied_and_never_committed_is_not_gone_on_from(tmp_path):
     """A worker dies between the last byte and the commit: training goes on from before, its log with it."""
-    from pipelines.runtime.recovery import forget_uncommitted
+    from pipelines.runtime.recovery import remove_uncommitted
 
     for name in ("checkpoint_1", "checkpoint_2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "part").write_text("whole")
     (tmp_path / "checkpoint_manager_snapshot.json").write_text("{}")
     committed = SimpleNamespace(checkpoint=SimpleNamespace(path=str(tmp_path / "checkpoint_1")))
-    forget_uncommitted(tmp_path, [committed])
+    remove_uncommitted(tmp_path, [committed])
     left = {"checkpoint_1", "checkpoint_manager_snapshot.json"}
     assert {file.name for file in tmp_path.iterdir()} == left
-    forget_uncommitted(tmp_path, [])
+    remove_uncommitted(tmp_path, [])
     assert not (tmp_path / "checkpoint_1").exists()
 
 

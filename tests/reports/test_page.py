@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from bdpo.reports.page import (
     BLUE,
     INK,
-    Grid,
     Page,
-    Part,
+    PageTable,
     Picture,
+    Section,
     write_page,
 )
 
@@ -31,10 +31,13 @@ def drawing():
 @pytest.fixture
 def written(tmp_path):
     parts = [
-        Part(
-            "One <i>", ["a & b"], [Grid(("", "n"), [("rows", "1,000")], "of all")], [Picture("p1", drawing())]
+        Section(
+            "One <i>",
+            ["a & b"],
+            [PageTable(("", "n"), [("rows", "1,000")], "of all")],
+            [Picture("p1", drawing())],
         ),
-        Part("Two", pictures=[Picture("p2", drawing(), "again")], folded=True),
+        Section("Two", pictures=[Picture("p2", drawing(), "again")], folded=True),
     ]
     write_page(Page("Title", ["lead"], parts), tmp_path / "page.html")
     return tmp_path
@@ -98,7 +101,10 @@ def test_each_figure_is_a_png_beside_it(written):
 
 def test_a_table_with_headings_is_a_csv_beside_it(tmp_path):
     parts = [
-        Part("What it was: 1", grids=[Grid(("a, b", "n"), [("x", "1,000")]), Grid(("", ""), [("k", "v")])])
+        Section(
+            "What it was: 1",
+            tables=[PageTable(("a, b", "n"), [("x", "1,000")]), PageTable(("", ""), [("k", "v")])],
+        )
     ]
     write_page(Page("Title", [], parts), tmp_path / "page.html")
     assert (tmp_path / "what-it-was-1.csv").read_text() == '"a, b",n\nx,"1,000"\n'
@@ -107,7 +113,7 @@ def test_a_table_with_headings_is_a_csv_beside_it(tmp_path):
 
 def test_the_same_page_twice_is_the_same_file(tmp_path):
     for name in ("first", "second"):
-        page = Page("Title", ["lead"], [Part("One", pictures=[Picture("p", drawing())])])
+        page = Page("Title", ["lead"], [Section("One", pictures=[Picture("p", drawing())])])
         write_page(page, tmp_path / name / "page.html")
     assert (tmp_path / "first/page.html").read_bytes() == (tmp_path / "second/page.html").read_bytes()
 
@@ -160,8 +166,8 @@ def test_paper_shows_what_the_screen_folds(written, tab):
 
 def test_paper_shows_the_whole_of_a_wide_table(tmp_path, tab):
     headings = [f"a rather long heading {i}" for i in range(12)]
-    wide = Grid(headings, [["12.3 (11.2 to 13.4)"] * 12])
-    write_page(Page("Title", [], [Part("Wide", grids=[wide])]), tmp_path / "page.html")
+    wide = PageTable(headings, [["12.3 (11.2 to 13.4)"] * 12])
+    write_page(Page("Title", [], [Section("Wide", tables=[wide])]), tmp_path / "page.html")
     edge = "document.querySelector('td:last-child').getBoundingClientRect().right"
     tab.show(tmp_path / "page.html", 700)
     assert tab.value(edge) > 700

@@ -20,9 +20,10 @@ from bdpo.experiments.displacement import displaced_pairs
 from bdpo.experiments.results import arm_differences, summarise_arms
 from bdpo.method.losses import LOSSES, PairLogps
 from bdpo.method.mi import balance_weights
+from bdpo.reports.cost import TimedStage, train_stage
 from bdpo.reports.experiment import csv_bytes, experiment_page
 from bdpo.reports.page import write_page
-from bdpo.reports.run import run_page, sentence, train_stage, training, what_was_run
+from bdpo.reports.run import comparison_sentence, run_page, setup_section, training_section
 from bdpo.scoring.scores import SCORE_SCHEMA, score_store
 from bdpo.search.sweep import Sweep
 from bdpo.search.trials import results_table
@@ -110,11 +111,11 @@ def test_a_page_with_all_its_tables_fits_a_phone(run, tab, name):
 
 def picture(page, name):
     """The axes of a figure of a page."""
-    return next(p.figure for part in page.parts for p in part.pictures if p.name == name).axes[0]
+    return next(p.figure for section in page.sections for p in section.pictures if p.name == name).axes[0]
 
 
 def part(page, heading):
-    return next(part for part in page.parts if part.heading == heading)
+    return next(section for section in page.sections if section.heading == heading)
 
 
 SPACE = {"method.alpha": [0.5, 1.0, 2.0], "method.beta": [0.1, 0.2, 0.4]}
@@ -165,7 +166,7 @@ def test_the_page_of_a_sweep_has_its_heat_map_its_front_and_a_line_a_trial(swept
     assert points == [pytest.approx([100 if n < 8 else 50, 10 * n]) for n in range(9)]
     assert lines["Pareto front"].get_xydata().tolist() == [pytest.approx([50, 80]), pytest.approx([100, 70])]
     assert lines["base model"].get_xydata().tolist() == [pytest.approx([100, 0])]
-    rows = part(page, "Search").grids[0].rows
+    rows = part(page, "Search").tables[0].rows
     assert [row[0] for row in rows] == [f"000{n}" + " (chosen)" * (n == 7) for n in range(9)]
     assert [row[1:3] for row in rows] == [(f"{alpha:g}", f"{beta:g}") for alpha, beta in everywhere]
     assert rows[8][4].startswith("80.0 (")
@@ -179,7 +180,7 @@ def test_the_page_of_a_sweep_has_its_heat_map_its_front_and_a_line_a_trial(swept
 
 def test_a_sweep_counts_in_time_and_cost(swept):
     """Nine trials of two rungs of 100 s of training on no GPU, 7 s of evaluation on half a one."""
-    rows = {row[0]: row[1:] for row in part(run_page(*swept), "Time and cost").grids[0].rows}
+    rows = {row[0]: row[1:] for row in part(run_page(*swept), "Time and cost").tables[0].rows}
     assert rows["search: train 9 trials"] == ("1,800", "0", "0.00")
     assert rows["search: evaluate 9 trials"] == ("126", "0.5", "0.02")
     for name in ("base", "base, held out", "chosen, held out"):
@@ -191,18 +192,20 @@ def test_a_sweep_counts_in_time_and_cost(swept):
 def test_a_folder_without_results_has_a_page_too(tmp_path):
     config = tiny_config(tmp_path / "run", tmp_path / "gone", tmp_path / "gone.jsonl")
     page = run_page(config, RunDir(config.run_dir))
-    assert [part.heading for part in page.parts] == ["What was run", "All settings"]
+    assert [section.heading for section in page.sections] == ["Setup", "All settings"]
 
 
 def test_a_comparison_in_words():
     row = {"n": 10, "first": 0.5, "second": 0.8, "difference": 0.3, "low": 0.1, "high": 0.5, "p": 0.0004}
-    assert sentence("Safety", "dpo", "bdpo", row) == (
+    assert comparison_sentence("Safety", "dpo", "bdpo", row) == (
         "Safety: bdpo 80.0 %, dpo 50.0 %: +30.0 points (95 % interval +10.0 to +50.0), p <0.001, "
         "more than the choice of prompts explains."
     )
-    assert "chance may explain it" in sentence("Safety", "dpo", "bdpo", row | {"p": 0.4})
+    assert "chance may explain it" in comparison_sentence("Safety", "dpo", "bdpo", row | {"p": 0.4})
     same = row | {"second": 0.5, "difference": -1e-17, "low": -0.5, "high": 0.5, "p": 1.0}
-    assert "+0.0 points (95 % interval -50.0 to +50.0), p 1" in sentence("Safety", "dpo", "bdpo", same)
+    assert "+0.0 points (95 % interval -50.0 to +50.0), p 1" in comparison_sentence(
+        "Safety", "dpo", "bdpo", same
+    )
 
 
 @pytest.mark.parametrize("name", ["methods", "alpha", "imbalance"])
@@ -229,7 +232,7 @@ def test_the_page_of_an_experiment(run, name):
         )
         done.append((arm.name, settings, own))
     notes = ["Not done is this and that."]
-    stages = [("score", folder.scores / "manifest.json", 2.0)]
+    stages = [TimedStage("score", folder.scores / "manifest.json", 2.0)]
     stages += [train_stage(settings, own, f"{arm}: train") for arm, settings, own in done]
     page = experiment_page(config, folder, plan, results, done, notes, stages=stages)
     write_page(page, folder.root / "experiments" / name / "report.html")
@@ -262,7 +265,7 @@ def curves(**seeds):
 
 
 def test_training_curves_are_means_over_seeds_from_the_first_step_to_the_last():
-    trained = training(curves(dpo=[[5, 4, 3], [3, 1, 0]], bdpo=[[9, 7, 2]]))
+    trained = training_section(curves(dpo=[[5, 4, 3], [3, 1, 0]], bdpo=[[9, 7, 2]]))
     figures = {picture.name: picture.figure.axes[0] for picture in trained.pictures}
     for key, scale in (("loss", 1), ("rewards-margins", -1), ("logps-chosen", -10)):
         axes = figures[f"curve-{key}"]
@@ -362,7 +365,7 @@ def test_every_two_arms_are_on_the_page_folded(run):
     page, _ = outcome(*run, "displacement", [[1.0] * 6, [0.0] * 6, [0.5] * 6], [[True], [False], [False]])
     every = part(page, "Every two arms")
     assert every.folded
-    shown = {(row[0], row[1]): row[3] for row in every.grids[0].rows}
+    shown = {(row[0], row[1]): row[3] for row in every.tables[0].rows}
     assert len(shown) == 6
     # of six prompts one is harmless at the second seed, whatever the arm
     assert shown["bdpo − dpo", "StrongReject safety"].startswith(f"{100 * 5.5 / 6:+.1f} (")
@@ -387,7 +390,7 @@ def test_what_became_of_the_responses_is_on_the_page(run, scores):
     results = summarise_arms({"dpo": evaluated(table([1.0, 0.5]))}, "dpo")
     displaced = {"dpo": displaced_pairs(before, [after])}
     page = experiment_page(config, folder, plan, results, [], displaced=displaced)
-    row = part(page, "What became of the preferred responses").grids[0].rows[0]
+    row = part(page, "What became of the preferred responses").tables[0].rows[0]
     assert row[:2] == ("dpo, all", "2,000")
     assert row[2].startswith("30.0 (")
     assert row[3].startswith("+1.10 (+1.0")
@@ -396,7 +399,7 @@ def test_what_became_of_the_responses_is_on_the_page(run, scores):
     for cell, tenth in zip(row[5:7], (order[:200], order[-200:]), strict=True):
         assert cell.startswith(f"{change[tenth].mean():+.2f} (")
     told = part(page, "Could the reference model tell")
-    assert told.grids[0].rows[0][1].count("to") == 1
+    assert told.tables[0].rows[0][1].count("to") == 1
     assert {picture.name for picture in told.pictures} >= {"displacement-ches", "displacement-imbalance"}
 
 
@@ -410,7 +413,7 @@ def test_learning_rates_that_were_tried_are_on_the_page(run):
     rates = pa.Table.from_pylist(rates, schema=RATES_SCHEMA)
     results = summarise_arms({"dpo": evaluated(table([1.0, 0.5]))}, "dpo")
     page = experiment_page(config, folder, plan, results, [], rates=rates)
-    grid = part(page, "Learning rates").grids[0]
+    grid = part(page, "Learning rates").tables[0]
     assert all(grid.headings)
     assert grid.headings[2:4] == (config.tune.metric, config.tune.constraint)
     assert grid.rows == [
@@ -493,7 +496,7 @@ def test_a_method_is_shown_with_the_keys_that_change_its_loss(tmp_path, name):
         for key, value in other.items()
         if not torch.allclose(loss(base.method.model_copy(update={key: value})), loss(base.method), atol=1e-6)
     }
-    rows = dict(what_was_run(base, RunDir(tmp_path / "run"), None).grids[0].rows)
+    rows = dict(setup_section(base, RunDir(tmp_path / "run"), None).tables[0].rows)
     shown, _, how = rows["method"].partition(": ")
     assert shown == name
     assert {words.split()[0] for words in how.split(", ")} == changes
@@ -502,7 +505,7 @@ def test_a_method_is_shown_with_the_keys_that_change_its_loss(tmp_path, name):
 def test_a_training_of_so_many_steps_is_not_shown_by_its_epochs(tmp_path):
     for train, said in (({"max_steps": 7}, "steps: 7,"), ({"num_train_epochs": 2}, "epochs: 2,")):
         config = tiny_config(tmp_path / "run", tmp_path, tmp_path, train=train)
-        rows = dict(what_was_run(config, RunDir(tmp_path / "run"), None).grids[0].rows)
+        rows = dict(setup_section(config, RunDir(tmp_path / "run"), None).tables[0].rows)
         assert rows["training"].startswith(said)
 
 
@@ -511,7 +514,7 @@ def test_the_page_of_an_experiment_without_its_reference_says_so(run):
     plan = experiment("methods", config)
     results = summarise_arms({"dpo": evaluated(table([1.0])), "base": evaluated(table([1.0]))}, "bdpo")
     page = experiment_page(config, folder, plan, results, [])
-    said = next(part for part in page.parts if part.heading == "What came of it").text
+    said = next(section for section in page.sections if section.heading == "What came of it").text
     assert said == ["Nothing is tested: there is no bdpo, which all others are compared with."]
 
 

@@ -27,15 +27,15 @@ from bdpo.models.logps import LogpsModel
 from bdpo.models.packing import PrefixGroup, length_sorted_batches
 from bdpo.scoring.reference import ReferenceScorer, reference_logps
 from bdpo.scoring.scores import (
-    MOST_UNSCORABLE,
+    MAX_UNSCORABLE,
     SCORE_SCHEMA,
     finish_scores,
     read_scores,
     score_fingerprint,
     score_store,
-    unscorable,
+    unscorable_error,
 )
-from bdpo.scoring.shard_scorer import ShardScorer, score_apart
+from bdpo.scoring.shard_scorer import ShardScorer, score_with_bisection
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.run_dir import RunDir
 from pipelines import prepare, score
@@ -212,7 +212,7 @@ def test_every_bad_row_is_found_and_every_other_row_scored(bad):
         return table
 
     rows, reasons = [], {}
-    for offset, outcome in score_apart(scores, pa.table({"row": range(len(bad)), "bad": bad})):
+    for offset, outcome in score_with_bisection(scores, pa.table({"row": range(len(bad)), "bad": bad})):
         if isinstance(outcome, str):
             reasons[offset] = outcome
         else:
@@ -284,9 +284,9 @@ def test_a_model_that_fits_nothing_is_not_bisected_for_ever(make_run):
     config, run = make_run([with_mark(row, RAISES) for row in invented_pairs(30)], score={"shard_rows": 30})
     (said,) = score_all(config, run, UnluckyScorer)
     reasons = json.loads(said["unscorable"])
-    assert len(reasons) == MOST_UNSCORABLE + 1
+    assert len(reasons) == MAX_UNSCORABLE + 1
     assert "stopped, more than 16 pairs" in str(
-        unscorable(run, {int(row): why for row, why in reasons.items()})
+        unscorable_error(run, {int(row): why for row, why in reasons.items()})
     )
 
 

@@ -29,7 +29,7 @@ from bdpo.scoring.shard_scorer import ShardScorer
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import TrainingPlan
-from bdpo.training.loop import _require_reference
+from bdpo.training.loop import _require_initial_loss
 from bdpo.training.pairs import TrainingPairs
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
 from tests.support.training import launch, metrics
@@ -165,7 +165,7 @@ def test_a_policy_that_is_not_the_reference_is_found_by_every_loss_that_has_one(
 
     def check(moved):
         pairs = PairLogps(reference[0] + moved, reference[1], *reference, *rest)
-        _require_reference(pairs, LOSSES[name](pairs, config.method), config)
+        _require_initial_loss(pairs, LOSSES[name](pairs, config.method), config)
 
     check(1e-5)
     with pytest.raises(UserError, match=f"loss of {name} is .* policy and reference differ"):

@@ -25,14 +25,14 @@ from bdpo.errors import UserError
 from bdpo.models.loading import load_model, model_folder, weights_digest
 from bdpo.scoring.reference import ReferenceScorer
 from bdpo.storage import lease, paths
-from bdpo.storage.cache import fetch, forget
+from bdpo.storage.cache import drop_local_copy, local_copy
 from bdpo.storage.lease import lock
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import (
+    atomic_folder,
     discard,
     storage_path,
     upload,
-    whole_folder,
     write_bytes,
     write_text,
 )
@@ -86,7 +86,7 @@ class TestPaths:
 class TestFolders:
     def test_a_folder_is_replaced_whole(self, folder):
         for names in (["a.txt", "sub/b.txt", "config.json"], ["a.txt", "c.txt"]):
-            with whole_folder(folder) as new:
+            with atomic_folder(folder) as new:
                 for name in names:
                     (new / name).parent.mkdir(exist_ok=True)
                     (new / name).write_text(name)
@@ -96,7 +96,7 @@ class TestFolders:
 
     def test_one_that_fails_changes_nothing(self, folder):
         write_text(folder / "config.json", "old")
-        with pytest.raises(OSError, match="disk full"), whole_folder(folder) as new:
+        with pytest.raises(OSError, match="disk full"), atomic_folder(folder) as new:
             fail_after(new / "config.json")
         assert (folder / "config.json").read_text() == "old"
         assert [file.name for file in folder.parent.glob("*") if "unfinished" in file.name] == []
@@ -131,10 +131,10 @@ class TestFolders:
 
     def test_what_another_process_writes_is_seen_at_once(self, folder):
         write_text(folder / "a", "")
-        assert paths.matching(folder, "*") == [folder / "a"]
+        assert paths.sorted_glob(folder, "*") == [folder / "a"]
         code = f"from bdpo.storage.paths import *; write_text(storage_path({str(folder)!r}, 'x') / 'b', 'b')"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-        assert paths.matching(folder, "*") == [folder / "a", folder / "b"]
+        assert paths.sorted_glob(folder, "*") == [folder / "a", folder / "b"]
         assert (folder / "b").is_file()
 
     def test_a_file_that_is_replaced_while_it_is_read_is_one_or_the_other(self, folder):
@@ -200,25 +200,25 @@ class TestFetch:
         write_text(remote.with_name("rows.jsonl.other"), "not asked for")
         for text in ("first", "second"):
             write_text(remote, text)
-            copy = fetch(remote)
+            copy = local_copy(remote)
             assert copy.name == "rows.jsonl"
             assert copy.read_text() == text
             assert list(copy.parent.iterdir()) == [copy]
-        assert fetch(remote) == copy
+        assert local_copy(remote) == copy
 
     def test_what_is_forgotten_leaves_others_alone(self, tmp_path, bucket, monkeypatch):
         monkeypatch.setenv("BDPO_CACHE", str(tmp_path / "cache"))
         one, other = (storage_path(f"{bucket}/{tmp_path.name}/{name}", "x") for name in ("one", "other"))
         write_text(one, "x")
         write_text(other, "x")
-        gone, kept = fetch(one), fetch(other)
-        forget(one)
-        forget(kept)  # which is of this machine
+        gone, kept = local_copy(one), local_copy(other)
+        drop_local_copy(one)
+        drop_local_copy(kept)  # which is of this machine
         assert not gone.exists()
         assert kept.exists()
 
     def test_a_local_folder_is_its_own_copy(self, tmp_path):
-        assert fetch(tmp_path) == tmp_path
+        assert local_copy(tmp_path) == tmp_path
 
     def test_a_download_that_was_cut_off_does_not_count(self, tmp_path, monkeypatch):
         monkeypatch.setenv("BDPO_CACHE", str(tmp_path))
@@ -226,10 +226,10 @@ class TestFetch:
         write_bytes(remote / "weights", b"whole")
         monkeypatch.setattr(type(remote.fs), "get", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            fetch(remote)
+            local_copy(remote)
         monkeypatch.undo()
         monkeypatch.setenv("BDPO_CACHE", str(tmp_path))
-        assert (fetch(remote) / "weights").read_bytes() == b"whole"
+        assert (local_copy(remote) / "weights").read_bytes() == b"whole"
 
     def test_no_such_model_is_said(self, bucket, tmp_path):
         config = tiny_config(tmp_path, f"{bucket}/nothing", tmp_path)
@@ -394,7 +394,7 @@ def kill_when(process, there):
 
 def scores_of(run):
     """The rows of all shards in a run folder, read by pyarrow alone."""
-    shards = [pq.read_table(shard.open("rb")) for shard in paths.matching(run.scores, "part-*")]
+    shards = [pq.read_table(shard.open("rb")) for shard in paths.sorted_glob(run.scores, "part-*")]
     return [row for shard in shards for row in shard.to_pylist()]
 
 
@@ -419,8 +419,8 @@ def test_the_whole_pipeline_on_object_storage(inputs, bucket, tmp_path):
     file = tmp_path / "remote.yaml"
     file.write_text(config_of(remote.root, inputs).to_yaml())
 
-    kill_when(start("run", file), lambda: len(paths.matching(remote.scores, "part-*")) >= 3)
-    before = paths.matching(remote.scores, "part-*")
+    kill_when(start("run", file), lambda: len(paths.sorted_glob(remote.scores, "part-*")) >= 3)
+    before = paths.sorted_glob(remote.scores, "part-*")
     assert not (remote.scores / "manifest.json").exists()
     damaged, *whole = before
     content = bytearray(damaged.read_bytes())
@@ -454,7 +454,7 @@ def test_the_whole_pipeline_on_object_storage(inputs, bucket, tmp_path):
         assert SECRET.encode() not in (remote.root / name).read_bytes(), name
 
     for part in ("data", "scores"):
-        shutil.copytree(fetch(remote.root / part), local.root / part)
+        shutil.copytree(local_copy(remote.root / part), local.root / part)
     (tmp_path / "local.yaml").write_text(config_of(local.root, inputs).to_yaml())
     write_text(local.config, (tmp_path / "local.yaml").read_text())
     command("train", tmp_path / "local.yaml")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bdpo.config import TrainConfig
 from bdpo.errors import UserError
-from bdpo.training.batches import TrainingPlan, held_out
+from bdpo.training.batches import TrainingPlan, draw_held_out
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=50)
 
@@ -61,16 +61,16 @@ def test_which_pairs_are_held_out_does_not_depend_on_the_order_of_rows(ids, frac
     ordered, shuffled = sorted(ids), random.Random(seed).sample(sorted(ids), len(ids))
     if math.ceil(fraction * len(ids)) == len(ids):
         return
-    out = {ordered[row] for row in held_out(ordered, fraction, seed)}
+    out = {ordered[row] for row in draw_held_out(ordered, fraction, seed)}
     assert len(out) == math.ceil(fraction * len(ids))
-    assert out == {shuffled[row] for row in held_out(shuffled, fraction, seed)}
+    assert out == {shuffled[row] for row in draw_held_out(shuffled, fraction, seed)}
 
 
 def test_held_out_pairs_depend_on_the_seed_and_leave_some_to_train_on():
     ids = [str(i) for i in range(100)]
-    assert held_out(ids, 0.1, 0) != held_out(ids, 0.1, 1)
+    assert draw_held_out(ids, 0.1, 0) != draw_held_out(ids, 0.1, 1)
     with pytest.raises(UserError, match=r"train.eval_fraction=0.9: holds out all 3 pairs"):
-        held_out(ids[:3], 0.9, 0)
+        draw_held_out(ids[:3], 0.9, 0)
 
 
 def test_a_warmup_that_takes_all_steps_is_refused():

@@ -18,8 +18,8 @@ import torch
 from bdpo.data.pairs import read_pairs
 from bdpo.scoring.reference import ReferenceScorer
 from bdpo.storage.run_dir import RunDir
-from bdpo.training.batches import held_out
-from bdpo.training.checkpoints import why_incomplete
+from bdpo.training.batches import draw_held_out
+from bdpo.training.checkpoints import checkpoint_defect
 from tests.support.killed_training import same
 from tests.support.training import copied, errors, launch, score, weights
 
@@ -123,7 +123,7 @@ def change_held_out(run, seed):
     """Make the reference like the chosen response of the held-out pairs less, by 5 nats."""
     scores = pq.read_table(run / "scores.parquet")
     values = scores["ref_chosen_logps"].to_pylist()
-    for row in held_out(scores["pair_id"].to_pylist(), 0.2, seed):
+    for row in draw_held_out(scores["pair_id"].to_pylist(), 0.2, seed):
         values[row] -= 5
     index = scores.schema.get_field_index("ref_chosen_logps")
     pq.write_table(
@@ -211,7 +211,7 @@ def test_a_gradient_that_is_not_finite_names_the_pairs_of_its_step(scored, whole
     from bdpo.training.batches import TrainingPlan
 
     ids = read_pairs(whole[1].pairs, 0, 22)["pair_id"].to_pylist()
-    trained = [i for row, i in enumerate(ids) if row not in held_out(ids, 0.2, scored.seed)]
+    trained = [i for row, i in enumerate(ids) if row not in draw_held_out(ids, 0.2, scored.seed)]
     batch = TrainingPlan([1] * len(trained), scored.train, scored.seed).global_batch(2)
     message = errors(resumed[1] / "infinite gradient")[0]
     assert sorted(message.split("pairs ")[1].split(", ")) == sorted(trained[i] for i in batch)
@@ -226,16 +226,16 @@ def test_what_a_folder_alone_tells_of_a_checkpoint(whole, tmp_path, damage):
         for file in files:
             folder = tmp_path / str(workers) / file.name
             shutil.copytree(original, folder)
-            assert why_incomplete(folder) is None
+            assert checkpoint_defect(folder) is None
             damage(folder / file.relative_to(original))
-            assert file.name in why_incomplete(folder)
+            assert file.name in checkpoint_defect(folder)
 
 
 def test_held_out_pairs_are_evaluated_as_a_formula_says(scored, whole):
     """Of the exported model, in float64, by a scorer that knows nothing of training."""
     run = whole[1]
     pairs, scores = read_pairs(run.pairs, 0, 22), pq.read_table(run.root / "scores.parquet")
-    out = held_out(pairs["pair_id"].to_pylist(), 0.2, scored.seed)
+    out = draw_held_out(pairs["pair_id"].to_pylist(), 0.2, scored.seed)
     assert len(out) == math.ceil(0.2 * 22)
     model = scored.model.model_copy(update={"name_or_path": str(run.model)})
     policy = ReferenceScorer(scored.model_copy(update={"model": model}), "cpu").score(pairs.take(out))

@@ -64,7 +64,7 @@ class TestAgainstDeepSpeed:
     N, WORKERS = 7_615_616_512, 8
 
     def ours(self, **train):
-        gpu, host = memory.states(config_of(workers=self.WORKERS, **train), self.N, self.N)
+        gpu, host = memory.model_state_bytes(config_of(workers=self.WORKERS, **train), self.N, self.N)
         buffers = ("gathered parameters", "buffer to reduce gradients")
         return sum(host.values()) * self.WORKERS, sum(v for k, v in gpu.items() if k not in buffers)
 
@@ -97,7 +97,7 @@ class TestAgainstDeepSpeed:
 
 
 def test_without_partition_each_worker_holds_it_all():
-    gpu, host = memory.states(config_of(dtype="float32", workers=8, zero_stage=0), 1000, 1000)
+    gpu, host = memory.model_state_bytes(config_of(dtype="float32", workers=8, zero_stage=0), 1000, 1000)
     assert (sum(gpu.values()), host) == (16 * 1000, {})  # parameters, gradients, two moments
 
 
@@ -138,11 +138,11 @@ def test_activations_are_what_autograd_keeps_of_a_real_forward(model_type):
         return sum(storage.nbytes() for pointer, storage in found.items() if pointer not in own)
 
     all_layers = kept(5)
-    assert memory.activations(config, shape) == pytest.approx(all_layers, rel=0.05)
+    assert memory.activation_bytes(config, shape) == pytest.approx(all_layers, rel=0.05)
     layer = (all_layers - kept(1)) / 4
     tokens = 700 if model_type != "mistral" else 600  # 4 pairs as long as fit; plain rows are padded
     recomputed = all_layers - 5 * layer + layer + 5 * tokens * 32 * 4
-    found = memory.activations(config_of(gradient_checkpointing=True, **options), shape)
+    found = memory.activation_bytes(config_of(gradient_checkpointing=True, **options), shape)
     assert found == pytest.approx(recomputed, rel=0.05)
 
 
@@ -176,9 +176,9 @@ def test_a_gpu_that_is_too_small_is_refused_before_it_is_taken():
     with pytest.raises(
         UserError, match=r"each GPU would need 1\d\d\.\d GiB and has 79\.0.*train\.offload=cpu"
     ):
-        memory.refuse_too_little(small, need, memory.gpu_memory(small.train))
+        memory.require_gpu_memory(small, need, memory.gpu_memory(small.train))
     offloaded = config_of("Qwen/Qwen2-7B-Instruct", gpu_memory=79, workers=1, offload="cpu")
-    memory.refuse_too_little(offloaded, memory.memory_need(offloaded, shape), 79 * memory.GIB)
+    memory.require_gpu_memory(offloaded, memory.memory_need(offloaded, shape), 79 * memory.GIB)
 
 
 def test_nothing_is_computed_where_there_is_no_gpu_to_compare_with():

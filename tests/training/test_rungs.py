@@ -42,7 +42,7 @@ def test_stopped_continued_and_left_alone_it_is_the_same_training(scored, tmp_pa
 
     def judge():
         """As a trial's driver: looks at the model of each rung, then lets training go on, or ends it."""
-        for step, answer in ((1, lambda: rungs.go_on(1)), (2, rungs.stop)):
+        for step, answer in ((1, lambda: rungs.promote(1)), (2, rungs.stop)):
             while not rungs.exported(step):
                 if over.wait(0.05):
                     return
@@ -60,9 +60,9 @@ def test_stopped_continued_and_left_alone_it_is_the_same_training(scored, tmp_pa
     assert any((handed_over[1][name] != handed_over[2][name]).any() for name in straight)
     assert any((handed_over[2][name] != straight[name]).any() for name in straight)
 
-    rungs.reopen()
-    rungs.go_on(2)
-    rungs.take_back()  # the model was lost: its rung is handed over again, the same
+    rungs.clear_stop()
+    rungs.promote(2)
+    rungs.withdraw_export()  # the model was lost: its rung is handed over again, the same
     launch([config], workers=2)
     assert rungs.exported(2)
     assert not rungs.exported(1)

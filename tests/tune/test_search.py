@@ -18,7 +18,7 @@ from bdpo.config import load_config, parse_config
 from bdpo.config.derive import part_of
 from bdpo.data.pairs import count_pairs
 from bdpo.errors import UserError
-from bdpo.reports.run import swept as swept_section
+from bdpo.reports.run import sweep_settings
 from bdpo.scoring.scores import finish_scores, score_fingerprint
 from bdpo.scoring.shard_scorer import ShardScorer
 from bdpo.search.sweep import Sweep
@@ -244,7 +244,7 @@ class Begun:
         self.folder = self.sweep.folder(self.name)
         save_model(self.folder.model, chat, seed=1)
         for step in RUNGS:
-            Rungs(self.folder.root / "rungs", RUNGS).hand_over(step)
+            Rungs(self.folder.root / "rungs", RUNGS).mark_exported(step)
         run_prepare(config, run)
         fingerprint = score_fingerprint(config, run)
         ShardScorer(config, run, fingerprint, "cpu")({"first": 0, "rows": count_pairs(run.pairs)})
@@ -412,7 +412,7 @@ def test_the_order_of_the_space_is_a_part_of_the_sweep(tmp_path, tiny_chat):
         Sweep(configs[1], run, second).begin()
     for config, fingerprint in zip(configs, (first, second), strict=True):
         kept = json.loads(json.dumps(fingerprint, sort_keys=True))
-        assert list(swept_section(kept).space.items()) == list(config.tune.space.items())
+        assert list(sweep_settings(kept).space.items()) == list(config.tune.space.items())
 
 
 def test_an_actor_that_dies_before_tune_knows_of_a_rung_changes_nothing(tmp_path, tiny_chat):

@@ -1,0 +1,112 @@
+"""Time and cost: how long each stage took, and the GPU-hours that it held."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from bdpo.config import Config, worker_range
+from bdpo.evaluation.answers import MODEL_NAMES
+from bdpo.reports.page import PageTable, Section
+from bdpo.storage.manifests import read_manifest
+from bdpo.storage.paths import StoragePath, open_parquet
+from bdpo.storage.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class TimedStage:
+    """A stage, finished or not: its name, the manifest that records its seconds, the GPUs that it holds."""
+
+    name: str
+    manifest: StoragePath
+    gpus: float
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What finished work took: wall-clock seconds, on so many GPUs."""
+
+    name: str
+    seconds: float
+    gpus: float
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPUs x hours."""
+        return self.gpus * self.seconds / 3600
+
+
+def run_stages(config: Config, run: RunDir) -> list[TimedStage]:
+    """The stages of a run, finished or not."""
+    gpus = stage_gpus(config.evaluate)
+    evaluated = [TimedStage(f"evaluate {m}", run.eval(m) / "summary.json", gpus) for m in MODEL_NAMES]
+    return [score_stage(config, run), train_stage(config, run), *evaluated]
+
+
+def score_stage(config: Config, run: RunDir, name: str = "score") -> TimedStage:
+    """The scoring of a run's pairs."""
+    return TimedStage(name, run.scores / "manifest.json", stage_gpus(config.score))
+
+
+def train_stage(config: Config, run: RunDir, name: str = "train") -> TimedStage:
+    """The training in a run folder."""
+    return TimedStage(name, run.train / "manifest.json", stage_gpus(config.train))
+
+
+def stage_costs(stages: Sequence[TimedStage]) -> list[StageCost]:
+    """The cost of each stage that is finished."""
+    manifests = [(stage, read_manifest(stage.manifest) or {}) for stage in stages]
+    return [
+        StageCost(stage.name, found["seconds"], stage.gpus)
+        for stage, found in manifests
+        if "seconds" in found
+    ]
+
+
+def search_costs(config: Config, run: RunDir) -> list[StageCost]:
+    """The cost of the sweep in a run folder: its trials, and the evaluations that they are compared with."""
+    file = run.tune / "results.parquet"
+    if not file.is_file():
+        return []
+    folders = {
+        "base": run.part("tune", "base", "search").eval("base"),
+        "base, held out": run.part("tune", "base", "held_out").eval("base"),
+    }
+    if summary := read_manifest(run.tune / "summary.json"):
+        folders["chosen, held out"] = run.part("tune", "trials", summary["best"]).eval("trained")
+    stages = [
+        TimedStage(f"search: evaluate {name}", folder / "summary.json", stage_gpus(config.evaluate))
+        for name, folder in folders.items()
+    ]
+    trials = pq.read_table(open_parquet(file), columns=["train_seconds", "evaluate_seconds"])
+    seconds = {name: float(np.sum(trials[name].to_numpy())) for name in trials.column_names}
+    alone = config.evaluate.gpus_per_worker  # a trial evaluates in one process
+    return [
+        StageCost(
+            f"search: train {trials.num_rows} trials", seconds["train_seconds"], stage_gpus(config.train)
+        ),
+        StageCost(f"search: evaluate {trials.num_rows} trials", seconds["evaluate_seconds"], alone),
+        *stage_costs(stages),
+    ]
+
+
+def cost_section(costs: Sequence[StageCost]) -> Section | None:
+    """Seconds and GPU-hours of finished work, and the sum of the GPU-hours."""
+    if not costs:
+        return None
+    rows = [(cost.name, f"{cost.seconds:,.0f}", f"{cost.gpus:g}", f"{cost.gpu_hours:.2f}") for cost in costs]
+    rows.append(("all", "", "", f"{sum(cost.gpu_hours for cost in costs):.2f}"))
+    text = [
+        "Each figure is that of the last command that worked on the stage: work that was done before a kill "
+        "is not counted. Capability benchmarks are not counted either."
+    ]
+    return Section("Time and cost", text, [PageTable(("stage", "seconds", "GPUs", "GPU-hours"), rows)])
+
+
+def stage_gpus(section: Any) -> float:
+    """The most GPUs that the stage of a config section holds at a time."""
+    return float(worker_range(section.workers)[1] * section.gpus_per_worker)
