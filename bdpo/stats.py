@@ -3,11 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
+CONFIDENCE_LEVEL = 0.95
+
 RESAMPLES = 9999
+
+ENDS = {"": "value", "_low": "low", "_high": "high"}
+"""Endings of a column's name -> the attribute of the estimate in it."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval; all of it is None where nothing was measured."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    interval: str | None
+    """How the interval was made: `wilson`, `bootstrap`, `cluster bootstrap`, `t`; `none` leaves all open."""
+
+    @property
+    def known(self) -> float:
+        """The value, of something that was measured; raises a ValueError if it was not."""
+        if self.value is None:
+            raise ValueError("nothing was measured")
+        return self.value
+
+    def columns(self, name: str) -> dict[str, float | None]:
+        """`name`, `name_low` and `name_high`, as tables have them."""
+        return {f"{name}{end}": getattr(self, attribute) for end, attribute in ENDS.items()}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How the second of two paired samples differs from the first."""
+
+    n: int
+    first: float
+    second: float
+    difference: float
+    """Mean of `second` − `first`."""
+    low: float | None
+    """95 % interval of the difference; None where all pairs differ by the same."""
+    high: float | None
+    p: float
+    """Two-sided."""
+    test: str
+    """`mcnemar` or `permutation`."""
 
 
 def p_value(p: float) -> str:
@@ -15,9 +61,7 @@ def p_value(p: float) -> str:
     return f"{p:.2g}" if p >= 0.001 else "<0.001"
 
 
-def paired_difference(
-    first: Sequence[float], second: Sequence[float], of: Sequence[str] = ()
-) -> dict[str, Any]:
+def paired_difference(first: Sequence[float], second: Sequence[float], of: Sequence[str] = ()) -> Difference:
     """Mean of `second` − `first`, pair by pair, with a 95 % interval and a two-sided p-value.
 
     `of` names the cluster of each pair: intervals and p are over clusters, for pairs of one are not
@@ -52,28 +96,20 @@ def paired_difference(
                 n_resamples=RESAMPLES,
                 rng=0,
             ).pvalue
-    return {
-        "n": len(a),
-        "first": float(a.mean()),
-        "second": float(b.mean()),
-        "difference": float(difference.mean()),
-        "low": low,
-        "high": high,
-        "p": float(p),
-        "test": test,
-    }
+    return Difference(
+        n=len(a),
+        first=float(a.mean()),
+        second=float(b.mean()),
+        difference=float(difference.mean()),
+        low=low,
+        high=high,
+        p=float(p),
+        test=test,
+    )
 
 
 def _mean_difference(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
     return np.asarray(np.mean(a - b, axis=axis))
-
-
-CONFIDENCE_LEVEL = 0.95
-
-ENDS = {"": "value", "_low": "low", "_high": "high"}
-"""Endings of a column's name -> the parts of the estimate in it."""
-
-Estimate = dict[str, Any]
 
 
 def rate(outcomes: Sequence[bool], of: Sequence[str] = ()) -> Estimate:
@@ -93,7 +129,7 @@ def mean(values: Sequence[float], of: Sequence[str] = ()) -> Estimate:
 
     n = len(values)
     if n == 0:
-        return {"value": None, "low": None, "high": None, "n": 0, "interval": None}
+        return Estimate(None, None, None, 0, None)
     sums, sizes = cluster_sums(values, of)
     value, count = float(np.mean(values)), len(sizes)
     if set(values) <= {0, 1} and (count == n or value in (0, 1)):
@@ -136,10 +172,4 @@ def mean_of_many(values: np.ndarray) -> Estimate:
 
 def _estimate(value: float, low: float, high: float, n: int, interval: str) -> Estimate:
     """Rounding must not put the value outside its own interval."""
-    return {
-        "value": value,
-        "low": min(float(low), value),
-        "high": max(float(high), value),
-        "n": n,
-        "interval": interval,
-    }
+    return Estimate(value, min(float(low), value), max(float(high), value), n, interval)

@@ -14,12 +14,12 @@ import json
 import subprocess
 import sys
 from statistics import median
-from typing import Any
 
 import pyarrow.parquet as pq
 
 from bdpo.evaluation.compare import compare
 from bdpo.evaluation.results import read_evaluation
+from bdpo.evaluation.tables import percent
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import write_text
@@ -84,26 +84,21 @@ def _row(seed: int, sweep: RunDir, default: RunDir) -> str:
     }
     read = {name: read_evaluation(folder) for name, folder in models.items()}
     [difference] = [
-        row for row in compare(read["default"].scores, read["best"].scores) if row["measure"] == "safety"
+        row for row in compare(read["default"].scores, read["best"].scores) if row.measure == "safety"
     ]
-    safety = {name: e.summary["benchmarks"]["strongreject"]["safety"] for name, e in read.items()}
-    compliance = {name: e.summary["benchmarks"]["xstest"]["compliance"] for name, e in read.items()}
+    safety = {name: e.summary.estimate("strongreject.safety") for name, e in read.items()}
+    compliance = {name: e.summary.estimate("xstest.compliance") for name, e in read.items()}
     cells = [
         str(seed),
         ", ".join(f"{value:g}" for value in found["params"].values()),
-        _percent(safety["default"]),
-        f"**{_percent(safety['best'])}**",
-        f"{100 * difference['difference']:+.1f}",
-        f"{difference['p']:.2g}",
-        *(_percent(compliance[name]) for name in ("base", "default", "best")),
+        percent(safety["default"]),
+        f"**{percent(safety['best'])}**",
+        f"{100 * difference.difference.difference:+.1f}",
+        f"{difference.difference.p:.2g}",
+        *(percent(compliance[name]) for name in ("base", "default", "best")),
         _minutes(sweep),
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _percent(estimate: dict[str, Any]) -> str:
-    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} ({low:.1f}–{high:.1f})"
 
 
 def _minutes(sweep: RunDir) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from bdpo.config import Config
@@ -34,7 +35,8 @@ from bdpo.evaluation.answers import (
 )
 from bdpo.evaluation.capability import NOT_RUN, capability_fingerprint, harness_version
 from bdpo.evaluation.compare import compare_all
-from bdpo.evaluation.measures import summarise
+from bdpo.evaluation.judges.registry import judge_kind
+from bdpo.evaluation.measures import Summary, summarise
 from bdpo.evaluation.results import chosen_models, read_evaluation
 from bdpo.evaluation.tables import comparison_table, difference_table, invalid_lines
 from bdpo.storage.cache import drop_local_copy
@@ -56,7 +58,7 @@ def run_evaluate(config: Config, run: RunDir) -> None:
     print_comparison({name: run.eval(name) for name in names})
 
 
-def evaluate_model(config: Config, run: RunDir, name: str, here: bool = False) -> dict[str, Any]:
+def evaluate_model(config: Config, run: RunDir, name: str, here: bool = False) -> Summary:
     """Evaluate the model called `name` unless that is done and valid; returns its summary.
 
     With `here` this process does it, with what it was given, instead of a pool.
@@ -67,9 +69,9 @@ def evaluate_model(config: Config, run: RunDir, name: str, here: bool = False) -
     fingerprint = answers_fingerprint(config, model)
     scores = score_store(config, run, name, fingerprint)
     summary_file = run.eval(name) / "summary.json"
-    summary = finished(summary_file, scores.fingerprint)
+    manifest = finished(summary_file, scores.fingerprint)
     scores_file = run.eval(name) / "scores.parquet"
-    if summary is None or not summary["valid"] or not scores_file.is_file():
+    if manifest is None or not manifest["valid"] or not scores_file.is_file():
         started = time.perf_counter()
         answers, total = answer_store(run, name, fingerprint), len(planned_items(config))
         _answer(config, name, model, answers, total, here)
@@ -77,11 +79,12 @@ def evaluate_model(config: Config, run: RunDir, name: str, here: bool = False) -
         table = scores.read().sort_by("item_id")
         write_parquet(scores_file, table)
         seconds = time.perf_counter() - started
-        summary = write_manifest(summary_file, scores.fingerprint, seconds=seconds, **summarise(table))
+        summary = summarise(table)
+        manifest = write_manifest(summary_file, scores.fingerprint, seconds=seconds, **summary.to_json())
     if here:
         drop_local_copy(run.model)  # the next rung has another
     capability = _capability(config, run, name, model, fingerprint)
-    return {**summary, "capability": capability} if capability else summary
+    return replace(Summary.from_json(manifest), capability=capability)
 
 
 def _answer(
@@ -97,7 +100,7 @@ def _judge(
     """Only a judge that is a model of its own gets the pool; the others are kept busy from here."""
     forget_failures(scores)
     arguments = {"config": config, "answers": answers, "scores": scores}
-    here = here or config.evaluate.judge != "finetuned"
+    here = here or not judge_kind(config).has_model
     _work_off(config, f"judge {name}", ShardJudge, arguments, scores, total, here)
 
 

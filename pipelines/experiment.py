@@ -172,7 +172,7 @@ def _make_ready(config: Config, run: RunDir, jobs: Sequence[Job]) -> tuple[list[
     size = _require_room(config, run, len(todo)) if todo else 0
     for job in {str(job.run.scores): job for job in jobs if wants_scores(job.config)}.values():
         score_prepared(job.config, job.run)  # once for each unconditional context
-    if jobs and not evaluate_model(config, base_run(config, run), "base")["valid"]:
+    if jobs and not evaluate_model(config, base_run(config, run), "base").valid:
         raise UserError("the evaluation of the base model is invalid: there is nothing to compare with")
     return todo, size
 

@@ -38,12 +38,19 @@ def run_all(config: Config, run: RunDir) -> None:
     """Run every stage that is not done, then print and write the report."""
     _preflight(config, run)
     score = score_prepared(config, run) if wants_scores(config) else None
-    base = evaluate_model(config, run, "base")
+    base = _evaluated(config, run, "base")
     train = run_train(config, run)
-    trained = evaluate_model(config, run, "trained")
+    trained = _evaluated(config, run, "trained")
     stages = {"score": score, "evaluate base": base, "train": train, "evaluate trained": trained}
     seconds = {stage: manifest["seconds"] for stage, manifest in stages.items() if manifest}
     _report(config, run, {"base": base, "trained": trained}, seconds)
+
+
+def _evaluated(config: Config, run: RunDir, name: str) -> dict[str, Any]:
+    """The manifest of a model's evaluation, which is made unless it is there, with its capability."""
+    summary = evaluate_model(config, run, name)
+    manifest = read_manifest(run.eval(name) / "summary.json") or {}
+    return manifest | ({"capability": summary.capability} if summary.capability else {})
 
 
 def _preflight(config: Config, run: RunDir) -> None:

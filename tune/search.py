@@ -103,7 +103,7 @@ def _base_scores(config: Config, base: RunDir) -> pa.Table:
         UserError: there is not.
     """
     summary = evaluate_model(part_of(config, "search"), base, "base")
-    if not summary["valid"]:
+    if not summary.valid:
         why = "; ".join(invalid_lines("base", summary))
         raise UserError(f"there is nothing to compare trials with: {why}; the same command judges it again")
     scores = pq.read_table(open_parquet(base.eval("base") / "scores.parquet"))
@@ -133,7 +133,7 @@ def sweep_fingerprint(config: Config, run: RunDir) -> Fingerprint:
         **train_fingerprint(config, run),
         "train.workers": config.train.workers,
         **evaluate,
-        **judge_fingerprint(config.evaluate),
+        **judge_fingerprint(config),
         "evaluate.max_new_tokens": config.evaluate.max_new_tokens,
         "evaluate.temperature": config.evaluate.temperature,
     }
@@ -220,7 +220,7 @@ def trials_table(sweep: Sweep) -> Table:
         numbers = ("", "", "")
         if last is not None:
             allowed = last.base - settings.max_over_refusal
-            shown = (last.objective["value"], last.constrained["value"], allowed)
+            shown = (last.objective.known, last.constrained.known, allowed)
             numbers = tuple(f"{100 * value:.1f}" for value in shown)  # type: ignore[assignment]
         params = [trial.params[key] for key in settings.space]
         values = [f"{v:g}" if isinstance(v, float) else str(v) for v in params]
@@ -263,7 +263,7 @@ def _report_held_out(sweep: Sweep, best: Trial) -> None:
     }
     console.print("held-out prompts:")
     print_comparison({"base": base.eval("base"), "best": chosen.eval("trained")})
-    invalid = [name for name, summary in summaries.items() if not summary["valid"]]
+    invalid = [name for name, summary in summaries.items() if not summary.valid]
     if invalid:
         discard(run.tune / "summary.json")
         line = (
@@ -271,7 +271,8 @@ def _report_held_out(sweep: Sweep, best: Trial) -> None:
         )
         console.print(line, style="bold red", soft_wrap=True)
         sys.exit(1)
-    found = {"best": best.name, "params": best.params, "held_out": summaries}
+    held = {name: summary.to_json() for name, summary in summaries.items()}
+    found = {"best": best.name, "params": best.params, "held_out": held}
     write_manifest(run.tune / "summary.json", sweep.fingerprint, **found)
 
 

@@ -116,7 +116,7 @@ class TrialRunner:
         limit = None if last else self.settings.tune.rung_limit
         settings, name = part_of(self.settings, "search", limit), f"rung-{step}"
         summary = evaluate_model(settings, self.trial_run, name, here=True)
-        if not summary["valid"]:
+        if not summary.valid:
             raise InvalidEvaluation("; ".join(invalid_lines(name, summary)))
         scores = pq.read_table(open_parquet(self.trial_run.eval(name) / "scores.parquet"))
         measured = measure(self.settings.tune, scores, self.base_scores)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pyarrow.parquet as pq
 
 from bdpo.config import Config
-from bdpo.evaluation.answers import MODEL_NAMES
+from bdpo.evaluation.results import MODEL_NAMES
 from bdpo.scoring.selection import wants_scores
 from bdpo.search.space import number_of_trials
 from bdpo.search.sweep import Sweep

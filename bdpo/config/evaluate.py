@@ -9,14 +9,18 @@ from pydantic import Field, model_validator
 
 from bdpo.config.base import Fraction, Positive, Section, Workers
 
+BenchmarkName = Literal["strongreject", "xstest", "jailbreak", "prefill", "wrapped", "simpleqa"]
+"""Each is a module of `bdpo.evaluation.benchmarks`; tables have them in this order."""
+
+JudgeName = Literal["string_matching", "rubric", "finetuned", "sandbox"]
+"""Each is a module of `bdpo.evaluation.judges`."""
+
 
 class EvaluateConfig(Section):
     """Which benchmarks are run, over which prompts, and who judges."""
 
-    benchmarks: list[Literal["strongreject", "xstest", "jailbreak", "prefill", "wrapped", "simpleqa"]] = (
-        Field(["strongreject", "xstest"], min_length=1)
-    )
-    judge: Literal["string_matching", "rubric", "finetuned", "sandbox"] = "string_matching"
+    benchmarks: list[BenchmarkName] = Field(["strongreject", "xstest"], min_length=1)
+    judge: JudgeName = "string_matching"
     limit: Positive | None = Field(None, description="at most so many prompts of each benchmark")
     part: Literal["all", "search", "held_out"] = Field("all", description="of the prompts, see held_out")
     held_out: Fraction | list[str] = Field(
@@ -76,8 +80,6 @@ class EvaluateConfig(Section):
         """Checked here and not field by field, so that no message quotes a key or a URL with a password."""
         if self.judge == "rubric" and not (self.judge_base_url and self.judge_model):
             raise ValueError("judge=rubric wants judge_base_url and judge_model")
-        if "simpleqa" in self.benchmarks and self.judge != "rubric":
-            raise ValueError("benchmark simpleqa wants judge=rubric: strings cannot grade an answer")
         if not re.fullmatch(r"https?://[^\s@?#]+|", self.judge_base_url or ""):
             raise ValueError(
                 "judge_base_url wants http(s)://host[:port]/path, without user, password or query"

@@ -16,12 +16,13 @@ import pyarrow as pa
 
 from bdpo.config import Config, ModelConfig
 from bdpo.evaluation.benchmarks.items import Item
-from bdpo.evaluation.benchmarks.registry import load_items
+from bdpo.evaluation.benchmarks.registry import BENCHMARKS, load_items
 from bdpo.evaluation.engines.hf import Generate, begun_ids, generate
 from bdpo.evaluation.engines.vllm import VLLMEngine
-from bdpo.evaluation.judges.base import Judge, Verdict, addresses_judge
-from bdpo.evaluation.judges.registry import JUDGES, judge_fingerprint
+from bdpo.evaluation.judges.base import Harm, Judge, Question, Verdict, addresses_judge
+from bdpo.evaluation.judges.registry import judge_fingerprint, make_judge
 from bdpo.evaluation.measures import SCORE_SCHEMA
+from bdpo.evaluation.results import MODEL_NAMES
 from bdpo.models.adapters import adapter_digest, adapter_folder, load_adapted
 from bdpo.models.loading import load_model, model_folder, weights_digest
 from bdpo.models.tokenizer import ChatTokenizer, Message, load_tokenizer, tokenizer_fingerprint
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RESPONSE_SCHEMA = pa.schema([("item_id", pa.string()), ("response", pa.string()), ("new_tokens", pa.int64())])
-MODEL_NAMES = ("base", "adapter", "trained")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def answer_store(run: RunDir, name: str, fingerprint: Fingerprint) -> ShardStore
 
 def score_store(config: Config, run: RunDir, name: str, fingerprint: Fingerprint) -> ShardStore:
     """The verdicts on those answers."""
-    judged = {**fingerprint, **judge_fingerprint(config.evaluate)}
+    judged = {**fingerprint, **judge_fingerprint(config)}
     return ShardStore(run.eval(name) / "shards", SCORE_SCHEMA, judged)
 
 
@@ -201,7 +201,7 @@ class ShardJudge:
     @cached_property
     def judge(self) -> Judge:
         """Made on first use, so that a fault in making it is the task's and not a dead actor's."""
-        return JUDGES[self.config.evaluate.judge](self.config)
+        return make_judge(self.config)
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
         """`{first, rows}` -> the same, once the verdicts on those items lie in the run folder."""
@@ -213,18 +213,19 @@ class ShardJudge:
 
     def _row(self, item: Item) -> dict[str, Any]:
         answer = self.answers[item.item_id]
-        response = answer["response"]
-        if response is None:  # no attack was found: nothing was asked, nothing was given away
-            verdict = Verdict(harm=0.0, refused=True, partial=False)
-        else:
-            verdict = self.judge(item, response)
         return {
             "item_id": item.item_id,
             "benchmark": item.benchmark,
             "category": item.category,
             "should_comply": item.should_comply,
             "cluster": item.cluster or None,
-            **asdict(verdict),
-            "flagged": addresses_judge(response or ""),
+            **self._verdict(item, answer["response"]).columns(),
+            "flagged": addresses_judge(answer["response"] or ""),
             "new_tokens": answer["new_tokens"],
         }
+
+    def _verdict(self, item: Item, response: str | None) -> Verdict:
+        if response is None:  # no attack was found: nothing was asked, nothing was given away
+            return Harm(0.0, refused=True)
+        question = Question(BENCHMARKS[item.benchmark].rubric, item.request, item.reference)
+        return self.judge(question, response)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from bdpo.errors import UserError, first_line
-from bdpo.stats import Estimate, rate
+from bdpo.stats import rate
 from bdpo.storage.manifests import Fingerprint
 
 if TYPE_CHECKING:
@@ -113,8 +114,8 @@ def accuracies(benchmark: str, results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _share(hits: int, n: int) -> Estimate:
-    return rate([i < hits for i in range(n)])
+def _share(hits: int, n: int) -> dict[str, Any]:
+    return asdict(rate([i < hits for i in range(n)]))
 
 
 def _spec(task: str, manager: Any, folder: Path, data: Mapping[str, Any]) -> str:

@@ -6,80 +6,72 @@ intervals. Corrections for looking at many measures are left out; the table says
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import pyarrow as pa
 
-from bdpo.evaluation.measures import HARM_BENCHMARKS, JAILBROKEN_THRESHOLD, Row, clusters, complied
-from bdpo.stats import paired_difference
+from bdpo.evaluation.benchmarks.base import Benchmark, Row
+from bdpo.evaluation.benchmarks.registry import BENCHMARKS
+from bdpo.evaluation.measures import DECIDED, clusters
+from bdpo.stats import Difference, paired_difference
+
+MeasureKey = tuple[str, str]
+"""(benchmark, measure), the measure with its category behind it where the benchmark is compared by category:
+`("prefill", "safety, 005 tokens")`."""
 
 
-def _safety(row: Row) -> float | None:
-    return None if row["harm"] is None else 1 - row["harm"]
+@dataclass(frozen=True)
+class Comparison:
+    """How the second of two models differs from the first in one measure."""
+
+    benchmark: str
+    measure: str
+    difference: Difference
+    models: tuple[str, str] = ("", "")
 
 
-def _safe(row: Row) -> float | None:
-    return None if row["harm"] is None else float(row["harm"] < JAILBROKEN_THRESHOLD)
-
-
-def _compliance(row: Row) -> float | None:
-    return float(complied(row)) if row["should_comply"] and row["refused"] is not None else None
-
-
-def _unsafe_refusal(row: Row) -> float | None:
-    return float(row["refused"]) if not row["should_comply"] and row["refused"] is not None else None
-
-
-def _correct(row: Row) -> float | None:
-    return None if row["grade"] is None else float(row["grade"] == "correct")
-
-
-_MEASURES: list[tuple[str, str, Callable[[Row], float | None]]] = [
-    *((name, "safety", _safety) for name in HARM_BENCHMARKS),
-    *((name, "safe_rate", _safe) for name in HARM_BENCHMARKS),
-    ("xstest", "compliance", _compliance),
-    ("xstest", "unsafe_refusal", _unsafe_refusal),
-    ("simpleqa", "correct", _correct),
-]
-
-_ASKED_AGAIN = {"jailbreak", "prefill", "wrapped"}
-"""One request in each category: what an attack does is told by itself."""
-
-
-def compare(first: pa.Table, second: pa.Table) -> list[dict[str, Any]]:
+def compare(first: pa.Table, second: pa.Table) -> list[Comparison]:
     """Every measure of two tables of scores: `second` − `first` over the items that both have.
 
     Benchmarks that put one request into every category (attack, depth, wrapper) are compared by category.
-    Items without a verdict in either are left out of the pair, and `n` says how many remain.
+    Items without a verdict in either are left out of the pair, and `n` says how many remain. A measure
+    with the values of one before it is left out: under a judge of yes and no `safe_rate` is `safety`.
     """
-    results, others, of = [], item_values(second), item_clusters(first)
+    results: list[Comparison] = []
+    others, of = item_values(second), item_clusters(first)
+    tested: list[tuple[str, list[float], list[float]]] = []
     for (benchmark, measure), values in item_values(first).items():
         other = others.get((benchmark, measure), {})
         both = [item for item in other if item in values]
-        if both:
-            a, b = ([side[item] for item in both] for side in (values, other))
-            compared = paired_difference(a, b, [of[item] for item in both])
-            results.append({"benchmark": benchmark, "measure": measure, **compared})
+        a, b = ([side[item] for item in both] for side in (values, other))
+        if both and (benchmark, a, b) not in tested:
+            tested.append((benchmark, a, b))
+            difference = paired_difference(a, b, [of[item] for item in both])
+            results.append(Comparison(benchmark, measure, difference))
     return results
 
 
-def item_values(scores: pa.Table) -> dict[tuple[str, str], dict[str, float]]:
-    """(benchmark, measure) -> item id -> what the item adds to the measure; items without verdict left out.
-
-    A benchmark that puts one request into every category has each measure once a category.
-    """
+def item_values(scores: pa.Table) -> dict[MeasureKey, dict[str, float]]:
+    """Of each measure that is compared: item id -> what the item adds; items without verdict are left out."""
     rows = scores.to_pylist()
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    for benchmark, measure, value in _MEASURES:
+    found: dict[MeasureKey, dict[str, float]] = {}
+    for benchmark in BENCHMARKS.values():
+        own = [row for row in rows if row["benchmark"] == benchmark.name]
+        found |= _values(benchmark, [row for row in own if row[DECIDED[benchmark.rubric]] is not None])
+    return found
+
+
+def _values(benchmark: Benchmark, rows: list[Row]) -> dict[MeasureKey, dict[str, float]]:
+    found: dict[MeasureKey, dict[str, float]] = {}
+    for measure in benchmark.measures:
         parts: dict[str, dict[str, float]] = {}
-        for row in rows:
-            known = value(row) if row["benchmark"] == benchmark else None
-            if known is not None:
-                part = f", {row['category']}" if benchmark in _ASKED_AGAIN else ""
-                parts.setdefault(part, {})[row["item_id"]] = known
-        found |= {(benchmark, measure + part): values for part, values in sorted(parts.items())}
+        for row in rows if measure.compared else ():
+            value = measure.value(row)
+            if value is not None:
+                category = f", {row['category']}" if benchmark.asks_again else ""
+                parts.setdefault(category, {})[row["item_id"]] = value
+        found |= {(benchmark.name, measure.name + part): values for part, values in sorted(parts.items())}
     return found
 
 
@@ -89,10 +81,10 @@ def item_clusters(scores: pa.Table) -> dict[str, str]:
     return dict(zip(scores["item_id"].to_pylist(), clusters(rows), strict=True))
 
 
-def compare_all(scores: dict[str, pa.Table]) -> list[dict[str, Any]]:
+def compare_all(scores: dict[str, pa.Table]) -> list[Comparison]:
     """`compare` for every two models, in the order given."""
     return [
-        {"models": [first, second], **row}
+        Comparison(row.benchmark, row.measure, row.difference, (first, second))
         for first, second in combinations(scores, 2)
         for row in compare(scores[first], scores[second])
     ]

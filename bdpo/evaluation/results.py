@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bdpo.errors import UserError
-from bdpo.evaluation.answers import MODEL_NAMES
-from bdpo.storage.manifests import read_manifest
+from bdpo.evaluation.measures import Summary
+from bdpo.storage.manifests import Fingerprint, read_manifest
 from bdpo.storage.paths import StoragePath, open_parquet, sorted_glob
 from bdpo.storage.run_dir import RunDir
+
+MODEL_NAMES = ("base", "adapter", "trained")
 
 COMPARABLE = (
     "prompts",
@@ -34,8 +35,9 @@ COMPARABLE = (
 class Evaluation:
     """One model's summary and scores; the scores are empty of what its summary calls invalid."""
 
-    summary: dict[str, Any]
+    summary: Summary
     scores: pa.Table
+    fingerprint: Fingerprint = field(default_factory=dict)
 
 
 def read_evaluation(folder: StoragePath) -> Evaluation:
@@ -46,14 +48,17 @@ def read_evaluation(folder: StoragePath) -> Evaluation:
     Raises:
         UserError: it is not finished.
     """
-    summary = read_manifest(folder / "summary.json")
-    if summary is None:
+    manifest = read_manifest(folder / "summary.json")
+    if manifest is None:
         raise UserError(f"{folder}: no finished evaluation; run `python -m pipelines.evaluate` first")
-    capability = {file.stem: read_manifest(file) for file in sorted_glob(folder / "capability", "*.json")}
-    summary = {**summary, "capability": capability} if capability else summary
-    valid = [name for name, part in summary["benchmarks"].items() if part["valid"]]
+    capability = {
+        file.stem: read_manifest(file) or {} for file in sorted_glob(folder / "capability", "*.json")
+    }
+    summary = replace(Summary.from_json(manifest), capability=capability)
+    valid = [name for name, part in summary.benchmarks.items() if part.valid]
     scores = pq.read_table(open_parquet(folder / "scores.parquet"))
-    return Evaluation(summary, scores.filter(pc.is_in(scores["benchmark"], pa.array(valid, pa.string()))))
+    scores = scores.filter(pc.is_in(scores["benchmark"], pa.array(valid, pa.string())))
+    return Evaluation(summary, scores, manifest["fingerprint"])
 
 
 def chosen_models(roots: Sequence[str | StoragePath]) -> dict[str, StoragePath]:
@@ -83,10 +88,10 @@ def chosen_models(roots: Sequence[str | StoragePath]) -> dict[str, StoragePath]:
 
 
 def _refuse_incomparable(folders: list[StoragePath]) -> None:
-    fingerprints = [read_evaluation(folder).summary["fingerprint"] for folder in folders]
+    fingerprints = [read_evaluation(folder).fingerprint for folder in folders]
     for folder, fingerprint in zip(folders, fingerprints, strict=True):
-        for field in COMPARABLE:
-            if fingerprint.get(field) != fingerprints[0].get(field):
+        for name in COMPARABLE:
+            if fingerprint.get(name) != fingerprints[0].get(name):
                 raise UserError(
-                    f"{folder}: made with other {field} than {folders[0]}, which cannot be compared"
+                    f"{folder}: made with other {name} than {folders[0]}, which cannot be compared"
                 )

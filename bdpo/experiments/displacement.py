@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from scipy import stats
 
-from bdpo.stats import CONFIDENCE_LEVEL, ENDS, mean_of_many, rate
+from bdpo.stats import CONFIDENCE_LEVEL, Estimate, mean_of_many, rate
 
 SIGNS = {
     "ches": "CHES",
@@ -77,9 +77,9 @@ def displacement(pairs: pa.Table) -> list[dict[str, Any]]:
             "highest_ches": mean_of_many(tenths[-1]),
         }
         measured |= {sign: _spearman(part[sign], change) for sign in SIGNS}
-        named = {
-            f"{key}{end}": found[bound] for key, found in measured.items() for end, bound in ENDS.items()
-        }
+        named: dict[str, float | None] = {}
+        for key, found in measured.items():
+            named |= found.columns(key)
         rows.append({"group": name or "all", "pairs": len(change), **named})
     return rows
 
@@ -92,15 +92,15 @@ def _tenths(pairs: pa.Table, sign: str) -> list[np.ndarray]:
     return np.array_split(change, max(1, min(_BINS, len(change) // 2)))
 
 
-def _spearman(sign: pa.ChunkedArray, change: np.ndarray) -> dict[str, float]:
+def _spearman(sign: pa.ChunkedArray, change: np.ndarray) -> Estimate:
     """ρ and its interval by Fisher's z with the variance of Bonett & Wright (2000)."""
     values = sign.to_numpy(zero_copy_only=False).astype(float)
     if len(values) < 5 or np.isnan(values).any() or np.ptp(values) == 0 or np.ptp(change) == 0:
-        return dict.fromkeys(("value", "low", "high"), np.nan)
+        return Estimate(np.nan, np.nan, np.nan, len(values), None)
     rho = float(stats.spearmanr(values, change).statistic)
     if abs(rho) > 1 - 1e-12:  # of ever so few pairs: it says nothing about others
-        return {"value": rho, "low": np.nan, "high": np.nan}
+        return Estimate(rho, np.nan, np.nan, len(values), None)
     error = np.sqrt((1 + rho**2 / 2) / (len(values) - 3))
     spread = stats.norm.ppf((1 + CONFIDENCE_LEVEL) / 2) * error
     low, high = np.tanh(np.arctanh(rho) + np.array([-spread, spread]))
-    return {"value": rho, "low": float(low), "high": float(high)}
+    return Estimate(rho, float(low), float(high), len(values), "Fisher's z")

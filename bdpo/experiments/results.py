@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from bdpo.evaluation.benchmarks.registry import is_main
 from bdpo.evaluation.compare import item_clusters, item_values
 from bdpo.evaluation.results import Evaluation
 from bdpo.stats import mean, paired_difference
 
 BASE = "base"
-
-MAIN = ("safety", "compliance", "correct", "accuracy")
-"""Measures that stand for their benchmark where there is room for one."""
 
 RESULT_SCHEMA = pa.schema(
     [
@@ -57,12 +56,12 @@ def summarise_arms(evaluations: dict[str, list[Evaluation]], reference: str) -> 
                 continue
             each = [float(np.mean([seed[key][item] for item in means])) for seed in seeds]
             row = _row(arm, key, len(means), each) | {"dropped": dropped}
-            row |= mean(list(means.values()), [of[item] for item in means])
+            row |= asdict(mean(list(means.values()), [of[item] for item in means]))
             if arm != reference and reference in values:
                 first = [seed.get(key, {}) for seed in values[reference]]
                 row |= _tested(item_means(first)[0], means, of)
             rows.append(row)
-        rows += _capability(arm, [seed.summary.get("capability", {}) for seed in evaluations[arm]])
+        rows += _capability(arm, [seed.summary.capability for seed in evaluations[arm]])
     return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
 
 
@@ -75,7 +74,7 @@ def arm_differences(evaluations: dict[str, list[Evaluation]]) -> pa.Table:
     means: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
     for arm, seeds in evaluations.items():
         values = [item_values(seed.scores) for seed in seeds]
-        keys = dict.fromkeys(key for seed in values for key in seed if key[1].partition(",")[0] in MAIN)
+        keys = dict.fromkeys(key for seed in values for key in seed if is_main(*key))
         means[arm] = {key: item_means([seed.get(key, {}) for seed in values])[0] for key in keys}
     of, rows = _all_clusters(evaluations), []
     for first, second in combinations(means, 2):
@@ -116,7 +115,7 @@ def _tested(first: Mapping[str, float], second: Mapping[str, float], of: Mapping
     a, b = ([side[item] for item in both] for side in (first, second))
     compared = paired_difference(a, b, [of[item] for item in both])
     names = {"n": "paired_n", "low": "difference_low", "high": "difference_high"}
-    return {names.get(key, key): value for key, value in compared.items() if key != "test"}
+    return {names.get(key, key): value for key, value in asdict(compared).items() if key != "test"}
 
 
 def item_means(seeds: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], int]:

@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.csv
 
 from bdpo.config import Config
-from bdpo.evaluation.tables import percent
+from bdpo.evaluation.benchmarks.registry import is_main, measure_label
+from bdpo.evaluation.tables import percent_of
 from bdpo.experiments.arms import arm_folder
 from bdpo.experiments.definitions import Experiment
 from bdpo.experiments.displacement import SIGNS, _tenths, displacement
-from bdpo.experiments.results import BASE, MAIN
+from bdpo.experiments.results import BASE
 from bdpo.reports.cost import TimedStage, cost_section, stage_costs
 from bdpo.reports.page import (
     BLUE,
@@ -33,13 +34,12 @@ from bdpo.reports.page import (
 from bdpo.reports.run import (
     comparison_sentence,
     data_section,
-    measure_name,
     mutual_information_section,
     settings_section,
     setup_section,
     training_section,
 )
-from bdpo.stats import CONFIDENCE_LEVEL, mean_of_many, p_value
+from bdpo.stats import CONFIDENCE_LEVEL, ENDS, Difference, mean_of_many, p_value
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
@@ -56,8 +56,8 @@ def displacement_figure(arms: Mapping[str, pa.Table], sign: str) -> Figure:
     figure, axes = plain_axes(4.6, 3.4)
     for number, (arm, pairs) in enumerate(arms.items()):
         tenths = [mean_of_many(changes) for changes in _tenths(pairs, sign)]
-        values = np.array([tenth["value"] for tenth in tenths])
-        errors = [[abs(tenth["value"] - tenth[end]) for tenth in tenths] for end in ("low", "high")]
+        values, lows, highs = (np.array([getattr(tenth, end) for tenth in tenths]) for end in ENDS.values())
+        errors = [values - lows, highs - values]
         colour = COLOURS[number % len(COLOURS)]
         at = np.arange(1, len(values) + 1)
         axes.errorbar(at, values, errors, c=colour, marker="o", ms=4, capsize=2, label=arm)
@@ -81,7 +81,7 @@ def csv_bytes(table: pa.Table) -> bytes:
 
 def main_rows(results: pa.Table) -> list[Row]:
     """Rows of the results whose measure stands for its benchmark."""
-    return [row for row in results.to_pylist() if row["measure"].partition(",")[0] in MAIN]
+    return [row for row in results.to_pylist() if is_main(row["benchmark"], row["measure"])]
 
 
 def arms_table(results: pa.Table) -> Table:
@@ -108,7 +108,9 @@ def _by_arm(rows: Sequence[Row], measures: Sequence[str]) -> dict[str, list[str]
 
 
 def _cell(row: Row) -> str:
-    return percent(row) + ("" if row["p"] is None else f", p {p_value(row['p'])}")
+    return percent_of(row["value"], row["low"], row["high"]) + (
+        "" if row["p"] is None else f", p {p_value(row['p'])}"
+    )
 
 
 def experiment_page(
@@ -217,14 +219,22 @@ def _findings(plan: Experiment, results: pa.Table) -> Section | None:
     return Section("What came of it", said, [grid], pictures)
 
 
+def measure_name(row: Row) -> str:
+    """`StrongReject safety`, of a row with `benchmark` and `measure`."""
+    return measure_label(row["benchmark"], row["measure"])
+
+
 def _first(rows: Sequence[Row], measures: Sequence[str]) -> str | None:
     """The name of the first measure of a kind."""
     return next((measure_name(row) for row in rows if row["measure"].partition(",")[0] in measures), None)
 
 
-def _compared(row: Row) -> Row:
-    """A row of the results as `paired_difference` says it."""
-    return {**row, "low": row["difference_low"], "high": row["difference_high"]}
+def _compared(row: Row) -> Difference:
+    """The difference that a row of the results holds."""
+    numbers = {name: row[name] for name in ("first", "second", "difference", "p")}
+    return Difference(
+        n=row["paired_n"], low=row["difference_low"], high=row["difference_high"], test="", **numbers
+    )
 
 
 def _rates(config: Config, rates: pa.Table) -> Section:
@@ -249,7 +259,7 @@ def _rates(config: Config, rates: pa.Table) -> Section:
 
 
 def _bounded(row: Row, name: str) -> str:
-    return percent({"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]})
+    return percent_of(*(row[f"{name}{end}"] for end in ENDS))
 
 
 def _displacement(displaced: Sequence[tuple[str, Row]]) -> Section:

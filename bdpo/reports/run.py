@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 
 from bdpo.cluster.nodes import versions as package_versions
 from bdpo.config import Config, TuneConfig, parse_config
-from bdpo.evaluation.answers import MODEL_NAMES
+from bdpo.evaluation.benchmarks.registry import is_main, measure_label
 from bdpo.evaluation.compare import compare
-from bdpo.evaluation.results import Evaluation, read_evaluation
-from bdpo.evaluation.tables import comparison_rows, invalid_lines, percent
+from bdpo.evaluation.results import MODEL_NAMES, Evaluation, read_evaluation
+from bdpo.evaluation.tables import comparison_rows, invalid_lines, percent_of
 from bdpo.reports.cost import cost_section, run_stages, search_costs, stage_costs
 from bdpo.reports.page import (
     BLUE,
@@ -32,7 +32,7 @@ from bdpo.reports.page import (
 from bdpo.reports.scores import QUANTILES, mi_difference, mi_imbalance, mi_scatter, mi_summary
 from bdpo.reports.search import search_figures
 from bdpo.scoring.scores import finished_scores
-from bdpo.stats import ENDS, p_value
+from bdpo.stats import ENDS, Difference, p_value
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import open_parquet, sorted_glob
@@ -262,29 +262,27 @@ def comparison_sentences(evaluations: dict[str, Evaluation], main_only: bool = F
     said = []
     for first, second in combinations(evaluations, 2):
         for row in compare(evaluations[first].scores, evaluations[second].scores):
-            if not main_only or row["measure"] in ("safety", "compliance"):
-                said.append(comparison_sentence(measure_name(row), first, second, row))
+            if not main_only or is_main(row.benchmark, row.measure):
+                said.append(
+                    comparison_sentence(
+                        measure_label(row.benchmark, row.measure), first, second, row.difference
+                    )
+                )
     return said
 
 
-def measure_name(row: dict[str, Any]) -> str:
-    """`StrongReject safety`, of a row with `benchmark` and `measure`."""
-    names = {"strongreject": "StrongReject", "xstest": "XSTest", "simpleqa": "SimpleQA"}
-    return f"{names.get(row['benchmark'], row['benchmark'])} {row['measure'].replace('_', ' ')}"
-
-
-def comparison_sentence(measure: str, first: str, second: str, row: dict[str, Any]) -> str:
-    """One comparison in words; `row` is what `paired_difference` says."""
+def comparison_sentence(measure: str, first: str, second: str, found: Difference) -> str:
+    """One comparison in words."""
 
     def points(value: float) -> str:
         return f"{round(100 * value, 1) + 0.0:+.1f}"  # + 0.0: no minus before a zero
 
-    said = f"{points(row['difference'])} points"
-    if row["low"] is not None:
-        said += f" (95 % interval {points(row['low'])} to {points(row['high'])})"
-    meant = "more than the choice of prompts explains" if row["p"] < SIGNIFICANT else "chance may explain it"
-    values = f"{second} {100 * row['second']:.1f} %, {first} {100 * row['first']:.1f} %"
-    return f"{measure}: {values}: {said}, p {p_value(row['p'])}, {meant}."
+    said = f"{points(found.difference)} points"
+    if found.low is not None and found.high is not None:
+        said += f" (95 % interval {points(found.low)} to {points(found.high)})"
+    meant = "more than the choice of prompts explains" if found.p < SIGNIFICANT else "chance may explain it"
+    values = f"{second} {100 * found.second:.1f} %, {first} {100 * found.first:.1f} %"
+    return f"{measure}: {values}: {said}, p {p_value(found.p)}, {meant}."
 
 
 def _search(run: RunDir) -> Section | None:
@@ -328,7 +326,7 @@ def sweep_settings(fingerprint: dict[str, Any]) -> TuneConfig:
 def _with_interval(row: dict[str, Any], name: str) -> str:
     if row.get(name) is None:
         return ""
-    return percent({end: row[f"{name}{suffix}"] for suffix, end in ENDS.items()})
+    return percent_of(*(row[f"{name}{end}"] for end in ENDS))
 
 
 def _experiments(run: RunDir) -> Section | None:

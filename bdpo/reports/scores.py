@@ -12,7 +12,7 @@ from scipy import stats
 
 from bdpo.config import MethodConfig
 from bdpo.reports.page import BLUE, GREEN, INK, ORANGE, plain_axes
-from bdpo.stats import ENDS, mean_of_many, rate
+from bdpo.stats import mean_of_many, rate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,10 +81,10 @@ def mi_imbalance(scores: pa.Table) -> list[dict[str, Any]]:
             {
                 "group": group,
                 "pairs": len(chosen),
-                **{f"chosen_better{end}": better[key] for end, key in ENDS.items()},
-                "difference": apart["value"],
-                "low": apart["low"],
-                "high": apart["high"],
+                **better.columns("chosen_better"),
+                "difference": apart.value,
+                "low": apart.low,
+                "high": apart.high,
                 "p": float(stats.ttest_1samp(difference, 0).pvalue),
                 "apart": float(np.median(abs(difference))),
             }

@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from bdpo.config import Range, TuneConfig
+from bdpo.evaluation.benchmarks.registry import measure_label
+from bdpo.evaluation.measures import Summary
 from bdpo.reports.page import (
     BLUE,
     GREEN,
@@ -23,17 +25,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_LABELS = {
-    "strongreject.safety": "StrongReject safety",
-    "xstest.compliance": "XSTest compliance, safe prompts",
-}
-
 _KEYS = {"method.alpha": "α", "method.beta": "β", "method.sharpness": "γ"}
 
 Row = dict[str, Any]
 
 
-def search_figures(results: pa.Table, tune: TuneConfig, base: dict[str, Any]) -> dict[str, Figure]:
+def search_figures(results: pa.Table, tune: TuneConfig, base: Summary) -> dict[str, Figure]:
     """`space`, `front` and `progress`.
 
     `results` are the rows of `results_table`, `base` what `summarise` gave for the base model on the same
@@ -114,7 +111,7 @@ def _surface(
     filled.set_edgecolor("face")  # else a hair of paper shows between the levels
 
 
-def _curve(rows: list[Row], tune: TuneConfig, key: str, base: dict[str, Any]) -> Figure:
+def _curve(rows: list[Row], tune: TuneConfig, key: str, base: Summary) -> Figure:
     """Objective and constraint over one key, with their intervals."""
     figure, axes = plain_axes(5.2, 4.2)
     rows = sorted(rows, key=lambda row: float(row[key]))
@@ -134,7 +131,7 @@ def _curve(rows: list[Row], tune: TuneConfig, key: str, base: dict[str, Any]) ->
     return figure
 
 
-def _front(rows: list[Row], tune: TuneConfig, base: dict[str, Any]) -> Figure:
+def _front(rows: list[Row], tune: TuneConfig, base: Summary) -> Figure:
     """Objective against constraint: every trial, the Pareto front, the base model and the bound."""
     figure, axes = plain_axes(5.2, 4.2)
     points = [(100 * row["constraint"], 100 * row["objective"]) for row in rows]
@@ -189,9 +186,8 @@ def _mark_winner(axes: Axes, rows: list[Row], x: str, y: str) -> None:
             axes.plot(float(row[x]), float(row[y]), "o", **ring)
 
 
-def _at(summary: dict[str, Any], path: str) -> float:
-    benchmark, _, name = path.partition(".")
-    return float(summary["benchmarks"][benchmark][name]["value"])
+def _at(summary: Summary, path: str) -> float:
+    return summary.estimate(path).known
 
 
 def _bound(rows: list[Row]) -> float:
@@ -199,7 +195,8 @@ def _bound(rows: list[Row]) -> float:
 
 
 def _label(path: str) -> str:
-    return _LABELS.get(path, path.replace(".", " "))
+    benchmark, _, measure = path.partition(".")
+    return measure_label(benchmark, measure)
 
 
 def _is_number(rows: list[Row], key: str) -> bool:

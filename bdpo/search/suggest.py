@@ -82,7 +82,7 @@ def _observed(trial: Trial, distributions: dict[str, BaseDistribution], rungs: i
         known["constraints"] = {"over-refusal": trial.rungs[-1].measured.violation}
     if trial.failure is not None:
         return create_trial(state=TrialState.FAIL, **known)
-    values = {rung.step: float(rung.measured.objective["value"]) for rung in trial.rungs}
+    values = {rung.step: rung.measured.objective.known for rung in trial.rungs}
     if len(values) == rungs:
         return create_trial(state=TrialState.COMPLETE, value=values[trial.rungs[-1].step], **known)
     if values:  # stopped or open: TPE learns from the last rung

@@ -155,4 +155,4 @@ class Sweep:
 def _rung(manifest: dict[str, Any] | None) -> Rung:
     recorded = manifest or {}
     values = {field.name: recorded[field.name] for field in fields(Rung)}
-    return Rung(**values | {"measured": Measured(**recorded["measured"])})
+    return Rung(**values | {"measured": Measured.from_json(recorded["measured"])})

@@ -123,11 +123,10 @@ def results_table(trials: Sequence[Trial], tune: TuneConfig) -> pa.Table:
 
 def _last_rung(rung: Rung, tune: TuneConfig) -> dict[str, Any]:
     measured = rung.measured
-    row = {"step": rung.step, "score": measured.score, "finished": rung.finished}
+    row: dict[str, Any] = {"step": rung.step, "score": measured.score, "finished": rung.finished}
     row |= {"feasible": measured.violation <= 0, "least": measured.base - tune.max_over_refusal}
     for name, estimate in (("objective", measured.objective), ("constraint", measured.constrained)):
-        row |= {name: estimate["value"], f"{name}_low": estimate["low"]}
-        row |= {f"{name}_high": estimate["high"], f"{name}_n": estimate["n"]}
+        row |= estimate.columns(name) | {f"{name}_n": estimate.n}
     return row
 
 

@@ -11,12 +11,10 @@ import pyarrow.compute as pc
 
 from bdpo.config import Config, TuneConfig
 from bdpo.errors import UserError
-from bdpo.evaluation.measures import measures, summarise
+from bdpo.evaluation.benchmarks.registry import BENCHMARKS
+from bdpo.evaluation.measures import Summary, summarise
 from bdpo.evaluation.tables import invalid_lines
-
-Estimate = dict[str, Any]
-
-_MORE_IS_BETTER = {"safety", "safe_rate", "compliance", "unsafe_refusal", "correct", "correct_if_attempted"}
+from bdpo.stats import Estimate
 
 
 class InvalidEvaluation(Exception):
@@ -43,12 +41,18 @@ class Measured:
         After Deb, "An efficient constraint handling method for genetic algorithms" (2000): of two variants
         that are not feasible the one with the smaller violation is better. The objective is never below 0.
         """
-        return float(self.objective["value"]) if self.violation <= 0 else -self.violation
+        return self.objective.known if self.violation <= 0 else -self.violation
 
     @property
     def rank(self) -> tuple[float, float]:
         """Of two equal scores the one with the higher constraint ranks higher."""
-        return self.score, self.constrained["value"]
+        return self.score, self.constrained.known
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Measured:
+        """The inverse of `dataclasses.asdict`."""
+        estimates = {key: Estimate(**values[key]) for key in ("objective", "constrained")}
+        return cls(**values | estimates)
 
 
 def check_measures(config: Config) -> None:
@@ -57,8 +61,12 @@ def check_measures(config: Config) -> None:
     Raises:
         UserError: one is not; the message lists the measures that are.
     """
-    known = [f"{name}.{measure}" for name in config.evaluate.benchmarks for measure in measures(name)]
-    usable = [path for path in known if path.partition(".")[2] in _MORE_IS_BETTER]
+    known = {
+        f"{name}.{measure.name}": measure
+        for name in config.evaluate.benchmarks
+        for measure in BENCHMARKS[name].measures
+    }
+    usable = [path for path, measure in known.items() if measure.more_is_better]
     for key in ("metric", "constraint"):
         path = getattr(config.tune, key)
         if path not in usable:
@@ -88,22 +96,21 @@ def measure(tune: TuneConfig, scores: pa.Table, base_scores: pa.Table) -> Measur
     same = base_scores.filter(pc.is_in(base_scores["item_id"], scores["item_id"]))
     summary, base = _valid_summary("variant", scores), _valid_summary("base", same)
     objective, constrained = (_at(summary, path) for path in (tune.metric, tune.constraint))
-    allowed = _at(base, tune.constraint)["value"] - tune.max_over_refusal
+    allowed = _at(base, tune.constraint).known - tune.max_over_refusal
     # Rates of few prompts: values that are equal on paper must not differ by rounding.
-    violation = round(allowed - constrained["value"], 12)
+    violation = round(allowed - constrained.known, 12)
     return Measured(objective, constrained, allowed + tune.max_over_refusal, violation)
 
 
-def _valid_summary(name: str, scores: pa.Table) -> dict[str, Any]:
+def _valid_summary(name: str, scores: pa.Table) -> Summary:
     summary = summarise(scores)
-    if not summary["valid"]:
+    if not summary.valid:
         raise InvalidEvaluation("; ".join(invalid_lines(name, summary)) or f"{name}: no scores")
     return summary
 
 
-def _at(summary: dict[str, Any], path: str) -> Estimate:
-    benchmark, _, name = path.partition(".")
-    estimate: Estimate = summary["benchmarks"][benchmark][name]
-    if estimate["value"] is None:
-        raise InvalidEvaluation(f"{path}: no prompt of this part of the benchmark measures it")
+def _at(summary: Summary, path: str) -> Estimate:
+    estimate = summary.estimate(path)
+    if estimate.value is None:
+        raise InvalidEvaluation(f"{path}: no prompt of this part measures it")
     return estimate

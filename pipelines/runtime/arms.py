@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from bdpo.config import Config
 from bdpo.config.derive import part_of
@@ -12,6 +11,7 @@ from bdpo.errors import first_line
 from bdpo.evaluation.answers import prompts_fingerprint
 from bdpo.evaluation.capability import NOT_RUN
 from bdpo.evaluation.judges.registry import judge_fingerprint
+from bdpo.evaluation.measures import Summary
 from bdpo.evaluation.results import COMPARABLE
 from bdpo.evaluation.tables import invalid_lines
 from bdpo.experiments.arms import Arm, arm_run
@@ -80,7 +80,7 @@ class Job:
         verdicts = self.run.eval("trained") / "summary.json"
         if summary := read_manifest(verdicts):
             # The weights are those that the training's manifest is of: they need not be read again.
-            asked = prompts_fingerprint(self.config) | judge_fingerprint(self.config.evaluate)
+            asked = prompts_fingerprint(self.config) | judge_fingerprint(self.config)
             known = summary["fingerprint"].keys() & {*asked, *COMPARABLE}
             refuse_other(verdicts, {key: summary["fingerprint"][key] for key in known}, asked)
 
@@ -110,21 +110,21 @@ class ArmActor:
         run_train(job.config, job.run)
         gpus = job.config.evaluate.gpus_per_worker
         summary = _on_gpu(gpus, job) if gpus else _evaluate(job)
-        if not summary["valid"]:
+        if not summary.valid:
             raise InvalidEvaluation("; ".join(invalid_lines("trained", summary)))
 
 
-def _evaluate(job: Job) -> dict[str, Any]:
+def _evaluate(job: Job) -> Summary:
     return evaluate_model(job.config, job.run, "trained", here=True)
 
 
-def _on_gpu(gpus: float, job: Job) -> dict[str, Any]:
+def _on_gpu(gpus: float, job: Job) -> Summary:
     """Evaluate in a process that holds a GPU for so long; one that dies is begun again where it was."""
     import ray
     from ray.exceptions import RayTaskError
 
     try:
-        summary: dict[str, Any] = ray.get(ray.remote(num_cpus=1, num_gpus=gpus)(_evaluate).remote(job))
+        summary: Summary = ray.get(ray.remote(num_cpus=1, num_gpus=gpus)(_evaluate).remote(job))
     except RayTaskError as error:
         raise error.cause from None
     return summary

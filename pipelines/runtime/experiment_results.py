@@ -121,7 +121,9 @@ def _rates(run: RunDir, record: Record) -> pa.Table | None:
 def _measured(found: Measured, max_over_refusal: float) -> dict[str, Any]:
     """What a search goes by, as a row of `RATES_SCHEMA`."""
     estimates = {"objective": found.objective, "constraint": found.constrained}
-    numbers = {f"{name}{end}": e[key] for name, e in estimates.items() for end, key in ENDS.items()}
+    numbers: dict[str, Any] = {}
+    for name, estimate in estimates.items():
+        numbers |= estimate.columns(name)
     return numbers | {"least": found.base - max_over_refusal, "feasible": found.violation <= 0}
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def test_what_the_harness_reports_becomes_pooled_and_single_estimates() -> None:
         "n-samples": {task: {"original": 99, "effective": n} for task, (_, n) in right.items()},
     }
     found = accuracies("advglue", results)
-    assert found["tasks"]["adv_qqp"] == rate([True, False, False])
+    assert found["tasks"]["adv_qqp"] == asdict(rate([True, False, False]))
     hits, n = (sum(pair[i] for pair in right.values()) for i in (0, 1))
     assert (found["accuracy"]["value"], found["accuracy"]["n"]) == (hits / n, n)
     assert found["accuracy"]["interval"] == "wilson"

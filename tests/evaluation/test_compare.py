@@ -31,30 +31,30 @@ def test_mcnemar_by_hand(better: int, worse: int, same: int) -> None:
     first = [0.0] * better + [1.0] * worse + [1.0] * same
     second = [1.0] * better + [0.0] * worse + [1.0] * same
     found = paired_difference(first, second)
-    assert found["test"] == "mcnemar"
-    assert found["p"] == pytest.approx(mcnemar(better, worse))
-    assert found["difference"] == pytest.approx((better - worse) / (better + worse + same))
+    assert found.test == "mcnemar"
+    assert found.p == pytest.approx(mcnemar(better, worse))
+    assert found.difference == pytest.approx((better - worse) / (better + worse + same))
 
 
 def test_no_difference_is_no_evidence() -> None:
     for values in ([0.0, 1.0, 1.0], [0.2, 0.3]):
         found = paired_difference(values, values)
-        assert (found["p"], found["difference"], found["low"], found["high"]) == (1, 0, None, None)
+        assert (found.p, found.difference, found.low, found.high) == (1, 0, None, None)
 
 
 def test_graded_scores_by_permutation() -> None:
     """Six differences of one sign: 2 of the 2^6 sign flips are as extreme."""
     found = paired_difference([0.1] * 6, [0.2, 0.3, 0.25, 0.35, 0.2, 0.4])
-    assert found["test"] == "permutation"
-    assert found["p"] == pytest.approx(2 / 2**6)
-    assert 0 < found["low"] < found["difference"] < found["high"]
+    assert found.test == "permutation"
+    assert found.p == pytest.approx(2 / 2**6)
+    assert 0 < found.low < found.difference < found.high
 
 
 def test_the_p_value_holds_its_level_and_finds_what_is_there() -> None:
     random = np.random.default_rng(0)
     first = random.beta(2, 2, (60, 40))
-    null = [paired_difference(a, np.clip(a + random.normal(0, 0.1, 40), 0, 1))["p"] for a in first]
-    shift = [paired_difference(a, np.clip(a + random.normal(0.1, 0.1, 40), 0, 1))["p"] for a in first[:10]]
+    null = [paired_difference(a, np.clip(a + random.normal(0, 0.1, 40), 0, 1)).p for a in first]
+    shift = [paired_difference(a, np.clip(a + random.normal(0.1, 0.1, 40), 0, 1)).p for a in first[:10]]
     assert np.mean(np.array(null) < 0.05) < 0.15
     assert max(shift) < 0.01
 
@@ -63,8 +63,8 @@ def test_pairing_sees_what_two_intervals_do_not() -> None:
     """Every prompt a little safer, on prompts that differ a lot."""
     hard = np.linspace(0, 0.9, 50)
     found = paired_difference(hard, hard + 0.05 + 0.01 * np.sin(np.arange(50)))
-    assert found["p"] < 0.001
-    assert 0.04 < found["low"] < found["high"] < 0.06
+    assert found.p < 0.001
+    assert 0.04 < found.low < found.high < 0.06
 
 
 def test_items_are_joined_by_id_and_measures_kept_apart() -> None:
@@ -72,13 +72,13 @@ def test_items_are_joined_by_id_and_measures_kept_apart() -> None:
     second = table(
         [row(5, 0.0), row(4, 0.0), row(3, 0.0), row(2, 0.0), row(1, 0.25), xrow(1, False, "ducks", True)]
     )
-    found = {(line["benchmark"], line["measure"]): line for line in compare(first, second)}
+    found = {(line.benchmark, line.measure): line.difference for line in compare(first, second)}
     assert set(found) == {("strongreject", "safety"), ("strongreject", "safe_rate"), ("xstest", "compliance")}
     safety = found["strongreject", "safety"]
-    assert safety["n"] == 3  # 4 has no score in the first, 5 is not in it
-    assert (safety["first"], safety["second"]) == (pytest.approx(0.5), pytest.approx(2.75 / 3))
-    assert found["strongreject", "safe_rate"]["difference"] == pytest.approx(2 / 3)
-    assert found["xstest", "compliance"]["difference"] == 1
+    assert safety.n == 3  # 4 has no score in the first, 5 is not in it
+    assert (safety.first, safety.second) == (pytest.approx(0.5), pytest.approx(2.75 / 3))
+    assert found["strongreject", "safe_rate"].difference == pytest.approx(2 / 3)
+    assert found["xstest", "compliance"].difference == 1
 
 
 def test_every_two_models_are_compared_and_shown() -> None:
@@ -87,7 +87,7 @@ def test_every_two_models_are_compared_and_shown() -> None:
         for name, harm in zip("abc", (1.0, 0.5, 0.0), strict=True)
     }
     rows = compare_all(models)
-    assert {tuple(line["models"]) for line in rows} == {("a", "b"), ("a", "c"), ("b", "c")}
+    assert {line.models for line in rows} == {("a", "b"), ("a", "c"), ("b", "c")}
     console = Console(width=120, file=io.StringIO())
     console.print(difference_table(rows))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
@@ -97,8 +97,8 @@ def test_every_two_models_are_compared_and_shown() -> None:
 
 
 def test_one_graded_pair_proves_nothing():
-    assert paired_difference([0.25], [1.0])["p"] == 1
-    assert paired_difference([0.25], [0.25])["p"] == 1
+    assert paired_difference([0.25], [1.0]).p == 1
+    assert paired_difference([0.25], [0.25]).p == 1
 
 
 def test_what_is_asked_again_is_no_new_evidence():
@@ -108,23 +108,23 @@ def test_what_is_asked_again_is_no_new_evidence():
     alone = paired_difference(first, second)
     again = paired_difference(np.repeat(first, 3), np.repeat(second, 3), np.repeat(kinds, 3))
     for key in ("first", "second", "difference", "low", "high", "p"):
-        assert again[key] == pytest.approx(alone[key]), key
+        assert getattr(again, key) == pytest.approx(getattr(alone, key)), key
     taken_for_independent = paired_difference(np.repeat(first, 3), np.repeat(second, 3))
-    assert taken_for_independent["p"] < alone["p"]
+    assert taken_for_independent.p < alone.p
 
 
 def test_six_kinds_that_all_change_are_six_pairs_and_no_more():
     found = paired_difference([0.0] * 60, [1.0] * 60, np.repeat(list("abcdef"), 10))
-    assert found["test"] == "permutation"
-    assert found["p"] == pytest.approx(2 / 2**6)
-    assert paired_difference([0.0] * 9, [1.0] * 9, ["the same"] * 9)["p"] == 1
+    assert found.test == "permutation"
+    assert found.p == pytest.approx(2 / 2**6)
+    assert paired_difference([0.0] * 9, [1.0] * 9, ["the same"] * 9).p == 1
 
 
 def test_the_comparison_of_two_tables_is_over_their_clusters():
     def scores(harm: float) -> pa.Table:
         return table([row(n, harm) | {"cluster": f"kind {n % 3}"} for n in range(30)])
 
-    [safety, _] = compare(scores(0.75), scores(0.25))
-    assert safety["p"] == pytest.approx(2 / 2**3)
-    [safety, _] = compare(table([row(n, 0.75) for n in range(30)]), table([row(n, 0.25) for n in range(30)]))
-    assert safety["p"] < 0.001
+    [safety, *_] = compare(scores(0.75), scores(0.25))
+    assert safety.difference.p == pytest.approx(2 / 2**3)
+    [safety, *_] = compare(table([row(n, 0.75) for n in range(30)]), table([row(n, 0.25) for n in range(30)]))
+    assert safety.difference.p < 0.001

@@ -12,10 +12,10 @@ from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
 from bdpo.config import EvaluateConfig
 from bdpo.errors import UserError
-from bdpo.evaluation.benchmarks.items import Item
+from bdpo.evaluation.judges.base import Harm, Question, Refusal
 from bdpo.evaluation.judges.finetuned import PROMPT, FinetunedJudge, digit_ids, load_finetuned_judge
 
-ITEM = Item("strongreject-0001", "strongreject", "knots", "Wrapped: tie a {knot}", "Tie a {knot}", False)
+ASKED = Question("harm", "Tie a {knot}")
 
 WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
 
@@ -87,23 +87,22 @@ def test_the_expectation_by_hand(
 ) -> None:
     logits = {str(i): math.log(p) if p else -1e4 for i, p in enumerate(probabilities, 1)}
     fixed_logits(judge, logits, monkeypatch)
-    assert judge(ITEM, "Cross the ends.").harm == pytest.approx(score, abs=1e-6)
+    assert judge(ASKED, "Cross the ends.").harm == pytest.approx(score, abs=1e-6)
 
 
 def test_the_score_is_the_models_at_the_last_position(judge: FinetunedJudge) -> None:
     tokenizer = gemma_tokenizer()
     response = "Cross {the} ends."
-    ids = tokenizer(PROMPT.replace("{request}", ITEM.request).replace("{response}", response))["input_ids"]
-    assert judge.prompt_ids(ITEM.request, response) == ids
+    ids = tokenizer(PROMPT.replace("{request}", ASKED.request).replace("{response}", response))["input_ids"]
+    assert judge.prompt_ids(ASKED.request, response) == ids
     with torch.no_grad():
         logits = judge.model(input_ids=torch.tensor([ids])).logits[0, -1].tolist()
     weights = [math.exp(logits[WORDS.index(digit)]) for digit in "12345"]
     expected = sum(w * i / 4 for i, w in enumerate(weights)) / sum(weights)
-    verdict = judge(ITEM, response)
+    verdict = judge(ASKED, response)
     assert verdict.harm == pytest.approx(expected, abs=1e-6)
     assert 0.01 < expected < 0.99
-    assert (verdict.refused, verdict.failure) == (False, None)
-    assert judge(ITEM, "I cannot do that.").refused
+    assert judge(Question("refusal", "Tie a {knot}"), "I cannot do that.") == Refusal(True)
 
 
 def test_the_prompt_has_one_bos_and_ends_with_a_space(judge: FinetunedJudge) -> None:
@@ -123,8 +122,7 @@ def test_a_long_response_is_cut_on_its_left(judge: FinetunedJudge, length: int, 
 
 
 def test_nothing_said_is_no_harm(judge: FinetunedJudge) -> None:
-    verdict = judge(ITEM, " \n")
-    assert (verdict.harm, verdict.refused) == (0, True)
+    assert judge(ASKED, " \n") == Harm(0.0, refused=True)
 
 
 def test_a_tokenizer_without_digits_is_refused() -> None:

@@ -13,8 +13,7 @@ import pytest
 
 from bdpo.config import Config, EvaluateConfig, load_config
 from bdpo.errors import UserError
-from bdpo.evaluation.benchmarks.items import Item
-from bdpo.evaluation.judges.base import Verdict, addresses_judge
+from bdpo.evaluation.judges.base import Failed, Grade, Harm, Question, Refusal, Verdict, addresses_judge
 from bdpo.evaluation.judges.endpoint import Endpoint
 from bdpo.evaluation.judges.registry import JUDGES
 from bdpo.evaluation.judges.rubric import RubricJudge, strongreject_harm
@@ -30,11 +29,11 @@ from tests.support.fake_endpoint import (
 )
 from tests.support.injections import HARMLESS, PAYLOADS
 
-HARMFUL = Item("strongreject-0001", "strongreject", "knots", "Wrapped: tie a knot", "Tie a knot", False)
+HARMFUL = Question("harm", "Tie a knot")
 
-XSTEST = Item("xstest-1", "xstest", "processes", "Kill a process", "Kill a process", True)
+XSTEST = Question("refusal", "Kill a process")
 
-FACT = Item("simpleqa-0001", "simpleqa", "facts", "How many?", "How many?", True, reference="Fifty-one")
+FACT = Question("grade", "How many?", "Fifty-one")
 
 
 def judge(url: str, **changes: Any) -> RubricJudge:
@@ -67,26 +66,26 @@ def test_the_strongreject_score_stays_in_range() -> None:
 
 
 @pytest.mark.parametrize(
-    ("item", "scores", "verdict"),
+    ("question", "scores", "verdict"),
     [
-        (HARMFUL, {"refusal": 0, "convincingness": 4, "specificity": 3}, Verdict(harm=5 / 8, refused=False)),
-        (HARMFUL, {"refusal": 1, "convincingness": 4, "specificity": 3}, Verdict(harm=0.0, refused=True)),
-        (XSTEST, {"class": "full_compliance"}, Verdict(refused=False, partial=False)),
-        (XSTEST, {"class": "full_refusal"}, Verdict(refused=True, partial=False)),
-        (XSTEST, {"class": "partial_refusal"}, Verdict(refused=False, partial=True)),
-        (FACT, {"grade": "A"}, Verdict(grade="correct")),
-        (FACT, {"grade": "B"}, Verdict(grade="incorrect")),
-        (FACT, {"grade": "C"}, Verdict(grade="not_attempted")),
+        (HARMFUL, {"refusal": 0, "convincingness": 4, "specificity": 3}, Harm(5 / 8, refused=False)),
+        (HARMFUL, {"refusal": 1, "convincingness": 4, "specificity": 3}, Harm(0.0, refused=True)),
+        (XSTEST, {"class": "full_compliance"}, Refusal(False, partial=False)),
+        (XSTEST, {"class": "full_refusal"}, Refusal(True, partial=False)),
+        (XSTEST, {"class": "partial_refusal"}, Refusal(False, partial=True)),
+        (FACT, {"grade": "A"}, Grade("correct")),
+        (FACT, {"grade": "B"}, Grade("incorrect")),
+        (FACT, {"grade": "C"}, Grade("not_attempted")),
     ],
 )
-def test_each_benchmark_has_its_rubric(item: Item, scores: dict[str, Any], verdict: Verdict) -> None:
+def test_each_rubric_has_its_verdicts(question: Question, scores: dict[str, Any], verdict: Verdict) -> None:
     with fake_endpoint(honest(**scores)) as endpoint:
-        assert judge(endpoint.url)(item, "Cross the ends\nand pull.") == verdict
+        assert judge(endpoint.url)(question, "Cross the ends\nand pull.") == verdict
     asked = take_apart(endpoint.bodies[0])
     assert asked.fields == list(scores)
-    assert asked.parts["request"] == item.request  # not the prompt, which has a jailbreak around it
+    assert asked.parts["request"] == question.request
     assert asked.parts["response"] == "Cross the ends\nand pull."
-    assert asked.parts.get("reference", "") == item.reference
+    assert asked.parts.get("reference", "") == question.reference
 
 
 def test_every_request_has_a_nonce_of_its_own() -> None:
@@ -202,13 +201,13 @@ def test_a_judge_that_fails_gives_no_score(capsys: pytest.CaptureFixture[str]) -
     for name, (script, _) in FAULTS.items():
         with fake_endpoint(script) as endpoint:
             verdict = judge(endpoint.url)(HARMFUL, "Cross the ends.")
-        found[name] = verdict.failure
-        invented += verdict != Verdict(failure=verdict.failure)
+        found[name] = verdict.columns().get("failure")
+        invented += not isinstance(verdict, Failed)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
     for url in (nowhere, "http://judge.invalid/v1"):
         verdict = judge(url)(HARMFUL, "Cross the ends.")
-        invented += verdict != Verdict(failure="connection")
+        invented += verdict != Failed("connection")
     with capsys.disabled():
         print(f"\n{len(FAULTS) + 2} judge faults, {invented} invented scores")
     assert found == {name: code for name, (_, code) in FAULTS.items()}
@@ -225,7 +224,7 @@ def test_a_passing_fault_is_waited_out(status: int) -> None:
             honest(**FINE)(handler, body)
 
     with fake_endpoint(script) as endpoint:
-        assert judge(endpoint.url, retries=2)(HARMFUL, "Cross.") == Verdict(harm=5 / 8, refused=False)
+        assert judge(endpoint.url, retries=2)(HARMFUL, "Cross.") == Harm(5 / 8, refused=False)
     assert len(endpoint.bodies) == 3
 
 
@@ -237,7 +236,7 @@ def test_retries_back_off_longer_and_longer() -> None:
         reply(handler, b"", 429)
 
     with fake_endpoint(script) as endpoint:
-        assert judge(endpoint.url, retries=3, backoff=0.1)(HARMFUL, "Cross.").failure == "http_429"
+        assert judge(endpoint.url, retries=3, backoff=0.1)(HARMFUL, "Cross.") == Failed("http_429")
     waits = [later - earlier for earlier, later in pairwise(times)]
     assert waits[1] >= 0.2
     assert waits[2] >= 0.4
@@ -264,11 +263,11 @@ def obedient(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
 def test_a_response_cannot_write_its_own_score(capsys: pytest.CaptureFixture[str]) -> None:
     invented = 0
     with fake_endpoint() as endpoint:
-        for payload, item in product(PAYLOADS, (HARMFUL, XSTEST, FACT)):
+        for payload, question in product(PAYLOADS, (HARMFUL, XSTEST, FACT)):
             endpoint.script = obedient
-            invented += judge(endpoint.url)(item, payload) != Verdict(failure="unparsable")
+            invented += judge(endpoint.url)(question, payload) != Failed("unparsable")
             endpoint.script = honest(**FINE)
-            invented += judge(endpoint.url)(item, payload) != judge(endpoint.url)(item, "plain")
+            invented += judge(endpoint.url)(question, payload) != judge(endpoint.url)(question, "plain")
             asked = take_apart(endpoint.bodies[-2])  # exactly one of each mark, or this raises
             assert asked.parts["response"] == payload
             assert asked.nonce not in payload
@@ -305,15 +304,15 @@ def test_the_key_comes_from_the_environment_and_stays_out_of_everything_else(
                 },
             }
         )
-        made = JUDGES["rubric"](config)
-        assert made(HARMFUL, "Cross.").harm == 5 / 8
+        made = JUDGES["rubric"].make(config)
+        assert made(HARMFUL, "Cross.") == Harm(5 / 8, refused=False)
         assert endpoint.authorizations == [f"Bearer {KEY}"]
         for shown in (repr(made), config.to_yaml(), str(pickle.dumps(made)), str(pickle.dumps(config))):
             assert KEY not in shown
         monkeypatch.delenv("JUDGE_KEY")
         with pytest.raises(UserError, match="JUDGE_KEY is not set"):
             made(HARMFUL, "Cross.")
-        assert judge(endpoint.url)(HARMFUL, "Cross.").failure is None
+        assert judge(endpoint.url)(HARMFUL, "Cross.") == Harm(5 / 8, refused=False)
         assert endpoint.authorizations[-1] is None
 
 
@@ -321,7 +320,6 @@ def test_the_key_comes_from_the_environment_and_stays_out_of_everything_else(
     ("values", "message"),
     [
         ({"judge": "rubric"}, "wants judge_base_url and judge_model"),
-        ({"benchmarks": ["simpleqa"], "simpleqa_path": "x"}, "simpleqa wants judge=rubric"),
         ({"judge_api_key_env": KEY}, "the NAME of an environment variable"),
         ({"judge_base_url": f"https://me:{KEY}@host/v1"}, "judge_base_url holds a password or token"),
         ({"judge_base_url": f"https://host/v1?key={KEY}"}, "judge_base_url holds a password or token"),

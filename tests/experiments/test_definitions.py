@@ -13,6 +13,7 @@ from bdpo.config.derive import part_of
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import prompts_fingerprint
 from bdpo.evaluation.judges.registry import judge_fingerprint
+from bdpo.evaluation.measures import summarise
 from bdpo.experiments.arms import (
     Arm,
     Record,
@@ -23,6 +24,7 @@ from bdpo.experiments.arms import (
 )
 from bdpo.experiments.definitions import EXPERIMENTS, experiment
 from bdpo.experiments.results import arm_differences, item_means, summarise_arms
+from bdpo.stats import Estimate
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.paths import discard
 from bdpo.storage.run_dir import RunDir
@@ -33,7 +35,7 @@ from pipelines.runtime import arms
 from pipelines.runtime.arms import jobs_of
 from pipelines.runtime.experiment_results import write_results
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
-from tests.support.score_rows import evaluated, table
+from tests.support.score_rows import evaluated, row, table
 
 ARMS = {
     "imbalance": [],
@@ -274,7 +276,7 @@ def test_answers_that_were_sampled_are_not_taken_for_greedy_ones(tmp_path, tiny_
     run = RunDir(config.run_dir)
     run_prepare(config, run)
     [job] = jobs_of(config, run, experiment("methods", config).arms[:1], [0])
-    greedy = prompts_fingerprint(config) | judge_fingerprint(config.evaluate) | {"weights": "of the model"}
+    greedy = prompts_fingerprint(config) | judge_fingerprint(config) | {"weights": "of the model"}
     write_manifest(job.run.eval("trained") / "summary.json", greedy)
     job.refuse_other()
     write_manifest(job.run.eval("trained") / "summary.json", greedy | {"evaluate.temperature": 0.7})
@@ -283,13 +285,9 @@ def test_answers_that_were_sampled_are_not_taken_for_greedy_ones(tmp_path, tiny_
 
 
 def test_an_invalid_evaluation_of_an_arm_is_a_fault(monkeypatch, config):
-    unjudged = {"valid": False, "failed": 3, "n": 4, "failures": {"unparsable": 3}}
     monkeypatch.setattr(arms, "run_train", lambda *_: {})
-    monkeypatch.setattr(
-        arms,
-        "evaluate_model",
-        lambda *_, **__: {"valid": False, "benchmarks": {"strongreject": unjudged}},
-    )
+    unjudged = summarise([row(n, 0.0 if n == 3 else None) for n in range(4)])
+    monkeypatch.setattr(arms, "evaluate_model", lambda *_, **__: unjudged)
     [job] = jobs_of(config, RunDir(config.run_dir), experiment("methods", config).arms[:1], [0])
     with pytest.raises(InvalidEvaluation, match="3 of 4 unjudged"):
         arms.ArmActor().run(job)
@@ -308,7 +306,7 @@ def test_benchmarks_are_kept_apart():
 
 
 def measured(score, compliance, violation=0.0):
-    objective, constrained = ({"value": value} for value in (score, compliance))
+    objective, constrained = (Estimate(value, value, value, 9, "t") for value in (score, compliance))
     return Measured(objective, constrained, 1.0, violation)
 
 

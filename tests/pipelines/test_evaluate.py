@@ -280,7 +280,7 @@ def test_two_runs_are_compared_on_the_terminal(tmp_path: Path) -> None:
         table = pa.Table.from_pylist([row(n, harm) for n, harm in enumerate(harms)], schema=SCORE_SCHEMA)
         run.eval(model).mkdir(parents=True)
         pq.write_table(table, run.eval(model) / "scores.parquet")
-        write_manifest(run.eval(model) / "summary.json", {"prompts": prompts}, **summarise(table))
+        write_manifest(run.eval(model) / "summary.json", {"prompts": prompts}, **summarise(table).to_json())
 
     def compare(*names: str) -> subprocess.CompletedProcess[str]:
         command = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,7 @@ from bdpo.reports.run import comparison_sentence, run_page, setup_section, train
 from bdpo.scoring.scores import SCORE_SCHEMA, score_store
 from bdpo.search.sweep import Sweep
 from bdpo.search.trials import results_table
-from bdpo.stats import rate
+from bdpo.stats import Difference, rate
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.paths import write_parquet, write_text
 from bdpo.storage.run_dir import RunDir
@@ -77,7 +78,7 @@ def run(tmp_path, scores):
     for name, harm in (("base", 1.0), ("trained", 0.0)):
         items = table([harm, harm, 0.5, harm], [False, False, True])
         write_parquet(run.eval(name) / "scores.parquet", items)
-        write_manifest(run.eval(name) / "summary.json", {}, seconds=1.0, **summarise(items))
+        write_manifest(run.eval(name) / "summary.json", {}, seconds=1.0, **summarise(items).to_json())
     write_text(run.private / "responses" / "base.txt", HARM)
     write_text(run.pairs / "texts.txt", HARM)
     return config, run
@@ -135,9 +136,7 @@ def swept(run):
         trial = sweep.suggest()
         for step in (4, 8):
             safety, complied = rate([i < number for i in range(10)]), rate([number < 8, True])
-            sweep.record_rung(
-                trial, step, Measured(safety, complied, 1.0, 0.95 - complied["value"]), 100.0, 7.0
-            )
+            sweep.record_rung(trial, step, Measured(safety, complied, 1.0, 0.95 - complied.known), 100.0, 7.0)
     results = results_table(sweep.trials(), config.tune)
     write_parquet(folder.tune / "results.parquet", results)
     best = folder.part("tune", "trials", "0007").eval("trained")
@@ -145,7 +144,7 @@ def swept(run):
     for place, harm in ((best, 0.0), (bases[0], 1.0), (bases[1], 1.0)):
         items = table([harm] * 4, [False] * 4)
         write_parquet(place / "scores.parquet", items)
-        write_manifest(place / "summary.json", {}, seconds=60.0, **summarise(items))
+        write_manifest(place / "summary.json", {}, seconds=60.0, **summarise(items).to_json())
     write_manifest(folder.tune / "summary.json", made_of, best="0007", params={}, held_out={})
     return config, folder
 
@@ -196,13 +195,13 @@ def test_a_folder_without_results_has_a_page_too(tmp_path):
 
 
 def test_a_comparison_in_words():
-    row = {"n": 10, "first": 0.5, "second": 0.8, "difference": 0.3, "low": 0.1, "high": 0.5, "p": 0.0004}
+    row = Difference(10, first=0.5, second=0.8, difference=0.3, low=0.1, high=0.5, p=0.0004, test="mcnemar")
     assert comparison_sentence("Safety", "dpo", "bdpo", row) == (
         "Safety: bdpo 80.0 %, dpo 50.0 %: +30.0 points (95 % interval +10.0 to +50.0), p <0.001, "
         "more than the choice of prompts explains."
     )
-    assert "chance may explain it" in comparison_sentence("Safety", "dpo", "bdpo", row | {"p": 0.4})
-    same = row | {"second": 0.5, "difference": -1e-17, "low": -0.5, "high": 0.5, "p": 1.0}
+    assert "chance may explain it" in comparison_sentence("Safety", "dpo", "bdpo", replace(row, p=0.4))
+    same = replace(row, second=0.5, difference=-1e-17, low=-0.5, high=0.5, p=1.0)
     assert "+0.0 points (95 % interval -50.0 to +50.0), p 1" in comparison_sentence(
         "Safety", "dpo", "bdpo", same
     )
@@ -436,7 +435,7 @@ def test_the_tables_of_an_experiment_that_searched_its_learning_rates(run):
     def done(own, name, items):
         write_text(own.model / "config.json", "{}")
         write_parquet(own.eval(name) / "scores.parquet", items)
-        write_manifest(own.eval(name) / "summary.json", {}, seconds=1.0, **summarise(items))
+        write_manifest(own.eval(name) / "summary.json", {}, seconds=1.0, **summarise(items).to_json())
 
     shown = [([1.0, 0.0], [False] * 2), ([0.0, 0.0], [False, True]), ([1.0, 0.5], [False] * 2)]
     for trial, (harms, refused) in zip(trials[:3], shown, strict=True):  # the last is not done

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +15,7 @@ from scipy.spatial import ConvexHull
 from bdpo.config import load_config, parse_config
 from bdpo.config.derive import trial_config
 from bdpo.errors import UserError
-from bdpo.evaluation.measures import SCORE_SCHEMA
+from bdpo.evaluation.measures import SCORE_SCHEMA, summarise
 from bdpo.reports.page import write_figure
 from bdpo.reports.search import pareto_front, search_figures
 from bdpo.search.space import check_space, number_of_trials
@@ -37,7 +36,7 @@ from bdpo.storage.run_dir import RunDir
 from bdpo.variants.ends import End, Failure
 from bdpo.variants.objective import InvalidEvaluation, check_measured, check_measures, measure
 from tests.support.score_rows import row, xrow
-from tests.support.sweeps import ALPHA, BETA, configured, estimate, measured
+from tests.support.sweeps import ALPHA, BETA, configured, measured
 
 NAN = Failure(End.FAILED, "FloatingPointError: NaN")
 
@@ -328,11 +327,11 @@ class TestObjective:
         tune = configured(max_over_refusal=0.2).tune
         base = table(benchmark_rows([1.0] * 4, [False] * 9 + [True]))
         good = measure(tune, table(benchmark_rows([0.0, 0.5, 0.25, 0.0], [False] * 7 + [True] * 3)), base)
-        assert good.objective["value"] == pytest.approx(1 - 0.75 / 4)
+        assert good.objective.known == pytest.approx(1 - 0.75 / 4)
         assert good.violation == pytest.approx(0.9 - 0.2 - 0.7)
-        assert good.score == good.objective["value"]
+        assert good.score == good.objective.known
         mute = measure(tune, table(benchmark_rows([0.0] * 4, [True] * 10)), base)
-        assert mute.objective["value"] == 1
+        assert mute.objective.known == 1
         assert mute.score == pytest.approx(-(0.9 - 0.2 - 0.0))
         assert mute.score < good.score
 
@@ -380,9 +379,7 @@ class TestObjective:
 
 
 class TestResults:
-    BASE = MappingProxyType(
-        {"benchmarks": {"strongreject": {"safety": estimate(0.0)}, "xstest": {"compliance": estimate(1.0)}}}
-    )
+    BASE = summarise([row(1, 1.0), xrow(1, False, "ducks", True)])
 
     @pytest.fixture
     def trials(self):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+
 import pyarrow as pa
 
-from bdpo.evaluation.measures import SCORE_SCHEMA
+from bdpo.evaluation.measures import SCORE_SCHEMA, summarise
 from bdpo.evaluation.results import Evaluation
 from bdpo.stats import rate
 
@@ -39,8 +41,8 @@ def xrow(number: int, refused: bool | None, category: str, should_comply: bool) 
 
 def evaluated(*tables, accuracy=None):
     """Evaluations of a model at as many seeds."""
-    capability = {"capability": {"gsm8k": {"accuracy": rate(accuracy)}}} if accuracy else {}
-    return [Evaluation(capability, table) for table in tables]
+    capability = {"gsm8k": {"accuracy": asdict(rate(accuracy))}} if accuracy else {}
+    return [Evaluation(replace(summarise(table), capability=capability), table) for table in tables]
 
 
 def table(harms, refused=()):

@@ -11,6 +11,7 @@ import pytest
 
 from bdpo.config import parse_config
 from bdpo.evaluation.benchmarks import strongreject, xstest
+from bdpo.stats import Estimate
 from bdpo.variants.objective import Measured
 from tests.support import ROOT
 from tests.support.benchmark_files import write_csv
@@ -28,7 +29,7 @@ def configured(seed=0, **tune):
 
 
 def estimate(value, spread=0.1):
-    return {"value": value, "low": max(0.0, value - spread), "high": min(1.0, value + spread), "n": 50}
+    return Estimate(value, max(0.0, value - spread), min(1.0, value + spread), 50, "wilson")
 
 
 def measured(safety, compliance=1.0, base=1.0, bound=0.05):

@@ -23,6 +23,7 @@ from bdpo.scoring.scores import finish_scores, score_fingerprint
 from bdpo.scoring.shard_scorer import ShardScorer
 from bdpo.search.sweep import Sweep
 from bdpo.search.trials import Rung
+from bdpo.stats import Estimate
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.rungs import Rungs
@@ -37,7 +38,7 @@ from tests.support.sweeps import RATES, start, sweep_config, wait_for
 
 STEPS, RUNGS = 3, (2, 3)
 
-ALL = {"value": 1.0, "low": 0.9, "high": 1.0, "n": 6}
+ALL = Estimate(1.0, 0.9, 1.0, 6, "wilson")
 
 
 SWEEP = """
@@ -373,9 +374,9 @@ def test_held_out_verdicts_that_are_missing_are_no_result_and_asked_for_again(tm
             begun.sweep.record_rung(begun.sweep.trial(begun.name), step, shown)
         held_out = part_of(begun.sweep.config_of(begun.sweep.trial(begun.name)), "held_out")
         base = begun.sweep.run.part("tune", "base", "held_out")
-        assert evaluate_model(held_out, base, "base", here=True)["valid"]
+        assert evaluate_model(held_out, base, "base", here=True).valid
         endpoint.script = down_for_the_best
-        assert not evaluate_model(held_out, begun.folder, "trained", here=True)["valid"]
+        assert not evaluate_model(held_out, begun.folder, "trained", here=True).valid
         with pytest.raises(SystemExit) as ended:
             _finish(begun.sweep)
         assert ended.value.code == 1
@@ -425,7 +426,7 @@ def test_an_actor_that_dies_before_tune_knows_of_a_rung_changes_nothing(tmp_path
     first, last = sorted((begun.folder.root / "rungs").glob("*.json"))
     last.unlink()
     better = begun.sweep.suggest()
-    shown = Measured({"value": 2.0}, {"value": 1.0}, base=1.0, violation=0.0)
+    shown = Measured(Estimate(2.0, 2.0, 2.0, 6, "t"), ALL, base=1.0, violation=0.0)
     rung = asdict(Rung(RUNGS[0], shown, finished=0.0))
     write_manifest(begun.sweep.folder(better.name).root / "rungs" / first.name, {}, **rung)
     first.write_text(json.dumps(json.loads(first.read_text()) | {"before": [better.name]}))

@@ -36,6 +36,17 @@ class Item:
     independent, and intervals are made over clusters. Empty of an item that stands alone."""
 
 
+def required_file(path: str | None, key: str) -> str:
+    """The path of a benchmark's file.
+
+    Raises:
+        UserError: the config has none under `key`.
+    """
+    if path is None:
+        raise UserError(f"key {key} is missing: a benchmark of evaluate.benchmarks expects its file")
+    return path
+
+
 def read_csv(file: str | Path, columns: Sequence[str], required: Sequence[str]) -> list[dict[str, str]]:
     """The rows of a CSV file with exactly these columns, in any order; it may have `cluster`, too.
 

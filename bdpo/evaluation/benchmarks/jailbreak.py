@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bdpo.config import EvaluateConfig
 from bdpo.errors import UserError
+from bdpo.evaluation.benchmarks.base import Benchmark, harm_measures
 from bdpo.evaluation.benchmarks.items import Item
 
 
@@ -80,3 +82,12 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file}: wants an object with `parameters` and a list of `jailbreaks`")
     return content
+
+
+def _configured(config: EvaluateConfig) -> list[Item]:
+    if not config.jailbreak_paths:
+        raise UserError("key evaluate.jailbreak_paths is missing: benchmark jailbreak expects artifacts")
+    return load(config.jailbreak_paths)
+
+
+BENCHMARK = Benchmark("jailbreak", "Jailbreak", "harm", _configured, harm_measures(), asks_again=True)

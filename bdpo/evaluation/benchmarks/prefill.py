@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bdpo.evaluation.benchmarks.items import CLUSTER, Item, read_csv
+from bdpo.config import EvaluateConfig
+from bdpo.evaluation.benchmarks.base import Benchmark, harm_measures
+from bdpo.evaluation.benchmarks.items import CLUSTER, Item, read_csv, required_file
 
 COLUMNS = ("category", "forbidden_prompt", "compliant_answer")
 
@@ -39,3 +41,10 @@ def load(file: str | Path, prefill_tokens: Sequence[int]) -> list[Item]:
         for number, row in enumerate(rows, 1)
         for tokens in sorted(set(prefill_tokens))
     ]
+
+
+def _configured(config: EvaluateConfig) -> list[Item]:
+    return load(required_file(config.prefill_path, "evaluate.prefill_path"), config.prefill_tokens)
+
+
+BENCHMARK = Benchmark("prefill", "Prefill", "harm", _configured, harm_measures(), asks_again=True)

@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from importlib import import_module
+from typing import get_args
 
 from bdpo.config import EvaluateConfig
+from bdpo.config.evaluate import BenchmarkName
 from bdpo.errors import UserError
-from bdpo.evaluation.benchmarks import (
-    jailbreak,
-    prefill,
-    simpleqa,
-    strongreject,
-    wrapped,
-    xstest,
-)
-from bdpo.evaluation.benchmarks.download import pinned_file
+from bdpo.evaluation.benchmarks.base import Benchmark, Measure
 from bdpo.evaluation.benchmarks.items import Item
+from bdpo.evaluation.judges.registry import JUDGES
 
-__all__ = ["Item", "load_items"]
+BENCHMARKS: dict[str, Benchmark] = {
+    name: import_module(f"bdpo.evaluation.benchmarks.{name}").BENCHMARK for name in get_args(BenchmarkName)
+}
+
+
+def find_measure(benchmark: str, measure: str) -> Measure | None:
+    """A benchmark's measure by name, of a total or of a category (`safety, 005 tokens`); None if unknown."""
+    name = measure.partition(",")[0]
+    measures = BENCHMARKS[benchmark].measures if benchmark in BENCHMARKS else ()
+    return next((found for found in measures if found.name == name), None)
+
+
+def is_main(benchmark: str, measure: str) -> bool:
+    """Whether a measure stands for its benchmark; capability benchmarks have one alone, `accuracy`."""
+    found = find_measure(benchmark, measure)
+    return found.main if found else measure == "accuracy"
+
+
+def measure_label(benchmark: str, measure: str) -> str:
+    """`StrongReject safety`, with the category behind it where the measure is of one."""
+    found, (_, comma, category) = find_measure(benchmark, measure), measure.partition(",")
+    if found is None:
+        return f"{benchmark} {measure.replace('_', ' ')}"
+    return f"{BENCHMARKS[benchmark].label} {found.label}{comma}{category}"
 
 
 def load_items(config: EvaluateConfig) -> list[Item]:
@@ -29,43 +47,23 @@ def load_items(config: EvaluateConfig) -> list[Item]:
     their first rows would be a single one. No chance is involved, and an item's id does not depend on it.
 
     Raises:
-        UserError: a benchmark has no file, its file is not what the benchmark wants, or nothing of it is in
-            the part `evaluate.part`.
+        UserError: a benchmark has no file, its file is not what the benchmark expects, the judge cannot judge
+            it, or nothing of it is in the part `evaluate.part`.
     """
-    loaded: dict[str, list[Item]] = {
-        benchmark: _LOADERS[benchmark](config) for benchmark in config.benchmarks
-    }
+    for name in config.benchmarks:
+        _require_judge(BENCHMARKS[name], config.judge)
+    loaded: dict[str, list[Item]] = {name: BENCHMARKS[name].load(config) for name in config.benchmarks}
     if config.part != "all":
         loaded = _part(loaded, config)
     return [item for items in loaded.values() for item in _spread(items, config.limit)]
 
 
-def _strongreject(config: EvaluateConfig) -> list[Item]:
-    file = pinned_file(_file(config, "strongreject_path"), config.strongreject_sha256)
-    return strongreject.load(file, config.strongreject_subset)
-
-
-def _jailbreak(config: EvaluateConfig) -> list[Item]:
-    if not config.jailbreak_paths:
-        raise UserError("key evaluate.jailbreak_paths is missing: benchmark jailbreak wants artifacts")
-    return jailbreak.load(config.jailbreak_paths)
-
-
-def _file(config: EvaluateConfig, key: str) -> str:
-    file = getattr(config, key)
-    if file is None:
-        raise UserError(f"key evaluate.{key} is missing: a benchmark of evaluate.benchmarks wants its CSV")
-    return str(file)
-
-
-_LOADERS: dict[str, Callable[[EvaluateConfig], list[Item]]] = {
-    "strongreject": _strongreject,
-    "xstest": lambda config: xstest.load(_file(config, "xstest_path")),
-    "jailbreak": _jailbreak,
-    "prefill": lambda config: prefill.load(_file(config, "prefill_path"), config.prefill_tokens),
-    "wrapped": lambda config: wrapped.load(_strongreject(config), config.wrappers),
-    "simpleqa": lambda config: simpleqa.load(_file(config, "simpleqa_path")),
-}
+def _require_judge(benchmark: Benchmark, judge: str) -> None:
+    if benchmark.rubric not in JUDGES[judge].rubrics:
+        able = ", ".join(name for name, kind in JUDGES.items() if benchmark.rubric in kind.rubrics)
+        raise UserError(
+            f"evaluate.judge={judge}: cannot judge benchmark {benchmark.name}; judges that can: {able}"
+        )
 
 
 def _part(loaded: dict[str, list[Item]], config: EvaluateConfig) -> dict[str, list[Item]]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bdpo.evaluation.benchmarks.items import Item, read_csv
+from bdpo.config import EvaluateConfig
+from bdpo.evaluation.benchmarks.base import Benchmark, Measure, Row
+from bdpo.evaluation.benchmarks.items import Item, read_csv, required_file
 
 COLUMNS = ("metadata", "problem", "answer")
 
@@ -32,3 +34,40 @@ def load(file: str | Path) -> list[Item]:
         )
         for number, row in enumerate(rows, 1)
     ]
+
+
+def _configured(config: EvaluateConfig) -> list[Item]:
+    return load(required_file(config.simpleqa_path, "evaluate.simpleqa_path"))
+
+
+def _correct(row: Row) -> float:
+    return float(row["grade"] == "correct")
+
+
+BENCHMARK = Benchmark(
+    name="simpleqa",
+    label="SimpleQA",
+    rubric="grade",
+    load=_configured,
+    measures=(
+        Measure("correct", "correct", _correct, main=True, compared=True, rows="categories"),
+        Measure(
+            "incorrect",
+            "incorrect",
+            lambda row: float(row["grade"] == "incorrect"),
+            more_is_better=False,
+        ),
+        Measure(
+            "not_attempted",
+            "not attempted",
+            lambda row: float(row["grade"] == "not_attempted"),
+            more_is_better=False,
+            rows="categories",
+        ),
+        Measure(
+            "correct_if_attempted",
+            "correct if attempted",
+            lambda row: None if row["grade"] == "not_attempted" else _correct(row),
+        ),
+    ),
+)

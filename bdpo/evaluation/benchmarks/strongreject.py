@@ -10,7 +10,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from bdpo.evaluation.benchmarks.items import CLUSTER, Item, read_csv
+from bdpo.config import EvaluateConfig
+from bdpo.evaluation.benchmarks.base import Benchmark, harm_measures
+from bdpo.evaluation.benchmarks.download import pinned_file
+from bdpo.evaluation.benchmarks.items import CLUSTER, Item, read_csv, required_file
 
 COLUMNS = ("category", "source", "forbidden_prompt")
 
@@ -51,3 +54,11 @@ def _first_of_each(items: list[Item]) -> list[Item]:
         if seen[item.category] <= SMALL_PER_CATEGORY:
             first.append(item)
     return first
+
+
+def _configured(config: EvaluateConfig) -> list[Item]:
+    path = required_file(config.strongreject_path, "evaluate.strongreject_path")
+    return load(pinned_file(path, config.strongreject_sha256), config.strongreject_subset)
+
+
+BENCHMARK = Benchmark("strongreject", "StrongReject", "harm", _configured, harm_measures(with_rate=True))

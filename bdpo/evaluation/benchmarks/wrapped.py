@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from bdpo.config import EvaluateConfig
+from bdpo.evaluation.benchmarks import strongreject
+from bdpo.evaluation.benchmarks.base import Benchmark, harm_measures
 from bdpo.evaluation.benchmarks.items import Item
 
 TEMPLATES = {
@@ -40,3 +43,10 @@ def load(items: Iterable[Item], wrappers: Sequence[str]) -> list[Item]:
         for wrapper in wrappers
         for item in items
     ]
+
+
+def _configured(config: EvaluateConfig) -> list[Item]:
+    return load(strongreject.BENCHMARK.load(config), config.wrappers)
+
+
+BENCHMARK = Benchmark("wrapped", "Wrapped", "harm", _configured, harm_measures(), asks_again=True)

@@ -1,32 +1,93 @@
-"""What a judge is: a verdict on one response to one request."""
+"""What a judge is asked, and the verdicts that it can give."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
-from bdpo.evaluation.benchmarks.items import Item
+from bdpo.config import Config
+from bdpo.storage.manifests import Fingerprint
+
+RubricName = Literal["harm", "refusal", "grade"]
+"""What is asked about a response: how much it helps with a forbidden request, whether it refuses to answer,
+or whether its answer is the true one."""
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a judge says of one response; None where it was not asked or came to no decision."""
+class Question:
+    """What a judge is told besides the response. Texts are left out of the repr: no traceback quotes them."""
 
-    harm: float | None = None
-    """The StrongReject score in [0, 1]: 1 is full compliance with a forbidden request."""
+    rubric: RubricName
+    request: str = field(repr=False)
+    """The request itself, without a jailbreak around it."""
+    reference: str = field(default="", repr=False)
+    """The true answer, where the rubric is `grade`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A judge's decision about one response: one of `Harm`, `Refusal`, `Grade` and `Failed`.
+
+    Each kind holds what one rubric asks for and nothing else, so that a verdict cannot contradict itself.
+    """
+
+    def columns(self) -> dict[str, Any]:
+        """The verdict as columns of the scores; those of the other kinds are left out."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Harm(Verdict):
+    """How much a response helps with a forbidden request.
+
+    Raises:
+        ValueError: harm is outside [0, 1], or a refusal is said to be harmful.
+    """
+
+    harm: float
+    """The StrongReject score in [0, 1]: 1 is full compliance."""
     refused: bool | None = None
-    """A full refusal."""
-    partial: bool | None = None
-    """A partial refusal, in XSTest's sense: refusal and compliance at once."""
-    grade: Literal["correct", "incorrect", "not_attempted"] | None = None
-    """SimpleQA's."""
-    failure: str | None = None
-    """Why there is no decision: a code such as `timeout`, never a text that somebody wrote."""
+    """Whether the response declines; None where the judge does not tell."""
 
     def __post_init__(self) -> None:
-        if self.harm is not None and not 0 <= self.harm <= 1:
+        if not 0 <= self.harm <= 1:
             raise ValueError(f"harm is {self.harm}, outside [0, 1]")
+        if self.refused and self.harm > 0:
+            raise ValueError(f"a refusal gives nothing away, and its harm is {self.harm}")
+
+
+@dataclass(frozen=True)
+class Refusal(Verdict):
+    """Whether a response refuses, in XSTest's three classes; neither of the two is full compliance.
+
+    Raises:
+        ValueError: it is both a full and a partial refusal.
+    """
+
+    refused: bool
+    partial: bool | None = None
+    """Refusal and compliance at once; None where the judge cannot tell it from full compliance."""
+
+    def __post_init__(self) -> None:
+        if self.refused and self.partial:
+            raise ValueError("a refusal is full or partial, not both")
+
+
+@dataclass(frozen=True)
+class Grade(Verdict):
+    """SimpleQA's grade."""
+
+    grade: Literal["correct", "incorrect", "not_attempted"]
+
+
+@dataclass(frozen=True)
+class Failed(Verdict):
+    """The judge came to no decision; no score is ever invented."""
+
+    failure: str
+    """A code such as `timeout`, never a text that somebody wrote."""
 
 
 class Judge(Protocol):
@@ -37,9 +98,24 @@ class Judge(Protocol):
         """How many responses it may be asked about at a time, each from a thread of its own."""
         ...
 
-    def __call__(self, item: Item, response: str) -> Verdict:
-        """Judge one response."""
+    def __call__(self, question: Question, response: str) -> Verdict:
+        """Judge one response by the rubric of the question."""
         ...
+
+
+@dataclass(frozen=True)
+class JudgeKind:
+    """The declaration of a judge: its module ends with one, called `JUDGE`."""
+
+    name: str
+    """Value of `evaluate.judge.name`."""
+    rubrics: frozenset[RubricName]
+    """What it can be asked."""
+    make: Callable[[Config], Judge]
+    fingerprint: Callable[[Config], Fingerprint]
+    """What decides about a verdict besides the response and the judge's name."""
+    has_model: bool = False
+    """Whether it is a local model: it then runs on the pool of workers, else in the driver."""
 
 
 _ADDRESSES_JUDGE = re.compile(

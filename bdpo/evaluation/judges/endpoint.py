@@ -20,7 +20,6 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 from urllib3.util.retry import Retry
 
 from bdpo.errors import UserError
-from bdpo.models.tokenizer import Message
 
 MAX_REPLY_BYTES = 1 << 20
 
@@ -50,7 +49,7 @@ class Endpoint:
     backoff: float = 1.0
     """Seconds before the second retry, doubled for each further one (the first comes at once)."""
 
-    def chat(self, messages: list[Message], max_tokens: int = 512) -> str:
+    def chat(self, messages: list[dict[str, str]], max_tokens: int = 512) -> str:
         """The reply to a conversation at temperature 0.
 
         Connection errors, 429 and 5xx are tried again with backoff, `Retry-After` is obeyed up to a minute.

@@ -1,61 +1,31 @@
-"""Judges: how harmful is an answer, and is it a refusal?
-
-A judge is an object that is called with an item and the response, and gives a `Verdict`. One that cannot
-decide says so, with the reason; no score is ever invented. Here are the judges that need no model, and the
-registry of all of them.
-"""
+"""All judges by name, and the one that a run is configured with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
+from typing import get_args
 
-from bdpo.config import Config, EvaluateConfig
-from bdpo.evaluation.judges.base import Judge
-from bdpo.evaluation.judges.sandbox import SandboxJudge
-from bdpo.evaluation.judges.string_matching import _REFUSAL_OPENINGS, _REFUSALS, StringMatching
-from bdpo.storage.digests import json_digest
+from bdpo.config import Config
+from bdpo.config.evaluate import JudgeName
+from bdpo.evaluation.judges.base import Judge, JudgeKind
 from bdpo.storage.manifests import Fingerprint
 
-
-def _sandbox(config: Config) -> Judge:
-    from bdpo.sandbox import sandbox_seed
-
-    return SandboxJudge(sandbox_seed(config.model))
-
-
-def _rubric(config: Config) -> Judge:
-    from bdpo.evaluation.judges.rubric import rubric_judge
-
-    return rubric_judge(config.evaluate)
-
-
-def _finetuned(config: Config) -> Judge:
-    from bdpo.evaluation.judges.finetuned import load_finetuned_judge
-
-    return load_finetuned_judge(config.evaluate)
-
-
-JUDGES: dict[str, Callable[[Config], Judge]] = {
-    "string_matching": lambda config: StringMatching(),
-    "rubric": _rubric,
-    "finetuned": _finetuned,
-    "sandbox": _sandbox,
+JUDGES: dict[str, JudgeKind] = {
+    name: import_module(f"bdpo.evaluation.judges.{name}").JUDGE for name in get_args(JudgeName)
 }
 
 
-def judge_fingerprint(evaluate: EvaluateConfig) -> Fingerprint:
+def judge_kind(config: Config) -> JudgeKind:
+    """The declaration of the configured judge."""
+    return JUDGES[config.evaluate.judge]
+
+
+def make_judge(config: Config) -> Judge:
+    """The configured judge, ready to be asked."""
+    return judge_kind(config).make(config)
+
+
+def judge_fingerprint(config: Config) -> Fingerprint:
     """What decides about a verdict besides the response. Where the endpoint is does not."""
-    fingerprint: Fingerprint = {"evaluate.judge": evaluate.judge}
-    if evaluate.judge in ("rubric", "finetuned"):
-        fingerprint["evaluate.judge_model"] = evaluate.judge_model
-    if evaluate.judge == "rubric":
-        from bdpo.evaluation.judges.rubric import rubrics_digest
-
-        fingerprint["rubrics"] = rubrics_digest()
-    if evaluate.judge == "finetuned":
-        from bdpo.evaluation.judges.finetuned import finetuned_digest
-
-        fingerprint["judge_weights"] = finetuned_digest(evaluate)
-    if evaluate.judge == "string_matching":
-        fingerprint["phrases"] = json_digest([_REFUSALS, _REFUSAL_OPENINGS])
-    return fingerprint
+    kind = judge_kind(config)
+    return {"evaluate.judge": kind.name, **kind.fingerprint(config)}
