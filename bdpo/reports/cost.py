@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from bdpo.config import Config, worker_range
-from bdpo.evaluation.answers import MODEL_NAMES
+from bdpo.evaluation.results import MODEL_NAMES
 from bdpo.reports.page import PageTable, Section
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.paths import StoragePath, open_parquet
