@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from bdpo.config import ModelConfig
 from bdpo.evaluation.engines.hf import generate
-from bdpo.models.tokenizer import ChatTokenizer, Message, load_tokenizer
+from bdpo.models.template import Message
+from bdpo.models.tokenizer import ChatTokenizer, load_tokenizer
 from bdpo.sandbox.world import make_world
 from benchmarks.common import write_section
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bdpo.config import Config
+from bdpo.data.pairs import count_pairs, read_pairs
 from bdpo.data.prepare import prepare
 from bdpo.data.sources import local_source
 from bdpo.models.loading import require_positions
-from bdpo.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+from bdpo.models.tokenizer import load_tokenizer, require_faithful_pairs, tokenizer_fingerprint
 from bdpo.scoring.selection import require_labels
 from bdpo.storage.digests import files_digest
 from bdpo.storage.manifests import Fingerprint, finished, write_manifest
 from bdpo.storage.paths import sorted_glob
 from bdpo.storage.run_dir import RunDir
 from pipelines.runtime.progress import console, progress_bar
+
+FAITHFUL_PAIRS = 16  # about so many are compared with the template's own rendering of them
 
 
 def run_prepare(config: Config, run: RunDir) -> dict[str, Any]:
@@ -28,13 +32,14 @@ def run_prepare(config: Config, run: RunDir) -> dict[str, Any]:
     manifest_file = run.data / "manifest.json"
     fingerprint = _fingerprint(config)
     manifest = finished(manifest_file, fingerprint)
+    chat = load_tokenizer(config.model)
     if manifest is None or manifest["pairs_digest"] != _pairs_digest(run):
         with progress_bar("prepare") as advance:
-            chat = load_tokenizer(config.model)
             account = prepare(config.data, chat, run.pairs, run.private, config.seed, advance)
         manifest = write_manifest(
             manifest_file, fingerprint, account=account, pairs_digest=_pairs_digest(run)
         )
+    require_faithful_pairs(chat, _sample(run))
     console.print(f"[bold]pairs[/]     {account_line(manifest['account'])}", soft_wrap=True)
     require_labels(config, run)
     return manifest
@@ -66,6 +71,13 @@ def _fingerprint(config: Config) -> Fingerprint:
         "data.max_prompt_length": data.max_prompt_length,
         **tokenizer_fingerprint(config.model),
     }
+
+
+def _sample(run: RunDir) -> Iterator[dict[str, Any]]:
+    """Some prepared pairs, from the first to the last."""
+    pairs = count_pairs(run.pairs)
+    for first in range(0, pairs, max(1, pairs // FAITHFUL_PAIRS)):
+        yield from read_pairs(run.pairs, first, 1).to_pylist()
 
 
 def _pairs_digest(run: RunDir) -> str:

@@ -29,14 +29,8 @@ from bdpo.evaluation.benchmarks.registry import load_items
 from bdpo.models.adapters import check_lora
 from bdpo.models.architectures import has_plain_lm_head
 from bdpo.models.loading import model_config
-from bdpo.models.tokenizer import (
-    ChatTokenizer,
-    EncodedPair,
-    Message,
-    PromptTooLong,
-    encode_pair,
-    load_tokenizer,
-)
+from bdpo.models.template import Message
+from bdpo.models.tokenizer import ChatTokenizer, EncodedPair, PromptTooLong, encode_pair, load_tokenizer
 from bdpo.search.space import check_space
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.paths import read_bytes, write_bytes

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from bdpo.config.base import Section
+
+_RESERVED_TEMPLATE_KWARGS = frozenset((
+    "messages", "conversation", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt",
+    "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now", "raise_exception",
+))  # fmt: skip
+"""What every rendering decides by itself: a key of that name would contradict it."""
 
 
 def _text(value: Any) -> Any:
@@ -29,6 +36,18 @@ class ModelConfig(Section):
     )
     trust_remote_code: bool = False
     chat_template: str | None = Field(None, description="Jinja file, for a tokenizer without template")
+    template_kwargs: dict[str, Any] = Field(
+        {},
+        description="variables of the chat template for every rendering, such as `enable_thinking: false` "
+        "(TRL: `chat_template_kwargs`)",
+    )
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _free_names(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if reserved := sorted(_RESERVED_TEMPLATE_KWARGS & kwargs.keys()):
+            raise ValueError(f"{reserved[0]} is no variable of a template; every rendering decides it itself")
+        return kwargs
 
     @property
     def plain_attention(self) -> str:

@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import Any, Literal, TypedDict
 
 from bdpo.errors import UserError
-from bdpo.models.tokenizer import Message
+from bdpo.models.template import Message
 
 Row = Mapping[str, Any]
 

@@ -25,7 +25,8 @@ from bdpo.evaluation.measures import SCORE_SCHEMA
 from bdpo.evaluation.results import MODEL_NAMES
 from bdpo.models.adapters import adapter_digest, adapter_folder, load_adapted
 from bdpo.models.loading import load_model, model_folder, weights_digest
-from bdpo.models.tokenizer import ChatTokenizer, Message, load_tokenizer, tokenizer_fingerprint
+from bdpo.models.template import Message
+from bdpo.models.tokenizer import ChatTokenizer, load_tokenizer, tokenizer_fingerprint
 from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint
 from bdpo.storage.run_dir import RunDir
@@ -186,7 +187,7 @@ def measure_capability(config: Config, model: EvaluatedModel, benchmark: str, de
 
 def prefill_ids(chat: ChatTokenizer, item: Item) -> list[int]:
     """The ids that the assistant's turn begins with: no end of turn, however short the prefill is."""
-    return chat.response_ids(item.prefill)[:-1][: item.prefill_tokens] if item.prefill else []
+    return chat.prefill_ids(item.prefill)[: item.prefill_tokens] if item.prefill else []
 
 
 class ShardJudge:

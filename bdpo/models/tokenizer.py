@@ -1,23 +1,29 @@
 """Chat template -> token ids: prompt, responses, unconditional context.
 
+What is scored, trained and generated is what the template itself writes: the text of prompt, response and
+end of turn is a prefix of the template's rendering of the whole conversation. A template of which that is
+not true is refused (`load_tokenizer`).
+
 Prompt and response are tokenised separately and concatenated as ids, so a merge across their boundary
-cannot happen and the response has the same ids in every context it is scored in.
+cannot happen and the response has the same ids in every context it is scored in. Text that spells one of
+the template's control tokens is tokenised as text: no message can end its turn or begin another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
 from bdpo.config import Config, DataConfig, ModelConfig
 from bdpo.errors import UserError, first_line
-from bdpo.models.loading import model_folder
+from bdpo.models.loading import model_config, model_folder
+from bdpo.models.template import GUARD, PROBE, QUESTION, ChatTemplate, Message, quoted
 from bdpo.storage.digests import files_digest, json_digest
 
 if TYPE_CHECKING:
@@ -25,24 +31,6 @@ if TYPE_CHECKING:
 
 
 Unconditional = Literal["empty_turn", "bos"]
-
-# Llama 3.2 and others write the date of the day into every prompt: scores would be stale the day after.
-# So all that a template learns of the time is what Llama's takes where there is no clock. A macro, because
-# transformers lets no function through to a template; it shadows the clock that it offers.
-_TODAY = datetime(2024, 7, 26)
-
-_CLOCK = (
-    "{% macro strftime_now(format) %}{{ format"
-    + "".join(f"|replace('%{d}', '{_TODAY.strftime('%' + d)}')" for d in "aAbBcdeHIjmMpSTuUwxXyY")
-    + " }}{% endmacro %}\n"  # a line of its own, which leaves no trace
-)
-
-
-class Message(TypedDict):
-    """One turn, as in TRL and the chat templates: `role` is system, user or assistant."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True)
@@ -59,14 +47,25 @@ class PromptTooLong(ValueError):
 
 
 class ChatTokenizer:
-    """A tokenizer seen through its chat template."""
+    """A tokenizer seen through its chat template.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    `template_kwargs` are variables of the template, as TRL's `chat_template_kwargs`; every rendering gets
+    them.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer, template_kwargs or {})
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """c(x): the conversation up to and including the generation prompt."""
-        return self._ids(self._render(messages))
+        """c(x): the conversation up to and including the generation prompt.
+
+        Raises:
+            TemplateError: the template refuses the conversation.
+        """
+        return self.text_ids(self.template.render(messages))
 
     def unconditional_ids(self, mode: Unconditional) -> list[int]:
         """c(∅): an empty user turn, or the single BOS (else EOS) token."""
@@ -78,49 +77,68 @@ class ChatTokenizer:
         return ids[:1]
 
     def response_ids(self, text: str) -> list[int]:
-        """An answer as the template writes it after the generation prompt, end of turn included."""
-        before, _, end = self._assistant_turn
-        return [*self._ids(before + text), end]
+        """An answer as the template writes it after the generation prompt, end of turn included.
+
+        The template trims an answer or does not; so it is the template that writes this one, behind a
+        question of one letter: the ids are the same in every context.
+        """
+        turn = self.template.assistant_turn
+        return [*self.text_ids(self.template.response_text(text), continues=True), turn.end_id]
+
+    def is_faithful(self, messages: Sequence[Message], answer: str) -> bool:
+        """Whether prompt, response and end of turn are what the template makes of the whole conversation.
+
+        Text for text; and id for id, but for a merge across a boundary, which leaves the text as it is.
+
+        Raises:
+            TemplateError: the template refuses the conversation.
+        """
+        template = self.template
+        whole = template.render([*messages, {"role": "assistant", "content": answer}], generate=False)
+        response = template.response_text(answer) + template.assistant_turn.end
+        if not whole.startswith(template.render(messages) + response):
+            return False
+        ours, theirs = self.prompt_ids(messages) + self.response_ids(answer), self.text_ids(whole)
+        return theirs[: len(ours)] == ours or self.decode(theirs).startswith(self.decode(ours))
+
+    def prefill_ids(self, text: str) -> list[int]:
+        """The ids of the beginning of an answer, which generation continues."""
+        return self.text_ids(self.template.prefill_text(text), continues=True)
 
     @property
     def end_of_turn_id(self) -> int:
         """The token that ends an assistant turn: where generation stops."""
-        return self._assistant_turn[2]
+        return self.template.assistant_turn.end_id
+
+    def text_ids(self, text: str, continues: bool = False) -> list[int]:
+        """The ids of a rendered text, which may continue another; no special tokens are added.
+
+        The template has written those that it needs (BOS above all). Where a guard was, two tokens end:
+        the control token around it is none.
+        """
+        first, *rest = text.split(GUARD)
+        ids = self._continued_ids(first) if continues else self._ids(first)
+        return [*ids, *chain.from_iterable(map(self._continued_ids, rest))] if rest else ids
+
+    def _continued_ids(self, text: str) -> list[int]:
+        """The ids of a text that stands behind another, of which it takes nothing."""
+        if not self._prefixes_texts:
+            return self._ids(text)
+        anchor = self._ids("\n")  # a text of its own that no piece of a word merges with
+        ids = self._ids("\n" + text)
+        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._ids(text)
 
     @cached_property
-    def _assistant_turn(self) -> tuple[str, str, int]:
-        """What the template puts before and after an answer, and the token that ends the turn.
+    def _prefixes_texts(self) -> bool:
+        """Whether the tokenizer puts a space before a text, as SentencePiece does."""
+        ids = self._ids("\n" + PROBE)
+        return ids != self._ids("\n") + self._ids(PROBE) and self.decode(self._ids(PROBE)) == PROBE
 
-        Read off a rendered probe: Mistral's template, for one, writes a space before the answer, and
-        chat models end a turn with a token that is often not the tokenizer's EOS (`<|im_end|>`).
-        """
-        probe = "bdpoprobe"
-        question: Message = {"role": "user", "content": "x"}
-        prompt = self._render([question])
-        whole = self._render([question, {"role": "assistant", "content": probe}], generate=False)
-        before, found, after = whole.removeprefix(prompt).rpartition(probe)
-        if not found:
-            raise UserError("chat template: an assistant turn does not contain its own text")
-        is_space = whole.startswith(prompt) and before.isspace()
-        special = set(self.tokenizer.all_special_ids)
-        ends = [i for i in self._ids(after) if i in special] + [self.tokenizer.eos_token_id]
-        if ends[0] is None:
-            raise UserError("tokenizer: neither the chat template nor an EOS token ends an assistant turn")
-        return before if is_space else "", after, ends[0]
-
-    def _render(self, messages: Sequence[Message], generate: bool = True) -> str:
-        conversation: list[Any] = list(messages)
-        return str(
-            self.tokenizer.apply_chat_template(
-                conversation,
-                chat_template=_CLOCK + self.tokenizer.get_chat_template(),
-                tokenize=False,
-                add_generation_prompt=generate,
-            )
-        )
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def _ids(self, text: str) -> list[int]:
-        """No special tokens are added: the template has written those it wants (BOS above all)."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
@@ -172,12 +190,64 @@ def load_tokenizer(model: ModelConfig) -> ChatTokenizer:
             f"model.name_or_path={model.name_or_path}: the tokenizer has no chat template; "
             "set model.chat_template to a Jinja file"
         )
-    chat = ChatTokenizer(tokenizer)
+    chat = ChatTokenizer(tokenizer, model.template_kwargs)
     try:
-        chat.response_ids("x")
+        require_faithful_template(chat)
     except TemplateError as error:
         raise UserError(f"{folder}: the chat template cannot be rendered ({first_line(error)})") from None
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    _require_embedded(tokenizer, model)
     return chat
+
+
+def require_faithful_template(chat: ChatTokenizer) -> None:
+    """Make sure that the template writes a probe of one turn and one of several as they are encoded.
+
+    Raises:
+        TemplateError: the template cannot be rendered.
+        UserError: it does not; both renderings are named.
+    """
+    answer: Message = {"role": "assistant", "content": PROBE}
+    for messages in ([QUESTION], [QUESTION, answer, QUESTION]):
+        if not chat.is_faithful(messages, PROBE):
+            raise UserError(
+                "chat template: prompt, response and end of turn are not what it makes of the whole "
+                f"conversation; they are {quoted(chat.decode(chat.prompt_ids(messages)))} and "
+                f"{quoted(chat.decode(chat.response_ids(PROBE)))}, the whole is "
+                f"{quoted(chat.template.render([*messages, answer], generate=False))}"
+            )
+
+
+def require_faithful_pairs(chat: ChatTokenizer, pairs: Iterable[Mapping[str, Any]]) -> None:
+    """Make sure of the same for some prepared pairs.
+
+    Raises:
+        UserError: it is not so for one of them; it is named by its id, since its text is private.
+    """
+    for pair in pairs:
+        for side in ("chosen", "rejected"):
+            if not chat.is_faithful(pair["prompt"], pair[side]):
+                raise UserError(
+                    f"pair {pair['pair_id']}, {side}: the chat template does not write prompt, response and "
+                    "end of turn at the beginning of the whole conversation; set model.chat_template to a "
+                    "template that does"
+                )
+
+
+def _require_embedded(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
+    """Make sure that the model has an embedding for each token; of the padding token nothing is asked.
+
+    Raises:
+        UserError: it has not.
+    """
+    rows = getattr(model_config(model).get_text_config(), "vocab_size", None)
+    ids = set(tokenizer.get_vocab().values()) - {tokenizer.pad_token_id}
+    if rows is not None and max(ids) >= rows:
+        raise UserError(
+            f"model.name_or_path={model.name_or_path}: the tokenizer has ids up to {max(ids)}, "
+            f"the model has {rows} embeddings; they are not of one model"
+        )
 
 
 def tokenizer_fingerprint(model: ModelConfig) -> dict[str, str]:
@@ -187,6 +257,7 @@ def tokenizer_fingerprint(model: ModelConfig) -> dict[str, str]:
     return {
         "tokenizer": files_digest(sorted(files)),
         "chat_template": json_digest(load_tokenizer(model).tokenizer.chat_template),
+        **({"template_kwargs": json_digest(model.template_kwargs)} if model.template_kwargs else {}),
     }
 
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from bdpo.errors import UserError
 from bdpo.evaluation.engines.hf import generate
-from bdpo.models.tokenizer import ChatTokenizer, Message
+from bdpo.models.template import Message
+from bdpo.models.tokenizer import ChatTokenizer
 
 SPECIAL = ["<pad>", "<unk>", "<user>", "<bot>", "<end>"]
 

@@ -12,7 +12,13 @@ from safetensors.numpy import save_file
 
 from bdpo.config import ModelConfig
 from bdpo.errors import UserError
-from bdpo.models.tokenizer import ChatTokenizer, PromptTooLong, encode_pair, load_tokenizer
+from bdpo.models.tokenizer import (
+    ChatTokenizer,
+    PromptTooLong,
+    encode_pair,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 from tests.support.chats import CHATML, MISTRAL, byte_tokenizer
 
 LLAMA3 = (
@@ -27,21 +33,11 @@ VICUNA = (
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
-NO_END = (
-    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}### assistant:\n{% endif %}"
-)
-
-# A thinking model's template: an answer in the history is not what follows the generation prompt.
-THINKING = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
-
 END_OF_TURN = {
     CHATML: "<|im_end|>",
     LLAMA3: "<|eot_id|>",
     MISTRAL: "</s>",
     VICUNA: "</s>",
-    NO_END: "</s>",
-    THINKING: "<|im_end|>",
 }
 
 # What follows the end of an assistant turn, and so is neither prompt nor response.
@@ -99,7 +95,10 @@ def test_bos_is_written_once(make_chat, template):
 @pytest.mark.parametrize("text", ["e", "ello", " e"])
 def test_no_merge_crosses_the_boundary(make_chat, text):
     """Tokenised as one text, `:` + `e` would be a single token and the answer would lose its own."""
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}:{% else %}{{ m.content }}</s>"
+        "{% endif %}{% endfor %}"
+    )
     chat = make_chat(template, merges=[(":", "e"), ("Ġ", "e")])
     prompt = [{"role": "user", "content": "x"}]
     assert ids(chat, ":e") == [token(chat, ":e")]
@@ -133,20 +132,23 @@ def test_no_template_learns_what_day_it_is(make_chat):
     clock = "{% macro now() %}{{ strftime_now('%Y-%m-%d %H:%M:%S') }}{% endmacro %}At {{ now() }}"
     frozen = make_chat(clock + LLAMA_DATE + CHATML)
     question = [{"role": "user", "content": "x"}]
-    ours, theirs = frozen._render(question), frozen.tokenizer.apply_chat_template(question, tokenize=False)
+    ours, theirs = (
+        frozen.template.render(question),
+        frozen.tokenizer.apply_chat_template(question, tokenize=False),
+    )
     without_clock = make_chat(LLAMA_DATE.replace("strftime_now", "nothing") + CHATML).tokenizer
     fallback = without_clock.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     assert fallback.startswith("Today: 26 Jul 2024\n")
     assert ours == "At 2024-07-26 00:00:00" + fallback
     time.sleep(1.1)
-    assert frozen._render(question) == ours
+    assert frozen.template.render(question) == ours
     assert frozen.tokenizer.apply_chat_template(question, tokenize=False) != theirs  # the real clock goes on
 
 
 @pytest.mark.parametrize("template", ["\n" + CHATML, "  {% set a = 1 %}\n" + CHATML, "x\n"])
 def test_the_frozen_clock_changes_nothing_else_of_a_template(make_chat, template):
     chat = make_chat(template)
-    assert chat._render(CONVERSATION, generate=False) == chat.tokenizer.apply_chat_template(
+    assert chat.template.render(CONVERSATION, generate=False) == chat.tokenizer.apply_chat_template(
         CONVERSATION, tokenize=False
     )
 
@@ -217,5 +219,44 @@ class TestLoadTokenizer:
         if content is not None:
             (folder / "tokenizer.json").write_text(content)
         with pytest.raises(UserError, match="no tokenizer can be loaded") as caught:
+            load_tokenizer(ModelConfig(name_or_path=str(folder)))
+        assert "\n" not in str(caught.value)
+
+    def test_more_tokens_than_embeddings(self, folder, tiny_chat):
+        tiny_chat.tokenizer.save_pretrained(folder)
+        (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 261}')
+        with pytest.raises(UserError, match=r"has ids up to 261, the model has 261 embeddings"):
+            load_tokenizer(ModelConfig(name_or_path=str(folder)))
+
+    def test_a_padding_token_needs_no_embedding(self, folder, tiny_chat):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = CHATML
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        tokenizer.save_pretrained(folder)
+        (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 262}')
+        load_tokenizer(ModelConfig(name_or_path=str(folder)))
+
+    def test_variables_of_the_template_go_to_every_rendering_and_the_fingerprint(self, folder, make_chat):
+        make_chat("{{ mood }}" + CHATML).tokenizer.save_pretrained(folder)
+        plain, glad = (
+            ModelConfig(name_or_path=str(folder), template_kwargs=variables)
+            for variables in ({}, {"mood": "glad "})
+        )
+        chat = load_tokenizer(glad)
+        assert chat.decode(chat.prompt_ids(CONVERSATION)).startswith("glad ")
+        assert chat.decode(chat.unconditional_ids("empty_turn")).startswith("glad ")
+        without, having = tokenizer_fingerprint(plain), tokenizer_fingerprint(glad)
+        assert "template_kwargs" not in without
+        assert having.keys() == without.keys() | {"template_kwargs"}
+
+    @pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "tools", "strftime_now"])
+    def test_a_variable_that_every_rendering_decides_is_refused(self, name):
+        with pytest.raises(ValueError, match=f"{name} is no variable of a template"):
+            ModelConfig(name_or_path="m", template_kwargs={name: 1})
+
+    @pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages[7].content }}", "{{ 'a' + 1 }}"])
+    def test_a_template_that_raises_anything_is_refused_in_one_line(self, folder, make_chat, template):
+        make_chat(template).tokenizer.save_pretrained(folder)
+        with pytest.raises(UserError, match="the chat template cannot be rendered") as caught:
             load_tokenizer(ModelConfig(name_or_path=str(folder)))
         assert "\n" not in str(caught.value)

@@ -252,7 +252,7 @@ def test_chat_template_has_all_roles_and_its_own_end_of_turn(chat, model):
 
 
 def _answers(model, chat, prompts):
-    texts = [chat._render([{"role": "user", "content": prompt}]) for prompt in prompts]
+    texts = [chat.template.render([{"role": "user", "content": prompt}]) for prompt in prompts]
     batch = chat.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     ids = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=40)
     new = ids[:, batch["input_ids"].shape[1] :]

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from bdpo.errors import UserError
-from bdpo.models.tokenizer import ChatTokenizer, Message
+from bdpo.models.template import Message
+from bdpo.models.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel

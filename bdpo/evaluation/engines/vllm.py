@@ -28,7 +28,8 @@ from bdpo.evaluation.engines.hf import (
     stop_ids,
 )
 from bdpo.models.loading import model_config, model_folder
-from bdpo.models.tokenizer import ChatTokenizer, Message
+from bdpo.models.template import Message
+from bdpo.models.tokenizer import ChatTokenizer
 
 _MEMORY = 0.9  # of what an actor has of a GPU: vLLM takes it all at once, for weights and KV cache
 

@@ -1,0 +1,188 @@
+"""What a chat template writes, as text: prompts, answers, and what stands around them.
+
+What is scored, trained and generated is what the template itself writes. A template of which that cannot
+be true is refused with what it renders.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from jinja2 import TemplateError
+
+from bdpo.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# Llama 3.2 and others write the date of the day into every prompt: scores would be stale the day after.
+# So all that a template learns of the time is what Llama's takes where there is no clock. A macro, because
+# transformers lets no function through to a template; it shadows the clock that it offers.
+_TODAY = datetime(2024, 7, 26)
+
+_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('%{d}', '{_TODAY.strftime('%' + d)}')" for d in "aAbBcdeHIjmMpSTuUwxXyY")
+    + " }}{% endmacro %}\n"  # a line of its own, which leaves no trace
+)
+
+
+class Message(TypedDict):
+    """One turn, as in TRL and the chat templates: `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+QUESTION: Message = {"role": "user", "content": "x"}
+PROBE = "bdpoprobe"
+
+# Put into every control token that a message spells, and taken out again before tokenisation. The two are
+# noncharacters, which Unicode reserves for such use: no text that is meant for others has them.
+GUARD = "\ufdd0\ufdd1"
+
+
+@dataclass(frozen=True)
+class AssistantTurn:
+    """What the template writes around an answer: `header` and `gap` are whitespace, `end` follows.
+
+    `after` is all that follows the answer: `gap`, `end`, and perhaps a newline.
+    """
+
+    header: str
+    gap: str
+    end: str
+    end_id: int
+    after: str
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer with the variables that every rendering gets."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> None:
+        self.tokenizer = tokenizer
+        self.variables = dict(variables)
+
+    def render(self, messages: Sequence[Message], generate: bool = True) -> str:
+        """The conversation as the template writes it, with a guard inside each control token of its texts.
+
+        Raises:
+            TemplateError: the template refuses the conversation.
+        """
+        return self._render([{**m, "content": self._guarded(m["content"])} for m in messages], generate)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], generate: bool) -> str:
+        conversation: list[Any] = list(messages)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                conversation,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=generate,
+                **self.variables,
+            )
+        except TemplateError:
+            raise
+        except Exception as error:  # a template is a program, and its author's errors are of any class
+            raise TemplateError(f"{type(error).__name__} in the chat template") from error
+        return str(text)
+
+    def response_text(self, text: str) -> str:
+        """An answer as the template writes it, up to the end of turn; see `render` for its guards.
+
+        Raises:
+            TemplateError: the template writes something else around this answer than around others.
+        """
+        turn = self.assistant_turn
+        whole = self.render([QUESTION, {"role": "assistant", "content": text}], generate=False)
+        if not (whole.startswith(self.question + turn.header) and whole.endswith(turn.after)):
+            raise TemplateError("the chat template writes this answer in a way of its own")
+        return whole[len(self.question) : len(whole) - len(turn.after)] + turn.gap
+
+    def prefill_text(self, text: str) -> str:
+        """The beginning of an answer: behind what the template writes before one, and not trimmed."""
+        return self.assistant_turn.header + self._guarded(text)
+
+    @cached_property
+    def assistant_turn(self) -> AssistantTurn:
+        """What the template puts around an answer, read off a rendered probe.
+
+        Mistral's template, for one, writes a space before the answer, and chat models end a turn with a
+        token that is often not the tokenizer's EOS (`<|im_end|>`) and, in Phi-3 and Gemma 3, not even a
+        named special token: it is the first *added* token after the answer.
+
+        Raises:
+            UserError: the template loses the answer, writes other than whitespace between the generation
+                prompt and the answer or between the answer and an added token, or has no such token.
+        """
+        whole = self.render([QUESTION, {"role": "assistant", "content": PROBE}], generate=False)
+        if PROBE not in whole:
+            raise UserError("chat template: an assistant turn does not contain its own text")
+        before, after = whole.rsplit(PROBE, 1)
+        header = before.removeprefix(self.question)
+        if not before.startswith(self.question) or header.strip():
+            raise UserError(
+                f"chat template: it does not write an answer where its generation prompt ends; with it "
+                f"{quoted(self.question)}, the whole conversation {quoted(whole)}; set "
+                "model.template_kwargs (enable_thinking: false, say), or model.chat_template to a template "
+                "whose generation prompt is complete"
+            )
+        found = self._added_tokens.search(after)
+        if found is None or after[: found.start()].strip():
+            raise UserError(
+                f"chat template: no added token of the tokenizer ends an assistant turn; the whole "
+                f"conversation is {quoted(whole)}; set model.chat_template to a template that writes one"
+            )
+        gap, end = after[: found.start()], found[0]
+        end_id: Any = self.tokenizer.convert_tokens_to_ids(end)
+        return AssistantTurn(header, gap, end, int(end_id), after)
+
+    @cached_property
+    def _template(self) -> str:
+        return _CLOCK + self.tokenizer.get_chat_template()
+
+    @cached_property
+    def question(self) -> str:
+        """The rendered prompt in front of a probe."""
+        return self.render([QUESTION])
+
+    @cached_property
+    def _added_tokens(self) -> re.Pattern[str]:
+        """Tokens beside the vocabulary of words. Runs of spaces and newlines are added tokens of many."""
+        added = {*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens}
+        return _any_of(token for token in added if token.strip(" \t\r\n▁"))
+
+    @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        """The added tokens that structure a conversation: special ones, and all that the template writes."""
+        special = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        turns: list[Message] = [QUESTION, {"role": "assistant", "content": PROBE}, QUESTION]
+        written = self._added_tokens.findall(self._render(turns, generate=True))
+        with suppress(TemplateError):  # some know no system turns
+            written += self._added_tokens.findall(
+                self._render([{**QUESTION, "role": "system"}, *turns], True)
+            )
+        return _any_of({*written, *self.tokenizer.all_special_tokens, *special})
+
+    def _guarded(self, text: str) -> str:
+        """Guards on both sides of every character, so that no neighbour completes another control token."""
+        return self._control_tokens.sub(lambda found: GUARD.join(["", *found[0], ""]), text)
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches the longest of some tokens; nothing if there are none."""
+    longest_first = sorted(tokens, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def quoted(rendering: str) -> str:
+    """A rendering of the probe, on one line."""
+    text = repr(rendering)
+    return text if len(text) <= 400 else f"{text[:120]}…{text[-280:]}"
