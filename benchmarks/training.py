@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from bdpo.config import MethodConfig, TrainConfig
-from bdpo.method.losses import LOSSES, PairLogps
+from bdpo.config import TrainConfig
+from bdpo.method.base import PairLogps
+from bdpo.method.losses import Bdpo
 from bdpo.models.logps import LogpsModel, pair_groups, pair_logps
 from bdpo.models.tokenizer import EncodedPair
 from bdpo.scoring.reference import reference_logps
@@ -87,7 +88,7 @@ def our_step(model: LogpsModel, pairs: list[EncodedPair]) -> None:
         chosen, rejected = pair_logps(model, batch)
         one = torch.ones(len(batch))
         scored = PairLogps(chosen, rejected, chosen.detach(), rejected.detach(), one, one, one, one, one, one)
-        output = LOSSES["bdpo"](scored, MethodConfig())
+        output = Bdpo().loss(scored)
         (output.loss.sum() / len(pairs)).backward()
 
 

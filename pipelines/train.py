@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from bdpo.cluster.nodes import versions
 from bdpo.config import Config
-from bdpo.config.train import HOW_IT_RUNS
 from bdpo.data.pairs import count_pairs
 from bdpo.errors import UserError
 from bdpo.models.adapters import check_lora
@@ -81,7 +80,7 @@ def train_fingerprint(config: Config, run: RunDir) -> Fingerprint:
 
     What is not in it may change between a kill and the resume.
     """
-    sections = {"method": config.method.model_dump(), "train": config.train.model_dump(exclude=HOW_IT_RUNS)}
+    sections = {"method": config.method.fingerprint(), "train": config.train.fingerprint()}
     select = config.data.select
     return {
         "scores": json_digest(score_fingerprint(config, run)),

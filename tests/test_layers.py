@@ -11,8 +11,9 @@ from tests.support import ROOT
 ROOMS = (
     "errors",
     "stats",
-    "config",
+    "section",
     "method",
+    "config",
     "storage",
     "sandbox",
     "models",

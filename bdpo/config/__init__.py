@@ -13,18 +13,20 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from bdpo.config.base import SANDBOX, Section, worker_range
+from bdpo.config.base import SANDBOX, worker_range
 from bdpo.config.data import DataConfig
 from bdpo.config.evaluate import EvaluateConfig
 from bdpo.config.experiment import ExperimentConfig
-from bdpo.config.method import MethodConfig
+from bdpo.config.explain import explain
 from bdpo.config.model import ModelConfig
-from bdpo.config.reading import Dumper, apply_override, explain, read_yaml
+from bdpo.config.reading import Dumper, apply_override, read_yaml, require_tree
 from bdpo.config.score import ScoreConfig
 from bdpo.config.secrets import refuse_secrets
 from bdpo.config.train import LoraConfig, TrainConfig
 from bdpo.config.tune import Range, TuneConfig
 from bdpo.errors import UserError
+from bdpo.method.losses import AnyMethod, Bdpo
+from bdpo.section import Section
 
 __all__ = [
     "SANDBOX",
@@ -33,7 +35,6 @@ __all__ = [
     "EvaluateConfig",
     "ExperimentConfig",
     "LoraConfig",
-    "MethodConfig",
     "ModelConfig",
     "Range",
     "ScoreConfig",
@@ -53,7 +54,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     score: ScoreConfig = ScoreConfig()
-    method: MethodConfig = MethodConfig()
+    method: AnyMethod = Bdpo()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     tune: TuneConfig = TuneConfig()
@@ -64,8 +65,8 @@ class Config(Section):
     def _masters_are_float32(self) -> Config:
         if self.train.zero_stage == 0 and self.model.dtype != "float32":
             raise ValueError(
-                "train.zero_stage=0 wants model.dtype=float32: DeepSpeed keeps float32 master weights of a "
-                "bfloat16 model from stage 1 on"
+                "train.zero_stage=0 requires model.dtype=float32: DeepSpeed keeps float32 master weights of "
+                "a bfloat16 model from stage 1 on"
             )
         return self
 
@@ -78,18 +79,38 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, lay dotted overrides over it, and validate.
 
     Raises:
-        UserError: one line that names the file or override and the key, with the nearest known key.
+        UserError: one line that names the file, or the override that is wrong, and the key, with the
+            nearest known key.
     """
     values = read_yaml(Path(file))
     for override in overrides:
         apply_override(values, override)
-    return parse_config(values, str(file))
+    try:
+        return parse_config(values, str(file))
+    except UserError as error:
+        raise _blamed(error, Path(file), overrides) from None
 
 
 def parse_config(values: dict[str, Any], source: str) -> Config:
     """Validate plain values; `source` is what an error message names."""
+    require_tree(values, source)
     refuse_secrets(values, source)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{source}: {explain(error, Config)}") from None
+
+
+def _blamed(error: UserError, file: Path, overrides: Sequence[str]) -> UserError:
+    """The error with the name of the override that brought it about, if the file alone does not have it."""
+    values, message = read_yaml(file), str(error)
+    for override in ["", *overrides]:
+        if override:
+            apply_override(values, override)
+        try:
+            parse_config(values, str(file))
+        except UserError as found:
+            if str(found) == message:
+                source = f"override {override.partition('=')[0]}" if override else str(file)
+                return UserError(source + message.removeprefix(str(file)))
+    return error

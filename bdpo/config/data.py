@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from bdpo.config.base import Fraction, Positive, Section
+from bdpo.section import Fraction, Positive, Section
 
 
 def _part(bounds: list[float]) -> list[float]:
     if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
-        raise ValueError(f"wants [low, high] with 0 <= low < high <= 1, not {bounds}")
+        raise ValueError(f"expects [low, high] with 0 <= low < high <= 1, not {bounds}")
     return bounds
 
 

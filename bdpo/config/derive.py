@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bdpo.config import Config, parse_config
-from bdpo.config.method import default_beta
+from bdpo.method.base import Method
+from bdpo.method.losses import METHODS
 
 Params = dict[str, Any]  # dotted config key -> value
 
@@ -13,25 +14,51 @@ Params = dict[str, Any]  # dotted config key -> value
 def trial_config(config: Config, params: Params, run_dir: str, source: str = "tune.space") -> Config:
     """The config of a trial: the run's, with the parameters in their places.
 
-    Another method has the β of its own where the run's is for another kind, see `beta_of`.
+    If `method.name` is among the parameters, section `method` has the keys of that method, see
+    `with_method`, and parameters that belong to other methods are left out: a space of several methods has
+    the keys of all of them.
     """
     values = config.model_dump() | {"run_dir": run_dir}
-    values["method"]["beta"] = beta_of(config, params.get("method.name", config.method.name))
+    if "method.name" in params:
+        values["method"] = with_method(config.method, params["method.name"])
     for key, value in params.items():
-        *sections, leaf = key.split(".")
-        place = values
-        for section in sections:
-            if not isinstance(place.get(section), dict):  # a section that is not set, as `train.lora`
-                place[section] = {}
-            place = place[section]
-        place[leaf] = value
+        if not _belongs_to_another_method(key, params.get("method.name")):
+            _set(values, key, value)
     return parse_config(values, source)
 
 
-def beta_of(config: Config, method: str) -> float:
-    """The β that a method takes of a run: the run's, or its own where the run's is for another kind."""
-    own = default_beta(method)
-    return config.method.beta if own == default_beta(config.method.name) else own
+def with_method(method: Method, name: Any) -> dict[str, Any]:
+    """The plain values of section `method` for the method called `name`, made from those of another.
+
+    A key is kept where both methods have it and have the same default for it; else it takes the default of
+    the new method (beta of `simpo`, whose rewards are per token).
+    """
+    if name == method.name or name not in METHODS:  # an unknown name is refused when the config is validated
+        return method.model_dump() | {"name": name}
+    fields, own = METHODS[name].model_fields, type(method).model_fields
+    kept = {
+        key: value
+        for key, value in method.model_dump().items()
+        if key in fields and fields[key].default == own[key].default
+    }
+    return kept | {"name": name}
+
+
+def _belongs_to_another_method(key: str, name: Any) -> bool:
+    section, _, leaf = key.partition(".")
+    if section != "method" or name not in METHODS or leaf in METHODS[name].model_fields:
+        return False
+    return any(leaf in method.model_fields for method in METHODS.values())
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value at a dotted key, in place."""
+    *sections, leaf = key.split(".")
+    for section in sections:
+        if not isinstance(values.get(section), dict):  # a section that is not set, as `train.lora`
+            values[section] = {}
+        values = values[section]
+    values[leaf] = value
 
 
 def value_at(config: Config, key: str) -> Any:

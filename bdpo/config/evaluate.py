@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from bdpo.config.base import Fraction, Positive, Section, Workers
+from bdpo.config.base import Workers
+from bdpo.section import Fraction, Positive, Section
 
 BenchmarkName = Literal["strongreject", "xstest", "jailbreak", "prefill", "wrapped", "simpleqa"]
 """Each is a module of `bdpo.evaluation.benchmarks`; tables have them in this order."""

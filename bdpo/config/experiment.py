@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from bdpo.config.base import Positive, Section
+from bdpo.section import Positive, Section
 
 AboveZero = Annotated[float, Field(gt=0)]
 

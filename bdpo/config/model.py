@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from bdpo.config.base import Section
+from bdpo.section import Section
 
 _RESERVED_TEMPLATE_KWARGS = frozenset((
     "messages", "conversation", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt",

@@ -1,21 +1,36 @@
-"""YAML and dotted overrides -> plain values; the one line that says what is wrong with them."""
+"""YAML and dotted overrides -> plain values."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
 
 from bdpo.errors import UserError
 
+_MOST_VALUES = 100_000  # aliases make a few lines of YAML into more than any memory holds
+
+_LONGEST = 4096  # bytes: PATH_MAX of Linux, and no other text of a config is longer
+
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # control characters, lone surrogates
+
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-6` as a string; people mean the number, as in YAML 1.2."""
+    """YAML 1.1 reads `1e-6` as a string; people mean the number, as in YAML 1.2. No key may stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Refuses a key that stands twice in one mapping: the last one would win without a word."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value} stands twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 class Dumper(yaml.SafeDumper):
@@ -31,15 +46,27 @@ for _yaml in (Loader, Dumper):
 def read_yaml(file: Path) -> dict[str, Any]:
     """The sections of a config file as plain values; raises a UserError that names the file."""
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader)  # noqa: S506 (a SafeLoader)
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{file}: no such config file") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{_short(file)}: no such config file") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"{file}: not valid YAML ({_one_line(error)})") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise UserError(f"{_short(file)}: cannot be read ({getattr(error, 'strerror', error)})") from None
+    return parse_yaml(text, str(file))
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """The sections of a config as plain values.
+
+    Raises:
+        UserError: one line that names `source`: not valid YAML, no mapping, or not to be written as a tree.
+    """
+    values = _load(text, source)
+    if values is None:
+        raise UserError(f"{source}: is empty; expects sections with keys")
     if not isinstance(values, dict):
-        raise UserError(f"{file}: wants sections with keys, found {type(values).__name__}")
+        raise UserError(f"{source}: expects sections with keys, found {type(values).__name__}")
     return values
 
 
@@ -47,55 +74,65 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """Lay one `section.key=value` over `values`, in place; raises a UserError that names the key."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override {override!r}: wants section.key=value")
-    try:
-        value = yaml.load(text, Loader)  # noqa: S506
-    except yaml.YAMLError as error:
-        raise UserError(f"override {key}: not valid YAML ({_one_line(error)})") from None
+        raise UserError(f"override {_short(override)}: expects section.key=value")
+    value = _load(text, f"override {_short(key)}")
     *sections, leaf = key.split(".")
     for section in sections:
         if values.get(section) is None:  # not there, or left empty in the YAML
             values[section] = {}
         values = values[section]
         if not isinstance(values, dict):
-            raise UserError(f"override {key}: {section} is not a section")
+            raise UserError(f"override {_short(key)}: {section} is not a section")
     values[leaf] = value
+
+
+def _load(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader)  # noqa: S506 (a SafeLoader)
+    except RecursionError:
+        raise UserError(f"{source}: not valid YAML (nested too deeply)") from None
+    # ValueError and its like: a value that is not what its form or its tag says, 2026-02-30 or !!int abc
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{source}: not valid YAML ({_one_line(error)}); text can be quoted") from None
+
+
+def require_tree(values: Any, source: str) -> None:
+    """Refuse aliases that lead into themselves or make too many values, and text that is no text.
+
+    Raises:
+        UserError: one line that names the key.
+    """
+    todo: list[tuple[Any, str, tuple[int, ...]]] = [(values, "", ())]
+    seen = 0
+    while todo:
+        value, key, around = todo.pop()
+        seen += 1
+        if id(value) in around:
+            raise UserError(f"{source}: key {key}: an alias that leads into itself")
+        if seen > _MOST_VALUES:
+            raise UserError(f"{source}: more than {_MOST_VALUES:,} values")
+        if isinstance(value, str):
+            _require_text(value, f"{source}: key {key}" if key else source)
+        elif isinstance(value, dict):
+            for name, part in value.items():
+                _require_text(str(name), f"{source}: a key")
+                todo.append((part, f"{key}.{name}" if key else str(name), (*around, id(value))))
+        elif isinstance(value, list):
+            todo += [(part, key, (*around, id(value))) for part in value]
+
+
+def _require_text(text: str, what: str) -> None:
+    if found := _UNPRINTABLE.search(text):
+        raise UserError(f"{what}: holds the character {found[0]!a}, which is not text")
+    if len(text.encode()) > _LONGEST:
+        raise UserError(f"{what}: {len(text):,} characters, expects at most {_LONGEST:,} bytes")
+
+
+def _short(text: object) -> str:
+    """For a message: without control characters, and not longer than a line."""
+    shown = ascii(str(text))[1:-1] if _UNPRINTABLE.search(str(text)) else str(text)
+    return shown if len(shown) <= 100 else f"{shown[:100]}…"
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first problem, unknown keys before all else: a misspelt key is often why another is missing."""
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    problem = problems[0]
-    # pydantic's names for the branches of a union, for a key
-    tags = re.compile(r"int|str|list\[.*|\[key\]|<.*>")
-    names = [str(part) for part in problem["loc"] if not tags.fullmatch(str(part))]
-    key = ".".join(names)
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(key, root)}"
-    if problem["type"] == "missing":
-        return f"key {key} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
-    return f"key {key}: {message}{given}"
-
-
-def _nearest(key: str, root: type[BaseModel]) -> str:
-    """`; did you mean …?`: the whole path first, then the last name alone (right key, wrong section)."""
-    known = list(_keys(root))
-    close = difflib.get_close_matches(key, known, 1, 0.75)
-    leaf = key.rpartition(".")[2]
-    close = close or [k for k in known if k.rpartition(".")[2] == leaf][:1]
-    close = close or difflib.get_close_matches(key, known, 1, 0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        for part in (field.annotation, *get_args(field.annotation)):  # a section, or a section or None
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                yield from _keys(part, f"{prefix}{name}.")

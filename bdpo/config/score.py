@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from bdpo.config.base import Positive, Section, Workers
+from bdpo.config.base import Workers
+from bdpo.section import Positive, Section
 
 
 class ScoreConfig(Section):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bdpo.config.base import Fraction, Positive, Section
+from bdpo.section import RUNTIME_ONLY, Fraction, Positive, Section
 
 
 class LoraConfig(Section):
@@ -20,41 +20,29 @@ class LoraConfig(Section):
     )
 
 
-# Where, how often and in how much memory: on these keys of `train` the model depends by rounding alone.
-HOW_IT_RUNS = {
-    "accelerator_type",
-    "eval_steps",
-    "gpu_memory",
-    "gpus_per_worker",
-    "gradient_checkpointing",
-    "max_failures",
-    "report_to",
-    "save_steps",
-    "save_total_limit",
-    "tokens_per_micro_batch",
-    "workers",
-}
-
-
 class TrainConfig(Section):
     """Optimisation, its distribution over workers, and checkpoints."""
 
-    workers: Positive = 1
-    gpus_per_worker: float = Field(1.0, ge=0)
-    accelerator_type: str | None = Field(
+    workers: Annotated[Positive, RUNTIME_ONLY] = 1
+    gpus_per_worker: Annotated[float, RUNTIME_ONLY] = Field(1.0, ge=0)
+    accelerator_type: Annotated[str | None, RUNTIME_ONLY] = Field(
         None, description="train on nodes of this GPU alone: H100, A100, ..."
     )
-    gpu_memory: float | None = Field(None, gt=0, description="GiB of one GPU, by default this machine's")
+    gpu_memory: Annotated[float | None, RUNTIME_ONLY] = Field(
+        None, gt=0, description="GiB of one GPU, by default this machine's"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         3, description="partitioned are: 1 optimizer, 2 gradients too, 3 parameters too"
     )
     offload: Literal["cpu", "nvme"] | None = Field(None, description="where the optimizer's state is kept")
-    offload_parameters: bool = Field(False, description="the parameters as well; wants zero_stage=3")
+    offload_parameters: bool = Field(False, description="the parameters as well; requires zero_stage=3")
     nvme_path: str | None = Field(None, description="folder on each node's NVMe disk, for offload=nvme")
     global_batch_size: Positive = Field(
         64, description="pairs of one optimizer step; need not be a multiple of the workers"
     )
-    tokens_per_micro_batch: Positive = Field(16384, description="padded tokens of one forward-backward")
+    tokens_per_micro_batch: Annotated[Positive, RUNTIME_ONLY] = Field(
+        16384, description="padded tokens of one forward-backward"
+    )
     learning_rate: float = Field(1e-6, gt=0)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.1
@@ -62,30 +50,36 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     num_train_epochs: Positive = 1
     max_steps: Positive | None = Field(None, description="end after so many steps instead")
-    gradient_checkpointing: bool = True
-    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
-        ["tensorboard"], description="besides metrics.jsonl; wandb and mlflow want the extra `tracking`"
+    gradient_checkpointing: Annotated[bool, RUNTIME_ONLY] = True
+    report_to: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], RUNTIME_ONLY] = Field(
+        ["tensorboard"], description="besides metrics.jsonl; wandb and mlflow require the extra `tracking`"
     )
-    save_steps: Positive = 100
-    save_total_limit: Positive = Field(2, description="checkpoints to keep, and the latest if it is not one")
-    lora: LoraConfig | None = Field(None, description="train adapters; they want a higher learning_rate")
+    save_steps: Annotated[Positive, RUNTIME_ONLY] = 100
+    save_total_limit: Annotated[Positive, RUNTIME_ONLY] = Field(
+        2, description="checkpoints to keep, and the latest if it is not one"
+    )
+    lora: LoraConfig | None = Field(None, description="train adapters; they need a higher learning_rate")
     eval_fraction: float = Field(0.0, ge=0, lt=1, description="of the pairs, held out and never trained on")
-    eval_steps: Positive = Field(100, description="evaluate on them so often, and at the end")
+    eval_steps: Annotated[Positive, RUNTIME_ONLY] = Field(
+        100, description="evaluate on them so often, and at the end"
+    )
     metric_for_best_model: str | None = Field(
         None, description="keep the checkpoints that are best by this metric of the held-out pairs"
     )
     greater_is_better: bool | None = Field(None, description="by default, unless the metric is a loss")
     load_best_model_at_end: bool = Field(False, description="export the best checkpoint, not the last")
-    max_failures: int = Field(2, ge=-1, description="worker failures to recover from; -1: any number")
+    max_failures: Annotated[int, RUNTIME_ONLY] = Field(
+        2, ge=-1, description="worker failures to recover from; -1: any number"
+    )
 
     @model_validator(mode="after")
     def _offload_fits_the_stage(self) -> TrainConfig:
         if self.offload and self.zero_stage == 0:
-            raise ValueError(f"offload={self.offload} wants zero_stage=1, 2 or 3")
+            raise ValueError(f"offload={self.offload} requires zero_stage=1, 2 or 3")
         if self.offload_parameters and (self.zero_stage < 3 or not self.offload):
-            raise ValueError("offload_parameters wants zero_stage=3 and offload=cpu or nvme")
+            raise ValueError("offload_parameters requires zero_stage=3 and offload=cpu or nvme")
         if self.offload == "nvme" and (self.zero_stage < 3 or not self.nvme_path):
-            raise ValueError("offload=nvme wants zero_stage=3 and nvme_path")
+            raise ValueError("offload=nvme requires zero_stage=3 and nvme_path")
         if len(set(self.report_to)) < len(self.report_to):
             raise ValueError("report_to names something twice")
         return self
@@ -93,11 +87,11 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _best_is_measured(self) -> TrainConfig:
         if self.load_best_model_at_end and not self.metric_for_best_model:
-            raise ValueError("load_best_model_at_end wants metric_for_best_model")
+            raise ValueError("load_best_model_at_end requires metric_for_best_model")
         if self.metric_for_best_model and not self.eval_fraction:
-            raise ValueError("metric_for_best_model wants held-out pairs: eval_fraction above 0")
+            raise ValueError("metric_for_best_model requires held-out pairs: eval_fraction above 0")
         if self.metric_for_best_model and self.save_steps % self.eval_steps:
-            raise ValueError("metric_for_best_model wants save_steps to be a multiple of eval_steps")
+            raise ValueError("metric_for_best_model requires save_steps to be a multiple of eval_steps")
         return self
 
     @property

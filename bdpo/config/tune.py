@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from bdpo.config.base import Fraction, Positive, Section
+from bdpo.section import Fraction, Positive, Section
 
 
 class Range(Section):
@@ -20,9 +20,9 @@ class Range(Section):
     @model_validator(mode="after")
     def _not_empty(self) -> Range:
         if self.min >= self.max:
-            raise ValueError(f"wants min < max, not min {self.min:g}, max {self.max:g}")
+            raise ValueError(f"expects min < max, not min {self.min:g}, max {self.max:g}")
         if self.log and self.min <= 0:
-            raise ValueError(f"log wants min > 0, not {self.min:g}")
+            raise ValueError(f"log requires min > 0, not {self.min:g}")
         return self
 
 
@@ -65,7 +65,7 @@ class TuneConfig(Section):
     rungs: list[float] = Field(
         [0.25, 0.5, 1.0], min_length=1, description="shares of a trial's steps after which it is evaluated"
     )
-    reduction_factor: float = Field(2.0, gt=1, description="ASHA: of n trials at a rung n / this go on")
+    reduction_factor: float = Field(2.0, gt=1, description="ASHA: of n trials at a rung n / this continue")
     rung_limit: Positive = Field(100, description="prompts of each benchmark at rungs before the last")
     max_concurrent_trials: Positive | None = Field(
         None, description="by default what the cluster holds; under KubeRay it has to be set"
@@ -76,12 +76,12 @@ class TuneConfig(Section):
     @classmethod
     def _rising_to_1(cls, rungs: list[float]) -> list[float]:
         if rungs[-1] != 1 or rungs[0] <= 0 or any(low >= high for low, high in pairwise(rungs)):
-            raise ValueError("wants rising shares above 0, the last of them 1.0")
+            raise ValueError("expects rising shares above 0, the last of them 1.0")
         return rungs
 
     @model_validator(mode="after")
     def _grid_of_lists(self) -> TuneConfig:
         for key, dimension in self.space.items():
             if self.searcher == "grid" and isinstance(dimension, Range):
-                raise ValueError(f"searcher=grid wants lists, and space has a range for {key}")
+                raise ValueError(f"searcher=grid requires lists, and space has a range for {key}")
         return self

@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass, field
 
 from bdpo.config import Config, parse_config
-from bdpo.config.derive import Params, beta_of, trial_config, value_at
+from bdpo.config.derive import Params, trial_config, value_at
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import evaluated_model
 from bdpo.storage.manifests import read_manifest, write_manifest
@@ -62,8 +62,13 @@ class Record:
 
 
 def _method(name: str, config: Config) -> Params:
-    """A method with the run's settings, and with the β of its own where the run's is for another kind."""
-    return {"method.name": name, "method.beta": beta_of(config, name)}
+    """A method with the run's settings where it has them, see `bdpo.config.derive.with_method`."""
+    return {"method.name": name, "method.beta": _as_the_run(name, config).method.beta}
+
+
+def _as_the_run(name: str, config: Config) -> Config:
+    """The run's config with another method."""
+    return trial_config(config, {"method.name": name}, config.run_dir)
 
 
 def arm_run(config: Config, run: RunDir, arm: Arm, seed: int) -> tuple[Config, RunDir]:
@@ -81,11 +86,11 @@ def arm_run(config: Config, run: RunDir, arm: Arm, seed: int) -> tuple[Config, R
 def arm_folder(config: Config, arm: Arm) -> str:
     """`bdpo-alpha-2.0`: the method, and whatever the arm has otherwise than the run would have it."""
     method: str = arm.params["method.name"]
-    as_the_run = _method(method, config)
+    as_the_run = _as_the_run(method, config)
     changed = [
         f"{key.rpartition('.')[2]}-{json.dumps(value)}"
         for key, value in arm.params.items()
-        if value != as_the_run.get(key, value_at(config, key))
+        if value != value_at(as_the_run, key)
     ]
     return re.sub(r"[^A-Za-z0-9._+]+", "-", "-".join([method, *changed])).replace("+", "").strip("-")
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bdpo.config import Config
+from bdpo.config.derive import value_at
 from bdpo.errors import UserError
 from bdpo.experiments.arms import Arm, _method
 
@@ -74,7 +75,7 @@ def _methods(config: Config) -> Experiment:
 
 
 def _ablation(config: Config) -> Experiment:
-    rule = "softmax" if config.method.balance == "softmax" else "ratio"
+    rule = "softmax" if value_at(config, "method.balance") == "softmax" else "ratio"
     other = {"ratio": "softmax", "softmax": "ratio"}[rule]
     bdpo, dpo_bw = (_method(name, config) | {"method.balance": rule} for name in ("bdpo", "dpo_bw"))
     context = {"empty_turn": "bos", "bos": "empty_turn"}[config.score.unconditional]

@@ -1,204 +1,210 @@
-"""Preference losses: pure functions of log-probabilities, and their registry.
+"""Every preference loss: a class with the keys that the loss looks at, and the loss itself.
 
-w is the chosen response, l the rejected one; lp = log π(y|c(x)) and Δ = lp - log π_ref(y|c(x)), summed over
-response tokens, of which there are |y|; h = Δ_w - Δ_l. Every tensor has shape (pairs,).
+A new loss is a class here and its name in `AnyMethod`. The symbols are those of `bdpo.method.base`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-import torch.nn.functional as F
+from pydantic import Discriminator, Field
 
-from bdpo.config import MethodConfig
+from bdpo.method.base import LossOutput, Method, PairLogps, log_sigmoid, loss_output
+from bdpo.method.mi import Balanced
+from bdpo.section import default_kind, sections_in
 
-
-@dataclass(frozen=True)
-class PairLogps:
-    """What a loss may look at, each of shape (pairs,): log-probs in nats, counts, weights, labels.
-
-    What the method has no need of may be NaN: the reference's log-probs and the weights were never made.
-    """
-
-    policy_chosen: torch.Tensor
-    policy_rejected: torch.Tensor
-    reference_chosen: torch.Tensor
-    reference_rejected: torch.Tensor
-    chosen_tokens: torch.Tensor
-    rejected_tokens: torch.Tensor
-    weight_chosen: torch.Tensor
-    weight_rejected: torch.Tensor
-    chosen_unsafe: torch.Tensor
-    rejected_unsafe: torch.Tensor
+if TYPE_CHECKING:
+    import torch
 
 
-@dataclass(frozen=True)
-class LossOutput:
-    """The loss of each pair and what is logged of it, every tensor of shape (pairs,).
+class Bdpo(Balanced):
+    """DPO whose two sides are weighed by mutual information, α in all: Balanced DPO."""
 
-    Rewards are β·Δ whatever the weights, so that curves of all methods compare; without a reference they
-    are what TRL's are, β·lp (CPO) and β·lp/|y| (SimPO).
-    """
+    arxiv = "2603.22829"
+    name: Literal["bdpo"] = "bdpo"
+    alpha: float = Field(1.5, gt=0, description="scaling factor: the total of the two weights")
 
-    loss: torch.Tensor
-    metrics: dict[str, torch.Tensor]
+    @property
+    def strength(self) -> float:
+        """The total of the two weights, α."""
+        return self.alpha
 
-
-LossFn = Callable[[PairLogps, MethodConfig], LossOutput]
-
-
-def dpo(pairs: PairLogps, method: MethodConfig) -> LossOutput:
-    """-log σ(β·(Δ_w - Δ_l)): plain DPO, arXiv 2305.18290 equation 7."""
-    one = torch.ones_like(pairs.policy_chosen)
-    return _weighted_dpo(pairs, one, one, method)
+    def loss(self, pairs: PairLogps) -> LossOutput:
+        """−log σ(β·(a_w·Δ_w − a_l·Δ_l)) with a_w = α·ω_w and a_l = α·ω_l."""
+        return _weighted_dpo(self, pairs, pairs.weight_chosen, pairs.weight_rejected)
 
 
-def bdpo(pairs: PairLogps, method: MethodConfig) -> LossOutput:
-    """-log σ(β·(a_w·Δ_w - a_l·Δ_l)) with a_w + a_l = α: B-DPO, arXiv 2603.22829."""
-    return _weighted_dpo(pairs, pairs.weight_chosen, pairs.weight_rejected, method)
+class DpoBw(Balanced):
+    """The ablation "DPO + balance weights": B-DPO without the scaling factor, weights of 1 in all."""
+
+    arxiv = "2603.22829"
+    name: Literal["dpo_bw"] = "dpo_bw"
+
+    def loss(self, pairs: PairLogps) -> LossOutput:
+        """−log σ(β·(ω_w·Δ_w − ω_l·Δ_l)) with ω_w + ω_l = 1."""
+        return _weighted_dpo(self, pairs, pairs.weight_chosen, pairs.weight_rejected)
 
 
-def dpo_bw(pairs: PairLogps, method: MethodConfig) -> LossOutput:
-    """Ablation "DPO + balance weights": B-DPO without the scaling factor, a_w + a_l = 1."""
-    return _weighted_dpo(
-        pairs, pairs.weight_chosen / method.alpha, pairs.weight_rejected / method.alpha, method
+class DpoSf(Method):
+    """The ablation "DPO + scaling factor": both weights are α/2, whatever the mutual information."""
+
+    arxiv = "2603.22829"
+    name: Literal["dpo_sf"] = "dpo_sf"
+    alpha: float = Field(1.5, gt=0, description="scaling factor: the total of the two weights")
+
+    def loss(self, pairs: PairLogps) -> LossOutput:
+        """−log σ(β·α/2·(Δ_w − Δ_l))."""
+        half = pairs.policy_chosen.new_full(pairs.policy_chosen.shape, self.alpha / 2)
+        return _weighted_dpo(self, pairs, half, half)
+
+
+class Dpo(Method):
+    """Plain DPO."""
+
+    arxiv = "2305.18290"
+    name: Literal["dpo"] = "dpo"
+
+    def loss(self, pairs: PairLogps) -> LossOutput:
+        """−log σ(β·(Δ_w − Δ_l)), equation 7."""
+        one = pairs.policy_chosen.new_ones(pairs.policy_chosen.shape)
+        return _weighted_dpo(self, pairs, one, one)
+
+
+class Ipo(Method):
+    """Squared distance of the margin from 1/(2β), per token as in TRL."""
+
+    arxiv = "2310.12036"
+    name: Literal["ipo"] = "ipo"
+
+    def loss(self, pairs: PairLogps) -> LossOutput:
+        """(Δ_w/|y_w| − Δ_l/|y_l| − 1/(2β))², equation 17."""
+        delta_chosen, delta_rejected = pairs.deltas
+        margins = delta_chosen / pairs.chosen_tokens - delta_rejected / pairs.rejected_tokens
+        return loss_output((margins - 1 / (2 * self.beta)) ** 2, pairs, self.rewards(pairs))
+
+
+class LabelNoise(Method):
+    """A method that takes the label of a pair for wrong with probability `label_smoothing`."""
+
+    label_smoothing: float = Field(
+        0.1, ge=0, lt=0.5, description="probability ε that a label is wrong; with 0 the loss is that of dpo"
     )
 
-
-def dpo_sf(pairs: PairLogps, method: MethodConfig) -> LossOutput:
-    """Ablation "DPO + scaling factor": both weights α/2, whatever the mutual information."""
-    half = torch.full_like(pairs.policy_chosen, method.alpha / 2)
-    return _weighted_dpo(pairs, half, half, method)
-
-
-def ipo(pairs: PairLogps, method: MethodConfig) -> LossOutput:
-    """(Δ_w/|y_w| - Δ_l/|y_l| - 1/(2β))²: IPO, arXiv 2310.12036 equation 17, per token as in TRL."""
-    delta_chosen, delta_rejected = _deltas(pairs)
-    margins = delta_chosen / pairs.chosen_tokens - delta_rejected / pairs.rejected_tokens
-    return _output((margins - 1 / (2 * method.beta)) ** 2, pairs, *_rewards(pairs, method))
+    def both_ways(self, pairs: PairLogps) -> tuple[torch.Tensor, torch.Tensor]:
+        """-log σ(βh) and -log σ(-βh): the loss of DPO if the label is right, and if it is wrong."""
+        reward_chosen, reward_rejected = self.rewards(pairs)
+        margins = reward_chosen - reward_rejected
+        return -log_sigmoid(margins), -log_sigmoid(-margins)
 
 
-def cdpo(pairs: PairLogps, method: MethodConfig) -> LossOutput:
-    """-(1-ε)·log σ(βh) - ε·log σ(-βh): conservative DPO, labels wrong with probability ε = `label_smoothing`.
+class Cdpo(LabelNoise):
+    """Conservative DPO: smoothed labels, a mix of both directions (ericmitchell.ai/cdpo.pdf)."""
 
-    Source: ericmitchell.ai/cdpo.pdf equation 3.
+    name: Literal["cdpo"] = "cdpo"
+
+    def loss(self, pairs: PairLogps) -> LossOutput:
+        """−(1−ε)·log σ(βh) − ε·log σ(−βh), h = Δ_w − Δ_l, equation 3."""
+        right, wrong = self.both_ways(pairs)
+        loss = (1 - self.label_smoothing) * right + self.label_smoothing * wrong
+        return loss_output(loss, pairs, self.rewards(pairs))
+
+
+class Robust(LabelNoise):
+    """DPO that is unbiased under label noise."""
+
+    arxiv = "2403.00409"
+    name: Literal["robust"] = "robust"
+
+    def loss(self, pairs: PairLogps) -> LossOutput:
+        """[−(1−ε)·log σ(βh) + ε·log σ(−βh)] / (1−2ε), h = Δ_w − Δ_l."""
+        right, wrong = self.both_ways(pairs)
+        noise = self.label_smoothing
+        loss = ((1 - noise) * right - noise * wrong) / (1 - 2 * noise)
+        return loss_output(loss, pairs, self.rewards(pairs))
+
+
+class Safedpo(Method):
+    """DPO with a margin where exactly one response is unsafe.
+
+    A pair of which only the rejected response is safe is swapped first, metrics included. A pair of two
+    unsafe responses has no loss; training leaves it out before it plans its batches, and counts it (see
+    `bdpo.scoring.selection`).
     """
-    right, wrong, rewards = _both_ways(pairs, method)
-    loss = (1 - method.label_smoothing) * right + method.label_smoothing * wrong
-    return _output(loss, pairs, *rewards)
+
+    arxiv = "2505.20065"
+    requires_safety_labels = True
+    name: Literal["safedpo"] = "safedpo"
+    safedpo_delta: float = Field(10.0, ge=0, description="the margin where exactly one response is unsafe")
+
+    def loss(self, pairs: PairLogps) -> LossOutput:
+        """−log σ(β·(Δ_w − Δ_l) − (u_l − u_w)·`safedpo_delta`), u = 1 for an unsafe response."""
+        chosen_unsafe, rejected_unsafe = pairs.chosen_unsafe.bool(), pairs.rejected_unsafe.bool()
+        pairs = pairs.swapped(chosen_unsafe & ~rejected_unsafe)
+        rewards = self.rewards(pairs)
+        exactly_one_unsafe = chosen_unsafe ^ rejected_unsafe
+        loss = -log_sigmoid(rewards[0] - rewards[1] - exactly_one_unsafe * self.safedpo_delta)
+        return loss_output(loss.where(~(chosen_unsafe & rejected_unsafe), 0.0), pairs, rewards)
 
 
-def robust(pairs: PairLogps, method: MethodConfig) -> LossOutput:
-    """[-(1-ε)·log σ(βh) + ε·log σ(-βh)] / (1-2ε): the unbiased DPO loss under label noise ε.
-
-    Source: arXiv 2403.00409.
-    """
-    right, wrong, rewards = _both_ways(pairs, method)
-    noise = method.label_smoothing
-    return _output(((1 - noise) * right - noise * wrong) / (1 - 2 * noise), pairs, *rewards)
-
-
-def cpo(pairs: PairLogps, method: MethodConfig) -> LossOutput:
-    """-log σ(β·(lp_w - lp_l)) - `cpo_alpha`·lp_w/|y_w|: CPO, arXiv 2401.08417.
+class Cpo(Method):
+    """DPO against a uniform reference, plus the likelihood of the chosen response.
 
     As in TRL the likelihood term is per token; here of each pair, where TRL takes all tokens of a batch
     together, so that it does not depend on how a batch is split.
     """
-    rewards = method.beta * pairs.policy_chosen, method.beta * pairs.policy_rejected
-    nll = -pairs.policy_chosen / pairs.chosen_tokens
-    loss = -F.logsigmoid(rewards[0] - rewards[1]) + method.cpo_alpha * nll
-    return _output(loss, pairs, *rewards, nll_loss=nll)
+
+    arxiv = "2401.08417"
+    requires_reference = False
+    name: Literal["cpo"] = "cpo"
+    cpo_alpha: float = Field(1.0, ge=0, description="weight of the chosen response's likelihood")
+
+    def loss(self, pairs: PairLogps) -> LossOutput:
+        """−log σ(β·(lp_w − lp_l)) − `cpo_alpha`·lp_w/|y_w|."""
+        rewards = self.beta * pairs.policy_chosen, self.beta * pairs.policy_rejected
+        nll = -pairs.policy_chosen / pairs.chosen_tokens
+        loss = -log_sigmoid(rewards[0] - rewards[1]) + self.cpo_alpha * nll
+        return loss_output(loss, pairs, rewards, nll_loss=nll)
 
 
-def simpo(pairs: PairLogps, method: MethodConfig) -> LossOutput:
-    """-log σ(β·(lp_w/|y_w| - lp_l/|y_l|) - γ), γ = `simpo_gamma`: SimPO, arXiv 2405.14734 equation 6."""
-    reward_chosen = method.beta * pairs.policy_chosen / pairs.chosen_tokens
-    reward_rejected = method.beta * pairs.policy_rejected / pairs.rejected_tokens
-    loss = -F.logsigmoid(reward_chosen - reward_rejected - method.simpo_gamma)
-    return _output(loss, pairs, reward_chosen, reward_rejected)
+class Simpo(Method):
+    """−log σ of the margin per token beyond a target."""
+
+    arxiv = "2405.14734"
+    requires_reference = False
+    name: Literal["simpo"] = "simpo"
+    beta: float = Field(2.0, gt=0, description="scale of the rewards, which are per token")
+    simpo_gamma: float = Field(0.5, ge=0, description="the margin that rewards are to reach")
+
+    def loss(self, pairs: PairLogps) -> LossOutput:
+        """−log σ(β·(lp_w/|y_w| − lp_l/|y_l|) − `simpo_gamma`), equation 6."""
+        reward_chosen = self.beta * pairs.policy_chosen / pairs.chosen_tokens
+        reward_rejected = self.beta * pairs.policy_rejected / pairs.rejected_tokens
+        loss = -log_sigmoid(reward_chosen - reward_rejected - self.simpo_gamma)
+        return loss_output(loss, pairs, (reward_chosen, reward_rejected))
 
 
-def safedpo(pairs: PairLogps, method: MethodConfig) -> LossOutput:
-    """-log σ(βh - (u_l - u_w)·`safedpo_delta`), u = 1 for an unsafe response: SafeDPO, arXiv 2505.20065.
+AnyMethod = Annotated[
+    Bdpo | DpoBw | DpoSf | Dpo | Ipo | Cdpo | Robust | Safedpo | Cpo | Simpo,
+    Discriminator("name"),
+    default_kind("bdpo"),
+]
+"""The section `method` of a config."""
 
-    A pair of which only the rejected response is safe is turned round first, metrics included; one of two
-    unsafe responses has no loss (training leaves it out before it plans its batches, see
-    bdpo.scoring.selection).
-    """
-    chosen_unsafe, rejected_unsafe = pairs.chosen_unsafe.bool(), pairs.rejected_unsafe.bool()
-    pairs = _turned_round(pairs, chosen_unsafe & ~rejected_unsafe)
-    rewards = _rewards(pairs, method)
-    only_rejected_unsafe = chosen_unsafe ^ rejected_unsafe
-    loss = -F.logsigmoid(rewards[0] - rewards[1] - only_rejected_unsafe * method.safedpo_delta)
-    return _output(loss.where(~(chosen_unsafe & rejected_unsafe), 0.0), pairs, *rewards)
-
-
-LOSSES: dict[str, LossFn] = {
-    loss.__name__: loss for loss in (bdpo, dpo, dpo_bw, dpo_sf, ipo, cdpo, robust, cpo, simpo, safedpo)
+METHODS: dict[str, type[Method]] = {
+    method.kind(): method for method in sections_in(AnyMethod) if issubclass(method, Method)
 }
-
-REFERENCE_FREE = frozenset({"cpo", "simpo"})  # these are trained without scores
-
-NEED_SAFETY_LABELS = frozenset({"safedpo"})
+"""Every method by its name."""
 
 
 def _weighted_dpo(
-    pairs: PairLogps, weight_chosen: torch.Tensor, weight_rejected: torch.Tensor, method: MethodConfig
+    method: Method, pairs: PairLogps, weight_chosen: torch.Tensor, weight_rejected: torch.Tensor
 ) -> LossOutput:
-    reward_chosen, reward_rejected = _rewards(pairs, method)
-    margins = weight_chosen * reward_chosen - weight_rejected * reward_rejected
+    """-log σ(β·(a_w·Δ_w - a_l·Δ_l))."""
+    rewards = method.rewards(pairs)
+    margins = weight_chosen * rewards[0] - weight_rejected * rewards[1]
     balance = {
         "balance/weight_chosen": weight_chosen,
         "balance/weight_rejected": weight_rejected,
         "balance/margins": margins,
     }
-    return _output(-F.logsigmoid(margins), pairs, reward_chosen, reward_rejected, **balance)
-
-
-def _both_ways(
-    pairs: PairLogps, method: MethodConfig
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """-log σ(βh), -log σ(-βh): DPO if the label is right, and if it is wrong; and the rewards."""
-    rewards = _rewards(pairs, method)
-    margins = rewards[0] - rewards[1]
-    return -F.logsigmoid(margins), -F.logsigmoid(-margins), rewards
-
-
-def _deltas(pairs: PairLogps) -> tuple[torch.Tensor, torch.Tensor]:
-    return pairs.policy_chosen - pairs.reference_chosen, pairs.policy_rejected - pairs.reference_rejected
-
-
-def _rewards(pairs: PairLogps, method: MethodConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    delta_chosen, delta_rejected = _deltas(pairs)
-    return method.beta * delta_chosen, method.beta * delta_rejected
-
-
-def _turned_round(pairs: PairLogps, which: torch.Tensor) -> PairLogps:
-    """Chosen and rejected exchanged where `which` is True."""
-    columns: dict[str, torch.Tensor] = {}
-    for chosen in (field.name for field in fields(pairs) if "chosen" in field.name):
-        rejected = chosen.replace("chosen", "rejected")
-        one, other = getattr(pairs, chosen), getattr(pairs, rejected)
-        columns |= {chosen: other.where(which, one), rejected: one.where(which, other)}
-    return PairLogps(**columns)
-
-
-def _output(
-    loss: torch.Tensor,
-    pairs: PairLogps,
-    reward_chosen: torch.Tensor,
-    reward_rejected: torch.Tensor,
-    **more: torch.Tensor,
-) -> LossOutput:
-    metrics = {
-        "rewards/chosen": reward_chosen,
-        "rewards/rejected": reward_rejected,
-        "rewards/margins": reward_chosen - reward_rejected,
-        "rewards/accuracies": (reward_chosen > reward_rejected).float(),
-        "logps/chosen": pairs.policy_chosen,
-        "logps/rejected": pairs.policy_rejected,
-        **more,
-    }
-    return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+    return loss_output(-log_sigmoid(margins), pairs, rewards, **balance)

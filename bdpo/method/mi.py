@@ -1,15 +1,22 @@
 """Mutual information between query and response, and the balance weights made of it.
 
 Source: B-DPO, arXiv 2603.22829. The response that the reference already understands better is
-optimised less; alpha is the total of the two weights. The exact form of the shares is our reading of
-the paper, hence the named rules.
+optimised less. The exact form of the shares is our reading of the paper, hence the named rules.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Literal
 
-from bdpo.config import MethodConfig
+from pydantic import Field
+
+from bdpo.method.base import Method
+
+if TYPE_CHECKING:
+    import torch
+
+MI_FLOOR = 0.01
+"""Nats per token: what `mi_floor` is by default, and in reports on methods without balance weights."""
 
 
 def mutual_information(
@@ -19,21 +26,46 @@ def mutual_information(
     return (cond_logps - uncond_logps) / num_tokens
 
 
-def balance_weights(
-    mi_chosen: torch.Tensor, mi_rejected: torch.Tensor, method: MethodConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(a_w, a_l) of each pair, a_w + a_l = alpha; inputs in nats per token, all shapes (pairs,).
+class Balanced(Method):
+    """A method that weighs the two responses of a pair by their mutual information."""
 
-    With γ = `sharpness` and s = max(I, mi_floor), the share of the chosen response is
-    `ratio`: s_l^γ / (s_w^γ + s_l^γ) = σ(γ·(ln s_l - ln s_w)); `softmax`: σ(γ·(I_l - I_w)); `none`: ½.
-    Both shares are kept within [min_share, 1 - min_share].
-    """
-    if method.balance == "none":
-        share_chosen = torch.full_like(mi_chosen, 0.5)
-    elif method.balance == "softmax":
-        share_chosen = torch.sigmoid(method.sharpness * (mi_rejected - mi_chosen))
-    else:
-        log_chosen, log_rejected = (mi.clamp(min=method.mi_floor).log() for mi in (mi_chosen, mi_rejected))
-        share_chosen = torch.sigmoid(method.sharpness * (log_rejected - log_chosen))
-    share_chosen = share_chosen.clamp(method.min_share, 1 - method.min_share)
-    return method.alpha * share_chosen, method.alpha * (1 - share_chosen)
+    balance: Literal["ratio", "softmax", "none"] = Field(
+        "ratio", description="rule by which mutual information becomes shares"
+    )
+    sharpness: float = Field(1.0, description="exponent of the shares; 0 makes them equal")
+    mi_floor: float = Field(MI_FLOOR, gt=0, description="nats per token below which MI counts as this")
+    min_share: float = Field(0.05, ge=0, le=0.5, description="neither response gets a smaller share")
+
+    def shares(self, mi_chosen: torch.Tensor, mi_rejected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ω_w, ω_l) of each pair, ω_w + ω_l = 1; inputs in nats per token, all shapes (pairs,).
+
+        With γ = `sharpness` and s = max(I, mi_floor), the share of the chosen response is
+        `ratio`: s_l^γ / (s_w^γ + s_l^γ) = σ(γ·(ln s_l - ln s_w)); `softmax`: σ(γ·(I_l - I_w)); `none`: ½.
+        Both shares are kept within [min_share, 1 - min_share].
+        """
+        if self.balance == "none":
+            share_chosen = mi_chosen.new_full(mi_chosen.shape, 0.5)
+        elif self.balance == "softmax":
+            share_chosen = (self.sharpness * (mi_rejected - mi_chosen)).sigmoid()
+        else:
+            log_chosen, log_rejected = (mi.clamp(min=self.mi_floor).log() for mi in (mi_chosen, mi_rejected))
+            share_chosen = (self.sharpness * (log_rejected - log_chosen)).sigmoid()
+        share_chosen = share_chosen.clamp(self.min_share, 1 - self.min_share)
+        return share_chosen, 1 - share_chosen
+
+    def weights(
+        self, mi_chosen: torch.Tensor, mi_rejected: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The shares, `strength` times; inputs in nats per token, all shapes (pairs,)."""
+        share_chosen, share_rejected = self.shares(mi_chosen, mi_rejected)
+        return self.strength * share_chosen, self.strength * share_rejected
+
+    @property
+    def strength(self) -> float:
+        """The total of the two weights."""
+        return 1.0
+
+
+def mi_floor_of(method: Method) -> float:
+    """Nats per token below which the mutual information of a response counts as floored."""
+    return method.mi_floor if isinstance(method, Balanced) else MI_FLOOR

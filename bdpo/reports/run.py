@@ -53,18 +53,6 @@ _CURVES = {
     "logps/chosen": "log π of the preferred response",
 }
 
-_OWN_KEYS = {
-    "bdpo": ("alpha", "balance"),
-    "dpo_bw": ("balance",),
-    "dpo_sf": ("alpha",),
-    "cdpo": ("label_smoothing",),
-    "robust": ("label_smoothing",),
-    "cpo": ("cpo_alpha",),
-    "simpo": ("simpo_gamma",),
-    "safedpo": ("safedpo_delta",),
-}
-"""What a method goes by beside `beta`; the finer settings of its weights are in the table of all settings."""
-
 
 def run_page(config: Config, run: RunDir) -> Page:
     """All that there is to show of a run folder; `config` is of its last command.
@@ -125,8 +113,7 @@ def setup_section(
     rate = "each arm's own, see below" if own_rates else f"{train.learning_rate:g}"
     rows = [("model", f"{config.model.name_or_path} ({config.model.dtype})")]
     if not arms:
-        keys = ("beta", *_OWN_KEYS.get(method.name, ()))
-        how = ", ".join(f"{key} {getattr(method, key)}" for key in keys)
+        how = ", ".join(f"{key} {value}" for key, value in method.model_dump(exclude={"name"}).items())
         rows.append(("method", f"{method.name}: {how}"))
     length = f"steps: {train.max_steps}" if train.max_steps else f"epochs: {train.num_train_epochs:g}"
     rows += [

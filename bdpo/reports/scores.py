@@ -10,7 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from scipy import stats
 
-from bdpo.config import MethodConfig
+from bdpo.method.base import Method
+from bdpo.method.mi import mi_floor_of
 from bdpo.reports.page import BLUE, GREEN, INK, ORANGE, plain_axes
 from bdpo.stats import mean_of_many, rate
 
@@ -29,7 +30,7 @@ _POINTS = 1500  # more in a group are drawn as a density
 _BARS = 15
 
 
-def mi_summary(scores: pa.Table, method: MethodConfig) -> list[dict[str, Any]]:
+def mi_summary(scores: pa.Table, method: Method) -> list[dict[str, Any]]:
     """One row a group of pairs: their number, and the MI of both responses (nats per token).
 
     `chosen_better` is the share of pairs whose chosen response is better understood. `chosen` and
@@ -58,11 +59,11 @@ def _ches_of(ches: pa.ChunkedArray) -> dict[str, Any] | None:
     return None if ches.null_count else _distribution(ches.to_numpy())
 
 
-def _mi_of(mi: np.ndarray, method: MethodConfig) -> dict[str, Any]:
+def _mi_of(mi: np.ndarray, method: Method) -> dict[str, Any]:
     return {
         **_distribution(mi),
         "negative": float((mi < 0).mean()),
-        "floored": float((mi < np.float32(method.mi_floor)).mean()),
+        "floored": float((mi < np.float32(mi_floor_of(method))).mean()),
     }
 
 
@@ -92,7 +93,7 @@ def mi_imbalance(scores: pa.Table) -> list[dict[str, Any]]:
     return rows
 
 
-def mi_tables(scores: pa.Table, method: MethodConfig) -> list[Table]:
+def mi_tables(scores: pa.Table, method: Method) -> list[Table]:
     """The distribution of the MI, a table a group, with histograms on one scale for all."""
     values = np.concatenate([scores["mi_chosen"].to_numpy(), scores["mi_rejected"].to_numpy()])
     low, high = np.quantile(values, [0.005, 0.995])

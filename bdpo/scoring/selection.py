@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 from bdpo.config import Config
 from bdpo.data.pairs import count_pairs, read_pairs
 from bdpo.errors import UserError
-from bdpo.method.losses import NEED_SAFETY_LABELS, REFERENCE_FREE
 from bdpo.models.tokenizer import encode_pairs, load_tokenizer
 from bdpo.scoring.scores import SCORE_SCHEMA, read_scores
 from bdpo.storage.run_dir import RunDir
@@ -26,7 +25,7 @@ LABELS = ["chosen_safe", "rejected_safe"]
 
 def wants_scores(config: Config) -> bool:
     """Whether the reference model has to score the pairs before training."""
-    return config.method.name not in REFERENCE_FREE or config.data.select is not None
+    return config.method.requires_reference or config.data.select is not None
 
 
 def training_rows(config: Config, run: RunDir) -> pa.Table:
@@ -41,7 +40,7 @@ def training_rows(config: Config, run: RunDir) -> pa.Table:
     require_labels(config, run)
     rows = read_scores(config, run) if wants_scores(config) else count_tokens(config, run)
     keep = selected(config, rows)
-    if config.method.name in NEED_SAFETY_LABELS:
+    if config.method.requires_safety_labels:
         labels = _labels(run)
         keep &= pc.or_(labels["chosen_safe"], labels["rejected_safe"]).to_numpy()
     rows = rows.filter(pa.array(keep))
@@ -86,12 +85,12 @@ def selected(config: Config, scores: pa.Table) -> np.ndarray:
 
 def require_labels(config: Config, run: RunDir) -> None:
     """Raise a UserError if the method wants safety labels and some of the prepared pairs have none."""
-    if config.method.name in NEED_SAFETY_LABELS:
+    if config.method.requires_safety_labels:
         labels = _labels(run)
         unlabelled = pc.sum(pc.or_(*(labels[name].is_null() for name in LABELS))).as_py()
         if unlabelled:
             raise UserError(
-                f"method.name={config.method.name}: wants {' and '.join(LABELS)} of every pair, "
+                f"method.name={config.method.name}: requires {' and '.join(LABELS)} of every pair, "
                 f"{unlabelled} of {labels.num_rows} in data.path={config.data.path} lack them; use data with "
                 "safety labels (data.format=pku_saferlhf has them), or another method"
             )
@@ -99,7 +98,7 @@ def require_labels(config: Config, run: RunDir) -> None:
 
 def safety_account(config: Config, run: RunDir) -> dict[str, int]:
     """What becomes of the pairs of a method that looks at safety labels; empty for the others."""
-    if config.method.name not in NEED_SAFETY_LABELS:
+    if not config.method.requires_safety_labels:
         return {}
     labels = _labels(run)
     chosen, rejected = (labels[name].to_numpy() for name in LABELS)

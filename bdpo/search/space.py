@@ -12,8 +12,8 @@ from typing import Any, get_args
 
 from bdpo.config import Config, Range, TuneConfig
 from bdpo.config.derive import Params, trial_config
-from bdpo.config.train import HOW_IT_RUNS
 from bdpo.errors import UserError
+from bdpo.method.losses import METHODS
 
 
 def check_space(config: Config) -> None:
@@ -25,19 +25,34 @@ def check_space(config: Config) -> None:
     """
     for key, dimension in config.tune.space.items():
         section, _, name = key.partition(".")
-        trials = [trial_config(config, {key: value}, config.run_dir) for value in end_values(key, dimension)]
+        trials = [
+            trial_config(config, {**named, key: value}, config.run_dir)
+            for named in _methods_with(key, config)
+            for value in end_values(key, dimension)
+        ]
         # Rungs add checkpoints to choose from: trained again without rungs, the trial would export another.
         if any(trial.train.load_best_model_at_end for trial in trials):
             raise UserError("train.load_best_model_at_end: a sweep compares last models; set it false")
         # Trials share the scores and prompts of the run, and where a training runs does not change it.
-        if section not in ("method", "train") or name in HOW_IT_RUNS:
+        runtime_only = config.train.runtime_only_keys()
+        if section not in ("method", "train") or name in runtime_only:
             raise UserError(
                 f"tune.space: {key} is not searched; method and train are, but for where and how they run "
-                f"({', '.join(sorted(HOW_IT_RUNS))})"
+                f"({', '.join(sorted(runtime_only))})"
             )
     if config.tune.searcher == "grid":
         for params in grid(config.tune):
             trial_config(config, params, config.run_dir)
+
+
+def _methods_with(key: str, config: Config) -> list[Params]:
+    """As parameters the methods of the space that have a key; none is named where the run's own decides."""
+    names = config.tune.space.get("method.name", [])
+    section, _, leaf = key.partition(".")
+    if key == "method.name" or section != "method" or not isinstance(names, list):
+        return [{}]
+    with_key = [name for name in names if name in METHODS and leaf in METHODS[str(name)].model_fields]
+    return [{"method.name": name} for name in with_key] or [{}]
 
 
 def grid(tune: TuneConfig) -> list[Params]:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from bdpo.config import Config, TrainConfig
 from bdpo.errors import UserError
-from bdpo.method.losses import LOSSES, REFERENCE_FREE, LossOutput, PairLogps
+from bdpo.method.base import LossOutput, PairLogps
 from bdpo.models.adapters import export_merged
 from bdpo.storage.cache import local_copy
 from bdpo.storage.metrics_log import MetricsLog
@@ -171,7 +171,7 @@ def _resume(
 
 def _loss(engine: Any, data: TrainingPairs, indices: Sequence[int]) -> tuple[PairLogps, LossOutput]:
     pairs = data.logps(engine, indices)
-    output = LOSSES[data.config.method.name](pairs, data.config.method)
+    output = data.config.method.loss(pairs)
     finite = torch.isfinite(output.loss)
     if not finite.all():
         bad = data.names(torch.tensor(indices)[~finite.cpu()].tolist())
@@ -198,10 +198,10 @@ def _require_initial_loss(pairs: PairLogps, output: LossOutput, config: Config) 
     That is ln 2 for DPO and all that differ from it by weights or by label smoothing.
     """
     method = config.method
-    if method.name in REFERENCE_FREE:
+    if not method.requires_reference:
         return
     same = replace(pairs, policy_chosen=pairs.reference_chosen, policy_rejected=pairs.reference_rejected)
-    expected = LOSSES[method.name](same, method).loss
+    expected = method.loss(same).loss
     tokens = pairs.chosen_tokens + pairs.rejected_tokens
     allowed = STEP_0_TOLERANCE[config.model.dtype] * (method.beta * tokens.sqrt()).clamp(min=1)
     off, worst = ((output.loss.detach() - expected).abs() / expected.clamp(min=1) / allowed).max(0)

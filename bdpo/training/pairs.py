@@ -12,8 +12,7 @@ import torch
 
 from bdpo.config import Config
 from bdpo.data.pairs import count_pairs, read_pairs
-from bdpo.method.losses import PairLogps
-from bdpo.method.mi import balance_weights
+from bdpo.method.base import PairLogps
 from bdpo.models.loading import model_config
 from bdpo.models.logps import pair_logps, prefix_sharing_obstacle
 from bdpo.models.packing import group_tokens
@@ -42,7 +41,7 @@ class TrainingPairs:
         if rows.null_count:
             raise RuntimeError(f"{run.scores}: not the scores of the pairs in {run.pairs}")
         table = table.take(rows)
-        weights = balance_weights(_column(scores, "mi_chosen"), _column(scores, "mi_rejected"), config.method)
+        weights = config.method.weights(_column(scores, "mi_chosen"), _column(scores, "mi_rejected"))
         plain = prefix_sharing_obstacle(model_config(config.model), config.data.max_length)
         return cls(config, load_tokenizer(config.model), table, scores, *weights, shared_rows=plain is None)
 

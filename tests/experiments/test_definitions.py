@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bdpo.config import parse_config
-from bdpo.config.derive import part_of
+from bdpo.config.derive import part_of, value_at
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import prompts_fingerprint
 from bdpo.evaluation.judges.registry import judge_fingerprint
@@ -225,7 +225,8 @@ def test_without_the_reference_nothing_is_tested():
 
 def test_the_ablation_of_a_run_without_weights_is_of_the_first_rule(config):
     config = parse_config(config.model_dump() | {"method": {"balance": "none"}}, "test")
-    rules = {arm: settings.method.balance for arm, (settings, _) in settings_of(config, "ablation").items()}
+    arms = settings_of(config, "ablation").items()
+    rules = {arm: value_at(settings, "method.balance") for arm, (settings, _) in arms}
     assert rules["bdpo"] == rules["dpo_bw"] == rules["bdpo-bos"] == "ratio"
     assert rules["bdpo-softmax"] == "softmax"
 

@@ -17,12 +17,16 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from bdpo.config import MethodConfig
-from bdpo.method.losses import LOSSES, REFERENCE_FREE, PairLogps
+from bdpo.method.base import PairLogps
+from bdpo.method.losses import METHODS
 from bdpo.models.logps import LogpsModel, pair_logps
 from tests.support.helpers import encoded_pairs, tiny_qwen2
 
 FIELDS = list(PairLogps.__dataclass_fields__)
+
+WITHOUT_REFERENCE = [name for name, method in METHODS.items() if not method.requires_reference]
+
+WITH_REFERENCE = [name for name in METHODS if name not in [*WITHOUT_REFERENCE, "safedpo"]]
 
 UNSAFE = [(False, False), (False, True), (True, False), (True, True)]  # chosen, rejected
 
@@ -102,7 +106,7 @@ def safedpo(p, m):
 FORMULAS = {
     "dpo": weighted(lambda a, m: 1.0),
     "bdpo": weighted(lambda a, m: a),
-    "dpo_bw": weighted(lambda a, m: a / m.alpha),
+    "dpo_bw": weighted(lambda a, m: a),
     "dpo_sf": weighted(lambda a, m: m.alpha / 2),
 } | {formula.__name__: formula for formula in (ipo, cdpo, robust, cpo, simpo, safedpo)}
 
@@ -117,30 +121,49 @@ def scalars(pairs, i):
 
 
 def test_every_loss_of_the_registry_has_its_formula_here():
-    assert LOSSES.keys() == FORMULAS.keys()
+    assert METHODS.keys() == FORMULAS.keys()
 
 
-@pytest.mark.parametrize("name", LOSSES)
+KEYS = {
+    "alpha": 1.7,
+    "beta": 0.3,
+    "label_smoothing": 0.2,
+    "cpo_alpha": 0.6,
+    "simpo_gamma": 0.7,
+    "safedpo_delta": 3.0,
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_formula(name):
-    method = MethodConfig(
-        name=name,
-        alpha=1.7,
-        beta=0.3,
-        label_smoothing=0.2,
-        cpo_alpha=0.6,
-        simpo_gamma=0.7,
-        safedpo_delta=3.0,
-    )
+    method = METHODS[name](**{key: value for key, value in KEYS.items() if key in METHODS[name].model_fields})
     pairs = random_pairs()
-    loss = LOSSES[name](pairs, method).loss
+    loss = method.loss(pairs).loss
     assert loss.shape == (8,)
     assert loss.tolist() == pytest.approx([FORMULAS[name](scalars(pairs, i), method) for i in range(8)])
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES.keys() - REFERENCE_FREE - {"safedpo"}))
+CHANGED = KEYS | {"balance": "softmax", "sharpness": 3.0, "mi_floor": 0.5, "min_share": 0.4}
+
+
+@pytest.mark.parametrize(("name", "key"), [(n, k) for n, m in METHODS.items() for k in m.model_fields])
+def test_every_key_of_a_method_changes_its_loss(name, key):
+    """Of pairs whose weights are the method's own."""
+    generator = torch.Generator().manual_seed(1)
+    mi = [torch.rand(8, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+    def loss(method):
+        weights = dict(zip(("weight_chosen", "weight_rejected"), method.weights(*mi), strict=True))
+        return method.loss(replace(random_pairs(), **weights)).loss
+
+    if key != "name":
+        assert not torch.allclose(loss(METHODS[name](**{key: CHANGED[key]})), loss(METHODS[name]()))
+
+
+@pytest.mark.parametrize("name", WITH_REFERENCE)
 def test_rewards_are_those_of_dpo_whatever_the_method(name):
-    pairs, method = random_pairs(), MethodConfig(name=name, beta=0.3)
-    metrics = LOSSES[name](pairs, method).metrics
+    pairs, method = random_pairs(), METHODS[name](beta=0.3)
+    metrics = method.loss(pairs).metrics
     for i in range(8):
         p = scalars(pairs, i)
         assert metrics["rewards/chosen"][i].item() == pytest.approx(0.3 * p.delta_w)
@@ -152,8 +175,8 @@ def test_rewards_are_those_of_dpo_whatever_the_method(name):
 
 
 def test_balance_margins_are_what_bdpo_trains():
-    pairs, method = random_pairs(), MethodConfig(beta=0.3)
-    output = LOSSES["bdpo"](pairs, method)
+    pairs, method = random_pairs(), METHODS["bdpo"](beta=0.3)
+    output = method.loss(pairs)
     assert [nll_of_sigmoid(m.item()) for m in output.metrics["balance/margins"]] == pytest.approx(
         output.loss.tolist()
     )
@@ -161,9 +184,9 @@ def test_balance_margins_are_what_bdpo_trains():
 
 def test_safedpo_turns_a_pair_round_in_its_metrics_too():
     """Of the third of `UNSAFE` only the rejected response is safe: it is what is preferred."""
-    pairs, method = random_pairs(), MethodConfig(name="safedpo")
-    metrics = LOSSES["safedpo"](pairs, method).metrics
-    dpo = LOSSES["dpo"](pairs, method).metrics
+    pairs, method = random_pairs(), METHODS["safedpo"]()
+    metrics = method.loss(pairs).metrics
+    dpo = METHODS["dpo"]().loss(pairs).metrics
     turned = [i % 4 == 2 for i in range(8)]
     for chosen, rejected in (("chosen", "rejected"), ("rejected", "chosen")):
         for name in ("rewards", "logps"):
@@ -171,19 +194,19 @@ def test_safedpo_turns_a_pair_round_in_its_metrics_too():
             assert torch.equal(metrics[f"{name}/{chosen}"], expected)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", METHODS)
 def test_gradients_are_those_of_the_formula(name):
     pairs = random_pairs()
     policy = pairs.policy_chosen.requires_grad_(), pairs.policy_rejected.requires_grad_()
 
     def loss(chosen, rejected):
         moved = replace(pairs, policy_chosen=chosen, policy_rejected=rejected)
-        return LOSSES[name](moved, MethodConfig(name=name)).loss
+        return METHODS[name]().loss(moved).loss
 
     assert torch.autograd.gradcheck(loss, policy)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", METHODS)
 @given(margin=st.floats(-1e4, 1e4), unsafe=st.sampled_from(UNSAFE))
 def test_loss_and_gradient_stay_finite(name, margin, unsafe):
     chosen = tensor(margin, dtype=torch.float32)
@@ -195,7 +218,7 @@ def test_loss_and_gradient_stay_finite(name, margin, unsafe):
         rejected_unsafe=unsafe[1],
     )
     pairs.policy_chosen.requires_grad_()
-    loss = LOSSES[name](pairs, MethodConfig(name=name)).loss
+    loss = METHODS[name]().loss(pairs).loss
     (gradient,) = torch.autograd.grad(loss.sum(), pairs.policy_chosen)
     assert torch.isfinite(loss).all()
     assert torch.isfinite(gradient).all()
@@ -205,9 +228,9 @@ def test_loss_and_gradient_stay_finite(name, margin, unsafe):
 def test_swapping_the_responses_mirrors_the_margin_of_dpo(margin):
     """-log σ(βh) + log σ(-βh) = -βh, and the reward margin changes its sign."""
     h = tensor(margin, dtype=torch.float64)
-    method = MethodConfig(name="dpo")
-    there = LOSSES["dpo"](pairs_of(policy_chosen=h), method)
-    back = LOSSES["dpo"](pairs_of(policy_rejected=h), method)
+    method = METHODS["dpo"]()
+    there = method.loss(pairs_of(policy_chosen=h))
+    back = method.loss(pairs_of(policy_rejected=h))
     assert there.metrics["rewards/margins"].item() == -back.metrics["rewards/margins"].item()
     assert (there.loss - back.loss).item() == pytest.approx(-method.beta * margin, abs=1e-9)
 
@@ -217,25 +240,25 @@ def test_before_training_the_loss_is_ln_2_whatever_the_weights(name):
     pairs = random_pairs()
     pairs = replace(pairs, policy_chosen=pairs.reference_chosen, policy_rejected=pairs.reference_rejected)
     expected = torch.full((8,), math.log(2), dtype=torch.float64)
-    torch.testing.assert_close(LOSSES[name](pairs, MethodConfig(name=name)).loss, expected)
+    torch.testing.assert_close(METHODS[name]().loss(pairs).loss, expected)
 
 
-@pytest.mark.parametrize("name", sorted(REFERENCE_FREE))
+@pytest.mark.parametrize("name", WITHOUT_REFERENCE)
 def test_a_loss_without_reference_looks_at_no_score(name):
-    pairs, method = random_pairs(), MethodConfig(name=name)
+    pairs, method = random_pairs(), METHODS[name]()
     unknown = torch.full((8,), math.nan)
     scored = ("reference_chosen", "reference_rejected", "weight_chosen", "weight_rejected")
-    unscored = LOSSES[name](replace(pairs, **dict.fromkeys(scored, unknown)), method)
-    scored = LOSSES[name](pairs, method)
+    unscored = method.loss(replace(pairs, **dict.fromkeys(scored, unknown)))
+    scored = method.loss(pairs)
     assert torch.equal(unscored.loss, scored.loss)
     assert all(torch.equal(unscored.metrics[key], value) for key, value in scored.metrics.items())
 
 
 def test_without_label_noise_cdpo_and_robust_are_dpo():
     pairs = random_pairs()
-    dpo = LOSSES["dpo"](pairs, MethodConfig(name="dpo")).loss
+    dpo = METHODS["dpo"]().loss(pairs).loss
     for name in ("cdpo", "robust"):
-        assert torch.equal(LOSSES[name](pairs, MethodConfig(name=name, label_smoothing=0.0)).loss, dpo)
+        assert torch.equal(METHODS[name](label_smoothing=0.0).loss(pairs).loss, dpo)
 
 
 SHAPES = [(3, 5, 8), (9, 1, 4), (1, 14, 2)]  # tokens of prompt, chosen, rejected
@@ -290,7 +313,7 @@ class TestAgainstTRL:
         loss = trainer.compute_loss(trainer.model.train(), DataCollatorForPreference(pad_token_id=0)(rows))
         loss.backward()
 
-        output = LOSSES[name](batch.logps, MethodConfig(name=name, beta=0.1, label_smoothing=0.2))
+        output = METHODS[name](**{"label_smoothing": 0.2} if name == "robust" else {}).loss(batch.logps)
         batch.ours.zero_grad()
         output.loss.mean().backward(retain_graph=True)
         torch.testing.assert_close(output.loss.mean(), loss.squeeze(), rtol=1e-5, atol=0)
@@ -325,7 +348,7 @@ class TestAgainstTRL:
         """A pair at a time, since TRL's likelihood term of CPO is a mean over the tokens of a batch."""
         trainer = self.cpo_trainer(tmp_path, tiny_chat, batch, **settings)
         keys = {"cpo": {"cpo_alpha": 0.7}, "simpo": {}}[name]  # SimPO's are our defaults
-        output = LOSSES[name](batch.logps, MethodConfig(name=name, **keys))
+        output = METHODS[name](**keys).loss(batch.logps)
         for i, pair in enumerate(batch.encoded):
             rows = {}
             for side in ("chosen", "rejected"):
@@ -352,7 +375,7 @@ class TestAgainstTRL:
         p = batch.logps
         deltas = p.policy_chosen - p.reference_chosen, p.policy_rejected - p.reference_rejected
         theirs, *rewards = trainer.cpo_loss(*deltas)
-        output = LOSSES["cdpo"](p, MethodConfig(name="cdpo", label_smoothing=0.2))
+        output = METHODS["cdpo"](label_smoothing=0.2).loss(p)
         torch.testing.assert_close(output.loss, theirs)
         torch.testing.assert_close(output.metrics["rewards/chosen"], rewards[0])
         torch.testing.assert_close(output.metrics["rewards/rejected"], rewards[1])

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bdpo.config import MethodConfig
-from bdpo.method.mi import balance_weights, mutual_information
+from bdpo.method.losses import Bdpo
+from bdpo.method.mi import mutual_information
 
 MI = st.floats(-5, 5, allow_nan=False, width=32)
 
@@ -17,7 +17,7 @@ RULES = st.sampled_from(["ratio", "softmax", "none"])
 
 def weights(chosen, rejected, **method):
     pair = torch.tensor([chosen]).double(), torch.tensor([rejected]).double()
-    return tuple(weight.item() for weight in balance_weights(*pair, MethodConfig(**method)))
+    return tuple(weight.item() for weight in Bdpo(**method).weights(*pair))
 
 
 def test_mutual_information_is_per_token():

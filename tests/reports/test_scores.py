@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from bdpo.config import MethodConfig
+from bdpo.method.losses import Bdpo
 from bdpo.reports.scores import QUANTILES, mi_difference, mi_imbalance, mi_scatter, mi_summary
 from bdpo.scoring.scores import SCORE_SCHEMA, score_store
 from bdpo.storage.manifests import write_manifest
@@ -61,12 +61,12 @@ def scored(groups):
 
 
 def test_ches_by_group_and_nothing_where_it_is_not_known(scores):
-    safe, unsafe = mi_summary(scores, MethodConfig())
+    safe, unsafe = mi_summary(scores, Bdpo())
     assert safe["ches"] == {"mean": -2.0, "quantiles": pytest.approx([-3.8, -3.0, -2.0, -1.0, -0.2])}
     assert unsafe["ches"]["mean"] == -250.5
     nothing = pa.nulls(scores.num_rows, pa.float32())
     unknown = scores.set_column(scores.column_names.index("ches"), "ches", nothing)
-    assert [row["ches"] for row in mi_summary(unknown, MethodConfig())] == [None, None]
+    assert [row["ches"] for row in mi_summary(unknown, Bdpo())] == [None, None]
 
 
 def test_figure_2_has_the_dispreferred_over_the_preferred(scores):
@@ -115,7 +115,7 @@ def test_the_difference_of_a_pair_is_drawn_without_its_sign():
 
 
 def test_the_distribution_of_every_group(scores):
-    safe, unsafe = mi_summary(scores, MethodConfig(mi_floor=0.01))
+    safe, unsafe = mi_summary(scores, Bdpo(mi_floor=0.01))
     assert (safe["group"], unsafe["group"]) == tuple(MI)
     for row in (safe, unsafe):
         sides = dict(zip(("chosen", "rejected"), MI[row["group"]], strict=True))

@@ -13,7 +13,8 @@ from bdpo.config import Config, parse_config
 from bdpo.data.pairs import read_pairs
 from bdpo.data.prepare import prepare
 from bdpo.errors import UserError
-from bdpo.method.losses import LOSSES, REFERENCE_FREE, PairLogps
+from bdpo.method.base import PairLogps
+from bdpo.method.losses import METHODS
 from bdpo.models.tokenizer import load_tokenizer
 from bdpo.scoring.reference import ReferenceScorer
 from bdpo.scoring.scores import finish_scores, score_fingerprint, score_store
@@ -65,7 +66,7 @@ def scored(config, run):
     return score_store(run, fingerprint).read()
 
 
-@pytest.mark.parametrize("name", sorted(REFERENCE_FREE))
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.requires_reference])
 def test_a_method_without_reference_wants_token_counts_alone(tmp_path, tiny_chat, name):
     config, run = prepared(tmp_path, tiny_chat, labelled_pairs(), name)
     rows = training_rows(config, run)
@@ -150,7 +151,7 @@ def test_pairs_of_unsafe_responses_alone_are_refused(tmp_path, tiny_chat):
         training_rows(config, run)
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES.keys() - REFERENCE_FREE))
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.requires_reference])
 def test_a_policy_that_is_not_the_reference_is_found_by_every_loss_that_has_one(tmp_path, name):
     config = tiny_config(tmp_path, tmp_path, tmp_path, method={"name": name})
     reference = torch.tensor([-20.0, -31.0]), torch.tensor([-25.0, -18.0])
@@ -165,7 +166,7 @@ def test_a_policy_that_is_not_the_reference_is_found_by_every_loss_that_has_one(
 
     def check(moved):
         pairs = PairLogps(reference[0] + moved, reference[1], *reference, *rest)
-        _require_initial_loss(pairs, LOSSES[name](pairs, config.method), config)
+        _require_initial_loss(pairs, config.method.loss(pairs), config)
 
     check(1e-5)
     with pytest.raises(UserError, match=f"loss of {name} is .* policy and reference differ"):
@@ -202,7 +203,7 @@ def test_a_selection_is_of_all_pairs_whatever_else_the_method_leaves_out(tmp_pat
     scored(config, run)
     half = with_select(config, {"mi_difference": [0.5, 1.0]})
     chosen = set(training_rows(half, run)["pair_id"].to_pylist())
-    safe = half.model_copy(update={"method": half.method.model_copy(update={"name": "safedpo"})})
+    safe = half.model_copy(update={"method": METHODS["safedpo"]()})
     everything = config.model_copy(update={"method": safe.method})
     usable = set(training_rows(everything, run)["pair_id"].to_pylist())
     assert set(training_rows(safe, run)["pair_id"].to_pylist()) == chosen & usable
@@ -229,7 +230,7 @@ def test_a_selection_that_cannot_be_made_is_one_line(tmp_path, tiny_chat):
     with pytest.raises(UserError, match="none of the 24 pairs"):
         selected(with_select(config, {"mi_difference": [0.0, 0.001]}), scores)
     for bounds in ([0.5], [0.5, 0.5], [-0.1, 1.0], [0.2, 1.1]):
-        with pytest.raises(UserError, match=r"data.select.ches: wants \[low, high\]"):
+        with pytest.raises(UserError, match=r"data.select.ches: expects \[low, high\]"):
             with_select(config, {"ches": bounds})
 
 

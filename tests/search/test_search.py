@@ -16,6 +16,7 @@ from bdpo.config import load_config, parse_config
 from bdpo.config.derive import trial_config
 from bdpo.errors import UserError
 from bdpo.evaluation.measures import SCORE_SCHEMA, summarise
+from bdpo.method.losses import METHODS
 from bdpo.reports.page import write_figure
 from bdpo.reports.search import pareto_front, search_figures
 from bdpo.search.space import check_space, number_of_trials
@@ -95,11 +96,11 @@ class TestSpace:
         [
             ({"space": {}}, "tune.space"),
             ({"space": {"method.alpha": []}}, "tune.space.method.alpha"),
-            ({"space": {"method.alpha": {"min": 3, "max": 1}}}, "wants min < max"),
-            ({"space": {"method.alpha": {"min": 0, "max": 1, "log": True}}}, "log wants min > 0"),
+            ({"space": {"method.alpha": {"min": 3, "max": 1}}}, "expects min < max"),
+            ({"space": {"method.alpha": {"min": 0, "max": 1, "log": True}}}, "log requires min > 0"),
             ({"rungs": [0.5, 0.25, 1.0]}, "tune.rungs"),
             ({"rungs": [0.5]}, "tune.rungs"),
-            ({"searcher": "grid"}, "searcher=grid wants lists"),
+            ({"searcher": "grid"}, "searcher=grid requires lists"),
         ],
     )
     def test_empty_and_inverted_is_refused(self, tune, named):
@@ -136,12 +137,29 @@ class TestSpace:
             ({"name": "simpo"}, {"method.name": "dpo"}, 0.1),
             ({"name": "dpo", "beta": 0.3}, {"method.name": "cpo"}, 0.3),
             ({"name": "dpo"}, {"method.name": "simpo", "method.beta": 0.7}, 0.7),
-            ({"name": "dpo", "beta": 0.3}, {"method.alpha": 2.0}, 0.3),
+            ({"name": "bdpo", "beta": 0.3}, {"method.alpha": 2.0}, 0.3),
         ],
     )
     def test_a_trial_with_another_method_has_the_beta_of_its_kind(self, run, params, beta):
         config = parse_config(configured().model_dump() | {"method": run}, "test")
         assert trial_config(config, params, "r").method.beta == beta
+
+    def test_a_trial_with_another_method_has_the_keys_of_that_method_alone(self):
+        config = parse_config(configured().model_dump() | {"method": {"alpha": 2.5, "beta": 0.3}}, "test")
+        params = {"method.name": "cdpo", "method.label_smoothing": 0.2, "method.alpha": 1.0}
+        assert trial_config(config, params, "r").method == METHODS["cdpo"](beta=0.3, label_smoothing=0.2)
+        assert trial_config(config, {"method.name": "dpo_sf"}, "r").method == METHODS["dpo_sf"](
+            alpha=2.5, beta=0.3
+        )
+
+    def test_a_space_of_several_methods_has_the_keys_of_each(self):
+        keys = {"method.alpha": ALPHA, "method.simpo_gamma": [0.3, 0.5]}
+        check_space(configured(space={"method.name": ["bdpo", "simpo"], **keys}))
+        for names in (["bdpo", "dpo"], ["dpo"]):
+            with pytest.raises(UserError, match=r"method\.name=bdpo has no key simpo_gamma"):
+                check_space(configured(space={"method.name": names, **keys}))
+        with pytest.raises(UserError, match=r"key method.simpo_gamma: .*, got -1"):
+            check_space(configured(space={"method.name": ["simpo"], "method.simpo_gamma": [-1]}))
 
     def test_a_trial_is_the_config_with_its_parameters_and_nothing_else(self):
         config = configured()
@@ -511,7 +529,7 @@ class TestSweepFolder:
         made = sweep.suggest()
         assert made.params == {"train.zero_stage": 0, "train.offload": "cpu"}
         assert [t.name for t in sweep.open_trials()] == [made.name]
-        with pytest.raises(UserError, match="offload=cpu wants zero_stage"):
+        with pytest.raises(UserError, match="offload=cpu requires zero_stage"):
             sweep.config_of(made)
 
     def test_failures_of_its_own_stay_and_the_others_are_tried_again(self, tmp_path):

@@ -14,7 +14,6 @@ from bdpo.config import parse_config
 from bdpo.data.pairs import read_pairs
 from bdpo.data.prepare import prepare
 from bdpo.errors import UserError
-from bdpo.method.losses import LOSSES
 from bdpo.models.loading import load_model
 from bdpo.models.logps import LogpsModel
 from bdpo.models.tokenizer import load_tokenizer
@@ -98,7 +97,7 @@ def plain_loop(config):
         pairs = len(plan.global_batch(step))
         grads, total = [torch.zeros_like(m) for m in masters], 0.0
         for batch in plan.micro_batches(step, 1)[0]:
-            output = LOSSES[config.method.name](data.logps(policy, batch), config.method)
+            output = config.method.loss(data.logps(policy, batch))
             (output.loss.sum() / pairs).backward()
             total += output.loss.sum().item() / pairs
             for grad, parameter in zip(grads, parameters, strict=True):
@@ -212,11 +211,11 @@ def bfloat16(tmp_path_factory, tiny_chat):
 @pytest.mark.parametrize(
     ("train", "said"),
     [
-        ({"zero_stage": 0, "offload": "cpu"}, "offload=cpu wants zero_stage=1, 2 or 3"),
-        ({"zero_stage": 2, "offload": "cpu", "offload_parameters": True}, "wants zero_stage=3"),
-        ({"offload_parameters": True}, "wants zero_stage=3 and offload"),
-        ({"offload": "nvme"}, "offload=nvme wants zero_stage=3 and nvme_path"),
-        ({"zero_stage": 0}, "train.zero_stage=0 wants model.dtype=float32"),
+        ({"zero_stage": 0, "offload": "cpu"}, "offload=cpu requires zero_stage=1, 2 or 3"),
+        ({"zero_stage": 2, "offload": "cpu", "offload_parameters": True}, "requires zero_stage=3"),
+        ({"offload_parameters": True}, "requires zero_stage=3 and offload"),
+        ({"offload": "nvme"}, "offload=nvme requires zero_stage=3 and nvme_path"),
+        ({"zero_stage": 0}, "train.zero_stage=0 requires model.dtype=float32"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(train, said):

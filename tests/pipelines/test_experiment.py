@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from bdpo.storage.run_dir import RunDir
-from tests.support.commands import kill_with_cluster, run_command
 from tests.support.sweeps import start, sweep_config, wait_for
 
 pytestmark = pytest.mark.ray
@@ -25,11 +24,10 @@ def folder(tmp_path_factory, tiny_chat):
     values = sweep_config(folder, tiny_chat).model_dump() | {"experiment": {"seeds": [SEED]}}
     values["train"]["workers"] = 1
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    process = start(
-        folder, "-m", "pipelines.experiment", "balanced-subset", *arguments(folder), RAY_ADDRESS="local"
-    )
+    process = start(folder, "-m", "pipelines.experiment", "balanced-subset", *arguments(folder))
     wait_for(process, arm(folder, "balanced").eval("trained") / "summary.json")
-    kill_with_cluster(process)
+    process.kill()
+    process.wait()
     return folder
 
 
@@ -43,7 +41,9 @@ def arm(folder, name):
 
 
 def run(folder, name="balanced-subset", *overrides):
-    return run_command("pipelines.experiment", name, *arguments(folder), *overrides)
+    process = start(folder, "-m", "pipelines.experiment", name, *arguments(folder), *overrides)
+    out, err = process.communicate(timeout=900)
+    return process.returncode, out, err
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,130 @@
+"""What every method is made of: the pairs that a loss looks at, what it outputs, and the base of its class.
+
+w is the chosen response, l the rejected one; lp = log π(y|c(x)) and Δ = lp - log π_ref(y|c(x)), summed over
+response tokens, of which there are |y|; h = Δ_w - Δ_l. Every tensor has shape (pairs,).
+
+This module and `bdpo.method.losses` are part of the config, so they import torch only where a loss computes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from bdpo.section import Variant
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """What a loss may look at, each of shape (pairs,): log-probs in nats, counts, weights, labels.
+
+    What the method does not use may be NaN: the reference's log-probs and the weights were never computed.
+    """
+
+    policy_chosen: torch.Tensor
+    policy_rejected: torch.Tensor
+    reference_chosen: torch.Tensor
+    reference_rejected: torch.Tensor
+    chosen_tokens: torch.Tensor
+    rejected_tokens: torch.Tensor
+    weight_chosen: torch.Tensor
+    weight_rejected: torch.Tensor
+    chosen_unsafe: torch.Tensor
+    rejected_unsafe: torch.Tensor
+
+    @property
+    def deltas(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(Δ_w, Δ_l)."""
+        return self.policy_chosen - self.reference_chosen, self.policy_rejected - self.reference_rejected
+
+    def swapped(self, which: torch.Tensor) -> PairLogps:
+        """Chosen and rejected exchanged where `which`, a bool of shape (pairs,), is true."""
+        columns: dict[str, torch.Tensor] = {}
+        for chosen in (field.name for field in fields(self) if "chosen" in field.name):
+            rejected = chosen.replace("chosen", "rejected")
+            one, other = getattr(self, chosen), getattr(self, rejected)
+            columns |= {chosen: other.where(which, one), rejected: one.where(which, other)}
+        return PairLogps(**columns)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The loss of each pair and what is logged of it, every tensor of shape (pairs,).
+
+    Rewards are β·Δ whatever the weights, so that curves of all methods compare; without a reference they
+    are what TRL's are, β·lp (CPO) and β·lp/|y| (SimPO).
+    """
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+
+
+class Method(Variant, ABC):
+    """A preference loss: its keys, what it requires of the pairs, and the loss itself.
+
+    The docs are made of the class: its docstring is what the method does in words, that of `loss` the
+    equation and its source, and every key has its description.
+    """
+
+    arxiv: ClassVar[str | None] = None
+    """The identifier of the paper."""
+
+    requires_reference: ClassVar[bool] = True
+    """Whether the loss looks at the reference model's log-probs, so that pairs are scored first."""
+
+    requires_safety_labels: ClassVar[bool] = False
+    """Whether every pair needs `chosen_safe` and `rejected_safe`."""
+
+    beta: float = Field(0.1, gt=0, description="strength of the reference")
+
+    @abstractmethod
+    def loss(self, pairs: PairLogps) -> LossOutput:
+        """The loss of each pair; all shapes (pairs,)."""
+
+    def weights(
+        self, mi_chosen: torch.Tensor, mi_rejected: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`PairLogps.weight_chosen` and `weight_rejected`; NaN for a method without weights.
+
+        Both are made of the mutual information in nats per token; all shapes (pairs,).
+        """
+        unknown = mi_chosen.new_full(mi_chosen.shape, float("nan"))
+        return unknown, unknown
+
+    def rewards(self, pairs: PairLogps) -> tuple[torch.Tensor, torch.Tensor]:
+        """(β·Δ_w, β·Δ_l)."""
+        delta_chosen, delta_rejected = pairs.deltas
+        return self.beta * delta_chosen, self.beta * delta_rejected
+
+
+def log_sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """log σ(x), stable for every x."""
+    from torch.nn.functional import logsigmoid
+
+    return logsigmoid(x)
+
+
+def loss_output(
+    loss: torch.Tensor,
+    pairs: PairLogps,
+    rewards: tuple[torch.Tensor, torch.Tensor],
+    **more: torch.Tensor,
+) -> LossOutput:
+    """The loss with TRL's metrics of the pairs, and `more` metrics of the method's own."""
+    reward_chosen, reward_rejected = rewards
+    metrics = {
+        "rewards/chosen": reward_chosen,
+        "rewards/rejected": reward_rejected,
+        "rewards/margins": reward_chosen - reward_rejected,
+        "rewards/accuracies": (reward_chosen > reward_rejected).float(),
+        "logps/chosen": pairs.policy_chosen,
+        "logps/rejected": pairs.policy_rejected,
+        **more,
+    }
+    return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
