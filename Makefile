@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONFIG ?= pipelines/configs/sandbox.yaml
 
-.PHONY: demo test lint checks format submit
+.PHONY: demo test test-system lint checks format submit
 
 demo: $(VENV)/installed  ## the whole pipeline on the embedded sandbox
 	$(BIN)/python -m pipelines.run --config $(CONFIG)
@@ -13,15 +13,18 @@ submit: $(VENV)/installed  ## COMMAND as a job on the cluster at RAY_API_SERVER_
 	$(BIN)/python -m pipelines.preflight --upload .
 	$(BIN)/ray job submit $(SUBMIT) --working-dir . -- $(COMMAND)
 
-test: $(VENV)/installed  ## all tests, on local Ray clusters; two files at a time, for most of it is waiting
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(VENV)/installed  ## all tests but those of the whole system; two files at a time, on a Ray cluster each
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not system"
+
+test-system: $(VENV)/installed  ## whole pipelines, real kills, S3, jobs and sweeps
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m system
 
 lint: $(VENV)/installed  ## formatting, ruff, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-checks: lint test  ## what a change must pass
+checks: lint test test-system  ## what a change must pass
 
 format: $(VENV)/installed  ## put the source into shape
 	$(BIN)/ruff format .

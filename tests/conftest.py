@@ -3,7 +3,8 @@
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -15,14 +16,34 @@ from bdpo.models.tokenizer import ChatTokenizer
 from tests.support.browser import browser
 from tests.support.chats import CHATML, MakeChat, byte_tokenizer
 from tests.support.data_files import write_jsonl
-from tests.support.s3_server import s3_server
+from tests.support.evaluation import KEY
+from tests.support.ray_nodes import session_node
+from tests.support.s3_server import s3_bucket, s3_server
 
-os.environ["RAY_ADDRESS"] = "local"  # a cluster that runs on this machine is not for tests
+os.environ["RAY_ADDRESS"] = "local"  # no test joins another cluster of this machine
 # Ray reads these when it is first imported, whatever test that is, and never again.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
 
 settings.register_profile("bdpo", deadline=None)  # no test asserts a time: machines differ
 settings.load_profile("bdpo")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A test with the marker `ray` gets the cluster of the session before all its other fixtures."""
+    if item.get_closest_marker("ray"):
+        item.fixturenames.insert(0, "ray_session")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[Path]:
+    """The folder of a Ray cluster on this machine, which every command of the session joins."""
+    import ray
+
+    node = session_node(JUDGE_KEY=KEY)  # a key that the evaluation must not leak
+    with node as (address, folder), pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_ADDRESS", address)
+        yield folder
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -66,10 +87,17 @@ def quarantined_rows(tmp_path):
     return lambda: [json.loads(x) for x in (tmp_path / "private" / "quarantine.jsonl").open(encoding="utf-8")]
 
 
-@pytest.fixture(scope="module")
-def bucket():
-    """The URL of an empty bucket on a real S3 server, which the environment names."""
+@pytest.fixture(scope="session")
+def s3():
+    """The URL of a real S3 server."""
     with s3_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def bucket(s3):
+    """The URL of an empty bucket on it, to which the environment gives access."""
+    with s3_bucket(s3) as url:
         yield url
 
 

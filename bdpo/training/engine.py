@@ -6,6 +6,7 @@ DeepSpeed is imported inside functions: it picks its accelerator and patches tor
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -168,8 +169,10 @@ def _choose_accelerator(train: TrainConfig) -> None:
             _async_io()
         return
     os.environ["DS_ACCELERATOR"] = "cpu"
-    # An op is built against one torch: of two environments each would build it anew for the other.
-    folder = cache_folder() / "torch_extensions" / json_digest([sys.prefix, torch.__version__])
+    # An op is built against one torch by one ninja, whose log another version takes for outdated: of two
+    # environments each would build the op anew for the other, which takes minutes.
+    built_by = [sys.prefix, torch.__version__, shutil.which("ninja")]
+    folder = cache_folder() / "torch_extensions" / json_digest(built_by)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     from deepspeed.comm.torch import build_shm_op

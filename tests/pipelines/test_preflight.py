@@ -21,6 +21,7 @@ from bdpo.models.tokenizer import encode_pair, load_tokenizer
 from bdpo.storage.run_dir import RunDir
 from pipelines.preflight import MAX_UPLOAD_MIB, _answers, check_upload
 from pipelines.runtime import cluster
+from pipelines.runtime.cluster import connect
 from tests.support import ROOT
 from tests.support.helpers import invented_pairs, save_model, tiny_config, tiny_qwen2, write_jsonl
 
@@ -263,19 +264,16 @@ class TestNodes:
 @pytest.mark.ray
 def test_nodes_that_do_not_answer_are_left_out_and_named():
     """Of real tasks: one whose process dies, one that fails, one that answers."""
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
-    try:
-        dies = ray.remote(max_retries=0)(lambda: os._exit(1))
-        fails = ray.remote(max_retries=0)(lambda: 1 / 0)
-        answers = ray.remote(max_retries=0)(lambda: "facts")
-        asked = {dies.remote(): "10.0.0.1", answers.remote(): "10.0.0.2"}
-        assert _answers(asked) == (["facts"], ["10.0.0.1"])
-        with pytest.raises(UserError, match=r"none of 10\.0\.0\.1 answers"):
-            _answers({dies.remote(): "10.0.0.1"})
-        with pytest.raises(UserError, match=r"node 10\.0\.0\.3: cannot run a task \(division by zero\)"):
-            _answers({fails.remote(): "10.0.0.3"})
-    finally:
-        ray.shutdown()
+    connect()
+    dies = ray.remote(max_retries=0)(lambda: os._exit(1))
+    fails = ray.remote(max_retries=0)(lambda: 1 / 0)
+    answers = ray.remote(max_retries=0)(lambda: "facts")
+    asked = {dies.remote(): "10.0.0.1", answers.remote(): "10.0.0.2"}
+    assert _answers(asked) == (["facts"], ["10.0.0.1"])
+    with pytest.raises(UserError, match=r"none of 10\.0\.0\.1 answers"):
+        _answers({dies.remote(): "10.0.0.1"})
+    with pytest.raises(UserError, match=r"node 10\.0\.0\.3: cannot run a task \(division by zero\)"):
+        _answers({fails.remote(): "10.0.0.3"})
 
 
 class TestTime:

@@ -96,17 +96,16 @@ class StillbornScorer(ShardScorer):
         os._exit(9)
 
 
-@pytest.fixture(scope="module")
-def ray_cluster():
-    """A local cluster whose workers are sent the classes of this module."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_ADDRESS", "local")
-        cluster.connect()
+@pytest.fixture
+def sent_by_value(ray_session):
+    """Workers of the cluster are sent the classes of this module."""
     import ray
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    module = sys.modules[__name__]
+    cluster.connect()
+    ray.cloudpickle.register_pickle_by_value(module)
     yield
-    ray.shutdown()
+    ray.cloudpickle.unregister_pickle_by_value(module)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +143,7 @@ def with_mark(row, mark):
 
 @pytest.mark.ray
 def test_pairs_that_cannot_be_scored_are_named_when_all_others_are_scored(
-    ray_cluster, make_run, tmp_path, monkeypatch
+    sent_by_value, make_run, tmp_path, monkeypatch
 ):
     """One raises, one is not finite, one kills its process every time; the next run needs only these."""
     rows, bad = invented_pairs(26), {3: RAISES, 12: NOT_A_NUMBER, 21: KILLS}
@@ -157,7 +156,7 @@ def test_pairs_that_cannot_be_scored_are_named_when_all_others_are_scored(
         score.run_score(config, run)
     message = str(refused.value)
     assert "\n" not in message
-    assert f"pair_id {ids[3]} (row 3 of data/pairs): IndexError at test_scoring.py:" in message
+    assert f"pair_id {ids[3]} (row 3 of data/pairs): IndexError at test_reference.py:" in message
     assert f"pair_id {ids[12]} (row 12 of data/pairs): a log-prob is not finite" in message
     assert f"pair_id {ids[21]} (row 21 of data/pairs): its actor died of it" in message
     assert message.count("pair_id") == 3
@@ -182,7 +181,7 @@ def test_pairs_that_cannot_be_scored_are_named_when_all_others_are_scored(
 
 
 @pytest.mark.ray
-def test_a_full_disk_is_said_and_the_rerun_completes(ray_cluster, make_run, monkeypatch):
+def test_a_full_disk_is_said_and_the_rerun_completes(sent_by_value, make_run, monkeypatch):
     config, run = make_run(invented_pairs(20))
     monkeypatch.setattr(score, "ShardScorer", FullDiskScorer)
     with pytest.raises(UserError, match=rf"run_dir={run.root}: cannot be .* written \(File too large\)"):
@@ -193,7 +192,7 @@ def test_a_full_disk_is_said_and_the_rerun_completes(ray_cluster, make_run, monk
 
 
 @pytest.mark.ray
-def test_actors_that_die_at_birth_end_the_run(ray_cluster, make_run, monkeypatch):
+def test_actors_that_die_at_birth_end_the_run(sent_by_value, make_run, monkeypatch):
     """Ray alone would make new ones for ever."""
     config, run = make_run(invented_pairs(20))
     monkeypatch.setattr(score, "ShardScorer", StillbornScorer)
@@ -220,7 +219,7 @@ def test_every_bad_row_is_found_and_every_other_row_scored(bad):
             rows += outcome["row"].to_pylist()
     assert sorted([*rows, *reasons]) == list(range(len(bad)))
     assert list(reasons) == [row for row, is_bad in enumerate(bad) if is_bad]
-    assert all(reason.startswith("ZeroDivisionError at test_scoring.py:") for reason in reasons.values())
+    assert all(reason.startswith("ZeroDivisionError at test_reference.py:") for reason in reasons.values())
 
 
 def naive_scores(model, tokenizer, row, empty):
@@ -605,19 +604,9 @@ def test_the_drivers_memory_does_not_grow_with_the_pairs(tmp_path, model):
         store.write(first, table.replace_schema_metadata({"bdpo.work": json.dumps(work)}))
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     arguments = [sys.executable, "-c", PEAK + RESUME, str(tmp_path / "config.yaml")]
-    environment = os.environ | {"RAY_ADDRESS": "local"}
-    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows, started, peak = (float(number) for number in done.stdout.splitlines()[-1].split()[1:])
     assert rows == count
     assert peak < 1
     assert peak - started < 0.2, (started, peak)
-
-
-@pytest.mark.ray
-def test_a_killed_driver_actor_and_node_cost_at_most_what_was_in_flight():
-    """The script of thirty kills, with one of each kind; it compares with scores made without Ray."""
-    command = [sys.executable, "-m", "tests.system.kill_scoring", "--kills", "3", "--seed", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "recovered 3, rows lost 0, rows duplicated 0, scores changed 0" in done.stdout

@@ -5,6 +5,7 @@ Never `ray stop`: it ends every Ray on the machine. A node is a process group, a
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import secrets
@@ -33,7 +34,7 @@ def wait_until(true: Callable[[], Any], what: str, seconds: float = 600) -> Any:
     while not (found := true()):
         if time.monotonic() > end:
             raise TimeoutError(what)
-        time.sleep(1)
+        time.sleep(0.2)
     return found
 
 
@@ -94,15 +95,13 @@ class Nodes:
         return node
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
-        """As if its plug were pulled: every process of it at once."""
-        os.killpg(node.pid, signal.SIGKILL)
-        node.wait()
+        """As if its plug were pulled."""
+        end_node(node)
         self.running.remove(node)
 
     def end(self) -> None:
         for node in reversed(self.running):
-            os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
+            end_node(node)
 
     def get(self, path: str) -> requests.Response:
         """An answer of the dashboard, with the token."""
@@ -161,32 +160,72 @@ class Nodes:
     def _start(self, *arguments: str, folder: Path) -> subprocess.Popen[bytes]:
         # The agent's own default is one fixed port, and other Rays may be on this machine.
         agent = f"--dashboard-agent-listen-port={free_ports(1)[0]}"
-        with open(self.folder / "start.log", "ab") as log:
-            node = subprocess.Popen(
-                [
-                    *RAY,
-                    "start",
-                    "--block",
-                    "--object-store-memory=100000000",
-                    agent,
-                    f"--temp-dir={folder}",
-                    *arguments,
-                ],
-                env=self.environment,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                start_new_session=True,
-            )
+        log = self.folder / "start.log"
+        node = start_node(agent, f"--temp-dir={folder}", *arguments, environment=self.environment, log=log)
         self.running.append(node)
         return node
 
 
+def start_node(*arguments: str, environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """`ray start` as a process group of its own, which ends when the process of the tests is gone."""
+    command = [*RAY, "start", "--block", "--object-store-memory=100000000", *arguments]
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            cwd=ROOT,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+
+
+def _end_with_parent() -> None:
+    """Have the kernel send SIGTERM, at which `ray start` ends its processes, when the parent dies."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_node(node: subprocess.Popen[bytes]) -> None:
+    """As if its plug were pulled: every process of it at once."""
+    os.killpg(node.pid, signal.SIGKILL)
+    node.wait()
+
+
+@contextmanager
+def session_node(cpus: int = 4, **variables: str) -> Iterator[tuple[str, Path]]:
+    """One node without dashboard; yields the address that commands join, and the folder of its logs.
+
+    It has more CPUs than a small machine, so that no test waits for another one's actors.
+    """
+    with _short_folder() as folder:
+        port, log = free_ports(1)[0], folder / "start.log"
+        environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+        # Ray kills workers when the machine runs out of memory, whoever took it.
+        environment |= {"RAY_memory_monitor_refresh_ms": "0", "OMP_NUM_THREADS": "1", **variables}
+        head = ["--head", f"--port={port}", "--include-dashboard=false", f"--num-cpus={cpus}"]
+        node = start_node(*head, f"--temp-dir={folder}", environment=environment, log=log)
+        try:
+            wait_until(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None, "Ray")
+            assert node.poll() is None, log.read_text()
+            yield f"127.0.0.1:{port}", folder
+        finally:
+            end_node(node)
+
+
+@contextmanager
+def _short_folder() -> Iterator[Path]:
+    """With a short name: Ray's sockets lie below it, and the path of a socket may have 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 @contextmanager
 def nodes() -> Iterator[Nodes]:
-    """In a folder with a short name: Ray's sockets lie below it."""
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        cluster = Nodes(Path(folder))
+    """A cluster of nodes as processes of their own; it ends with the block."""
+    with _short_folder() as folder:
+        cluster = Nodes(folder)
         try:
             cluster.begin()
             yield cluster

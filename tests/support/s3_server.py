@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,34 +14,41 @@ import fsspec
 
 SECRET = "planted-secret-access-key"
 
-BUCKET = "bdpo-tests"
+PROGRAM = """
+from moto.server import ThreadedMotoServer
+import time
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+time.sleep(10**6)
+"""
 
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """Start it and make a bucket; the environment names it meanwhile. Yields the bucket's URL."""
-    code = (
-        "from moto.server import ThreadedMotoServer; import time;"
-        "server = ThreadedMotoServer('127.0.0.1', 0, verbose=False); server.start();"
-        "print(server.get_host_and_port()[1], flush=True); time.sleep(10**6)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    """Start it; yields the URL of its API."""
+    command = [sys.executable, "-c", PROGRAM]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        port = process.stdout.readline().strip()
-        environment = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": "planted-access-key-id",
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-        with mock.patch.dict(os.environ, environment):
-            import boto3
-
-            boto3.client("s3").create_bucket(Bucket=BUCKET)
-            fsspec.get_filesystem_class("s3").clear_instance_cache()  # one may be of a server before
-            yield f"s3://{BUCKET}"
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
     finally:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def s3_bucket(server: str) -> Iterator[str]:
+    """A new bucket, which the environment gives access to meanwhile. Yields the bucket's URL."""
+    environment = {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "planted-access-key-id",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with mock.patch.dict(os.environ, environment):
+        import boto3
+
+        name = f"bdpo-tests-{secrets.token_hex(4)}"
+        boto3.client("s3").create_bucket(Bucket=name)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # one may be of a server before
+        yield f"s3://{name}"

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -19,52 +17,10 @@ from bdpo.data.prepare import prepare
 from bdpo.models.tokenizer import load_tokenizer
 from bdpo.scoring.reference import ReferenceScorer
 from bdpo.storage.run_dir import RunDir
+from tests.support.forks import train_process
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
 
 PAIRS = 22  # 3 steps of 8, 8 and 6 pairs
-
-
-# Trains each of the configs, one after the other, with checkpoints in <run_dir>/checkpoints/<step>. Runs
-# <run_dir>/fault.py before, and writes what stopped a training to <run_dir>/error-<rank>.txt.
-WORKER = """
-import contextlib, json, resource, shutil, sys
-from pathlib import Path
-import pyarrow.parquet as pq, torch
-torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo")
-from bdpo.training import loop as training
-from bdpo.config import load_config
-from bdpo.errors import UserError
-from bdpo.storage.run_dir import RunDir
-
-class Reported:
-    def __init__(self, folder):
-        self.checkpoint, self.path = self, str(folder)
-        self.metrics = json.loads((folder / "metrics.json").read_text())
-    def as_directory(self):
-        return contextlib.nullcontext(self.path)
-
-build_engine = training.build_engine
-for file in sys.argv[1:]:
-    config = load_config(file)
-    run, rank = RunDir(config.run_dir), torch.distributed.get_rank()
-    checkpoints, fault = run.root / "checkpoints", run.root / "fault.py"
-    def reported():
-        torch.distributed.barrier()
-        return [Reported(folder) for folder in checkpoints.glob("*")]
-    def report(folder, metrics):
-        shutil.copytree(folder, checkpoints / str(metrics["step"]), dirs_exist_ok=True)
-        shutil.rmtree(folder)
-        if rank == 0:  # the workers report their own times: two writers would mix their lines
-            (checkpoints / str(metrics["step"]) / "metrics.json").write_text(json.dumps(metrics))
-    exec(fault.read_text() if fault.exists() else "")
-    try:
-        training.train(config, run, pq.read_table(run.root / "scores.parquet"), reported, report)
-    except (UserError, FloatingPointError) as error:
-        (run.root / f"error-{rank}.txt").write_text(str(error))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    training.build_engine = build_engine
-"""
 
 
 def score(folder, chat, tied=False):
@@ -80,32 +36,30 @@ def score(folder, chat, tied=False):
     return config
 
 
-def launch(configs, workers=1):
-    """Run WORKER in processes of its own, all exit codes being 0."""
+def launch(configs, workers=1, rungs=()):
+    """Train in processes of their own, all exit codes being 0; `rungs` are steps to stand still at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    files = [Path(config.run_dir) / "config.yaml" for config in configs]
+    files = [str(Path(config.run_dir) / "config.yaml") for config in configs]
     for config, file in zip(configs, files, strict=True):
-        file.write_text(config.to_yaml())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, *map(str, files)],
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(workers)
-    ]
+        Path(file).write_text(config.to_yaml())
+    logs = [Path(configs[0].run_dir) / f"worker-{rank}.log" for rank in range(workers)]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(workers)}
+    processes = []
+    for rank, log in enumerate(logs):
+        environment = {**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(train_process(environment, files, rungs, str(log)))
     try:
-        outputs = [process.communicate(timeout=1200)[0] for process in processes]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(1200)
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * workers, "\n".join(outputs)
+    codes = [process.exitcode for process in processes]
+    assert codes == [0] * workers, "\n".join(log.read_text() for log in logs)
 
 
 def copied(scored, folder, checkpoints=(), **changes):

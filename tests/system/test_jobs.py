@@ -28,8 +28,6 @@ from tests.support.helpers import tiny_config, write_jsonl
 from tests.support.ray_nodes import nodes, wait_until
 from tests.support.s3_server import SECRET
 
-pytestmark = pytest.mark.ray
-
 HARM = "plantedharmfultext"
 
 PAIRS, STEPS, ITEMS = 240, 32, 48

@@ -9,7 +9,6 @@ import torch
 
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.rungs import Rungs
-from tests.support import training as test_training
 from tests.support.training import (
     copied,
     launch,
@@ -21,20 +20,15 @@ from tests.support.training import (
 
 STEPS = 3
 
-WORKER = test_training.WORKER.replace(
-    "reported, report)", 'reported, report, Rungs(run.root / "rungs", (1, 2)))'
-).replace("from bdpo.storage.run_dir", "from bdpo.training.rungs import Rungs\nfrom bdpo.storage.run_dir")
-
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory, tiny_chat):
     return score(tmp_path_factory.mktemp("scored"), tiny_chat)
 
 
-def test_stopped_continued_and_left_alone_it_is_the_same_training(scored, tmp_path, monkeypatch):
+def test_stopped_continued_and_left_alone_it_is_the_same_training(scored, tmp_path):
     straight = weights(trained(scored, tmp_path / "straight", workers=2))
 
-    monkeypatch.setattr(test_training, "WORKER", WORKER)
     config = copied(scored, tmp_path / "run")
     run = RunDir(config.run_dir)
     rungs = Rungs(run.root / "rungs", (1, 2))
@@ -52,7 +46,7 @@ def test_stopped_continued_and_left_alone_it_is_the_same_training(scored, tmp_pa
     watching = threading.Thread(target=judge)
     watching.start()
     try:
-        launch([config], workers=2)
+        launch([config], workers=2, rungs=(1, 2))
     finally:
         over.set()
         watching.join()
@@ -63,7 +57,7 @@ def test_stopped_continued_and_left_alone_it_is_the_same_training(scored, tmp_pa
     rungs.clear_stop()
     rungs.promote(2)
     rungs.withdraw_export()  # the model was lost: its rung is handed over again, the same
-    launch([config], workers=2)
+    launch([config], workers=2, rungs=(1, 2))
     assert rungs.exported(2)
     assert not rungs.exported(1)
     ended = weights(run)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from bdpo.storage.run_dir import RunDir
+from tests.support.commands import kill_with_cluster, run_command
 from tests.support.sweeps import start, sweep_config, wait_for
 
 pytestmark = pytest.mark.ray
@@ -24,10 +25,11 @@ def folder(tmp_path_factory, tiny_chat):
     values = sweep_config(folder, tiny_chat).model_dump() | {"experiment": {"seeds": [SEED]}}
     values["train"]["workers"] = 1
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    process = start(folder, "-m", "pipelines.experiment", "balanced-subset", *arguments(folder))
+    process = start(
+        folder, "-m", "pipelines.experiment", "balanced-subset", *arguments(folder), RAY_ADDRESS="local"
+    )
     wait_for(process, arm(folder, "balanced").eval("trained") / "summary.json")
-    process.kill()
-    process.wait()
+    kill_with_cluster(process)
     return folder
 
 
@@ -41,9 +43,7 @@ def arm(folder, name):
 
 
 def run(folder, name="balanced-subset", *overrides):
-    process = start(folder, "-m", "pipelines.experiment", name, *arguments(folder), *overrides)
-    out, err = process.communicate(timeout=900)
-    return process.returncode, out, err
+    return run_command("pipelines.experiment", name, *arguments(folder), *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,55 @@
+"""Commands as a user gives them: in this process, where a new one would show nothing more."""
+
+from __future__ import annotations
+
+import io
+import runpy
+import signal
+import subprocess
+import sys
+import traceback
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from typing import NamedTuple
+from unittest import mock
+
+import psutil
+
+
+class Ended(NamedTuple):
+    """How a command ended: its exit code, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_command(module: str, *arguments: object) -> Ended:
+    """`python -m module arguments` in this process, where a cluster that it joins stays joined."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    interrupts = signal.getsignal(signal.SIGINT)  # Ray Train puts a handler of its own in its place
+    with (
+        mock.patch.object(sys, "argv", [module, *map(str, arguments)]),
+        warnings.catch_warnings(action="ignore", category=RuntimeWarning),  # the module is imported already
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except Exception:
+            code = 1
+            traceback.print_exc()
+        finally:
+            signal.signal(signal.SIGINT, interrupts)
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def kill_with_cluster(driver: subprocess.Popen[str]) -> None:
+    """kill -9 of a command that started a Ray cluster, which dies with it; returns when all of it is gone."""
+    cluster = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.wait()
+    _, left = psutil.wait_procs(cluster, timeout=600)
+    assert not left
