@@ -103,7 +103,9 @@ def driver(config: Config) -> tuple[float, float]:
     import ray.data  # noqa: F401 (what the command imports later)
 
     started = _peak()
-    score.run_score(config, RunDir(config.run_dir))
+    run = RunDir(config.run_dir)
+    prepare.Prepare(config, run).complete()
+    score.Score(config, run).complete()
     return started, _peak()
 
 

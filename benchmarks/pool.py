@@ -43,7 +43,7 @@ from benchmarks.common import (
     make_model,
     write_section,
 )
-from pipelines.prepare import run_prepare
+from pipelines.prepare import Prepare
 from pipelines.runtime.pool import on_pool, shard_dataset
 
 ROUNDS = 2
@@ -145,7 +145,7 @@ def _prepared(folder: Path, pairs: list[EncodedPair], shard_rows: int) -> tuple[
     config = parse_config(values, "benchmark")
     run = RunDir(config.run_dir)
     run.open(config).release()
-    run_prepare(config, run)
+    Prepare(config, run).complete()
     return config, run
 
 

@@ -27,8 +27,8 @@ from bdpo.scoring.shard_scorer import ShardScorer
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
 from benchmarks.common import write_section
-from pipelines.prepare import run_prepare
-from pipelines.train import run_train
+from pipelines.prepare import Prepare
+from pipelines.train import Train
 
 CONFIG = Path(__file__).parents[1] / "pipelines" / "configs" / "sandbox.yaml"
 WARM_UP = 5
@@ -61,7 +61,7 @@ def main() -> None:
         scored = _scored(Path(folder), arguments.steps)
         seconds: dict[str, list[float]] = {"bare": [], "ray": []}
         for number in range(arguments.rounds):
-            for way, launch in (("bare", _bare), ("ray", run_train)):
+            for way, launch in (("bare", _bare), ("ray", _under_ray)):
                 run = RunDir(Path(folder) / f"{way}-{number}")
                 shutil.copytree(scored.run_dir, run.root)
                 config = scored.model_copy(update={"run_dir": str(run.root)})
@@ -81,6 +81,10 @@ def main() -> None:
     write_section("Training: what Ray Train adds to a step", rows)
 
 
+def _under_ray(config: Config, run: RunDir) -> None:
+    Train(config, run).complete()
+
+
 def _scored(folder: Path, steps: int) -> Config:
     """The sandbox's pairs, prepared and scored."""
     overrides = [f"run_dir={folder / 'scored'}", "train.workers=1", f"train.max_steps={steps}"]
@@ -88,7 +92,7 @@ def _scored(folder: Path, steps: int) -> Config:
     config = with_sandbox_files(load_config(CONFIG, overrides))
     run = RunDir(config.run_dir)
     run.open(config)
-    run_prepare(config, run)
+    Prepare(config, run).complete()
     fingerprint = score_fingerprint(config, run)
     ShardScorer(config, run, fingerprint, "cpu")({"first": 0, "rows": count_pairs(run.pairs)})
     finish_scores(run, fingerprint, 0.0)

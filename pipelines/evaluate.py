@@ -3,7 +3,7 @@
     python -m pipelines.evaluate --config pipelines/configs/sandbox.yaml [section.key=value ...]
     python -m pipelines.evaluate --compare runs/a runs/b [runs/c ...]
 
-Evaluates the base model, an adapter over it (evaluate.adapter) and, when the run folder has one, the
+Evaluates the base model, an adapter over it (evaluate.adapter) and, if the run folder has one, the
 trained model. Writes <run_dir>/eval/<name>/scores.parquet (ids and numbers) and summary.json; the answers
 lie under <run_dir>/private. The same command after a kill generates only what is missing.
 
@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
+from bdpo.cluster.status import StageStatus, count_shards
 from bdpo.config import Config
 from bdpo.evaluation.answers import (
     EvaluatedModel,
@@ -27,7 +29,6 @@ from bdpo.evaluation.answers import (
     answer_store,
     answers_fingerprint,
     evaluated_model,
-    evaluated_models,
     forget_failures,
     measure_capability,
     planned_items,
@@ -39,121 +40,188 @@ from bdpo.evaluation.judges.registry import judge_kind
 from bdpo.evaluation.measures import Summary, summarise
 from bdpo.evaluation.results import chosen_models, read_evaluation
 from bdpo.evaluation.tables import comparison_table, difference_table, invalid_lines
-from bdpo.storage.cache import drop_local_copy
-from bdpo.storage.manifests import Fingerprint, finished, write_manifest
+from bdpo.storage.manifests import Fingerprint, finished, read_manifest, write_manifest
 from bdpo.storage.paths import StoragePath, write_parquet
 from bdpo.storage.run_dir import RunDir
-from bdpo.storage.shards import ShardStore
-from pipelines.runtime.cli import exit_codes, main
-from pipelines.runtime.cluster import connect, require
-from pipelines.runtime.pool import consume, in_hand, on_pool, run_here, shard_dataset
+from pipelines.runtime.cli import Command, exit_codes
+from pipelines.runtime.cluster import connect, require_capacity
+from pipelines.runtime.pool import Executor, InProcess, RayPool, ShardWork
 from pipelines.runtime.progress import console, progress_bar
+from pipelines.runtime.stage import ManifestStage, complete_all
+
+if TYPE_CHECKING:
+    from bdpo.cluster.preflight import Check
+
+
+@dataclass(frozen=True)
+class Evaluate(ManifestStage):
+    """Asks one model every prompt, and judges its answers; `executor` is where, by default a pool.
+
+    `base` is the model of the config, `adapter` that model with the adapter of `evaluate.adapter`, any other
+    name the model that was trained in the run folder.
+    """
+
+    model_name: str
+    executor: Executor | None = None
+
+    section = "evaluate"
+
+    @property
+    def name(self) -> str:
+        """`evaluate base`, for one."""
+        return f"evaluate {self.model_name}"
+
+    @property
+    def folder(self) -> StoragePath:
+        """Verdicts, summary and capability of the model."""
+        return self.run.eval(self.model_name)
+
+    @property
+    def manifest_file(self) -> StoragePath:
+        """The summary."""
+        return self.folder / "summary.json"
+
+    @property
+    def _scores_file(self) -> StoragePath:
+        return self.folder / "scores.parquet"
+
+    def outputs(self) -> list[StoragePath]:
+        """Verdicts and answers."""
+        return [self.folder, self.run.responses(self.model_name)]
+
+    @cached_property
+    def model(self) -> EvaluatedModel:
+        """The model that is asked."""
+        return evaluated_model(self.config, self.run, self.model_name)
+
+    @cached_property
+    def _answers(self) -> Fingerprint:
+        return answers_fingerprint(self.config, self.model)
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Model, prompts, how they are answered, and the judge."""
+        return score_store(self.config, self.run, self.model_name, self._answers).fingerprint
+
+    def is_intact(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether enough verdicts were given; else the judge is asked again for those that are missing."""
+        return bool(manifest["valid"]) and self._scores_file.is_file()
+
+    def complete(self) -> Summary:
+        """Evaluate the model unless that is done and valid; returns its summary, capability included."""
+        if self.config.evaluate.capability:
+            harness_version()  # before the hours of everything else
+        manifest = self.completed()
+        return replace(Summary.from_json(manifest), capability=self._capability())
+
+    def make(self) -> dict[str, Any]:
+        """Answer, judge, summarise."""
+        started = time.perf_counter()
+        answers = answer_store(self.run, self.model_name, self._answers)
+        scores = score_store(self.config, self.run, self.model_name, self._answers)
+        evaluate, total = self.config.evaluate, len(planned_items(self.config))
+        pool = RayPool("evaluate", evaluate.workers, evaluate.gpus_per_worker)
+        executor = self.executor or pool
+        to_answer = {"config": self.config, "model": self.model, "store": answers}
+        to_judge = {"config": self.config, "answers": answers, "scores": scores}
+        name, rows = self.model_name, evaluate.batch_size
+        executor.complete_shards(ShardWork(f"answer {name}", ShardAnswerer, to_answer, answers, total, rows))
+        forget_failures(scores)
+        # Only a judge that is a model of its own needs a GPU; the others are kept busy from here.
+        judge = executor if judge_kind(self.config).has_model else InProcess()
+        judge.complete_shards(ShardWork(f"judge {name}", ShardJudge, to_judge, scores, total, rows))
+        table = scores.read().sort_by("item_id")
+        write_parquet(self._scores_file, table)
+        seconds = time.perf_counter() - started
+        summary = summarise(table).to_json()
+        return write_manifest(self.manifest_file, self.fingerprint, seconds=seconds, **summary)
+
+    def status(self) -> StageStatus:
+        """Answers and verdicts so far."""
+        _, answers = count_shards(self.run.responses(self.model_name))
+        _, verdicts = count_shards(self.folder / "shards")
+        summary = read_manifest(self.manifest_file)
+        valid = None if summary is None else bool(summary["valid"])
+        begun = answers + verdicts > 0
+        return StageStatus.of(self.name, bool(valid), begun, answers=answers, verdicts=verdicts, valid=valid)
+
+    def input_checks(self) -> Mapping[str, Check]:
+        """The model can be read, and every configured benchmark has its prompts."""
+        from bdpo.cluster.preflight import check_benchmarks, check_model
+
+        return {"model": check_model, "benchmarks": check_benchmarks}
+
+    def further_checks(self) -> Mapping[str, Check]:
+        """The judge answers."""
+        from bdpo.cluster.preflight import check_judge
+
+        return {"judge": check_judge}
+
+    def _capability(self) -> dict[str, Any]:
+        """Each capability benchmark, run unless that is done; one that was not run is tried again."""
+        evaluate = self.config.evaluate
+        if not evaluate.capability:
+            return {}
+        fingerprint = capability_fingerprint(self._answers, evaluate.limit)
+        files: dict[str, StoragePath] = {
+            benchmark: self.folder / "capability" / f"{benchmark}.json" for benchmark in evaluate.capability
+        }
+        done = {benchmark: finished(file, fingerprint) for benchmark, file in files.items()}
+        missing = [benchmark for benchmark, result in done.items() if result is None or NOT_RUN in result]
+        if missing:
+            connect()
+            import ray
+
+            require_capacity("evaluate", 1, evaluate.gpus_per_worker)
+            device = "cuda" if evaluate.gpus_per_worker else "cpu"
+            task = ray.remote(num_cpus=1, num_gpus=evaluate.gpus_per_worker)(measure_capability)
+            pending = {name: task.remote(self.config, self.model, name, device) for name in missing}
+            with progress_bar(f"capability {self.model_name}", len(missing)) as advance:
+                for benchmark, result in pending.items():
+                    done[benchmark] = write_manifest(files[benchmark], fingerprint, **ray.get(result))
+                    advance(1, benchmark)
+        return done
+
+
+@dataclass(frozen=True)
+class EvaluateBase(Evaluate):
+    """The model that the config names."""
+
+    model_name: str = "base"
+
+
+@dataclass(frozen=True)
+class EvaluateAdapter(Evaluate):
+    """That model with the adapter of `evaluate.adapter` over it."""
+
+    model_name: str = "adapter"
+
+    @property
+    def applies(self) -> bool:
+        """Whether an adapter is named."""
+        return self.config.evaluate.adapter is not None
+
+
+@dataclass(frozen=True)
+class EvaluateTrained(Evaluate):
+    """The run's own model."""
+
+    model_name: str = "trained"
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether the model is trained."""
+        return self.run.has_model()
+
+
+MODELS = (EvaluateBase, EvaluateAdapter, EvaluateTrained)
 
 
 def run_evaluate(config: Config, run: RunDir) -> None:
-    """Evaluate what there is and print the comparison."""
-    names = evaluated_models(config, run)
-    for name in names:
-        evaluate_model(config, run, name)
-    print_comparison({name: run.eval(name) for name in names})
-
-
-def evaluate_model(config: Config, run: RunDir, name: str, here: bool = False) -> Summary:
-    """Evaluate the model called `name` unless that is done and valid; returns its summary.
-
-    With `here` this process does it, with what it was given, instead of a pool.
-    """
-    if config.evaluate.capability:
-        harness_version()  # before the hours of everything else
-    model = evaluated_model(config, run, name)
-    fingerprint = answers_fingerprint(config, model)
-    scores = score_store(config, run, name, fingerprint)
-    summary_file = run.eval(name) / "summary.json"
-    manifest = finished(summary_file, scores.fingerprint)
-    scores_file = run.eval(name) / "scores.parquet"
-    if manifest is None or not manifest["valid"] or not scores_file.is_file():
-        started = time.perf_counter()
-        answers, total = answer_store(run, name, fingerprint), len(planned_items(config))
-        _answer(config, name, model, answers, total, here)
-        _judge(config, name, answers, scores, total, here)
-        table = scores.read().sort_by("item_id")
-        write_parquet(scores_file, table)
-        seconds = time.perf_counter() - started
-        summary = summarise(table)
-        manifest = write_manifest(summary_file, scores.fingerprint, seconds=seconds, **summary.to_json())
-    if here:
-        drop_local_copy(run.model)  # the next rung has another
-    capability = _capability(config, run, name, model, fingerprint)
-    return replace(Summary.from_json(manifest), capability=capability)
-
-
-def _answer(
-    config: Config, name: str, model: EvaluatedModel, answers: ShardStore, total: int, here: bool
-) -> None:
-    arguments = {"config": config, "model": model, "store": answers}
-    _work_off(config, f"answer {name}", ShardAnswerer, arguments, answers, total, here)
-
-
-def _judge(
-    config: Config, name: str, answers: ShardStore, scores: ShardStore, total: int, here: bool
-) -> None:
-    """Only a judge that is a model of its own gets the pool; the others are kept busy from here."""
-    forget_failures(scores)
-    arguments = {"config": config, "answers": answers, "scores": scores}
-    here = here or not judge_kind(config).has_model
-    _work_off(config, f"judge {name}", ShardJudge, arguments, scores, total, here)
-
-
-def _work_off(
-    config: Config,
-    title: str,
-    actor: type,
-    arguments: dict[str, Any],
-    store: ShardStore,
-    total: int,
-    here: bool,
-) -> None:
-    """Make the missing shards of `store`; what nodes that died had in hand comes again, twice at most."""
-    evaluate = config.evaluate
-    pool = evaluate.workers, evaluate.gpus_per_worker
-    for may_fail in (in_hand(evaluate.workers), in_hand(evaluate.workers), 0):
-        missing = store.missing(total, evaluate.batch_size)
-        if not missing:
-            break
-        if here:
-            run_here(actor, arguments, evaluate.gpus_per_worker, title, total, missing)
-        else:
-            dataset = on_pool(shard_dataset(missing, may_fail), "evaluate", actor, arguments, *pool)
-            consume(dataset, title, total, missing)
-
-
-def _capability(
-    config: Config, run: RunDir, name: str, model: EvaluatedModel, answers: Fingerprint
-) -> dict[str, Any]:
-    """Each capability benchmark, run unless that is done; one that was not run is tried again."""
-    evaluate = config.evaluate
-    if not evaluate.capability:
-        return {}
-    fingerprint = capability_fingerprint(answers, evaluate.limit)
-    folder = run.eval(name) / "capability"
-    files: dict[str, StoragePath] = {
-        benchmark: folder / f"{benchmark}.json" for benchmark in evaluate.capability
-    }
-    done = {benchmark: finished(file, fingerprint) for benchmark, file in files.items()}
-    missing = [benchmark for benchmark, result in done.items() if result is None or NOT_RUN in result]
-    if missing:
-        connect()
-        import ray
-
-        require("evaluate", 1, evaluate.gpus_per_worker)
-        device = "cuda" if evaluate.gpus_per_worker else "cpu"
-        task = ray.remote(num_cpus=1, num_gpus=evaluate.gpus_per_worker)(measure_capability)
-        pending = {benchmark: task.remote(config, model, benchmark, device) for benchmark in missing}
-        with progress_bar(f"capability {name}", len(missing)) as advance:
-            for benchmark, result in pending.items():
-                done[benchmark] = write_manifest(files[benchmark], fingerprint, **ray.get(result))
-                advance(1, benchmark)
-    return done
+    """Evaluate the models that exist, and print the comparison."""
+    stages = [stage(config, run) for stage in MODELS]
+    done = complete_all(stages)
+    print_comparison({stage.model_name: stage.folder for stage in stages if stage.name in done})
 
 
 def run_compare(roots: list[str]) -> None:
@@ -177,9 +245,18 @@ def print_comparison(folders: Mapping[str, StoragePath]) -> None:
         console.print(difference_table(differences))
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--compare"]:
+_evaluate = Command(__doc__, MODELS, run_evaluate)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["--compare"]:
         with exit_codes():
-            run_compare(sys.argv[2:])
+            run_compare(given[1:])
     else:
-        main(run_evaluate, __doc__, lambda run: [run.root / "eval", run.private / "responses"])
+        _evaluate(given)
+
+
+if __name__ == "__main__":
+    main()

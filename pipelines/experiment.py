@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.live import Live
 from rich.table import Table
 
 from bdpo.cluster.placement import max_concurrent
+from bdpo.cluster.status import StageStatus
 from bdpo.config import Config
 from bdpo.config.derive import part_of
 from bdpo.errors import UserError, first_line
@@ -34,19 +35,18 @@ from bdpo.experiments.arms import (
 )
 from bdpo.experiments.definitions import EXPERIMENTS, experiment
 from bdpo.scoring.selection import require_labels, wants_scores
+from bdpo.storage.paths import StoragePath, sorted_glob
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.objective import InvalidEvaluation, Measured, check_measures, measure
-from pipelines.evaluate import evaluate_model
-from pipelines.preflight import refuse_what_does_not_fit
-from pipelines.prepare import run_prepare
+from pipelines.evaluate import EvaluateBase
+from pipelines.prepare import Prepare
 from pipelines.runtime.arms import ArmActor, Job, jobs_of, trial_jobs
-from pipelines.runtime.cli import check_inputs, main
+from pipelines.runtime.cli import Command
 from pipelines.runtime.cluster import cluster_nodes, connect
-from pipelines.runtime.experiment_results import write_results
-from pipelines.runtime.plan_table import require_memory
 from pipelines.runtime.pool import ATTEMPTS
 from pipelines.runtime.progress import console
-from pipelines.score import score_prepared
+from pipelines.runtime.stage import Stage, check_inputs
+from pipelines.score import Score
 
 
 def run_experiment(config: Config, run: RunDir, name: str) -> None:
@@ -56,13 +56,15 @@ def run_experiment(config: Config, run: RunDir, name: str) -> None:
         UserError: what an arm found wrong; the others are done by then, and on the page.
         RuntimeError: an arm failed in another way, likewise.
     """
+    from pipelines.runtime.experiment_results import write_results
+
     arms = experiment(name, config).arms
-    check_inputs(config)
+    check_inputs([Prepare(config, run)])
     if arms:
         config = _evaluated(config)
-    run_prepare(config, run)
+    Prepare(config, run).complete()
     if not arms:
-        score_prepared(config, run)
+        Score(config, run).complete()
     arms, notes = _usable(config, run, arms)
     trials = tuple(trial for arm in arms for trial in _trials(config, arm))
     if trials:
@@ -171,8 +173,8 @@ def _make_ready(config: Config, run: RunDir, jobs: Sequence[Job]) -> tuple[list[
     todo = [job for job in jobs if not (job.complete or job.diverged)]
     size = _require_room(config, run, len(todo)) if todo else 0
     for job in {str(job.run.scores): job for job in jobs if wants_scores(job.config)}.values():
-        score_prepared(job.config, job.run)  # once for each unconditional context
-    if jobs and not evaluate_model(config, base_run(config, run), "base").valid:
+        Score(job.config, job.run).complete()  # once for each unconditional context
+    if jobs and not EvaluateBase(config, base_run(config, run)).complete().valid:
         raise UserError("the evaluation of the base model is invalid: there is nothing to compare with")
     return todo, size
 
@@ -185,6 +187,9 @@ def _work_off(jobs: Sequence[Job], todo: Sequence[Job], size: int) -> dict[Job, 
 
 def _require_room(config: Config, run: RunDir, todo: int) -> int:
     """How many arms run at a time; a cluster that can hold none is refused before anything is scored."""
+    from pipelines.preflight import refuse_what_does_not_fit
+    from pipelines.runtime.plan_table import require_memory
+
     require_memory(config)
     refuse_what_does_not_fit(config, run)
     most = config.experiment.max_concurrent_arms
@@ -263,11 +268,48 @@ def _rescore(jobs: Sequence[Job]) -> dict[Job, Exception]:
     for job in jobs:
         try:
             if job.done:
-                score_prepared(*rescored(job.config, job.run))
+                Score(*rescored(job.config, job.run)).complete()
         except Exception as error:  # the others are to be on the page
             faults[job] = error
     return faults
 
 
+@dataclass(frozen=True)
+class Experiment(Stage):
+    """One experiment of a run folder; without `which`, all those that were begun."""
+
+    which: str | None = None
+
+    name = "experiments"
+
+    @property
+    def _trainings(self) -> list[RunDir]:
+        return [RunDir(folder) for folder in sorted_glob(self.run.root / "experiments", "arms*/*/seed-*")]
+
+    @property
+    def applies(self) -> bool:
+        """Whether a training is begun."""
+        return bool(self._trainings)
+
+    def outputs(self) -> list[StoragePath]:
+        """The experiment's results, and what it shares with the run and with other experiments."""
+        return experiment_results(self.run, self.which) if self.which else []
+
+    def complete(self) -> None:
+        """Run the arms that are missing, and sum all up."""
+        if self.which:
+            run_experiment(self.config, self.run, self.which)
+
+    def status(self) -> StageStatus:
+        """How many trainings of all experiments are begun, trained and evaluated."""
+        begun = self._trainings
+        trained = sum(run.has_model() for run in begun)
+        evaluated = sum((run.eval("trained") / "summary.json").is_file() for run in begun)
+        counts = {"trainings": len(begun), "trained": trained, "evaluated": evaluated}
+        return StageStatus.of(self.name, evaluated == len(begun), bool(begun), **counts)
+
+
+main = Command(__doc__, (Experiment,), run_experiment, choice=tuple(EXPERIMENTS))
+
 if __name__ == "__main__":
-    main(run_experiment, __doc__, experiment_results, choice=tuple(EXPERIMENTS))
+    main()

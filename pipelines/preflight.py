@@ -17,6 +17,7 @@ import tempfile
 import uuid
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,10 @@ from rich.table import Table
 from bdpo.cluster.node_checks import NODE_CHECKS, files_on_nodes
 from bdpo.cluster.nodes import NodeFacts, node_facts
 from bdpo.cluster.preflight import (
-    LOCAL_CHECKS,
     Check,
     Doubt,
     Finding,
+    check_storage,
     examine,
     expected_hours,
     measure_throughput,
@@ -38,12 +39,13 @@ from bdpo.config.secrets import looks_secret
 from bdpo.errors import UserError, first_line
 from bdpo.models.tokenizer import with_template
 from bdpo.sandbox import with_sandbox_files
-from bdpo.scoring.selection import wants_scores
 from bdpo.storage.paths import write_text
 from bdpo.storage.run_dir import RunDir
 from pipelines.runtime.cli import command_config, exit_codes
-from pipelines.runtime.cluster import cluster_nodes, connect, require
+from pipelines.runtime.cluster import cluster_nodes, connect, require_capacity
 from pipelines.runtime.progress import console
+from pipelines.runtime.registry import PIPELINE, STUDIES
+from pipelines.runtime.stage import input_checks
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -60,7 +62,7 @@ def refuse_what_does_not_fit(config: Config, run: RunDir) -> None:
         UserError: the first fault that is found.
     """
     connect()
-    for check in _stage_checks(config).values():
+    for check in _room_checks(config, run).values():
         check(config, run)
     nodes, _ = ask_nodes(config, run)
     if len(nodes) > 1:
@@ -70,9 +72,9 @@ def refuse_what_does_not_fit(config: Config, run: RunDir) -> None:
 
 def preflight(config: Config, run: RunDir, throughput: float | None, measure: bool) -> list[Finding]:
     """Every finding, the local ones first: a cluster is not asked about what is wrong here."""
-    findings = list(examine(LOCAL_CHECKS, config, run))
+    findings = list(examine(local_checks(config, run), config, run))
     connect()
-    findings += examine(_stage_checks(config), config, run)
+    findings += examine(_room_checks(config, run), config, run)
     storage_works = all(found.level != "error" for found in findings if found.check == "storage")
     nodes, silent = ask_nodes(config, run if storage_works else None)
     if silent:
@@ -84,27 +86,33 @@ def preflight(config: Config, run: RunDir, throughput: float | None, measure: bo
     return findings
 
 
-def _stage_checks(config: Config) -> dict[str, Check]:
+def local_checks(config: Config, run: RunDir) -> dict[str, Check]:
+    """What the stages ask of their inputs, and of the run folder: it needs no cluster."""
+    stages = [stage(config, run) for stage in PIPELINE + STUDIES]
+    further = {name: check for stage in stages for name, check in stage.further_checks().items()}
+    return {**input_checks(stages), **further, "storage": check_storage}
+
+
+def _room_checks(config: Config, run: RunDir) -> dict[str, Check]:
     """Room on the cluster for each stage that uses it."""
+    stages = [stage(config, run) for stage in PIPELINE]
+    sections = dict.fromkeys(stage.section for stage in stages if stage.section and stage.applies)
+    return {section: partial(_check_room, section) for section in sections}
 
-    def check(stage: str) -> Check:
-        def fits(config: Config, run: RunDir) -> str:
-            section = getattr(config, stage)
-            low, high = worker_range(section.workers)
-            accelerator = getattr(section, "accelerator_type", None)
-            require(stage, low, section.gpus_per_worker, accelerator=accelerator)
-            workers = f"{low} to {high}" if high > low else f"{low}"
-            found = f"{workers} workers x {section.gpus_per_worker:g} GPU" + (
-                f" on {accelerator}" if accelerator else ""
-            )
-            if cluster_nodes() is None:
-                return Doubt(f"{found}: only KubeRay knows what it may add; compare with maxReplicas")
-            return found
 
-        return fits
-
-    stages = ["score", "train", "evaluate"] if wants_scores(config) else ["train", "evaluate"]
-    return {stage: check(stage) for stage in stages}
+def _check_room(stage: str, config: Config, run: RunDir) -> str:
+    """The workers of a stage, by its section of the config, fit the cluster."""
+    section = getattr(config, stage)
+    low, high = worker_range(section.workers)
+    accelerator = getattr(section, "accelerator_type", None)
+    require_capacity(stage, low, section.gpus_per_worker, accelerator=accelerator)
+    workers = f"{low} to {high}" if high > low else f"{low}"
+    found = f"{workers} workers x {section.gpus_per_worker:g} GPU"
+    if accelerator:
+        found += f" on {accelerator}"
+    if cluster_nodes() is None:
+        return Doubt(f"{found}: only KubeRay knows what it may add; compare with maxReplicas")
+    return found
 
 
 def ask_nodes(config: Config, run: RunDir | None) -> tuple[list[NodeFacts], list[str]]:
@@ -217,7 +225,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
     console.print(table)
 
 
-def _arguments() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -230,19 +238,19 @@ def _arguments() -> argparse.Namespace:
     )
     speed.add_argument("--measure", action="store_true", help="measure it for 20 seconds on the cluster")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
-    return parser.parse_args()
+    return parser
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Exit 0 if a run can begin, 2 if it would fail."""
-    arguments = _arguments()
+    given = _parser().parse_args(arguments)
     with exit_codes():
-        if arguments.upload:
-            findings = list(examine({"upload": check_upload}, arguments.upload))
+        if given.upload:
+            findings = list(examine({"upload": check_upload}, given.upload))
         else:
-            config = with_template(with_sandbox_files(command_config(arguments.config, arguments.overrides)))
+            config = with_template(with_sandbox_files(command_config(given.config, given.overrides)))
             run = RunDir(config.run_dir)
-            findings = preflight(config, run, arguments.tokens_per_second, arguments.measure)
+            findings = preflight(config, run, given.tokens_per_second, given.measure)
         print_findings(findings)
         errors = sum(found.level == "error" for found in findings)
         if errors:

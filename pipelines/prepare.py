@@ -2,47 +2,123 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bdpo.config import Config
+from bdpo.cluster.status import StageStatus
 from bdpo.data.pairs import count_pairs, read_pairs
-from bdpo.data.prepare import prepare
-from bdpo.data.sources import local_source
-from bdpo.models.loading import require_positions
-from bdpo.models.tokenizer import load_tokenizer, require_faithful_pairs, tokenizer_fingerprint
-from bdpo.scoring.selection import require_labels
 from bdpo.storage.digests import files_digest
-from bdpo.storage.manifests import Fingerprint, finished, write_manifest
-from bdpo.storage.paths import sorted_glob
-from bdpo.storage.run_dir import RunDir
+from bdpo.storage.manifests import Fingerprint, read_manifest, write_manifest
+from bdpo.storage.paths import StoragePath, sorted_glob
 from pipelines.runtime.progress import console, progress_bar
+from pipelines.runtime.stage import ManifestStage
+
+if TYPE_CHECKING:
+    from bdpo.cluster.preflight import Check
 
 FAITHFUL_PAIRS = 16  # about so many are compared with the template's own rendering of them
 
 
-def run_prepare(config: Config, run: RunDir) -> dict[str, Any]:
-    """Read, validate and write the pairs unless that is done; returns the account of the rows.
+class Prepare(ManifestStage):
+    """Reads, checks and writes the preference pairs."""
 
-    Raises:
-        UserError: the data cannot be used, or `method` wants safety labels that they lack.
-    """
-    require_positions(config)
-    manifest_file = run.data / "manifest.json"
-    fingerprint = _fingerprint(config)
-    manifest = finished(manifest_file, fingerprint)
-    chat = load_tokenizer(config.model)
-    if manifest is None or manifest["pairs_digest"] != _pairs_digest(run):
+    name = "prepare"
+
+    @property
+    def manifest_file(self) -> StoragePath:
+        """The account of the rows, and the digest of the pairs."""
+        return self.run.data / "manifest.json"
+
+    def outputs(self) -> list[StoragePath]:
+        """Pairs and manifest."""
+        return [self.run.data]
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """The content of the source, how it is read, and the tokenizer that measures it."""
+        from bdpo.data.sources import local_source
+        from bdpo.models.tokenizer import tokenizer_fingerprint
+
+        data = self.config.data
+        source = local_source(data)
+        return {
+            "data.path": files_digest(sorted(source.rglob("*.*")), source)
+            if source.is_dir()
+            else _digest_or_name(source),
+            "data.format": data.format,
+            "data.split": data.split,
+            "data.limit": data.limit,
+            "data.sample": data.sample and {**data.sample, "seed": self.config.seed},
+            "data.max_length": data.max_length,
+            "data.max_prompt_length": data.max_prompt_length,
+            **tokenizer_fingerprint(self.config.model),
+        }
+
+    def is_intact(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether the pairs are those that were written."""
+        return bool(manifest["pairs_digest"] == self._pairs_digest())
+
+    def complete(self) -> dict[str, Any]:
+        """Read, check and write the pairs unless that is done; returns the manifest, with the account.
+
+        Raises:
+            UserError: the data cannot be used, or `method` requires safety labels that they lack.
+        """
+        from bdpo.models.loading import require_positions
+        from bdpo.models.tokenizer import load_tokenizer, require_faithful_pairs
+        from bdpo.scoring.selection import require_labels
+
+        require_positions(self.config)
+        manifest = self.completed()
+        require_faithful_pairs(load_tokenizer(self.config.model), self._sample())
+        console.print(f"[bold]pairs[/]     {account_line(manifest['account'])}", soft_wrap=True)
+        require_labels(self.config, self.run)
+        return manifest
+
+    def make(self) -> dict[str, Any]:
+        """Read, check and write the pairs."""
+        from bdpo.data.prepare import prepare
+        from bdpo.models.tokenizer import load_tokenizer
+
+        run, config = self.run, self.config
         with progress_bar("prepare") as advance:
+            chat = load_tokenizer(config.model)
             account = prepare(config.data, chat, run.pairs, run.private, config.seed, advance)
-        manifest = write_manifest(
-            manifest_file, fingerprint, account=account, pairs_digest=_pairs_digest(run)
-        )
-    require_faithful_pairs(chat, _sample(run))
-    console.print(f"[bold]pairs[/]     {account_line(manifest['account'])}", soft_wrap=True)
-    require_labels(config, run)
-    return manifest
+        results = {"account": account, "pairs_digest": self._pairs_digest()}
+        return write_manifest(self.manifest_file, self.fingerprint, **results)
+
+    def status(self) -> StageStatus:
+        """Rows that were read, pairs that were kept, rows that are quarantined."""
+        manifest = read_manifest(self.manifest_file)
+        if manifest is None:
+            return StageStatus.of(self.name, done=False, begun=False)
+        account = manifest["account"]
+        facts = {"rows": account["rows"], "pairs": account["kept"]}
+        quarantined = sum(account["quarantined"].values())
+        return StageStatus.of(self.name, done=True, begun=True, **facts, quarantined=quarantined)
+
+    def input_checks(self) -> Mapping[str, Check]:
+        """Model and data can be read."""
+        from bdpo.cluster.preflight import check_data, check_model
+
+        return {"model": check_model, "data": check_data}
+
+    def further_checks(self) -> Mapping[str, Check]:
+        """The chat template writes the first pairs as it should."""
+        from bdpo.cluster.preflight import check_template
+
+        return {"template": check_template}
+
+    def _sample(self) -> Iterator[dict[str, Any]]:
+        """Some prepared pairs, from the first to the last."""
+        pairs = count_pairs(self.run.pairs)
+        for first in range(0, pairs, max(1, pairs // FAITHFUL_PAIRS)):
+            yield from read_pairs(self.run.pairs, first, 1).to_pylist()
+
+    def _pairs_digest(self) -> str:
+        return files_digest(sorted_glob(self.run.pairs, "*.parquet"))
 
 
 def account_line(account: dict[str, Any]) -> str:
@@ -54,34 +130,6 @@ def account_line(account: dict[str, Any]) -> str:
     if account["not_sampled"]:
         parts.append(f"{account['not_sampled']} not sampled")
     return " + ".join(parts)
-
-
-def _fingerprint(config: Config) -> Fingerprint:
-    data = config.data
-    source = local_source(data)
-    return {
-        "data.path": files_digest(sorted(source.rglob("*.*")), source)
-        if source.is_dir()
-        else _digest_or_name(source),
-        "data.format": data.format,
-        "data.split": data.split,
-        "data.limit": data.limit,
-        "data.sample": data.sample and {**data.sample, "seed": config.seed},
-        "data.max_length": data.max_length,
-        "data.max_prompt_length": data.max_prompt_length,
-        **tokenizer_fingerprint(config.model),
-    }
-
-
-def _sample(run: RunDir) -> Iterator[dict[str, Any]]:
-    """Some prepared pairs, from the first to the last."""
-    pairs = count_pairs(run.pairs)
-    for first in range(0, pairs, max(1, pairs // FAITHFUL_PAIRS)):
-        yield from read_pairs(run.pairs, first, 1).to_pylist()
-
-
-def _pairs_digest(run: RunDir) -> str:
-    return files_digest(sorted_glob(run.pairs, "*.parquet"))
 
 
 def _digest_or_name(source: Path) -> str:

@@ -1,4 +1,4 @@
-"""The page of a run or of an experiment: what was run, on which data, what came of it and what it cost.
+"""The page of a run or of an experiment: what was run, on which data, the results and what they cost.
 
     python -m pipelines.report RUN_DIR
     python -m pipelines.report RUN_DIR/experiments/NAME
@@ -11,33 +11,146 @@ disturbed. The folder of an arm of an experiment, or of a trial of a search, has
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
 
+from rich.table import Table
+
+from bdpo.cluster.status import StageStatus
+from bdpo.config import Config
 from bdpo.errors import UserError
-from bdpo.experiments.arms import RECORD, run_at
-from bdpo.reports.page import write_page
-from bdpo.reports.run import run_page
+from bdpo.evaluation.results import MODEL_NAMES, read_evaluation
+from bdpo.reports.cost import TimedStage, stage_costs
+from bdpo.scoring.scores import read_scores
+from bdpo.scoring.selection import wants_scores
+from bdpo.storage.manifests import read_manifest
+from bdpo.storage.paths import StoragePath, write_text
 from bdpo.storage.run_dir import RunDir, run_config
+from pipelines.evaluate import print_comparison
+from pipelines.prepare import account_line
 from pipelines.runtime.cli import exit_codes
-from pipelines.runtime.experiment_results import write_results
 from pipelines.runtime.progress import console
+from pipelines.runtime.stage import ManifestStage, Stage
 
 
-def main() -> None:
-    """Exit 0, or 2 if there is neither in the folder."""
+class Report(Stage):
+    """Sums a run up: tables on the terminal, summary.json, and the page. It is made anew each time."""
+
+    name = "report"
+
+    @property
+    def _page(self) -> StoragePath:
+        return self.run.report / "report.html"
+
+    def outputs(self) -> list[StoragePath]:
+        """Page, figures, tables and summary."""
+        return [self.run.report]
+
+    def complete(self) -> None:
+        """Print and write the results of the finished stages."""
+        config, run = self.config, self.run
+        data = read_manifest(run.data / "manifest.json")
+        account = data["account"] if data else {}
+        evaluated = [name for name in MODEL_NAMES if (run.eval(name) / "summary.json").is_file()]
+        mi = self._mutual_information()
+        seconds = self._seconds()
+        evaluations = {name: _evaluation(run.eval(name)) for name in evaluated}
+        summary = {"data": account, "mi": mi, "seconds": seconds, "evaluations": evaluations}
+        write_text(run.report / "summary.json", json.dumps(summary, indent=2) + "\n")
+        console.print()
+        print_comparison({name: run.eval(name) for name in evaluated})
+        if mi:
+            console.print(_mi_table(mi))
+        console.print(f"data      {account_line(account)}")
+        console.print("seconds   " + ", ".join(f"{stage} {spent:.0f}" for stage, spent in seconds.items()))
+        write_run_page(config, run)
+        console.print(f"report    {self._page}, summary.json, *.png; model {run.model}", soft_wrap=True)
+
+    def status(self) -> StageStatus:
+        """Whether there is a page."""
+        return StageStatus.of(self.name, self._page.is_file(), begun=False)
+
+    def _mutual_information(self) -> list[dict[str, Any]]:
+        from bdpo.reports.scores import mi_summary
+
+        if not wants_scores(self.config):
+            return []
+        return mi_summary(read_scores(self.config, self.run), self.config.method)
+
+    def _seconds(self) -> dict[str, float]:
+        """What each finished stage took."""
+        costs = stage_costs(timed_stages(self.config, self.run))
+        return {cost.name: cost.seconds for cost in costs}
+
+
+def _evaluation(folder: StoragePath) -> dict[str, Any]:
+    """What a model's summary.json holds, with its capability."""
+    capability = read_evaluation(folder).summary.capability
+    return (read_manifest(folder / "summary.json") or {}) | ({"capability": capability} if capability else {})
+
+
+def timed_stages(config: Config, run: RunDir) -> list[TimedStage]:
+    """The stages of a run that record their seconds, finished or not."""
+    from pipelines.runtime.registry import PIPELINE
+
+    stages = [stage(config, run) for stage in PIPELINE]
+    return [stage.timed() for stage in stages if isinstance(stage, ManifestStage) and stage.applies]
+
+
+def write_run_page(config: Config, run: RunDir) -> None:
+    """Write the page of a run folder; `config` is that of its last command."""
+    from bdpo.reports.page import write_page
+    from bdpo.reports.run import run_page, trained_config
+
+    stages = timed_stages(trained_config(config, run), run)
+    write_page(run_page(config, run, stages), run.report / "report.html")
+
+
+def _mi_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="mutual information, nats per token", title_justify="left")
+    for heading in ("queries", "pairs", "chosen", "rejected", "chosen better", "floored"):
+        table.add_column(heading, justify="left" if heading == "queries" else "right")
+    for row in rows:
+        table.add_row(
+            row["group"] or "all",
+            str(row["pairs"]),
+            f"{row['chosen']['mean']:.3f}",
+            f"{row['rejected']['mean']:.3f}",
+            f"{row['chosen_better']:.0%}",
+            f"{(row['chosen']['floored'] + row['rejected']['floored']) / 2:.0%}",
+        )
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Exit 0, or 2 if the folder has neither a run nor an experiment."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", metavar="FOLDER", help="the run_dir of a run, or an experiment in it")
+    given = parser.parse_args(arguments)
     with exit_codes():
-        root = RunDir(parser.parse_args().folder).root
-        if (root / RECORD).is_file():
-            write_results(RunDir(root.parent.parent), root.name)
-        elif not (root / "config.yaml").is_file():
-            raise UserError(f"{root}: no run folder (no config.yaml) and no experiment (no {RECORD})")
-        else:
-            run = run_at(root)
-            write_page(run_page(run_config(run), run), run.report / "report.html")
-            console.print(f"report    {run.report}/report.html, *.png, *.csv", soft_wrap=True)
+        write_report(RunDir(given.folder).root)
+
+
+def write_report(root: StoragePath) -> None:
+    """Write the page of the run or the experiment in a folder.
+
+    Raises:
+        UserError: the folder has neither.
+    """
+    from bdpo.experiments.arms import RECORD, run_at
+    from pipelines.runtime.experiment_results import write_results
+
+    if (root / RECORD).is_file():
+        write_results(RunDir(root.parent.parent), root.name)
+    elif not (root / "config.yaml").is_file():
+        raise UserError(f"{root}: no run folder (no config.yaml) and no experiment (no {RECORD})")
+    else:
+        run = run_at(root)
+        write_run_page(run_config(run), run)
+        console.print(f"report    {run.report}/report.html, *.png, *.csv", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -10,41 +10,59 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 
 from rich.table import Table
 
-from bdpo.cluster.status import Stage, run_status
-from bdpo.storage.run_dir import RunDir
+from bdpo.cluster.status import StageStatus
+from bdpo.storage.run_dir import RunDir, run_config
 from pipelines.runtime.cli import exit_codes
 from pipelines.runtime.progress import console
+from pipelines.runtime.registry import PIPELINE, STUDIES
 
 _COLOURS = {"done": "green", "begun": "yellow", "not begun": "dim"}
 
 
-def main() -> None:
+def run_status(run: RunDir) -> list[StageStatus]:
+    """The stages of a run folder in their order, those of the pipeline first.
+
+    A folder with a search or an experiment may have no training of its own: a stage of the pipeline that is
+    not begun is left out there.
+
+    Raises:
+        UserError: there is no run in the folder.
+    """
+    config = run_config(run)
+    pipeline, studies = (
+        [stage.status() for stage in (kind(config, run) for kind in kinds) if stage.applies]
+        for kinds in (PIPELINE, STUDIES)
+    )
+    return [status for status in pipeline if status.state != "not begun" or not studies] + studies
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Exit 0, or 2 if there is no run in the folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the run_dir of the run")
     parser.add_argument("--json", action="store_true", help="for machines")
-    arguments = parser.parse_args()
+    given = parser.parse_args(arguments)
     with exit_codes():
-        stages = run_status(RunDir(arguments.run_dir))
-    if arguments.json:
-        print(json.dumps(stages))
-    else:
-        console.print(_table(arguments.run_dir, stages))
+        stages = run_status(RunDir(given.run_dir))
+        if given.json:
+            print(json.dumps([stage.as_json() for stage in stages]))
+        else:
+            console.print(_table(given.run_dir, stages))
 
 
-def _table(title: str, stages: list[Stage]) -> Table:
+def _table(title: str, stages: list[StageStatus]) -> Table:
     table = Table(title=title, title_justify="left")
     for heading in ("stage", "state", "what there is"):
         table.add_column(heading)
     for stage in stages:
-        colour = _COLOURS[stage["state"]]
-        facts = ", ".join(f"{key} {_shown(value)}" for key, value in list(stage.items())[2:])
-        table.add_row(stage["stage"], f"[{colour}]{stage['state']}[/]", facts)
+        facts = ", ".join(f"{name} {_shown(fact)}" for name, fact in stage.facts.items())
+        table.add_row(stage.stage, f"[{_COLOURS[stage.state]}]{stage.state}[/]", facts)
     return table
 
 

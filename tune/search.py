@@ -13,8 +13,9 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +23,7 @@ from rich.live import Live
 from rich.table import Table
 
 from bdpo.cluster.placement import max_concurrent
+from bdpo.cluster.status import StageStatus
 from bdpo.config import Config, TuneConfig
 from bdpo.config.derive import part_of, trial_config
 from bdpo.data.pairs import count_pairs
@@ -37,7 +39,7 @@ from bdpo.search.space import check_space, number_of_trials
 from bdpo.search.sweep import Sweep
 from bdpo.search.trials import Trial, check_rungs, end_of, results_table, winner
 from bdpo.storage.digests import json_digest
-from bdpo.storage.manifests import Fingerprint, write_manifest
+from bdpo.storage.manifests import Fingerprint, read_manifest, write_manifest
 from bdpo.storage.paths import (
     StoragePath,
     arrow_filesystem,
@@ -51,15 +53,17 @@ from bdpo.storage.paths import (
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.ends import RETRIED, End
 from bdpo.variants.objective import check_measured, check_measures
-from pipelines.evaluate import evaluate_model, print_comparison
-from pipelines.preflight import refuse_what_does_not_fit
-from pipelines.prepare import run_prepare
-from pipelines.runtime.cli import check_inputs, main
+from pipelines.evaluate import EvaluateBase, EvaluateTrained, print_comparison
+from pipelines.prepare import Prepare
+from pipelines.runtime.cli import Command
 from pipelines.runtime.cluster import cluster_nodes, connect
-from pipelines.runtime.plan_table import require_memory
 from pipelines.runtime.progress import console
-from pipelines.score import score_prepared
+from pipelines.runtime.stage import Stage, check_inputs
+from pipelines.score import Score
 from pipelines.train import train_fingerprint
+
+if TYPE_CHECKING:
+    from bdpo.cluster.preflight import Check
 
 # Where and how often is not what: these keys may change between a kill and the resume.
 _FREE = {"num_samples", "max_concurrent_trials", "max_failures"}
@@ -67,15 +71,15 @@ _FREE = {"num_samples", "max_concurrent_trials", "max_failures"}
 
 def run_search(config: Config, run: RunDir) -> None:
     """Run the trials that are missing, then write and print what came of all of them."""
-    _refuse_early(config)
-    run_prepare(config, run)
+    _refuse_early(config, run)
+    Prepare(config, run).complete()
     sweep = Sweep(config, run, sweep_fingerprint(config, run))
     sweep.refuse_other()
     todo = sweep.todo()
     concurrent = _require_room(config, run) if todo else 0
     if config.data.select is None:  # how many pairs it keeps is known when they are scored
         check_rungs(config, count_pairs(run.pairs))
-    score_prepared(config, run)
+    Score(config, run).complete()
     check_rungs(config, training_rows(config, run).num_rows)
     sweep.begin()
     sweep.reopen()
@@ -85,11 +89,11 @@ def run_search(config: Config, run: RunDir) -> None:
     _finish(sweep)
 
 
-def _refuse_early(config: Config) -> None:
+def _refuse_early(config: Config, run: RunDir) -> None:
     """What would stop a trial, or the report, stops the sweep before its first."""
     check_space(config)
     check_measures(config)
-    check_inputs(config)
+    check_inputs([Prepare(config, run)])
     if config.evaluate.engine != "transformers":
         raise UserError("evaluate.engine: a sweep evaluates with engine=transformers")
     for part in ("search", "held_out"):
@@ -102,7 +106,7 @@ def _base_scores(config: Config, base: RunDir) -> pa.Table:
     Raises:
         UserError: there is not.
     """
-    summary = evaluate_model(part_of(config, "search"), base, "base")
+    summary = EvaluateBase(part_of(config, "search"), base).complete()
     if not summary.valid:
         why = "; ".join(invalid_lines("base", summary))
         raise UserError(f"there is nothing to compare trials with: {why}; the same command judges it again")
@@ -141,6 +145,9 @@ def sweep_fingerprint(config: Config, run: RunDir) -> Fingerprint:
 
 def _require_room(config: Config, run: RunDir) -> int:
     """How many trials run at a time; a cluster that can hold none is refused before anything is scored."""
+    from pipelines.preflight import refuse_what_does_not_fit
+    from pipelines.runtime.plan_table import require_memory
+
     require_memory(config)
     refuse_what_does_not_fit(config, run)
     most, of = config.tune.max_concurrent_trials, number_of_trials(config.tune)
@@ -258,8 +265,8 @@ def _report_held_out(sweep: Sweep, best: Trial) -> None:
     run, chosen = sweep.run, sweep.folder(best.name)
     base, held_out = run.part("tune", "base", "held_out"), part_of(sweep.config_of(best), "held_out")
     summaries = {
-        "base": evaluate_model(held_out, base, "base"),
-        "best": evaluate_model(held_out, chosen, "trained"),
+        "base": EvaluateBase(held_out, base).complete(),
+        "best": EvaluateTrained(held_out, chosen).complete(),
     }
     console.print("held-out prompts:")
     print_comparison({"base": base.eval("base"), "best": chosen.eval("trained")})
@@ -300,9 +307,41 @@ def _best_config(sweep: Sweep, best: Trial) -> Config:
     return config.model_copy(update={"evaluate": evaluate, "tune": TuneConfig()})
 
 
-def _results(run: RunDir) -> list[StoragePath]:
-    return [run.data, run.scores, run.tune, run.private / "tune"]
+class Search(Stage):
+    """The sweep of a run folder: its trials, and the best of them."""
 
+    name = "search"
+
+    @property
+    def applies(self) -> bool:
+        """Whether the run folder has a sweep."""
+        return self.run.tune.is_dir()
+
+    def outputs(self) -> list[StoragePath]:
+        """Trials, tables, figures, and what the models answered."""
+        return [self.run.tune, self.run.private / "tune"]
+
+    def complete(self) -> None:
+        """Run the trials that are missing, and sum them up."""
+        run_search(self.config, self.run)
+
+    def status(self) -> StageStatus:
+        """How many trials there are of each status, see `bdpo.search.trials.end_of`."""
+        sweep = Sweep(self.config, self.run, {})
+        trials = sweep.trials()
+        done = read_manifest(self.run.tune / "summary.json") is not None
+        counts = Counter(str(sweep.end_of(trial)) for trial in trials)
+        of = number_of_trials(self.config.tune)
+        return StageStatus.of(self.name, done, bool(trials), trials=len(trials), of=of, **counts)
+
+    def further_checks(self) -> Mapping[str, Check]:
+        """The space, the metric and the constraint can be used."""
+        from bdpo.cluster.preflight import check_search
+
+        return {"search": check_search}
+
+
+main = Command(__doc__, (Prepare, Score, Search), run_search)
 
 if __name__ == "__main__":
-    main(run_search, __doc__, _results)
+    main()

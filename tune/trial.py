@@ -22,14 +22,17 @@ from bdpo.evaluation.tables import invalid_lines
 from bdpo.scoring.selection import training_rows
 from bdpo.search.sweep import Sweep
 from bdpo.search.trials import rung_steps
+from bdpo.storage.cache import drop_local_copy
 from bdpo.storage.paths import open_parquet
 from bdpo.training.batches import plan_without_lengths
 from bdpo.training.rungs import Rungs
 from bdpo.variants.ends import End, Failure
 from bdpo.variants.objective import InvalidEvaluation, measure
-from pipelines.evaluate import evaluate_model
+from pipelines.evaluate import Evaluate
 from pipelines.runtime.faults import in_a_line, own_fault
-from pipelines.train import fit, train_fingerprint
+from pipelines.runtime.fit import fit
+from pipelines.runtime.pool import InProcess
+from pipelines.train import train_fingerprint
 
 
 class TrialActor(tune.Trainable):
@@ -115,7 +118,9 @@ class TrialRunner:
         trained = time.time()
         limit = None if last else self.settings.tune.rung_limit
         settings, name = part_of(self.settings, "search", limit), f"rung-{step}"
-        summary = evaluate_model(settings, self.trial_run, name, here=True)
+        here = InProcess(settings.evaluate.gpus_per_worker)
+        summary = Evaluate(settings, self.trial_run, name, here).complete()
+        drop_local_copy(self.trial_run.model)  # the next rung has another
         if not summary.valid:
             raise InvalidEvaluation("; ".join(invalid_lines(name, summary)))
         scores = pq.read_table(open_parquet(self.trial_run.eval(name) / "scores.parquet"))

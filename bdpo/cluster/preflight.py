@@ -103,15 +103,6 @@ def check_adapters(config: Config, run: RunDir) -> str:
     return f"rank {config.train.lora.r}" if config.train.lora else "none"
 
 
-# Without these no stage can end well: `run` does them before its first.
-INPUT_CHECKS: dict[str, Check] = {
-    "model": check_model,
-    "adapters": check_adapters,
-    "data": check_data,
-    "benchmarks": check_benchmarks,
-}
-
-
 def check_template(config: Config, run: RunDir) -> str:
     """BOS once, the end of the turn once and last, the conversation as the template itself would write it."""
     chat, data = load_tokenizer(config.model), config.data
@@ -235,16 +226,6 @@ def check_judge(config: Config, run: RunDir) -> str:
             "can the nodes reach it?"
         )
     return f"{evaluate.judge_model} at {evaluate.judge_base_url}"
-
-
-LOCAL_CHECKS: dict[str, Check] = {
-    **INPUT_CHECKS,
-    "template": check_template,
-    "batches": check_batches,
-    "storage": check_storage,
-    "judge": check_judge,
-    "search": check_search,
-}
 
 
 def expected_hours(config: Config, run: RunDir, tokens_per_second: float | None) -> str:

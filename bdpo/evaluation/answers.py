@@ -17,8 +17,6 @@ import pyarrow as pa
 from bdpo.config import Config, ModelConfig
 from bdpo.evaluation.benchmarks.items import Item
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS, load_items
-from bdpo.evaluation.engines.hf import Generate, begun_ids, generate
-from bdpo.evaluation.engines.vllm import VLLMEngine
 from bdpo.evaluation.judges.base import Harm, Judge, Question, Verdict, addresses_judge
 from bdpo.evaluation.judges.registry import judge_fingerprint, make_judge
 from bdpo.evaluation.measures import SCORE_SCHEMA
@@ -34,6 +32,8 @@ from bdpo.storage.shards import ShardStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from bdpo.evaluation.engines.hf import Generate
 
 RESPONSE_SCHEMA = pa.schema([("item_id", pa.string()), ("response", pa.string()), ("new_tokens", pa.int64())])
 
@@ -138,6 +138,9 @@ class ShardAnswerer:
     @cached_property
     def generate(self) -> Generate:
         """The engine; made on first use, so that a fault in making it is the task's, not a dead actor's."""
+        from bdpo.evaluation.engines.hf import begun_ids, generate
+        from bdpo.evaluation.engines.vllm import VLLMEngine
+
         evaluate = self.config.evaluate
         if evaluate.engine == "transformers":
             return partial(generate, self.model.load().to(self.device), self.chat)  # type: ignore[arg-type]

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from bdpo.config import Config, worker_range
-from bdpo.evaluation.results import MODEL_NAMES
 from bdpo.reports.page import PageTable, Section
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.paths import StoragePath, open_parquet
@@ -38,13 +37,6 @@ class StageCost:
     def gpu_hours(self) -> float:
         """GPUs x hours."""
         return self.gpus * self.seconds / 3600
-
-
-def run_stages(config: Config, run: RunDir) -> list[TimedStage]:
-    """The stages of a run, finished or not."""
-    gpus = stage_gpus(config.evaluate)
-    evaluated = [TimedStage(f"evaluate {m}", run.eval(m) / "summary.json", gpus) for m in MODEL_NAMES]
-    return [score_stage(config, run), train_stage(config, run), *evaluated]
 
 
 def score_stage(config: Config, run: RunDir, name: str = "score") -> TimedStage:

@@ -19,7 +19,7 @@ from bdpo.evaluation.benchmarks.registry import is_main, measure_label
 from bdpo.evaluation.compare import compare
 from bdpo.evaluation.results import MODEL_NAMES, Evaluation, read_evaluation
 from bdpo.evaluation.tables import comparison_rows, invalid_lines, percent_of
-from bdpo.reports.cost import cost_section, run_stages, search_costs, stage_costs
+from bdpo.reports.cost import TimedStage, cost_section, search_costs, stage_costs
 from bdpo.reports.page import (
     BLUE,
     COLOURS,
@@ -54,8 +54,8 @@ _CURVES = {
 }
 
 
-def run_page(config: Config, run: RunDir) -> Page:
-    """All that there is to show of a run folder; `config` is of its last command.
+def run_page(config: Config, run: RunDir, stages: Sequence[TimedStage]) -> Page:
+    """All that there is to show of a run folder; `config` is of its last command, `stages` are the run's.
 
     A model that is trained is shown with the config that it was trained with.
     """
@@ -69,7 +69,7 @@ def run_page(config: Config, run: RunDir) -> Page:
         evaluation_section(evaluations),
         _search(run),
         _experiments(run),
-        cost_section([*stage_costs(run_stages(config, run)), *search_costs(config, run)]),
+        cost_section([*stage_costs(stages), *search_costs(config, run)]),
         settings_section(config),
     ]
     title = f"{config.method.name} on {config.model.name_or_path}"

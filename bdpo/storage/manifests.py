@@ -49,11 +49,11 @@ def finished(file: StoragePath, fingerprint: Fingerprint) -> dict[str, Any] | No
     """
     manifest = read_manifest(file)
     if manifest is not None:
-        refuse_other(file, manifest["fingerprint"], fingerprint)
+        require_same_fingerprint(file, manifest["fingerprint"], fingerprint)
     return manifest
 
 
-def refuse_other(what: object, made_with: Fingerprint, now: Fingerprint) -> None:
+def require_same_fingerprint(what: object, made_with: Fingerprint, now: Fingerprint) -> None:
     """Raise a UserError that names the first field in which two fingerprints differ, if any does."""
     for field in [*now, *(name for name in made_with if name not in now)]:
         old, new = made_with.get(field), now.get(field)

@@ -51,11 +51,6 @@ class RunDir:
         self.tune = self.root / "tune"
         self.private = self.root / "private"
 
-    def results(self) -> list[StoragePath]:
-        """All that a run makes, its config and lock aside."""
-        made = [self.data, self.scores, self.train, self.model, self.adapter, self.metrics, self.report]
-        return [*made, self.root / "eval", self.private / "responses"]
-
     def eval(self, name: str) -> StoragePath:
         """Results of the evaluated model called `name`."""
         return self.root / "eval" / name

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bdpo.errors import UserError
-from bdpo.storage.manifests import Fingerprint, refuse_other
+from bdpo.storage.manifests import Fingerprint, require_same_fingerprint
 from bdpo.storage.paths import StoragePath, parquet_bytes, read_bytes, sorted_glob, write_bytes
 
 _NAME = re.compile(r"part-(\d{9})-([0-9a-f]{16})\.parquet")
@@ -130,7 +130,7 @@ class ShardStore:
                 made_with = (pq.read_metadata(pa.BufferReader(content)).metadata or {}).get(
                     _METADATA_KEY, b"{}"
                 )
-                refuse_other(shard, json.loads(made_with), self.fingerprint)
+                require_same_fingerprint(shard, json.loads(made_with), self.fingerprint)
                 seen = first
                 yield first, shard, content
 

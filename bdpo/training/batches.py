@@ -16,7 +16,6 @@ import numpy as np
 
 from bdpo.config import TrainConfig
 from bdpo.errors import UserError
-from bdpo.models.packing import length_sorted_batches
 
 
 def draw_held_out(pair_ids: Sequence[str], fraction: float, seed: int) -> list[int]:
@@ -53,6 +52,8 @@ def deal_micro_batches(
     micro-step cost about the same, since workers wait for each other there. A worker without work left
     gets an empty micro-batch: it still takes part in the collectives.
     """
+    from bdpo.models.packing import length_sorted_batches
+
     batches = length_sorted_batches(lengths, budget)
     while len(batches) % workers:
         largest = max(batches, key=len)

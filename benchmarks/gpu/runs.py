@@ -44,12 +44,12 @@ def run_config(setup: Setup, name: str, pairs: int, **train: Any) -> Config:
 
 def score(config: Config, setup: Setup) -> dict[str, Any]:
     """Prepare and score all pairs anew; returns what the scorer did after its first shard."""
-    from pipelines.prepare import run_prepare
+    from pipelines.prepare import Prepare
 
     run = RunDir(config.run_dir)
     discard(run.root)
     run.open(config).release()
-    run_prepare(config, run)
+    Prepare(config, run).complete()
     fingerprint = score_fingerprint(config, run)
     scorer, clock = ShardScorer(config, run, fingerprint, setup.device.type), Clock(setup.device)
     for first, rows in score_store(run, fingerprint).missing(count_pairs(run.pairs), config.score.shard_rows):

@@ -15,12 +15,14 @@ from bdpo.evaluation.measures import Summary
 from bdpo.evaluation.results import COMPARABLE
 from bdpo.evaluation.tables import invalid_lines
 from bdpo.experiments.arms import Arm, arm_run
-from bdpo.storage.manifests import finished, read_manifest, refuse_other, write_manifest
+from bdpo.storage.cache import drop_local_copy
+from bdpo.storage.manifests import finished, read_manifest, require_same_fingerprint, write_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.objective import InvalidEvaluation
-from pipelines.evaluate import evaluate_model
-from pipelines.train import run_train, train_fingerprint
+from pipelines.evaluate import EvaluateTrained
+from pipelines.runtime.pool import InProcess
+from pipelines.train import Train, train_fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +84,7 @@ class Job:
             # The weights are those that the training's manifest is of: they need not be read again.
             asked = prompts_fingerprint(self.config) | judge_fingerprint(self.config)
             known = summary["fingerprint"].keys() & {*asked, *COMPARABLE}
-            refuse_other(verdicts, {key: summary["fingerprint"][key] for key in known}, asked)
+            require_same_fingerprint(verdicts, {key: summary["fingerprint"][key] for key in known}, asked)
 
     def state(self) -> str:
         """How far it is, in a word or two."""
@@ -107,7 +109,7 @@ class ArmActor:
             InvalidEvaluation: too many verdicts are missing; the same job again asks for those alone.
         """
         job.run.record(job.config)
-        run_train(job.config, job.run)
+        Train(job.config, job.run).complete()
         gpus = job.config.evaluate.gpus_per_worker
         summary = _on_gpu(gpus, job) if gpus else _evaluate(job)
         if not summary.valid:
@@ -115,7 +117,10 @@ class ArmActor:
 
 
 def _evaluate(job: Job) -> Summary:
-    return evaluate_model(job.config, job.run, "trained", here=True)
+    here = InProcess(job.config.evaluate.gpus_per_worker)
+    summary = EvaluateTrained(job.config, job.run, executor=here).complete()
+    drop_local_copy(job.run.model)  # the next job has another
+    return summary
 
 
 def _on_gpu(gpus: float, job: Job) -> Summary:

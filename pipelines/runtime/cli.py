@@ -1,4 +1,4 @@
-"""What every command has in common: arguments, exit codes, the Ray cluster, progress on the terminal."""
+"""What every command has in common: arguments, exit codes, the run folder's lock."""
 
 from __future__ import annotations
 
@@ -8,69 +8,92 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from bdpo.cluster.preflight import check_data, check_model
 from bdpo.config import Config, load_config
 from bdpo.errors import UserError, error_line
 from bdpo.models.tokenizer import with_template
 from bdpo.sandbox import with_sandbox_files
-from bdpo.storage.paths import StoragePath, discard
+from bdpo.storage.paths import discard
 from bdpo.storage.run_dir import RunDir
+from pipelines.runtime.stage import Stage, check_inputs, complete_all, outputs_of
+
+_OPTIONS = {
+    "inspect": "show the finished results, run nothing",
+    "dry_run": "print what it needs, and do nothing",
+}
+"""Methods of a stage that the command line offers as options: they change nothing and need no lock."""
 
 
-def main(
-    stage: Callable[..., object],
-    what: str | None,
-    results: Callable[..., list[StoragePath]],
-    inspect: Callable[[Config, RunDir], object] | None = None,
-    dry_run: Callable[[Config], object] | None = None,
-    choice: Sequence[str] = (),
-) -> None:
-    """Run a stage as a command: exit 0 done, 2 wrong config, input or environment, 1 the run failed.
+@dataclass(frozen=True)
+class Command:
+    """A command over a run folder: it completes some stages. Calling the object is the command line.
 
-    `results` names what the stage makes in the run folder: what fresh=true discards. `inspect` is what
-    `--inspect` does instead; it changes nothing and needs no lock. `dry_run` is what `--dry-run` does
-    instead, without a run folder. Of `choice` the first argument names one, which `stage` and `results` get.
+    Exit 0 done; 2 wrong config, input or environment; 1 the run failed. `fresh=true` discards what the stages
+    make; `--inspect` and `--dry-run` exist if a stage has them. `run` is called with config and run folder
+    instead of completing one stage after the other. Of `choice` the first argument names one, which each
+    stage, and `run`, get as a third argument.
     """
-    parser = argparse.ArgumentParser(
-        description=what, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EPILOG
-    )
-    if choice:
-        parser.add_argument("name", choices=choice, metavar="NAME", help=", ".join(choice))
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
-    if dry_run is not None:
-        parser.add_argument("--dry-run", action="store_true", help="print what it needs, and do nothing")
-    if inspect is not None:
-        parser.add_argument("--inspect", action="store_true", help="show the finished results, run nothing")
-    arguments = parser.parse_intermixed_args()
-    chosen = [arguments.name] if choice else []
-    with exit_codes():
-        config = command_config(arguments.config, arguments.overrides)
-        if dry_run is not None and arguments.dry_run:
-            dry_run(config)
-            return
-        run = RunDir(config.run_dir)
-        if inspect is not None and arguments.inspect:
-            inspect(config, run)
-            return
-        with run.open(config):
-            resolved = with_template(with_sandbox_files(config))
-            if config.fresh:
-                check_inputs(resolved)  # a typo must not cost a finished run
-                discard(*results(run, *chosen))
-            with clear_when_full(f"run_dir={run.root}"):
-                stage(resolved, run, *chosen)
-                run.record(config)
+
+    what: str | None
+    stages: Sequence[type[Stage]]
+    run: Callable[..., object] | None = None
+    choice: Sequence[str] = ()
+
+    def __call__(self, arguments: Sequence[str] | None = None) -> None:
+        """Do what the arguments ask for, by default those of the process."""
+        given = self._parser().parse_intermixed_args(arguments)
+        chosen = [given.name] if self.choice else []
+        with exit_codes():
+            config = command_config(given.config, given.overrides)
+            run = RunDir(config.run_dir)
+            for option in _OPTIONS:
+                if getattr(given, option, False):
+                    for stage in self._having(option):
+                        getattr(stage(config, run, *chosen), option)()
+                    return
+            with run.open(config):
+                self._work(config, run, *chosen)
+
+    def _work(self, config: Config, run: RunDir, *chosen: str) -> None:
+        """Complete the stages, in a run folder that is this command's alone."""
+        resolved = with_template(with_sandbox_files(config))
+        stages = [stage(resolved, run, *chosen) for stage in self.stages]
+        if config.fresh:
+            check_inputs(stages)  # a typo must not cost a finished run
+            discard(*outputs_of(stages))
+        with clear_when_full(f"run_dir={run.root}"):
+            if self.run is None:
+                complete_all(stages)
+            else:
+                self.run(resolved, run, *chosen)
+            run.record(config)
+
+    def _parser(self) -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(
+            description=self.what, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EPILOG
+        )
+        if self.choice:
+            parser.add_argument("name", choices=self.choice, metavar="NAME", help=", ".join(self.choice))
+        parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+        parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
+        for option, what in _OPTIONS.items():
+            if self._having(option):
+                parser.add_argument(f"--{option.replace('_', '-')}", action="store_true", help=what)
+        return parser
+
+    def _having(self, option: str) -> list[type[Stage]]:
+        """The stages that have an option of their own."""
+        return [stage for stage in self.stages if getattr(stage, option) is not getattr(Stage, option)]
 
 
 @contextmanager
 def clear_when_full(what: str) -> Iterator[None]:
-    """Say a full disk, quota or file system in one line, as the actors do; nothing of it is the run's fault.
+    """Report a full disk, quota or file system in one line, as the actors do: the run is not at fault.
 
     Raises:
-        UserError: that.
+        UserError: one of them is full; `what` names what cannot be written.
     """
     try:
         yield
@@ -109,17 +132,7 @@ def command_config(file: str, overrides: Sequence[str]) -> Config:
     return config
 
 
-def check_inputs(config: Config) -> None:
-    """Make sure that model, tokenizer and data can be read, before anything is discarded or begun.
-
-    Raises:
-        UserError: one of them cannot.
-    """
-    for check in (check_model, check_data):
-        check(config, RunDir(config.run_dir))
-
-
 _EPILOG = """\
 The same command again resumes, and does nothing when all is done; fresh=true starts over.
-exit code: 0 done; 2 wrong config, input or environment, said in one line; 1 the run failed;
+exit code: 0 done; 2 wrong config, input or environment, reported in one line; 1 the run failed;
 130 interrupted"""

@@ -34,14 +34,14 @@ def connect() -> None:
     refuse_secrets(dict(ray.get_runtime_context().runtime_env), "runtime_env")
 
 
-def require(
+def require_capacity(
     stage: str,
     workers: int,
     gpus_per_worker: float,
     cpus_per_worker: float = 1,
     accelerator: str | None = None,
 ) -> None:
-    """Refuse what the cluster can never hold, instead of waiting for it for ever.
+    """Refuse workers that the cluster can never hold, instead of waiting for them for ever.
 
     Raises:
         UserError: there is no room for `workers` of this size, whatever nodes the autoscaler adds.

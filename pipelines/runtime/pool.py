@@ -1,7 +1,7 @@
-"""Ray Data over shards: each row is a range of rows, each actor commits the shards that it is given.
+"""Where the shards of a stage are made: by this process, or by a pool of Ray actors under Ray Data.
 
-What flows through Ray is `{first, rows}` alone; the data are read and written by the actors, so nothing
-is lost with the driver and the driver's memory does not grow with the data.
+What flows through Ray is `{first, rows}` alone; the data are read and written by the actors, so nothing is
+lost with the driver and the driver's memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -10,31 +10,112 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from bdpo.config import worker_range
 from bdpo.errors import UserError
-from pipelines.runtime.cluster import connect, require
+from bdpo.storage.shards import ShardStore
+from pipelines.runtime.cluster import connect, require_capacity
 from pipelines.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
 
-# Of a shard whose actor dies under it: more often than that it is the shard and not the machine.
+# Of a shard whose actor dies: more often than that, the shard is the cause and not the machine.
 ATTEMPTS = 3
 
-# Of an actor, before Ray Data makes another; then how many in a row may die unborn. Ray's own defaults would
-# go on for ever with a model that kills every process that loads it.
+# Restarts of an actor before Ray Data makes another; then how many actors in a row may die while they start.
+# With Ray's own defaults, a model that kills every process that loads it would be retried for ever.
 RESTARTS, STILLBORN = 3, 5
 
 
-def in_hand(workers: Any) -> int:
-    """How many shards may be lost with nodes that die, before it is something else that goes wrong."""
+Shards: TypeAlias = Sequence[tuple[int, int]]
+"""(first row, number of rows) of each."""
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """`total` rows that are to be in `store`, in shards of `shard_rows`; `title` names it on the terminal.
+
+    `actor(**arguments, device=...)` makes an object that is called with `{first, rows}`, and commits a shard.
+    """
+
+    title: str
+    actor: type
+    arguments: dict[str, Any]
+    store: ShardStore
+    total: int
+    shard_rows: int
+
+    def missing(self) -> Shards:
+        """The shards that are to be made."""
+        return self.store.missing(self.total, self.shard_rows)
+
+
+class Executor(Protocol):
+    """Where shards are made."""
+
+    def complete_shards(self, work: ShardWork) -> None:
+        """Make the shards that are missing."""
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """Every shard in this process, on its GPU if it has `gpus`; the GPU's memory is freed afterwards."""
+
+    gpus: float = 0
+
+    def complete_shards(self, work: ShardWork) -> None:
+        """Make the shards that are missing, one after the other."""
+        missing = work.missing()
+        if not missing:
+            return
+        make_shard = work.actor(**work.arguments, device="cuda" if self.gpus else "cpu")
+        done = work.total - sum(rows for _, rows in missing)
+        with progress_bar(work.title, work.total, done) as advance:
+            for first, rows in missing:
+                make_shard({"first": first, "rows": rows})
+                advance(rows)
+        if self.gpus:
+            import torch
+
+            del make_shard
+            torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class RayPool:
+    """`workers` (n or [min, max]) actors of `gpus` each, for the stage whose config section is `stage`."""
+
+    stage: str
+    workers: Any
+    gpus: float
+
+    def complete_shards(self, work: ShardWork) -> None:
+        """Make the shards that are missing; what is lost with nodes that die is made again, twice at most.
+
+        Raises:
+            UserError: the cluster can never hold the smallest such pool; or an actor raised one.
+            RayError: more shards failed than nodes that die explain.
+        """
+        lost = may_be_lost(self.workers)
+        for may_fail in (lost, lost, 0):
+            missing = work.missing()
+            if not missing:
+                break
+            dataset = shard_dataset(missing, may_fail)
+            dataset = on_pool(dataset, self.stage, work.actor, work.arguments, self.workers, self.gpus)
+            consume(dataset, work.title, work.total, missing)
+
+
+def may_be_lost(workers: Any) -> int:
+    """How many shards may be lost with nodes that die, before something else must be what goes wrong."""
     return 4 * worker_range(workers)[1]
 
 
-def shard_dataset(shards: Sequence[tuple[int, int]], may_fail: int = 0) -> Dataset:
+def shard_dataset(shards: Shards, may_fail: int = 0) -> Dataset:
     """One block for each (first row, number of rows), so that each is a task of its own.
 
     When more than `may_fail` of them fail, all fail.
@@ -72,7 +153,7 @@ def on_pool(
     from ray.data import ActorPoolStrategy
 
     low, high = worker_range(workers)
-    require(stage, low, gpus)
+    require_capacity(stage, low, gpus)
     device = "cuda" if gpus else "cpu"
     with warnings.catch_warnings(action="ignore"):  # Ray 2.60 has no other way yet to bound the retries
         return dataset.map(
@@ -86,32 +167,11 @@ def on_pool(
         )
 
 
-def run_here(
-    actor: type,
-    arguments: dict[str, Any],
-    gpus: float,
-    title: str,
-    total: int,
-    missing: Sequence[tuple[int, int]],
-) -> None:
-    """The same without a pool: every shard in this process, and the GPU's memory is given back."""
-    work = actor(**arguments, device="cuda" if gpus else "cpu")
-    with progress_bar(title, total, total - sum(rows for _, rows in missing)) as advance:
-        for first, rows in missing:
-            work({"first": first, "rows": rows})
-            advance(rows)
-    if gpus:
-        import torch
-
-        del work
-        torch.cuda.empty_cache()
-
-
 def consume(
     dataset: Dataset,
     title: str,
     total: int,
-    missing: Sequence[tuple[int, int]],
+    missing: Shards,
     each: Callable[[dict[str, Any]], None] = lambda shard: None,
 ) -> None:
     """Run it to the end with a progress bar in rows, those that were done before included.

@@ -9,7 +9,6 @@ import sys
 import pyarrow as pa
 import pytest
 
-from bdpo.cluster.status import run_status
 from bdpo.errors import UserError
 from bdpo.evaluation.measures import SCORE_SCHEMA
 from bdpo.scoring.scores import SCORE_SCHEMA as MI_SCHEMA
@@ -17,6 +16,7 @@ from bdpo.storage.manifests import write_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
 from bdpo.storage.shards import ShardStore
+from pipelines.status import run_status
 from tests.support.helpers import tiny_config
 
 PAIRS = 20
@@ -31,7 +31,7 @@ def run(tmp_path):
 
 
 def stage(run, name):
-    return next(found for found in run_status(run) if found["stage"] == name)
+    return next(found.as_json() for found in run_status(run) if found.stage == name)
 
 
 def empty_rows(schema, count):
@@ -51,8 +51,9 @@ def test_a_folder_without_a_run(tmp_path):
 
 def test_a_run_that_has_not_begun(run):
     stages = run_status(run)
-    assert [s["stage"] for s in stages] == ["prepare", "score", "train", "evaluate base", "evaluate trained"]
-    assert {s["state"] for s in stages} == {"not begun"}
+    evaluated = "evaluate base", "train", "evaluate trained"
+    assert [stage.stage for stage in stages] == ["prepare", "score", *evaluated, "report"]
+    assert {stage.state for stage in stages} == {"not begun"}
 
 
 def test_scoring_half_way(run):
@@ -116,7 +117,7 @@ def test_the_command(run, tmp_path):
     shown = command(str(run.root))
     assert shown.returncode == 0, shown.stderr
     assert "not begun" in shown.stdout
-    assert json.loads(command(str(run.root), "--json").stdout) == run_status(run)
+    assert json.loads(command(str(run.root), "--json").stdout) == [s.as_json() for s in run_status(run)]
     assert sorted(run.root.rglob("*")) == before
     missing = command(str(tmp_path / "nothing"))
     assert missing.returncode == 2
@@ -127,7 +128,7 @@ def test_trainings_of_experiments_are_counted(tmp_path):
     run = RunDir(tmp_path)
     config = tiny_config(tmp_path, tmp_path / "model", tmp_path / "pairs")
     run.record(config)
-    assert all(stage["stage"] != "experiments" for stage in run_status(run))
+    assert all(stage.stage != "experiments" for stage in run_status(run))
     for seed, files in enumerate(
         [[], ["model/config.json"], ["model/config.json", "eval/trained/summary.json"]]
     ):
@@ -136,6 +137,6 @@ def test_trainings_of_experiments_are_counted(tmp_path):
         for file in files:
             (folder / file).parent.mkdir(parents=True)
             (folder / file).write_text("{}")
-    [stage] = [stage for stage in run_status(run) if stage["stage"] == "experiments"]
     counts = {"state": "begun", "trainings": 3, "trained": 2, "evaluated": 1}
-    assert stage == {"stage": "experiments"} | counts
+    [found] = run_status(run)  # the stages of the pipeline are not begun
+    assert found.as_json() == {"stage": "experiments"} | counts

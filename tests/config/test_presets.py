@@ -21,7 +21,7 @@ from bdpo.scoring.scores import finish_scores, read_scores, score_fingerprint
 from bdpo.scoring.shard_scorer import ShardScorer
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.memory import KNOWN_SHAPES
-from pipelines.prepare import run_prepare
+from pipelines.prepare import Prepare
 from pipelines.runtime import plan_table as plan
 from tests.support import ROOT
 from tests.support.chats import CHATML, MISTRAL, byte_tokenizer
@@ -98,7 +98,7 @@ def twins(tmp_path_factory):
             config = configs[preset] = load_config(file, [*paths, *SHRUNKEN])
             run = RunDir(config.run_dir)
             run.open(config)
-            run_prepare(config, run)
+            Prepare(config, run).complete()
             fingerprint = score_fingerprint(config, run)
             ShardScorer(config, run, fingerprint, "cpu")({"first": 0, "rows": 16})
             finish_scores(run, fingerprint, 0.0)

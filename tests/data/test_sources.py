@@ -14,7 +14,7 @@ from bdpo.data.sources import Unreadable, read_rows
 from bdpo.errors import UserError
 from bdpo.storage.paths import storage_path
 from bdpo.storage.run_dir import RunDir
-from pipelines.prepare import run_prepare
+from pipelines.prepare import Prepare
 from tests.support.data_files import WRITERS, pair_row, refusal, write_csv, write_jsonl
 from tests.support.helpers import save_model, tiny_config
 
@@ -56,9 +56,9 @@ def test_rows_on_object_storage_are_those_of_the_same_file_here(
     remote.fs.put(str(local), remote.path, recursive=True)
     assert list(read_rows(DataConfig(path=url))) == list(read_rows(DataConfig(path=str(local))))
     config = tiny_config(tmp_path / "run", save_model(tmp_path / "model", tiny_chat), local)
-    manifest = run_prepare(config, RunDir(config.run_dir))
+    manifest = Prepare(config, RunDir(config.run_dir)).complete()
     moved = config.model_copy(update={"data": config.data.model_copy(update={"path": url})})
-    assert run_prepare(moved, RunDir(config.run_dir)) == manifest  # the same content: no other data
+    assert Prepare(moved, RunDir(config.run_dir)).complete() == manifest  # the same content: no other data
 
 
 def test_a_url_at_which_nothing_lies_is_named(bucket):

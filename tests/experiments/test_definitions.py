@@ -30,7 +30,7 @@ from bdpo.storage.paths import discard
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.objective import InvalidEvaluation, Measured
 from pipelines.experiment import _usable, best_trial
-from pipelines.prepare import run_prepare
+from pipelines.prepare import Prepare
 from pipelines.runtime import arms
 from pipelines.runtime.arms import jobs_of
 from pipelines.runtime.experiment_results import write_results
@@ -262,7 +262,7 @@ def test_an_arm_that_the_data_do_not_allow_is_left_out_and_named(tmp_path, tiny_
     pairs = write_jsonl(tmp_path / "pairs.jsonl", rows)
     config = tiny_config(tmp_path / "run", save_model(tmp_path / "model", tiny_chat), pairs)
     run = RunDir(config.run_dir)
-    run_prepare(config, run)
+    Prepare(config, run).complete()
     usable, [note] = _usable(config, run, experiment("methods", config).arms)
     assert [arm.name for arm in usable] == ["bdpo", "dpo", "cpo", "simpo"]
     assert "safedpo" in note
@@ -275,7 +275,7 @@ def test_answers_that_were_sampled_are_not_taken_for_greedy_ones(tmp_path, tiny_
     (tmp_path / "s.csv").write_text("category,source,forbidden_prompt\na,x,take the amber\n")
     config = tiny_config(tmp_path / "run", save_model(tmp_path / "model", tiny_chat), pairs, evaluate=files)
     run = RunDir(config.run_dir)
-    run_prepare(config, run)
+    Prepare(config, run).complete()
     [job] = jobs_of(config, run, experiment("methods", config).arms[:1], [0])
     greedy = prompts_fingerprint(config) | judge_fingerprint(config) | {"weights": "of the model"}
     write_manifest(job.run.eval("trained") / "summary.json", greedy)
@@ -286,9 +286,9 @@ def test_answers_that_were_sampled_are_not_taken_for_greedy_ones(tmp_path, tiny_
 
 
 def test_an_invalid_evaluation_of_an_arm_is_a_fault(monkeypatch, config):
-    monkeypatch.setattr(arms, "run_train", lambda *_: {})
+    monkeypatch.setattr(arms.Train, "complete", lambda stage: {})
     unjudged = summarise([row(n, 0.0 if n == 3 else None) for n in range(4)])
-    monkeypatch.setattr(arms, "evaluate_model", lambda *_, **__: unjudged)
+    monkeypatch.setattr(arms.EvaluateTrained, "complete", lambda stage: unjudged)
     [job] = jobs_of(config, RunDir(config.run_dir), experiment("methods", config).arms[:1], [0])
     with pytest.raises(InvalidEvaluation, match="3 of 4 unjudged"):
         arms.ArmActor().run(job)
@@ -325,7 +325,7 @@ def test_what_diverged_is_known_again_and_nothing_else(tmp_path, tiny_chat):
     pairs = write_jsonl(tmp_path / "pairs.jsonl", invented_pairs(4))
     config = tiny_config(tmp_path / "run", save_model(tmp_path / "model", tiny_chat), pairs)
     run = RunDir(config.run_dir)
-    run_prepare(config, run)
+    Prepare(config, run).complete()
     [job] = jobs_of(config, run, experiment("methods", config).arms[:1], [0])
     job.record(RuntimeError("a node died"))
     assert job.diverged is None

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import resource
-import sys
 
 import pytest
 
 from bdpo.errors import UserError
 from bdpo.storage.manifests import write_manifest
-from pipelines.runtime.cli import command_config, main
+from pipelines.runtime.cli import Command, command_config
+from pipelines.runtime.stage import Stage
+
+
+class Invented(Stage):
+    """A stage that does what a test gives it to do."""
+
+    name = "invented"
+    work = staticmethod(lambda run: None)
+
+    def outputs(self):
+        return [self.run.report]
+
+    def complete(self):
+        return self.work(self.run)
+
+    def status(self):
+        raise NotImplementedError
 
 
 @pytest.fixture
@@ -30,16 +46,16 @@ def test_a_job_does_not_lose_its_results_with_its_folder(file, monkeypatch):
 
 def test_a_full_disk_is_said_in_one_line_whatever_is_being_written(file, tmp_path, monkeypatch, capsys):
     """A limit on the size of files: the system refuses the write."""
-    monkeypatch.setattr(sys, "argv", ["score", "--config", file, f"run_dir={tmp_path}/run"])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def stage(config, run):
+    def work(run):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
         write_manifest(run.data / "manifest.json", {"weights": "a" * 2000})
 
+    monkeypatch.setattr(Invented, "work", staticmethod(work))
     try:
         with pytest.raises(SystemExit) as ended:
-            main(stage, "", lambda run: [])
+            Command("", (Invented,))(["--config", file, f"run_dir={tmp_path}/run"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert ended.value.code == 2
@@ -48,6 +64,32 @@ def test_a_full_disk_is_said_in_one_line_whatever_is_being_written(file, tmp_pat
 
 
 def test_another_error_of_the_system_is_not_taken_for_it(file, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["score", "--config", file, f"run_dir={tmp_path}/run"])
+    monkeypatch.setattr(Invented, "work", staticmethod(lambda run: (tmp_path / "nothing").read_text()))
     with pytest.raises(FileNotFoundError):
-        main(lambda config, run: (tmp_path / "nothing").read_text(), "", lambda run: [])
+        Command("", (Invented,))(["--config", file, f"run_dir={tmp_path}/run"])
+
+
+def test_fresh_discards_what_the_stages_make_and_nothing_else(file, tmp_path, monkeypatch):
+    run, there = tmp_path / "run", []
+    for made in ("report/report.html", "model/config.json"):
+        (run / made).parent.mkdir(parents=True)
+        (run / made).write_text("{}")
+    (run / "config.yaml").write_text("{}")
+    work = staticmethod(lambda run: there.extend(path.name for path in run.root.iterdir()))
+    monkeypatch.setattr(Invented, "work", work)
+    Command("", (Invented,))(["--config", file, f"run_dir={run}"])
+    assert {"report", "model"} <= {*there}
+    there.clear()
+    Command("", (Invented,))(["--config", file, f"run_dir={run}", "fresh=true"])
+    assert "report" not in there
+    assert "model" in there
+
+
+def test_options_are_those_that_a_stage_declares(file, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        Command("", (Invented,))(["--config", file, "--inspect"])
+    assert "unrecognized arguments: --inspect" in capsys.readouterr().err
+    monkeypatch.setattr(Invented, "inspect", lambda stage: print(f"inspected {stage.run.root.name}"))
+    Command("", (Invented,))(["--config", file, f"run_dir={tmp_path}/run", "--inspect"])
+    assert capsys.readouterr().out == "inspected run\n"
+    assert not (tmp_path / "run").exists()

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from bdpo.cluster.node_checks import NODE_CHECKS, SPARE_GIB, files_on_nodes
 from bdpo.cluster.nodes import PACKAGES, node_facts
-from bdpo.cluster.preflight import LOCAL_CHECKS, Doubt, examine, expected_hours, measure_throughput
+from bdpo.cluster.preflight import Doubt, examine, expected_hours, measure_throughput
 from bdpo.config import parse_config
 from bdpo.errors import UserError
 from bdpo.models.tokenizer import encode_pair, load_tokenizer
 from bdpo.storage.run_dir import RunDir
-from pipelines.preflight import MAX_UPLOAD_MIB, _answers, check_upload
+from pipelines.preflight import MAX_UPLOAD_MIB, _answers, check_upload, local_checks
 from pipelines.runtime import cluster
 from pipelines.runtime.cluster import connect
 from tests.support import ROOT
@@ -45,7 +45,8 @@ def values(tmp_path, tiny_chat):
 def local(values):
     """Finding by check, of everything that needs no cluster."""
     config = parse_config(values, "test")
-    return {found.check: found for found in examine(LOCAL_CHECKS, config, RunDir(config.run_dir))}
+    run = RunDir(config.run_dir)
+    return {found.check: found for found in examine(local_checks(config, run), config, run)}
 
 
 def levels(findings):
@@ -54,7 +55,9 @@ def levels(findings):
 
 def test_nothing_is_wrong(values, tmp_path):
     findings = local(values)
-    assert levels(findings) == dict.fromkeys(LOCAL_CHECKS, "ok"), findings
+    assert levels(findings) == dict.fromkeys(findings, "ok"), findings
+    checks = {"model", "adapters", "data", "benchmarks", "template", "batches", "storage", "judge", "search"}
+    assert findings.keys() == checks
     assert os.listdir(tmp_path / "run") == []
 
 
@@ -322,33 +325,33 @@ class TestRoom:
 
     def test_room_is_counted_node_by_node(self, of):
         of((1, {"CPU": 64}), (2, {"CPU": 4, "GPU": 8}))
-        cluster.require("train", 8, 1)  # 4 CPUs on each node with GPUs
+        cluster.require_capacity("train", 8, 1)  # 4 CPUs on each node with GPUs
         with pytest.raises(UserError, match=r"9 workers x 1 CPU \+ 1 GPU do not fit .* room for 8"):
-            cluster.require("train", 9, 1)
+            cluster.require_capacity("train", 9, 1)
         with pytest.raises(UserError, match="room for 0"):
-            cluster.require("train", 1, 16)
-        cluster.require("score", 32, 0.5, cpus_per_worker=0.25)
+            cluster.require_capacity("train", 1, 16)
+        cluster.require_capacity("score", 32, 0.5, cpus_per_worker=0.25)
 
     def test_an_accelerator_is_had_where_it_is(self, of):
         of((1, {"CPU": 0}), (2, H100), (8, L40S))
-        cluster.require("train", 16, 1, accelerator="H100")
-        cluster.require("score", 24, 1)
+        cluster.require_capacity("train", 16, 1, accelerator="H100")
+        cluster.require_capacity("score", 24, 1)
         with pytest.raises(UserError, match=r"17 workers .* on H100 do not fit"):
-            cluster.require("train", 17, 1, accelerator="H100")
+            cluster.require_capacity("train", 17, 1, accelerator="H100")
 
     def test_what_an_autoscaler_can_add_counts(self, tmp_path, monkeypatch):
         shutil.copy(ROOT / "cluster.yaml", tmp_path / "ray_bootstrap_config.yaml")
         monkeypatch.setenv("HOME", str(tmp_path))
         nodes = cluster.cluster_nodes()
         assert sum(count * resources.get("GPU", 0) for count, resources in nodes) == 2 * 8 + 8
-        cluster.require("train", 16, 1, accelerator="H100")
+        cluster.require_capacity("train", 16, 1, accelerator="H100")
         with pytest.raises(UserError, match="25 workers"):
-            cluster.require("score", 25, 1)
+            cluster.require_capacity("score", 25, 1)
 
     def test_on_kubernetes_nothing_is_refused_that_may_come(self, monkeypatch, tmp_path):
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.setenv("RAY_CLUSTER_NAME", "bdpo-x")
-        cluster.require("train", 999, 1)
+        cluster.require_capacity("train", 999, 1)
 
 
 class TestUpload:

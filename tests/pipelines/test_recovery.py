@@ -10,7 +10,7 @@ import pytest
 from bdpo.config import load_config
 from bdpo.errors import UserError
 from bdpo.storage.run_dir import RunDir
-from pipelines.train import _begin
+from pipelines.runtime.fit import _begin
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
 from tests.support.killed_training import Nodes, kill_training
 

@@ -9,7 +9,7 @@ import yaml
 
 from bdpo.config import load_config
 from bdpo.storage.run_dir import RunDir
-from pipelines.prepare import run_prepare
+from pipelines.prepare import Prepare
 from tests.support.commands import run_command
 from tests.support.helpers import invented_pairs, write_jsonl
 from tests.support.pipeline import PAIRS, pipeline, pipeline_inputs
@@ -29,7 +29,7 @@ def test_a_method_that_lacks_its_labels_is_refused_before_ray_starts(inputs, tmp
     if stage == "train":
         config = load_config(inputs / "config.yaml", overrides[:2])
         with RunDir(config.run_dir).open(config):
-            run_prepare(config, RunDir(config.run_dir))
+            Prepare(config, RunDir(config.run_dir)).complete()
     code, _, error = pipeline(stage, inputs / "config.yaml", *overrides)
     assert code == 2
     assert f"method.name=safedpo: requires chosen_safe and rejected_safe of every pair, 4 of {PAIRS}" in error

@@ -32,6 +32,7 @@ from bdpo.storage.paths import write_parquet, write_text
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.objective import Measured
 from pipelines import report
+from pipelines.report import timed_stages
 from pipelines.runtime.experiment_results import RATES_SCHEMA, write_results
 from tests.support.helpers import tiny_config
 from tests.support.score_rows import evaluated, table
@@ -85,7 +86,7 @@ def run(tmp_path, scores):
 def test_a_run_of_200_000_pairs_is_a_small_page(run):
     config, folder = run
     file = folder.report / "report.html"
-    write_page(run_page(config, folder), file)
+    write_page(run_page(config, folder, timed_stages(config, folder)), file)
     html = file.read_text()
     assert file.stat().st_size < 5_000_000
     for shown in (
@@ -99,7 +100,7 @@ def test_a_run_of_200_000_pairs_is_a_small_page(run):
 @pytest.mark.parametrize("name", ["run", "methods"])
 def test_a_page_with_all_its_tables_fits_a_phone(run, tab, name):
     config, folder = run
-    page = run_page(config, folder)
+    page = run_page(config, folder, timed_stages(config, folder))
     if name == "methods":
         plan = experiment("methods", config)
         found = {arm.name: evaluated(table([1.0, 0.5], [False])) for arm in plan.arms}
@@ -150,7 +151,7 @@ def swept(run):
 def test_the_page_of_a_sweep_has_its_heat_map_its_front_and_a_line_a_trial(swept):
     config, folder = swept
     write_text(folder.root / "experiments" / "alpha" / "report.html", "a page")
-    page = run_page(config, folder)
+    page = run_page(config, folder, timed_stages(config, folder))
     space, front = picture(page, "search-space"), picture(page, "search-front")
     assert (space.get_xlabel(), space.get_ylabel()) == ("α", "β")
     written = {text.xy: text.get_text() for text in space.texts}
@@ -177,7 +178,8 @@ def test_the_page_of_a_sweep_has_its_heat_map_its_front_and_a_line_a_trial(swept
 
 def test_a_sweep_counts_in_time_and_cost(swept):
     """Nine trials of two rungs of 100 s of training on no GPU, 7 s of evaluation on half a one."""
-    rows = {row[0]: row[1:] for row in part(run_page(*swept), "Time and cost").tables[0].rows}
+    page = run_page(*swept, timed_stages(*swept))
+    rows = {row[0]: row[1:] for row in part(page, "Time and cost").tables[0].rows}
     assert rows["search: train 9 trials"] == ("1,800", "0", "0.00")
     assert rows["search: evaluate 9 trials"] == ("126", "0.5", "0.02")
     for name in ("base", "base, held out", "chosen, held out"):
@@ -188,7 +190,7 @@ def test_a_sweep_counts_in_time_and_cost(swept):
 
 def test_a_folder_without_results_has_a_page_too(tmp_path):
     config = tiny_config(tmp_path / "run", tmp_path / "gone", tmp_path / "gone.jsonl")
-    page = run_page(config, RunDir(config.run_dir))
+    page = run_page(config, RunDir(config.run_dir), [])
     assert [section.heading for section in page.sections] == ["Setup", "All settings"]
 
 
@@ -497,7 +499,7 @@ def test_a_model_is_shown_with_the_config_that_it_was_trained_with(run):
     config, folder = run
     trained = config.model_copy(update={"method": METHODS["ipo"]()})
     write_manifest(folder.train / "manifest.json", {}, config=trained.model_dump(), versions={"ray": "9.9"})
-    page = run_page(config, folder)
+    page = run_page(config, folder, timed_stages(config, folder))
     assert page.title.startswith("ipo on")
     write_page(page, folder.report / "report.html")
     assert "ray 9.9" in (folder.report / "report.html").read_text()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import statistics
-import sys
 from itertools import pairwise
 
 import pyarrow as pa
@@ -18,7 +17,7 @@ from bdpo.scoring.scores import SCORE_SCHEMA, score_store
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.run_dir import RunDir
 from pipelines import score
-from pipelines.runtime import cli, pool
+from pipelines.runtime import pool
 from tests.support.helpers import tiny_config
 
 MI = {
@@ -163,11 +162,10 @@ def run(tmp_path, scores):
 
 def inspect(run, monkeypatch):
     """`python -m pipelines.score --config FILE --inspect` on a terminal of 80 columns: exit code."""
-    monkeypatch.setattr(sys, "argv", ["score", "--config", str(run.config), "--inspect"])
     monkeypatch.setattr(score, "console", Console(width=80))
     monkeypatch.setattr(pool, "connect", lambda: pytest.fail("no cluster is needed"))
     try:
-        cli.main(score.run_score, "", lambda run: [], inspect=score.show_scores)
+        score.main(["--config", str(run.config), "--inspect"])
     except SystemExit as end:
         return end.code
     return 0

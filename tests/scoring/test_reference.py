@@ -25,6 +25,7 @@ from bdpo.data.pairs import PAIR_SCHEMA, pair_ids, read_pairs
 from bdpo.errors import UserError
 from bdpo.models.logps import LogpsModel
 from bdpo.models.packing import PrefixGroup, length_sorted_batches
+from bdpo.scoring import shard_scorer
 from bdpo.scoring.reference import ReferenceScorer, reference_logps
 from bdpo.scoring.scores import (
     MAX_UNSCORABLE,
@@ -39,7 +40,7 @@ from bdpo.scoring.shard_scorer import ShardScorer, score_with_bisection
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.run_dir import RunDir
 from pipelines import prepare, score
-from pipelines.prepare import run_prepare
+from pipelines.prepare import Prepare
 from pipelines.runtime import cluster, pool
 from tests.support import ROOT
 from tests.support.helpers import (
@@ -122,7 +123,7 @@ def make_run(tmp_path, model, capsys):
         config = tiny_config(tmp_path / "run", model, data, **changes)
         run = RunDir(config.run_dir)
         run.open(config).release()
-        run_prepare(config, run)
+        Prepare(config, run).complete()
         return config, run
 
     return make
@@ -150,10 +151,10 @@ def test_pairs_that_cannot_be_scored_are_named_when_all_others_are_scored(
     rows = [with_mark(row, bad[i]) if i in bad else row for i, row in enumerate(rows)]
     config, run = make_run(rows, score={"workers": 2, "shard_rows": 4})
     ids = list(pair_ids(run.pairs))
-    monkeypatch.setattr(score, "ShardScorer", UnluckyScorer)
+    monkeypatch.setattr(shard_scorer, "ShardScorer", UnluckyScorer)
     monkeypatch.setattr(pool, "ATTEMPTS", 1)
     with pytest.raises(UserError) as refused:
-        score.run_score(config, run)
+        run_score(config, run)
     message = str(refused.value)
     assert "\n" not in message
     assert f"pair_id {ids[3]} (row 3 of data/pairs): IndexError at test_reference.py:" in message
@@ -165,9 +166,9 @@ def test_pairs_that_cannot_be_scored_are_named_when_all_others_are_scored(
     assert store.missing(26, 8) == [(3, 1), (12, 1), (21, 1)]
     assert not (run.scores / "manifest.json").exists()
 
-    monkeypatch.setattr(score, "ShardScorer", ShardScorer)
+    monkeypatch.setattr(shard_scorer, "ShardScorer", ShardScorer)
     before = {shard.name for shard in run.scores.glob("part-*")}
-    score.run_score(config, run)
+    run_score(config, run)
     assert len({shard.name for shard in run.scores.glob("part-*")} - before) == 3
     whole = RunDir(tmp_path / "whole")
     whole.root.mkdir()
@@ -183,23 +184,23 @@ def test_pairs_that_cannot_be_scored_are_named_when_all_others_are_scored(
 @pytest.mark.ray
 def test_a_full_disk_is_said_and_the_rerun_completes(sent_by_value, make_run, monkeypatch):
     config, run = make_run(invented_pairs(20))
-    monkeypatch.setattr(score, "ShardScorer", FullDiskScorer)
+    monkeypatch.setattr(shard_scorer, "ShardScorer", FullDiskScorer)
     with pytest.raises(UserError, match=rf"run_dir={run.root}: cannot be .* written \(File too large\)"):
-        score.run_score(config, run)
+        run_score(config, run)
     assert not list(run.scores.iterdir())  # what was half written gives its space back
-    monkeypatch.setattr(score, "ShardScorer", ShardScorer)
-    assert score.run_score(config, run)["rows"] == 20
+    monkeypatch.setattr(shard_scorer, "ShardScorer", ShardScorer)
+    assert run_score(config, run)["rows"] == 20
 
 
 @pytest.mark.ray
 def test_actors_that_die_at_birth_end_the_run(sent_by_value, make_run, monkeypatch):
     """Ray alone would make new ones for ever."""
     config, run = make_run(invented_pairs(20))
-    monkeypatch.setattr(score, "ShardScorer", StillbornScorer)
+    monkeypatch.setattr(shard_scorer, "ShardScorer", StillbornScorer)
     monkeypatch.setattr(pool, "RESTARTS", 1)
     monkeypatch.setattr(pool, "STILLBORN", 1)
     with pytest.raises(RayError):
-        score.run_score(config, run)
+        run_score(config, run)
     assert (run.root / "births").read_text() == "xx" * 2
 
 
@@ -467,10 +468,16 @@ def test_scores_that_are_made_again_are_not_said_to_be_finished(make_run, monkey
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(score, "_score", killed)
+    monkeypatch.setattr(score.Score, "_score_in_rounds", killed)
     with pytest.raises(KeyboardInterrupt):
-        score.score_prepared(config, run)
+        score.Score(config, run).complete()
     assert not (run.scores / "manifest.json").exists()
+
+
+def run_score(config, run):
+    """What the command does in a run folder."""
+    Prepare(config, run).complete()
+    return score.Score(config, run).complete()
 
 
 def other_weights(config, folder, chat):
@@ -511,7 +518,7 @@ def finished_run(tmp_path_factory, tiny_chat, model):
     config = tiny_config(folder / "run", model, data)
     run = RunDir(config.run_dir)
     run.open(config).release()
-    run_prepare(config, run)
+    Prepare(config, run).complete()
     score_all(config, run)
     finish_scores(run, score_fingerprint(config, run), 1.0)
     return folder
@@ -544,7 +551,7 @@ def test_scores_of_other_inputs_are_refused_by_the_fields_name(
         config = changed(config, CHANGES[field])
     if field == "pairs":
         shutil.rmtree(run.data)
-        run_prepare(config, run)
+        Prepare(config, run).complete()
     now = score_fingerprint(config, run)
     assert {name for name in now if now[name] != before[name]} == {field}
     with pytest.raises(UserError, match=rf"made with {field}="):
@@ -560,13 +567,15 @@ import sys
 from bdpo.config import load_config
 from bdpo.storage.run_dir import RunDir
 from bdpo.storage.manifests import write_manifest
-from pipelines import score
+from pipelines import prepare, score
 from pipelines.runtime import cluster
 config = load_config(sys.argv[1])
 cluster.connect()
 import ray.data, torch, transformers
 started = peak()
-manifest = score.run_score(config, RunDir(config.run_dir))
+run = RunDir(config.run_dir)
+prepare.Prepare(config, run).complete()
+manifest = score.Score(config, run).complete()
 print("peak", manifest["rows"], started, peak())
 """
 

@@ -40,12 +40,12 @@ import pyarrow.parquet as pq
 from bdpo.config import load_config
 from bdpo.data.pairs import count_pairs
 from bdpo.sandbox import with_sandbox_files
+from bdpo.scoring import shard_scorer
 from bdpo.scoring.scores import SCORE_SCHEMA, score_fingerprint, score_store
 from bdpo.scoring.shard_scorer import ShardScorer
 from bdpo.storage.run_dir import RunDir
 from pipelines import score
-from pipelines.prepare import run_prepare
-from pipelines.runtime import cli
+from pipelines.prepare import Prepare
 from tests.support import ROOT
 
 CONFIG = ROOT / "pipelines" / "configs" / "sandbox.yaml"
@@ -114,7 +114,7 @@ class Scoring:
         config = with_sandbox_files(load_config(CONFIG, self.overrides))
         run = RunDir(config.run_dir)
         run.open(config).release()
-        run_prepare(config, run)
+        Prepare(config, run).complete()
         fingerprint = score_fingerprint(config, run)
         scorer = ShardScorer(config, run, fingerprint, "cpu")
         shards = score_store(run, fingerprint).missing(count_pairs(run.pairs), config.score.shard_rows)
@@ -308,8 +308,8 @@ def main() -> None:
 
 def score_noting() -> None:
     """`python -m pipelines.score` with actors that note what they begin."""
-    score.ShardScorer = NotingScorer
-    cli.main(score.run_score, "", lambda run: [run.data, run.scores])
+    shard_scorer.ShardScorer = NotingScorer
+    score.main()
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ import pytest
 import requests
 import yaml
 
-from bdpo.cluster.status import run_status
 from bdpo.errors import UserError
 from bdpo.sandbox import sandbox_folder
 from bdpo.storage.paths import storage_path, write_bytes
 from bdpo.storage.run_dir import RunDir
+from pipelines.status import run_status
 from tests.support.helpers import tiny_config, write_jsonl
 from tests.support.ray_nodes import nodes, wait_until
 from tests.support.s3_server import SECRET
@@ -82,7 +82,7 @@ def cluster(bucket):
 def state(run_dir):
     """Status by stage; nothing before the run folder is there."""
     try:
-        return {stage["stage"]: stage for stage in run_status(RunDir(run_dir))}
+        return {stage.stage: stage.as_json() for stage in run_status(RunDir(run_dir))}
     except UserError:
         return {}
 
@@ -140,7 +140,7 @@ def finished(cluster, config):
 def test_a_run_survives_a_node_in_every_stage(finished, config):
     run_dir = yaml.safe_load(config.read_text())["run_dir"]
     stages = run_status(RunDir(run_dir))
-    assert {stage["state"] for stage in stages} == {"done"}
+    assert {stage.state for stage in stages} == {"done"}
     assert state(run_dir)["score"]["rows"] == state(run_dir)["prepare"]["pairs"]
     assert state(run_dir)["train"]["steps"] == STEPS
 

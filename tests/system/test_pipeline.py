@@ -12,9 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM
 
+from bdpo.config import load_config
 from bdpo.storage.paths import discard
 from bdpo.storage.run_dir import RunDir
 from pipelines.runtime import pool
+from pipelines.runtime.registry import PIPELINE
+from pipelines.runtime.stage import outputs_of
 from tests.support import ROOT
 from tests.support.pipeline import PAIRS, pipeline, pipeline_inputs
 
@@ -161,7 +164,8 @@ class TestRun:
     def test_fresh_discards_every_result(self, inputs, finished, tmp_path):
         run = RunDir(tmp_path / "run")
         shutil.copytree(inputs / "run", run.root)
-        discard(*run.results())
+        config = load_config(inputs / "config.yaml")
+        discard(*outputs_of(stage(config, run) for stage in PIPELINE))
         left = {file.name for file in run.root.rglob("*") if file.is_file()}
         assert left == {"config.yaml", ".lock", "quarantine.jsonl"}
 

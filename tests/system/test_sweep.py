@@ -23,7 +23,7 @@ STEPS, RUNGS = 3, (2, 3)
 SWEEP = """
 import ray, tune.search as search
 ray.init("local", num_cpus=3, log_to_driver=False, logging_level="ERROR")  # one short of two trials
-search.main(search.run_search, "", search._results)
+search.main()
 """
 
 # Counts, in every process, how often the reference model is asked: once a shard of the scoring, and no more.

@@ -23,8 +23,9 @@ from bdpo.storage.run_dir import RunDir
 from bdpo.training.rungs import Rungs
 from bdpo.variants.ends import End, Failure
 from bdpo.variants.objective import Measured
-from pipelines.evaluate import evaluate_model
-from pipelines.prepare import run_prepare
+from pipelines.evaluate import EvaluateBase, EvaluateTrained
+from pipelines.prepare import Prepare
+from pipelines.runtime.pool import InProcess
 from tests.support.commands import run_command
 from tests.support.fake_endpoint import FINE, fake_endpoint, honest, reply
 from tests.support.helpers import save_model
@@ -58,14 +59,15 @@ class Begun:
     def __init__(self, config, chat):
         run = RunDir(config.run_dir)
         self.sweep = Sweep(config, run, {"seed": 0})
-        evaluate_model(part_of(config, "search"), run.part("tune", "base", "search"), "base", here=True)
+        base = run.part("tune", "base", "search")
+        EvaluateBase(part_of(config, "search"), base, executor=InProcess()).complete()
         self.base = pq.read_table(run.part("tune", "base", "search").eval("base") / "scores.parquet")
         self.name = self.sweep.suggest().name
         self.folder = self.sweep.folder(self.name)
         save_model(self.folder.model, chat, seed=1)
         for step in RUNGS:
             Rungs(self.folder.root / "rungs", RUNGS).mark_exported(step)
-        run_prepare(config, run)
+        Prepare(config, run).complete()
         fingerprint = score_fingerprint(config, run)
         ShardScorer(config, run, fingerprint, "cpu")({"first": 0, "rows": count_pairs(run.pairs)})
         finish_scores(run, fingerprint, 0)
@@ -172,9 +174,9 @@ def test_held_out_verdicts_that_are_missing_are_no_result_and_asked_for_again(tm
             begun.sweep.record_rung(begun.sweep.trial(begun.name), step, shown)
         held_out = part_of(begun.sweep.config_of(begun.sweep.trial(begun.name)), "held_out")
         base = begun.sweep.run.part("tune", "base", "held_out")
-        assert evaluate_model(held_out, base, "base", here=True).valid
+        assert EvaluateBase(held_out, base, executor=InProcess()).complete().valid
         endpoint.script = down_for_the_best
-        assert not evaluate_model(held_out, begun.folder, "trained", here=True).valid
+        assert not EvaluateTrained(held_out, begun.folder, executor=InProcess()).complete().valid
         with pytest.raises(SystemExit) as ended:
             _finish(begun.sweep)
         assert ended.value.code == 1
@@ -203,7 +205,7 @@ def test_the_order_of_the_space_is_a_part_of_the_sweep(tmp_path, tiny_chat):
         for order in (keys, keys[::-1])
     ]
     run = RunDir(configs[0].run_dir)
-    run_prepare(configs[0], run)
+    Prepare(configs[0], run).complete()
     first, second = (sweep_fingerprint(config, run) for config in configs)
     Sweep(configs[0], run, first).begin()
     Sweep(configs[0], run, first).begin()

@@ -1,0 +1,150 @@
+"""One training under Ray Train: begun or resumed, and followed to its end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bdpo.config import Config
+from bdpo.errors import UserError
+from bdpo.storage.manifests import Fingerprint, finished, write_manifest
+from bdpo.storage.metrics_log import MetricsLog
+from bdpo.storage.paths import arrow_filesystem, discard
+from bdpo.storage.run_dir import RunDir
+from bdpo.training.rungs import Rungs
+from pipelines.runtime.cluster import cluster_nodes
+from pipelines.runtime.progress import console
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def fit(
+    config: Config, run: RunDir, scores: pa.Table, fingerprint: Fingerprint, rungs: Rungs | None = None
+) -> None:
+    """Ray Train over the workers of `train`, from the newest intact checkpoint; they wait at the rungs.
+
+    Raises:
+        UserError: it was begun with something else; no checkpoint is intact; what a worker found wrong.
+        FloatingPointError: a loss or a gradient is not finite.
+        TrainingFailedError: workers failed more than `train.max_failures` times.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipelines.runtime.recovery import (
+        Recovery,
+        final_cause,
+        incomplete_checkpoints,
+        rebuild_checkpoint_list,
+    )
+
+    nodes = cluster_nodes()
+    if nodes is not None and sum(count for count, _ in nodes) == 1:  # its end is that of the training
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    committed = _begin(config, run, fingerprint, scores.num_rows)
+    whole, damaged = rebuild_checkpoint_list(run.train / "ray", committed, config.train)
+    if damaged:
+        note = {"damaged": damaged}
+        MetricsLog(run.recoveries).append(note)
+        console.print(recovery_line(note))
+    arguments = {"config": config, "run": run, "scores": scores, "rungs": rungs, "resumes": whole > 0}
+    filesystem, storage_path = arrow_filesystem(run.train)
+    gpus, best = config.train.gpus_per_worker, config.train.best_metric
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=arguments,
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.train.workers,
+            use_gpu=gpus > 0,
+            accelerator_type=config.train.accelerator_type,
+            resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
+        ),
+        run_config=RunConfig(
+            name="ray",  # the same name finds the checkpoints of the run that was killed
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            # Ray deletes a checkpoint once newer or better ones are committed, and never the latest.
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=config.train.save_total_limit,
+                checkpoint_score_attribute=best,
+                checkpoint_score_order="max" if config.train.best_is_greatest else "min",
+            ),
+            callbacks=[Recovery(run.train / "begun.json")],  # type: ignore[list-item]
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise final_cause(error) from None
+    # What a worker that died had half copied: Ray's rotation does not know it.
+    discard(*(run.train / "ray" / name for name in incomplete_checkpoints(run.train / "ray")))
+
+
+def train_worker(arguments: dict[str, Any]) -> None:
+    """What every Ray Train worker runs."""
+    from ray.train import (
+        Checkpoint,
+        CheckpointConsistencyMode,
+        CheckpointUploadMode,
+        get_all_reported_checkpoints,
+        get_context,
+        report,
+    )
+
+    from bdpo.training.checkpoints import no_intact_checkpoint
+    from bdpo.training.loop import train
+    from pipelines.runtime.recovery import remove_uncommitted
+
+    def report_in_background(folder: Path, metrics: dict[str, float]) -> None:
+        # Training goes on while the folder is copied to storage; Ray removes it then.
+        checkpoint = Checkpoint.from_directory(folder)
+        report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+
+    def reported() -> Sequence[Any]:
+        return get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+
+    if arguments["resumes"] and not reported():
+        raise no_intact_checkpoint({})  # whatever the reason, never from zero
+    config, run, scores, rungs = (arguments[name] for name in ("config", "run", "scores", "rungs"))
+    if get_context().get_world_rank() == 0:
+        remove_uncommitted(run.train / "ray", reported())
+    train(config, run, scores, reported, report_in_background, rungs)
+
+
+def _begin(config: Config, run: RunDir, fingerprint: Fingerprint, pairs: int) -> int | None:
+    """Remember what this training was begun with; returns the step of its last committed checkpoint, if any.
+
+    Raises:
+        UserError: it was begun with something else, nobody knows with what, or its checkpoints are of
+            another number of workers.
+    """
+    from bdpo.training.checkpoints import no_intact_checkpoint
+
+    begun_file = run.train / "begun.json"
+    begun = finished(begun_file, fingerprint)
+    if begun is None and MetricsLog(run.metrics).read():
+        raise no_intact_checkpoint({})  # nobody knows how the steps that are logged were made
+    committed: int | None = begun["committed"] if begun else None
+    if begun and committed and begun["workers"] != config.train.workers:
+        raise UserError(
+            f"{run.train}: the checkpoints are of train.workers={begun['workers']} and cannot be resumed by "
+            f"{config.train.workers}; set train.workers={begun['workers']}, or fresh=true to start over"
+        )
+    of = {"workers": config.train.workers, "pairs": pairs, "committed": committed}
+    write_manifest(begun_file, fingerprint, **of)
+    return committed
+
+
+def recovery_line(note: dict[str, Any]) -> str:
+    """What a row of recoveries.jsonl says, for people."""
+    damaged = "; ".join(f"{name} is not used: {why}" for name, why in note["damaged"].items())
+    if "step" not in note:
+        return f"[bold]training[/]  {damaged}"
+    lost = note["reached"] - note["step"]
+    line = f"[bold]training[/]  goes on from step {note['step']}, {lost} steps are done again"
+    return f"{line} ({damaged})" if damaged else line

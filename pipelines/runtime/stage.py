@@ -1,0 +1,154 @@
+"""A stage of the pipeline: one declaration, from which the commands derive all that they do with it.
+
+What a stage declares is its name, what decides its results, the files that it makes, how it is done and how
+far it is. Derived from that are resuming and refusing (`complete`), `fresh=true` (`outputs`), `status`, the
+checks of `preflight` and of a command's beginning, `--inspect`, `--dry-run`, and the costs on a page. Another
+stage is a module with its class, and a line in `pipelines.runtime.registry`.
+
+Importing a stage is cheap: torch, transformers, Ray and DeepSpeed are imported where they are used.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bdpo.cluster.status import StageStatus
+from bdpo.config import Config
+from bdpo.reports.cost import TimedStage, stage_gpus
+from bdpo.storage.manifests import Fingerprint, finished
+from bdpo.storage.paths import StoragePath
+from bdpo.storage.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from bdpo.cluster.preflight import Check
+
+
+@dataclass(frozen=True)
+class Stage(ABC):
+    """A stage of the run in a folder, with its config."""
+
+    config: Config
+    run: RunDir
+
+    section: ClassVar[str | None] = None
+    """The section of the config that says on how many workers and GPUs the stage runs; None: on none."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What users know the stage by."""
+
+    @property
+    def applies(self) -> bool:
+        """Whether the config asks for this stage."""
+        return True
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether the model that the stage works on exists; else a command for several models omits it."""
+        return True
+
+    @abstractmethod
+    def outputs(self) -> list[StoragePath]:
+        """Files and folders that the stage makes: what `fresh=true` discards."""
+
+    @abstractmethod
+    def complete(self) -> Any:
+        """Do what is missing; nothing if the stage is done.
+
+        Raises:
+            UserError: the stage was done, or begun, with other inputs; the message names the first of them.
+        """
+
+    @abstractmethod
+    def status(self) -> StageStatus:
+        """How far the stage is, read from the run folder alone."""
+
+    def inspect(self) -> None:
+        """What `--inspect` does: show the finished results, run nothing."""
+        raise NotImplementedError
+
+    def dry_run(self) -> None:
+        """What `--dry-run` does: print what the stage would need; there need be no run folder."""
+        raise NotImplementedError
+
+    def input_checks(self) -> Mapping[str, Check]:
+        """What must hold before anything is done, here or by a stage before this one."""
+        return {}
+
+    def further_checks(self) -> Mapping[str, Check]:
+        """What `preflight` looks at besides `input_checks`."""
+        return {}
+
+
+class ManifestStage(Stage):
+    """A stage that writes a manifest, last, with the fingerprint of its inputs."""
+
+    @property
+    @abstractmethod
+    def manifest_file(self) -> StoragePath:
+        """The file that marks the stage as done."""
+
+    @cached_property
+    @abstractmethod
+    def fingerprint(self) -> Fingerprint:
+        """Everything that the results depend on, field by field; what is not in it may change any time."""
+
+    @abstractmethod
+    def make(self) -> dict[str, Any]:
+        """Do what is missing, then write the manifest; returns it."""
+
+    def is_intact(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether the results that the manifest stands for are all there, and valid."""
+        return True
+
+    def finished(self) -> dict[str, Any] | None:
+        """The manifest if the stage is done with these inputs, None if it is not done.
+
+        Raises:
+            UserError: it was done with other inputs; the message names the first field that differs.
+        """
+        manifest = finished(self.manifest_file, self.fingerprint)
+        return manifest if manifest is not None and self.is_intact(manifest) else None
+
+    def completed(self) -> dict[str, Any]:
+        """The manifest; what is missing is done first."""
+        return self.finished() or self.make()
+
+    def complete(self) -> Any:
+        """Do what is missing; returns the manifest, unless a stage says otherwise."""
+        return self.completed()
+
+    def timed(self) -> TimedStage:
+        """Where its seconds are recorded, and the most GPUs that it holds at a time."""
+        section = getattr(self.config, self.section) if self.section else None
+        return TimedStage(self.name, self.manifest_file, stage_gpus(section) if section else 0.0)
+
+
+def complete_all(stages: Iterable[Stage]) -> dict[str, Any]:
+    """Complete the stages that apply and have their inputs, in order; name -> what `complete` returned."""
+    return {stage.name: stage.complete() for stage in stages if stage.applies and stage.has_inputs}
+
+
+def input_checks(stages: Iterable[Stage]) -> dict[str, Check]:
+    """The input checks of some stages, each once."""
+    return {name: check for stage in stages for name, check in stage.input_checks().items()}
+
+
+def check_inputs(stages: Sequence[Stage]) -> None:
+    """Make sure that the inputs of some stages can be used, before anything is discarded or begun.
+
+    Raises:
+        UserError: one of them cannot.
+    """
+    for check in input_checks(stages).values():
+        check(stages[0].config, stages[0].run)
+
+
+def outputs_of(stages: Iterable[Stage]) -> list[StoragePath]:
+    """What some stages make."""
+    return [path for stage in stages for path in stage.outputs()]
