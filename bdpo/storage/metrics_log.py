@@ -1,60 +1,96 @@
-"""`metrics.jsonl` and `recoveries.jsonl`: JSON lines that a training appends."""
+"""`metrics.jsonl` and `recoveries.jsonl`: logs of JSON lines that a training appends to.
+
+A log is appended to while commands are killed and disks fill up, so a line may be torn or damaged. Each line
+carries a digest of its content (`bdpo.storage.sealed`); a line that does not match it is dropped when the log
+is read, with a warning, and the other lines stand.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
-from bdpo.storage.paths import StoragePath, read_text, write_text
+from bdpo.storage.paths import StoragePath, read_bytes, write_text
+from bdpo.storage.sealed import sealed, unsealed
+
+Row = dict[str, Any]
+
+log = logging.getLogger(__name__)
+
+# Logs are read twice a second by whoever follows a training: each damaged line is reported once a process.
+_REPORTED: set[tuple[str, bytes]] = set()
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one line an optimizer step, written by one worker; `recoveries.jsonl` likewise.
+    """A log of JSON lines that one worker writes: one line per optimizer step, or per recovery.
 
-    An object cannot be appended to: on object storage the worker keeps the lines and writes all of them, at
-    intervals of `WRITE_SECONDS` and before a checkpoint.
+    An object cannot be appended to: on object storage the worker keeps the rows in memory and writes all of
+    them, every `WRITE_SECONDS` and before each checkpoint.
     """
 
     WRITE_SECONDS = 10.0
 
     def __init__(self, file: StoragePath) -> None:
         self.file = file
-        self.rows: list[dict[str, Any]] | None = None  # of object storage: what was read, and came after
-        self.written = -math.inf
+        self.rows: list[Row] | None = None  # on object storage: all rows so far, None before the first read
+        self.last_write = -math.inf
 
     def keep(self, steps: int) -> None:
-        """Drop what was logged after the checkpoint that training resumes from."""
+        """Drop the rows of later steps than that of the checkpoint from which the training resumes."""
         self.rows = [row for row in self.read() if row["step"] <= steps]
         write_text(self.file, _lines(self.rows))
 
-    def append(self, metrics: dict[str, Any]) -> None:
-        """Add the metrics of a step."""
+    def append(self, row: Row) -> None:
+        """Add a row."""
         if isinstance(self.file, Path):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(_lines([metrics]))
+            self._append_locally(_lines([row]))
             return
-        self.rows = [*(self.read() if self.rows is None else self.rows), metrics]
-        if time.monotonic() - self.written > self.WRITE_SECONDS:
+        self.rows = [*(self.read() if self.rows is None else self.rows), row]
+        if time.monotonic() - self.last_write > self.WRITE_SECONDS:
             self.flush()
 
+    def _append_locally(self, lines: str) -> None:
+        """A killed writer may have left half a line: it is closed, so that it does not spoil the next one."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("ab+") as stream:
+            if stream.seek(0, os.SEEK_END):
+                stream.seek(-1, os.SEEK_END)
+                lines = lines if stream.read(1) == b"\n" else f"\n{lines}"
+            stream.write(lines.encode())
+
     def flush(self) -> None:
-        """Have all lines in the run folder: before a checkpoint, which counts on those of its steps."""
+        """Write all rows to object storage; a checkpoint relies on the rows of its steps being there."""
         if not isinstance(self.file, Path) and self.rows is not None:
             write_text(self.file, _lines(self.rows))
-            self.written = time.monotonic()
+            self.last_write = time.monotonic()
 
-    def read(self) -> list[dict[str, Any]]:
-        """All whole lines; one that a killed process left unfinished does not count."""
+    def read(self) -> list[Row]:
+        """All intact rows; damaged lines are dropped with a warning, an unfinished last line silently.
+
+        The last line is unfinished while another process writes it, which is no damage.
+        """
         try:
-            *lines, _ = read_text(self.file).split("\n")
+            *lines, _unfinished = read_bytes(self.file).split(b"\n")
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in lines]
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(unsealed(line))
+            except ValueError:
+                self._report(number, line)
+        return rows
+
+    def _report(self, number: int, line: bytes) -> None:
+        if (str(self.file), line) not in _REPORTED:
+            _REPORTED.add((str(self.file), line))
+            log.warning("%s: line %d is damaged and is left out", self.file, number)
 
 
-def _lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+def _lines(rows: list[Row]) -> str:
+    return "".join(json.dumps(sealed(row)) + "\n" for row in rows)

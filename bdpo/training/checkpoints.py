@@ -1,12 +1,14 @@
-"""Checkpoints of a training: every worker writes its own part and vouches for it.
+"""Checkpoints of a training: every worker writes its own part, and a list of the files in it.
 
     state/*.pt             weights, optimizer, scheduler: DeepSpeed's files of this worker
-    rng_state_<rank>.pth   its random number generators
-    part-<rank>.json       the cursor, and size and SHA-256 of each of its files; written last
+    rng_state_<rank>.pth   the worker's random number generators
+    part-<rank>.json       progress, metrics, and size and SHA-256 of each of the worker's files; written last
 
-A checkpoint is whole if the parts of all its workers are there and every file is as its part says. That
-can be seen from the folder alone, whatever was killed while it was written, copied or deleted. Sizes tell
-a truncated one at once; hashes are compared before anything is loaded, each worker looking at its part.
+A checkpoint is intact if the part files of all its workers are there and undamaged, and every file is as its
+part file says. That can be told from the folder alone, whatever was killed while it was written, copied or
+deleted: no list elsewhere has to agree with it. Sizes tell a truncated file at once and are checked before a
+training starts. Hashes are compared before anything is loaded, each worker reading its own part, so that the
+check costs each node only what it is about to read anyway.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ import torch.distributed as dist
 
 from bdpo.errors import UserError
 from bdpo.storage.digests import sha256
-from bdpo.storage.paths import StoragePath, read_text, write_text
+from bdpo.storage.paths import StoragePath, read_bytes, write_text
 from bdpo.storage.run_dir import RunDir
+from bdpo.storage.sealed import sealed, unsealed
 
 Metrics = dict[str, float]
 
-# Gets a folder with this worker's part and the metrics of its step; the folder is then its to remove.
+# Receives a folder with this worker's part of a checkpoint, and the metrics of its step; removes the folder.
 Report = Callable[[Path, Metrics], None]
 
 
@@ -41,11 +44,11 @@ class Checkpoint(Protocol):
     path: str
 
     def as_directory(self) -> AbstractContextManager[str]:
-        """Its folder on this machine."""
+        """A local folder with the checkpoint's files."""
 
 
 class Reported(Protocol):
-    """A checkpoint that counts, and the metrics of its step; `ray.train.ReportedCheckpoint` is one."""
+    """A committed checkpoint and the metrics of its step; `ray.train.ReportedCheckpoint` is one."""
 
     checkpoint: Checkpoint
     metrics: Metrics
@@ -53,17 +56,48 @@ class Reported(Protocol):
 
 @dataclass(frozen=True)
 class TrainProgress:
-    """Where a training stands. The order of the pairs is a function of the seed and `step` alone."""
+    """How far a training has come. The order of the pairs is a function of the seed and `step` alone."""
 
     step: int = 0
     epoch: float = 0.0
     num_tokens: int = 0
 
 
-class Staging:
-    """Local folders in which this worker's parts are written, before they are copied to storage.
+@dataclass(frozen=True)
+class CheckpointPart:
+    """One worker's account of a checkpoint: `files` holds `size` (bytes) and `sha256` by relative name."""
 
-    A killed process cannot remove its own, so the next one of the same run and rank does.
+    workers: int
+    progress: TrainProgress
+    metrics: Metrics
+    files: dict[str, dict[str, Any]]
+
+    def to_json(self) -> str:
+        """The content of `part-<rank>.json`, with a digest of itself."""
+        content = {**asdict(self), **asdict(self.progress)}
+        del content["progress"]
+        return json.dumps(sealed(content))
+
+    @classmethod
+    def read(cls, folder: StoragePath, rank: int) -> CheckpointPart:
+        """Read `part-<rank>.json` of a checkpoint.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: the file is damaged.
+        """
+        content = unsealed(read_bytes(folder / f"part-{rank}.json"))
+        try:
+            progress = TrainProgress(*(content[name] for name in ("step", "epoch", "num_tokens")))
+            return cls(content["workers"], progress, content["metrics"], content["files"])
+        except KeyError as error:
+            raise ValueError(f"no key {error}") from None
+
+
+class Staging:
+    """Local folders in which this worker's parts are written before they are copied to storage.
+
+    A killed process cannot remove its own folders, so the next process of the same run and rank does.
     """
 
     def __init__(self, run: RunDir) -> None:
@@ -78,34 +112,30 @@ class Staging:
 
 
 def save_checkpoint(
-    engine: Any, cursor: TrainProgress, metrics: Metrics, staging: Staging, report: Report
+    engine: Any, progress: TrainProgress, metrics: Metrics, staging: Staging, report: Report
 ) -> None:
-    """Write this worker's part of the engine's state and hand it to `report`; every worker must call this.
+    """Write this worker's part of the engine's state and pass it to `report`; every worker must call this.
 
     Raises:
         UserError: the disk is full.
     """
     folder = staging.new()
     try:
-        # What LoRA leaves frozen is in the base model.
+        # The parameters that LoRA freezes are in the base model already.
         engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True)
         torch.save(_rng_state(), folder / f"rng_state_{dist.get_rank()}.pth")
-        part = {
-            "workers": dist.get_world_size(),
-            **asdict(cursor),
-            "metrics": metrics,
-            "files": _files(folder),
-        }
-        write_text(folder / f"part-{dist.get_rank()}.json", json.dumps(part))
+        part = CheckpointPart(dist.get_world_size(), progress, metrics, _files(folder))
+        write_text(folder / f"part-{dist.get_rank()}.json", part.to_json())
     except (OSError, RuntimeError) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        # torch.save turns what the system says into "[enforce fail at inline_container.cc:672]".
+        # torch.save reports a full disk as RuntimeError("[enforce fail at inline_container.cc:672]").
         if isinstance(error, OSError) or "inline_container" in str(error):
             raise UserError(
-                f"{folder}: the checkpoint of step {cursor.step} cannot be written (is the disk full?); "
-                "make room or set TMPDIR, and the same command goes on from the checkpoint before"
+                f"{folder}: the checkpoint of step {progress.step} cannot be written (is the disk full?); "
+                "make room or set TMPDIR, and the same command resumes from the previous checkpoint"
             ) from error
         raise
+    # A checkpoint of which one worker failed to write its part must not be reported by the others.
     dist.barrier()
     report(folder, metrics)
 
@@ -113,80 +143,82 @@ def save_checkpoint(
 def load_first_intact(
     engine: Any, checkpoints: Sequence[Checkpoint]
 ) -> tuple[TrainProgress, str, dict[str, str]]:
-    """Restore the engine, and the generators, from the first of `checkpoints` that is whole.
+    """Restore the engine and the random number generators from the first intact one of `checkpoints`.
 
-    Every worker must call this with the same checkpoints. Returns the cursor, the name of the checkpoint,
-    and those before it that are not whole, each with what is wrong.
+    Every worker must call this with the same checkpoints. Returns the progress, the name of the checkpoint,
+    and the checkpoints before it that are damaged, each with its defect.
 
     Raises:
-        UserError: none is whole, or the checkpoint is of another number of workers.
+        UserError: no checkpoint is intact, or the checkpoint was written by another number of workers.
     """
     damaged: dict[str, str] = {}
     for checkpoint in checkpoints:
         name = checkpoint.path.rstrip("/").rpartition("/")[2]
         with checkpoint.as_directory() as folder:
+            # Each worker can judge its own part alone, but all must load the same checkpoint: one defect
+            # anywhere makes every worker try the next one.
             found: list[str | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(found, _damage(Path(folder), dist.get_rank()))
-            wrong = next(filter(None, found), None)
-            if wrong is None:
+            dist.all_gather_object(found, _part_defect(Path(folder), dist.get_rank()))
+            defect = next(filter(None, found), None)
+            if defect is None:
                 return _load(engine, Path(folder)), name, damaged
-            damaged[name] = wrong
+            damaged[name] = defect
     raise no_intact_checkpoint(damaged)
 
 
 def no_intact_checkpoint(damaged: dict[str, str]) -> UserError:
-    """A begun training never silently starts from zero: what to say instead."""
-    wrong = "; ".join(f"{name}: {what}" for name, what in damaged.items()) or "all are gone"
-    return UserError(f"no checkpoint to go on from ({wrong}); restore one, or fresh=true starts over")
-
-
-def read_part(folder: StoragePath) -> dict[str, Any]:
-    """What the first worker wrote about a checkpoint: cursor, workers, metrics."""
-    part: dict[str, Any] = json.loads(read_text(folder / "part-0.json"))
-    return part
+    """The error for a training that had begun and has no intact checkpoint: it never restarts silently."""
+    defects = "; ".join(f"{name}: {defect}" for name, defect in damaged.items()) or "all are gone"
+    return UserError(
+        f"there is no intact checkpoint to resume from ({defects}); restore one, or fresh=true starts over"
+    )
 
 
 def checkpoint_defect(folder: StoragePath) -> str | None:
-    """What is missing of a checkpoint, or shorter than it was written; None if nothing is."""
+    """What is missing, truncated or damaged in a checkpoint, None if nothing is; file hashes are not read."""
     try:
-        workers = read_part(folder)["workers"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # other errors are of the storage
+        workers = CheckpointPart.read(folder, 0).workers
+    except (FileNotFoundError, ValueError):  # any other error is of the storage
         return "part-0.json is missing or damaged"
-    return next(filter(None, (_damage(folder, rank, hashes=False) for rank in range(workers))), None)
+    return next(filter(None, (_part_defect(folder, rank, hashes=False) for rank in range(workers))), None)
 
 
-def _damage(folder: StoragePath, rank: int, hashes: bool = True) -> str | None:
-    """What is wrong with the part of one worker; None if it is as it was written."""
+def _part_defect(folder: StoragePath, rank: int, hashes: bool = True) -> str | None:
+    """What is wrong with the part of one worker, None if it is as it was written."""
     name = f"part-{rank}.json"
     try:
-        if not (folder / name).exists() and rank >= read_part(folder)["workers"]:
-            return None  # `_load` says that the number of workers is another one
-        for name, file in json.loads(read_text(folder / f"part-{rank}.json"))["files"].items():
+        first = CheckpointPart.read(folder, 0)
+        if not (folder / name).exists() and rank >= first.workers:
+            return None  # `_load` reports that the checkpoint is of another number of workers
+        part = CheckpointPart.read(folder, rank)
+        if (part.workers, part.progress) != (first.workers, first.progress):
+            return f"{name} is of another checkpoint"
+        for name, file in part.files.items():
             if (folder / name).stat().st_size != file["size"]:
                 return f"{name} is truncated"
             if hashes and sha256(folder / name) != file["sha256"]:
                 return f"{name} is damaged"
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError):
         return f"{name} is missing or damaged"
     return None
 
 
 def _load(engine: Any, folder: Path) -> TrainProgress:
-    part, workers = read_part(folder), dist.get_world_size()
-    if part["workers"] != workers:
+    part, workers = CheckpointPart.read(folder, 0), dist.get_world_size()
+    if part.workers != workers:
         raise UserError(
-            f"{folder}: a checkpoint of {part['workers']} workers cannot be resumed by {workers}; "
-            f"set train.workers={part['workers']}, or fresh=true to start over"
+            f"{folder}: a checkpoint of {part.workers} workers cannot be resumed by {workers}; "
+            f"set train.workers={part.workers}, or fresh=true to start over"
         )
-    if engine.zero_nvme_offload_optimizer():  # DeepSpeed 0.19 gives back the weights, and new moments
+    if engine.zero_nvme_offload_optimizer():  # DeepSpeed 0.19 restores the weights, but not the moments
         raise UserError(
             "train.offload=nvme: DeepSpeed cannot restore the optimizer from a checkpoint; "
-            "fresh=true starts over, with train.offload=cpu a training can go on"
+            "fresh=true starts over, and with train.offload=cpu a training can be resumed"
         )
     all_trained = all(parameter.requires_grad for parameter in engine.module.parameters())
     engine.load_checkpoint(str(folder), tag="state", load_module_strict=all_trained)
     _set_rng_state(torch.load(folder / f"rng_state_{dist.get_rank()}.pth", weights_only=True))
-    return TrainProgress(part["step"], part["epoch"], part["num_tokens"])
+    return part.progress
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -198,7 +230,7 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _rng_state() -> dict[str, torch.Tensor]:
-    """What dropout draws from, that of an adapter for one; the order of the pairs draws from nothing."""
+    """The generators that the dropout of an adapter draws from; the order of the pairs uses none of them."""
     cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return {"torch": torch.get_rng_state(), **cuda}
 

@@ -1,7 +1,7 @@
-"""B-DPO training: one worker's step and loop, without Ray.
+"""The training loop of one worker, without Ray: steps, evaluation, checkpoints, export.
 
-The launcher (Ray Train in `pipelines.train`, or plain processes) starts the process group and says what
-becomes of a checkpoint. No reference model is ever loaded: what it said of every pair is in the scores.
+The launcher (Ray Train in `pipelines.train`, or plain processes) initialises the process group and decides
+where checkpoints go. No reference model is ever loaded: its log-probs of every pair are in the scores.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from bdpo.training.engine import build_engine, export
 from bdpo.training.pairs import TrainingPairs
 from bdpo.training.rungs import Rungs
 
-# How far the loss may be off before the first update: two passes of the same weights round differently, and
-# the sum over a response's tokens is off by the root of their number.
+# How far the loss may be off before the first update: two forwards of the same weights round differently, and
+# the error of the sum over a response's tokens grows with the square root of their number.
 STEP_0_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
@@ -55,43 +55,44 @@ def train(
     report: Report,
     rungs: Rungs | None = None,
 ) -> None:
-    """Train to the last step, from the newest whole checkpoint, then write the model to `run.model`.
+    """Train from the newest intact checkpoint to the last step, then write the model to `run.model`.
 
-    With LoRA the adapter goes to `run.adapter` first, and `run.model` is the base with it merged in.
+    With LoRA the adapter is written to `run.adapter` first, and `run.model` is the base with it merged in.
 
-    Called by every worker of an initialised process group. `report` gets a folder with this worker's
-    part of a checkpoint, which it removes, and the metrics of its step; `reported` waits until all that
-    was reported counts as a checkpoint and returns what is kept of it. At each of `rungs` there is a
-    checkpoint, the model is handed over, and training waits whether it is to go on.
+    Every worker of an initialised process group must call this. `report` receives a folder with this
+    worker's part of a checkpoint, which it removes, and the metrics of its step. `reported` waits until
+    everything that was reported is committed, and returns the checkpoints that are kept. At each of `rungs`
+    the training writes a checkpoint, exports the model, and waits for the decision whether to resume.
 
     Raises:
-        UserError: policy and reference differ before the first step; none of the checkpoints is whole or
-            they are of another number of workers; the disk is full.
+        UserError: policy and reference differ before the first step; no checkpoint is intact, or the
+            checkpoints are of another number of workers; the disk is full.
         FloatingPointError: a loss or a gradient is not finite; the message names the pairs.
     """
     pairs, held_out = TrainingPairs.load(config, run, scores).split()
     plan = TrainingPlan(pairs.lengths, config.train, config.seed)
     engine = build_engine(config, plan.total_steps, plan.warmup_steps)
     staging, log = Staging(run), MetricsLog(run.metrics)
-    cursor = _resume(engine, run, log, reported)
-    while cursor.step < plan.total_steps:
-        if rungs and cursor.step in rungs.steps and not _at_rung(engine, pairs, run, rungs, cursor.step):
+    progress = _resume(engine, run, log, reported)
+    while progress.step < plan.total_steps:
+        at = progress.step
+        if rungs and at in rungs.steps and not _resumes_after_rung(engine, pairs, run, rungs, at):
             return
         started = time.perf_counter()
-        metrics = train_step(engine, pairs, plan, cursor.step)
-        tokens = pairs.tokens(plan.global_batch(cursor.step))
-        step = cursor.step + 1
-        cursor = TrainProgress(step, step / plan.steps_per_epoch, cursor.num_tokens + tokens)
-        metrics |= asdict(cursor) | {"tokens_per_second": tokens / (time.perf_counter() - started)}
+        metrics = train_step(engine, pairs, plan, progress.step)
+        tokens = pairs.tokens(plan.global_batch(progress.step))
+        step = progress.step + 1
+        progress = TrainProgress(step, step / plan.steps_per_epoch, progress.num_tokens + tokens)
+        metrics |= asdict(progress) | {"tokens_per_second": tokens / (time.perf_counter() - started)}
         last, at_rung = step == plan.total_steps, rungs is not None and step in rungs.steps
         if held_out and (last or at_rung or step % config.train.eval_steps == 0):
             metrics |= evaluate(engine, held_out)
         if dist.get_rank() == 0:
             log.append(metrics)
         if last or at_rung or step % config.train.save_steps == 0:
-            reported()  # one checkpoint at a time is on its way to storage
+            reported()  # waits: at most one checkpoint is on its way to storage
             log.flush()
-            save_checkpoint(engine, cursor, metrics, staging, report)
+            save_checkpoint(engine, progress, metrics, staging, report)
     if config.train.load_best_model_at_end:
         load_first_intact(engine, best_first(config.train, reported()))
     _export(engine, pairs, run)
@@ -100,7 +101,7 @@ def train(
 def train_step(engine: Any, data: TrainingPairs, plan: TrainingPlan, step: int) -> Metrics:
     """One optimizer step on the global batch of `step`; returns its metrics, the same on every worker."""
     rank, workers = dist.get_rank(), dist.get_world_size()
-    # Dropout, which LoRA may have, is a function of the step too: a resumed training draws the same.
+    # LoRA may have dropout. Seeded by the step, a resumed training draws the same as an undisturbed one.
     torch.manual_seed(int(np.random.default_rng([plan.seed, step, rank]).integers(2**63)))
     micro_batches = plan.micro_batches(step, workers)[rank]
     pairs_of_step = plan.global_batch(step)
@@ -108,16 +109,18 @@ def train_step(engine: Any, data: TrainingPairs, plan: TrainingPlan, step: int) 
     sums: dict[str, torch.Tensor] = {}
     for number, indices in enumerate(micro_batches, start=1):
         pairs, output = _loss(engine, data, indices or pairs_of_step[:1])
-        # The engine averages gradients over workers; the loss is a mean over the global batch.
+        # The loss is a mean over the global batch, while the engine averages gradients over the workers. A
+        # worker without pairs in this micro-step forwards one anyway, with weight 0: every worker has to take
+        # part in the collectives of ZeRO 3.
         scale = workers / len(pairs_of_step) if indices else 0.0
         if number == 1 and step == 0:
             _require_initial_loss(pairs, output, data.config)
         engine.set_gradient_accumulation_boundary(number == len(micro_batches))
         engine.backward(output.loss.sum() * scale)
         engine.step()
-        _add(sums, output, bool(indices))
+        _accumulate(sums, output, bool(indices))
     grad_norm = float(engine.get_global_grad_norm())
-    # DeepSpeed leaves the weights as they are then, on every worker, and would go on with the next step.
+    # DeepSpeed would skip the update on every worker and continue with the next step, without an error.
     if not (engine.was_step_applied() and math.isfinite(grad_norm)):
         raise FloatingPointError(f"the gradient of step {step} is not finite: {data.names(pairs_of_step)}")
     return {**_means(sums, len(pairs_of_step)), "grad_norm": grad_norm, "learning_rate": learning_rate}
@@ -133,17 +136,17 @@ def evaluate(engine: Any, data: TrainingPairs) -> Metrics:
         rank
     ]:
         _, output = _loss(engine, data, indices or rows[:1])
-        _add(sums, output, bool(indices))
+        _accumulate(sums, output, bool(indices))
     engine.train()
     metrics = {f"eval_{name}": mean for name, mean in _means(sums, len(rows)).items()}
     best = data.config.train.best_metric
     if best and best not in metrics:
-        raise UserError(f"train.metric_for_best_model={best}: there are {', '.join(sorted(metrics))}")
+        raise UserError(f"train.metric_for_best_model={best}: the metrics are {', '.join(sorted(metrics))}")
     return metrics
 
 
 def best_first(train: TrainConfig, reported: Sequence[Reported]) -> list[Checkpoint]:
-    """Checkpoints by `metric_for_best_model`, the best one first, of equals the newest."""
+    """Checkpoints by `metric_for_best_model`, the best one first; of equal ones the newest."""
     metric, sign = train.best_metric, 1 if train.best_is_greatest else -1
     by_score = sorted(reported, key=lambda r: (sign * r.metrics[metric], r.metrics["step"]))  # type: ignore[index]
     return [r.checkpoint for r in reversed(by_score)]
@@ -152,21 +155,21 @@ def best_first(train: TrainConfig, reported: Sequence[Reported]) -> list[Checkpo
 def _resume(
     engine: Any, run: RunDir, log: MetricsLog, reported: Callable[[], Sequence[Reported]]
 ) -> TrainProgress:
-    """Go on from the newest whole checkpoint and note that, or begin if there is none."""
+    """Restore the newest intact checkpoint and record the recovery; without checkpoints, begin at step 0."""
     newest_first = sorted(reported(), key=lambda r: r.metrics["step"], reverse=True)
-    cursor, name = TrainProgress(), None
+    progress, name = TrainProgress(), None
     damaged: dict[str, str] = {}
     logged = log.read()
-    dist.barrier()  # before the first worker shortens the log
+    dist.barrier()  # every worker has read the log before the first one shortens it
     if newest_first:
-        cursor, name, damaged = load_first_intact(engine, [r.checkpoint for r in newest_first])
+        progress, name, damaged = load_first_intact(engine, [r.checkpoint for r in newest_first])
     if dist.get_rank() == 0:
         if newest_first or logged:
             reached = logged[-1]["step"] if logged else 0
-            note = {"step": cursor.step, "reached": reached, "checkpoint": name, "damaged": damaged}
+            note = {"step": progress.step, "reached": reached, "checkpoint": name, "damaged": damaged}
             MetricsLog(run.recoveries).append(note)
-        log.keep(cursor.step)
-    return cursor
+        log.keep(progress.step)
+    return progress
 
 
 def _loss(engine: Any, data: TrainingPairs, indices: Sequence[int]) -> tuple[PairLogps, LossOutput]:
@@ -179,23 +182,23 @@ def _loss(engine: Any, data: TrainingPairs, indices: Sequence[int]) -> tuple[Pai
     return pairs, output
 
 
-def _add(sums: dict[str, torch.Tensor], output: LossOutput, counts: bool) -> None:
-    """Add a micro-batch to the sums over pairs, unless it only stood in for an empty one."""
+def _accumulate(sums: dict[str, torch.Tensor], output: LossOutput, counts: bool) -> None:
+    """Add a micro-batch to the sums over pairs, unless it stands in for an empty one (`counts` is False)."""
     for name, values in {"loss": output.loss.detach(), **output.metrics}.items():
         sums[name] = sums.get(name, torch.zeros((), device=values.device)) + counts * values.sum()
 
 
 def _means(sums: dict[str, torch.Tensor], pairs: int) -> Metrics:
-    """Sums of every worker -> means over all pairs."""
+    """Means over all pairs, from the sums of every worker."""
     totals = torch.stack(list(sums.values())).double()
     dist.all_reduce(totals)
     return dict(zip(sums, (totals / pairs).tolist(), strict=True))
 
 
 def _require_initial_loss(pairs: PairLogps, output: LossOutput, config: Config) -> None:
-    """Before any update policy and reference are the same model, so every pair's loss is that of Δ = 0.
+    """Raise a UserError unless every loss is that of Δ = 0: policy and reference are still the same model.
 
-    That is ln 2 for DPO and all that differ from it by weights or by label smoothing.
+    The loss of Δ = 0 is ln 2 for DPO and for every method that differs from it by weights or label smoothing.
     """
     method = config.method
     if not method.requires_reference:
@@ -213,8 +216,11 @@ def _require_initial_loss(pairs: PairLogps, output: LossOutput, config: Config) 
         )
 
 
-def _at_rung(engine: Any, data: TrainingPairs, run: RunDir, rungs: Rungs, step: int) -> bool:
-    """Hand the model over, unless a training before this one did: somebody may be reading it."""
+def _resumes_after_rung(engine: Any, data: TrainingPairs, run: RunDir, rungs: Rungs, step: int) -> bool:
+    """Export the model, wait for the decision of whoever evaluates it, and return it.
+
+    The model is not exported again if an earlier process of this training did: somebody may be reading it.
+    """
     if not _all_agree(rungs.exported(step)):
         _export(engine, data, run)
         dist.barrier()
@@ -224,16 +230,16 @@ def _at_rung(engine: Any, data: TrainingPairs, run: RunDir, rungs: Rungs, step: 
 
 
 def _all_agree(answer: bool) -> bool:
-    """Whether every worker says yes: what lies in storage is not seen by all at the same moment."""
+    """Whether the answer is True on every worker: not all see a change of the storage at the same moment."""
     answers: list[bool] = [answer] * dist.get_world_size()
     dist.all_gather_object(answers, answer)
     return all(answers)
 
 
 def _export(engine: Any, data: TrainingPairs, run: RunDir) -> None:
-    """Write the model, whole or not at all; the first worker does, the others give it their parts.
+    """Write the model, complete or not at all: the first worker writes, the others contribute their parts.
 
-    Of a model with LoRA the adapter comes first, and the base with it merged in is made from that.
+    With LoRA the adapter is written first, and the merged model is made from it.
     """
     first, lora = dist.get_rank() == 0, data.config.train.lora is not None
     with atomic_folder(run.adapter if lora else run.model) if first else nullcontext(Path()) as folder:

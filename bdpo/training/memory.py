@@ -1,8 +1,8 @@
-"""What a training needs of each GPU, and what it will do, from the config alone: no weights, no GPU.
+"""The memory that a training needs on each GPU, computed from the config alone: no weights, no GPU.
 
-Parameters, gradients and optimizer by DeepSpeed's own bookkeeping; activations by running the forward of
-training on torch's meta device and adding up what autograd keeps. Fragmentation and the CUDA context are
-not in it: leave a tenth of the GPU free.
+Parameters, gradients and optimizer states follow DeepSpeed's own bookkeeping. Activations are measured by
+running the forward of the training on torch's meta device and adding up the tensors that autograd keeps.
+Fragmentation and the CUDA context are not included: leave a tenth of the GPU free.
 """
 
 from __future__ import annotations
@@ -23,17 +23,13 @@ from bdpo.models.adapters import add_lora
 from bdpo.models.loading import model_config
 from bdpo.models.logps import CHUNK_ELEMENTS, LogpsModel, prefix_sharing_obstacle
 from bdpo.models.packing import PrefixGroup
+from bdpo.training.deepspeed_internals import MAX_LIVE_PARAMETERS, REDUCE_BUCKET
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
 GIB = 2**30
-
-# DeepSpeed's defaults under stage 3, in elements; a test compares them with DeepSpeed's.
-REDUCE_BUCKET = 500_000_000
-
-MAX_LIVE_PARAMETERS = 1_000_000_000
 
 # Public configs of the presets' models, for machines that cannot reach the hub.
 KNOWN_SHAPES: dict[str, dict[str, Any]] = {
@@ -57,9 +53,9 @@ KNOWN_SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes on each worker, by what they are for: on its GPU, and offloaded to its node's memory or disk."""
+    """Bytes on each worker by purpose: on its GPU, and offloaded to its node's memory or disk."""
 
-    parameters: int  # how many there are, not bytes
+    parameters: int  # their number, not bytes
     gpu: dict[str, int]
     host: dict[str, int]
 
@@ -75,10 +71,10 @@ class MemoryNeed:
 
 
 def model_shape(config: Config) -> tuple[PreTrainedConfig, str | None]:
-    """The architecture from config.json alone, and a word on where it is from if not from the model itself.
+    """The architecture from config.json alone, and a note on its source if that is not the model itself.
 
     Raises:
-        UserError: it is not to be had.
+        UserError: config.json is unavailable, and the model is not one of `KNOWN_SHAPES`.
     """
     from transformers import AutoConfig
 
@@ -98,19 +94,19 @@ def model_shape(config: Config) -> tuple[PreTrainedConfig, str | None]:
         shape = dict(KNOWN_SHAPES.get(model.name_or_path, {}))
         if not shape:
             raise UserError(
-                f"model.name_or_path={model.name_or_path}: no config.json to be had ({first_line(error)})"
+                f"model.name_or_path={model.name_or_path}: config.json is unavailable ({first_line(error)})"
             ) from None
     known = AutoConfig.for_model(shape.pop("model_type"), **shape, **attention)
-    return known, "shape as bdpo knows it: hub out of reach"
+    return known, "shape built into bdpo: the hub is unreachable"
 
 
 def memory_need(config: Config, shape: PreTrainedConfig) -> MemoryNeed:
-    """What one of `train.workers` needs at its worst moment, in bytes."""
+    """The peak memory of one of `train.workers`, in bytes."""
     model = _meta_model(config, shape, shape.num_hidden_layers)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     gpu, host = model_state_bytes(config, parameters, trainable)
-    how = "layers computed again" if config.train.gradient_checkpointing else "all layers kept"
+    how = "layers recomputed" if config.train.gradient_checkpointing else "all layers kept"
     gpu[f"activations, {how}"] = activation_bytes(config, shape)
     vocabulary, width = shape.vocab_size, shape.hidden_size
     size = 2 if config.model.dtype == "bfloat16" else 4
@@ -120,9 +116,10 @@ def memory_need(config: Config, shape: PreTrainedConfig) -> MemoryNeed:
 
 
 def checkpoint_bytes(config: Config, shape: PreTrainedConfig) -> int:
-    """What the parts of all workers hold together, as much as `model_state_bytes` keeps of what is trained.
+    """The size of a checkpoint, the parts of all workers together, in bytes.
 
-    The parameter itself, AdamW's two moments and, from stage 1 on, a float32 copy; no gradients.
+    Of each trained parameter: the parameter itself, AdamW's two moments and, from stage 1 on, a float32 copy,
+    as in `model_state_bytes`; no gradients.
     """
     model = _meta_model(config, shape, shape.num_hidden_layers)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -133,11 +130,11 @@ def checkpoint_bytes(config: Config, shape: PreTrainedConfig) -> int:
 def model_state_bytes(
     config: Config, parameters: int, trainable: int
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """(on the GPU, offloaded): what DeepSpeed holds between steps, and its buffers, in bytes a worker.
+    """(on the GPU, offloaded): DeepSpeed's model states and buffers, in bytes per worker.
 
-    Parameters 2 bytes in bfloat16, 4 in float32. Of those that are trained, gradients summed in float32,
-    AdamW's two moments and, from stage 1 on, a float32 copy (deepspeed.runtime.zero.stage3,
-    estimate_zero3_model_states_mem_needs).
+    A parameter takes 2 bytes in bfloat16 and 4 in float32. A trained one also takes a gradient summed in
+    float32, AdamW's two moments and, from stage 1 on, a float32 copy (deepspeed.runtime.zero.stage3,
+    `estimate_zero3_model_states_mem_needs`).
     """
     train, size = config.train, 2 if config.model.dtype == "bfloat16" else 4
 
@@ -146,25 +143,25 @@ def model_state_bytes(
 
     held = {"parameters": of(parameters, 3, size), "gradients, float32": of(trainable, 2, 4)}
     held["optimizer, float32"] = of(trainable, 1, 12 if train.zero_stage else 8)
-    away = set()
+    offloaded = set()
     if train.offload:
-        away = {"optimizer, float32"} | ({"gradients, float32"} if train.zero_stage > 1 else set())
+        offloaded = {"optimizer, float32"} | ({"gradients, float32"} if train.zero_stage > 1 else set())
     if train.offload_parameters:
-        away |= {"parameters"}
-    gpu = {what: count for what, count in held.items() if what not in away}
+        offloaded |= {"parameters"}
+    gpu = {what: count for what, count in held.items() if what not in offloaded}
     if train.zero_stage == 3:
         gpu["gathered parameters"] = min(parameters, MAX_LIVE_PARAMETERS) * size
         gpu["buffer to reduce gradients"] = min(parameters, REDUCE_BUCKET) * size
     elif train.zero_stage:
         gpu["gradients of a backward"] = of(trainable, 2, size)
-    return gpu, {what: count for what, count in held.items() if what in away}
+    return gpu, {what: count for what, count in held.items() if what in offloaded}
 
 
 def activation_bytes(config: Config, shape: PreTrainedConfig) -> int:
     """Bytes that a micro-batch of the longest pairs keeps for its backward, on a GPU.
 
-    Two models that differ by one layer tell what a layer keeps. With gradient checkpointing it is the
-    layer's input, and the whole of one layer while that is computed again.
+    Models of one and of two layers are run: they differ by what a layer keeps. With gradient checkpointing
+    each layer keeps its input alone, and one layer at a time keeps everything while it is recomputed.
     """
     groups = _longest_pairs(config, shape)
     one, two = (_saved(_meta_model(config, shape, layers), config, groups) for layers in (1, 2))
@@ -180,7 +177,7 @@ def activation_bytes(config: Config, shape: PreTrainedConfig) -> int:
 
 
 def require_gpu_memory(config: Config, need: MemoryNeed, gpu_bytes: float | None) -> None:
-    """Raise a UserError if one GPU is known to be smaller than what it would have to hold."""
+    """Raise a UserError if the memory of a GPU is known and smaller than the need."""
     if gpu_bytes is not None and need.gpu_total > gpu_bytes:
         largest = max(need.gpu, key=lambda what: need.gpu[what])
         raise UserError(
@@ -229,7 +226,7 @@ def _meta_model(config: Config, shape: PreTrainedConfig, layers: int) -> Any:
 
 
 def _longest_pairs(config: Config, shape: PreTrainedConfig) -> list[PrefixGroup]:
-    """Pairs as long as allowed that fill a micro-batch, or the one pair that does not fit into it."""
+    """Pairs of the greatest length that fill a micro-batch, or a single pair that exceeds it."""
     data, budget = config.data, config.train.tokens_per_micro_batch
     prompt, response = data.max_prompt_length, data.max_length - data.max_prompt_length
     whole = PrefixGroup(range(prompt), [range(response)] * 2)
@@ -241,7 +238,7 @@ def _longest_pairs(config: Config, shape: PreTrainedConfig) -> list[PrefixGroup]
 
 
 def _saved(model: Any, config: Config, groups: list[PrefixGroup]) -> int:
-    """Bytes of the tensors that autograd keeps of a forward, each storage once, parameters aside."""
+    """Bytes of the tensors that autograd keeps of a forward: each storage once, parameters not counted."""
     policy = LogpsModel(model, config.data.max_length)
     known = {p.untyped_storage()._cdata for p in policy.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
@@ -256,7 +253,10 @@ def _saved(model: Any, config: Config, groups: list[PrefixGroup]) -> int:
 
 
 class _FlashAttention(TorchFunctionMode):
-    """Scaled dot-product attention that keeps what the GPU's memory-efficient kernel keeps: no scores."""
+    """Replaces scaled dot-product attention by one that keeps what the memory-efficient GPU kernel keeps.
+
+    On the meta device torch would take the plain implementation, which keeps the whole matrix of scores.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:

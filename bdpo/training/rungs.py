@@ -1,7 +1,7 @@
-"""Rungs: where a training hands its model over, waits for word, and goes on or ends.
+"""Rungs: steps at which a training exports its model, waits for a decision, and then resumes or ends.
 
-Its workers and whoever evaluates talk by files in the run folder: those outlive both sides, and a training
-that was killed and begun again finds what was said.
+The workers of the training and the process that evaluates the model communicate by files in the run folder.
+The files outlive both sides: a training that was killed and started again finds the decisions that were made.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bdpo.storage.paths import StoragePath, sorted_glob, write_text
 
 @dataclass(frozen=True)
 class Rungs:
-    """The rungs of one training: after each of `steps` optimizer steps it stands still."""
+    """The rungs of one training: it waits after each of `steps` optimizer steps."""
 
     folder: StoragePath
     steps: tuple[int, ...]
@@ -26,34 +26,38 @@ class Rungs:
         return 0.1 if isinstance(self.folder, Path) else 1.0
 
     def exported(self, step: int) -> bool:
-        """Is the model after `step` steps in its place? It stays there until training goes on."""
+        """Whether the model after `step` steps is exported; it stays there until the training resumes."""
         return self._file(step, "exported").exists()
 
     def mark_exported(self, step: int) -> None:
-        """Say that it is."""
+        """Record that the model after `step` steps is exported."""
         write_text(self._file(step, "exported"), "")
 
     def withdraw_export(self) -> None:
-        """The model was lost: it is to be written again."""
+        """Record that the exported model was lost: the training has to export it again."""
         for file in sorted_glob(self.folder, "*.exported"):
             file.unlink()
 
     def wait(self, step: int) -> bool:
-        """Called by every worker, until there is word: is training to go on?"""
-        while not (go := self._file(step, "go").exists()) and not (self.folder / "stop").exists():
+        """Block until there is a decision: True if training resumes. Every worker must call this.
+
+        There is no limit: the evaluation on the other side takes as long as it takes, and whoever runs both
+        (`tune.trial`) ends the training if the evaluation fails.
+        """
+        while not (promoted := self._file(step, "go").exists()) and not (self.folder / "stop").exists():
             time.sleep(self.poll_seconds)
-        return go
+        return promoted
 
     def promote(self, step: int) -> None:
-        """Let training go on from `step`, now and whenever it comes there again."""
+        """Let the training resume after `step`, now and whenever it reaches that step again."""
         write_text(self._file(step, "go"), "")
 
     def stop(self) -> None:
-        """Let training end where it waits."""
+        """Let the training end where it waits."""
         write_text(self.folder / "stop", "")
 
     def clear_stop(self) -> None:
-        """A training begins: the end of the one before is not its own."""
+        """Remove the stop of an earlier training, which does not concern the one that begins."""
         (self.folder / "stop").unlink(missing_ok=True)
 
     def _file(self, step: int, what: str) -> StoragePath:

@@ -71,7 +71,7 @@ def test_steps_of_which_nobody_knows_how_they_were_made_are_not_gone_on_from(inp
     run.metrics.write_text('{"step": 99}\n')
     assert _begin(config, run, {"seed": 0}, 9) is None
     (run.train / "begun.json").unlink()
-    with pytest.raises(UserError, match="no checkpoint to go on from"):
+    with pytest.raises(UserError, match="no intact checkpoint to resume from"):
         _begin(config, run, {"seed": 0}, 9)
 
 

@@ -6,7 +6,6 @@ import pytest
 
 from bdpo.errors import UserError
 from bdpo.storage.manifests import finished, write_manifest
-from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
 from tests.support.helpers import tiny_config
 
@@ -77,14 +76,3 @@ def test_a_manifest_of_another_version_is_refused(tmp_path, version):
     with pytest.raises(UserError, match=rf"manifest.json: version={version}, this .* fresh=true") as refused:
         finished(file, {"weights": "a"})
     assert "\n" not in str(refused.value)
-
-
-def test_metrics_after_the_checkpoint_are_dropped_and_half_lines_do_not_count(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    for step in (1, 2, 3):
-        log.append({"step": step})
-    with log.file.open("a") as stream:
-        stream.write('{"step": 4, "lo')
-    assert [row["step"] for row in log.read()] == [1, 2, 3]
-    log.keep(2)
-    assert [json.loads(line)["step"] for line in log.file.read_text().splitlines()] == [1, 2]

@@ -21,6 +21,7 @@ import psutil
 import torch
 
 from bdpo.config import load_config
+from bdpo.storage.metrics_log import MetricsLog
 from tests.support import ROOT
 
 KILLS_OF_ONE_TRAINING = 4
@@ -117,9 +118,8 @@ class Nodes:
 
 
 def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Whole lines of a log."""
-    file = run / name
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+    """Intact rows of a log."""
+    return MetricsLog(run / name).read()
 
 
 def checkpoints(run: Path) -> set[Path]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,9 +19,10 @@ import torch
 
 from bdpo.data.pairs import read_pairs
 from bdpo.scoring.reference import ReferenceScorer
+from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import draw_held_out
-from bdpo.training.checkpoints import checkpoint_defect
+from bdpo.training.checkpoints import CheckpointPart, TrainProgress, checkpoint_defect
 from tests.support.killed_training import same
 from tests.support.training import copied, errors, launch, score, weights
 
@@ -134,7 +137,7 @@ def change_held_out(run, seed):
 
 def rows(run):
     """What was logged, without the only thing that may differ."""
-    logged = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    logged = MetricsLog(run.metrics).read()
     return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in logged]
 
 
@@ -145,8 +148,8 @@ def states(run, step):
 
 
 def recovery(folder):
-    (line,) = (folder / "train" / "recoveries.jsonl").read_text().splitlines()
-    return json.loads(line)
+    (note,) = MetricsLog(folder / "train" / "recoveries.jsonl").read()
+    return note
 
 
 # At the first step, in an epoch, at an epoch's edge, at the last step; and from a damaged checkpoint.
@@ -189,7 +192,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(resumed, name, 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("none whole", "no checkpoint to go on from (2: state/"),
+        ("none whole", "no intact checkpoint to resume from (2: state/"),
         ("none whole", "fresh=true starts over"),
         ("other workers", "cannot be resumed by {workers}; set train.workers={others}, or fresh=true"),
         ("full disk", "the checkpoint of step 3 cannot be written (is the disk full?)"),
@@ -229,6 +232,46 @@ def test_what_a_folder_alone_tells_of_a_checkpoint(whole, tmp_path, damage):
             assert checkpoint_defect(folder) is None
             damage(folder / file.relative_to(original))
             assert file.name in checkpoint_defect(folder)
+
+
+PART = CheckpointPart(2, TrainProgress(3, 1.5, 900), {"loss": 0.25, "step": 3.0}, {})
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """A checkpoint folder of two workers with the part files alone."""
+    for rank in range(PART.workers):
+        (tmp_path / f"part-{rank}.json").write_text(PART.to_json())
+    return tmp_path
+
+
+def test_a_part_file_is_read_back(parts):
+    assert CheckpointPart.read(parts, 1) == PART
+    assert checkpoint_defect(parts) is None
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("key", "value"), [("step", 2), ("workers", 1), ("workers", 3), ("files", {"x": 1})])
+def test_an_edited_part_file_is_damaged(parts, rank, key, value):
+    file = parts / f"part-{rank}.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    assert checkpoint_defect(parts) == f"part-{rank}.json is missing or damaged"
+
+
+def test_a_part_file_of_another_checkpoint_is_a_defect(parts):
+    (parts / "part-1.json").write_text(replace(PART, progress=TrainProgress(4, 2.0, 1200)).to_json())
+    assert checkpoint_defect(parts) == "part-1.json is of another checkpoint"
+
+
+def test_no_flipped_byte_of_a_part_file_is_taken(parts):
+    file, rng = parts / "part-1.json", random.Random(0)
+    content = file.read_bytes()
+    for _ in range(300):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(content))] ^= rng.randrange(1, 256)
+        file.write_bytes(damaged)
+        if checkpoint_defect(parts) is None:
+            assert CheckpointPart.read(parts, 1) == PART  # only white space changed
 
 
 def test_held_out_pairs_are_evaluated_as_a_formula_says(scored, whole):

@@ -187,5 +187,5 @@ def test_nothing_is_computed_where_there_is_no_gpu_to_compare_with():
 
 def test_a_model_without_any_config_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"model.name_or_path=nobody/nothing: no config.json to be had"):
+    with pytest.raises(UserError, match=r"model.name_or_path=nobody/nothing: config.json is unavailable"):
         print_plan(config_of("nobody/nothing"))

@@ -1,0 +1,75 @@
+"""Everything that depends on DeepSpeed beyond its documented interface, tested with DeepSpeed 0.19.8.
+
+`pyproject.toml` admits the versions that were tested and no later minor version (`>=0.19.8,<0.20`). What is
+here has to be checked again before that range grows; `tests/training/test_engine.py` compares each of these
+with what it stands for.
+
+DeepSpeed is imported inside functions: it chooses its accelerator and patches torch when it is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+REDUCE_BUCKET = 500_000_000
+"""Elements of the buffer in which stage 3 reduces gradients (`reduce_bucket_size`), DeepSpeed's default."""
+
+MAX_LIVE_PARAMETERS = 1_000_000_000
+"""Elements that stage 3 keeps gathered at a time (`stage3_max_live_parameters`), DeepSpeed's default."""
+
+
+class ClippingAdamW(torch.optim.AdamW):
+    """AdamW for ZeRO stage 0 that clips the gradients itself and keeps their norm.
+
+    At stage 0 DeepSpeed steps the bare optimizer and discards the norm that its own clipping computed.
+    `DeepSpeedEngine.get_global_grad_norm` looks for the norm in the optimizer's `_global_grad_norm`.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], learning_rate: float, max_grad_norm: float) -> None:
+        super().__init__(groups, learning_rate)
+        self.max_grad_norm = max_grad_norm
+        self._global_grad_norm: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Clip, remember the norm before clipping, and update the parameters."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self._global_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        return super().step(closure)
+
+
+def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """The shape of a parameter, which stage 3 replaces by an empty tensor with the shape in `ds_shape`."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def trained_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """The trained weights in the model's dtype, by name; every worker must call this.
+
+    Stage 3 gathers them, on the first worker alone. The public `save_16bit_model` does not return them: it
+    writes a file of a format of its own.
+    """
+    if engine.zero_optimization_stage() == 3:
+        weights: dict[str, torch.Tensor] = engine._zero3_consolidated_16bit_state_dict(
+            exclude_frozen_parameters=True
+        )
+        return weights
+    return dict(engine.module.state_dict())
+
+
+def build_shared_memory_op() -> None:
+    """Compile (once per extensions folder) the op by which CPU workers communicate."""
+    from deepspeed.comm.torch import build_shm_op
+
+    build_shm_op()
+
+
+def async_io_builder() -> Any:
+    """The builder of the op for NVMe, compiled against libaio; None if it cannot be built."""
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+    return builder if builder.is_compatible() else None
