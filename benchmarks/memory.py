@@ -30,7 +30,7 @@ from bdpo.data.pairs import PAIR_SCHEMA
 from bdpo.models.logps import LogpsModel
 from bdpo.models.tokenizer import EncodedPair, load_tokenizer
 from bdpo.scoring.reference import reference_logps
-from bdpo.scoring.scores import SCORE_SCHEMA, score_fingerprint, score_store
+from bdpo.scoring.scores import SCORE_SCHEMA, pairs_digest, score_fingerprint, score_store
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.run_dir import RunDir
 from benchmarks.common import make_model, write_section
@@ -137,7 +137,7 @@ def many_pairs(folder: Path) -> Config:
         run.data / "manifest.json",
         prepare._fingerprint(config),
         account=counts | {"format": "preference"},
-        pairs_digest=prepare._pairs_digest(run),
+        pairs_digest=pairs_digest(run),
     )
     store = score_store(run, score_fingerprint(config, run))
     work = json.dumps({"worker": "a", "seconds": 1, "tokens": 1, "tokens_forwarded": 1})

@@ -13,7 +13,7 @@ from bdpo.config import SANDBOX, Config, ModelConfig
 from bdpo.errors import UserError, first_line
 from bdpo.sandbox import sandbox_seed
 from bdpo.storage.cache import cached_copy
-from bdpo.storage.digests import _read_once, files_digest
+from bdpo.storage.digests import cached_sha256, files_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -121,7 +121,7 @@ def weights_digest(folder: Path) -> str:
     A file of weights is read once on a machine, for as long as it is the same file.
     """
     files = (sorted(folder.glob(pattern)) for pattern in ("config.json", "*.safetensors", "*.py"))
-    return files_digest(list(chain(*files)), read=_read_once)
+    return files_digest(list(chain(*files)), digest_of=cached_sha256)
 
 
 def hub_snapshot(name: str, revision: str | None, key: str) -> Path:

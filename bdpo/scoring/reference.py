@@ -1,8 +1,8 @@
-"""One pass of the reference model over the pairs: all that training and search need of it.
+"""One pass of the reference model over the pairs, which computes all that training and search need of it.
 
-Four sums of log-probs a pair (both responses, with and without the query), the mutual information made
-of them, and CHES, which tells how alike the model sees the responses. Nothing here depends on alpha, beta
-or training, so every trial shares one scoring.
+For each pair: four sums of log-probs (both responses, with and without the query), the mutual information
+computed from them, and CHES, the similarity of the two responses' hidden states. None of these depends on
+alpha, beta or training, so all trials share one scoring.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bdpo.scoring.scores import SCORE_SCHEMA
 
 
 class ReferenceScorer:
-    """The frozen reference model and what it says of pairs."""
+    """The frozen reference model; `score` computes the columns of the score table."""
 
     def __init__(self, config: Config, device: str) -> None:
         self.config = config
@@ -40,11 +40,11 @@ class ReferenceScorer:
         """Rows of PAIR_SCHEMA -> rows of SCORE_SCHEMA, in the same order.
 
         Raises:
-            FloatingPointError: a log-prob is not finite. In the others' company it may be theirs that is
-                the cause: what a masked token contributes is 0 times its value.
+            FloatingPointError: a log-prob is not finite. Another pair of the same batch may be the cause: a
+                masked token contributes 0 times its value, which is not a number if the value is infinite.
         """
         encoded = encode_pairs(self.chat, pairs.to_pylist(), self.config.data)
-        logps, alike = reference_logps(
+        logps, ches_values = reference_logps(
             self.model, encoded, self.unconditional, self.config.score.tokens_per_batch
         )
         if not torch.stack(list(logps.values())).isfinite().all():
@@ -62,7 +62,7 @@ class ReferenceScorer:
                 logps[f"ref_{side}_logps"], logps[f"uncond_{side}_logps"], columns[f"{side}_tokens"]
             )
         columns = {name: c.numpy() if isinstance(c, torch.Tensor) else c for name, c in columns.items()}
-        columns["ches"] = pa.array(alike.numpy(), from_pandas=True)
+        columns["ches"] = pa.array(ches_values.numpy(), from_pandas=True)
         return pa.table(columns, schema=SCORE_SCHEMA)
 
 
@@ -70,27 +70,26 @@ class ReferenceScorer:
 def reference_logps(
     model: LogpsModel, pairs: Sequence[EncodedPair], unconditional: list[int], tokens_per_batch: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The four sums of log-probs of every pair, by column name, in nats, and CHES; NaN if not known.
+    """The four sums of log-probs of every pair, by column name, in nats, and CHES, NaN if it is unknown.
 
-    All are float32 on the CPU, shape (pairs,). When memory runs out, the batches that are left are planned
-    again with half the tokens.
+    All are float32 on the CPU, shape (pairs,). When memory runs out, the remaining batches are planned again
+    with half the tokens.
     """
-
-    alike = torch.empty(len(pairs))
+    ches_values = torch.empty(len(pairs))
 
     def in_batches(groups: Sequence[PrefixGroup], means: bool = False) -> torch.Tensor:
         logps = torch.empty(len(groups), len(groups[0].responses))
         lengths = [group.tokens(model.shared_rows) for group in groups]
         batches = length_sorted_batches(lengths, tokens_per_batch)
         while batches:
-            scored = _within_memory(model, [groups[i] for i in batches[0]], means)
+            scored = _forward_within_memory(model, [groups[i] for i in batches[0]], means)
             if scored is None:
-                batches = _halved(batches, lengths)
+                batches = _replanned_with_half_the_tokens(batches, lengths)
             else:
                 batch, *batches = batches
                 if means:
                     scored, states = scored
-                    alike[batch] = ches(*states.unflatten(0, (-1, 2)).unbind(1)).cpu()
+                    ches_values[batch] = ches(*states.unflatten(0, (-1, 2)).unbind(1)).cpu()
                 logps[batch] = scored.view(len(batch), -1).cpu()
         return logps.view(-1, 2)
 
@@ -102,24 +101,24 @@ def reference_logps(
         "ref_rejected_logps": ref[:, 1],
         "uncond_chosen_logps": uncond[:, 0],
         "uncond_rejected_logps": uncond[:, 1],
-    }, alike
+    }, ches_values
 
 
-def _within_memory(model: LogpsModel, groups: Sequence[PrefixGroup], means: bool) -> Any:
-    """The model's answer; None if memory does not suffice for so many groups, an exception if not for one."""
+def _forward_within_memory(model: LogpsModel, groups: Sequence[PrefixGroup], means: bool) -> Any:
+    """The model's outputs; None if memory does not suffice for several groups, an exception for one."""
     try:
         return model(groups, means=means)
     except (RuntimeError, MemoryError) as error:
         if len(groups) == 1 or not out_of_memory(error):
             raise
-    # Outside the handler: the exception held the frames, and they the tensors.
+    # Outside the handler: the exception keeps the frames alive, and the frames keep the tensors.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
 
 
-def _halved(batches: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
-    """The same indices in batches of at most half the tokens of the first."""
+def _replanned_with_half_the_tokens(batches: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
+    """The same indices in batches of at most half the tokens of the first batch."""
     rest = [index for batch in batches for index in batch]
     budget = lengths[rest[0]] * len(batches[0]) // 2
     smaller = length_sorted_batches([lengths[index] for index in rest], budget)

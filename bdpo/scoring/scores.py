@@ -1,4 +1,4 @@
-"""The score table: its schema, its fingerprint, and how finished scores are read back."""
+"""The score table: its schema, its fingerprint, its manifest, and reading finished scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from bdpo.data.pairs import pair_ids, read_pairs
 from bdpo.errors import UserError
 from bdpo.models.loading import model_folder, weights_digest
 from bdpo.models.tokenizer import tokenizer_fingerprint
+from bdpo.storage.digests import files_digest
 from bdpo.storage.manifests import Fingerprint, finished, read_manifest, write_manifest
+from bdpo.storage.paths import sorted_glob
 from bdpo.storage.run_dir import RunDir
 from bdpo.storage.shards import ShardStore
 
@@ -32,25 +34,23 @@ SCORE_SCHEMA = pa.schema(
         ("uncond_rejected_logps", pa.float32()),
         ("mi_chosen", pa.float32()),
         ("mi_rejected", pa.float32()),
-        ("ches", pa.float32()),  # null where the architecture's hidden states are not known
+        ("ches", pa.float32()),  # null if the architecture's hidden states are unknown
     ]
 )
 
-# More pairs than these are not single bad rows but a model or a machine that is unfit: scoring stops.
+# More unscorable pairs than these mean an unfit model or machine, not single bad rows: scoring stops.
 MAX_UNSCORABLE = 16
 
-_WORK_KEY = b"bdpo.work"
+# Key of the Parquet metadata under which a shard records the work that it took, as JSON.
+WORK_KEY = b"bdpo.work"
 
 
 def score_fingerprint(config: Config, run: RunDir) -> Fingerprint:
     """Everything that the scores depend on, field by field.
 
     Raises:
-        UserError: the pairs are not prepared yet.
+        UserError: the pairs are not prepared yet, or were changed since; see `checked_pairs_digest`.
     """
-    prepared = read_manifest(run.data / "manifest.json")
-    if prepared is None:
-        raise UserError(f"{run.data}: no prepared pairs; run `python -m pipelines.score` first")
     return {
         "weights": weights_digest(model_folder(config.model)),
         **tokenizer_fingerprint(config.model),
@@ -58,20 +58,46 @@ def score_fingerprint(config: Config, run: RunDir) -> Fingerprint:
         "max_length": config.data.max_length,
         "max_prompt_length": config.data.max_prompt_length,
         "dtype": config.model.dtype,
-        "pairs": prepared["pairs_digest"],
+        "pairs": checked_pairs_digest(run),
     }
 
 
+def checked_pairs_digest(run: RunDir) -> str:
+    """The digest of the prepared pairs, computed from their files and compared with their manifest.
+
+    Every stage that reads the pairs begins with this, by way of the fingerprint of the scores: a training on
+    pairs that were changed after the scoring would combine texts with the scores of other texts.
+
+    Raises:
+        UserError: there are no prepared pairs, or they are not those that were prepared.
+    """
+    prepared = read_manifest(run.data / "manifest.json")
+    if prepared is None:
+        raise UserError(f"{run.data}: no prepared pairs; run `python -m pipelines.score` first")
+    digest = pairs_digest(run)
+    if digest != prepared["pairs_digest"]:
+        raise UserError(
+            f"{run.pairs}: the pairs were changed or damaged after they were prepared; "
+            "`python -m pipelines.score` prepares them again"
+        )
+    return digest
+
+
+def pairs_digest(run: RunDir) -> str:
+    """The digest of the files of the prepared pairs."""
+    return files_digest(sorted_glob(run.pairs, "*.parquet"))
+
+
 def score_store(run: RunDir, fingerprint: Fingerprint) -> ShardStore:
-    """The shards of scores in a run folder."""
+    """The store of the score shards in a run folder."""
     return ShardStore(run.scores, SCORE_SCHEMA, fingerprint)
 
 
 def finish_scores(run: RunDir, fingerprint: Fingerprint, seconds: float) -> dict[str, Any]:
-    """Check that every pair has its row, then write the manifest, last; `seconds` is what it took.
+    """Check that every pair has its row, then write the manifest; `seconds` is the duration of the stage.
 
-    Pairs and scores are read part by part, ids alone. The manifest's `workers` say of each worker how many
-    `pairs` and `tokens` it scored, how many `tokens_forwarded` that took, and its busy `seconds`.
+    Pairs and scores are read part by part, ids alone. The manifest's `workers` hold the number of `pairs`
+    and `tokens` that each worker scored, of `tokens_forwarded` for them, and its busy `seconds`.
 
     Raises:
         RuntimeError: rows are missing, repeated, or belong to other pairs.
@@ -81,7 +107,7 @@ def finish_scores(run: RunDir, fingerprint: Fingerprint, seconds: float) -> dict
 
     def scored_ids() -> Iterator[str]:
         for shard in score_store(run, fingerprint).tables(["pair_id"]):
-            work = json.loads(shard.schema.metadata[_WORK_KEY])
+            work = json.loads(shard.schema.metadata[WORK_KEY])
             done = workers.setdefault(work.pop("worker"), {"pairs": 0, **dict.fromkeys(work, 0)})
             for name, amount in {"pairs": shard.num_rows, **work}.items():
                 done[name] += amount
@@ -90,8 +116,8 @@ def finish_scores(run: RunDir, fingerprint: Fingerprint, seconds: float) -> dict
     for pair, scored in zip_longest(pair_ids(run.pairs), scored_ids()):
         if pair != scored:
             raise RuntimeError(
-                f"{run.scores}: row {rows} is not that of the pair in row {rows}; "
-                "if the same command says so again, fresh=true starts over"
+                f"{run.scores}: row {rows} does not belong to the pair in row {rows}; "
+                "if the same command reports this again, fresh=true starts over"
             )
         rows += 1
     return write_manifest(
@@ -107,8 +133,8 @@ def unscorable_error(run: RunDir, reasons: Mapping[int, str]) -> UserError:
     if len(reasons) > MAX_UNSCORABLE:
         return UserError(f"score: stopped, more than {MAX_UNSCORABLE} pairs cannot be scored: {named}")
     return UserError(
-        f"score: {len(reasons)} pairs cannot be scored, all others are: {named}; mend the cause and the same "
-        "command scores these alone, or leave them out of data.path and start over with fresh=true"
+        f"score: {len(reasons)} pairs cannot be scored, all others are: {named}; mend the cause, and "
+        "the same command scores these alone, or remove them from data.path and start over with fresh=true"
     )
 
 
@@ -116,14 +142,14 @@ def read_scores(config: Config, run: RunDir) -> pa.Table:
     """The finished scores of a run, one row a pair, in the order of the pairs.
 
     Raises:
-        UserError: they are not there, or were made with another model, tokenizer, data or setting.
+        UserError: there are none, or they were computed with another model, tokenizer, data or setting.
     """
     finished(run.scores / "manifest.json", score_fingerprint(config, run))
     return finished_scores(run)[1]
 
 
 def finished_scores(run: RunDir) -> tuple[dict[str, Any], pa.Table]:
-    """(manifest, scores) of a finished run folder as they lie there; neither model nor data are needed.
+    """(manifest, scores) of a run folder with finished scores; neither model nor data are needed.
 
     Raises:
         UserError: the scores are not finished.
@@ -136,7 +162,7 @@ def finished_scores(run: RunDir) -> tuple[dict[str, Any], pa.Table]:
 
 
 def real_tokens(scores: pa.Table) -> int:
-    """Tokens that the four terms cannot do without: each prompt once, each response twice."""
+    """The least number of tokens for the four sums: each prompt once, each response twice."""
     prompt, *responses = (
         pc.sum(scores[f"{part}_tokens"]).as_py() or 0 for part in ("prompt", "chosen", "rejected")
     )

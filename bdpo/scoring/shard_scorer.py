@@ -1,4 +1,4 @@
-"""Scoring one shard of pairs in an actor; a batch that does not fit in memory is bisected."""
+"""Scoring one shard of pairs in an actor; a shard with a pair that cannot be scored is bisected."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bdpo.models.loading import model_folder, weights_digest
 from bdpo.models.oom import out_of_memory
 from bdpo.models.tokenizer import tokenizer_fingerprint
 from bdpo.scoring.reference import ReferenceScorer
-from bdpo.scoring.scores import _WORK_KEY, MAX_UNSCORABLE, real_tokens, score_store
+from bdpo.scoring.scores import MAX_UNSCORABLE, WORK_KEY, real_tokens, score_store
 from bdpo.storage.manifests import Fingerprint
 from bdpo.storage.run_dir import RunDir
 
@@ -29,15 +29,15 @@ from bdpo.storage.run_dir import RunDir
 def score_with_bisection(
     score: Callable[[pa.Table], pa.Table], pairs: pa.Table
 ) -> Iterator[tuple[int, pa.Table | str]]:
-    """Score all rows that can be scored: (offset, scores) of runs of rows, (offset, reason) of single ones.
+    """Score all rows that can be scored; yields (offset, scores) of runs of rows, (offset, reason) of others.
 
-    A table that cannot be scored whole is halved until the row is found. The reason quotes no message of
-    an exception, which may hold a text.
+    A table that cannot be scored at once is halved until the row at fault is found. A reason never quotes the
+    message of an exception, which may contain text of the pair.
 
     Raises:
-        torch.AcceleratorError: the GPU is lost to this process, so no row can be blamed.
+        torch.AcceleratorError: this process has lost its GPU, so that no row is at fault.
     """
-    outcome = _attempt(score, pairs)
+    outcome = _try_score(score, pairs)
     if pairs.num_rows <= 1 or not isinstance(outcome, str):
         yield 0, outcome
         return
@@ -47,7 +47,7 @@ def score_with_bisection(
         yield half + offset, part
 
 
-def _attempt(score: Callable[[pa.Table], pa.Table], pairs: pa.Table) -> pa.Table | str:
+def _try_score(score: Callable[[pa.Table], pa.Table], pairs: pa.Table) -> pa.Table | str:
     try:
         return score(pairs)
     except torch.AcceleratorError:
@@ -62,22 +62,22 @@ def _attempt(score: Callable[[pa.Table], pa.Table], pairs: pa.Table) -> pa.Table
 
 
 def _require_same_reference(model: ModelConfig, fingerprint: Fingerprint) -> None:
-    """Make sure that this node's model is the one whose name the scores will carry.
+    """Check that the model on this node is the one in the fingerprint of the scores.
 
     Raises:
-        UserError: it is another, and how.
+        UserError: it is another model; the message names the field that differs.
     """
     here = {"weights": weights_digest(model_folder(model)), **tokenizer_fingerprint(model)}
     for field, value in here.items():
         if fingerprint[field] != value:
             raise UserError(
                 f"model.name_or_path={model.name_or_path}: on host {socket.gethostname()} {field} differs "
-                "from that where the run was begun; put the same files on all nodes, or set model.revision"
+                "from where the run was begun; put the same files on all nodes, or set model.revision"
             )
 
 
 class ShardScorer:
-    """An actor of the scoring pool: reads a range of pairs, scores it, commits the shard itself."""
+    """An actor of the scoring pool: reads a range of pairs, scores it, and commits the shard itself."""
 
     def __init__(self, config: Config, run: RunDir, fingerprint: Fingerprint, device: str) -> None:
         self.run = run
@@ -87,15 +87,15 @@ class ShardScorer:
         try:
             _require_same_reference(config.model, fingerprint)
             self.scorer = ReferenceScorer(config, device)
-        except UserError as error:  # said by the first shard; raised here, Ray would try five times more
+        except UserError as error:  # reported by the first shard; raised here, Ray would retry five times
             self.stop = str(error)
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        """`{first, rows}` -> the same, once the scores of those rows lie in the run folder.
+        """`{first, rows}` of a shard -> a report, once the scores of the shard are in the run folder.
 
-        `rows` are those that were scored; `unscorable` is JSON, row -> reason, of those that cannot be;
-        `stop` says why nobody need try the next shard.
+        In the report `rows` counts the rows that were scored, `unscorable` is JSON, row -> reason, of those
+        that cannot be scored, and `stop` is the reason to stop the stage, empty if there is none.
         """
         first, rows = int(shard["first"]), int(shard["rows"])
         unscorable: dict[int, str] = {}
@@ -107,18 +107,18 @@ class ShardScorer:
                     f"run_dir={self.run.root}: host {socket.gethostname()} does not see all prepared pairs "
                     "there; it must be on storage that all nodes share"
                 )
-            # Ray Data gives a shard out again whose actor died after its commit.
+            # If an actor dies after its commit, Ray Data assigns the shard again.
             if not stop and not self.store.holds(first, rows):
                 unscorable = self._commit(first, pairs)
         except torch.AcceleratorError:
-            os._exit(1)  # a new process has a GPU again; the driver finds the row by what kills its actor
-        except Exception as error:  # of the storage: what scoring raises is a reason
+            os._exit(1)  # a new process gets the GPU back; the driver finds the row that kills its actors
+        except Exception as error:  # of the storage: exceptions of the scoring are reasons already
             stop = f"run_dir={self.run.root}: cannot be read or written ({error_line(error)})"
         scored = 0 if stop else rows - len(unscorable)
         return {"first": first, "rows": scored, "unscorable": json.dumps(unscorable), "stop": stop}
 
     def _commit(self, first: int, pairs: pa.Table) -> dict[int, str]:
-        """Write the scores of all rows that can be scored; returns the others' reasons."""
+        """Write the scores of every row that can be scored; returns the reasons of the others by row."""
         unscorable = {}
         started, forwarded = time.perf_counter(), self.scorer.model.tokens_forwarded
         for offset, outcome in score_with_bisection(self.scorer.score, pairs):
@@ -135,5 +135,5 @@ class ShardScorer:
                 "tokens_forwarded": forwarded_now - forwarded,
             }
             started, forwarded = now, forwarded_now
-            self.store.write(first + offset, outcome.replace_schema_metadata({_WORK_KEY: json.dumps(work)}))
+            self.store.write(first + offset, outcome.replace_schema_metadata({WORK_KEY: json.dumps(work)}))
         return unscorable

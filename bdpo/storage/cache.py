@@ -16,10 +16,10 @@ from bdpo.storage.paths import StoragePath, atomic_folder, discard, storage_path
 
 
 def cached_copy(url: str, key: str) -> Path:
-    """The cached copy of a folder or file on object storage; `key` is what an error names.
+    """The cached copy of a folder or file on object storage; errors name the config key `key`.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is no such folder or file, or it cannot be read.
     """
     try:
         return local_copy(storage_path(url, key))
@@ -30,15 +30,15 @@ def cached_copy(url: str, key: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where things that are made once on a machine are kept: `$BDPO_CACHE`, else `~/.cache/bdpo`."""
+    """The folder for what is made once on a machine: `$BDPO_CACHE`, else `~/.cache/bdpo`."""
     return Path(os.environ.get("BDPO_CACHE") or Path.home() / ".cache" / "bdpo")
 
 
 def local_copy(path: StoragePath) -> Path:
-    """The local copy of a folder or file: itself, or its download into the machine's cache.
+    """A folder or file as a local path: itself, or its download into the machine's cache.
 
-    A copy is kept under digests of its URL and of names, sizes and etags: a model is downloaded once a
-    machine, and a changed one again, in place of the copy before.
+    A copy is named by digests of its URL and of its files' names, sizes and etags. So a model is downloaded
+    once per machine, and again when it changes; the new copy replaces the old one.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
@@ -71,7 +71,7 @@ def drop_local_copy(path: StoragePath) -> None:
 
 
 def _copies(path: UPath) -> Path:
-    """Where the copy of a URL is kept, in a folder that is called after its version."""
+    """The folder of the copies of a URL, each in a folder named after its version."""
     return cache_folder() / "fetched" / _digest(str(path))
 
 
@@ -80,5 +80,5 @@ def _digest(text: str) -> str:
 
 
 def _version(info: dict[str, Any]) -> str:
-    """What changes with the content of an object, in the words of its protocol."""
+    """A property of an object that changes with its content; each protocol has another name for it."""
     return next(str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in info)

@@ -1,4 +1,4 @@
-"""SHA-256 digests of files and JSON values, which fingerprints are made of."""
+"""SHA-256 digests of files and JSON values; fingerprints consist of them."""
 
 from __future__ import annotations
 
@@ -15,46 +15,49 @@ from filelock import FileLock
 from bdpo.storage.cache import cache_folder
 from bdpo.storage.paths import StoragePath, write_text
 
-# File systems have coarse clocks: a file that changed just now could change again at the same time.
-_SETTLED_NS = 2 * 10**9
+# File systems have coarse clocks: a file that changed just now could change again with the same time stamp.
+_CLOCK_RESOLUTION_NS = 2 * 10**9
 
 
 def files_digest(
-    files: Sequence[StoragePath], root: Path | None = None, read: Callable[[Any], str] | None = None
+    files: Sequence[StoragePath], root: Path | None = None, digest_of: Callable[[Any], str] | None = None
 ) -> str:
     """SHA-256 over names (below `root`, else bare) and contents of files, as 32 hexadecimal digits.
 
-    `read` is what tells the SHA-256 of one file.
+    `digest_of` computes the SHA-256 of one file, by default `sha256`.
     """
-    read = read or sha256
+    digest_of = digest_of or sha256
     digests = {}
     for file in files:
         if file.is_file():
             name = str(file.relative_to(root)) if root and isinstance(file, Path) else file.name
-            digests[name] = read(file)
+            digests[name] = digest_of(file)
     return json_digest(digests)
 
 
-def _read_once(file: Path) -> str:
-    """The file's SHA-256, kept in the cache folder together with what a change of the file would change."""
+def cached_sha256(file: Path) -> str:
+    """The SHA-256 of a large file, computed once per machine and kept in the cache folder.
+
+    The digest is kept with the size, times and inode of the file, and used while these stay the same.
+    """
     status = file.stat()
     now = json_digest([status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino])
     kept = cache_folder() / "digests" / json_digest(str(file.resolve()))
-    with _one_process(kept):
+    with _one_process_at_a_time(kept):
         with suppress(OSError, ValueError):
             then, digest = kept.read_text(encoding="utf-8").split()
             if then == now:
                 return digest
         digest = sha256(file)
-        if time.time_ns() - status.st_mtime_ns > _SETTLED_NS:
-            with suppress(OSError):  # without a cache it is only slower
+        if time.time_ns() - status.st_mtime_ns > _CLOCK_RESOLUTION_NS:
+            with suppress(OSError):  # without a writable cache the next call computes it again
                 write_text(kept, f"{now} {digest}")
         return digest
 
 
 @contextmanager
-def _one_process(kept: Path) -> Iterator[None]:
-    """The actors of a node begin together: one reads, the others wait, if the cache can be written."""
+def _one_process_at_a_time(kept: Path) -> Iterator[None]:
+    """The actors of a node start together: one reads the file and the others wait, if a lock can be made."""
     with ExitStack() as held:
         with suppress(OSError):
             lock = kept.parents[1] / "locks" / kept.name
@@ -70,7 +73,7 @@ def json_digest(value: Any) -> str:
 
 
 def sha256(file: StoragePath) -> str:
-    """SHA-256 of a file's content, which is never all in memory."""
+    """SHA-256 of a file's content, read in blocks."""
     content: Any = file.open("rb")
     with content as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

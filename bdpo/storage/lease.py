@@ -1,4 +1,4 @@
-"""A run folder is one command's at a time: a file lock, or on object storage a lease that is kept alive."""
+"""Locks of a run folder, which one command uses at a time: a file lock, or a lease on object storage."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from upath import UPath
 
 from bdpo.storage.paths import StoragePath, write_bytes
 
-BEAT_SECONDS = 5.0
+RENEWAL_SECONDS = 5.0
 
 LEASE_SECONDS = 30.0
-"""So long a lock on object storage may be without a sign of life before another command takes it."""
+"""The time without a renewal after which another command may take a lease."""
 
 
 def lock(folder: StoragePath) -> FileLock | Lease:
-    """Take a folder for this process alone, until the block ends or the process dies.
+    """Lock a folder for this process, until the block ends or the process dies.
 
     Raises:
-        Timeout: another process has it.
+        Timeout: another process holds the lock.
     """
     if not isinstance(folder, Path):
         return Lease(folder / ".lock")
@@ -38,28 +38,30 @@ def lock(folder: StoragePath) -> FileLock | Lease:
 
 
 def lock_holder(folder: StoragePath) -> str:
-    """The host and pid that a folder's lock names; nothing for a local one, which names none."""
+    """The holder of a folder's lease as " (pid … on …)"; empty for a file lock, which records no holder."""
     if isinstance(folder, Path):
         return ""
     try:
-        found = json.loads(_get(folder / ".lock"))
+        found = json.loads(_get_object(folder / ".lock"))
         return f" (pid {found['pid']} on {found['host']})"
-    except Exception:  # it has ended since, or the storage is away: no reason to say less of the rest
+    except Exception:  # released meanwhile, or the storage is unavailable: the message works without
         return ""
 
 
-def _get(file: UPath) -> bytes:
-    """An object in one GET: an open file asks for its ETag first, which changes with every sign of life."""
+def _get_object(file: UPath) -> bytes:
+    """Read an object in one GET: opening it would ask for its ETag first, which each renewal changes."""
     content: bytes = file.fs.cat_file(file.path)
     return content
 
 
 class Lease:
-    """A lock on object storage: an object that its holder writes anew every few seconds.
+    """A lock on object storage: an object that its holder rewrites every `RENEWAL_SECONDS`.
 
-    It is created by a conditional PUT, which one of two processes wins. Whoever finds it watches it: if
-    it changes, the holder lives; if it does not for `LEASE_SECONDS`, the holder is dead and its lock is
-    taken. No clocks are compared. A holder that was cut off for so long finds another's lock and stops.
+    The object is created by a conditional PUT, which only one of two processes wins. A process that finds the
+    object watches it. If it changes, its holder is alive. If it stays the same for `LEASE_SECONDS`, its
+    holder is taken for dead and the lease is taken over. The watching process alone measures the time: clocks
+    of two machines are never compared. A holder that was cut off from the storage for so long finds another
+    holder's token when it comes back, and stops.
     """
 
     def __init__(self, file: UPath) -> None:
@@ -68,8 +70,8 @@ class Lease:
         self.released = threading.Event()
         if not self._create():
             self._take_over()
-        self.beating = threading.Thread(target=self._beat, daemon=True)
-        self.beating.start()
+        self.renewal = threading.Thread(target=self._renew, daemon=True)
+        self.renewal.start()
 
     def __enter__(self) -> Self:
         return self
@@ -78,9 +80,9 @@ class Lease:
         self.release()
 
     def release(self) -> None:
-        """Stop beating and remove the object, if it is still this one's."""
+        """Stop renewing, and remove the object if this lease still holds it."""
         self.released.set()
-        self.beating.join()
+        self.renewal.join()
         if self._is_mine():
             self.file.unlink(missing_ok=True)
 
@@ -94,38 +96,38 @@ class Lease:
     def _take_over(self) -> None:
         found = self._read()
         print(
-            f"{self.file}: is there; seeing for {LEASE_SECONDS:g} s whether its command lives",
+            f"{self.file}: exists; waiting {LEASE_SECONDS:g} s to see whether its command is alive",
             file=sys.stderr,
         )
         end = time.monotonic() + LEASE_SECONDS
         while time.monotonic() < end:
-            time.sleep(BEAT_SECONDS / 2)
+            time.sleep(RENEWAL_SECONDS / 2)
             now = self._read()
             if now is None and self._create():
                 return
             if now != found:
                 raise Timeout(str(self.file))
         write_bytes(self.file, self._content())
-        time.sleep(BEAT_SECONDS)  # of two that take it at once the last writer has it
+        time.sleep(RENEWAL_SECONDS)  # if two take it over at once, the last writer holds it
         if not self._is_mine():
             raise Timeout(str(self.file))
 
-    def _beat(self) -> None:
-        while not self.released.wait(BEAT_SECONDS):
+    def _renew(self) -> None:
+        while not self.released.wait(RENEWAL_SECONDS):
             try:
                 if not self._is_mine():
                     print(f"{self.file}: was taken by another command", file=sys.stderr)
                     return _thread.interrupt_main()
                 write_bytes(self.file, self._content())
-            except Exception:  # noqa: S112 (storage that is away for a moment; whoever watches has more patience)
+            except Exception:  # noqa: S112 (unavailable for a moment; who watches waits for several renewals)
                 continue
 
     def _content(self) -> bytes:
-        return json.dumps({**self.holder, "beat": uuid.uuid4().hex}).encode()
+        return json.dumps({**self.holder, "renewal": uuid.uuid4().hex}).encode()
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            content: dict[str, Any] = json.loads(_get(self.file))
+            content: dict[str, Any] = json.loads(_get_object(self.file))
         except FileNotFoundError:
             return None
         return content

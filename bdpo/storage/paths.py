@@ -1,16 +1,18 @@
-"""Where results lie: a local or mounted folder, or object storage (`s3://`, `gs://`, any URL of fsspec).
+"""Reading and writing results: in a local or mounted folder, or on object storage (any URL of fsspec).
 
-Everything else reads and writes through the paths that `storage_path` makes, pathlib's or their like
-(`upath`), and never asks which; here is the little that differs. An object appears whole under its name
-or not at all, so nothing is renamed there. A folder cannot appear at once: its marker is written last
-and removed first. Credentials and endpoint come from the environment, as the protocol's library reads
-them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ... for S3).
+All other code uses the paths that `storage_path` makes, of pathlib or of `upath`, without a distinction; the
+few operations that differ are in this module. An object appears complete under its name or not at all, so
+nothing is renamed there. A folder on object storage cannot appear at once: its marker is written last and
+removed first. Credentials and endpoint come from the environment, as the protocol's library reads them
+(AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ... for S3).
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -31,15 +33,15 @@ from bdpo.errors import UserError, error_line
 StoragePath: TypeAlias = Path | UPath
 
 MARKERS = ("manifest.json", "config.json", "adapter_config.json")
-"""The files that say that the folder they lie in is whole: the last to be uploaded, the first to go."""
+"""Files that mark their folder as complete: uploaded last, removed first."""
 
 
 def storage_path(name: str | StoragePath, key: str) -> StoragePath:
-    """The path of a folder or URL; `key` is what an error names.
+    """The path of a folder or URL; errors name the config key `key`.
 
     Raises:
-        UserError: the URL's protocol is unknown or wants a package, or there is a password in it, or a
-            character that fsspec would take for a pattern: files below it would not be found.
+        UserError: the URL's protocol is unknown or requires a package; the URL contains a password, or a
+            character that fsspec would take for a pattern, so that it would not find files below it.
     """
     if isinstance(name, UPath) and not isinstance(name, Path):
         return name
@@ -49,7 +51,7 @@ def storage_path(name: str | StoragePath, key: str) -> StoragePath:
     if urlsplit(str(name)).password is not None:
         raise UserError(f"{key}: no credentials in a URL, they come from the environment")
     if protocol not in ("http", "https") and set(rest) & set("[]*?"):  # a web page's address may have a query
-        raise UserError(f"{key}={name}: the characters [ ] * ? stand for patterns there; use another name")
+        raise UserError(f"{key}={name}: on object storage the characters [ ] * ? are patterns; rename it")
     try:
         # Other processes write here too: a listing must not be remembered.
         path = UPath(str(name).rstrip("/"), use_listings_cache=False)
@@ -60,30 +62,32 @@ def storage_path(name: str | StoragePath, key: str) -> StoragePath:
 
 
 def read_text(file: StoragePath) -> str:
-    """A whole text file as it is at one moment, see `read_bytes`."""
+    """The text of a file at one moment, see `read_bytes`."""
     return read_bytes(file).decode("utf-8")
 
 
 def read_bytes(file: StoragePath) -> bytes:
-    """A whole file; on object storage in one request, as another process may replace it between two."""
+    """The content of a file; on object storage in one request, as it may be replaced between two."""
     return file.read_bytes() if isinstance(file, Path) else bytes(file.fs.cat_file(file.path))
 
 
 def write_text(file: StoragePath, text: str, mode: int = 0o644) -> None:
-    """Write a whole text file or none."""
+    """Write a text file, complete or not at all; see `write_bytes`."""
     write_bytes(file, text.encode(), mode)
 
 
 def write_bytes(file: StoragePath, content: bytes | pa.Buffer, mode: int = 0o644) -> None:
-    """Write a whole file or none: temporary name, fsync, rename, fsync; on object storage one PUT.
+    """Write a file, complete or not at all: temporary name, fsync, rename, fsync; on object storage one PUT.
 
-    A folder that is made for a private file (mode 0600) is private too. Modes are of local files alone.
+    A folder that is created for a private file (mode 0600) is private too. Modes apply to local files only.
+    A killed process leaves its temporary file behind, see `remove_temporary_files`.
     """
     if not isinstance(file, Path):
         file.fs.pipe_file(file.path, bytes(content))
         return
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if mode == 0o600 else 0o777)
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # pids are of one host, a mount of many
+    # A pid would not be unique: several hosts may write to the same mount.
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as stream:
             stream.write(content)
@@ -91,12 +95,12 @@ def write_bytes(file: StoragePath, content: bytes | pa.Buffer, mode: int = 0o644
             os.fsync(stream.fileno())
         temporary.rename(file)
     finally:
-        temporary.unlink(missing_ok=True)  # a full disk wants its space back
+        temporary.unlink(missing_ok=True)  # after an error: on a full disk its space is needed
     _fsync_names(file.parent)
 
 
 def _fsync_names(folder: Path) -> None:
-    """Make a rename in a local folder last through a loss of power, where its file system can."""
+    """Make a rename in a local folder survive a power failure, if its file system supports that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -123,13 +127,16 @@ def private_file(file: StoragePath) -> Iterator[IO[str]]:
 
 @contextmanager
 def atomic_folder(to: StoragePath) -> Iterator[Path]:
-    """A local folder to fill; it takes the place of `to` when the block ends well.
+    """A local folder to fill, which replaces the folder `to` when the block ends without an exception.
 
-    A local folder is renamed. Another is uploaded from the machine's scratch, its marker last: until then
-    it has none.
+    If `to` is local the folder is renamed. Else it is filled in the machine's temporary folder and uploaded,
+    its marker last: until then `to` has no marker. What a killed process left behind is removed first.
     """
     if not isinstance(to, Path):
-        with tempfile.TemporaryDirectory(prefix="bdpo-") as scratch:
+        prefix = f"bdpo-upload-{hashlib.sha256(str(to).encode()).hexdigest()[:16]}-"
+        for leftover in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=prefix) as scratch:
             yield Path(scratch)
             discard(to)
             upload(Path(scratch), to)
@@ -145,6 +152,20 @@ def atomic_folder(to: StoragePath) -> Iterator[Path]:
         discard(unfinished)
 
 
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
+
+
+def remove_temporary_files(folder: StoragePath) -> None:
+    """Remove the temporary files that killed commands left in a local folder and all folders below it.
+
+    Only the command that holds the lock of the folder may call this, before it writes anything.
+    """
+    if isinstance(folder, Path):
+        for file in folder.rglob(".*"):
+            if _TEMPORARY.fullmatch(file.name) and file.is_file():
+                file.unlink(missing_ok=True)
+
+
 def upload(folder: Path, to: UPath) -> None:
     """Copy the files of a local folder to object storage, the markers last."""
     files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.name)
@@ -156,7 +177,7 @@ def upload(folder: Path, to: UPath) -> None:
 
 
 def discard(*paths: StoragePath) -> None:
-    """Remove files and folders, of a folder the markers first; what is not there is no error."""
+    """Remove files and folders, the markers of a folder first; a missing one is no error."""
     for path in paths:
         if path.is_dir():
             for marker in MARKERS:
@@ -170,7 +191,7 @@ def discard(*paths: StoragePath) -> None:
 
 
 def sorted_glob(folder: StoragePath, pattern: str) -> list[StoragePath]:
-    """What a glob pattern finds in a folder, in order; nothing in one that is not there."""
+    """The files in a folder that match a glob pattern, in order; none if the folder does not exist."""
     return sorted(folder.glob(pattern), key=str)
 
 
@@ -182,17 +203,17 @@ def parquet_bytes(table: pa.Table) -> pa.Buffer:
 
 
 def write_parquet(file: StoragePath, table: pa.Table) -> None:
-    """Write a whole Parquet file or none."""
+    """Write a Parquet file, complete or not at all."""
     write_bytes(file, parquet_bytes(table))
 
 
 def open_parquet(file: StoragePath) -> Any:
-    """The source of a Parquet file for pyarrow: an open file that reads no more than it is asked for."""
+    """A Parquet file for pyarrow: on object storage an open file that reads only what is requested."""
     return file if isinstance(file, Path) else file.fs.open(file.path, "rb", cache_type="none")
 
 
 def arrow_filesystem(path: StoragePath) -> tuple[FileSystem, str]:
-    """The filesystem of a path as pyarrow and Ray Train know it, and the path in it."""
+    """The filesystem of a path for pyarrow and Ray Train, and the path in it."""
     if isinstance(path, Path):
         return LocalFileSystem(), str(path)
     return PyFileSystem(FSSpecHandler(path.fs)), path.path

@@ -30,7 +30,13 @@ from filelock import FileLock, Timeout
 from bdpo.config import Config, parse_config
 from bdpo.errors import UserError, error_line
 from bdpo.storage.lease import Lease, lock, lock_holder
-from bdpo.storage.paths import StoragePath, read_text, storage_path, write_text
+from bdpo.storage.paths import (
+    StoragePath,
+    read_text,
+    remove_temporary_files,
+    storage_path,
+    write_text,
+)
 
 
 class RunDir:
@@ -99,6 +105,7 @@ class RunDir:
             self.root.mkdir(parents=True, exist_ok=True)
         with ExitStack() as on_failure:
             held = on_failure.push(lock(self.root))
+            remove_temporary_files(self.root)  # of commands that were killed while they wrote
             if not self.config.exists():
                 self.record(config)
             if isinstance(self.private, Path):

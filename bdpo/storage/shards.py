@@ -1,10 +1,11 @@
-"""A folder of Parquet shards, each of which is there whole or not at all.
+"""A folder of Parquet shards, each of which is complete or absent.
 
-The shard is the commit unit of everything that many actors make together: scores, responses,
-verdicts. Its name carries the first row and a digest of the file's content, its Parquet metadata the
-fingerprint of the inputs. So a rerun knows which rows are done, and a damaged or foreign shard is
-never taken for one of ours. Readers skip what is damaged; only `missing` removes it, for the command that
-has the run's lock. A file of another program is refused, and left alone.
+A shard is the unit in which many actors commit what they make together: scores, responses, verdicts. Its
+name contains the first row and a digest of the file's content, and its Parquet metadata the fingerprint of
+the inputs. The folder alone therefore tells a rerun which rows are done: there is no list beside it that a
+kill could leave wrong, and a damaged shard or one of other inputs is never used. Readers skip damaged shards.
+Only `missing` removes them, which the command that holds the lock of the run calls. A file of another program
+is refused and left alone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _METADATA_KEY = b"bdpo.fingerprint"
 
 @dataclass(frozen=True)
 class ShardStore:
-    """Shards of `schema` in `folder`; `mode` is the file mode, 0600 for text that is private."""
+    """Shards of `schema` in `folder`; `mode` is the file mode, 0600 for private text."""
 
     folder: StoragePath
     schema: pa.Schema
@@ -37,7 +38,7 @@ class ShardStore:
     mode: int = 0o644
 
     def write(self, first_row: int, table: pa.Table) -> StoragePath:
-        """Commit the rows from `first_row` on. The table's metadata stay."""
+        """Commit a table as the rows from `first_row` on. The metadata of the table are kept."""
         metadata = {**(table.schema.metadata or {}), _METADATA_KEY: json.dumps(self.fingerprint).encode()}
         content = parquet_bytes(table.cast(self.schema).replace_schema_metadata(metadata))
         shard = self.folder / f"part-{first_row:09d}-{_digest(content)}.parquet"
@@ -48,19 +49,19 @@ class ShardStore:
         """First row -> number of rows of every valid shard.
 
         Raises:
-            UserError: a shard was made with other inputs, the message names the field; or a file is none.
+            UserError: a shard was made with other inputs (the message names the field), or is no shard.
         """
         return {first: _rows(content) for first, _, content in self._shards()}
 
     def missing(
         self, total_rows: int, shard_rows: int, given_up: Collection[int] = ()
     ) -> list[tuple[int, int]]:
-        """(first row, number of rows) still to be made so that all rows are there exactly once.
+        """(first row, number of rows) of the shards to make so that every row exists exactly once.
 
-        Finished shards stay, of whatever size they are, but for one that overlaps another; the gaps
-        between them are cut into `shard_rows`. Rows that are `given_up` are not asked for again. Damaged
-        and repeated shards are removed, and what killed processes left half written: this is for the
-        command alone that has the run's lock.
+        Finished shards of any size are kept, except one that overlaps another. The gaps between them are cut
+        into shards of `shard_rows`; rows in `given_up` are left out. Damaged and repeated shards and the
+        temporary files of killed processes are removed, so only the command that holds the lock of the run
+        may call this.
 
         Raises:
             UserError: as `finished`; nothing is removed then.
@@ -78,7 +79,7 @@ class ShardStore:
         return gaps
 
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """Shard after shard in the order of the rows, each with its metadata.
+        """Yield the shards in the order of their rows, each with its metadata.
 
         Raises:
             UserError: as `finished`.
@@ -92,7 +93,7 @@ class ShardStore:
         return pa.concat_tables(tables) if tables else self.schema.empty_table()
 
     def holds(self, first_row: int, rows: int) -> bool:
-        """Whether a shard of so many rows starts at `first_row`."""
+        """Whether a valid shard of exactly `rows` rows starts at `first_row`."""
         return any(_rows(content) == rows for *_, content in self._shards(f"part-{first_row:09d}-*"))
 
     def read_shard(self, first_row: int) -> pa.Table:
@@ -101,12 +102,12 @@ class ShardStore:
         return pq.read_table(pa.BufferReader(content))
 
     def remove(self, first_row: int) -> None:
-        """Forget the shard that starts at `first_row`, so that its rows are made again."""
+        """Remove the shard that starts at `first_row`, so that its rows are made again."""
         for shard in sorted_glob(self.folder, f"part-{first_row:09d}-*.parquet"):
             shard.unlink(missing_ok=True)
 
     def _tidied(self) -> dict[int, int]:
-        """`finished`, and all files of ours but these shards are removed."""
+        """As `finished`; damaged and repeated shards and temporary files are removed."""
         temporary = [file for file in sorted_glob(self.folder, ".part-*") if _NAME.fullmatch(file.stem[1:])]
         leftover = {*sorted_glob(self.folder, "part-*"), *temporary}
         found = {}
@@ -118,9 +119,9 @@ class ShardStore:
         return found
 
     def _shards(self, pattern: str = "*") -> Iterator[tuple[int, StoragePath, bytes]]:
-        """(first row, file, content) of valid shards, by first row; the names match `pattern`.
+        """(first row, file, content) of valid shards whose names match `pattern`, by first row.
 
-        A retried task may have written its rows twice: the first counts.
+        A retried task may have written its rows twice, with another content: the first by name counts.
         """
         seen = -1
         for shard, match in _named(sorted_glob(self.folder, pattern)):
@@ -136,10 +137,10 @@ class ShardStore:
 
 
 def _named(files: Iterable[StoragePath]) -> list[tuple[StoragePath, re.Match[str]]]:
-    """The shards among the files of a folder, by name.
+    """The files of a folder that are named like shards.
 
     Raises:
-        UserError: another program writes Parquet here.
+        UserError: another program writes Parquet files here.
     """
     shards = []
     for file in files:
@@ -152,7 +153,7 @@ def _named(files: Iterable[StoragePath]) -> list[tuple[StoragePath, re.Match[str
 
 
 def _content(shard: StoragePath) -> bytes:
-    """Nothing, if another process removed it since it was listed."""
+    """The content of a file, empty if another process removed it since it was listed."""
     try:
         return read_bytes(shard)
     except FileNotFoundError:

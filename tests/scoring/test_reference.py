@@ -31,6 +31,7 @@ from bdpo.scoring.scores import (
     MAX_UNSCORABLE,
     SCORE_SCHEMA,
     finish_scores,
+    pairs_digest,
     read_scores,
     score_fingerprint,
     score_store,
@@ -450,7 +451,7 @@ def test_rows_of_other_pairs_are_not_taken_for_finished(make_run):
     swapped = store.read_shard(8).take([1, 0, *range(2, 8)])
     store.remove(8)
     store.write(8, swapped)
-    with pytest.raises(RuntimeError, match="row 8 is not that of the pair"):
+    with pytest.raises(RuntimeError, match="row 8 does not belong to the pair"):
         finish_scores(run, store.fingerprint, 1.0)
     store.remove(16)
     store.remove(8)
@@ -602,7 +603,7 @@ def test_the_drivers_memory_does_not_grow_with_the_pairs(tmp_path, model):
         table = pa.table(texts | others, schema=PAIR_SCHEMA)
         pq.write_table(table, run.pairs / f"part-{first // part_rows:05d}.parquet", row_group_size=512)
     account = {"rows": count, "kept": count, "quarantined": {}, "excluded": {}, "not_sampled": 0}
-    manifest = {"account": account | {"format": "preference"}, "pairs_digest": prepare._pairs_digest(run)}
+    manifest = {"account": account | {"format": "preference"}, "pairs_digest": pairs_digest(run)}
     write_manifest(run.data / "manifest.json", prepare._fingerprint(config), **manifest)
     store = score_store(run, score_fingerprint(config, run))
     work = {"worker": "a", "seconds": 1, "tokens": 1, "tokens_forwarded": 1}

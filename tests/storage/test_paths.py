@@ -233,7 +233,7 @@ class TestFetch:
 class TestLock:
     @pytest.fixture(autouse=True)
     def fast(self, monkeypatch):
-        monkeypatch.setattr(lease, "BEAT_SECONDS", 0.2)
+        monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.2)
         monkeypatch.setattr(lease, "LEASE_SECONDS", 2.0)
 
     def test_one_command_at_a_time(self, folder, tmp_path):
@@ -259,7 +259,7 @@ class TestLock:
         code = f"""if True:
             import time
             from bdpo.storage import lease, paths
-            lease.BEAT_SECONDS = 0.2
+            lease.RENEWAL_SECONDS = 0.2
             folder = paths.storage_path({str(folder)!r}, "x")
             paths.write_text(folder / "a", "")
             with lease.lock(folder):
@@ -281,7 +281,7 @@ class TestLock:
         monkeypatch.setattr(lease._thread, "interrupt_main", lambda: stopped.append(True))
         held = lock(storage_path(f"{bucket}/{tmp_path.name}", "x"))
         write_text(held.file, json.dumps({"token": "another's"}))
-        held.beating.join(60)
+        held.renewal.join(60)
         assert stopped
         held.release()
         assert json.loads(held.file.read_bytes()) == {"token": "another's"}

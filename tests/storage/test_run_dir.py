@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from bdpo.errors import UserError
 from bdpo.storage.manifests import finished, write_manifest
+from bdpo.storage.paths import write_text
 from bdpo.storage.run_dir import RunDir
 from tests.support.helpers import tiny_config
 
@@ -17,6 +19,23 @@ def test_a_run_folder_records_its_config_and_keeps_private_things_private(tmp_pa
         pass
     assert run.config.read_text() == config.to_yaml()
     assert run.private.stat().st_mode & 0o777 == 0o700
+
+
+def test_temporary_files_of_killed_commands_are_removed_by_the_next(tmp_path, monkeypatch):
+    run = RunDir(tmp_path / "run")
+    config = tiny_config(run.root, tmp_path, tmp_path)
+    run.open(config).release()
+    with monkeypatch.context() as killed:  # a killed process neither renames nor removes its file
+        killed.setattr(Path, "rename", lambda *_: None)
+        killed.setattr(Path, "unlink", lambda *_, **__: None)
+        write_text(run.scores / "part.parquet", "half")
+        write_text(run.train / "deep" / "begun.json", "half")
+    write_text(run.scores / ".part.parquet.keep", "not ours")
+    temporary = [file for file in run.root.rglob(".*.*") if len(file.suffix) == 33]
+    assert len(temporary) == 2
+    run.open(config).release()
+    assert not any(file.exists() for file in temporary)
+    assert (run.scores / ".part.parquet.keep").exists()
 
 
 def test_a_run_folder_is_for_one_command_at_a_time(tmp_path):
