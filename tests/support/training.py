@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -16,6 +15,7 @@ from bdpo.data.pairs import read_pairs
 from bdpo.data.prepare import prepare
 from bdpo.models.tokenizer import load_tokenizer
 from bdpo.scoring.reference import ReferenceScorer
+from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
 from tests.support.forks import train_process
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
@@ -86,7 +86,7 @@ def errors(folder):
 
 
 def metrics(run, name="loss"):
-    return [json.loads(line)[name] for line in run.metrics.read_text().splitlines()]
+    return [row[name] for row in MetricsLog(run.metrics).read()]
 
 
 def weights(run):
@@ -95,5 +95,4 @@ def weights(run):
 
 def results(config):
     run = RunDir(config.run_dir)
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    return rows, AutoModelForCausalLM.from_pretrained(run.model).state_dict()
+    return MetricsLog(run.metrics).read(), AutoModelForCausalLM.from_pretrained(run.model).state_dict()

@@ -84,7 +84,9 @@ class TestOneCommand:
         shutil.rmtree(run / "train" / "ray")
         code, output = self.train(nodes, inputs, run, *overrides)
         assert code == 2
-        assert output.splitlines()[-1].startswith("error: no checkpoint to go on from (all are gone)")
+        assert output.splitlines()[-1].startswith(
+            "error: there is no intact checkpoint to resume from (all are gone)"
+        )
 
     def test_more_workers_than_the_cluster_has(self, inputs, nodes, tmp_path):
         shutil.copytree(inputs / "scored", tmp_path / "run")
