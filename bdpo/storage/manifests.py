@@ -1,4 +1,7 @@
-"""Manifests: the last file that a stage writes, with the fingerprint of all its inputs."""
+"""Manifests: the last file that a stage writes, with the fingerprint of all its inputs.
+
+A manifest carries a digest of itself, which is checked when it is read; see `bdpo.storage.sealed`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import json
 from typing import Any
 
 from bdpo.errors import UserError
-from bdpo.storage.paths import StoragePath, read_text, write_text
+from bdpo.storage.paths import StoragePath, read_bytes, write_text
+from bdpo.storage.sealed import sealed, unsealed
 
 Fingerprint = dict[str, Any]  # field name -> JSON value
 
@@ -14,25 +18,28 @@ VERSION = 1  # of what manifests hold and of the results that they stand for
 
 
 def write_manifest(file: StoragePath, fingerprint: Fingerprint, **results: Any) -> dict[str, Any]:
-    """Mark a stage as finished: its fingerprint and what there is to know of its results."""
+    """Mark a stage as finished, with the fingerprint of its inputs and facts about its results."""
     manifest = {"version": VERSION, "fingerprint": fingerprint, **results}
-    write_text(file, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    write_text(file, json.dumps(sealed(manifest), indent=2, sort_keys=True) + "\n")
     return manifest
 
 
 def read_manifest(file: StoragePath) -> dict[str, Any] | None:
-    """The manifest of a finished stage, None before.
+    """The manifest of a stage, None if the stage is not finished.
 
     Raises:
-        UserError: the file is not a manifest, or is one of another version of bdpo.
+        UserError: the file is damaged or not a manifest, or was written by another version of bdpo.
     """
     try:
-        manifest: dict[str, Any] = json.loads(read_text(file))
+        manifest = unsealed(read_bytes(file))
         version, _ = manifest["version"], manifest["fingerprint"]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file}: not a manifest of bdpo; fresh=true starts over") from None
+        raise UserError(
+            f"{file}: not a manifest of this version of bdpo, or damaged; "
+            "use another run_dir, or fresh=true to start over"
+        ) from None
     if version != VERSION:
         raise UserError(
             f"{file}: version={version}, this bdpo reads and writes {VERSION}; "

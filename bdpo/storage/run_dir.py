@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 
 from bdpo.config import Config, parse_config
 from bdpo.errors import UserError, error_line
+from bdpo.storage.digests import json_digest
 from bdpo.storage.lease import Lease, lock, lock_holder
 from bdpo.storage.paths import (
     StoragePath,
@@ -37,6 +38,9 @@ from bdpo.storage.paths import (
     storage_path,
     write_text,
 )
+
+# The last line of config.yaml, a comment: a digest of the lines above it.
+_DIGEST_LINE = "# digest: "
 
 
 class RunDir:
@@ -115,17 +119,26 @@ class RunDir:
         return held
 
     def record(self, config: Config) -> None:
-        """Keep the resolved config of the command that did the last work here."""
-        write_text(self.config, config.to_yaml())
+        """Keep the resolved config of the command that worked here last; a comment below holds its digest."""
+        text = config.to_yaml()
+        write_text(self.config, f"{text}{_DIGEST_LINE}{json_digest(text)}\n")
 
 
 def run_config(run: RunDir) -> Config:
     """The config of the last command in a run folder.
 
     Raises:
-        UserError: there is no run in the folder.
+        UserError: there is no run in the folder, or its config is damaged.
     """
     try:
-        return parse_config(yaml.safe_load(read_text(run.config)), str(run.config))
+        text, _, digest = read_text(run.config).rpartition(_DIGEST_LINE)
+        if digest.strip() != json_digest(text):
+            raise ValueError("the digest does not match")
+        return parse_config(yaml.safe_load(text), str(run.config))
+    except (ValueError, yaml.YAMLError):
+        raise UserError(
+            f"{run.config}: damaged, or not written by this version of bdpo; "
+            "the next command with a config of its own writes it anew"
+        ) from None
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run.root}: no run folder (it has no config.yaml)") from None

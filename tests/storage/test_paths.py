@@ -29,7 +29,7 @@ from bdpo.storage.paths import (
     write_bytes,
     write_text,
 )
-from bdpo.storage.run_dir import RunDir
+from bdpo.storage.run_dir import RunDir, run_config
 from tests.support import ROOT
 from tests.support.helpers import save_model, tiny_config
 from tests.support.s3_server import SECRET
@@ -244,7 +244,7 @@ class TestLock:
         assert (holder in str(refused.value)) == (not isinstance(folder, Path))
         with RunDir(folder).open(config):
             pass
-        assert RunDir(folder).config.read_text() == config.to_yaml()
+        assert run_config(RunDir(folder)) == config
 
     def test_a_command_that_cannot_write_gives_the_lock_back(self, folder, tmp_path, monkeypatch):
         config = tiny_config(folder, tmp_path, tmp_path)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ import pytest
 from bdpo.errors import UserError
 from bdpo.storage.manifests import finished, write_manifest
 from bdpo.storage.paths import write_text
-from bdpo.storage.run_dir import RunDir
+from bdpo.storage.run_dir import RunDir, run_config
+from bdpo.storage.sealed import sealed, unsealed
 from tests.support.helpers import tiny_config
 
 
@@ -17,7 +20,7 @@ def test_a_run_folder_records_its_config_and_keeps_private_things_private(tmp_pa
     config = tiny_config(run.root, tmp_path, tmp_path)
     with run.open(config):
         pass
-    assert run.config.read_text() == config.to_yaml()
+    assert run_config(run) == config
     assert run.private.stat().st_mode & 0o777 == 0o700
 
 
@@ -69,6 +72,32 @@ def test_a_run_folder_that_cannot_be_made(tmp_path):
         RunDir(tmp_path / "file" / "run").open(tiny_config(tmp_path, tmp_path, tmp_path))
 
 
+def recorded(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.record(tiny_config(run.root, tmp_path, tmp_path))
+    return run
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b"[", b"", b"a: 1\n"])
+def test_a_config_that_is_not_one_is_one_line(tmp_path, damage):
+    run = recorded(tmp_path)
+    run.config.write_bytes(damage)
+    with pytest.raises(UserError, match=r"config.yaml: damaged, or not written by this version") as refused:
+        run_config(run)
+    assert "\n" not in str(refused.value)
+
+
+def test_no_flipped_byte_of_a_config_is_taken(tmp_path):
+    run, rng = recorded(tmp_path), random.Random(0)
+    config, content = run_config(run), run.config.read_bytes()
+    for _ in range(100):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(content))] ^= rng.randrange(1, 256)
+        run.config.write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            assert run_config(run) == config
+
+
 def test_a_stage_is_finished_with_the_same_inputs_only(tmp_path):
     manifest, inputs = tmp_path / "manifest.json", {"weights": "a", "dtype": "float32"}
     assert finished(manifest, inputs) is None
@@ -87,11 +116,20 @@ def test_a_broken_manifest_is_said_not_ignored(tmp_path, content):
         finished(tmp_path / "manifest.json", {})
 
 
+def test_a_manifest_that_was_edited_is_refused(tmp_path):
+    file = tmp_path / "manifest.json"
+    write_manifest(file, {"weights": "a"}, pairs=10)
+    file.write_text(file.read_text().replace("10", "11"))
+    with pytest.raises(UserError, match=r"not a manifest of this version of bdpo, or damaged") as refused:
+        finished(file, {"weights": "a"})
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("version", [0, 2, "1"])
 def test_a_manifest_of_another_version_is_refused(tmp_path, version):
     file = tmp_path / "manifest.json"
     write_manifest(file, {"weights": "a"})
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": version}))
+    file.write_text(json.dumps(sealed(unsealed(file.read_text()) | {"version": version})))
     with pytest.raises(UserError, match=rf"manifest.json: version={version}, this .* fresh=true") as refused:
         finished(file, {"weights": "a"})
     assert "\n" not in str(refused.value)
