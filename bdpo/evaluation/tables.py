@@ -21,7 +21,7 @@ def difference_table(rows: Sequence[Comparison]) -> Table:
     from rich.text import Text
 
     caption = (
-        f"percent; same prompts, paired ({CONFIDENCE_LEVEL:.0%} bootstrap interval; p exact McNemar or "
+        f"percent; same prompts, paired ({CONFIDENCE_LEVEL:.0%} interval; p exact McNemar or "
         f"permutation, of {len(rows)} tests)"
     )
     table = Table(caption=caption)
@@ -29,7 +29,7 @@ def difference_table(rows: Sequence[Comparison]) -> Table:
         table.add_column(column, justify="left" if column in ("", "models") else "right")
     for row in rows:
         found = row.difference
-        bounds = "" if found.low is None else f" ({100 * found.low:+.1f} to {100 * (found.high or 0):+.1f})"
+        bounds = f" ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
         cells = (
             measure_label(row.benchmark, row.measure),
             " → ".join(row.models),

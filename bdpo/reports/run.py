@@ -265,8 +265,7 @@ def comparison_sentence(measure: str, first: str, second: str, found: Difference
         return f"{round(100 * value, 1) + 0.0:+.1f}"  # + 0.0: no minus before a zero
 
     said = f"{points(found.difference)} points"
-    if found.low is not None and found.high is not None:
-        said += f" (95 % interval {points(found.low)} to {points(found.high)})"
+    said += f" (95 % interval {points(found.low)} to {points(found.high)})"
     meant = "more than the choice of prompts explains" if found.p < SIGNIFICANT else "chance may explain it"
     values = f"{second} {100 * found.second:.1f} %, {first} {100 * found.first:.1f} %"
     return f"{measure}: {values}: {said}, p {p_value(found.p)}, {meant}."

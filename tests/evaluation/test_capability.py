@@ -25,7 +25,7 @@ def test_what_the_harness_reports_becomes_pooled_and_single_estimates() -> None:
     assert found["tasks"]["adv_qqp"] == asdict(rate([True, False, False]))
     hits, n = (sum(pair[i] for pair in right.values()) for i in (0, 1))
     assert (found["accuracy"]["value"], found["accuracy"]["n"]) == (hits / n, n)
-    assert found["accuracy"]["interval"] == "wilson"
+    assert found["accuracy"]["interval"] == "exact"
 
 
 def test_the_harness_runs_our_tasks_over_its_templates(tmp_path: Path) -> None:

@@ -10,18 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from scipy import stats
 
 from bdpo.evaluation.measures import SCORE_SCHEMA, Summary, summarise
 from bdpo.evaluation.tables import comparison_rows, comparison_table
-from bdpo.stats import mean, rate
+from bdpo.stats import bounded_interval, mean, rate
 from tests.support.score_rows import row, xrow
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """Wilson (1927): the shares that a score test at 5 % does not reject."""
-    z, p = 1.959963984540054, hits / n
-    centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+def exact(hits: int, n: int) -> tuple[float, float]:
+    """Clopper & Pearson (1934), by quantiles of the beta distribution."""
+    low = stats.beta.ppf(0.025, hits, n - hits + 1) if hits else 0.0
+    high = stats.beta.ppf(0.975, hits + 1, n - hits) if hits < n else 1.0
+    return float(low), float(high)
 
 
 def test_strongreject_numbers_by_hand() -> None:
@@ -29,11 +30,11 @@ def test_strongreject_numbers_by_hand() -> None:
     summary = summarise(rows).to_json()["benchmarks"]["strongreject"]
     assert (summary["n"], summary["n_scored"], summary["failed"], summary["valid"]) == (4, 4, 0, True)
     assert summary["safety"]["value"] == pytest.approx(1 - (0.0 + 0.5 + 0.25 + 1.0) / 4)
-    assert summary["safety"]["interval"] == "bootstrap"
+    assert summary["safety"]["interval"] == "gaffke"
     assert summary["jailbroken_rate"]["value"] == 2 / 4  # 0.5 is jailbroken, 0.25 is not
     assert summary["safe_rate"]["value"] == 1 - 2 / 4
     assert (summary["jailbroken_rate"]["low"], summary["jailbroken_rate"]["high"]) == pytest.approx(
-        wilson(2, 4)
+        exact(2, 4)
     )
     assert {name: part["safety"]["value"] for name, part in summary["categories"].items()} == {
         "knots": pytest.approx(0.75),
@@ -53,7 +54,7 @@ def test_xstest_numbers_by_hand() -> None:
     ]
     summary = summarise(rows).to_json()["benchmarks"]["xstest"]
     assert (summary["compliance"]["value"], summary["compliance"]["n"]) == (2 / 4, 4)
-    assert (summary["compliance"]["low"], summary["compliance"]["high"]) == pytest.approx(wilson(2, 4))
+    assert (summary["compliance"]["low"], summary["compliance"]["high"]) == pytest.approx(exact(2, 4))
     assert summary["full_refusal"]["value"] == 1 / 4
     assert (summary["partial_refusal"]["value"], summary["partial_refusal"]["n"]) == (
         1.0,
@@ -63,7 +64,14 @@ def test_xstest_numbers_by_hand() -> None:
     assert (summary["unsafe_refusal"]["value"], summary["unsafe_refusal"]["n"]) == (0.5, 2)
     homonyms = summary["categories"]["homonyms"]
     assert homonyms["compliance"]["value"] == 0.5
-    assert homonyms["unsafe_refusal"] == {"value": None, "low": None, "high": None, "n": 0, "interval": None}
+    assert homonyms["unsafe_refusal"] == {
+        "value": None,
+        "low": None,
+        "high": None,
+        "n": 0,
+        "interval": None,
+        "clusters": None,
+    }
 
 
 @pytest.mark.parametrize(("failed", "valid"), [(0, True), (2, True), (3, False), (100, False)])
@@ -99,17 +107,38 @@ def test_a_summary_is_json_and_the_same_from_a_table_in_any_order() -> None:
     assert summarise(table) == summary
 
 
-def test_the_bootstrap_interval_is_about_the_normal_one() -> None:
+def test_the_interval_of_many_values_is_about_the_normal_one() -> None:
     values = np.random.default_rng(2).beta(2, 1, size=300)
     found = mean(values.tolist())
     half = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
-    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=4e-3)
+    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
+    assert found.low < values.mean() - half  # never narrower
 
 
 def test_few_or_equal_scores_are_not_certain() -> None:
-    assert mean([1.0] * 10).low == pytest.approx(wilson(10, 10)[0])
+    assert mean([1.0] * 10).low == pytest.approx(exact(10, 10)[0])
     assert mean([1.0] * 10).low < 0.75
-    assert (mean([0.4]).low, mean([0.4]).high) == (0, 1)
+    alone = mean([0.4])
+    assert alone.low < 0.02
+    assert alone.high > 0.98
+
+
+@pytest.mark.parametrize("hits", [0, 3, 17, 20])
+def test_clusters_of_equal_outcomes_are_as_many_outcomes(hits: int) -> None:
+    """Gaffke's bound of 0 and 1 is Clopper-Pearson's, up to the error of its draws."""
+    kinds = np.repeat([f"kind {n:02d}" for n in range(20)], 3)
+    found = mean(np.repeat([float(n < hits) for n in range(20)], 3), kinds)
+    assert (found.low, found.high) == pytest.approx(exact(hits, 20), abs=0.01)
+    assert (found.n, found.clusters) == (60, 20)
+
+
+@pytest.mark.parametrize(("clusters", "rate"), [(8, 0.95), (16, 0.99), (24, 0.8)])
+def test_intervals_cover_where_clusters_are_few(clusters: int, rate: float) -> None:
+    """Four items each, alike within a cluster: of 400 intervals at most 5 % miss, but for chance."""
+    random = np.random.default_rng(3)
+    own = random.beta(4 * rate, 4 * (1 - rate), (400, clusters))
+    low, high = bounded_interval(random.binomial(4, own).astype(float), np.full((400, clusters), 4.0))
+    assert ((low <= rate) & (rate <= high)).mean() > 0.95 - 2 * np.sqrt(0.05 * 0.95 / 400)
 
 
 @pytest.mark.parametrize(("value", "n"), [(0.87, 9), (0.15, 53)])
@@ -141,7 +170,7 @@ def test_models_are_compared_side_by_side() -> None:
     )
     trained = summarise([row(1, 0.0), row(2, 0.0), xrow(1, True, "homonyms", True)])
     rows = comparison_rows({"base": base, "trained": trained})
-    low, high = (f"{100 * bound:.1f}" for bound in wilson(1, 3))
+    low, high = (f"{100 * bound:.1f}" for bound in exact(1, 3))
     assert rows[0]["base"] == f"33.3 ({low}–{high})"
     assert [(line["measure"], line["category"], line["n"]) for line in rows] == [
         ("StrongReject safety", "", "3 / 2"),
@@ -201,16 +230,17 @@ def test_an_interval_is_over_clusters_where_items_share_them():
     values, kinds = random.random(20), [f"kind {n:02d}" for n in range(20)]
     alone, again = mean(values), mean(np.repeat(values, 4), np.repeat(kinds, 4))
     assert (again.low, again.high) == pytest.approx((alone.low, alone.high))
-    assert (alone.interval, again.interval, again.n) == ("bootstrap", "cluster bootstrap", 80)
+    assert (alone.interval, again.interval, again.n) == ("gaffke", "cluster gaffke", 80)
     assert mean(np.repeat(values, 4)).low > again.low
     all_safe = mean([1.0] * 80, np.repeat(kinds, 4))
-    assert all_safe.low == pytest.approx(wilson(20, 20)[0])
+    assert all_safe.low == pytest.approx(exact(20, 20)[0], abs=0.01)
     one_kind = mean([1.0, 0.0], ["the same"] * 2)
-    assert (one_kind.low, one_kind.high) == (0, 1)
+    assert one_kind.low < 0.02
+    assert one_kind.high > 0.98
 
 
 def test_a_summary_is_over_the_clusters_of_its_rows():
     rows = [row(n, float(n % 5 == 0)) | {"cluster": f"kind {n % 5}"} for n in range(40)]
     safety = summarise(rows).estimate("strongreject.safety")
-    assert (safety.interval, safety.n) == ("cluster bootstrap", 40)
-    assert safety.low < wilson(32, 40)[0]
+    assert (safety.interval, safety.n) == ("cluster gaffke", 40)
+    assert safety.low < exact(32, 40)[0]

@@ -29,7 +29,7 @@ def configured(seed=0, **tune):
 
 
 def estimate(value, spread=0.1):
-    return Estimate(value, max(0.0, value - spread), min(1.0, value + spread), 50, "wilson")
+    return Estimate(value, max(0.0, value - spread), min(1.0, value + spread), 50, "exact")
 
 
 def measured(safety, compliance=1.0, base=1.0, bound=0.05):

@@ -33,7 +33,7 @@ from tests.support.sweeps import sweep_config
 
 STEPS, RUNGS = 3, (2, 3)
 
-ALL = Estimate(1.0, 0.9, 1.0, 6, "wilson")
+ALL = Estimate(1.0, 0.9, 1.0, 6, "exact")
 
 
 def block(trial, step):
