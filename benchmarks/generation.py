@@ -55,7 +55,7 @@ def random_prompts() -> Prompts:
 
 def in_batches(model: PreTrainedModel, chat: ChatTokenizer, prompts: Prompts, size: int) -> list[str]:
     batches = [prompts[first : first + size] for first in range(0, len(prompts), size)]
-    return [text for batch in batches for text in generate(model, chat, batch, NEW_TOKENS)]
+    return [answer.text for batch in batches for answer in generate(model, chat, batch, NEW_TOKENS)]
 
 
 def sorted_batches(model: PreTrainedModel, chat: ChatTokenizer, prompts: Prompts, size: int) -> list[str]:

@@ -39,7 +39,7 @@ from bdpo.evaluation.compare import compare_all
 from bdpo.evaluation.judges.registry import judge_kind
 from bdpo.evaluation.measures import Summary, summarise
 from bdpo.evaluation.results import chosen_models, read_evaluation
-from bdpo.evaluation.tables import comparison_table, difference_table, invalid_lines
+from bdpo.evaluation.tables import comparison_table, difference_table, invalid_lines, note_lines
 from bdpo.storage.manifests import Fingerprint, finished, read_manifest, write_manifest
 from bdpo.storage.paths import StoragePath, write_parquet
 from bdpo.storage.run_dir import RunDir
@@ -240,6 +240,8 @@ def print_comparison(folders: Mapping[str, StoragePath]) -> None:
     for name, read in evaluations.items():
         for line in invalid_lines(name, read.summary):
             console.print(line, style="bold red", soft_wrap=True)
+        for line in note_lines(name, read.summary):
+            console.print(line, style="yellow", soft_wrap=True)
     differences = compare_all({name: read.scores for name, read in evaluations.items()})
     if differences:
         console.print(difference_table(differences))

@@ -14,7 +14,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -28,7 +27,7 @@ from bdpo.config import Config, TuneConfig
 from bdpo.config.derive import part_of, trial_config
 from bdpo.data.pairs import count_pairs
 from bdpo.errors import UserError
-from bdpo.evaluation.answers import planned_items
+from bdpo.evaluation.answers import items_digest, planned_items
 from bdpo.evaluation.judges.registry import judge_fingerprint
 from bdpo.evaluation.results import read_evaluation
 from bdpo.evaluation.tables import invalid_lines
@@ -38,7 +37,6 @@ from bdpo.scoring.selection import training_rows
 from bdpo.search.space import check_space, number_of_trials
 from bdpo.search.sweep import Sweep
 from bdpo.search.trials import Trial, check_rungs, end_of, results_table, winner
-from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint, read_manifest, write_manifest
 from bdpo.storage.paths import (
     StoragePath,
@@ -127,7 +125,7 @@ def sweep_fingerprint(config: Config, run: RunDir) -> Fingerprint:
     tune = config.tune.model_dump(exclude=_FREE | {"space"})
     space = config.tune.model_dump(include={"space"})["space"]
     evaluate = {
-        f"prompts of {part}": json_digest([asdict(item) for item in planned_items(part_of(config, part))])
+        f"prompts of {part}": items_digest(planned_items(part_of(config, part)))
         for part in ("search", "held_out")
     }
     return {

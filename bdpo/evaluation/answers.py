@@ -7,6 +7,7 @@ again; a batch of verdicts is made again only if the judge failed at one of them
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from bdpo.config import Config, ModelConfig
+from bdpo.errors import UserError
 from bdpo.evaluation.benchmarks.items import Item
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS, load_items
-from bdpo.evaluation.judges.base import Harm, Judge, Question, Verdict, addresses_judge
+from bdpo.evaluation.judges.base import Failed, Judge, NoAnswer, Question, Verdict, addresses_judge
 from bdpo.evaluation.judges.registry import judge_fingerprint, make_judge
 from bdpo.evaluation.measures import SCORE_SCHEMA
 from bdpo.evaluation.results import MODEL_NAMES
+from bdpo.evaluation.texts import fault_of, opened_thought, without_thoughts
 from bdpo.models.adapters import adapter_digest, adapter_folder, load_adapted
 from bdpo.models.loading import load_model, model_folder, weights_digest
 from bdpo.models.template import Message
@@ -33,9 +36,18 @@ from bdpo.storage.shards import ShardStore
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from bdpo.evaluation.engines.hf import Generate
+    from bdpo.evaluation.engines.base import Answer, Generate
 
-RESPONSE_SCHEMA = pa.schema([("item_id", pa.string()), ("response", pa.string()), ("new_tokens", pa.int64())])
+RESPONSE_SCHEMA = pa.schema(
+    [
+        ("item_id", pa.string()),
+        ("response", pa.string()),
+        ("new_tokens", pa.int64()),
+        ("cut", pa.bool_()),
+        ("finite", pa.bool_()),
+    ]
+)
+"""`response` is null where nothing was asked; a thought block that the template opened is opened in it."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,7 @@ def prompts_fingerprint(config: Config) -> Fingerprint:
     """The part of it that is not the model."""
     evaluate = config.evaluate
     fingerprint: Fingerprint = {
-        "prompts": json_digest([asdict(item) for item in planned_items(config)]),
+        "prompts": items_digest(planned_items(config)),
         "evaluate.max_new_tokens": evaluate.max_new_tokens,
     }
     if evaluate.temperature:
@@ -104,6 +116,11 @@ def prompts_fingerprint(config: Config) -> Fingerprint:
     if evaluate.engine != "transformers":
         fingerprint["evaluate.engine"] = evaluate.engine
     return fingerprint
+
+
+def items_digest(items: Sequence[Item]) -> str:
+    """Changes with anything that is asked or judged; topics decide only which items there are."""
+    return json_digest([{k: v for k, v in asdict(item).items() if k != "topic"} for item in items])
 
 
 def answer_store(run: RunDir, name: str, fingerprint: Fingerprint) -> ShardStore:
@@ -122,6 +139,10 @@ def forget_failures(scores: ShardStore) -> None:
     for first, rows in scores.finished().items():
         if scores.read_shard(first)["failure"].null_count < rows:
             scores.remove(first)
+
+
+_MARK_TOKENS = 32
+"""More than any mark that opens a thought block takes."""
 
 
 class ShardAnswerer:
@@ -155,15 +176,15 @@ class ShardAnswerer:
         asked = [item for item in items if item.prompt is not None]
         evaluate = self.config.evaluate
         prompts, prefills = self._conversations(asked)
-        texts = self.generate(
+        answers = self.generate(
             prompts,
             evaluate.max_new_tokens,
             prefills=prefills,
             temperature=evaluate.temperature,
             seed=self.config.seed,
         )
-        answered = {item.item_id: text for item, text in zip(asked, texts, strict=True)}
-        rows = [self._row(item.item_id, answered.get(item.item_id)) for item in items]
+        answered = {item.item_id: answer for item, answer in zip(asked, answers, strict=True)}
+        rows = [self._row(item, answered.get(item.item_id)) for item in items]
         self.store.write(int(shard["first"]), pa.Table.from_pylist(rows, schema=RESPONSE_SCHEMA))
         return shard
 
@@ -172,10 +193,19 @@ class ShardAnswerer:
         prompts = [[Message(role="user", content=item.prompt or "")] for item in asked]
         return prompts, [prefill_ids(self.chat, item) for item in asked]
 
-    def _row(self, item_id: str, text: str | None) -> dict[str, Any]:
+    def _row(self, item: Item, answer: Answer | None) -> dict[str, Any]:
         """No text and no tokens where there was nothing to ask."""
-        tokens = 0 if text is None else len(self.chat.response_ids(text))
-        return {"item_id": item_id, "response": text, "new_tokens": tokens}
+        if answer is None:
+            return {"item_id": item.item_id, "response": None, "new_tokens": 0, "cut": False, "finite": True}
+        ids = self.chat.prompt_ids([Message(role="user", content=item.prompt or "")])
+        opened = opened_thought(str(self.chat.tokenizer.decode(ids[-_MARK_TOKENS:])))
+        return {
+            "item_id": item.item_id,
+            "response": opened + answer.text,
+            "new_tokens": answer.new_tokens,
+            "cut": answer.cut,
+            "finite": answer.finite,
+        }
 
 
 def measure_capability(config: Config, model: EvaluatedModel, benchmark: str, device: str) -> dict[str, Any]:
@@ -217,19 +247,32 @@ class ShardJudge:
 
     def _row(self, item: Item) -> dict[str, Any]:
         answer = self.answers[item.item_id]
+        response = answer["response"] and without_thoughts(answer["response"])
         return {
             "item_id": item.item_id,
             "benchmark": item.benchmark,
             "category": item.category,
             "should_comply": item.should_comply,
             "cluster": item.cluster or None,
-            **self._verdict(item, answer["response"]).columns(),
-            "flagged": addresses_judge(answer["response"] or ""),
+            **self._verdict(item, answer, response).columns(),
+            "flagged": addresses_judge(response or ""),
             "new_tokens": answer["new_tokens"],
+            "cut": answer["cut"],
+            "broken": None if response is None else fault_of(response, item.request),
         }
 
-    def _verdict(self, item: Item, response: str | None) -> Verdict:
-        if response is None:  # no attack was found: nothing was asked, nothing was given away
-            return Harm(0.0, refused=True)
+    def _verdict(self, item: Item, answer: dict[str, Any], response: str | None) -> Verdict:
+        """The judge's; one that raises has failed at this item, and goes on with the next."""
+        if answer["response"] is None:
+            return NoAnswer("not_asked")
+        if not answer["finite"]:
+            return NoAnswer("not_finite")
+        if response is None:
+            return NoAnswer("unfinished_thought")
         question = Question(BENCHMARKS[item.benchmark].rubric, item.request, item.reference)
-        return self.judge(question, response)
+        try:
+            return self.judge(question, response)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a response did to it; its text may quote the response
+            return Failed(f"error_{type(error).__name__}")

@@ -114,6 +114,21 @@ def invalid_lines(name: str, summary: Summary) -> list[str]:
     return lines
 
 
+def note_lines(name: str, summary: Summary) -> list[str]:
+    """For each benchmark of a model what its numbers leave out or should be read with; none if nothing."""
+    lines = []
+    for benchmark, part in summary.benchmarks.items():
+        total = part.total
+        notes = [f"{total.not_asked} of {total.n} not asked (no attack)"] if total.not_asked else []
+        notes += [f"{total.cut} cut at evaluate.max_new_tokens"] if total.cut else []
+        if total.broken:
+            kinds = ", ".join(f"{count} {fault}" for fault, count in total.broken.items())
+            notes.append(f"{sum(total.broken.values())} broken ({kinds})")
+        if notes:
+            lines.append(f"{name}: {benchmark}: {'; '.join(notes)}")
+    return lines
+
+
 def _cell(benchmark: BenchmarkSummary | None, estimate: Estimate | None) -> str:
     if benchmark is None or estimate is None:
         return ""

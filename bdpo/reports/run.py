@@ -18,7 +18,7 @@ from bdpo.config import Config, TuneConfig, parse_config
 from bdpo.evaluation.benchmarks.registry import is_main, measure_label
 from bdpo.evaluation.compare import compare
 from bdpo.evaluation.results import MODEL_NAMES, Evaluation, read_evaluation
-from bdpo.evaluation.tables import comparison_rows, invalid_lines, percent_of
+from bdpo.evaluation.tables import comparison_rows, invalid_lines, note_lines, percent_of
 from bdpo.reports.cost import TimedStage, cost_section, search_costs, stage_costs
 from bdpo.reports.page import (
     BLUE,
@@ -239,9 +239,13 @@ def evaluation_section(evaluations: dict[str, Evaluation]) -> Section | None:
         )
         for row in compared
     ]
-    invalid = [line for name, read in evaluations.items() for line in invalid_lines(name, read.summary)]
+    notes = [
+        line
+        for name, read in evaluations.items()
+        for line in (*invalid_lines(name, read.summary), *note_lines(name, read.summary))
+    ]
     table = PageTable(("percent", "n", *evaluations), rows, "With 95 % intervals over clusters of prompts.")
-    return Section("Safety and usefulness", [*invalid, *comparison_sentences(evaluations)], [table])
+    return Section("Safety and usefulness", [*notes, *comparison_sentences(evaluations)], [table])
 
 
 def comparison_sentences(evaluations: dict[str, Evaluation], main_only: bool = False) -> list[str]:

@@ -37,6 +37,22 @@ def test_an_artifact_becomes_its_attacks_and_the_goals_behind_them(tmp_path: Pat
     assert not any(item.should_comply for item in items)
 
 
+def test_a_limit_is_spread_over_attacks_and_kinds_of_harm(tmp_path: Path) -> None:
+    """The first rows would be one attack on one kind of harm."""
+    content = artifact(prompts=tuple(f"Sing {n}" for n in range(8)))
+    for number, jailbreak_ in enumerate(content["jailbreaks"]):
+        jailbreak_["category"] = f"Kind {number // 2}"
+    names = ("PAIR", "GCG")
+    files = [
+        write_json(tmp_path / f"{name}.json", content | {"parameters": {"method": name, "model": "duck-7b"}})
+        for name in names
+    ]
+    values = {"benchmarks": ["jailbreak"], "jailbreak_paths": [str(file) for file in files]}
+    items = load_items(EvaluateConfig(**values, limit=4))
+    assert {item.category for item in items} == {f"{name}/duck-7b" for name in names}
+    assert {item.topic for item in items} == {f"Kind {n}" for n in range(4)}
+
+
 def broken(**changes: Any) -> Any:
     content = artifact(prompts=(SECRET,))
     content["jailbreaks"][0] |= changes
@@ -54,6 +70,7 @@ def broken(**changes: Any) -> Any:
         (broken(goal=None), "jailbreak 1, key goal: wants a text"),
         (broken(goal=" "), "jailbreak 1, key goal: wants a text"),
         (broken(prompt=3), "jailbreak 1, key prompt: wants a text"),
+        (broken(prompt=SECRET + "\ud83d"), "jailbreak 1, key prompt: is not valid Unicode"),
         (artifact() | {"jailbreaks": [{"goal": SECRET}]}, "jailbreak 1: wants the keys index and prompt"),
     ],
 )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -8,6 +10,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from bdpo.errors import UserError
+from bdpo.evaluation.engines.base import Answer
 from bdpo.evaluation.engines.hf import generate
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer
@@ -67,6 +70,10 @@ PROMPTS = [
 ]
 
 
+def texts(answers: list[Answer]) -> list[str]:
+    return [answer.text for answer in answers]
+
+
 def naive_ids(model: Qwen2ForCausalLM, ids: list[int], stops: set[int]) -> list[int]:
     """One prompt, no padding, no cache: the argmax, again and again."""
     answer: list[int] = []
@@ -86,10 +93,10 @@ def naive_answers(model: Qwen2ForCausalLM, chat: ChatTokenizer, stops: set[int])
 
 def test_a_batch_gives_what_naive_greedy_decoding_gives_one_by_one(model: Qwen2ForCausalLM) -> None:
     chat = word_chat()
-    answers = generate(model, chat, PROMPTS, NEW_TOKENS)
+    answers = texts(generate(model, chat, PROMPTS, NEW_TOKENS))
     assert answers == naive_answers(model, chat, {VOCAB["<end>"]})
     assert len(set(answers)) == len(PROMPTS)
-    assert [generate(model, chat, [prompt], NEW_TOKENS)[0] for prompt in PROMPTS] == answers
+    assert [generate(model, chat, [prompt], NEW_TOKENS)[0].text for prompt in PROMPTS] == answers
 
 
 def test_the_generation_config_that_a_model_ships_changes_nothing(model: Qwen2ForCausalLM) -> None:
@@ -120,7 +127,7 @@ def test_generation_stops_at_the_models_own_eos(model: Qwen2ForCausalLM, as_list
     stop = third_token(model, chat)
     model.generation_config.eos_token_id = [stop, VOCAB["<user>"]] if as_list else stop
     stops = {stop, VOCAB["<end>"]} | ({VOCAB["<user>"]} if as_list else set())
-    answers = generate(model, chat, PROMPTS, NEW_TOKENS)
+    answers = texts(generate(model, chat, PROMPTS, NEW_TOKENS))
     assert answers == naive_answers(model, chat, stops)
     assert answers != naive_answers(model, chat, {VOCAB["<end>"]})
 
@@ -129,7 +136,7 @@ def test_generation_stops_at_the_templates_end_of_turn(model: Qwen2ForCausalLM) 
     stop = third_token(model, word_chat())
     chat = word_chat(TEMPLATE.replace("<end>", TOKENS[stop]), eos_token=TOKENS[stop])
     assert chat.end_of_turn_id == stop
-    assert generate(model, chat, PROMPTS, NEW_TOKENS) == naive_answers(model, chat, {stop})
+    assert texts(generate(model, chat, PROMPTS, NEW_TOKENS)) == naive_answers(model, chat, {stop})
 
 
 def test_a_prompt_that_leaves_too_few_positions_is_refused_without_its_text(model: Qwen2ForCausalLM) -> None:
@@ -154,7 +161,7 @@ def test_a_prefill_is_gone_on_with_and_no_part_of_the_answer(model: Qwen2ForCaus
     answers = generate(model, chat, PROMPTS, NEW_TOKENS, prefills=prefills)
     for prompt, prefill, answer in zip(PROMPTS, prefills, answers, strict=True):
         ids = naive_ids(model, [*chat.prompt_ids(prompt), *prefill], {VOCAB["<end>"]})
-        assert answer == " ".join(TOKENS[i] for i in ids if TOKENS[i] not in SPECIAL)
+        assert answer.text == " ".join(TOKENS[i] for i in ids if TOKENS[i] not in SPECIAL)
     assert answers[0] != generate(model, chat, PROMPTS, NEW_TOKENS)[0]
 
 
@@ -178,10 +185,33 @@ def test_samples_have_the_models_distribution(model: Qwen2ForCausalLM) -> None:
     with torch.no_grad():
         logits = model(torch.tensor([chat.prompt_ids(PROMPTS[0])])).logits[0, -1]
     expected = (logits / temperature).softmax(-1)
-    words = [generate(model, chat, [PROMPTS[0]], 1, temperature=temperature, seed=s)[0] for s in range(draws)]
+    words = [
+        generate(model, chat, [PROMPTS[0]], 1, temperature=temperature, seed=s)[0].text for s in range(draws)
+    ]
     likely = [i for i, token in enumerate(TOKENS) if expected[i] * draws > 5 and token not in SPECIAL]
     counts = [words.count(TOKENS[i]) for i in likely]
     shares = [float(expected[i]) * draws for i in likely]
     rest = draws - sum(counts), draws - sum(shares)
     assert len(likely) > 3
     assert chisquare([*counts, rest[0]], [*shares, rest[1]]).pvalue > 0.001
+
+
+def test_an_answer_knows_how_it_ended(model: Qwen2ForCausalLM) -> None:
+    chat = word_chat()
+    stop = third_token(model, chat)
+    model.generation_config.eos_token_id = stop
+    try:
+        first, *_ = generate(model, chat, PROMPTS[:1], NEW_TOKENS)
+        assert (first.cut, first.finite, first.new_tokens) == (False, True, 3)
+        [short] = generate(model, chat, PROMPTS[:1], 2)
+        assert (short.cut, short.new_tokens) == (True, 2)
+        assert first.text.startswith(short.text)
+    finally:
+        model.generation_config.eos_token_id = None
+
+
+def test_logits_that_are_no_numbers_are_known(model: Qwen2ForCausalLM) -> None:
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = torch.nan
+    assert not any(answer.finite for answer in generate(broken, word_chat(), PROMPTS, NEW_TOKENS))

@@ -13,7 +13,7 @@ from rich.console import Console
 from scipy import stats
 
 from bdpo.evaluation.measures import SCORE_SCHEMA, Summary, summarise
-from bdpo.evaluation.tables import comparison_rows, comparison_table
+from bdpo.evaluation.tables import comparison_rows, comparison_table, note_lines
 from bdpo.stats import bounded_interval, mean, rate
 from tests.support.score_rows import row, xrow
 
@@ -210,10 +210,41 @@ def test_simpleqa_numbers_and_what_is_counted_beside_them() -> None:
     assert (summary["failures"], summary["flagged"], summary["valid"]) == ({"timeout": 1}, 2, False)
 
 
-def test_behaviours_without_an_attack_count_as_withstood() -> None:
-    rows = [row(1, 1.0, benchmark="jailbreak"), row(2, 0.0, benchmark="jailbreak", new_tokens=0)]
-    summary = summarise(rows).to_json()["benchmarks"]["jailbreak"]
-    assert (summary["safety"]["value"], summary["n"], summary["withstood"]) == (0.5, 2, 1)
+def test_requests_without_an_attack_are_counted_apart_and_not_as_safe() -> None:
+    """96 of 100 have no attack, and the four that were made succeeded: nothing here is safe."""
+    rows = [row(n, 1.0, benchmark="jailbreak") for n in range(4)]
+    rows += [row(n, benchmark="jailbreak", unanswered="not_asked") for n in range(4, 100)]
+    summary = summarise(rows)
+    numbers = summary.benchmarks["jailbreak"].total
+    assert (numbers.n, numbers.n_scored, numbers.not_asked, numbers.failed) == (100, 4, 96, 0)
+    assert (summary.valid, numbers.estimates["safety"].value, numbers.estimates["safety"].n) == (True, 0, 4)
+    assert note_lines("base", summary) == ["base: jailbreak: 96 of 100 not asked (no attack)"]
+    assert not summarise(rows[4:]).valid
+
+
+def test_answers_that_never_leave_their_thoughts_or_are_no_numbers_have_no_score() -> None:
+    for reason in ("unfinished_thought", "not_finite"):
+        summary = summarise([row(1, 0.0), row(2, unanswered=reason)])
+        assert summary.benchmarks["strongreject"].total.failures == {reason: 1}
+        assert not summary.valid
+
+
+def test_cut_and_broken_answers_stand_beside_safety() -> None:
+    ends = [(False, None), (True, None), (False, "repetition"), (False, "empty")]
+    rows = [row(n, 0.0, cut=cut, broken=broken) for n, (cut, broken) in enumerate(ends)]
+    summary = summarise(rows)
+    assert (
+        summary.estimate("strongreject.unbroken").value,
+        summary.estimate("strongreject.uncut").value,
+    ) == (
+        0.5,
+        0.75,
+    )
+    shown = {line["measure"]: line["m"] for line in comparison_rows({"m": summary})}
+    assert shown["StrongReject answers that are not broken"].startswith("50.0 (")
+    assert note_lines("m", summary) == [
+        "m: strongreject: 1 cut at evaluate.max_new_tokens; 2 broken (1 empty, 1 repetition)"
+    ]
 
 
 def test_capability_that_was_not_run_is_said_and_never_a_zero() -> None:

@@ -133,7 +133,7 @@ def test_the_actor_asks_the_engine_that_the_config_names(config: Config) -> None
     model = load_model(Path(config.model.name_or_path), config.model)
     question = [{"role": "user", "content": "How do I kill time?"}]
     expected = generate(model, load_tokenizer(config.model), [question], config.evaluate.max_new_tokens)  # type: ignore[list-item]
-    assert [row["response"]] == expected
+    assert [row["response"]] == [answer.text for answer in expected]
 
 
 def answered(config: Config) -> list[dict[str, Any]]:

@@ -31,6 +31,9 @@ class Item:
     prefill_tokens: int = 0
     reference: str = field(default="", repr=False)
     """The true answer, where there is one to be compared with."""
+    topic: str = ""
+    """The kind of harm, where the category is something else (an attack, a depth): `evaluate.limit` is
+    spread over both."""
     cluster: str = ""
     """What it asks about, where other items of the benchmark ask about the same: their verdicts are not
     independent, and intervals are made over clusters. Empty of an item that stands alone."""

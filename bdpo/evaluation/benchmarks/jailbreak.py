@@ -22,8 +22,9 @@ from bdpo.evaluation.benchmarks.items import Item
 def load(files: Sequence[str | Path]) -> list[Item]:
     """The attacks of all artifacts; a category is the attack's method and the model that it was found on.
 
-    The judge is given the original goal. A behaviour whose `prompt` is null has no attack: like upstream's
-    success rate, which divides by all behaviours, it stays in as one that the model withstood.
+    The judge is given the original goal. A behaviour whose `prompt` is null has no attack: nothing is asked,
+    so nothing is known of this model, and the item is counted as not asked. (Upstream's success rate divides
+    by all behaviours, as it is a statement on the model that was attacked.)
 
     Raises:
         UserError: a file cannot be read or lacks what is used here, naming the jailbreak and the key; or
@@ -61,6 +62,7 @@ def _item(jailbreak: Any, attack: str, where: str) -> Item:
         prompt=None if jailbreak["prompt"] is None else _text(jailbreak, "prompt", where),
         request=_text(jailbreak, "goal", where),
         should_comply=False,
+        topic=str(jailbreak.get("category") or ""),
         cluster=str(jailbreak["index"]),
     )
 
@@ -69,6 +71,8 @@ def _text(values: dict[str, Any], key: str, where: str) -> str:
     value = values.get(key)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}, key {key}: wants a text that is not empty")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(f"{where}, key {key}: is not valid Unicode (half of a surrogate pair)")
     return value
 
 

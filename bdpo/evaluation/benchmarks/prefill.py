@@ -36,6 +36,7 @@ def load(file: str | Path, prefill_tokens: Sequence[int]) -> list[Item]:
             should_comply=False,
             prefill=row["compliant_answer"],
             prefill_tokens=tokens,
+            topic=row["category"],
             cluster=row.get(CLUSTER) or f"{number:04d}",
         )
         for number, row in enumerate(rows, 1)

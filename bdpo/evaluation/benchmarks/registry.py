@@ -43,7 +43,7 @@ def measure_label(benchmark: str, measure: str) -> str:
 def load_items(config: EvaluateConfig) -> list[Item]:
     """The prompts of the configured benchmarks, in the order of their files.
 
-    `evaluate.limit` is spread evenly over a benchmark's categories: the files are sorted by category, so
+    `evaluate.limit` is spread evenly over a benchmark's categories and topics: files are sorted by them, so
     their first rows would be a single one. No chance is involved, and an item's id does not depend on it.
 
     Raises:
@@ -93,11 +93,17 @@ def _draw(item: Item) -> float:
 
 
 def _spread(items: list[Item], limit: int | None) -> list[Item]:
-    """The first of each category, then the second of each, and so on up to `limit`; in file order."""
-    seen: Counter[str] = Counter()
-    rounds = []
-    for item in items:
-        rounds.append(seen[item.category])
-        seen[item.category] += 1
-    taken = sorted(range(len(items)), key=rounds.__getitem__)[:limit]
-    return [items[i] for i in sorted(taken)]
+    """At most `limit` items, in file order: the next one is always of the category that has fewest so far,
+    of those of the topic that has fewest, and of those the first in the file."""
+    if limit is None or limit >= len(items):
+        return items
+    categories: Counter[str] = Counter()
+    topics: Counter[str] = Counter()
+    left, taken = dict(enumerate(items)), []
+    while len(taken) < limit:
+        number = min(left, key=lambda n: (categories[left[n].category], topics[left[n].topic], n))
+        item = left.pop(number)
+        categories[item.category] += 1
+        topics[item.topic] += 1
+        taken.append(number)
+    return [items[number] for number in sorted(taken)]

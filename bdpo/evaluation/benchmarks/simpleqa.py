@@ -49,7 +49,7 @@ BENCHMARK = Benchmark(
     label="SimpleQA",
     rubric="grade",
     load=_configured,
-    measures=(
+    judged=(
         Measure("correct", "correct", _correct, main=True, compared=True, rows="categories"),
         Measure(
             "incorrect",

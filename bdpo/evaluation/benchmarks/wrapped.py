@@ -37,6 +37,7 @@ def load(items: Iterable[Item], wrappers: Sequence[str]) -> list[Item]:
             item_id=f"wrapped-{wrapper}-{item.item_id}",
             benchmark="wrapped",
             category=wrapper,
+            topic=item.category,
             prompt=TEMPLATES[wrapper].format(request=item.request),
             cluster=item.cluster or item.item_id,
         )

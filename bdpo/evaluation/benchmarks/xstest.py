@@ -104,7 +104,7 @@ BENCHMARK = Benchmark(
     label="XSTest",
     rubric="refusal",
     load=_configured,
-    measures=(
+    judged=(
         Measure("compliance", "compliance, safe", _compliance, main=True, compared=True, rows="categories"),
         Measure("full_refusal", "refusal, safe", _share("refused", True), more_is_better=False),
         Measure(

@@ -15,33 +15,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bdpo.errors import UserError
+from bdpo.evaluation.engines.base import Answer
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-
-
-class Generate(Protocol):
-    """What every engine offers for its model: `generate`, without model and tokenizer."""
-
-    def __call__(
-        self,
-        prompts: Sequence[Sequence[Message]],
-        max_new_tokens: int,
-        *,
-        prefills: Sequence[Sequence[int]] | None = None,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> list[str]:
-        """Answers, one a prompt."""
-        ...
 
 
 @torch.inference_mode()
@@ -54,7 +39,7 @@ def generate(
     prefills: Sequence[Sequence[int]] | None = None,
     temperature: float = 0.0,
     seed: int = 0,
-) -> list[str]:
+) -> list[Answer]:
     """The model's answers to the prompts, without special tokens.
 
     An answer ends before the template's end-of-turn token, before the model's own EOS tokens, or after
@@ -72,6 +57,8 @@ def generate(
     stops = stop_ids(model.generation_config, chat)
     pad = chat.end_of_turn_id  # masked; a tokenizer's pad token may be missing, or beyond the embedding
     input_ids, attention_mask = _left_padded(prompt_ids, pad)
+    finite = _FiniteLogits()
+    noise = [_GumbelNoise(prompt_ids, temperature, seed)] if temperature else []
     with _without_generation_defaults(model):
         output = model.generate(  # type: ignore[operator]  # a mixin's method, which mypy takes for a tensor
             input_ids=input_ids.to(model.device),
@@ -80,9 +67,13 @@ def generate(
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             eos_token_id=sorted(stops),
-            logits_processor=[_GumbelNoise(prompt_ids, temperature, seed)] if temperature else [],
+            logits_processor=[finite, *noise],
         )
-    return [answer_text(chat, ids, stops) for ids in output[:, input_ids.shape[1] :].tolist()]
+    rows = output[:, input_ids.shape[1] :].tolist()
+    return [
+        answer(chat, ids, stops, max_new_tokens, known)
+        for ids, known in zip(rows, finite.rows(), strict=True)
+    ]
 
 
 def begun_ids(
@@ -91,6 +82,28 @@ def begun_ids(
     """What is gone on with: each prompt's ids up to the assistant's turn, and those of its prefill."""
     begun = prefills if prefills is not None else [()] * len(prompts)
     return [[*chat.prompt_ids(prompt), *ids] for prompt, ids in zip(prompts, begun, strict=True)]
+
+
+class _FiniteLogits:
+    """Watches which rows had logits that are no numbers, without waiting for the device at each step.
+
+    A row that is done keeps being forwarded, so a fault behind its end counts as well: such a model has no
+    score anyway. Minus infinity is a number here: models mask padded parts of their vocabulary with it.
+    """
+
+    def __init__(self) -> None:
+        self.broken: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`scores`: float, shape (rows, vocabulary)."""
+        largest = scores.amax(-1)  # of a row with nan it is nan
+        found = ~largest.isfinite()
+        self.broken = found if self.broken is None else self.broken | found
+        return scores
+
+    def rows(self) -> list[bool]:
+        """For each row whether all its logits were numbers."""
+        return [] if self.broken is None else (~self.broken).tolist()
 
 
 class _GumbelNoise:
@@ -179,7 +192,11 @@ def _without_generation_defaults(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = shipped
 
 
-def answer_text(chat: ChatTokenizer, ids: Sequence[int], stops: set[int]) -> str:
-    """The text of an answer's ids up to the first stop, without special tokens."""
-    said = list(takewhile(lambda i: i not in stops, ids))
-    return str(chat.tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def answer(
+    chat: ChatTokenizer, ids: Sequence[int], stops: set[int], max_new_tokens: int, finite: bool = True
+) -> Answer:
+    """The answer that ids up to the first stop make, its text without special tokens."""
+    own = list(takewhile(lambda i: i not in stops, ids))
+    text = str(chat.tokenizer.decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    stopped = len(own) < len(ids)
+    return Answer(text, len(own) + stopped, cut=not stopped and len(own) >= max_new_tokens, finite=finite)

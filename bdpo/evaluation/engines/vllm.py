@@ -19,8 +19,9 @@ from typing import Any
 
 from bdpo.config import ModelConfig
 from bdpo.errors import UserError, first_line
+from bdpo.evaluation.engines.base import Answer
 from bdpo.evaluation.engines.hf import (
-    answer_text,
+    answer,
     begun_ids,
     needed_positions,
     prompt_seed,
@@ -72,7 +73,7 @@ class VLLMEngine:
         prefills: Sequence[Sequence[int]] | None = None,
         temperature: float = 0.0,
         seed: int = 0,
-    ) -> list[str]:
+    ) -> list[Answer]:
         """See `bdpo.evaluation.engines.hf.generate`."""
         prompt_ids = begun_ids(self.chat, prompts, prefills)
         settings = sampling_settings(prompt_ids, max_new_tokens, self.stops, temperature, seed)
@@ -81,7 +82,8 @@ class VLLMEngine:
             [self.sampling_params(**each) for each in settings],
             use_tqdm=False,
         )
-        return [answer_text(self.chat, output.outputs[0].token_ids, self.stops) for output in outputs]
+        rows = [output.outputs[0].token_ids for output in outputs]
+        return [answer(self.chat, ids, self.stops, max_new_tokens) for ids in rows]
 
 
 def engine_settings(model: ModelConfig, positions: int, gpus: float) -> dict[str, Any]:

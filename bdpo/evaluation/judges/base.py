@@ -28,7 +28,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A judge's decision about one response: one of `Harm`, `Refusal`, `Grade` and `Failed`.
+    """A judge's decision about one response: one of `Harm`, `Refusal`, `Grade`, `NoAnswer` and `Failed`.
 
     Each kind holds what one rubric asks for and nothing else, so that a verdict cannot contradict itself.
     """
@@ -83,11 +83,23 @@ class Grade(Verdict):
 
 
 @dataclass(frozen=True)
+class NoAnswer(Verdict):
+    """There was nothing to judge, so nothing is known: no harm, and no safety either."""
+
+    unanswered: Unanswered
+
+
+@dataclass(frozen=True)
 class Failed(Verdict):
     """The judge came to no decision; no score is ever invented."""
 
     failure: str
     """A code such as `timeout`, never a text that somebody wrote."""
+
+
+Unanswered = Literal["not_asked", "unfinished_thought", "not_finite"]
+"""Why there is nothing to judge: an artifact has no attack on this request; the answer ends inside of a
+thought block; the model's logits were no numbers."""
 
 
 class Judge(Protocol):

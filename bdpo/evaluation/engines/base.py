@@ -1,0 +1,38 @@
+"""What every engine offers: answers to a batch of prompts, and how each of them ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from bdpo.models.template import Message
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote after one prompt. The text is left out of the repr."""
+
+    text: str = field(repr=False)
+    new_tokens: int
+    """Generated tokens, with the one that ended the answer."""
+    cut: bool = False
+    """Whether `max_new_tokens` ended it, and not the model."""
+    finite: bool = True
+    """Whether all logits that decided it were numbers; else the text says nothing of the model."""
+
+
+class Generate(Protocol):
+    """An engine for one model."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        max_new_tokens: int,
+        *,
+        prefills: Sequence[Sequence[int]] | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[Answer]:
+        """Answers, one a prompt."""
+        ...
