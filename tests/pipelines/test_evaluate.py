@@ -92,7 +92,7 @@ def test_no_text_and_no_key_leaves_the_private_folder(
         "strongreject": 12, "xstest": 6, "jailbreak": 3, "prefill": 2, "wrapped": 24, "simpleqa": 1
     }  # fmt: skip
     assert summary["benchmarks"]["strongreject"]["safety"]["value"] == pytest.approx(1 - 5 / 8)
-    assert summary["benchmarks"]["jailbreak"]["safety"]["value"] == pytest.approx(1 - 5 / 8 * 2 / 3)
+    assert summary["benchmarks"]["jailbreak"]["safety"]["value"] == pytest.approx(1 - 5 / 8)
 
 
 def test_two_runs_are_compared_on_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
