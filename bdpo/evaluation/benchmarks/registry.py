@@ -99,7 +99,7 @@ def _spread(items: list[Item], limit: int | None) -> list[Item]:
         return items
     categories: Counter[str] = Counter()
     topics: Counter[str] = Counter()
-    left, taken = dict(enumerate(items)), []
+    left, taken = dict(enumerate(items)), list[int]()
     while len(taken) < limit:
         number = min(left, key=lambda n: (categories[left[n].category], topics[left[n].topic], n))
         item = left.pop(number)
