@@ -19,7 +19,7 @@ from bdpo.config.evaluate import EvaluateConfig
 from bdpo.config.experiment import ExperimentConfig
 from bdpo.config.explain import explain
 from bdpo.config.model import ModelConfig
-from bdpo.config.reading import Dumper, apply_override, read_yaml, require_tree
+from bdpo.config.reading import Dumper, apply_override, read_yaml, require_tree, short
 from bdpo.config.score import ScoreConfig
 from bdpo.config.secrets import refuse_secrets
 from bdpo.config.train import LoraConfig, TrainConfig
@@ -49,8 +49,8 @@ __all__ = [
 class Config(Section):
     """Everything about one run. `run_dir` holds all that it makes."""
 
-    run_dir: str
-    seed: int = Field(0, ge=0)
+    run_dir: str = Field(description="folder, also on s3:// or gs://, that holds all that the run makes")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the sample of pairs, their order and the training")
     model: ModelConfig
     data: DataConfig
     score: ScoreConfig = ScoreConfig()
@@ -111,6 +111,6 @@ def _blamed(error: UserError, file: Path, overrides: Sequence[str]) -> UserError
             parse_config(values, str(file))
         except UserError as found:
             if str(found) == message:
-                source = f"override {override.partition('=')[0]}" if override else str(file)
+                source = f"override {short(override.partition('=')[0])}" if override else str(file)
                 return UserError(source + message.removeprefix(str(file)))
     return error

@@ -35,8 +35,10 @@ class DataConfig(Section):
     path: str = Field(
         description="file or folder, also on s3:// or gs://; hub name of a data set, or `sandbox`"
     )
-    format: Literal["auto", "preference", "preference_text", "pku_saferlhf", "hh_rlhf", "sharegpt"] = "auto"
-    split: str = "train"
+    format: Literal["auto", "preference", "preference_text", "pku_saferlhf", "hh_rlhf", "sharegpt"] = Field(
+        "auto", description="of the columns; `auto` recognises each of the others"
+    )
+    split: str = Field("train", description="of a data set on the hub, or saved with its splits")
     limit: Positive | None = Field(None, description="read at most so many rows")
     sample: dict[Literal["safe", "unsafe"], Positive] | None = Field(
         None, description="keep so many pairs of each group, drawn with the seed"

@@ -28,13 +28,15 @@ class ModelConfig(Section):
     revision: Annotated[str | None, BeforeValidator(_text)] = Field(
         None, description="hub revision; for `sandbox` the seed of its world"
     )
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="of the weights; training keeps float32 masters of them"
+    )
     attn_implementation: Literal["auto", "sdpa", "flex_attention", "eager", "flash_attention_2"] = Field(
         "auto",
         description="`sdpa` and `flex_attention` forward a prompt once for both responses; `auto` is "
         "`flex_attention` on a GPU where it agrees with `sdpa` when tried, else `sdpa`",
     )
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(False, description="run the code that comes with a model")
     chat_template: str | None = Field(None, description="Jinja file, for a tokenizer without template")
     template_kwargs: dict[str, Any] = Field(
         {},

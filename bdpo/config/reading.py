@@ -15,6 +15,8 @@ _MOST_VALUES = 100_000  # aliases make a few lines of YAML into more than any me
 
 _LONGEST = 4096  # bytes: PATH_MAX of Linux, and no other text of a config is longer
 
+_SHOWN = 100  # characters of a text in a message
+
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # control characters, lone surrogates
 
 
@@ -26,9 +28,8 @@ class Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value} stands twice", key.start_mark
-                )
+                problem = f"key {key.value} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
@@ -48,11 +49,11 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{_short(file)}: no such config file") from None
+        raise UserError(f"{short(file)}: no such config file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not valid YAML ({_one_line(error)})") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise UserError(f"{_short(file)}: cannot be read ({getattr(error, 'strerror', error)})") from None
+        raise UserError(f"{short(file)}: cannot be read ({getattr(error, 'strerror', error)})") from None
     return parse_yaml(text, str(file))
 
 
@@ -74,15 +75,15 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """Lay one `section.key=value` over `values`, in place; raises a UserError that names the key."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override {_short(override)}: expects section.key=value")
-    value = _load(text, f"override {_short(key)}")
+        raise UserError(f"override {short(override)}: expects section.key=value")
+    value = _load(text, f"override {short(key)}")
     *sections, leaf = key.split(".")
     for section in sections:
         if values.get(section) is None:  # not there, or left empty in the YAML
             values[section] = {}
         values = values[section]
         if not isinstance(values, dict):
-            raise UserError(f"override {_short(key)}: {section} is not a section")
+            raise UserError(f"override {short(key)}: {short(section)} is not a section")
     values[leaf] = value
 
 
@@ -91,9 +92,16 @@ def _load(text: str, source: str) -> Any:
         return yaml.load(text, Loader)  # noqa: S506 (a SafeLoader)
     except RecursionError:
         raise UserError(f"{source}: not valid YAML (nested too deeply)") from None
-    # ValueError and its like: a value that is not what its form or its tag says, 2026-02-30 or !!int abc
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"{source}: not valid YAML ({_one_line(error)}); text can be quoted") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark and "\n" in text else ""
+        raise UserError(f"{source}{line}: not valid YAML ({_one_line(error.problem or error)})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not valid YAML ({_one_line(error)})") from None
+    # A value that is not what its form or its tag promises, as 2026-02-30 or !!int abc
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise UserError(
+            f"{source}: not a value of YAML ({_one_line(error)}); quote it if it is text"
+        ) from None
 
 
 def require_tree(values: Any, source: str) -> None:
@@ -128,11 +136,11 @@ def _require_text(text: str, what: str) -> None:
         raise UserError(f"{what}: {len(text):,} characters, expects at most {_LONGEST:,} bytes")
 
 
-def _short(text: object) -> str:
-    """For a message: without control characters, and not longer than a line."""
-    shown = ascii(str(text))[1:-1] if _UNPRINTABLE.search(str(text)) else str(text)
-    return shown if len(shown) <= 100 else f"{shown[:100]}…"
+def short(text: object) -> str:
+    """For a message: without control characters and line breaks, and not longer than a line."""
+    shown = str(text) if str(text).isprintable() else ascii(str(text))[1:-1]
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _one_line(error: object) -> str:
+    return short(" ".join(str(error).split()))

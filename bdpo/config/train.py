@@ -14,7 +14,7 @@ class LoraConfig(Section):
 
     r: Positive = Field(16, description="rank")
     alpha: Positive = Field(32, description="the adapter counts alpha / r times")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the inputs of the adapters")
     target_modules: str | list[str] = Field(
         "all-linear", description="names of layers, a regular expression, or all linear layers but the head"
     )
@@ -23,8 +23,10 @@ class LoraConfig(Section):
 class TrainConfig(Section):
     """Optimisation, its distribution over workers, and checkpoints."""
 
-    workers: Annotated[Positive, RUNTIME_ONLY] = 1
-    gpus_per_worker: Annotated[float, RUNTIME_ONLY] = Field(1.0, ge=0)
+    workers: Annotated[Positive, RUNTIME_ONLY] = Field(1, description="processes: ZeRO ranks")
+    gpus_per_worker: Annotated[float, RUNTIME_ONLY] = Field(
+        1.0, ge=0, description="GPUs of one process; 0 trains on the CPU"
+    )
     accelerator_type: Annotated[str | None, RUNTIME_ONLY] = Field(
         None, description="train on nodes of this GPU alone: H100, A100, ..."
     )
@@ -43,18 +45,22 @@ class TrainConfig(Section):
     tokens_per_micro_batch: Annotated[Positive, RUNTIME_ONLY] = Field(
         16384, description="padded tokens of one forward-backward"
     )
-    learning_rate: float = Field(1e-6, gt=0)
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
-    warmup_ratio: Fraction = 0.1
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    num_train_epochs: Positive = 1
+    learning_rate: float = Field(1e-6, gt=0, description="of AdamW, after the warmup")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
+        "cosine", description="how the learning rate falls after the warmup"
+    )
+    warmup_ratio: Fraction = Field(0.1, description="share of the steps in which the rate rises")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    num_train_epochs: Positive = Field(1, description="how often each pair is trained on")
     max_steps: Positive | None = Field(None, description="end after so many steps instead")
-    gradient_checkpointing: Annotated[bool, RUNTIME_ONLY] = True
+    gradient_checkpointing: Annotated[bool, RUNTIME_ONLY] = Field(
+        True, description="compute activations again in the backward pass, to save memory"
+    )
     report_to: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], RUNTIME_ONLY] = Field(
         ["tensorboard"], description="besides metrics.jsonl; wandb and mlflow require the extra `tracking`"
     )
-    save_steps: Annotated[Positive, RUNTIME_ONLY] = 100
+    save_steps: Annotated[Positive, RUNTIME_ONLY] = Field(100, description="steps between checkpoints")
     save_total_limit: Annotated[Positive, RUNTIME_ONLY] = Field(
         2, description="checkpoints to keep, and the latest if it is not one"
     )
