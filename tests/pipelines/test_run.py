@@ -24,7 +24,8 @@ def inputs(tmp_path_factory, tiny_chat):
 def test_a_method_that_lacks_its_labels_is_refused_before_ray_starts(inputs, tmp_path, monkeypatch, stage):
     rows = [row | {"rejected_safe": None} if i < 4 else row for i, row in enumerate(invented_pairs(PAIRS))]
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    monkeypatch.setattr("ray.is_initialized", lambda: pytest.fail("Ray is asked for"))
+    joined = "pipelines.runtime.cluster.refuse_secrets"  # the last that `connect` does
+    monkeypatch.setattr(joined, lambda *_: pytest.fail("a cluster is joined"))
     overrides = f"run_dir={tmp_path / 'run'}", f"data.path={data}", "method.name=safedpo"
     if stage == "train":
         config = load_config(inputs / "config.yaml", overrides[:2])
