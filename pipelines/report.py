@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -76,7 +77,7 @@ class Report(Stage):
 
         if not wants_scores(self.config):
             return []
-        return mi_summary(read_scores(self.config, self.run), self.config.method)
+        return [asdict(row) for row in mi_summary(read_scores(self.config, self.run), self.config.method)]
 
     def _seconds(self) -> dict[str, float]:
         """What each finished stage took."""

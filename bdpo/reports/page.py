@@ -1,7 +1,7 @@
-"""One HTML file that needs nothing else: text, tables and figures, for screen, phone and paper.
+"""A page as one self-contained HTML file: text, tables and figures, for screen, phone and paper.
 
-Figures are SVG with the page's own colours, so that they follow light and dark. Text comes from configs,
-names and numbers alone: what a model wrote or was asked is never handed to this module.
+Figures are SVG in the colours of the page, so that they follow its light and dark variants. Text consists of
+configs, names and numbers: prompts and answers never reach this module.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 INK, BLUE, ORANGE, GREEN, PINK, GREY = "#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#777777"
-"""Told apart by every eye (Okabe, Ito)."""
+"""Colours that colour-blind readers distinguish as well (Okabe and Ito)."""
 
 COLOURS = (BLUE, ORANGE, GREEN, PINK, GREY)
 
@@ -41,9 +41,9 @@ _DPI = 200
 
 @dataclass(frozen=True)
 class PageTable:
-    """A table: texts, with the numbers (all columns but the first) on the right; facts, without headings.
+    """A table of texts: the first column is aligned left, the others (numbers) right. Facts have no headings.
 
-    A part has at most one with headings: its CSV is called by the part.
+    A section has at most one table with headings, whose CSV file is named after the section.
     """
 
     headings: Sequence[str]
@@ -62,18 +62,18 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page: what it shows, in this order."""
+    """A section of the page, with its contents in this order."""
 
     heading: str
     text: Sequence[str] = ()
     tables: Sequence[PageTable] = ()
     pictures: Sequence[Picture] = ()
-    folded: bool = False  # shown only when asked for
+    folded: bool = False  # shown on a click
 
 
 @dataclass(frozen=True)
 class Page:
-    """All that is written."""
+    """The content of a page."""
 
     title: str
     lead: Sequence[str]
@@ -81,7 +81,7 @@ class Page:
 
 
 def plain_axes(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of this many inches with one pair of axes, open above and on the right."""
+    """A figure of this size in inches, with one pair of axes without a frame above and on the right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -91,13 +91,13 @@ def plain_axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def legend_below(axes: Axes) -> None:
-    """A legend where it hides no point."""
+    """Place the legend below the axes, where it hides no point."""
     handles = axes.get_legend_handles_labels()
     axes.figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
 
 
 def write_page(page: Page, file: StoragePath) -> None:
-    """Write the page; beside it each of its pictures as a PNG, and its tables that have headings as CSV."""
+    """Write the page, and beside it each picture as PNG and each table with headings as CSV."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -120,14 +120,14 @@ def _csv(table: PageTable) -> str:
 
 
 def write_figure(figure: Figure, file: StoragePath) -> None:
-    """Write a figure in the format that the file's name ends with."""
+    """Write a figure in the format of the file's suffix."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=_DPI, format=file.suffix[1:])
     write_bytes(file, drawn.getvalue())
 
 
 def _svg(picture: Picture) -> Any:
-    """The figure as a part of the page: its own ids, the page's fonts and colours."""
+    """The figure as inline SVG, with ids of its own and the fonts and colours of the page."""
     import matplotlib as mpl
     from markupsafe import Markup
 

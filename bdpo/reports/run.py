@@ -1,7 +1,8 @@
-"""The page of a run: what was run, on which data, what came of it and what it cost.
+"""The page of a run: its setup, data, results and cost.
 
-Made from what lies in the run folder, of a run that is finished or not: a part of which there is nothing
-is not there. Every word on it is a name, a number or ours; prompts and answers are in other folders.
+The page is made from the files in the run folder, whether the run is finished or not; a section without
+results is left out. The page contains names, numbers and fixed sentences alone: prompts and answers never
+reach this module.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ _CURVES = {
 
 
 def run_page(config: Config, run: RunDir, stages: Sequence[TimedStage]) -> Page:
-    """All that there is to show of a run folder; `config` is of its last command, `stages` are the run's.
+    """The page of a run folder; `config` is that of its last command, `stages` are those of the run.
 
-    A model that is trained is shown with the config that it was trained with.
+    A trained model is shown with the config with which it was trained.
     """
     config = trained_config(config, run)
     evaluations = run_evaluations(run)
@@ -77,7 +78,7 @@ def run_page(config: Config, run: RunDir, stages: Sequence[TimedStage]) -> Page:
 
 
 def trained_config(config: Config, run: RunDir) -> Config:
-    """The config that the model in a run folder was trained with, `config` where there is none."""
+    """The config with which the model in a run folder was trained, `config` if there is no model."""
     file = run.train / "manifest.json"
     manifest = read_manifest(file)
     return parse_config(manifest["config"], str(file)) if manifest and "config" in manifest else config
@@ -101,16 +102,16 @@ def _lead(config: Config, evaluations: dict[str, Evaluation]) -> list[str]:
 def setup_section(
     config: Config, run: RunDir, trained: Mapping[str, Any] | None, arms: bool = False
 ) -> Section:
-    """Model, method, data and training; the versions are those in `trained`, the manifest of a training.
+    """Model, method, data and training; package versions come from `trained`, the manifest of a training.
 
-    Of `arms` there is a table.
+    With `arms` the methods are left out: the page of an experiment has a table of its arms.
     """
     method, train = config.method, config.train
     recorded = trained is not None and "versions" in trained
     versions = trained["versions"] if trained and recorded else package_versions()
     named = ", ".join(f"{name} {number}" for name, number in versions.items())
     own_rates = arms and config.experiment.learning_rates
-    rate = "each arm's own, see below" if own_rates else f"{train.learning_rate:g}"
+    rate = "that of each arm, see below" if own_rates else f"{train.learning_rate:g}"
     rows = [("model", f"{config.model.name_or_path} ({config.model.dtype})")]
     if not arms:
         how = ", ".join(f"{key} {value}" for key, value in method.model_dump(exclude={"name"}).items())
@@ -121,7 +122,7 @@ def setup_section(
         ("training", f"{length}, each batch of {train.global_batch_size} pairs"),
         ("learning rate", f"{rate}, {train.lr_scheduler_type}"),
         ("workers", f"{train.workers} x ZeRO-{train.zero_stage}"),
-        ("versions" if recorded else "versions where this page was written", named),
+        ("versions" if recorded else "versions that wrote this page", named),
     ]
     manifest = read_manifest(run.scores / "manifest.json")
     marks = {} if manifest is None else manifest["fingerprint"]
@@ -131,7 +132,7 @@ def setup_section(
 
 
 def data_section(run: RunDir, trained: bool = True) -> Section | None:
-    """What became of every row that was read, and of `trained` which pairs it is trained on."""
+    """The account of the rows that were read; with `trained` also of the pairs that were trained on."""
     manifest = read_manifest(run.data / "manifest.json")
     if manifest is None:
         return None
@@ -149,7 +150,7 @@ def data_section(run: RunDir, trained: bool = True) -> Section | None:
 
 
 def _trained_on(run: RunDir) -> list[tuple[str, str]]:
-    """Pairs by what training made of them, as its manifest has it."""
+    """The account of the pairs in the manifest of the training."""
     manifest = read_manifest(run.train / "manifest.json") or {}
     pairs = {key: count for key, count in manifest.get("pairs", {}).items() if key != "prepared"}
     safety = {f"safety labels: {key.replace('_', ' ')}": n for key, n in manifest.get("safety", {}).items()}
@@ -157,41 +158,45 @@ def _trained_on(run: RunDir) -> list[tuple[str, str]]:
 
 
 def mutual_information_section(config: Config, run: RunDir) -> Section | None:
-    """The mutual information of the pairs, if they are scored."""
+    """The mutual information of the pairs, None before they are scored."""
     if read_manifest(run.scores / "manifest.json") is None:
         return None
     _, scores = finished_scores(run)
     summary, imbalance = mi_summary(scores, config.method), mi_imbalance(scores)
     rows = []
     for row in summary:
-        for side in ("chosen", "rejected"):
-            mi = row[side]
-            numbers = [f"{number:.3f}" for number in (mi["mean"], *mi["quantiles"])]
-            shares = [f"{100 * mi[share]:.1f} %" for share in ("negative", "floored")]
-            rows.append((f"{row['group'] or 'all'} queries, {side}", f"{row['pairs']:,}", *numbers, *shares))
-        if row["ches"] is not None:
-            numbers = [f"{number:.4g}" for number in (row["ches"]["mean"], *row["ches"]["quantiles"])]
-            rows.append((f"{row['group'] or 'all'} queries, CHES", f"{row['pairs']:,}", *numbers, "", ""))
+        queries, pairs = f"{row.group or 'all'} queries", f"{row.pairs:,}"
+        for side, mi in (("chosen", row.chosen), ("rejected", row.rejected)):
+            numbers = [f"{number:.3f}" for number in (mi.mean, *mi.quantiles)]
+            shares = [f"{100 * share:.1f} %" for share in (mi.negative, mi.floored)]
+            rows.append((f"{queries}, {side}", pairs, *numbers, *shares))
+        if row.ches is not None:
+            numbers = [f"{number:.4g}" for number in (row.ches.mean, *row.ches.quantiles)]
+            rows.append((f"{queries}, CHES", pairs, *numbers, "", ""))
     quantiles = [f"{quantile:.0%}" for quantile in QUANTILES]
     headings = ("nats per token", "pairs", "mean", *quantiles, "below 0", "floored")
     better = [
-        f"Of the {row['group'] or 'all'} queries the preferred response is better understood in "
-        f"{100 * row['chosen_better']:.1f} % (95 % interval {100 * row['chosen_better_low']:.1f} to "
-        f"{100 * row['chosen_better_high']:.1f}); I_w − I_l is {row['difference']:+.3f} on average "
-        f"({row['low']:+.3f} to {row['high']:+.3f})."
+        f"Of the {row.group or 'all'} queries the preferred response is better understood in "
+        f"{100 * row.chosen_better:.1f} % (95 % interval {100 * row.chosen_better_low:.1f} to "
+        f"{100 * row.chosen_better_high:.1f}); I_w − I_l is {row.difference:+.3f} on average "
+        f"({row.low:+.3f} to {row.high:+.3f})."
         for row in imbalance
     ]
     pictures = [
         Picture("mi", mi_scatter(scores), "Mutual information of both responses, nats per token."),
-        Picture("mi-difference", mi_difference(scores), "How differently the two are understood."),
+        Picture(
+            "mi-difference",
+            mi_difference(scores),
+            "Difference of the mutual information of the two responses.",
+        ),
     ]
-    caption = "CHES has no unit: how alike the model sees both responses, the higher the more."
-    table = PageTable(headings, rows, caption if any(row["ches"] for row in summary) else "")
+    caption = "CHES has no unit; a greater value means more similar hidden states of the two responses."
+    table = PageTable(headings, rows, caption if any(row.ches for row in summary) else "")
     return Section("Mutual information under the reference model", better, [table], pictures)
 
 
 def training_section(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Section | None:
-    """Curves of one or more trainings: name -> a log for each seed; the name "" wants no legend."""
+    """Curves of one or more trainings: name -> a log for each seed; a single training is named ""."""
     logs = {name: [log for log in seeds if log] for name, seeds in logs.items()}
     logs = {name: seeds for name, seeds in logs.items() if seeds}
     if not logs:
@@ -209,7 +214,7 @@ def training_section(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> 
 
 
 def _curves(logs: dict[str, Sequence[Sequence[dict[str, Any]]]], key: str, label: str) -> Figure:
-    """The mean over seeds, and from the lowest to the highest seed."""
+    """The mean over seeds as a line, and the range of the seeds as a band."""
     figure, axes = plain_axes(4.6, 3.0)
     for number, (name, seeds) in enumerate(logs.items()):
         steps = min(len(log) for log in seeds)
@@ -227,7 +232,7 @@ def _curves(logs: dict[str, Sequence[Sequence[dict[str, Any]]]], key: str, label
 
 
 def evaluation_section(evaluations: dict[str, Evaluation]) -> Section | None:
-    """The evaluated models side by side, and what their differences amount to."""
+    """The evaluated models side by side, and a sentence for each difference."""
     if not evaluations:
         return None
     compared = comparison_rows({name: read.summary for name, read in evaluations.items()})
@@ -249,30 +254,30 @@ def evaluation_section(evaluations: dict[str, Evaluation]) -> Section | None:
 
 
 def comparison_sentences(evaluations: dict[str, Evaluation], main_only: bool = False) -> list[str]:
-    """What every two models' difference amounts to, a sentence a measure."""
-    said = []
+    """The difference of every two models in each measure, as sentences."""
+    found = []
     for first, second in combinations(evaluations, 2):
         for row in compare(evaluations[first].scores, evaluations[second].scores):
             if not main_only or is_main(row.benchmark, row.measure):
-                said.append(
+                found.append(
                     comparison_sentence(
                         measure_label(row.benchmark, row.measure), first, second, row.difference
                     )
                 )
-    return said
+    return found
 
 
 def comparison_sentence(measure: str, first: str, second: str, found: Difference) -> str:
-    """One comparison in words."""
+    """One comparison as a sentence."""
 
     def points(value: float) -> str:
         return f"{round(100 * value, 1) + 0.0:+.1f}"  # + 0.0: no minus before a zero
 
-    said = f"{points(found.difference)} points"
-    said += f" (95 % interval {points(found.low)} to {points(found.high)})"
+    change = f"{points(found.difference)} points"
+    change += f" (95 % interval {points(found.low)} to {points(found.high)})"
     meant = "more than the choice of prompts explains" if found.p < SIGNIFICANT else "chance may explain it"
     values = f"{second} {100 * found.second:.1f} %, {first} {100 * found.first:.1f} %"
-    return f"{measure}: {values}: {said}, p {p_value(found.p)}, {meant}."
+    return f"{measure}: {values}: {change}, p {p_value(found.p)}, {meant}."
 
 
 def _search(run: RunDir) -> Section | None:
@@ -293,20 +298,20 @@ def _search(run: RunDir) -> Section | None:
         for row in results.to_pylist()
     ]
     headings = ("trial", *tune.space, "status", tune.metric, tune.constraint)
-    summary, said = read_manifest(run.tune / "summary.json"), []
+    summary, text = read_manifest(run.tune / "summary.json"), []
     if summary is not None:
         folders = {
             "base": run.part("tune", "base", "held_out").eval("base"),
             "best": run.part("tune", "trials", summary["best"]).eval("trained"),
         }
-        said = ["The chosen trial on prompts that no trial was judged by:"]
-        said += comparison_sentences({name: read_evaluation(folder) for name, folder in folders.items()})
+        text = ["The chosen trial, evaluated on prompts that the search did not use:"]
+        text += comparison_sentences({name: read_evaluation(folder) for name, folder in folders.items()})
     pictures = [Picture(f"search-{name}", figure) for name, figure in figures.items()]
-    return Section("Search", said, [PageTable(headings, rows, "Percent, 95 % intervals.")], pictures)
+    return Section("Search", text, [PageTable(headings, rows, "Percent, 95 % intervals.")], pictures)
 
 
 def sweep_settings(fingerprint: dict[str, Any]) -> TuneConfig:
-    """Section `tune` of the sweep that was begun with a fingerprint; see `tune.search`."""
+    """The config section `tune` of a sweep, from the fingerprint of its inputs; see `tune.search`."""
     keys = {key.removeprefix("tune."): value for key, value in fingerprint.items() if key.startswith("tune.")}
     dimensions = {key: keys.pop(key) for key in list(keys) if key.startswith("space.")}
     space = {key: dimensions[f"space.{key}"] for key in keys.pop("space")}
@@ -320,13 +325,13 @@ def _with_interval(row: dict[str, Any], name: str) -> str:
 
 
 def _experiments(run: RunDir) -> Section | None:
-    """Where the experiments on this run are to be found."""
+    """The pages of the experiments in the run folder."""
     names = [page.parent.name for page in sorted_glob(run.root / "experiments", "*/report.html")]
     return Section("Experiments", [f"experiments/{name}/report.html" for name in names]) if names else None
 
 
 def settings_section(config: Config) -> Section:
-    """Every key of the config."""
+    """All keys of the config."""
     rows = []
     for section, values in config.model_dump().items():
         if isinstance(values, dict):

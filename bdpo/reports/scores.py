@@ -1,8 +1,9 @@
-"""What the scores of a run show: the mutual information of its pairs, as numbers, tables and figures."""
+"""The scores of a run as numbers, tables and figures: mutual information and CHES of its pairs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -30,93 +31,135 @@ _POINTS = 1500  # more in a group are drawn as a density
 _BARS = 15
 
 
-def mi_summary(scores: pa.Table, method: Method) -> list[dict[str, Any]]:
-    """One row a group of pairs: their number, and the MI of both responses (nats per token).
+@dataclass(frozen=True)
+class Distribution:
+    """The mean and the `QUANTILES` of a sample."""
 
-    `chosen_better` is the share of pairs whose chosen response is better understood. `chosen` and
-    `rejected` have the `mean`, the `QUANTILES`, and the shares of responses whose MI is `negative` and
-    whose MI is `floored`: below `mi_floor`. `ches` has `mean` and `quantiles` of the pairs' CHES, None where
-    it is not known.
+    mean: float
+    quantiles: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Distribution:
+        """The distribution of values, shape (n,)."""
+        return cls(float(values.mean()), tuple(float(q) for q in np.quantile(values, QUANTILES)))
+
+
+@dataclass(frozen=True)
+class MiDistribution(Distribution):
+    """The distribution of MI in nats per token; shares of values below 0, and below `mi_floor`."""
+
+    negative: float
+    floored: float
+
+    @classmethod
+    def of_mi(cls, mi: np.ndarray, floor: float) -> MiDistribution:
+        """The distribution of mutual information, shape (pairs,)."""
+        whole = Distribution.of(mi)
+        floored = float((mi < np.float32(floor)).mean())
+        return cls(whole.mean, whole.quantiles, float((mi < 0).mean()), floored)
+
+
+@dataclass(frozen=True)
+class GroupSummary:
+    """The scores of one group of pairs.
+
+    `chosen_better` is the share of pairs whose chosen response has the greater MI; `chosen` and
+    `rejected` are the distributions of the MI of both responses, `ches` that of CHES, None if unknown.
     """
-    return [
-        {
-            "group": group,
-            "pairs": len(chosen),
-            "chosen_better": float((chosen > rejected).mean()),
-            "chosen": _mi_of(chosen, method),
-            "rejected": _mi_of(rejected, method),
-            "ches": _ches_of(scores["ches"].filter(mask)),
-        }
-        for (group, chosen, rejected), (_, mask) in zip(_by_group(scores), _masks(scores), strict=True)
-    ]
+
+    group: str | None
+    pairs: int
+    chosen_better: float
+    chosen: MiDistribution
+    rejected: MiDistribution
+    ches: Distribution | None
 
 
-def _distribution(values: np.ndarray) -> dict[str, Any]:
-    return {"mean": float(values.mean()), "quantiles": [float(q) for q in np.quantile(values, QUANTILES)]}
+@dataclass(frozen=True)
+class Imbalance:
+    """Which response of a group's pairs has the greater MI, how often and by how much; 95 % intervals.
 
-
-def _ches_of(ches: pa.ChunkedArray) -> dict[str, Any] | None:
-    return None if ches.null_count else _distribution(ches.to_numpy())
-
-
-def _mi_of(mi: np.ndarray, method: Method) -> dict[str, Any]:
-    return {
-        **_distribution(mi),
-        "negative": float((mi < 0).mean()),
-        "floored": float((mi < np.float32(mi_floor_of(method))).mean()),
-    }
-
-
-def mi_imbalance(scores: pa.Table) -> list[dict[str, Any]]:
-    """One row a group: which response is better understood, how often, by how much; 95 % intervals.
-
-    `chosen_better`, a share; `difference`, the mean of I_w − I_l in nats per token; `apart`, the median of
-    its absolute value; `p` of the hypothesis that the mean is 0.
+    `chosen_better` is the share of pairs in which it is the chosen one; `difference` is the mean of I_w − I_l
+    in nats per token, with `low` and `high`; `p` is for the hypothesis that the mean is 0; `apart` is the
+    median of |I_w − I_l|.
     """
+
+    group: str | None
+    pairs: int
+    chosen_better: float
+    chosen_better_low: float
+    chosen_better_high: float
+    difference: float
+    low: float
+    high: float
+    p: float
+    apart: float
+
+
+def mi_summary(scores: pa.Table, method: Method) -> list[GroupSummary]:
+    """A summary of each group of pairs, safe, unsafe and without a group; `method` has the `mi_floor`."""
+    summaries = []
+    for (group, chosen, rejected), (_, mask) in zip(_by_group(scores), _masks(scores), strict=True):
+        ches = scores["ches"].filter(mask)
+        summaries.append(
+            GroupSummary(
+                group=group,
+                pairs=len(chosen),
+                chosen_better=float((chosen > rejected).mean()),
+                chosen=MiDistribution.of_mi(chosen, mi_floor_of(method)),
+                rejected=MiDistribution.of_mi(rejected, mi_floor_of(method)),
+                ches=None if ches.null_count else Distribution.of(ches.to_numpy()),
+            )
+        )
+    return summaries
+
+
+def mi_imbalance(scores: pa.Table) -> list[Imbalance]:
+    """The imbalance of the MI in each group of pairs."""
     rows = []
     for group, chosen, rejected in _by_group(scores):
-        better = rate((chosen > rejected).tolist())
+        better = rate((chosen > rejected).tolist()).columns("chosen_better")
         difference = chosen.astype(float) - rejected
-        apart = mean_of_many(difference)
+        mean = mean_of_many(difference)
         rows.append(
-            {
-                "group": group,
-                "pairs": len(chosen),
-                **better.columns("chosen_better"),
-                "difference": apart.value,
-                "low": apart.low,
-                "high": apart.high,
-                "p": float(stats.ttest_1samp(difference, 0).pvalue),
-                "apart": float(np.median(abs(difference))),
-            }
+            Imbalance(
+                group=group,
+                pairs=len(chosen),
+                **better,  # type: ignore[arg-type] # of at least one pair: no value is None
+                difference=mean.value,  # type: ignore[arg-type]
+                low=mean.low,  # type: ignore[arg-type]
+                high=mean.high,  # type: ignore[arg-type]
+                p=float(stats.ttest_1samp(difference, 0).pvalue),
+                apart=float(np.median(abs(difference))),
+            )
         )
     return rows
 
 
 def mi_tables(scores: pa.Table, method: Method) -> list[Table]:
-    """The distribution of the MI, a table a group, with histograms on one scale for all."""
+    """A table for each group with the distribution of the MI; all histograms have the same scale."""
     values = np.concatenate([scores["mi_chosen"].to_numpy(), scores["mi_rejected"].to_numpy()])
     low, high = np.quantile(values, [0.005, 0.995])
     tables = []
     for row, (_, chosen, rejected) in zip(mi_summary(scores, method), _by_group(scores), strict=True):
-        title = f"{row['group'] or 'all'} queries: {row['pairs']:,} pairs, chosen better understood"
-        table = _table(f"{title} in {row['chosen_better']:.0%}", "nats/token")
+        title = f"{row.group or 'all'} queries: {row.pairs:,} pairs, chosen better understood"
+        table = _table(f"{title} in {row.chosen_better:.0%}", "nats/token")
         for heading in ["mean", *(f"{q:.0%}" for q in QUANTILES), "< 0", "< floor"]:
             table.add_column(heading, justify="right")
         table.add_column(f"{low:.2f} to {high:.2f}", no_wrap=True)
-        for side, mi in (("chosen", chosen), ("rejected", rejected)):
-            numbers = [f"{number:.3f}" for number in (row[side]["mean"], *row[side]["quantiles"])]
-            shares = [f"{row[side][share]:.0%}" for share in ("negative", "floored")]
+        for side, found, mi in (("chosen", row.chosen, chosen), ("rejected", row.rejected, rejected)):
+            numbers = [f"{number:.3f}" for number in (found.mean, *found.quantiles)]
+            shares = f"{found.negative:.0%}", f"{found.floored:.0%}"
             table.add_row(side, *numbers, *shares, _histogram(mi, low, high))
-        if row["ches"] is not None:
-            ches = [f"{number:.4g}" for number in (row["ches"]["mean"], *row["ches"]["quantiles"])]
+        if row.ches is not None:
+            ches = [f"{number:.4g}" for number in (row.ches.mean, *row.ches.quantiles)]
             table.add_row("CHES", *ches)
         tables.append(table)
     return tables
 
 
 def work_table(workers: dict[str, dict[str, float]]) -> Table:
-    """What every scoring worker did: pairs, real tokens, busy time, speed, and how much padding cost."""
+    """The work of each scoring actor: pairs, real tokens, busy time, speed, and forwarded per real tokens."""
     table = _table("work of the scoring actors", "actor")
     for heading in ("pairs", "tokens", "busy", "tokens/s", "padded / real"):
         table.add_column(heading, justify="right")
@@ -136,14 +179,14 @@ def work_table(workers: dict[str, dict[str, float]]) -> Table:
 
 
 def _table(title: str, rows: str) -> Table:
-    """Fits a terminal of 80 columns."""
+    """An empty table in a layout that fits a terminal of 80 columns."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column(rows)
     return table
 
 
 def _histogram(values: np.ndarray, low: float, high: float) -> str:
-    """Eight heights of `_BARS` bars, the tallest bar full; what lies outside is in the first and the last."""
+    """`_BARS` bars of eight heights, the tallest one full; outliers count in the first and the last bar."""
     counts, _ = np.histogram(values.clip(low, high), bins=_BARS, range=(low, high))
     heights = np.ceil(8 * counts / counts.max()).astype(int)
     return "".join(" ▁▂▃▄▅▆▇█"[height] for height in heights)
@@ -152,8 +195,8 @@ def _histogram(values: np.ndarray, low: float, high: float) -> str:
 def mi_scatter(scores: pa.Table) -> Figure:
     """Figure 2 of the paper: MI of the rejected against the chosen response, a panel for each group.
 
-    Few pairs are drawn one by one, of many their density: the figure stays as small as it is. The outermost
-    0.2 % at either end lie outside.
+    Up to `_POINTS` pairs are drawn as points, more as a density, so that the file stays small. The outermost
+    0.2 % at either end are outside the axes.
     """
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
     from matplotlib.figure import Figure
@@ -185,7 +228,7 @@ def mi_scatter(scores: pa.Table) -> Figure:
 
 
 def mi_difference(scores: pa.Table) -> Figure:
-    """How far apart the two responses of a pair are understood: |I_w − I_l|, a line for each group."""
+    """The distribution of |I_w − I_l|, a line for each group."""
     figure, axes = plain_axes(5.2, 3.9)
     groups = [(group, abs(chosen - rejected)) for group, chosen, rejected in _by_group(scores)]
     edges = np.linspace(0, max(np.quantile(np.concatenate([d for _, d in groups]), 0.995), 1e-6), 41)
@@ -208,7 +251,7 @@ def _by_group(scores: pa.Table) -> list[tuple[str | None, np.ndarray, np.ndarray
 
 
 def _masks(scores: pa.Table) -> list[tuple[str | None, np.ndarray]]:
-    """(group, which rows are of it) of every group that has pairs."""
+    """(group, mask of its rows) of every group that has pairs."""
     groups = np.array(scores["group"].to_pylist(), dtype=object)
     masks = [(group, groups == group) for group in GROUPS]
     return [(group, mask) for group, mask in masks if mask.any()]

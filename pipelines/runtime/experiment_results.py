@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
@@ -70,7 +70,7 @@ def write_results(run: RunDir, name: str) -> None:
     if rates is not None:
         write_bytes(folder / "rates.csv", csv_bytes(rates))
     if not plan.arms:
-        imbalance = pa.Table.from_pylist(mi_imbalance(finished_scores(run)[1]))
+        imbalance = pa.Table.from_pylist([asdict(row) for row in mi_imbalance(finished_scores(run)[1])])
         write_bytes(folder / "results.csv", csv_bytes(imbalance))
     displaced = _displaced(run, done) if plan.displaced else {}
     if displaced:

@@ -61,11 +61,12 @@ def scored(groups):
 
 def test_ches_by_group_and_nothing_where_it_is_not_known(scores):
     safe, unsafe = mi_summary(scores, Bdpo())
-    assert safe["ches"] == {"mean": -2.0, "quantiles": pytest.approx([-3.8, -3.0, -2.0, -1.0, -0.2])}
-    assert unsafe["ches"]["mean"] == -250.5
+    assert safe.ches.mean == -2.0
+    assert safe.ches.quantiles == pytest.approx([-3.8, -3.0, -2.0, -1.0, -0.2])
+    assert unsafe.ches.mean == -250.5
     nothing = pa.nulls(scores.num_rows, pa.float32())
     unknown = scores.set_column(scores.column_names.index("ches"), "ches", nothing)
-    assert [row["ches"] for row in mi_summary(unknown, Bdpo())] == [None, None]
+    assert [row.ches for row in mi_summary(unknown, Bdpo())] == [None, None]
 
 
 def test_figure_2_has_the_dispreferred_over_the_preferred(scores):
@@ -115,9 +116,9 @@ def test_the_difference_of_a_pair_is_drawn_without_its_sign():
 
 def test_the_distribution_of_every_group(scores):
     safe, unsafe = mi_summary(scores, Bdpo(mi_floor=0.01))
-    assert (safe["group"], unsafe["group"]) == tuple(MI)
+    assert (safe.group, unsafe.group) == tuple(MI)
     for row in (safe, unsafe):
-        sides = dict(zip(("chosen", "rejected"), MI[row["group"]], strict=True))
+        sides = dict(zip(("chosen", "rejected"), MI[row.group], strict=True))
         for side, values in sides.items():
             ranks = [q * (len(values) - 1) for q in QUANTILES]
             ordered = sorted(values)
@@ -126,26 +127,24 @@ def test_the_distribution_of_every_group(scores):
                 + (rank % 1) * (ordered[min(int(rank) + 1, len(values) - 1)] - ordered[int(rank)])
                 for rank in ranks
             ]
-            assert row[side]["mean"] == pytest.approx(statistics.mean(values), abs=1e-6)
-            assert row[side]["quantiles"] == pytest.approx(between, abs=1e-6)
-    assert safe["chosen"]["negative"] == 1 / 5
-    assert safe["chosen"]["floored"] == 3 / 5
-    assert safe["rejected"]["floored"] == 1 / 5
-    assert safe["chosen_better"] == 2 / 5  # 0.02 over -0.4, 1.0 over 0.5
-    assert unsafe["chosen_better"] == 1 / 2  # equal is not better
+            assert getattr(row, side).mean == pytest.approx(statistics.mean(values), abs=1e-6)
+            assert getattr(row, side).quantiles == pytest.approx(between, abs=1e-6)
+    assert safe.chosen.negative == 1 / 5
+    assert safe.chosen.floored == 3 / 5
+    assert safe.rejected.floored == 1 / 5
+    assert safe.chosen_better == 2 / 5  # 0.02 over -0.4, 1.0 over 0.5
+    assert unsafe.chosen_better == 1 / 2  # equal is not better
 
 
 def test_which_response_is_better_understood(scores):
     safe, unsafe = mi_imbalance(scores)
     differences = [chosen - rejected for chosen, rejected in zip(*MI["safe"], strict=True)]
-    assert safe["difference"] == pytest.approx(statistics.mean(differences))
-    assert safe["apart"] == pytest.approx(statistics.median(map(abs, differences)))
+    assert safe.difference == pytest.approx(statistics.mean(differences))
+    assert safe.apart == pytest.approx(statistics.median(map(abs, differences)))
     half = 2.776445 * statistics.stdev(differences) / 5**0.5
-    assert (safe["low"], safe["high"]) == pytest.approx(
-        (safe["difference"] - half, safe["difference"] + half), rel=1e-5
-    )
-    assert (safe["chosen_better"], unsafe["chosen_better"]) == (2 / 5, 1 / 2)
-    assert safe["chosen_better_low"] < 2 / 5 < safe["chosen_better_high"]
+    assert (safe.low, safe.high) == pytest.approx((safe.difference - half, safe.difference + half), rel=1e-5)
+    assert (safe.chosen_better, unsafe.chosen_better) == (2 / 5, 1 / 2)
+    assert safe.chosen_better_low < 2 / 5 < safe.chosen_better_high
 
 
 @pytest.fixture
