@@ -174,6 +174,20 @@ def test_rewards_are_those_of_dpo_whatever_the_method(name):
         assert metrics["logps/rejected"][i].item() == p.policy_rejected
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_metrics_require_no_gradient(name):
+    """They are summed over micro-batches: with a graph each would keep its activations alive."""
+    pairs = random_pairs()
+    pairs = replace(pairs, policy_chosen=pairs.policy_chosen.requires_grad_())
+    output = METHODS[name]().loss(pairs)
+    assert output.loss.requires_grad
+    assert not [metric for metric, values in output.metrics.items() if values.requires_grad]
+
+
+def test_equal_rewards_are_not_accurate():
+    assert METHODS["dpo"]().loss(pairs_of()).metrics["rewards/accuracies"] == 0
+
+
 def test_balance_margins_are_what_bdpo_trains():
     pairs, method = random_pairs(), METHODS["bdpo"](beta=0.3)
     output = method.loss(pairs)

@@ -71,6 +71,15 @@ def test_gradients_of_models_of_other_heads_are_those_of_autograd(monkeypatch):
         )
 
 
+def test_a_micro_batch_of_a_training_is_one_forward_of_a_model_of_another_head(monkeypatch):
+    """Under ZeRO 3 workers that made different numbers of forwards would wait for each other for ever."""
+    monkeypatch.setattr(logps_module, "CHUNK_ELEMENTS", 1)
+    model, forwards = tiny("gemma2"), []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    pair_logps(LogpsModel(model, max_length=128), PAIRS)
+    assert len(forwards) == 1
+
+
 @pytest.mark.parametrize("state", ["meta device", "another random state"])
 def test_what_a_head_says_is_found_out_wherever_the_model_is_made(state):
     architectures._has_plain_lm_head.cache_clear()

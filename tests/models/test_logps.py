@@ -200,6 +200,22 @@ def test_the_heads_gradients_are_those_of_autograd(monkeypatch):
     torch.testing.assert_close(hidden.grad, exact[0])
 
 
+def test_the_heads_weight_gradient_is_summed_in_float32(monkeypatch):
+    """Of a bfloat16 head, over many chunks: summed in bfloat16 it would stop growing."""
+    monkeypatch.setattr(bdpo.models.logps, "CHUNK_ELEMENTS", 2 * 7)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(7, 4, generator=generator).bfloat16()
+    hidden = (1 + torch.rand(1000, 4, generator=generator)).bfloat16()
+    targets = torch.randint(0, 2, (1000,), generator=generator)
+    head = LogpsHead(torch.nn.Linear(4, 7, bias=False, dtype=torch.bfloat16))
+    head.weight = torch.nn.Parameter(weight.clone())
+    head(hidden, targets).sum().backward()
+    exact = weight.double().requires_grad_()
+    (hidden.double() @ exact.T).log_softmax(-1)[range(1000), targets].sum().backward()
+    error = (head.weight.grad.double() - exact.grad).abs().max() / exact.grad.abs().max()
+    assert error < 0.004  # the gradient itself is rounded to bfloat16
+
+
 class Widest(TorchDispatchMode):
     """Remembers the largest tensor that any operation made, views apart."""
 

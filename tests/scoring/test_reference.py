@@ -322,13 +322,34 @@ def test_a_model_that_an_actor_cannot_load_is_said_in_one_line(make_run, tmp_pat
     assert not run.scores.exists()
 
 
-def test_a_shard_that_comes_again_after_its_commit_stays_as_it_is(make_run):
+def test_a_shard_that_comes_again_after_its_commit_is_not_forwarded_again(make_run):
     config, run = make_run(invented_pairs(9))
-    score_all(config, run)
+    actor = ShardScorer(config, run, score_fingerprint(config, run), "cpu")
+    first = actor({"first": 0, "rows": 9})
     committed = {file.name for file in run.scores.iterdir()}
+    forwarded = actor.scorer.model.tokens_forwarded
     assert committed
-    score_all(config, run)
+    assert forwarded
+    assert actor({"first": 0, "rows": 9}) == first
+    assert actor.scorer.model.tokens_forwarded == forwarded
     assert {file.name for file in run.scores.iterdir()} == committed
+
+
+@pytest.mark.parametrize("column", ["ref_chosen", "ref_rejected", "uncond_chosen", "uncond_rejected"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_every_sum_of_log_probs_has_to_be_finite(make_run, monkeypatch, column, value):
+    config, run = make_run(invented_pairs(3))
+    scorer = ReferenceScorer(config, "cpu")
+
+    @torch.inference_mode()
+    def broken(*arguments):
+        logps, ches_values = reference_logps(*arguments)
+        logps[f"{column}_logps"][1] = value
+        return logps, ches_values
+
+    monkeypatch.setattr("bdpo.scoring.reference.reference_logps", broken)
+    with pytest.raises(FloatingPointError, match="a log-prob is not finite"):
+        scorer.score(read_pairs(run.pairs, 0, 3))
 
 
 def test_a_node_with_another_model_or_without_the_pairs_scores_nothing(make_run):

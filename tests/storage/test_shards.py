@@ -30,6 +30,14 @@ def test_shards_read_back_in_order_whatever_the_order_of_writing(store):
     assert store.read_shard(2)["row"].to_pylist() == [2, 3]
 
 
+def test_a_shard_is_recognised_by_first_row_and_length(store):
+    store.write(2, rows(2, 3))
+    assert store.holds(2, 3)
+    assert not store.holds(2, 2)
+    assert not store.holds(2, 4)
+    assert not store.holds(0, 3)
+
+
 @given(st.integers(0, 40), st.integers(1, 9), st.integers(1, 9), st.data())
 def test_missing_shards_complete_the_rows_exactly_once(tmp_path_factory, total, size, other_size, data):
     store = ShardStore(tmp_path_factory.mktemp("shards"), SCHEMA, {})

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bdpo.config import TrainConfig
 from bdpo.errors import UserError
-from bdpo.training.batches import TrainingPlan, draw_held_out
+from bdpo.training.batches import TrainingPlan, deal_micro_batches, draw_held_out
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=50)
 
@@ -78,3 +78,9 @@ def test_a_warmup_that_takes_all_steps_is_refused():
         TrainingPlan([1] * 64, TrainConfig(max_steps=3, warmup_ratio=0.9), 0)
     assert TrainingPlan([1] * 64, TrainConfig(max_steps=3, warmup_ratio=0.7), 0).warmup_steps == 2
     assert TrainingPlan([1], TrainConfig(), 0).warmup_steps == 0
+
+
+def test_a_batch_is_split_in_halves_when_workers_lack_one():
+    """Workers of one micro-step wait for each other: 7 pairs against 1 would be slow."""
+    (one,), (other,) = deal_micro_batches(range(8), [10] * 8, budget=100, workers=2)
+    assert (len(one), len(other)) == (4, 4)

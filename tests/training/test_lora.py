@@ -7,15 +7,19 @@ import json
 import shutil
 
 import peft
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from bdpo.config import LoraConfig, ModelConfig, load_config
+from bdpo.config import LoraConfig, ModelConfig, load_config, parse_config
 from bdpo.errors import UserError
 from bdpo.models.adapters import adapter_folder, add_lora, base_of, check_lora, load_adapted
 from bdpo.models.loading import load_model, model_folder
+from bdpo.models.logps import LogpsModel
 from bdpo.storage.run_dir import RunDir
+from bdpo.training.loop import evaluate
+from bdpo.training.pairs import TrainingPairs
 from tests.support.helpers import tiny_config, tiny_gpt2, tiny_qwen2
 from tests.support.training import (
     copied,
@@ -84,6 +88,51 @@ def test_a_resumed_training_ends_exactly_as_the_uninterrupted_one(scored, whole,
     assert_same_adapter(run, whole, rtol=0, atol=0)
     for name in ("step", "loss", "grad_norm", "learning_rate"):
         assert metrics(run, name) == metrics(whole, name)
+
+
+DRAWS_BEFORE_EACH_STEP = """
+train_step = training.train_step
+def after_draws(*arguments):
+    torch.rand(5)
+    return train_step(*arguments)
+training.train_step = after_draws
+"""
+
+
+def test_the_dropout_of_a_step_does_not_depend_on_what_was_drawn_before_it(scored, whole, tmp_path):
+    config = copied(scored, tmp_path / "draws", train=load_config(whole.config).train.model_dump())
+    run = RunDir(config.run_dir)
+    (run.root / "fault.py").write_text(DRAWS_BEFORE_EACH_STEP)
+    launch([config], 2)
+    assert metrics(run, "loss") == metrics(whole, "loss")
+    assert_same_adapter(run, whole, rtol=0, atol=0)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_held_out_pairs_are_evaluated_without_dropout(scored):
+    """Twice the same, and as before the adapter, which changes nothing yet."""
+    lora = {"r": 4, "dropout": 0.5, "target_modules": ["q_proj"]}
+    config = parse_config(scored.model_dump() | {"train": scored.train.model_dump() | {"lora": lora}}, "test")
+    run = RunDir(config.run_dir)
+    data = TrainingPairs.load(config, run, pq.read_table(run.root / "scores.parquet"))
+    model = load_model(model_folder(config.model), config.model)
+    add_lora(model, config.train.lora, config.model, 0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    policy = LogpsModel(model, config.data.max_length).train()
+    assert evaluate(policy, data) == evaluate(policy, data)
+    assert policy.training
+    assert data.logps(policy, [0]).policy_chosen != data.logps(policy, [0]).policy_chosen  # there is dropout
 
 
 def test_two_zero_3_workers_train_as_one_of_stage_1(scored, tmp_path):
