@@ -158,6 +158,7 @@ def _run_trials(sweep: Sweep, base_scores: pa.Table, todo: int, concurrent: int)
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune would return, as if the sweep were done
     connect()
     from ray import tune
     from ray.tune import CheckpointConfig, FailureConfig, PlacementGroupFactory, RunConfig, Tuner
@@ -199,8 +200,6 @@ def _run_trials(sweep: Sweep, base_scores: pa.Table, todo: int, concurrent: int)
     ):
         tuner.fit()
     discard(sweep.run.tune / "ray")
-    if sweep.missing() or sweep.open_trials():  # Tune takes Ctrl-C for itself, and returns
-        raise KeyboardInterrupt
 
 
 def driver_resources(config: Config) -> dict[str, float]:

@@ -17,6 +17,8 @@ from bdpo.models.tokenizer import with_template
 from bdpo.sandbox import with_sandbox_files
 from bdpo.storage.paths import discard
 from bdpo.storage.run_dir import RunDir
+from pipelines.runtime.progress import printable
+from pipelines.runtime.signals import interruptible
 from pipelines.runtime.stage import Stage, check_inputs, complete_all, outputs_of
 
 _OPTIONS = {
@@ -105,15 +107,13 @@ def clear_when_full(what: str) -> Iterator[None]:
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """End the command with 2 and one line where the user is to mend something, with 130 at Ctrl-C."""
-    try:
-        yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    """End the command with 2 and one line if the user can correct what is wrong, or as a signal requires."""
+    with interruptible():
+        try:
+            yield
+        except UserError as error:
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+            sys.exit(2)
 
 
 def command_config(file: str, overrides: Sequence[str]) -> Config:
@@ -135,4 +135,4 @@ def command_config(file: str, overrides: Sequence[str]) -> Config:
 _EPILOG = """\
 The same command again resumes, and does nothing when all is done; fresh=true starts over.
 exit code: 0 done; 2 wrong config, input or environment, reported in one line; 1 the run failed;
-130 interrupted"""
+130 interrupted (SIGINT), 143 terminated (SIGTERM)"""

@@ -9,6 +9,7 @@ from pathlib import Path
 from bdpo.config.reading import read_yaml
 from bdpo.config.secrets import refuse_secrets
 from bdpo.errors import UserError
+from pipelines.runtime.signals import keep_handlers
 
 
 def connect() -> None:
@@ -30,7 +31,7 @@ def connect() -> None:
 
     if not ray.is_initialized():
         # What workers print stays in their log files: the terminal is for progress.
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+        keep_handlers(lambda: ray.init(logging_level=logging.WARNING, log_to_driver=False))
     refuse_secrets(dict(ray.get_runtime_context().runtime_env), "runtime_env")
 
 

@@ -16,6 +16,7 @@ from bdpo.storage.run_dir import RunDir
 from bdpo.training.rungs import Rungs
 from pipelines.runtime.cluster import cluster_nodes
 from pipelines.runtime.progress import console
+from pipelines.runtime.signals import in_thread
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -78,7 +79,7 @@ def fit(
         ),
     )
     try:
-        trainer.fit()
+        in_thread(trainer.fit)  # which puts a handler of SIGINT in the main thread, and never removes it
     except TrainingFailedError as error:
         raise final_cause(error) from None
     # What a worker that died had half copied: Ray's rotation does not know it.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -18,12 +19,29 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 if TYPE_CHECKING:
     from ray.util.metrics import Gauge
 
 
-console = Console()
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text with control characters, of which a terminal would make something else, written as escapes."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class _Terminal(Console):
+    """The terminal: of names that come from files and data sets it gets no control character."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text, or a cell of a table, as it is printed."""
+        return super().render_str(printable(text), **options)
+
+
+console = _Terminal()
 
 
 @contextmanager

@@ -1,0 +1,99 @@
+"""SIGINT and SIGTERM end a command in seconds, with one line and the exit codes 130 and 143, in every stage.
+
+The first signal raises `Interrupted` in the main thread: locks are released and files closed on the way out.
+Further signals change nothing, and after `LAST_SECONDS` the process ends wherever it is: a library may wait
+for its threads. The process ends without Python's exit handlers, in which Ray's threads may abort it; a Ray
+cluster that the command started ends with its process, and on another cluster the command's actors do.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn, TypeVar
+
+T = TypeVar("T")
+
+LAST_SECONDS = 8.0
+"""How long a command that was interrupted may take to release what it holds."""
+
+_WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the command."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into `Interrupted`; when the block ends by it, so does the process."""
+    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+        yield
+        return
+    seen: list[int] = []
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        if not seen:
+            seen.append(signum)
+            print(f"{_WORDS[signum]}: the same command resumes here", file=sys.stderr, flush=True)
+            timer = threading.Timer(LAST_SECONDS, _end, [signum])
+            timer.daemon = True
+            timer.start()
+            raise Interrupted(signum)
+
+    before = {signum: signal.signal(signum, interrupt) for signum in _WORDS}
+    try:
+        yield
+    finally:
+        if seen:  # whatever became of the exception on the way here
+            _end(seen[0])
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _end(signum: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(128 + signum)
+
+
+def keep_handlers(call: Callable[[], T]) -> T:
+    """Call what sets a handler of its own for SIGTERM, and put ours back."""
+    if threading.current_thread() is not threading.main_thread():
+        return call()
+    before = {signum: signal.getsignal(signum) for signum in _WORDS}
+    try:
+        return call()
+    except SystemExit as end:  # so does Ray's handler end the driver
+        if end.code != signal.SIGTERM:
+            raise
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def in_thread(call: Callable[[], T]) -> T:
+    """Call what would set handlers of its own in the main thread; a signal ends the wait for it."""
+    outcome: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return outcome.result()

@@ -1,0 +1,99 @@
+"""SIGINT and SIGTERM: one line, the promised exit code, in seconds, whatever a library does with signals."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipelines.runtime.progress import console, printable
+from tests.support import ROOT
+
+COMMAND = """
+import signal, sys, threading, time
+from pipelines.runtime.cli import exit_codes
+from pipelines.runtime.signals import in_thread, keep_handlers
+
+def takes_the_handlers():  # as ray.init and Ray Train do
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda *_: sys.exit(0))
+
+def waits():
+    print("ready", flush=True)
+    time.sleep(600)
+
+def swallows():
+    try:
+        waits()
+    except KeyboardInterrupt:
+        pass
+
+def a_library_whose_threads_go_on():
+    threading.Thread(target=time.sleep, args=[600]).start()
+    waits()
+
+with exit_codes():
+    {work}
+print("the command went on")
+"""
+
+
+def interrupt(work, signum, times=1):
+    """(exit code, stderr, seconds) of a command that gets a signal while it waits."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND.format(work=work)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    begun = time.monotonic()
+    for _ in range(times):
+        process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert out == ""
+    return process.returncode, err, time.monotonic() - begun
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "line"),
+    [
+        (signal.SIGINT, 130, "interrupted: the same command resumes here\n"),
+        (signal.SIGTERM, 143, "terminated: the same command resumes here\n"),
+    ],
+)
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize(
+    "work",
+    [
+        "waits()",
+        "swallows()",
+        "a_library_whose_threads_go_on()",
+        "keep_handlers(takes_the_handlers); waits()",
+        "in_thread(waits)",
+    ],
+)
+def test_a_signal_ends_a_command_in_one_line(work, signum, code, line, times):
+    ended = interrupt(work, signum, times)
+    assert ended[:2] == (code, line)
+    assert ended[2] < 10
+
+
+def test_handlers_are_put_back(capsys):
+    from pipelines.runtime.cli import exit_codes
+
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with exit_codes():
+        assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] != before
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_no_control_character_reaches_the_terminal(capsys):
+    assert printable("a\x1b[31mb\x07\u202e\ud800\tc\n") == "a\\x1b[31mb\\x07\\u202e\\ud800\tc\n"
+    with console.capture() as shown:
+        console.print("name \x1b[2Jgone [bold]x[/]")
+    assert shown.get() == "name \\x1b[2Jgone x\n"
