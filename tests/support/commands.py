@@ -10,7 +10,7 @@ import sys
 import traceback
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import psutil
@@ -46,7 +46,7 @@ def run_command(module: str, *arguments: object) -> Ended:
     return Ended(code, out.getvalue(), err.getvalue())
 
 
-def kill_with_cluster(driver: subprocess.Popen[str]) -> None:
+def kill_with_cluster(driver: subprocess.Popen[Any]) -> None:
     """kill -9 of a command that started a Ray cluster, which dies with it; returns when all of it is gone."""
     cluster = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()

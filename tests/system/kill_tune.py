@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from bdpo.storage.metrics_log import MetricsLog
 from tests.support import ROOT
+from tests.support.commands import kill_with_cluster
 
 CONFIG = ROOT / "pipelines" / "configs" / "tune-sandbox.yaml"
 
@@ -100,9 +101,7 @@ def main() -> None:
             process = start(killed, overrides, Path(folder))
             if follow(process, killed, redone, share * total):
                 sys.exit(killed.with_suffix(".log").read_text())
-            process.kill()
-            process.wait()
-            time.sleep(5)  # the cluster dies with its driver
+            kill_with_cluster(process)
             repeated |= {name for name, when in recorded.items() if rungs(killed)[name] != when}
             recorded = rungs(killed)
             print(f"killed at {steps(killed)} of {total} steps, {len(recorded)} rungs recorded", flush=True)

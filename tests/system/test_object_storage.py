@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from bdpo.storage.paths import (
 )
 from bdpo.storage.run_dir import RunDir
 from tests.support import ROOT
+from tests.support.commands import kill_with_cluster
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
 from tests.support.s3_server import SECRET
 
@@ -73,12 +73,11 @@ def command(stage, config_file, *arguments):
 
 
 def kill_when(process, there):
-    """kill -9 of the driver as soon as `there` is true."""
+    """kill -9 of the driver, and of the cluster with it, as soon as `there` is true."""
     while process.poll() is None and not there():
         time.sleep(0.05)
     assert process.poll() is None, process.communicate()
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_with_cluster(process)
 
 
 def scores_of(run):
@@ -117,7 +116,12 @@ def test_the_whole_pipeline_on_object_storage(inputs, bucket, tmp_path):
     written = {shard.name: shard.stat().st_mtime for shard in whole}
 
     begun = remote.train / "begun.json"
-    kill_when(start("run", file), lambda: begun.exists() and json.loads(begun.read_text()).get("committed"))
+
+    def committed():
+        # `read_text` asks once: the command may replace the file between two requests.
+        return begun.exists() and json.loads(paths.read_text(begun)).get("committed")
+
+    kill_when(start("run", file), committed)
     assert written == {shard.name: shard.stat().st_mtime for shard in whole}
     assert scores_of(remote) == expected_scores(inputs, remote)
     assert not remote.has_model()
