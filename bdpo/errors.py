@@ -13,10 +13,17 @@ class UserError(Exception):
 
 def first_line(error: BaseException) -> str:
     """The first line of a library's error: enough for one line of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def printable(text: str) -> str:
+    """The text with control characters and lone surrogates escaped: safe to show on a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def error_line(error: Exception) -> str:
     """One line of a storage's error."""
     strerror = getattr(error, "strerror", None)
-    return strerror or (str(error).strip() or type(error).__name__).splitlines()[0]
+    return strerror or first_line(error)

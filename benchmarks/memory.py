@@ -26,7 +26,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bdpo.config import Config, ModelConfig, parse_config
-from bdpo.data.pairs import PAIR_SCHEMA
+from bdpo.data.pairs import ID_COLUMNS, PAIR_SCHEMA
 from bdpo.models.logps import LogpsModel
 from bdpo.models.tokenizer import EncodedPair, load_tokenizer
 from bdpo.scoring.reference import reference_logps
@@ -130,12 +130,13 @@ def many_pairs(folder: Path) -> Config:
         columns: dict[str, Any] = {name: [None] * PART_ROWS for name in PAIR_SCHEMA.names}
         columns |= {"pair_id": ids, "prompt": [[{"role": "user", "content": pair_id}] for pair_id in ids]}
         columns |= {"chosen": [TEXT] * PART_ROWS, "rejected": ["no"] * PART_ROWS}
+        columns |= {name: [[1] * 240] * PART_ROWS for name in ID_COLUMNS}
         table = pa.table(columns, schema=PAIR_SCHEMA)
         pq.write_table(table, run.pairs / f"part-{first // PART_ROWS:05d}.parquet", row_group_size=512)
     counts = {"rows": MANY, "kept": MANY, "quarantined": {}, "excluded": {}, "not_sampled": 0}
     write_manifest(
         run.data / "manifest.json",
-        prepare._fingerprint(config),
+        prepare.Prepare(config, run).fingerprint,
         account=counts | {"format": "preference"},
         pairs_digest=pairs_digest(run),
     )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdpo.cluster.status import StageStatus
-from bdpo.data.pairs import count_pairs, read_pairs
+from bdpo.data.pairs import PAIR_SCHEMA, count_pairs, read_pairs
 from bdpo.storage.digests import files_digest
 from bdpo.storage.manifests import Fingerprint, read_manifest, write_manifest
 from bdpo.storage.paths import StoragePath, sorted_glob
@@ -38,18 +37,13 @@ class Prepare(ManifestStage):
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """The content of the source, how it is read, and the tokenizer that measures it."""
-        from bdpo.data.sources import local_source
+        from bdpo.data.sources import sources_fingerprint
         from bdpo.models.tokenizer import tokenizer_fingerprint
 
         data = self.config.data
-        source = local_source(data)
         return {
-            "data.path": files_digest(sorted(source.rglob("*.*")), source)
-            if source.is_dir()
-            else _digest_or_name(source),
-            "data.format": data.format,
-            "data.split": data.split,
-            "data.limit": data.limit,
+            "pair_columns": ", ".join(PAIR_SCHEMA.names),
+            **sources_fingerprint(data.sources()),
             "data.sample": data.sample and {**data.sample, "seed": self.config.seed},
             "data.max_length": data.max_length,
             "data.max_prompt_length": data.max_prompt_length,
@@ -86,7 +80,7 @@ class Prepare(ManifestStage):
         with progress_bar("prepare") as advance:
             chat = load_tokenizer(config.model)
             account = prepare(config.data, chat, run.pairs, run.private, config.seed, advance)
-        results = {"account": account, "pairs_digest": self._pairs_digest()}
+        results = {"account": account.to_json(), "pairs_digest": self._pairs_digest()}
         return write_manifest(self.manifest_file, self.fingerprint, **results)
 
     def status(self) -> StageStatus:
@@ -112,10 +106,12 @@ class Prepare(ManifestStage):
         return {"template": check_template}
 
     def _sample(self) -> Iterator[dict[str, Any]]:
-        """Some prepared pairs, from the first to the last."""
+        """Some prepared pairs of plain texts, from the first to the last."""
         pairs = count_pairs(self.run.pairs)
         for first in range(0, pairs, max(1, pairs // FAITHFUL_PAIRS)):
-            yield from read_pairs(self.run.pairs, first, 1).to_pylist()
+            for pair in read_pairs(self.run.pairs, first, 1).to_pylist():
+                if pair["context"] is None:  # what else a row holds was rendered with it
+                    yield pair
 
     def _pairs_digest(self) -> str:
         return files_digest(sorted_glob(self.run.pairs, "*.parquet"))
@@ -129,9 +125,5 @@ def account_line(account: dict[str, Any]) -> str:
         parts.append(f"{sum(account[fate].values())} {fate}" + (f" ({reasons})" if reasons else ""))
     if account["not_sampled"]:
         parts.append(f"{account['not_sampled']} not sampled")
-    return " + ".join(parts)
-
-
-def _digest_or_name(source: Path) -> str:
-    """The content of a file; of a data set on the hub only the name is known before it is loaded."""
-    return files_digest([source]) if source.is_file() else str(source)
+    unread = ", ".join(account.get("unread_columns", []))
+    return " + ".join(parts) + (f"; columns not read: {unread}" if unread else "")

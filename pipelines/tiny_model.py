@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bdpo.config import DataConfig
-from bdpo.data.formats import FORMATS, BadRow, Excluded
-from bdpo.data.prepare import DETECT_ROWS, format_of
-from bdpo.data.sources import Unreadable, read_rows
+from bdpo.data.formats.base import BadRow, Excluded
+from bdpo.data.prepare import usable_pair
+from bdpo.data.sources import open_source
 from bdpo.sandbox.tiny import quiet_saving, train_tokenizer
 from pipelines.runtime.cli import exit_codes
 
@@ -28,15 +28,14 @@ CHAT_TEMPLATE = (
 
 def texts(data: DataConfig) -> Iterator[str]:
     """Every prompt and response of the rows that can be read."""
-    rows = [row for _, row in read_rows(data) if not isinstance(row, Unreadable)]
-    to_pair = FORMATS[format_of(data, rows[:DETECT_ROWS])]
-    for row in rows:
-        try:
-            pair = to_pair(row)
-        except (BadRow, Excluded):
-            continue
-        yield from (message["content"] for message in pair["prompt"])
-        yield from (pair["chosen"], pair["rejected"])
+    for config in data.sources():
+        source = open_source(config)
+        for _, row in source.rows:
+            try:
+                pair = usable_pair(source.format, row, config)
+            except (BadRow, Excluded):
+                continue
+            yield from (message["content"] for message in (*pair.prompt, pair.chosen, pair.rejected))
 
 
 def write_tiny_model(data: DataConfig, folder: Path, vocab_size: int) -> None:

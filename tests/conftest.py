@@ -71,7 +71,7 @@ def prepare_here(tmp_path, tiny_chat):
     def prepare_source(source, seed=0, **config):
         if isinstance(source, list):
             source = write_jsonl(tmp_path / "rows.jsonl", source)
-        values = {"path": str(source), "max_bad_fraction": 1.0, **config}
+        values = {"path": source and str(source), "max_bad_fraction": 1.0, **config}
         return prepare(DataConfig(**values), tiny_chat, tmp_path / "pairs", tmp_path / "private", seed)
 
     return prepare_source

@@ -13,24 +13,21 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
 import requests
-from jinja2 import TemplateError
 
 from bdpo.cluster.status import expected_pairs
 from bdpo.config import Config, DataConfig, TuneConfig, worker_range
-from bdpo.data.formats import FORMATS, BadRow, Excluded, Pair
-from bdpo.data.prepare import DETECT_ROWS, format_of
-from bdpo.data.sources import Unreadable, read_rows
+from bdpo.data.formats.base import Pair
+from bdpo.data.prepare import first_pairs
+from bdpo.data.sources import count_rows, open_source
 from bdpo.errors import UserError, error_line
 from bdpo.evaluation.benchmarks.registry import load_items
 from bdpo.models.adapters import check_lora
 from bdpo.models.architectures import has_plain_lm_head
 from bdpo.models.loading import model_config
-from bdpo.models.template import Message
-from bdpo.models.tokenizer import ChatTokenizer, EncodedPair, PromptTooLong, encode_pair, load_tokenizer
+from bdpo.models.tokenizer import ChatTokenizer, EncodedPair, load_tokenizer
 from bdpo.search.space import check_space
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.paths import read_bytes, write_bytes
@@ -80,15 +77,8 @@ def check_model(config: Config, run: RunDir) -> str:
 
 def check_data(config: Config, run: RunDir) -> str:
     """The data can be read and have a known format."""
-    readable, _ = _first_rows(config.data)
-    return f"data.path={config.data.path}: {format_of(config.data, readable)}"
-
-
-def _first_rows(data: DataConfig) -> tuple[list[dict[str, Any]], list[str]]:
-    """Those of the first rows that can be read, and why others cannot."""
-    rows = [row for _, row in islice(read_rows(data), DETECT_ROWS)]
-    readable = [row for row in rows if not isinstance(row, Unreadable)]
-    return readable, [row.reason for row in rows if isinstance(row, Unreadable)]
+    found = [f"{source.path}: {open_source(source).format.name}" for source in config.data.sources()]
+    return f"data.path={', '.join(found)}"
 
 
 def check_benchmarks(config: Config, run: RunDir) -> str:
@@ -106,21 +96,20 @@ def check_adapters(config: Config, run: RunDir) -> str:
 def check_template(config: Config, run: RunDir) -> str:
     """BOS once, the end of the turn once and last, the conversation as the template itself would write it."""
     chat, data = load_tokenizer(config.model), config.data
-    pairs, bad = _first_pairs(data, chat)
-    if not pairs:
-        raise UserError(f"data.path={data.path}: none of the first rows can be used ({_reasons(bad)})")
-    encoded = [encode_pair(chat, pair, data.max_prompt_length, data.max_length) for pair in pairs]
+    audited, bad = first_pairs(data, chat, AUDITED_PAIRS)
+    if not audited:
+        raise UserError(f"data.path={data.name}: none of the first rows can be used ({_reasons(bad)})")
+    encoded = [ids for _, ids in audited]
     bos = chat.tokenizer.bos_token_id
     if bos is not None and any(ids.prompt[:2] == [bos, bos] or ids.chosen[0] == bos for ids in encoded):
         raise UserError(
             f"model.name_or_path={config.model.name_or_path}: chat template and tokenizer both write a BOS; "
             "set model.chat_template to a template that fits"
         )
-    audited = zip(pairs, encoded, strict=True)
     doubts = [doubt for pair, ids in audited for doubt in _doubts(chat, data, pair, ids)] + bad
     begin = "BOS first" if encoded[0].prompt[0] == bos else "no BOS"
     end = chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn_id)
-    found = f"{len(pairs)} pairs: {begin}, turns end with {end}"
+    found = f"{len(audited)} pairs: {begin}, turns end with {end}"
     return Doubt(f"{found}, but {_reasons(doubts)}: is that what you want?") if doubts else found
 
 
@@ -132,33 +121,10 @@ def _doubts(chat: ChatTokenizer, data: DataConfig, pair: Pair, ids: EncodedPair)
             yield f"response fills data.max_length={data.max_length} and may be cut"
         elif special & set(response[:-1]):
             yield "special token inside a response"
-    answer: Message = {"role": "assistant", "content": pair["chosen"]}
-    whole = chat.prompt_ids([*pair["prompt"], answer, {"role": "user", "content": "x"}])
-    ours = chat.prompt_ids(pair["prompt"]) + chat.response_ids(pair["chosen"])
+    whole = chat.prompt_ids([*pair.prompt, pair.chosen, {"role": "user", "content": "x"}])
+    ours = chat.prompt_ids(pair.prompt) + chat.response_ids(pair.chosen["content"])
     if whole[: len(ours)] != ours:
         yield "the template writes the answer in another way once the conversation goes on"
-
-
-def _first_pairs(data: DataConfig, chat: ChatTokenizer) -> tuple[list[Pair], list[str]]:
-    """The first usable pairs, and why rows before them are not."""
-    readable, bad = _first_rows(data)
-    name = format_of(data, readable)
-    pairs: list[Pair] = []
-    for row in readable:
-        try:
-            pair = FORMATS[name](row)
-            encode_pair(chat, pair, data.max_prompt_length, data.max_length)
-        except (BadRow, Excluded) as error:
-            bad.append(str(error))
-        except PromptTooLong:
-            bad.append("prompt: longer than max_prompt_length")
-        except TemplateError:
-            bad.append("prompt: refused by the chat template")
-        else:
-            pairs.append(pair)
-        if len(pairs) == AUDITED_PAIRS:
-            break
-    return pairs, bad
 
 
 def _reasons(phrases: Sequence[str]) -> str:
@@ -237,7 +203,7 @@ def expected_hours(config: Config, run: RunDir, tokens_per_second: float | None)
     chat = load_tokenizer(config.model)
     encoded = _encoded(config, chat)
     pair_tokens = sum(_tokens(ids) for ids in encoded) / len(encoded)
-    pairs = expected_pairs(config, run) or sum(1 for _ in read_rows(config.data))
+    pairs = expected_pairs(config, run) or count_rows(config.data)
     score_tokens = pairs * pair_tokens
     steps = plan_without_lengths(pairs, config.train, config.seed).total_steps
     train_tokens = steps * min(config.train.global_batch_size, pairs) * pair_tokens
@@ -269,8 +235,8 @@ def measure_throughput(config: Config, device: str, seconds: float = 20) -> floa
 
 
 def _encoded(config: Config, chat: ChatTokenizer) -> list[EncodedPair]:
-    pairs, _ = _first_pairs(config.data, chat)
-    return [encode_pair(chat, pair, config.data.max_prompt_length, config.data.max_length) for pair in pairs]
+    pairs, _ = first_pairs(config.data, chat, AUDITED_PAIRS)
+    return [ids for _, ids in pairs]
 
 
 def _tokens(ids: EncodedPair) -> int:

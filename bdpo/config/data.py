@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -17,6 +17,9 @@ def _part(bounds: list[float]) -> list[float]:
 
 Quantiles = Annotated[list[float], AfterValidator(_part)]
 
+# A fraction above zero; strict mode would refuse the integer 1.
+Weight = Annotated[float, Field(gt=0, le=1, strict=False)]
+
 
 class SelectConfig(Section):
     """Which of the scored pairs are trained on: those between two quantiles of their own group."""
@@ -29,17 +32,40 @@ class SelectConfig(Section):
     )
 
 
-class DataConfig(Section):
+class LabelsConfig(Section):
+    """Labels of the pairs whose rows have none of their own."""
+
+    group: Literal["safe", "unsafe"] | None = Field(None, description="kind of query")
+    chosen_safe: bool | None = Field(None, description="whether the chosen response is safe")
+    rejected_safe: bool | None = Field(None, description="whether the rejected response is safe")
+
+
+class _Reading(Section):
+    """How the rows of a data set are read."""
+
+    format: str = Field("auto", description="a format of docs/data.md; auto looks at the first rows")
+    split: str = Field("train", description="of a data set on the hub, or saved with its splits")
+    limit: Positive | None = Field(None, description="read at most so many rows of a data set")
+    columns: dict[str, str] = Field(
+        {}, description="name in the format -> name in the file: {prompt: question, chosen: good}"
+    )
+    labels: LabelsConfig = Field(LabelsConfig(), description="labels of rows that have none of their own")
+
+
+class SourceConfig(_Reading):
+    """One data set of several in `data.path`; what it does not set is as in `data`."""
+
+    path: str = Field(description="as data.path")
+    weight: Weight = Field(1.0, description="fraction of its pairs that is kept, drawn with the seed")
+
+
+class DataConfig(_Reading):
     """Where preference pairs come from and which of them are used."""
 
-    path: str = Field(
-        description="file or folder, also on s3:// or gs://; hub name of a data set, or `sandbox`"
+    path: str | list[str | SourceConfig] = Field(
+        description="file or folder, also on s3:// or gs://; hub name of a data set, or `sandbox`; a list "
+        "mixes several"
     )
-    format: Literal["auto", "preference", "preference_text", "pku_saferlhf", "hh_rlhf", "sharegpt"] = Field(
-        "auto", description="of the columns; `auto` recognises each of the others"
-    )
-    split: str = Field("train", description="of a data set on the hub, or saved with its splits")
-    limit: Positive | None = Field(None, description="read at most so many rows")
     sample: dict[Literal["safe", "unsafe"], Positive] | None = Field(
         None, description="keep so many pairs of each group, drawn with the seed"
     )
@@ -52,4 +78,21 @@ class DataConfig(Section):
     def _room_for_a_response(self) -> DataConfig:
         if self.max_prompt_length >= self.max_length:
             raise ValueError("max_prompt_length must be below max_length, to leave room for a response")
+        if self.path == []:
+            raise ValueError("path is an empty list")
         return self
+
+    def sources(self) -> list[SourceConfig]:
+        """The data sets of `path`, each with the keys of this section that it does not set itself."""
+        common: dict[str, Any] = {name: getattr(self, name) for name in _Reading.model_fields}
+        given = [self.path] if isinstance(self.path, str) else self.path
+        entries = [SourceConfig(path=entry) if isinstance(entry, str) else entry for entry in given]
+        return [
+            SourceConfig(**(common | {name: getattr(entry, name) for name in entry.model_fields_set}))
+            for entry in entries
+        ]
+
+    @property
+    def name(self) -> str:
+        """The data sets of `path` as a message names them."""
+        return ", ".join(source.path for source in self.sources())

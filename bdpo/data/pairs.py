@@ -1,14 +1,27 @@
-"""The prepared preference pairs: their schema, and reading them back from the run folder."""
+"""The prepared preference pairs: their schema, and reading them back from the run folder.
+
+Their token ids are made once, when they are prepared: scoring and every epoch of training read them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bdpo.storage.paths import StoragePath, open_parquet, sorted_glob
+
+if TYPE_CHECKING:
+    from bdpo.models.tokenizer import EncodedPair
+
+_IDS = pa.list_(pa.int32())
+
+LABELS = ["chosen_safe", "rejected_safe"]
+
+ID_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -21,8 +34,18 @@ PAIR_SCHEMA = pa.schema(
         pa.field("group", pa.string()),
         pa.field("chosen_safe", pa.bool_()),
         pa.field("rejected_safe", pa.bool_()),
+        # JSON of what else the template writes: tools, arguments, messages with more than role and content
+        pa.field("context", pa.string()),
+        *(pa.field(name, _IDS, nullable=False) for name in ID_COLUMNS),
     ]
 )
+
+
+def encoded_pairs(pairs: pa.Table | pa.RecordBatch) -> list[EncodedPair]:
+    """The token ids of prepared pairs, within the lengths that they were prepared for."""
+    from bdpo.models.tokenizer import EncodedPair  # status counts pairs and needs no tokenizer
+
+    return [EncodedPair(*ids) for ids in zip(*(pairs[name].to_pylist() for name in ID_COLUMNS), strict=True)]
 
 
 class PairReader:

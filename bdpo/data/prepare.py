@@ -1,8 +1,8 @@
-"""Preparing preference pairs: check every row of a source, write the usable ones as Parquet.
+"""Preparing preference pairs: check every row of the data sets, write the usable ones as Parquet.
 
 Every row that is read ends as exactly one of kept, quarantined, excluded by its format's rule, or not
-sampled, and the account says how many of each. Texts go to the pairs and to the private quarantine file
-and nowhere else. Opening files is left to `bdpo.data.sources`, their formats to `bdpo.data.formats`.
+sampled, and the account has the number of each. Texts are written to the pairs and to the private quarantine
+file and nowhere else.
 """
 
 from __future__ import annotations
@@ -12,22 +12,29 @@ import heapq
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2 import TemplateError
 
 from bdpo.config import DataConfig
-from bdpo.data.formats import FORMATS, BadRow, Excluded, Pair, detect
-from bdpo.data.pairs import PAIR_SCHEMA
-from bdpo.data.sources import NumberedRow, Row, Unreadable, read_rows
-from bdpo.errors import UserError
-from bdpo.models.tokenizer import ChatTokenizer, PromptTooLong, encode_pair
+from bdpo.config.data import SourceConfig
+from bdpo.data.account import Account, SourceAccount
+from bdpo.data.checks import check_pair
+from bdpo.data.containers import NumberedRow, RawRow, Unreadable, shown_name
+from bdpo.data.formats import read_pair
+from bdpo.data.formats.base import BadRow, Excluded, Format, Pair
+from bdpo.data.formats.columns import COMMON_COLUMNS
+from bdpo.data.pairs import ID_COLUMNS, PAIR_SCHEMA
+from bdpo.data.rendering import encode_pairs
+from bdpo.data.sources import DETECT_ROWS, Source, open_source
+from bdpo.errors import UserError, printable
+from bdpo.models.tokenizer import ChatTokenizer, EncodedPair
 from bdpo.storage.digests import json_digest
 from bdpo.storage.paths import StoragePath, atomic_folder, private_file
 
@@ -35,47 +42,18 @@ ROW_GROUP = 512
 
 PART_ROWS = 8 * ROW_GROUP
 
-DETECT_ROWS = 100
+BATCH_ROWS = 256  # rows that are rendered and tokenised at a time
 
 
 @dataclass(frozen=True)
 class _Usable:
-    """A pair that passed every check, and the number of its row."""
+    """A pair that passed every check, its token ids, and where its row stands."""
 
+    account: SourceAccount
     row: int
     pair_id: str
     pair: Pair
-
-
-@dataclass
-class _Account:
-    """What became of the rows of a source."""
-
-    source: str
-    format: str
-    bad_rows: StoragePath
-    rows: int = 0
-    quarantined: Counter[str] = field(default_factory=Counter)
-    excluded: Counter[str] = field(default_factory=Counter)
-    not_sampled: int = 0
-    groups: Counter[str] = field(default_factory=Counter)
-
-    def summary(self) -> dict[str, Any]:
-        """The account as plain values, after the check that no row was lost."""
-        kept = self.groups.total()
-        ended = kept + self.quarantined.total() + self.excluded.total() + self.not_sampled
-        if ended != self.rows:
-            raise RuntimeError(f"{self.source}: {self.rows} rows were read, {ended} are accounted for")
-        return {
-            "source": self.source,
-            "format": self.format,
-            "rows": self.rows,
-            "kept": kept,
-            "quarantined": dict(self.quarantined),
-            "excluded": dict(self.excluded),
-            "not_sampled": self.not_sampled,
-            "groups": dict(self.groups),
-        }
+    ids: tuple[np.ndarray, np.ndarray, np.ndarray]  # of prompt, chosen, rejected; int32
 
 
 def prepare(
@@ -85,160 +63,279 @@ def prepare(
     quarantine: StoragePath,
     seed: int,
     progress: Callable[[int], None] = lambda rows: None,
-) -> dict[str, Any]:
+) -> Account:
     """Write the usable pairs of `data.path` into folder `out`, the bad rows into folder `quarantine`.
 
-    `out` appears whole or not at all; an earlier one is replaced. `progress` is called with the number of
-    rows just read. Returns the account: `source`, `format`, `rows`, `kept`, `quarantined` and
-    `excluded` (reason -> rows), `not_sampled`, `groups` (`safe`, `unsafe` or `none` -> kept pairs).
+    `out` appears complete or not at all; an earlier one is replaced. `progress` is called with the number
+    of rows just read.
 
     Raises:
-        UserError: the source or its format cannot be read, more than `max_bad_fraction` of its rows are
-            bad, none is usable, or it has fewer pairs than `data.sample` asks for.
+        UserError: a source or its format cannot be read, more than `max_bad_fraction` of its rows are
+            bad, none is usable, or there are fewer pairs than `data.sample` asks for.
     """
-    rows = islice(read_rows(config), config.limit)
-    head = list(islice(rows, DETECT_ROWS))
-    sample_rows = [row for _, row in head if not isinstance(row, Unreadable)]
-    if head and not sample_rows:
-        number, first = head[0]
-        reason = first.reason if isinstance(first, Unreadable) else ""
-        raise UserError(f"data.path={config.path}: no row can be read (row {number}: {reason})")
-    name = format_of(config, sample_rows)
-    account = _Account(config.path, name, quarantine / "quarantine.jsonl")
+    account = Account()
     with atomic_folder(out) as unfinished:
-        with private_file(account.bad_rows) as bad:
-            pairs = _usable(chain(head, rows), _Checker(config, name, chat), account, bad, config, progress)
+        bad_rows = quarantine / "quarantine.jsonl"
+        with private_file(bad_rows) as bad:
+            pairs = _all_usable(config, _Examiner(config, chat, seed), account, bad, progress, bad_rows)
             if config.sample:
-                pairs = _sample(pairs, config, seed, account)
-            _write(pairs, unfinished, account)
-        return account.summary()
+                pairs = _sample(pairs, config, seed)
+            _write(pairs, unfinished, account, config)
+        account.check()
+        return account
 
 
-def format_of(config: DataConfig, rows: Sequence[dict[str, Any]]) -> str:
-    """The format that is configured, or else the one that these first rows have.
+def usable_pair(form: Format, row: RawRow | Unreadable, source: SourceConfig) -> Pair:
+    """The pair of a row, before it is rendered.
 
     Raises:
-        UserError: they have none that is known.
+        BadRow: the row cannot be used.
+        Excluded: its format leaves it out.
     """
-    return detect(rows, f"data.path={config.path}") if config.format == "auto" else config.format
+    if isinstance(row, Unreadable):
+        raise BadRow(row.reason)
+    pair = read_pair(form, row)
+    labels = {name: value for name, value in source.labels.model_dump().items() if value is not None}
+    missing = {name: value for name, value in labels.items() if getattr(pair, name) is None}
+    pair = replace(pair, **missing) if missing else pair
+    check_pair(pair)
+    return pair
 
 
-class _Checker:
-    """Raw row -> pair id and pair; remembers the ids that passed, to find duplicates."""
+def first_pairs(
+    config: DataConfig, chat: ChatTokenizer, count: int
+) -> tuple[list[tuple[Pair, EncodedPair]], list[str]]:
+    """The first usable pairs of every source with their token ids, at most `count` each; why others are not.
 
-    def __init__(self, config: DataConfig, name: str, chat: ChatTokenizer) -> None:
+    Raises:
+        UserError: a source or its format cannot be read.
+    """
+    found: list[tuple[Pair, EncodedPair]] = []
+    reasons = []
+    for source_config in config.sources():
+        source = open_source(source_config)
+        examine = _Examiner(config, chat, seed=0)
+        read = (examine.read(source, row) for _, row in islice(source.rows, DETECT_ROWS))
+        pairs = []
+        for pair in read:
+            if isinstance(pair, Pair):
+                pairs.append(pair)
+            else:
+                reasons.append(str(pair))
+            if len(pairs) == count:
+                break
+        for pair, encoded in zip(pairs, encode_pairs(chat, pairs, config), strict=True):
+            if isinstance(encoded, BadRow):
+                reasons.append(str(encoded))
+            else:
+                found.append((pair, encoded[0]))
+    return found, reasons
+
+
+class _Examiner:
+    """Batches of raw rows -> usable pairs; remembers the pairs that passed, to find duplicates."""
+
+    def __init__(self, config: DataConfig, chat: ChatTokenizer, seed: int) -> None:
         self.config = config
-        self.format = FORMATS[name]
         self.chat = chat
-        self.seen: set[str] = set()
+        self.seed = seed
+        self.seen: set[bytes] = set()
 
-    def __call__(self, row: Row | Unreadable) -> tuple[str, Pair]:
-        if isinstance(row, Unreadable):
-            raise BadRow(row.reason)
-        pair = self.format(row)
-        _check_texts(pair)
-        pair_id = json_digest([pair["prompt"], pair["chosen"], pair["rejected"]])
-        if pair_id in self.seen:
-            raise BadRow("duplicate")
-        self._check_tokens(pair)
-        self.seen.add(pair_id)
-        return pair_id, pair
+    def __call__(
+        self, source: Source, account: SourceAccount, rows: list[NumberedRow]
+    ) -> Iterator[tuple[NumberedRow, _Usable | BadRow | Excluded | None]]:
+        """Each row and what it is: None if it is sound but the source's weight leaves it out."""
+        read = [self.read(source, row) for _, row in rows]
+        pairs = [pair for pair in read if isinstance(pair, Pair)]
+        encoded = iter(encode_pairs(self.chat, pairs, self.config))
+        for numbered, pair in zip(rows, read, strict=True):
+            if isinstance(pair, Pair):
+                yield numbered, self._judge(source, account, numbered[0], pair, next(encoded))
+            else:
+                yield numbered, pair
 
-    def _check_tokens(self, pair: Pair) -> None:
+    def read(self, source: Source, row: RawRow | Unreadable) -> Pair | BadRow | Excluded:
+        """The pair of a row before it is rendered, or why there is none."""
         try:
-            encoded = encode_pair(self.chat, pair, self.config.max_prompt_length, self.config.max_length)
-        except PromptTooLong:
-            raise BadRow("prompt: longer than max_prompt_length") from None
-        except TemplateError:
-            raise BadRow("prompt: refused by the chat template") from None
-        if encoded.chosen == encoded.rejected:
-            raise BadRow("chosen equals rejected within max_length")
+            return usable_pair(source.format, row, source.config)
+        except (BadRow, Excluded) as reason:
+            return reason
+
+    def _judge(
+        self,
+        source: Source,
+        account: SourceAccount,
+        row: int,
+        pair: Pair,
+        encoded: tuple[EncodedPair, set[str]] | BadRow,
+    ) -> _Usable | BadRow | None:
+        pair_id = json_digest(_identity(pair))
+        if (key := bytes.fromhex(pair_id)[:16]) in self.seen:
+            return BadRow("duplicate")
+        if isinstance(encoded, BadRow):
+            return encoded
+        self.seen.add(key)
+        ids, unwritten = encoded
+        account.unread |= unwritten
+        if source.config.weight < 1 and _draw(self.seed, pair_id) >= source.config.weight * 2**256:
+            return None
+        arrays = (np.array(part, dtype=np.int32) for part in (ids.prompt, ids.chosen, ids.rejected))
+        return _Usable(account, row, pair_id, pair, tuple(arrays))  # type: ignore[arg-type]
 
 
-def _check_texts(pair: Pair) -> None:
-    if not any(m["role"] == "user" and m["content"].strip() for m in pair["prompt"]):
-        raise BadRow("prompt: no user turn with text")
-    if pair["prompt"][-1]["role"] != "user":
-        raise BadRow("prompt: does not end with a user turn")
-    if not pair["chosen"].strip():
-        raise BadRow("chosen: empty")
-    if not pair["rejected"].strip():
-        raise BadRow("rejected: empty")
-    if pair["chosen"] == pair["rejected"]:
-        raise BadRow("chosen equals rejected")
+def _identity(pair: Pair) -> list[Any]:
+    """What makes a pair another one: all that it says, not its labels."""
+    texts = [_plain(pair.prompt), pair.chosen["content"], pair.rejected["content"]]
+    context = _context(pair)
+    return [*texts, context] if context else texts
+
+
+def _plain(messages: Iterable[Any]) -> list[dict[str, str]]:
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _context(pair: Pair) -> dict[str, Any] | None:
+    """What a pair holds beside plain texts, None for most."""
+    context: dict[str, Any] = {}
+    if any(len(message) > 2 for message in (*pair.prompt, pair.chosen, pair.rejected)):
+        context["messages"] = [*pair.prompt, pair.chosen, pair.rejected]
+    if pair.tools:
+        context["tools"] = pair.tools
+    if pair.template_kwargs:
+        context["template_kwargs"] = pair.template_kwargs
+    return context or None
+
+
+def _all_usable(
+    config: DataConfig,
+    examine: _Examiner,
+    account: Account,
+    bad: IO[str],
+    progress: Callable[[int], None],
+    bad_rows: StoragePath,
+) -> Iterator[_Usable]:
+    """The rows of all sources that pass; the others are accounted for and, if bad, written to `bad`."""
+    sources = config.sources()
+    for source_config in sources:
+        source = open_source(source_config)
+        of_source = SourceAccount(source_config.path, source.format.name)
+        account.sources.append(of_source)
+        note = {"source": source_config.path} if len(sources) > 1 else {}
+        yield from _usable(source, of_source, examine, bad, note, progress)
+        _refuse_mostly_bad(config, of_source, bad_rows)
 
 
 def _usable(
-    rows: Iterable[NumberedRow],
-    check: _Checker,
-    account: _Account,
+    source: Source,
+    account: SourceAccount,
+    examine: _Examiner,
     bad: IO[str],
-    config: DataConfig,
+    note: dict[str, str],
     progress: Callable[[int], None],
 ) -> Iterator[_Usable]:
-    """The rows that pass; the others are accounted for and, if bad, written to `bad`."""
-    first_bad = 0
-    for number, row in rows:
-        account.rows += 1
-        progress(1)
-        try:
-            usable = _Usable(number, *check(row))
-        except BadRow as error:
-            first_bad = first_bad or number
-            account.quarantined[str(error)] += 1
-            raw = row.raw if isinstance(row, Unreadable) else row
-            bad.write(json.dumps({"row": number, "reason": str(error), "raw": raw}, default=str) + "\n")
-        except Excluded as error:
-            account.excluded[str(error)] += 1
-        else:
-            yield usable
+    known = frozenset({*source.format.columns, *COMMON_COLUMNS})
+    account.unread |= {shown_name(name) for name in source.declared if name not in known}
+    while batch := list(islice(source.rows, BATCH_ROWS)):
+        for (number, row), outcome in examine(source, account, batch):
+            account.rows += 1
+            if not isinstance(row, Unreadable) and not row.keys() <= known:
+                account.unread |= {shown_name(name) for name in row.keys() - known}
+            if isinstance(outcome, BadRow):
+                account.first_bad = account.first_bad or number
+                account.quarantined[str(outcome)] += 1
+                raw = row.raw if isinstance(row, Unreadable) else row
+                line = {**note, "row": number, "reason": str(outcome), "raw": raw}
+                bad.write(json.dumps(line, default=str) + "\n")
+            elif isinstance(outcome, Excluded):
+                account.excluded[str(outcome)] += 1
+            elif outcome is None:
+                account.not_sampled += 1
+            else:
+                yield outcome
+        progress(len(batch))
+
+
+def _refuse_mostly_bad(config: DataConfig, account: SourceAccount, bad_rows: StoragePath) -> None:
+    """Raise a UserError if more than `data.max_bad_fraction` of the rows of a source are bad."""
     if account.quarantined.total() > config.max_bad_fraction * account.rows:
-        reasons = "; ".join(f"{reason} ×{count}" for reason, count in account.quarantined.most_common())
         raise UserError(
-            f"data.path={config.path}: {account.quarantined.total()} of {account.rows} rows are bad, more "
-            f"than data.max_bad_fraction={config.max_bad_fraction} ({reasons}); "
-            f"the first is row {first_bad}, all are in {account.bad_rows}"
+            f"data.path={printable(account.source)}: {account.quarantined.total()} of {account.rows} rows "
+            f"read as {account.format} are bad, more than data.max_bad_fraction={config.max_bad_fraction} "
+            f"({_reasons(account.quarantined)}); the first is row {account.first_bad}, all are in {bad_rows}"
         )
 
 
-def _sample(pairs: Iterable[_Usable], config: DataConfig, seed: int, account: _Account) -> Iterator[_Usable]:
+def _reasons(counts: Counter[str]) -> str:
+    return "; ".join(f"{reason} ×{count}" for reason, count in counts.most_common()) or "0"
+
+
+def _draw(seed: int, pair_id: str) -> int:
+    """A number below 2^256 that depends on seed and pair alone: the same draw in any order of rows."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {pair_id}".encode()).digest())
+
+
+def _sample(pairs: Iterable[_Usable], config: DataConfig, seed: int) -> Iterator[_Usable]:
     """Of each group the pairs whose keyed hash is lowest: a draw without replacement, in any row order."""
-    wanted = config.sample or {}
+    asked = config.sample or {}
     drawn: dict[str, list[tuple[int, int, _Usable]]] = {"safe": [], "unsafe": []}
     found: Counter[str] = Counter()
-    for usable in pairs:
-        group = usable.pair["group"]
+    for number, usable in enumerate(pairs):
+        group = usable.pair.group
         if group is None:
-            raise UserError(f"data.sample: row {usable.row} of data.path={config.path} has no group")
+            raise UserError(
+                f"data.sample: row {usable.row} of data.path={printable(usable.account.source)} has no group"
+            )
         found[group] += 1
-        rank = hashlib.sha256(f"{seed} {usable.pair_id}".encode()).digest()
-        heapq.heappush(drawn[group], (-int.from_bytes(rank), usable.row, usable))
-        if len(drawn[group]) > wanted.get(group, 0):
-            heapq.heappop(drawn[group])
-            account.not_sampled += 1
-    for group, count in wanted.items():
+        heapq.heappush(drawn[group], (-_draw(seed, usable.pair_id), number, usable))
+        if len(drawn[group]) > asked.get(group, 0):
+            heapq.heappop(drawn[group])[2].account.not_sampled += 1
+    for group, count in asked.items():
         if found[group] < count:
             raise UserError(
-                f"data.sample.{group}={count}: data.path={config.path} has only {found[group]} such pairs "
+                f"data.sample.{group}={count}: data.path={config.name} has only {found[group]} such pairs "
                 f"(safe {found['safe']}, unsafe {found['unsafe']})"
             )
-    kept = (usable for heap in drawn.values() for _, _, usable in heap)
-    yield from sorted(kept, key=lambda usable: usable.row)
+    kept = ((number, usable) for heap in drawn.values() for _, number, usable in heap)
+    yield from (usable for _, usable in sorted(kept, key=lambda numbered: numbered[0]))
 
 
-def _write(pairs: Iterator[_Usable], folder: Path, account: _Account) -> None:
-    number = 0
+def _write(pairs: Iterator[_Usable], folder: Path, account: Account, config: DataConfig) -> None:
+    part = 0
     while batch := list(islice(pairs, PART_ROWS)):
-        account.groups.update(usable.pair["group"] or "none" for usable in batch)
-        table = pa.Table.from_pylist(
-            [{"pair_id": usable.pair_id, **usable.pair} for usable in batch], schema=PAIR_SCHEMA
-        )
-        with (folder / f"part-{number:05d}.parquet").open("wb") as file:
-            pq.write_table(table, file, row_group_size=ROW_GROUP)
+        for usable in batch:
+            usable.account.kept += 1
+            account.groups[usable.pair.group or "none"] += 1
+        with (folder / f"part-{part:05d}.parquet").open("wb") as file:
+            pq.write_table(_table(batch), file, row_group_size=ROW_GROUP)
             os.fsync(file.fileno())
-        number += 1
-    if not number:
+        part += 1
+    if not part:
         raise UserError(
-            f"data.path={account.source}: none of {account.rows} rows is usable "
-            f"({account.quarantined.total()} bad, {account.excluded.total()} excluded by its format)"
+            f"data.path={config.name}: none of {account.rows} rows is usable "
+            f"(bad: {_reasons(account.quarantined)}; excluded by the format: {_reasons(account.excluded)}; "
+            f"not sampled: {account.not_sampled})"
         )
+
+
+def _table(batch: list[_Usable]) -> pa.Table:
+    pairs = [usable.pair for usable in batch]
+    contexts = [_context(pair) for pair in pairs]
+    columns: dict[str, Any] = {
+        "pair_id": [usable.pair_id for usable in batch],
+        "prompt": [_plain(pair.prompt) for pair in pairs],
+        "chosen": [pair.chosen["content"] for pair in pairs],
+        "rejected": [pair.rejected["content"] for pair in pairs],
+        "group": [pair.group for pair in pairs],
+        "chosen_safe": [pair.chosen_safe for pair in pairs],
+        "rejected_safe": [pair.rejected_safe for pair in pairs],
+        "context": [json.dumps(context, sort_keys=True) if context else None for context in contexts],
+    }
+    for index, name in enumerate(ID_COLUMNS):
+        columns[name] = _lists([usable.ids[index] for usable in batch])
+    return pa.table(columns, schema=PAIR_SCHEMA)
+
+
+def _lists(arrays: list[np.ndarray]) -> pa.ListArray:
+    """One list<int32> column of some arrays."""
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, np.concatenate(arrays))

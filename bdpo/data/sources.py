@@ -1,63 +1,111 @@
-"""Where raw rows come from: JSON, JSONL, Parquet, CSV, a folder or hub name for `datasets`.
+"""Where raw rows come from: a file, a folder or a hub name for `datasets`; here, or on object storage.
 
-A file or folder may lie on object storage: then its local copy is read. Rows are numbered from 1: the line
-of a JSONL file, else the position in the source. JSONL, Parquet and `datasets` are streamed; JSON and CSV are
-read whole. What the rows mean is left to `bdpo.data.formats`.
+A file or folder on object storage is read from its local copy. JSON Lines, Parquet and `datasets` are
+streamed; JSON and CSV are read into memory.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import io
-import json
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from bdpo.config import DataConfig
-from bdpo.errors import UserError, first_line
+from bdpo.config.data import DataConfig, SourceConfig
+from bdpo.data.containers import (
+    ARROW_ROWS,
+    DataFile,
+    NumberedRow,
+    RawRow,
+    Read,
+    Unreadable,
+    arrow_rows,
+    kind_of,
+    read_file,
+)
+from bdpo.data.formats import KNOWN_COLUMNS, detect, format_named
+from bdpo.data.formats.base import Format
+from bdpo.errors import UserError, first_line, printable
 from bdpo.storage.cache import cached_copy
+from bdpo.storage.digests import files_digest
+from bdpo.storage.manifests import Fingerprint
+
+DETECT_ROWS = 100
 
 
 @dataclass(frozen=True)
-class Unreadable:
-    """A row that is there but cannot be read: why, and what of it could be recovered."""
+class Source:
+    """An opened data set: its format, its numbered rows, and the columns that it declares for all of them."""
 
-    reason: str
-    raw: Any
-
-
-Row = dict[str, Any]
-
-NumberedRow = tuple[int, Row | Unreadable]
+    config: SourceConfig
+    format: Format
+    rows: Iterator[NumberedRow]
+    declared: tuple[str, ...]
 
 
-def read_rows(config: DataConfig) -> Iterator[NumberedRow]:
-    """Yield (row number, row) of `data.path`; a row is `Unreadable` where it alone is damaged.
+def open_source(config: SourceConfig) -> Source:
+    """Open a data set and find its format by the first rows, unless it is configured.
+
+    A row is `Unreadable` where it alone is damaged. Columns have the names of the format.
 
     Raises:
-        UserError: the source is missing, empty, of an unknown kind, or damaged as a whole.
+        UserError: the source is missing, empty, of an unknown kind or format, or damaged as a whole. While
+            the rows are read: it is damaged further on.
     """
-    count = 0
-    try:
-        for count, row in enumerate(_open(local_source(config), config), 1):  # noqa: B007 (count is used below)
-            yield row
-    except (OSError, pa.ArrowException) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"data.path={config.path}: cannot be read after row {count} ({reason})") from None
-    if not count:
-        raise UserError(f"data.path={config.path}: is empty, there are no rows")
+    configured = None if config.format == "auto" else format_named(config.format)
+    for name in config.columns.keys() - KNOWN_COLUMNS:
+        raise UserError(f"data.columns.{printable(name)}: no format reads a column of this name")
+    read = _Reader(config)
+    rows = islice(read, config.limit)
+    head = list(islice(rows, DETECT_ROWS))
+    readable = [row for _, row in head if not isinstance(row, Unreadable)]
+    if not readable:
+        reason = head[0][1].reason if isinstance(head[0][1], Unreadable) else ""
+        raise UserError(f"{_name(config)}: no row can be read (row {head[0][0]}: {reason})")
+    for name, column in config.columns.items():
+        if not any(name in row for row in readable):
+            raise UserError(f"data.columns.{name}={printable(column)}: {_name(config)} has no such column")
+    form = configured or detect(readable, _name(config))
+    return Source(config, form, chain(head, rows), read.declared)
 
 
-def local_source(config: DataConfig) -> Path:
-    """`data.path` on this machine: a URL's cached copy; a hub name stays what it is.
+def count_rows(config: DataConfig) -> int:
+    """How many rows the data sets have, counted by reading them."""
+    return sum(1 for source in config.sources() for _ in open_source(source).rows)
+
+
+class _Reader:
+    """Iterates over the rows of a data set, with the columns renamed; `declared` holds their names then."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.config = config
+        self.declared: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[NumberedRow]:
+        number = 0
+        try:
+            rows, declared = _open(local_source(self.config), self.config)
+            self.declared = tuple(_renaming(self.config)(dict.fromkeys(declared, "")))
+            change = _change(self.config)
+            for number, row in rows:
+                yield number, row if isinstance(row, Unreadable) or change is None else change(row)
+        except (OSError, EOFError, pa.ArrowException) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise UserError(f"{_name(self.config)}: cannot be read after row {number} ({reason})") from None
+        if not number:
+            raise UserError(f"{_name(self.config)}: is empty, there are no rows")
+
+
+def _name(config: SourceConfig) -> str:
+    return f"data.path={printable(config.path)}"
+
+
+def local_source(config: SourceConfig) -> Path:
+    """The data set on this machine: a URL's cached copy; a hub name stays what it is.
 
     Raises:
         UserError: nothing can be read at the URL.
@@ -65,92 +113,39 @@ def local_source(config: DataConfig) -> Path:
     return cached_copy(config.path, "data.path") if "://" in config.path else Path(config.path)
 
 
-def _open(path: Path, config: DataConfig) -> Iterator[NumberedRow]:
-    if path.is_file():
-        if path.suffix not in _READERS:
-            raise UserError(f"data.path={config.path}: unknown suffix, wants one of {' '.join(_READERS)}")
-        return _READERS[path.suffix](path) if path.stat().st_size else iter(())
-    may_be_hub_name = path.suffix not in _READERS and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.path)
-    if path.exists() or may_be_hub_name:
-        return _datasets(path, config)
-    raise UserError(f"data.path={config.path}: no such file or folder")
+def sources_fingerprint(sources: list[SourceConfig]) -> Fingerprint:
+    """What the rows of some data sets depend on: their content, and how it is read.
+
+    Of a data set on the hub only the name is known before it is loaded.
+    """
+    described = [_fingerprint(source) for source in sources]
+    return described[0] if len(described) == 1 else {"data.path": described}
 
 
-def _json(file: Path) -> Iterator[NumberedRow]:
+def _fingerprint(source: SourceConfig) -> Fingerprint:
+    path = local_source(source)
+    if path.is_dir():
+        content = files_digest(sorted(path.rglob("*.*")), path)
+    else:
+        content = files_digest([path]) if path.is_file() else str(path)
+    keys = source.model_dump(exclude={"path"})
+    return {"data.path": content, **{f"data.{name}": value for name, value in keys.items()}}
+
+
+def _open(path: Path, config: SourceConfig) -> Read:
+    columns = frozenset({*KNOWN_COLUMNS, *config.columns.values()})
     try:
-        rows = json.loads(_utf8(file))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"data.path={file}: not valid JSON at line {error.lineno} column {error.colno} ({error.msg})"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"data.path={file}: not valid JSON ({first_line(error)})") from None
-    if not isinstance(rows, list):
-        raise UserError(f"data.path={file}: wants a list of rows, found {type(rows).__name__}")
-    return ((number, _object(row)) for number, row in enumerate(rows, 1))
+        is_file, exists = path.is_file(), path.exists()
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"{_name(config)}: {first_line(error)}") from None
+    if is_file:
+        return read_file(DataFile(path, f"data.path={printable(str(path))}", columns))
+    if exists or (kind_of(path) is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.path)):
+        return _datasets(path, config, columns)
+    raise UserError(f"{_name(config)}: no such file or folder")
 
 
-def _jsonl(file: Path) -> Iterator[NumberedRow]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                yield number, _json_line(line)
-
-
-def _json_line(line: bytes) -> Row | Unreadable:
-    try:
-        return _object(json.loads(line.decode()))
-    except UnicodeDecodeError:
-        reason = "not UTF-8"
-    except (ValueError, RecursionError):
-        reason = "not JSON"
-    return Unreadable(reason, line.decode(errors="backslashreplace"))
-
-
-def _object(value: Any) -> Row | Unreadable:
-    return value if isinstance(value, dict) else Unreadable("not an object", value)
-
-
-def _csv(file: Path) -> Iterator[NumberedRow]:
-    csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 131,072 characters
-    reader = csv.DictReader(io.StringIO(_utf8(file), newline=""), strict=True)
-    try:
-        for number, row in enumerate(reader, 1):
-            if None in row or None in row.values():
-                yield number, Unreadable("wrong number of fields", list(row.values()))
-            else:
-                yield number, {column: _csv_value(column, text) for column, text in row.items()}
-    except csv.Error as error:
-        raise UserError(
-            f"data.path={file}: not valid CSV at line {reader.reader.line_num} ({error})"
-        ) from None
-
-
-_BOOLEAN = {"": None, "true": True, "false": False}
-
-_CSV_TYPES: dict[str, dict[str, Any]] = {
-    "group": {"": None},
-    "better_response_id": {"": None, "0": 0, "1": 1},
-    "chosen_safe": _BOOLEAN,
-    "rejected_safe": _BOOLEAN,
-    "is_response_0_safe": _BOOLEAN,
-    "is_response_1_safe": _BOOLEAN,
-}
-
-
-def _csv_value(column: str, text: str) -> Any:
-    """A CSV knows only texts: those of a typed column are read; one that cannot be stays a text."""
-    return _CSV_TYPES.get(column, {}).get(text.strip().lower(), text)
-
-
-def _parquet(file: Path) -> Iterator[NumberedRow]:
-    with pq.ParquetFile(file) as parquet:
-        yield from _arrow(parquet.iter_batches(batch_size=1024))
-
-
-def _datasets(path: Path, config: DataConfig) -> Iterator[NumberedRow]:
+def _datasets(path: Path, config: SourceConfig, columns: frozenset[str]) -> Read:
     """A folder written by `save_to_disk`, else whatever `load_dataset` finds under that name."""
     import datasets
 
@@ -161,55 +156,71 @@ def _datasets(path: Path, config: DataConfig) -> Iterator[NumberedRow]:
         else:
             data = datasets.load_dataset(str(path), split=config.split)
     except KeyError:
-        raise UserError(
-            f"data.split={config.split}: data.path={config.path} has only {', '.join(data)}"
-        ) from None
+        raise UserError(f"data.split={config.split}: {_name(config)} has only {', '.join(data)}") from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         # Arrow's own messages quote the row that it cannot parse.
         why = type(error).__name__ if isinstance(error, pa.ArrowInvalid) else first_line(error)
         raise UserError(
-            f"data.path={config.path}: no such file, and as a data set of split {config.split} it cannot be "
+            f"{_name(config)}: no such file, and as a data set of split {config.split} it cannot be "
             f"loaded ({why})"
         ) from None
-    tables = data.with_format("arrow").iter(batch_size=1024)
-    return _arrow(batch for table in tables for batch in table.to_batches())
+    declared = tuple(data.column_names)
+    data = data.select_columns([name for name in declared if name in columns])
+    tables = data.with_format("arrow").iter(batch_size=ARROW_ROWS)
+    return arrow_rows(batch for table in tables for batch in table.to_batches()), declared
 
 
-def _arrow(batches: Iterable[pa.RecordBatch]) -> Iterator[NumberedRow]:
-    number = 0
-    for batch in batches:
-        try:
-            rows: Iterable[Row | Unreadable] = batch.to_pylist()
-        except UnicodeDecodeError:
-            rows = (_decode(batch, row) for row in range(batch.num_rows))
-        for row in rows:
-            number += 1
-            yield number, row
+def _change(config: SourceConfig) -> Callable[[RawRow], RawRow] | None:
+    """What is done to every row before its format reads it; None for nothing."""
+    rename = _renaming(config) if config.columns else None
+    if kind_of(Path(config.path)) != ".csv":
+        return rename
+    return (lambda row: _typed(rename(row))) if rename else _typed
 
 
-def _decode(batch: pa.RecordBatch, index: int) -> Row | Unreadable:
-    row: Row = {}
-    damaged = None
-    for column in batch.schema.names:
-        try:
-            row[column] = batch[column][index].as_py()
-        except UnicodeDecodeError:
-            damaged, row[column] = damaged or column, None
-    return Unreadable(f"{damaged}: not UTF-8", row) if damaged else row
+def _renaming(config: SourceConfig) -> Callable[[RawRow], RawRow]:
+    """Rows with the columns of `data.columns` under the names of the format.
+
+    A column that already has such a name makes way for the one that is configured.
+    """
+    names = config.columns
+    taken = set(names.values())
+
+    def rename(row: RawRow) -> RawRow:
+        found = {name: row[column] for name, column in names.items() if column in row}
+        others = {
+            f"{column} (in the file)" if column in names else column: value
+            for column, value in row.items()
+            if column not in taken
+        }
+        return others | found
+
+    return rename
 
 
-_READERS: dict[str, Callable[[Path], Iterator[NumberedRow]]] = {
-    ".json": _json,
-    ".jsonl": _jsonl,
-    ".parquet": _parquet,
-    ".csv": _csv,
+_BOOLEAN = {"": None, "true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+
+_ID = {"": None, "0": 0, "1": 1, "0.0": 0, "1.0": 1}
+
+_CSV_TYPES: dict[str, dict[str, Any]] = {
+    "group": {"": None},
+    "better_response_id": _ID,
+    "chosen_safe": _BOOLEAN,
+    "rejected_safe": _BOOLEAN,
+    "is_response_0_safe": _BOOLEAN,
+    "is_response_1_safe": _BOOLEAN,
 }
 
+_CSV_NUMBERS = ("overall_preference", "preference_strength")
 
-def _utf8(file: Path) -> str:
-    data = file.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"data.path={file}: not UTF-8 at byte {error.start} (line {line})") from None
+
+def _typed(row: RawRow) -> RawRow:
+    """A CSV holds texts alone: those of a typed column are read; one that cannot be stays a text."""
+    typed = {
+        column: _CSV_TYPES[column].get(row[column].strip().lower(), row[column])
+        for column in row.keys() & _CSV_TYPES.keys()
+    }
+    for column in _CSV_NUMBERS:
+        if column in row and re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", row[column]):
+            typed[column] = float(row[column])
+    return row | typed

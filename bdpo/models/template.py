@@ -7,12 +7,12 @@ be true is refused with what it renders.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from jinja2 import TemplateError
 
@@ -35,10 +35,11 @@ _CLOCK = (
 
 
 class Message(TypedDict):
-    """One turn, as in TRL and the chat templates: `role` is system, user or assistant."""
+    """One turn, as in TRL and the chat templates; a template may write other keys than these, too."""
 
     role: str
     content: str
+    tool_calls: NotRequired[list[Any]]
 
 
 QUESTION: Message = {"role": "user", "content": "x"}
@@ -47,6 +48,9 @@ PROBE = "bdpoprobe"
 # Put into every control token that a message spells, and taken out again before tokenisation. The two are
 # noncharacters, which Unicode reserves for such use: no text that is meant for others has them.
 GUARD = "\ufdd0\ufdd1"
+
+# Templates look into answers for thoughts and calls between tags or brackets.
+_MARKUP = re.compile(r"[<>\[\]{}|]")
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,22 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.variables = dict(variables)
 
-    def render(self, messages: Sequence[Message], generate: bool = True) -> str:
+    def render(
+        self, messages: Sequence[Message], generate: bool = True, arguments: Mapping[str, Any] | None = None
+    ) -> str:
         """The conversation as the template writes it, with a guard inside each control token of its texts.
+
+        `arguments` are `tools` and variables of this conversation alone.
 
         Raises:
             TemplateError: the template refuses the conversation.
         """
-        return self._render([{**m, "content": self._guarded(m["content"])} for m in messages], generate)
+        guarded = [{**m, "content": self._guarded(m["content"])} for m in messages]
+        return self._render(guarded, generate, arguments or {})
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], generate: bool) -> str:
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], generate: bool, arguments: Mapping[str, Any]
+    ) -> str:
         conversation: list[Any] = list(messages)
         try:
             text = self.tokenizer.apply_chat_template(
@@ -86,7 +97,7 @@ class ChatTemplate:
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=generate,
-                **self.variables,
+                **{**self.variables, **arguments},
             )
         except TemplateError:
             raise
@@ -101,10 +112,33 @@ class ChatTemplate:
             TemplateError: the template writes something else around this answer than around others.
         """
         turn = self.assistant_turn
+        if self._writes_plain_answers and text.isascii() and not _MARKUP.search(text):
+            return turn.header + self._writes_plain_answers(text) + turn.gap
+        return self._rendered_response(text)
+
+    def _rendered_response(self, text: str) -> str:
+        turn = self.assistant_turn
         whole = self.render([QUESTION, {"role": "assistant", "content": text}], generate=False)
         if not (whole.startswith(self.question + turn.header) and whole.endswith(turn.after)):
             raise TemplateError("the chat template writes this answer in a way of its own")
         return whole[len(self.question) : len(whole) - len(turn.after)] + turn.gap
+
+    @cached_property
+    def _writes_plain_answers(self) -> Callable[[str], str] | None:
+        """What the template makes of an answer in which no markup is: itself, or itself trimmed.
+
+        A rendering costs more than the tokens of a short answer. None if the template does something else.
+        """
+        probes = (PROBE, f" {PROBE}\n", f"\n\n{PROBE}\t{PROBE}\n\n{PROBE} ", f"\t {PROBE}.")
+        for written in (str, str.strip):
+            with suppress(TemplateError):
+                if all(
+                    self._rendered_response(probe)
+                    == self.assistant_turn.header + written(probe) + self.assistant_turn.gap
+                    for probe in probes
+                ):
+                    return written
+        return None
 
     def prefill_text(self, text: str) -> str:
         """The beginning of an answer: behind what the template writes before one, and not trimmed."""
@@ -161,18 +195,33 @@ class ChatTemplate:
 
     @cached_property
     def _control_tokens(self) -> re.Pattern[str]:
+        return _any_of(self._control_spellings)
+
+    @cached_property
+    def _control_spellings(self) -> set[str]:
         """The added tokens that structure a conversation: special ones, and all that the template writes."""
         special = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
         turns: list[Message] = [QUESTION, {"role": "assistant", "content": PROBE}, QUESTION]
-        written = self._added_tokens.findall(self._render(turns, generate=True))
+        written = self._added_tokens.findall(self._render(turns, True, {}))
         with suppress(TemplateError):  # some know no system turns
             written += self._added_tokens.findall(
-                self._render([{**QUESTION, "role": "system"}, *turns], True)
+                self._render([{**QUESTION, "role": "system"}, *turns], True, {})
             )
-        return _any_of({*written, *self.tokenizer.all_special_tokens, *special})
+        return {*written, *self.tokenizer.all_special_tokens, *special} - {""}
+
+    @cached_property
+    def _control_starts(self) -> tuple[str, ...]:
+        """The characters that control tokens begin with: most texts have none of them."""
+        return tuple({token[0] for token in self._control_spellings})
+
+    def holds_control_token(self, text: str) -> bool:
+        """Whether a text spells a token that structures a conversation."""
+        return self._control_tokens.search(text) is not None
 
     def _guarded(self, text: str) -> str:
         """Guards on both sides of every character, so that no neighbour completes another control token."""
+        if not any(start in text for start in self._control_starts):
+            return text
         return self._control_tokens.sub(lambda found: GUARD.join(["", *found[0], ""]), text)
 
 

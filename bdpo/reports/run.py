@@ -118,7 +118,7 @@ def setup_section(
         rows.append(("method", f"{method.name}: {how}"))
     length = f"steps: {train.max_steps}" if train.max_steps else f"epochs: {train.num_train_epochs:g}"
     rows += [
-        ("data", f"{config.data.path} ({config.data.format})"),
+        ("data", f"{config.data.name} ({config.data.format})"),
         ("training", f"{length}, each batch of {train.global_batch_size} pairs"),
         ("learning rate", f"{rate}, {train.lr_scheduler_type}"),
         ("workers", f"{train.workers} x ZeRO-{train.zero_stage}"),

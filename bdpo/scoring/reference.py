@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from bdpo.config import Config
+from bdpo.data.pairs import encoded_pairs
 from bdpo.method.ches import ches
 from bdpo.method.mi import mutual_information
 from bdpo.models.attention import attention_of
@@ -21,7 +22,7 @@ from bdpo.models.loading import load_model, model_folder
 from bdpo.models.logps import LogpsModel, pair_groups
 from bdpo.models.oom import out_of_memory
 from bdpo.models.packing import PrefixGroup, length_sorted_batches
-from bdpo.models.tokenizer import EncodedPair, encode_pairs, load_tokenizer
+from bdpo.models.tokenizer import EncodedPair, load_tokenizer
 from bdpo.scoring.scores import SCORE_SCHEMA
 
 
@@ -43,7 +44,7 @@ class ReferenceScorer:
             FloatingPointError: a log-prob is not finite. Another pair of the same batch may be the cause: a
                 masked token contributes 0 times its value, which is not a number if the value is infinite.
         """
-        encoded = encode_pairs(self.chat, pairs.to_pylist(), self.config.data)
+        encoded = encoded_pairs(pairs)
         logps, ches_values = reference_logps(
             self.model, encoded, self.unconditional, self.config.score.tokens_per_batch
         )

@@ -14,13 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bdpo.config import Config
-from bdpo.data.pairs import count_pairs, read_pairs
+from bdpo.data.pairs import ID_COLUMNS, LABELS, count_pairs, read_pairs
 from bdpo.errors import UserError
-from bdpo.models.tokenizer import encode_pairs, load_tokenizer
 from bdpo.scoring.scores import SCORE_SCHEMA, read_scores
 from bdpo.storage.run_dir import RunDir
-
-LABELS = ["chosen_safe", "rejected_safe"]
 
 
 def wants_scores(config: Config) -> bool:
@@ -38,7 +35,7 @@ def training_rows(config: Config, run: RunDir) -> pa.Table:
             can use none of the pairs.
     """
     require_labels(config, run)
-    rows = read_scores(config, run) if wants_scores(config) else count_tokens(config, run)
+    rows = read_scores(config, run) if wants_scores(config) else count_tokens(run)
     keep = selected(config, rows)
     if config.method.requires_safety_labels:
         labels = _labels(run)
@@ -48,7 +45,7 @@ def training_rows(config: Config, run: RunDir) -> pa.Table:
         part = "of those that data.select keeps " if config.data.select else ""
         raise UserError(
             f"method.name={config.method.name}: both responses are unsafe in every pair {part}of "
-            f"data.path={config.data.path}, none is left to train on"
+            f"data.path={config.data.name}, none is left to train on"
         )
     return rows
 
@@ -91,7 +88,7 @@ def require_labels(config: Config, run: RunDir) -> None:
         if unlabelled:
             raise UserError(
                 f"method.name={config.method.name}: requires {' and '.join(LABELS)} of every pair, "
-                f"{unlabelled} of {labels.num_rows} in data.path={config.data.path} lack them; use data with "
+                f"{unlabelled} of {labels.num_rows} in data.path={config.data.name} lack them; use data with "
                 "safety labels (data.format=pku_saferlhf has them), or another method"
             )
 
@@ -120,23 +117,13 @@ def pairs_account(config: Config, run: RunDir, rows: pa.Table) -> dict[str, int]
     }
 
 
-def count_tokens(config: Config, run: RunDir) -> pa.Table:
-    """Rows of SCORE_SCHEMA without scores: what can be said of the pairs without a model."""
-    chat, tables = load_tokenizer(config.model), []
-    columns = ["pair_id", "group", "prompt", "chosen", "rejected"]
-    pairs = read_pairs(run.pairs, 0, count_pairs(run.pairs), columns)
-    for batch in pairs.to_batches(max_chunksize=1024):
-        encoded = encode_pairs(chat, batch.to_pylist(), config.data)
-        known = {
-            "pair_id": batch["pair_id"],
-            "group": batch["group"],
-            "prompt_tokens": [len(pair.prompt) for pair in encoded],
-            "chosen_tokens": [len(pair.chosen) for pair in encoded],
-            "rejected_tokens": [len(pair.rejected) for pair in encoded],
-        }
-        unknown = {name: pa.nulls(len(batch)) for name in SCORE_SCHEMA.names if name not in known}
-        tables.append(pa.table({**known, **unknown}).select(SCORE_SCHEMA.names).cast(SCORE_SCHEMA))
-    return pa.concat_tables(tables)
+def count_tokens(run: RunDir) -> pa.Table:
+    """Rows of SCORE_SCHEMA without scores: what is known of the pairs without a model."""
+    pairs = read_pairs(run.pairs, 0, count_pairs(run.pairs), ["pair_id", "group", *ID_COLUMNS])
+    lengths = {name.replace("_ids", "_tokens"): pc.list_value_length(pairs[name]) for name in ID_COLUMNS}
+    known = {"pair_id": pairs["pair_id"], "group": pairs["group"], **lengths}
+    unknown = {name: pa.nulls(pairs.num_rows) for name in SCORE_SCHEMA.names if name not in known}
+    return pa.table({**known, **unknown}).select(SCORE_SCHEMA.names).cast(SCORE_SCHEMA)
 
 
 def _labels(run: RunDir) -> pa.Table:

@@ -11,12 +11,12 @@ import pyarrow.compute as pc
 import torch
 
 from bdpo.config import Config
-from bdpo.data.pairs import count_pairs, read_pairs
+from bdpo.data.pairs import ID_COLUMNS, LABELS, count_pairs, encoded_pairs, read_pairs
 from bdpo.method.base import PairLogps
 from bdpo.models.loading import model_config
 from bdpo.models.logps import pair_logps, prefix_sharing_obstacle
 from bdpo.models.packing import group_tokens
-from bdpo.models.tokenizer import ChatTokenizer, encode_pairs, load_tokenizer
+from bdpo.models.tokenizer import ChatTokenizer, load_tokenizer
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import draw_held_out
 
@@ -36,7 +36,8 @@ class TrainingPairs:
     @classmethod
     def load(cls, config: Config, run: RunDir, scores: pa.Table) -> TrainingPairs:
         """Join `scores`, of all or some of the prepared pairs, with these and weigh them by `method`."""
-        table = read_pairs(run.pairs, 0, count_pairs(run.pairs))
+        columns = ["pair_id", *LABELS, *ID_COLUMNS]  # no text: the ids are all that the model sees
+        table = read_pairs(run.pairs, 0, count_pairs(run.pairs), columns)
         rows = pc.index_in(scores["pair_id"], table["pair_id"].combine_chunks())
         if rows.null_count:
             raise RuntimeError(f"{run.scores}: not the scores of the pairs in {run.pairs}")
@@ -77,13 +78,11 @@ class TrainingPairs:
 
     def logps(self, model: Any, indices: Sequence[int]) -> PairLogps:
         """Forward the policy over some pairs and put the reference's log-probs beside its own."""
-        pairs = encode_pairs(self.chat, self.table.take(indices).to_pylist(), self.config.data)
-        policy_chosen, policy_rejected = pair_logps(model, pairs)
+        pairs = self.table.take(indices)
+        policy_chosen, policy_rejected = pair_logps(model, encoded_pairs(pairs))
         scores, device = self.scores.take(indices), policy_chosen.device
         unsafe = {
-            side: torch.tensor(
-                [safe is False for safe in self.table[f"{side}_safe"].take(indices).to_pylist()]
-            )
+            side: torch.tensor([safe is False for safe in pairs[f"{side}_safe"].to_pylist()])
             for side in ("chosen", "rejected")
         }
         return PairLogps(

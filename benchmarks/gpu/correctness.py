@@ -22,11 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 from bdpo.config import Config
-from bdpo.data.pairs import read_pairs
+from bdpo.data.pairs import encoded_pairs, read_pairs
 from bdpo.models.loading import load_model
 from bdpo.models.logps import LogpsModel, pair_groups, pair_logps
 from bdpo.models.packing import PrefixGroup
-from bdpo.models.tokenizer import encode_pairs
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.checkpoints import Staging, TrainProgress, load_first_intact, save_checkpoint
 from bdpo.training.engine import build_engine, export
@@ -176,7 +175,7 @@ def export_off(engine: Any, data: TrainingPairs, folder: Path) -> float:
     loaded = LogpsModel(load_model(folder, data.config.model, attention), data.config.data.max_length)
     loaded = loaded.to(engine.device).eval()
     table = read_pairs(RunDir(data.config.run_dir).pairs, 0, PAIRS_A_STEP)
-    pairs = encode_pairs(data.chat, table.to_pylist(), data.config.data)
+    pairs = encoded_pairs(table)
     engine.eval()
     ours, theirs = (torch.stack(pair_logps(model, pairs), 1) for model in (engine, loaded))
     tokens = ours.new_tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])

@@ -6,16 +6,8 @@ import copy
 
 import pytest
 
-from bdpo.data.formats import (
-    FORMATS,
-    BadRow,
-    Excluded,
-    detect,
-    hh_rlhf,
-    pku_saferlhf,
-    preference,
-    sharegpt,
-)
+from bdpo.data.formats import FORMATS, detect, read_pair
+from bdpo.data.formats.base import BadRow, Excluded
 from bdpo.errors import UserError
 
 USER = {"role": "user", "content": "How do I bake a plinth?"}
@@ -63,37 +55,50 @@ SOUND = {
     "sharegpt": SHAREGPT,
     "pku_saferlhf": PKU,
     "hh_rlhf": HH,
+    "openai": {
+        "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
+        "preferred_output": [NO],
+        "non_preferred_output": [YES],
+    },
+    "llama_factory_v1": {"chosen_messages": [USER, NO], "rejected_messages": [USER, YES]},
 }
+
+
+def read(name, row):
+    return read_pair(FORMATS[name], row)
 
 
 def outcome(name, row):
     """(prompt as role: content, chosen, rejected), or the reason why there is none."""
     try:
-        pair = FORMATS[name](row)
+        pair = read(name, row)
     except (BadRow, Excluded) as error:
         return str(error)
-    return [(m["role"], m["content"]) for m in pair["prompt"]], pair["chosen"], pair["rejected"]
+    prompt = [(message["role"], message["content"]) for message in pair.prompt]
+    return prompt, pair.chosen["content"], pair.rejected["content"]
 
 
 class TestPreference:
     def test_texts_and_messages_mean_the_same(self):
-        texts = preference(PREFERENCE)
-        messages = preference({"prompt": [USER], "chosen": [NO], "rejected": [YES]})
+        texts = read("preference", PREFERENCE)
+        messages = read("preference", {"prompt": [USER], "chosen": [NO], "rejected": [YES]})
         assert texts == messages
-        assert (texts["prompt"], texts["chosen"], texts["rejected"]) == (
+        assert (texts.prompt, texts.chosen, texts.rejected) == (
             [USER],
-            NO["content"],
-            YES["content"],
+            NO,
+            YES,
         )
 
     def test_implicit_prompt_is_all_but_the_last_turn(self):
         explicit = {"prompt": [SYSTEM, USER], "chosen": [NO], "rejected": [YES]}
-        assert preference(IMPLICIT) == preference(explicit)
+        assert read("preference", IMPLICIT) == read("preference", explicit)
 
     def test_optional_columns_are_carried(self):
-        pair = preference({**PREFERENCE, "group": "unsafe", "chosen_safe": True, "rejected_safe": None})
-        assert (pair["group"], pair["chosen_safe"], pair["rejected_safe"]) == ("unsafe", True, None)
-        assert preference(PREFERENCE)["group"] is None
+        pair = read(
+            "preference", {**PREFERENCE, "group": "unsafe", "chosen_safe": True, "rejected_safe": None}
+        )
+        assert (pair.group, pair.chosen_safe, pair.rejected_safe) == ("unsafe", True, None)
+        assert read("preference", PREFERENCE).group is None
 
     @pytest.mark.parametrize(
         ("changes", "reason"),
@@ -106,14 +111,14 @@ class TestPreference:
             ({"chosen": [NO, YES]}, "chosen: not exactly one assistant message"),
             ({"chosen": []}, "chosen: not exactly one assistant message"),
             ({"chosen": [USER]}, "chosen: not exactly one assistant message"),
-            ({"prompt": [{"role": "tool", "content": "x"}]}, "prompt: unknown role"),
+            ({"prompt": [{"role": "judge", "content": "x"}]}, "prompt: unknown role"),
             ({"prompt": [{"role": "user"}]}, "prompt: a turn without content"),
             ({"prompt": [{"role": "user", "content": None}]}, "prompt: null"),
             ({"prompt": ["How?"]}, "prompt: wrong type"),
             ({"group": "mixed"}, "group: neither safe, unsafe nor null"),
             ({"group": 1}, "group: neither safe, unsafe nor null"),
-            ({"chosen_safe": "yes"}, "chosen_safe: wrong type"),
-            ({"rejected_safe": 0}, "rejected_safe: wrong type"),
+            ({"chosen_safe": "yes"}, "chosen_safe: neither true nor false"),
+            ({"rejected_safe": 2}, "rejected_safe: neither true nor false"),
         ],
     )
     def test_bad_values(self, changes, reason):
@@ -153,18 +158,18 @@ class TestSharegpt:
         assert outcome("sharegpt", SHAREGPT) == (prompt, NO["content"], YES["content"])
 
     def test_system_column_comes_first(self):
-        prompt = sharegpt({**SHAREGPT, "system": SYSTEM["content"]})["prompt"]
-        assert prompt == [SYSTEM, *sharegpt(SHAREGPT)["prompt"]]
-        assert sharegpt({**SHAREGPT, "system": ""}) == sharegpt({**SHAREGPT, "system": None})
+        prompt = read("sharegpt", {**SHAREGPT, "system": SYSTEM["content"]}).prompt
+        assert prompt == [SYSTEM, *read("sharegpt", SHAREGPT).prompt]
+        assert read("sharegpt", {**SHAREGPT, "system": ""}) == read("sharegpt", {**SHAREGPT, "system": None})
 
     @pytest.mark.parametrize(
         ("changes", "reason"),
         [
             ({"conversations": "Hello"}, "conversations: wrong type"),
-            ({"conversations": [{"from": "observation", "value": "x"}]}, "conversations: unknown role"),
+            ({"conversations": [{"from": "judge", "value": "x"}]}, "conversations: unknown role"),
             ({"conversations": [{"value": "x"}]}, "conversations: a turn without from"),
-            ({"chosen": "text"}, "chosen: wrong type"),
-            ({"chosen": {"from": "human", "value": "x"}}, "chosen: not an assistant's turn"),
+            ({"chosen": 3}, "chosen: wrong type"),
+            ({"chosen": {"from": "human", "value": "x"}}, "chosen: not exactly one turn of the assistant"),
             ({"rejected": {"from": "gpt", "value": 4}}, "rejected: wrong type"),
             ({"rejected": None}, "rejected: null"),
             ({"system": 5}, "system: wrong type"),
@@ -187,20 +192,20 @@ class TestPku:
         }
         if not safe_0 and not safe_1:
             with pytest.raises(Excluded, match="both responses unsafe"):
-                pku_saferlhf(row)
+                read("pku_saferlhf", row)
             return
-        pair = pku_saferlhf(row)
+        pair = read("pku_saferlhf", row)
         both = safe_0 and safe_1
         chosen = ("zero", "one")[better] if both else ("zero" if safe_0 else "one")
-        assert pair["chosen"] == chosen
-        assert {pair["chosen"], pair["rejected"]} == {"zero", "one"}
-        assert pair["group"] == ("safe" if both else "unsafe")
-        assert (pair["chosen_safe"], pair["rejected_safe"]) == (True, both)
+        assert pair.chosen["content"] == chosen
+        assert {pair.chosen["content"], pair.rejected["content"]} == {"zero", "one"}
+        assert pair.group == ("safe" if both else "unsafe")
+        assert (pair.chosen_safe, pair.rejected_safe) == (True, both)
 
     @pytest.mark.parametrize(
         ("changes", "reason"),
         [
-            ({"is_response_0_safe": 1}, "is_response_0_safe: wrong type"),
+            ({"is_response_0_safe": 0.5}, "is_response_0_safe: neither true nor false"),
             ({"is_response_1_safe": None}, "is_response_1_safe: null"),
             ({"better_response_id": 2}, "better_response_id: neither 0 nor 1"),
             ({"better_response_id": True}, "better_response_id: wrong type"),
@@ -233,10 +238,10 @@ class TestHh:
     def test_a_name_inside_a_line_is_no_turn(self):
         said = "They wrote: Human: hi\n\nAnd left."
         chosen = HH["chosen"] + said
-        assert hh_rlhf({**HH, "chosen": chosen})["chosen"].endswith(said)
+        assert read("hh_rlhf", {**HH, "chosen": chosen}).chosen["content"].endswith(said)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", SOUND)
 def test_every_needed_column_is_missed_by_name(name):
     optional = {"safer_response_id"}
     for column in SOUND[name].keys() - optional:
@@ -247,23 +252,25 @@ def test_every_needed_column_is_missed_by_name(name):
 
 
 class TestDetect:
-    @pytest.mark.parametrize("name", FORMATS)
+    @pytest.mark.parametrize("name", SOUND)
     def test_each_format_is_told_from_the_others(self, name):
-        assert detect([SOUND[name]], "pairs.jsonl") == name
+        assert detect([SOUND[name]], "pairs.jsonl").name == name
 
     def test_implicit_prompt(self):
-        assert detect([IMPLICIT], "pairs.jsonl") == "preference"
+        assert detect([IMPLICIT], "pairs.jsonl").name == "preference"
 
-    @pytest.mark.parametrize("name", FORMATS)
+    @pytest.mark.parametrize("name", SOUND)
     def test_a_bad_row_among_sound_ones_does_not_confuse(self, name):
         for column in SOUND[name]:
             damaged = {key: value for key, value in SOUND[name].items() if key != column}
-            assert detect([damaged, {}, {**SOUND[name], column: None}, SOUND[name]], "pairs.jsonl") == name
+            assert (
+                detect([damaged, {}, {**SOUND[name], column: None}, SOUND[name]], "pairs.jsonl").name == name
+            )
 
     def test_of_the_columns_those_are_named_that_some_format_knows(self):
         """Without a header the first row would be taken for the columns' names."""
         with pytest.raises(UserError) as caught:
-            detect([{"question": "secret words", "secret words": 1, "chosen": 2}], "pairs.jsonl")
+            detect([{"my question": "secret words", "secret words": 1, "chosen": 2}], "pairs.jsonl")
         message = str(caught.value)
         assert message.startswith("pairs.jsonl: columns chosen,2 unknown fit no known format")
         assert "conversations,chosen,rejected" in message

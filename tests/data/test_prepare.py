@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import stat
 from collections import Counter
@@ -41,7 +40,7 @@ class TestValidation:
     def test_bad_texts(self, prepare_here, quarantined_rows, changes, reason):
         bad = pair_row(1, **changes)
         account = prepare_here([pair_row(0), bad, pair_row(2)])
-        assert (account["rows"], account["kept"], account["quarantined"]) == (3, 2, {reason: 1})
+        assert (account.rows, account.kept, account.quarantined) == (3, 2, {reason: 1})
         assert quarantined_rows() == [{"row": 2, "reason": reason, "raw": bad}]
 
     def test_lengths(self, prepare_here, tiny_chat):
@@ -53,8 +52,8 @@ class TestValidation:
             {"prompt": "p" * 10, "chosen": "same? A", "rejected": "same? B"},
         ]
         account = prepare_here(rows, max_prompt_length=frame + 10, max_length=frame + 16)
-        assert account["kept"] == 1
-        assert account["quarantined"] == {
+        assert account.kept == 1
+        assert account.quarantined == {
             "prompt: longer than max_prompt_length": 1,
             "chosen equals rejected within max_length": 1,
         }
@@ -67,7 +66,7 @@ class TestValidation:
         }
         swapped = pair_row(0, chosen="yes 0", rejected="no 0")
         account = prepare_here([pair_row(0), pair_row(0), other_form, swapped])
-        assert (account["kept"], account["quarantined"]) == (2, {"duplicate": 2})
+        assert (account.kept, account.quarantined) == (2, {"duplicate": 2})
         assert len({pair["pair_id"] for pair in kept_pairs()}) == 2
 
     def test_a_prompt_that_the_template_refuses(self, tmp_path, make_chat):
@@ -78,7 +77,7 @@ class TestValidation:
         file = write_jsonl(tmp_path / "rows.jsonl", [pair_row(0), pair_row(1, prompt=system)])
         config = DataConfig(path=str(file), max_bad_fraction=0.5)
         account = prepare(config, make_chat(refuses_system), tmp_path / "pairs", tmp_path / "private", 0)
-        assert account["quarantined"] == {"prompt: refused by the chat template": 1}
+        assert account.quarantined == {"prompt: refused by the chat template": 1}
 
     def test_pku_accounts_for_the_pairs_that_its_rule_leaves_out(self, prepare_here):
         def row(i, safe_0, safe_1):
@@ -87,20 +86,20 @@ class TestValidation:
 
         labels = [(True, True), (True, False), (False, True), (False, False), (False, False), (None, True)]
         account = prepare_here([row(i, *safe) for i, safe in enumerate(labels)])
-        assert account["groups"] == {"safe": 1, "unsafe": 2}
-        assert account["excluded"] == {"both responses unsafe": 2}
-        assert account["quarantined"] == {"is_response_0_safe: null": 1}
+        assert account.groups == {"safe": 1, "unsafe": 2}
+        assert account.excluded == {"both responses unsafe": 2}
+        assert account.quarantined == {"is_response_0_safe: null": 1}
 
     def test_too_many_bad_rows_stop_the_run(self, tmp_path, prepare_here, quarantined_rows):
         rows = [pair_row(i) for i in range(8)] + [pair_row(8, chosen=None), pair_row(9, chosen="")]
         said = refusal(prepare_here, rows, max_bad_fraction=0.19)
-        assert "2 of 10 rows are bad" in said
+        assert "2 of 10 rows read as preference are bad" in said
         assert "chosen: null ×1; chosen: empty ×1" in said
         assert "the first is row 9" in said
         assert str(tmp_path / "private" / "quarantine.jsonl") in said
         assert [row["row"] for row in quarantined_rows()] == [9, 10]
         assert sorted(p.name for p in tmp_path.iterdir()) == ["private", "rows.jsonl"]
-        assert prepare_here(rows, max_bad_fraction=0.2)["kept"] == 8
+        assert prepare_here(rows, max_bad_fraction=0.2).kept == 8
 
     def test_no_pair_left(self, tmp_path, prepare_here):
         assert "none of 2 rows is usable" in refusal(
@@ -124,9 +123,9 @@ class TestValidation:
         lines = [line.replace(b"\n", b"?") if isinstance(line, bytes) else line for line in lines]
         account = prepare_here([*lines, pair_row("sound")], format="preference")
         bad = quarantined_rows()
-        assert account["rows"] == len(lines) + 1 == account["kept"] + len(bad)
-        assert account["quarantined"] == Counter(row["reason"] for row in bad)
-        assert account["kept"] == len(kept_pairs()) == len({pair["pair_id"] for pair in kept_pairs()})
+        assert account.rows == len(lines) + 1 == account.kept + len(bad)
+        assert account.quarantined == Counter(row["reason"] for row in bad)
+        assert account.kept == len(kept_pairs()) == len({pair["pair_id"] for pair in kept_pairs()})
         assert len({row["row"] for row in bad}) == len(bad)
 
 
@@ -135,8 +134,8 @@ class TestSample:
 
     def drawn(self, prepare_here, kept_pairs, rows, seed=0, safe=7, unsafe=11):
         account = prepare_here(list(rows), seed=seed, sample={"safe": safe, "unsafe": unsafe})
-        assert account["groups"] == {"safe": safe, "unsafe": unsafe}
-        assert account["not_sampled"] == len(rows) - safe - unsafe
+        assert account.groups == {"safe": safe, "unsafe": unsafe}
+        assert account.not_sampled == len(rows) - safe - unsafe
         return {pair["pair_id"] for pair in kept_pairs()}
 
     def test_depends_on_the_seed_and_not_on_the_order(self, prepare_here, kept_pairs):
@@ -147,7 +146,7 @@ class TestSample:
 
     def test_a_group_that_is_not_asked_for_is_left_out(self, prepare_here):
         account = prepare_here(list(self.rows), sample={"unsafe": 4})
-        assert (account["groups"], account["not_sampled"]) == ({"unsafe": 4}, 86)
+        assert (account.groups, account.not_sampled) == ({"unsafe": 4}, 86)
 
     def test_all_of_a_group(self, prepare_here, kept_pairs):
         assert len(self.drawn(prepare_here, kept_pairs, self.rows, safe=30, unsafe=60)) == 90
@@ -206,7 +205,7 @@ class TestOutput:
         assert [pair["pair_id"] for pair in kept_pairs()] == before[::-1]
 
     def test_limit(self, prepare_here, kept_pairs):
-        assert prepare_here([pair_row(i) for i in range(150)], limit=120)["rows"] == 120
+        assert prepare_here([pair_row(i) for i in range(150)], limit=120).rows == 120
         assert len(kept_pairs()) == 120
 
     def test_progress_counts_rows(self, tmp_path, tiny_chat):
@@ -228,10 +227,11 @@ class TestOutput:
     def test_an_interrupted_run_leaves_no_pairs(self, tmp_path, tiny_chat):
         file = write_jsonl(tmp_path / "rows.jsonl", [pair_row(i) for i in range(ROW_GROUP * 9)])
 
-        seen = itertools.count()
+        read = []
 
-        def interrupt(_):
-            if next(seen) == ROW_GROUP * 9 - 2:
+        def interrupt(rows):
+            read.append(rows)
+            if sum(read) > ROW_GROUP * 8:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):

@@ -9,13 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bdpo.config import DataConfig
-from bdpo.data.sources import Unreadable, read_rows
+from bdpo.data.containers import Unreadable
 from bdpo.errors import UserError
 from bdpo.storage.paths import storage_path
 from bdpo.storage.run_dir import RunDir
 from pipelines.prepare import Prepare
-from tests.support.data_files import WRITERS, pair_row, refusal, write_csv, write_jsonl
+from tests.support.data_files import WRITERS, pair_row, read_numbered, refusal, write_csv, write_jsonl
 from tests.support.helpers import save_model, tiny_config
 
 
@@ -24,10 +23,10 @@ def test_every_container_gives_the_same_pairs(tmp_path, prepare_here, kept_pairs
     labels = {"group": "unsafe", "chosen_safe": True, "rejected_safe": False}
     rows = [pair_row(i, chosen=f'né, "{i}"\n石', **labels) for i in range(5)]
     account = prepare_here(WRITERS[name](tmp_path / name, rows))
-    assert (account["rows"], account["kept"], account["format"]) == (5, 5, "preference")
+    assert (account.rows, account.kept, account.sources[0].format) == (5, 5, "preference")
     prompts = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     for pair, row, prompt in zip(kept_pairs(), rows, prompts, strict=True):
-        assert pair == {"pair_id": pair["pair_id"], **row, "prompt": prompt}
+        assert pair | row | {"prompt": prompt} == pair
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet", "folder"])
@@ -40,7 +39,7 @@ def test_conversations_in_nested_columns(tmp_path, prepare_here, kept_pairs, nam
         }
         for i in range(3)
     ]
-    assert prepare_here(WRITERS[name](tmp_path / name, rows))["format"] == "sharegpt"
+    assert prepare_here(WRITERS[name](tmp_path / name, rows)).sources[0].format == "sharegpt"
     prompts = [[m["content"] for m in pair["prompt"]] for pair in kept_pairs()]
     assert prompts == [["s", f"q{i}"] for i in range(3)]
 
@@ -54,7 +53,7 @@ def test_rows_on_object_storage_are_those_of_the_same_file_here(
     url = f"{bucket}/{tmp_path.name}/{name}"
     remote = storage_path(url, "x")
     remote.fs.put(str(local), remote.path, recursive=True)
-    assert list(read_rows(DataConfig(path=url))) == list(read_rows(DataConfig(path=str(local))))
+    assert read_numbered(url) == read_numbered(local)
     config = tiny_config(tmp_path / "run", save_model(tmp_path / "model", tiny_chat), local)
     manifest = Prepare(config, RunDir(config.run_dir)).complete()
     moved = config.model_copy(update={"data": config.data.model_copy(update={"path": url})})
@@ -64,7 +63,7 @@ def test_rows_on_object_storage_are_those_of_the_same_file_here(
 def test_a_url_at_which_nothing_lies_is_named(bucket):
     for url in (f"{bucket}/gone.jsonl", "s3://no-such-bucket/rows.jsonl", "s4://a/rows.jsonl"):
         with pytest.raises(UserError, match=f"data.path={url}: [^\n]+$"):
-            list(read_rows(DataConfig(path=url)))
+            read_numbered(url)
 
 
 def test_csv_reads_the_labels_of_pku(tmp_path, prepare_here, kept_pairs):
@@ -72,7 +71,7 @@ def test_csv_reads_the_labels_of_pku(tmp_path, prepare_here, kept_pairs):
     both = {"is_response_0_safe": True, "is_response_1_safe": True}
     rows = [{**row, **both}, {**row, **both, "is_response_0_safe": ""}]
     account = prepare_here(write_csv(tmp_path / "rows.csv", rows))
-    assert account["quarantined"] == {"is_response_0_safe: null": 1}
+    assert account.quarantined == {"is_response_0_safe: null": 1}
     assert [(pair["chosen"], pair["group"]) for pair in kept_pairs()] == [("1", "safe")]
 
 
@@ -80,14 +79,14 @@ def test_folder_with_splits(tmp_path, prepare_here):
     splits = {"train": [pair_row(0)], "test": [pair_row(1), pair_row(2)]}
     folder = tmp_path / "folder"
     datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in splits.items()}).save_to_disk(folder)
-    assert prepare_here(folder, split="test")["rows"] == 2
+    assert prepare_here(folder, split="test").rows == 2
     assert "data.split=validation" in refusal(prepare_here, folder, split="validation")
 
 
 def test_jsonl_rows_are_numbered_by_line(tmp_path):
     lines = [b"\xef\xbb\xbf" + json.dumps(pair_row(1)).encode(), b"", b"  ", pair_row(4), b"nope", b"7"]
     lines += [b"[" * 100_000, b'{"prompt": "\xff"}']
-    rows = dict(read_rows(DataConfig(path=str(write_jsonl(tmp_path / "rows.jsonl", lines)))))
+    rows = dict(read_numbered(write_jsonl(tmp_path / "rows.jsonl", lines)))
     reasons = {n: row.reason for n, row in rows.items() if isinstance(row, Unreadable)}
     assert reasons == {5: "not JSON", 6: "not an object", 7: "not JSON", 8: "not UTF-8"}
     assert (rows[1], rows[4]) == (pair_row(1), pair_row(4))
@@ -96,13 +95,13 @@ def test_jsonl_rows_are_numbered_by_line(tmp_path):
 def test_csv_row_with_a_field_too_many_or_too_few(tmp_path, prepare_here, quarantined_rows):
     (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\nq,n,y\nq2,n\nq3,n,y,z\n")
     account = prepare_here(tmp_path / "rows.csv")
-    assert (account["kept"], account["quarantined"]) == (1, {"wrong number of fields": 2})
+    assert (account.kept, account.quarantined) == (1, {"wrong number of fields": 2})
     assert [row["row"] for row in quarantined_rows()] == [2, 3]
 
 
 def test_csv_with_a_long_text(tmp_path, prepare_here):
     rows = [pair_row(0), pair_row(1, chosen="n" * 200_000)]
-    assert prepare_here(write_csv(tmp_path / "rows.csv", rows))["kept"] == 2
+    assert prepare_here(write_csv(tmp_path / "rows.csv", rows)).kept == 2
 
 
 def test_parquet_with_one_text_that_is_not_utf8(tmp_path, prepare_here, quarantined_rows):
@@ -110,7 +109,7 @@ def test_parquet_with_one_text_that_is_not_utf8(tmp_path, prepare_here, quaranti
     columns = {"prompt": pa.array(["q0", "q1", "q2"]), "chosen": damaged, "rejected": pa.array(["y"] * 3)}
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     account = prepare_here(tmp_path / "rows.parquet")
-    assert (account["kept"], account["quarantined"]) == (2, {"chosen: not UTF-8": 1})
+    assert (account.kept, account.quarantined) == (2, {"chosen: not UTF-8": 1})
     assert quarantined_rows()[0]["row"] == 2
 
 
@@ -127,12 +126,12 @@ def test_parquet_with_one_text_that_is_not_utf8(tmp_path, prepare_here, quaranti
         ("rows.parquet", b"", "is empty"),
         ("rows.json", b'[{"a": 1},\n {"zebra": }]', "not valid JSON at line 2 column 12"),
         ("rows.json", b"[" * 100_000, "not valid JSON"),
-        ("rows.json", b'{"a": 1}', "wants a list of rows, found dict"),
+        ("rows.json", b'{"a": 1}', "expects a list of rows, found dict"),
         ("rows.json", b'["zebra",\n"\xff"]', "not UTF-8 at byte 11 (line 2)"),
         ("rows.csv", b"prompt,chosen\n\xff,1", "not UTF-8 at byte 14 (line 2)"),
         ("rows.csv", b'prompt,chosen\n1,2\n1,"zebra', "not valid CSV at line 3"),
         ("rows.parquet", b"zebra zebra zebra", "cannot be read"),
-        ("rows.jsonl", b'{"question": "zebra"}', "columns 1 unknown fit no known format"),
+        ("rows.jsonl", b'{"my question": "zebra"}', "columns 1 unknown fit no known format"),
         ("rows.jsonl", b"zebra", "no row can be read (row 1: not JSON)"),
     ],
 )

@@ -27,7 +27,7 @@ from transformers import (
 import bdpo.models.logps
 from bdpo.models.logps import LogpsHead, LogpsModel, pair_groups, pair_logps, prefix_sharing_obstacle
 from bdpo.models.packing import PrefixGroup
-from bdpo.models.tokenizer import encode_pair
+from bdpo.models.tokenizer import EncodedPair
 from tests.support.helpers import (
     PEAK,
     VOCABULARY,
@@ -101,7 +101,7 @@ CONVERSATIONS = [
 def test_conditional_and_unconditional_terms_of_several_chat_templates(template, make_chat):
     model, chat = tiny_qwen2(), make_chat(TEMPLATES[template])
     pairs = [
-        encode_pair(chat, {"prompt": prompt, "chosen": "It scatters.", "rejected": "No"}, 100, 128)
+        EncodedPair(chat.prompt_ids(prompt), chat.response_ids("It scatters."), chat.response_ids("No"))
         for prompt in CONVERSATIONS
     ]
     for ours, naive in zip(pair_logps(shared(model), pairs), naive_pairs(model, pairs), strict=True):

@@ -14,8 +14,6 @@ from bdpo.config import ModelConfig
 from bdpo.errors import UserError
 from bdpo.models.tokenizer import (
     ChatTokenizer,
-    PromptTooLong,
-    encode_pair,
     load_tokenizer,
     tokenizer_fingerprint,
 )
@@ -159,25 +157,18 @@ def test_a_template_that_loses_the_answer_is_refused(make_chat):
         chat.response_ids("Yes")
 
 
-@given(st.text(max_size=20), st.text(max_size=20), st.integers(1, 60), st.integers(1, 40))
-def test_lengths(chosen, rejected, max_prompt_length, room):
+@given(st.lists(st.text(max_size=30)), st.booleans())
+def test_texts_encoded_together_are_those_encoded_alone(texts, truncates):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHATML
     chat = ChatTokenizer(tokenizer)
-    pair = {"prompt": [{"role": "user", "content": "Why?"}], "chosen": chosen, "rejected": rejected}
-    prompt = chat.prompt_ids(pair["prompt"])
-    max_length = max_prompt_length + room
-    if len(prompt) > max_prompt_length:
-        with pytest.raises(PromptTooLong):
-            encode_pair(chat, pair, max_prompt_length, max_length)
-        return
-    encoded = encode_pair(chat, pair, max_prompt_length, max_length)
-    assert encoded.prompt == prompt
-    for response, text in ((encoded.chosen, chosen), (encoded.rejected, rejected)):
-        whole = chat.response_ids(text)
-        fits = len(prompt) + len(whole) <= max_length
-        assert response == whole[: max_length - len(prompt)]
-        assert (chat.end_of_turn_id in response) == fits
+    texts = [chat.template.render([{"role": "user", "content": text}]) for text in (*texts, "a<|im_end|>b")]
+    alone = [chat.text_ids(text) for text in texts]
+    if truncates:
+        chat.tokenizer.backend_tokenizer.enable_truncation(2)
+        chat.tokenizer.backend_tokenizer.enable_padding()
+    assert chat.ids_of_texts(texts) == alone
+    assert chat.ids_of_texts(texts, continues=True) == [chat.text_ids(text, True) for text in texts]
 
 
 class TestLoadTokenizer:

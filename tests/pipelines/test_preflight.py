@@ -17,7 +17,7 @@ from bdpo.cluster.nodes import PACKAGES, node_facts
 from bdpo.cluster.preflight import Doubt, examine, expected_hours, measure_throughput
 from bdpo.config import parse_config
 from bdpo.errors import UserError
-from bdpo.models.tokenizer import encode_pair, load_tokenizer
+from bdpo.models.tokenizer import load_tokenizer
 from bdpo.storage.run_dir import RunDir
 from pipelines.preflight import MAX_UPLOAD_MIB, _answers, check_upload, local_checks
 from pipelines.runtime import cluster
@@ -287,9 +287,9 @@ class TestTime:
         chat, rows = load_tokenizer(config.model), invented_pairs(PAIRS)
         lengths = []
         for row in rows[:10]:
-            pair = row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
-            ids = encode_pair(chat, pair, 96, 128)
-            lengths.append(len(ids.prompt) + len(ids.chosen) + len(ids.rejected))
+            prompt = chat.prompt_ids([{"role": "user", "content": row["prompt"]}])
+            responses = (chat.response_ids(row[side])[: 128 - len(prompt)] for side in ("chosen", "rejected"))
+            lengths.append(len(prompt) + sum(map(len, responses)))
         each = sum(lengths) / 10
         steps, trained = 4, 4 * 8 * each  # two epochs of 12 pairs, 8 a step
         told = expected_hours(config, RunDir(config.run_dir), 7.0)

@@ -80,11 +80,11 @@ def test_a_method_without_reference_wants_token_counts_alone(tmp_path, tiny_chat
 def test_training_without_scores_is_simpo_from_its_first_step(tmp_path, tiny_chat):
     """Before the first update the policy is what the reference scorer would have scored with."""
     config, run = prepared(tmp_path, tiny_chat, labelled_pairs(), "simpo")
-    pq.write_table(count_tokens(config, run), run.root / "scores.parquet")
+    pq.write_table(count_tokens(run), run.root / "scores.parquet")
     launch([config])
     data = TrainingPairs.load(config, run, training_rows(config, run))
     batch = TrainingPlan(data.lengths, config.train, config.seed).global_batch(0)
-    scores = ReferenceScorer(config, "cpu").score(data.table.take(batch)).to_pylist()
+    scores = ReferenceScorer(config, "cpu").score(read_pairs(run.pairs, 0, PAIRS).take(batch)).to_pylist()
     losses = [
         math.log1p(
             math.exp(

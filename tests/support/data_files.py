@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bdpo.config.data import SourceConfig
+from bdpo.data.sources import open_source
 from bdpo.errors import UserError
 
 SECRET = "zebra"
@@ -66,3 +68,8 @@ def refusal(call, *args, **kwargs):
     assert "\n" not in message
     assert SECRET not in message
     return message
+
+
+def read_numbered(path, **config):
+    """(row number, row) of a data file, as its format would be given them."""
+    return list(open_source(SourceConfig(path=str(path), **config)).rows)

@@ -1,0 +1,95 @@
+"""The account of the rows: each that is read is kept, quarantined, excluded or not sampled, with a reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class SourceAccount:
+    """What happened to the rows of one data set; `unread` are columns and message keys without effect."""
+
+    source: str
+    format: str
+    rows: int = 0
+    kept: int = 0
+    quarantined: Counter[str] = field(default_factory=Counter)
+    excluded: Counter[str] = field(default_factory=Counter)
+    not_sampled: int = 0
+    first_bad: int = 0  # its number
+    unread: set[str] = field(default_factory=set)
+
+    def check(self) -> None:
+        """Raise a RuntimeError if a row was lost: a mistake of this program."""
+        ended = self.kept + self.quarantined.total() + self.excluded.total() + self.not_sampled
+        if ended != self.rows:
+            raise RuntimeError(f"{self.source}: {self.rows} rows were read, {ended} are accounted for")
+
+    def to_json(self) -> dict[str, Any]:
+        """The account as plain values."""
+        return {
+            "source": self.source,
+            "format": self.format,
+            "rows": self.rows,
+            "kept": self.kept,
+            "quarantined": dict(self.quarantined),
+            "excluded": dict(self.excluded),
+            "not_sampled": self.not_sampled,
+            "unread_columns": sorted(self.unread),
+        }
+
+
+@dataclass
+class Account:
+    """What happened to the rows of all data sets, and the groups of the kept pairs."""
+
+    sources: list[SourceAccount] = field(default_factory=list)
+    groups: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def rows(self) -> int:
+        """How many rows were read."""
+        return sum(source.rows for source in self.sources)
+
+    @property
+    def kept(self) -> int:
+        """How many pairs were written."""
+        return sum(source.kept for source in self.sources)
+
+    @property
+    def quarantined(self) -> Counter[str]:
+        """Reason -> bad rows."""
+        return sum((source.quarantined for source in self.sources), Counter[str]())
+
+    @property
+    def excluded(self) -> Counter[str]:
+        """Reason -> rows that the rule of a format leaves out."""
+        return sum((source.excluded for source in self.sources), Counter[str]())
+
+    @property
+    def not_sampled(self) -> int:
+        """How many sound pairs were not drawn."""
+        return sum(source.not_sampled for source in self.sources)
+
+    def check(self) -> None:
+        """Raise a RuntimeError if a row was lost."""
+        for source in self.sources:
+            source.check()
+
+    def to_json(self) -> dict[str, Any]:
+        """The account as plain values; `sources` has that of each data set where there are several."""
+        parts = [source.to_json() for source in self.sources]
+        total = {
+            "source": ", ".join(part["source"] for part in parts),
+            "format": ", ".join(dict.fromkeys(part["format"] for part in parts)),
+            "rows": self.rows,
+            "kept": self.kept,
+            "quarantined": dict(self.quarantined),
+            "excluded": dict(self.excluded),
+            "not_sampled": self.not_sampled,
+            "unread_columns": sorted({name for part in parts for name in part["unread_columns"]}),
+            "groups": dict(self.groups),
+        }
+        return total | ({"sources": parts} if len(parts) > 1 else {})

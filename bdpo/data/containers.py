@@ -1,0 +1,306 @@
+"""Files of rows: JSON, JSON Lines, CSV and Parquet, also compressed with gzip, zstd, xz or bzip2.
+
+Rows are numbered from 1: the line of JSON Lines, else the position in the file. JSON Lines and Parquet are
+streamed; JSON and CSV are read into memory. A damaged row is yielded as `Unreadable`, a damaged file raises.
+What the rows mean is left to `bdpo.data.formats`.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bdpo.errors import UserError, first_line, printable
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A row that is there but cannot be read: why, and what of it could be recovered."""
+
+    reason: str
+    raw: Any
+
+
+RawRow = dict[str, Any]
+
+NumberedRow = tuple[int, RawRow | Unreadable]
+
+Read = tuple[Iterator[NumberedRow], tuple[str, ...]]
+"""The rows of a file, and the columns that it declares once for all of them (none for JSON)."""
+
+ARROW_ROWS = 1024  # rows that a columnar file is read in at a time
+
+_LONGEST_NAME = 60
+
+_LFS = b"version https://git-lfs.github.com/spec/"
+
+# The longer of two that begin alike comes first.
+_ENCODINGS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+class _RepeatedKey(ValueError):
+    """An object of JSON has the same key twice: one of its values would vanish."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of rows; `name` is what errors call it, `columns` are those that are read of declared ones."""
+
+    path: Path
+    name: str
+    columns: frozenset[str]
+
+    def open(self) -> IO[bytes]:
+        """The content, decompressed."""
+        opener = _COMPRESSIONS.get(self.path.suffix)
+        return opener(self.path) if opener else self.path.open("rb")
+
+    def lines(self) -> Iterator[bytes]:
+        """The lines in UTF-8 without a byte order mark, whatever encoding the file's own mark names.
+
+        Raises:
+            UserError: a file in UTF-16 or UTF-32 is not in that encoding.
+        """
+        with self.open() as file:
+            encoding = encoding_of(file.read(4))
+        with self.open() as file:
+            if encoding in ("utf-8", "utf-8-sig"):
+                first = file.readline()
+                yield first.removeprefix(codecs.BOM_UTF8)
+                yield from file
+                return
+            try:
+                for line in io.TextIOWrapper(file, encoding, newline="\n"):
+                    yield line.encode(errors="surrogatepass")
+            except UnicodeError:
+                raise UserError(
+                    f"{self.name}: not {encoding.upper()}, which its byte order mark names"
+                ) from None
+
+    def text(self) -> str:
+        """The whole content as text, in UTF-8 or what its byte order mark says.
+
+        Raises:
+            UserError: it is not in that encoding.
+        """
+        with self.open() as file:
+            data = file.read()
+        encoding = encoding_of(data[:4])
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            name = encoding.upper().removesuffix("-SIG")
+            raise UserError(f"{self.name}: not {name} at byte {error.start} (line {line})") from None
+
+
+def encoding_of(start: bytes) -> str:
+    """The encoding that a file's byte order mark names, UTF-8 without one."""
+    return next((encoding for mark, encoding in _ENCODINGS if start.startswith(mark)), "utf-8")
+
+
+def kind_of(path: Path) -> str | None:
+    """The suffix that tells how a file is read, without that of its compression; None if it is unknown."""
+    suffixes = path.suffixes
+    kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in _COMPRESSIONS else path.suffix
+    compressed_parquet = kind == ".parquet" and path.suffix != kind  # Parquet compresses itself
+    return kind if kind in READERS and not compressed_parquet else None
+
+
+def known_suffixes() -> str:
+    """The suffixes that are read, for a message."""
+    return f"{' '.join(READERS)}, the first three also with {' '.join(_COMPRESSIONS)}"
+
+
+def read_file(file: DataFile) -> Read:
+    """The rows of a file and its declared columns.
+
+    Raises:
+        UserError: the file is a Git LFS pointer, repeats a column, or is damaged as a whole.
+    """
+    kind = kind_of(file.path)
+    if kind is None:
+        raise UserError(f"{file.name}: unknown suffix, expects one of {known_suffixes()}")
+    with file.path.open("rb") as start:
+        if start.read(len(_LFS)) == _LFS:
+            raise UserError(
+                f"{file.name}: a Git LFS pointer instead of the data; fetch it with `git lfs pull`"
+            )
+    return READERS[kind](file) if file.path.stat().st_size else (iter(()), ())
+
+
+def _json_or_lines(file: DataFile) -> Read:
+    """JSON and JSON Lines under either suffix: the first character and line tell which one it is."""
+    lines = (line for line in file.lines() if line.strip())
+    first = next(lines, b"").lstrip()
+    named_lines = ".jsonl" in file.path.suffixes
+    is_list = first.startswith(b"[") and not (named_lines and _is_json(first) and next(lines, None))
+    if is_list or not (named_lines or (_is_json(first) and next(lines, None))):
+        return _json(file), ()
+    return _json_lines(file), ()
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _json(file: DataFile) -> Iterator[NumberedRow]:
+    try:
+        rows = json.loads(file.text(), object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{file.name}: not valid JSON at line {error.lineno} column {error.colno} ({error.msg})"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file.name}: not valid JSON ({first_line(error)})") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{file.name}: expects a list of rows, found {type(rows).__name__}")
+    return ((number, _object(row)) for number, row in enumerate(rows, 1))
+
+
+def _json_lines(file: DataFile) -> Iterator[NumberedRow]:
+    return ((number, _json_line(line)) for number, line in enumerate(file.lines(), 1) if line.strip())
+
+
+def _json_line(line: bytes) -> RawRow | Unreadable:
+    try:
+        return _object(json.loads(line.decode(), object_pairs_hook=_once))
+    except UnicodeDecodeError:
+        reason = "not UTF-8"
+    except _RepeatedKey as error:
+        reason = str(error)
+    except (ValueError, RecursionError):
+        reason = "not JSON"
+    return Unreadable(reason, line.decode(errors="backslashreplace"))
+
+
+def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(members)
+    if len(value) < len(members):
+        names = [name for name, _ in members]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise _RepeatedKey(f"the key {shown_name(repeated)} stands twice")
+    return value
+
+
+def _object(value: Any) -> RawRow | Unreadable:
+    return value if isinstance(value, dict) else Unreadable("not an object", value)
+
+
+def shown_name(name: object) -> str:
+    """The name of a column or key as a message shows it: short, on one line, without control characters."""
+    text = printable(str(name))
+    return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..."
+
+
+def _csv(file: DataFile) -> Read:
+    csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 131,072 characters
+    reader = csv.DictReader(io.StringIO(file.text(), newline=""), strict=True)
+    columns = tuple(reader.fieldnames or ())
+    _refuse_repeated(file, columns)
+    return _csv_rows(file, reader), columns
+
+
+def _csv_rows(file: DataFile, reader: csv.DictReader[str]) -> Iterator[NumberedRow]:
+    try:
+        for number, row in enumerate(reader, 1):
+            if None in row or None in row.values():
+                yield number, Unreadable("wrong number of fields", list(row.values()))
+            else:
+                yield number, row
+    except csv.Error as error:
+        raise UserError(f"{file.name}: not valid CSV at line {reader.reader.line_num} ({error})") from None
+
+
+def _parquet(file: DataFile) -> Read:
+    with pq.ParquetFile(file.path) as parquet:
+        schema = parquet.schema_arrow
+        _refuse_repeated(file, schema.names)
+        read = [name for name in schema.names if name in file.columns]
+        for name in read:
+            _refuse_repeated(file, _nested_names(schema.field(name).type), f"{name}: ")
+    return _parquet_rows(file, read), tuple(schema.names)
+
+
+def _nested_names(kind: pa.DataType) -> list[str]:
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    return [kind.field(i).name for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+
+
+def _parquet_rows(file: DataFile, columns: list[str]) -> Iterator[NumberedRow]:
+    with pq.ParquetFile(file.path) as parquet:
+        yield from arrow_rows(parquet.iter_batches(batch_size=ARROW_ROWS, columns=columns))
+
+
+def _refuse_repeated(file: DataFile, names: Iterable[str], where: str = "") -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UserError(f"{file.name}: {where}the column {shown_name(name)} stands {count} times")
+
+
+def arrow_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[NumberedRow]:
+    """The rows of Arrow batches; one with a text that is not UTF-8 is unreadable, the others are not."""
+    number = 0
+    for batch in batches:
+        try:
+            rows: Iterable[RawRow | Unreadable] = batch.to_pylist()
+        except UnicodeDecodeError:
+            rows = (_decode(batch, row) for row in range(batch.num_rows))
+        for row in rows:
+            number += 1
+            yield number, row
+
+
+def _decode(batch: pa.RecordBatch, index: int) -> RawRow | Unreadable:
+    row: RawRow = {}
+    damaged = None
+    for column in batch.schema.names:
+        try:
+            row[column] = batch[column][index].as_py()
+        except UnicodeDecodeError:
+            damaged, row[column] = damaged or column, None
+    return Unreadable(f"{damaged}: not UTF-8", row) if damaged else row
+
+
+def _zstd(path: Path) -> IO[bytes]:
+    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+
+
+READERS: dict[str, Callable[[DataFile], Read]] = {
+    ".json": _json_or_lines,
+    ".jsonl": _json_or_lines,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+_COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".zst": _zstd,
+    ".xz": lzma.open,
+    ".bz2": bz2.open,
+}

@@ -1,0 +1,95 @@
+"""Preference file formats: one raw row -> the common pair. A format is one file here.
+
+Reading files is left to `bdpo.data.sources`, checking what a pair says to `bdpo.data.prepare`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from bdpo.data.formats import (
+    chatml,
+    helpsteer,
+    hh_rlhf,
+    instruction,
+    llama_factory_v1,
+    openai,
+    pku_saferlhf,
+    preference,
+    preference_text,
+    ranked,
+    sharegpt,
+    stringified,
+)
+from bdpo.data.formats.base import Format, Pair, Row
+from bdpo.data.formats.columns import COMMON_COLUMNS, with_common_columns
+from bdpo.errors import UserError
+
+FORMATS: dict[str, Format] = {
+    module.FORMAT.name: module.FORMAT
+    for module in (
+        preference,
+        preference_text,
+        hh_rlhf,
+        pku_saferlhf,
+        sharegpt,
+        openai,
+        llama_factory_v1,
+        instruction,
+        ranked,
+        helpsteer,
+        chatml,
+        stringified,
+    )
+}
+
+KNOWN_COLUMNS = frozenset({*COMMON_COLUMNS, *(name for form in FORMATS.values() for name in form.columns)})
+
+
+def read_pair(form: Format, row: Row) -> Pair:
+    """The pair of a row, with the columns that every format has.
+
+    Raises:
+        BadRow: the row cannot be used.
+        Excluded: the format's rule leaves it out.
+    """
+    return with_common_columns(form.read(row), row)
+
+
+def format_named(name: str) -> Format:
+    """The format that `data.format` names.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in FORMATS:
+        near = get_close_matches(name, FORMATS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"it is one of auto, {', '.join(FORMATS)}"
+        raise UserError(f"data.format={name}: unknown format; {hint}")
+    return FORMATS[name]
+
+
+def detect(rows: Sequence[Row], source: str) -> Format:
+    """The one format that the columns of some sample rows fit; `source` is what an error names.
+
+    Raises:
+        UserError: they fit no format, or more than one.
+    """
+    fitting = [name for name, form in FORMATS.items() if any(form.fits(row) for row in rows)]
+    if len(fitting) > 1:  # a bad row of any other format may look like this one
+        fitting = [name for name in fitting if name != "preference_text"]
+    if len(fitting) == 1:
+        return FORMATS[fitting[0]]
+    if fitting:
+        raise UserError(f"{source}: columns fit the formats {' and '.join(sorted(fitting))}; set data.format")
+    expected = "; ".join(f"{name} expects {form.expects}" for name, form in FORMATS.items())
+    raise UserError(f"{source}: columns {_known(rows)} fit no known format ({expected}); set data.columns")
+
+
+def _known(rows: Sequence[Row]) -> str:
+    """The columns that some format knows; another name may be a text, in a file without a header."""
+    columns = {str(column) for row in rows for column in row}
+    known = sorted(columns & KNOWN_COLUMNS)
+    others = len(columns) - len(known)
+    return ",".join(known + ([f"{others} unknown"] if others else [])) or "(none)"

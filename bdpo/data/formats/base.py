@@ -1,0 +1,153 @@
+"""What a format is, the pair that it reads from a row, and the reading of single cells.
+
+A format is a pure function of a row. It refuses a row that it cannot read (`BadRow`) and leaves out one that
+its own rule excludes (`Excluded`). Reasons name columns and keys, never their content: prompts and responses
+may be harmful text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from bdpo.models.template import Message
+
+Row = Mapping[str, Any]
+
+Group = Literal["safe", "unsafe"]
+
+
+class BadRow(ValueError):
+    """The row cannot be used and is quarantined; the message is a short phrase that names a column."""
+
+
+class Excluded(ValueError):
+    """The format's own rule leaves this sound row out; it is counted apart from bad rows."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference pair, whatever file it came from.
+
+    A message holds `role`, `content`, and what else a chat template may write (`tool_calls`,
+    `reasoning_content`, ...); `chosen` and `rejected` are messages of the assistant.
+    """
+
+    prompt: list[Message]
+    chosen: Message
+    rejected: Message
+    group: Group | None = None  # which kind of query the prompt is
+    chosen_safe: bool | None = None
+    rejected_safe: bool | None = None
+    tools: list[Any] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # of this row alone
+
+
+@dataclass(frozen=True)
+class Format:
+    """A preference file format: how its rows are recognised and read.
+
+    `fits` is asked of the first rows when `data.format` is `auto`. `columns` are all that `read` looks at,
+    beside the columns that every format has (`bdpo.data.formats.columns`). `expects` describes the
+    required columns for a message.
+    """
+
+    name: str
+    read: Callable[[Row], Pair]
+    fits: Callable[[Row], bool]
+    columns: tuple[str, ...]
+    expects: str
+
+
+def answer(text: str) -> Message:
+    """A plain message of the assistant."""
+    return Message(role="assistant", content=text)
+
+
+def question(text: str) -> Message:
+    """A plain message of the user."""
+    return Message(role="user", content=text)
+
+
+def has_columns(*names: str) -> Callable[[Row], bool]:
+    """The `fits` of a format whose columns are enough to recognise it."""
+    return lambda row: row.keys() >= set(names)
+
+
+def cell(row: Row, column: str) -> Any:
+    """The value of a required column.
+
+    Raises:
+        BadRow: the column is missing or null.
+    """
+    if column not in row:
+        raise BadRow(f"{column}: missing")
+    if row[column] is None:
+        raise BadRow(f"{column}: null")
+    return row[column]
+
+
+def text_cell(row: Row, column: str) -> str:
+    """A required text."""
+    return checked_text(cell(row, column), column)
+
+
+def checked_text(value: object, column: str) -> str:
+    """The value if it is a text that UTF-8 can hold; JSON can escape a lone surrogate, which it cannot."""
+    if value is None:
+        raise BadRow(f"{column}: null")
+    if not isinstance(value, str):
+        raise BadRow(f"{column}: wrong type")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"{column}: not UTF-8") from None
+    return value
+
+
+def list_cell(row: Row, column: str) -> list[Any]:
+    """A required list."""
+    value = cell(row, column)
+    if not isinstance(value, list):
+        raise BadRow(f"{column}: wrong type")
+    return value
+
+
+def boolean_cell(row: Row, column: str) -> bool:
+    """A required label: true or false, or exactly 0 or 1 as some exports write them."""
+    value = cell(row, column)
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+        raise BadRow(f"{column}: neither true nor false")
+    return bool(value)
+
+
+def id_cell(row: Row, column: str) -> int:
+    """A required response id, 0 or 1; a number as 1.0 is exact, true is not an id."""
+    value = cell(row, column)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow(f"{column}: wrong type")
+    if value not in (0, 1):
+        raise BadRow(f"{column}: neither 0 nor 1")
+    return int(value)
+
+
+def number_cell(row: Row, column: str) -> float:
+    """A required finite number."""
+    return checked_number(cell(row, column), column)
+
+
+def checked_number(value: object, column: str) -> float:
+    """The value if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow(f"{column}: not a number")
+    if value != value or value in (float("inf"), float("-inf")):
+        raise BadRow(f"{column}: not finite")
+    return float(value)
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without null members: a columnar file gives every object the keys of all others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(member) for key, member in value.items() if member is not None}
+    return [without_nulls(member) for member in value] if isinstance(value, list) else value

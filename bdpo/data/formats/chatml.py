@@ -1,0 +1,52 @@
+"""Texts that were already rendered with a ChatML template: the conversation is read back from them."""
+
+from __future__ import annotations
+
+import re
+
+from bdpo.data.formats.base import BadRow, Format, Pair, Row, answer, text_cell
+from bdpo.data.formats.messages import ROLES, split_conversations
+from bdpo.models.template import Message
+
+_START, _END = "<|im_start|>", "<|im_end|>"
+
+_TURN = re.compile(re.escape(_START) + r"(\w+)(?:\n|\Z)(.*?)(?:" + re.escape(_END) + r"\s*|\Z)", re.DOTALL)
+
+
+def read(row: Row) -> Pair:
+    """A `prompt` that ends with the assistant's header, and two answers; or two whole conversations."""
+    if row.get("prompt") is None:
+        return Pair(*split_conversations(_turns(row, "chosen"), _turns(row, "rejected")))
+    prompt = _turns(row, "prompt")
+    if prompt[-1]["role"] == "assistant" and not prompt[-1]["content"]:
+        prompt.pop()
+    return Pair(prompt, _response(row, "chosen"), _response(row, "rejected"))
+
+
+def _turns(row: Row, column: str) -> list[Message]:
+    text = text_cell(row, column).lstrip()
+    messages, end = [], 0
+    for turn in _TURN.finditer(text):
+        if turn.start() != end or turn[1] not in ROLES:
+            break
+        messages.append(Message(role=turn[1], content=turn[2]))
+        end = turn.end()
+    if not messages or end != len(text):
+        raise BadRow(f"{column}: not a conversation in ChatML")
+    return messages
+
+
+def _response(row: Row, column: str) -> Message:
+    text = text_cell(row, column).rstrip().removesuffix(_END)
+    if _START in text or _END in text:
+        raise BadRow(f"{column}: not exactly one answer in ChatML")
+    return answer(text)
+
+
+FORMAT = Format(
+    name="chatml",
+    read=read,
+    fits=lambda row: False,  # set explicitly, where a row of another format was refused for being rendered
+    columns=("prompt", "chosen", "rejected"),
+    expects="prompt,chosen,rejected as texts in ChatML",
+)

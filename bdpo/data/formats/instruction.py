@@ -1,0 +1,57 @@
+"""Instructions in plain text: LLaMA-Factory's Alpaca ranking format, exports of Argilla and distilabel."""
+
+from __future__ import annotations
+
+from bdpo.data.formats.base import BadRow, Format, Pair, Row, answer, cell, checked_text, question, text_cell
+from bdpo.models.template import Message
+
+_PROMPTS = ("instruction", "question")
+
+_RESPONSES = {"chosen": ("chosen", "chosen_response"), "rejected": ("rejected", "rejected_response")}
+
+
+def read(row: Row) -> Pair:
+    """`instruction` (or `question`), followed by `input` on a line of its own; `history` comes before it.
+
+    Without an instruction `input` is the prompt. The responses are `chosen` and `rejected`, or
+    `chosen_response` and `rejected_response`.
+    """
+    parts = [text_cell(row, column) for column in (*_PROMPTS, "input") if row.get(column)]
+    if not parts:
+        raise BadRow("instruction: missing")
+    prompt = [*_history(row), question("\n".join(parts))]
+    return Pair(prompt, _response(row, "chosen"), _response(row, "rejected"))
+
+
+def _response(row: Row, side: str) -> Message:
+    column = next((name for name in _RESPONSES[side] if name in row), side)
+    return answer(text_cell(row, column))
+
+
+def _history(row: Row) -> list[Message]:
+    """Pairs of instruction and answer."""
+    if not row.get("history"):
+        return []
+    messages = []
+    for turn in cell(row, "history"):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise BadRow("history: not a list of pairs of instruction and answer")
+        asked, said = (checked_text(text, "history") for text in turn)
+        messages += [question(asked), answer(said)]
+    return messages
+
+
+def _fits(row: Row) -> bool:
+    asks = not row.keys().isdisjoint((*_PROMPTS, "input")) and "prompt" not in row
+    return asks and all(
+        any(isinstance(row.get(column), str) for column in columns) for columns in _RESPONSES.values()
+    )
+
+
+FORMAT = Format(
+    name="instruction",
+    read=read,
+    fits=_fits,
+    columns=(*_PROMPTS, "input", "history", *_RESPONSES["chosen"], *_RESPONSES["rejected"]),
+    expects="instruction,chosen,rejected or instruction,chosen_response,rejected_response as texts",
+)

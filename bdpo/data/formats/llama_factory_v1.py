@@ -1,0 +1,34 @@
+"""LLaMA-Factory's messages format of version 1: two conversations whose contents are lists of parts."""
+
+from __future__ import annotations
+
+from bdpo.data.formats.base import Format, Pair, Row, has_columns, list_cell
+from bdpo.data.formats.messages import read_messages, split_conversations
+from bdpo.models.template import Message
+
+_COLUMNS = ("chosen_messages", "rejected_messages")
+
+
+def read(row: Row) -> Pair:
+    """Two conversations that share all but the last turn.
+
+    The `loss_weight` of a message says what supervised training learns; a preference is over the last turn.
+    """
+    chosen, rejected = (_conversation(row, column) for column in _COLUMNS)
+    return Pair(*split_conversations(chosen, rejected, _COLUMNS))
+
+
+def _conversation(row: Row, column: str) -> list[Message]:
+    messages = read_messages(list_cell(row, column), column)
+    for message in messages:
+        message.pop("loss_weight", None)  # type: ignore[typeddict-item]
+    return messages
+
+
+FORMAT = Format(
+    name="llama_factory_v1",
+    read=read,
+    fits=has_columns(*_COLUMNS),
+    columns=_COLUMNS,
+    expects="chosen_messages,rejected_messages",
+)

@@ -1,0 +1,47 @@
+"""The preference format whose messages are texts: CSV and some exports hold a list as its JSON or repr."""
+
+from __future__ import annotations
+
+import ast
+import json
+from typing import Any
+
+from bdpo.data.formats import preference
+from bdpo.data.formats.base import BadRow, Format, Pair, Row
+
+_COLUMNS = ("prompt", "chosen", "rejected")
+
+_LONGEST = 1_000_000  # characters; Python's parser takes memory out of proportion for more
+
+
+def read(row: Row) -> Pair:
+    """As the preference format, after the texts that are lists of messages are parsed."""
+    return preference.read({**row, **{name: _parsed(row[name], name) for name in _COLUMNS if name in row}})
+
+
+def is_stringified(text: str) -> bool:
+    """Whether a text is a list of messages, written as JSON or as Python writes it."""
+    begins = text.lstrip()[:64].replace(" ", "")
+    return begins.startswith(('[{"role"', "[{'role'", '[{"content"', "[{'content'"))
+
+
+def _parsed(value: Any, column: str) -> Any:
+    if not isinstance(value, str) or not is_stringified(value):
+        return value
+    if len(value) > _LONGEST:
+        raise BadRow(f"{column}: a list of messages of more than {_LONGEST} characters")
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    raise BadRow(f"{column}: neither JSON nor a Python list of messages")
+
+
+FORMAT = Format(
+    name="stringified",
+    read=read,
+    fits=lambda row: False,  # set explicitly, where a row of the preference format was refused
+    columns=_COLUMNS,
+    expects="prompt,chosen,rejected, each as the text of a list of messages",
+)

@@ -1,0 +1,55 @@
+"""Transcripts of `Human:` and `Assistant:` turns in one text, as HH-RLHF and Nectar have them."""
+
+from __future__ import annotations
+
+import re
+
+from bdpo.data.formats.base import BadRow, Row, text_cell
+from bdpo.models.template import Message
+
+_SPEAKERS = {"System": "system", "Human": "user", "Assistant": "assistant"}
+
+_FIRST = re.compile(r"\s*(System|Human|Assistant):")
+
+_BEGINS = re.compile(r"\s*(?:System:.*?\s)?Human:.*?\sAssistant:", re.DOTALL)
+
+# A system turn can only be the first; the same word later is text.
+_TURN = re.compile(r"(?:\A\s*(System|Human|Assistant)|\n\n(Human|Assistant)):")
+
+_TURN_OF_ONE_LINE_BREAK = re.compile(r"(?:\A\s*(System|Human|Assistant)|\n(Human|Assistant)):")
+
+
+def is_transcript(text: object) -> bool:
+    """Whether a value is a text that begins with a turn of Human: which one of Assistant: follows."""
+    return isinstance(text, str) and bool(_BEGINS.match(text))
+
+
+def begins_with_speaker(text: object) -> bool:
+    """Whether a value is a text that begins with the name of a speaker."""
+    return isinstance(text, str) and bool(_FIRST.match(text))
+
+
+def read_transcript(row: Row, column: str) -> list[Message]:
+    """The turns of a transcript, which a blank line parts, or a line break where no blank line does.
+
+    Raises:
+        BadRow: the text does not begin with the name of a speaker.
+    """
+    text = text_cell(row, column)
+    turns = _split(_TURN, text)
+    if len(turns) == 1 or (len(turns) == 2 and turns[0]["role"] == "system"):
+        turns = _split(_TURN_OF_ONE_LINE_BREAK, text)
+    if not turns:
+        raise BadRow(f"{column}: not a transcript of Human: and Assistant:")
+    return turns
+
+
+def _split(turn: re.Pattern[str], text: str) -> list[Message]:
+    before, *parts = turn.split(text)
+    if before.strip():
+        return []
+    speakers = (first or later for first, later in zip(parts[::3], parts[1::3], strict=True))
+    return [
+        Message(role=_SPEAKERS[speaker], content=content.strip())
+        for speaker, content in zip(speakers, parts[2::3], strict=True)
+    ]

@@ -1,0 +1,190 @@
+"""Pairs -> what the chat template writes -> token ids, many at a time.
+
+Most pairs are texts alone. Where a message or a row holds more (tools, tool calls, reasoning, arguments of
+the template), the template is asked whether it writes that: a template drops what it does not know without
+a word, and then the row would mean something else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+
+from bdpo.config import DataConfig
+from bdpo.data.containers import shown_name
+from bdpo.data.formats.base import BadRow, Pair
+from bdpo.models.template import Message
+from bdpo.models.tokenizer import ChatTokenizer, EncodedPair
+
+_PLAIN = {"role", "content"}
+
+# Keys of a message without which it means something else; any other is named in the account where unwritten.
+_MEANING = {
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "thoughts",
+    "images",
+    "image",
+    "audio",
+    "video",
+}
+
+_RESERVED = {"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"}
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A pair as the template writes it; both responses without the end of the turn."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    unwritten: set[str] = field(default_factory=set)  # message keys without effect
+
+
+def encode_pairs(
+    chat: ChatTokenizer, pairs: Sequence[Pair], data: DataConfig
+) -> list[tuple[EncodedPair, set[str]] | BadRow]:
+    """Token ids of each pair and its unwritten message keys, or why it cannot be used.
+
+    A response is cut on the right to what `max_length` leaves; a cut one has no end-of-turn token.
+    """
+    rendered = [_render_or_reason(chat, pair) for pair in pairs]
+    sound = [one for one in rendered if isinstance(one, Rendered)]
+    prompts = iter(chat.ids_of_texts([one.prompt for one in sound]))
+    answers = [text for one in sound for text in (one.chosen, one.rejected)]
+    ids = iter(chat.ids_of_texts(answers, continues=True))
+    return [
+        one
+        if isinstance(one, BadRow)
+        else _within_lengths(chat, EncodedPair(next(prompts), next(ids), next(ids)), data, one.unwritten)
+        for one in rendered
+    ]
+
+
+def _within_lengths(
+    chat: ChatTokenizer, ids: EncodedPair, data: DataConfig, unwritten: set[str]
+) -> tuple[EncodedPair, set[str]] | BadRow:
+    if len(ids.prompt) > data.max_prompt_length:
+        return BadRow("prompt: longer than max_prompt_length")
+    if ids.chosen == ids.rejected:
+        return BadRow("chosen equals rejected as the chat template writes them")
+    room = data.max_length - len(ids.prompt)
+    chosen, rejected = ([*side, chat.end_of_turn_id][:room] for side in (ids.chosen, ids.rejected))
+    if chosen == rejected:
+        return BadRow("chosen equals rejected within max_length")
+    return EncodedPair(ids.prompt, chosen, rejected), unwritten
+
+
+def _render_or_reason(chat: ChatTokenizer, pair: Pair) -> Rendered | BadRow:
+    try:
+        return render_pair(chat, pair)
+    except BadRow as reason:
+        return reason
+    except TemplateError:
+        return BadRow("prompt: refused by the chat template")
+
+
+def render_pair(chat: ChatTokenizer, pair: Pair) -> Rendered:
+    """The pair as the template writes it.
+
+    Raises:
+        BadRow: the template does not write something that changes what the row means.
+        jinja2.TemplateError: it refuses the conversation.
+    """
+    return _Rendering(chat, pair).rendered()
+
+
+class _Rendering:
+    """One pair behind the template, which is asked what it writes."""
+
+    def __init__(self, chat: ChatTokenizer, pair: Pair) -> None:
+        self.template = chat.template
+        self.pair = pair
+        self._refuse_control_tokens()
+        for name in pair.template_kwargs:
+            if name in _RESERVED or name not in chat.tokenizer.get_chat_template():
+                raise BadRow("chat_template_kwargs: holds an argument that the chat template does not read")
+        self.arguments = dict(pair.template_kwargs) | ({"tools": pair.tools} if pair.tools else {})
+        self.prompt = self._render(pair.prompt)
+        self.unwritten: set[str] = set()
+
+    def _render(self, turns: list[Message], generate: bool = True) -> str:
+        return self.template.render(turns, generate, self.arguments)
+
+    def rendered(self) -> Rendered:
+        """The pair, after the template was asked of everything that is not plain text."""
+        if self.pair.tools:
+            without = self.template.render(self.pair.prompt, True, self.arguments | {"tools": None})
+            if without == self.prompt:
+                raise BadRow("tools: not written by the chat template")
+        for index, message in enumerate(self.pair.prompt):
+            self._check_turn(index, message)
+            for key in message.keys() - _PLAIN:
+                without = self._render(_without(self.pair.prompt, index, key))
+                self._note("prompt", key, self.prompt != without)
+        chosen, rejected = self._response("chosen"), self._response("rejected")
+        return Rendered(self.prompt, chosen, rejected, self.unwritten)
+
+    def _check_turn(self, index: int, message: Message) -> None:
+        """Make sure that a turn is in what the template writes; it may write an assistant's in part alone."""
+        text = message["content"].strip()
+        if message["role"] == "assistant" or not text or text in self.prompt:
+            return
+        turns = list(self.pair.prompt)
+        turns[index] = {**message, "content": "x"}
+        if self._render(turns) == self.prompt:
+            raise BadRow(f"prompt: a {message['role']} turn is not written by the chat template")
+
+    def _note(self, column: str, key: str, is_written: bool) -> None:
+        """Refuse a key that means something and is not written; the account names any other."""
+        if not is_written:
+            if key in _MEANING:
+                raise BadRow(f"{column}: {key} is not written by the chat template")
+            self.unwritten.add(f"{column}[].{shown_name(key)}")
+
+    def _response(self, side: Literal["chosen", "rejected"]) -> str:
+        """A response as the template writes it after the prompt."""
+        message: Message = getattr(self.pair, side)
+        turns = [*self.pair.prompt, message]
+        others = message.keys() - _PLAIN
+        if others:
+            whole = self._conversation(turns)
+            for key in others:
+                self._note(side, key, whole != self._conversation(_without(turns, -1, key)))
+        if all(f"{side}[].{key}" in self.unwritten for key in others):
+            return self.template.response_text(message["content"])
+        if not whole.startswith(self.prompt):
+            raise BadRow(f"{side}: the chat template writes another prompt before an answer with such keys")
+        end = whole.rfind(self.template.assistant_turn.end)
+        return whole[len(self.prompt) : end if end >= len(self.prompt) else None]
+
+    def _refuse_control_tokens(self) -> None:
+        """Contents are guarded against control tokens; what else the template writes is not."""
+        extras = [
+            {key: value for key, value in message.items() if key not in _PLAIN}
+            for message in (*self.pair.prompt, self.pair.chosen, self.pair.rejected)
+        ]
+        written = [self.pair.tools, *extras, self.pair.template_kwargs]
+        if any(written) and self.template.holds_control_token(
+            json.dumps(written, ensure_ascii=False, default=str)
+        ):
+            raise BadRow(
+                "prompt: a control token of the chat template in tools, arguments or keys of a message"
+            )
+
+    def _conversation(self, turns: list[Message]) -> str:
+        return self._render(turns, generate=False)
+
+
+def _without(messages: list[Message], index: int, key: str) -> list[Message]:
+    turns: list[Any] = list(messages)
+    turns[index] = {name: value for name, value in turns[index].items() if name != key}
+    return turns

@@ -1,0 +1,178 @@
+"""Nothing that changes the meaning of a row vanishes: it is honoured, it is a reason, or it is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bdpo.config import DataConfig
+from bdpo.data.prepare import prepare
+from tests.support.chats import CHATML
+from tests.support.data_files import pair_row, write_jsonl
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Ulm"}}}
+
+KNOWS_ALL = (
+    "{% if tools %}<|header|>tools {{ tools | tojson }}\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}[{{ m.reasoning_content }}]{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}({{ c.function.name }}){% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ '!' if shout else '' }}{% endif %}"
+)
+
+
+def user(text="q"):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **others):
+    return {"role": "assistant", "content": text, **others}
+
+
+def conversation(prompt=None, chosen=None, rejected=None, **columns):
+    return {
+        "prompt": prompt or [user()],
+        "chosen": [chosen or assistant("yes")],
+        "rejected": [rejected or assistant("no")],
+        **columns,
+    }
+
+
+@pytest.fixture
+def prepare_with(tmp_path, make_chat, kept_pairs):
+    """prepare_with(template, rows): the account, and the text of each pair's three parts."""
+
+    def prepared(template, rows):
+        chat = make_chat(template)
+        file = write_jsonl(tmp_path / "rows.jsonl", [*rows, pair_row("sound")])
+        config = DataConfig(path=str(file), max_bad_fraction=1.0)
+        account = prepare(config, chat, tmp_path / "pairs", tmp_path / "private", 0)
+        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+        return account, [
+            [chat.tokenizer.decode(pair[name]) for name in columns] for pair in kept_pairs()[:-1]
+        ]
+
+    return prepared
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (conversation(tools=TOOLS), "tools: not written by the chat template"),
+        (conversation(tools=json.dumps(TOOLS)), "tools: not written by the chat template"),
+        (conversation(functions=TOOLS), "tools: not written by the chat template"),
+        (
+            conversation([user(), assistant("", tool_calls=[CALL]), user()]),
+            "prompt: tool_calls is not written by the chat template",
+        ),
+        (
+            conversation([user(), assistant("a", reasoning_content="hm"), user()]),
+            "prompt: reasoning_content is not written by the chat template",
+        ),
+        (
+            conversation(chosen=assistant("yes", reasoning_content="hm")),
+            "chosen: reasoning_content is not written by the chat template",
+        ),
+        (
+            conversation(chat_template_kwargs={"enable_thinking": False}),
+            "chat_template_kwargs: holds an argument that the chat template does not read",
+        ),
+        (
+            conversation(chat_template_kwargs={"messages": []}),
+            "chat_template_kwargs: holds an argument that the chat template does not read",
+        ),
+        (conversation(images=["a.png"]), "images: not empty, and only text is read"),
+        (
+            conversation([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}]),
+            "prompt: a content part is not text, and only text is read",
+        ),
+        (
+            conversation([{"role": "user", "content": [{"type": "poem", "text": "q"}]}]),
+            "prompt: unknown type of content part",
+        ),
+        (
+            conversation([{"role": "system", "content": "A"}, user()], system="B"),
+            "system: the conversation begins with another system turn",
+        ),
+        (conversation(tools="nope"), "tools: neither a list nor JSON of one"),
+        (conversation(tools={"a": 1}), "tools: wrong type"),
+        (conversation(tools=TOOLS, functions=[CALL]), "tools: tools and functions are two different lists"),
+    ],
+)
+def test_what_cannot_be_honoured_is_a_reason(prepare_with, row, reason):
+    account, kept = prepare_with(CHATML, [row])
+    assert (dict(account.quarantined), kept) == ({reason: 1}, [])
+
+
+def test_tools_are_written_by_a_template_that_knows_them(prepare_with):
+    _, kept = prepare_with(
+        KNOWS_ALL, [conversation(tools=TOOLS), conversation(tools=[]), conversation(tools=None)]
+    )
+    assert len(kept) == 2  # without tools the second and third are the same pair
+    assert "<|header|>tools" in kept[0][0]
+    assert "weather" in kept[0][0]
+    assert "tools" not in kept[1][0]
+
+
+def test_tool_calls_and_turns_of_tools_are_written(prepare_with, kept_pairs):
+    prompt = [
+        user(),
+        assistant("", tool_calls=[CALL]),
+        {"role": "tool", "content": "rain", "tool_call_id": "1"},
+    ]
+    account, kept = prepare_with(KNOWS_ALL, [conversation(prompt)])
+    assert "(weather)<|im_end|>\n<|im_start|>tool\nrain<|im_end|>" in kept[0][0]
+    assert account.sources[0].unread == {"prompt[].tool_call_id"}
+    assert json.loads(kept_pairs()[0]["context"])["messages"][1]["tool_calls"] == [CALL]
+
+
+def test_reasoning_of_a_response_is_written(prepare_with):
+    row = conversation(chosen=assistant("yes", reasoning_content="hm"))
+    _, kept = prepare_with(KNOWS_ALL, [row])
+    assert kept[0][1:] == ["[hm]yes<|im_end|>", "no<|im_end|>"]
+
+
+def test_arguments_of_a_row_reach_the_template(prepare_with):
+    _, kept = prepare_with(KNOWS_ALL, [conversation(chat_template_kwargs={"shout": True}), conversation()])
+    assert [prompt.endswith("assistant\n!") for prompt, _, _ in kept] == [True, False]
+
+
+def test_a_turn_that_the_template_drops_is_a_reason(prepare_with):
+    template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    account, _ = prepare_with(template, [pair_row(0, system="Be brief.")])
+    assert dict(account.quarantined) == {"prompt: a system turn is not written by the chat template": 1}
+
+
+def test_two_rows_that_differ_in_tools_alone_are_two_pairs(prepare_with, kept_pairs):
+    account, _ = prepare_with(KNOWS_ALL, [conversation(), conversation(tools=TOOLS)])
+    assert (account.kept, len({pair["pair_id"] for pair in kept_pairs()})) == (3, 3)
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_column_is_the_first_message(prepare_here, kept_pairs, column):
+    rows = [pair_row(0, **{column: "Be brief."}), pair_row(1, **{column: ""}), pair_row(2, **{column: None})]
+    rows.append(
+        pair_row(3, prompt=[{"role": "system", "content": "Be brief."}, user()], **{column: "Be brief."})
+    )
+    prepare_here(rows)
+    roles = [[message["role"] for message in pair["prompt"]] for pair in kept_pairs()]
+    assert roles == [["system", "user"], ["user"], ["user"], ["system", "user"]]
+
+
+def test_columns_and_keys_without_effect_are_named(prepare_here):
+    rows = [pair_row(0, note="x", score=1.0), conversation([user() | {"mood": "calm", "weight": None}])]
+    assert prepare_here(rows).sources[0].unread == {"note", "score", "prompt[].mood"}
+
+
+def test_the_name_of_a_column_cannot_move_the_cursor(prepare_here):
+    account = prepare_here([pair_row(0, **{"\x1b[2Jred": 1, "long" * 40: 2})])
+    assert all(name.isprintable() and len(name) < 70 for name in account.sources[0].unread)
+
+
+def test_a_pair_that_says_nothing_else_has_no_context(prepare_here, kept_pairs):
+    prepare_here([pair_row(0)])
+    assert kept_pairs()[0]["context"] is None
