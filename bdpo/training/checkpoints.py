@@ -158,7 +158,7 @@ def load_first_intact(
             # Each worker can judge its own part alone, but all must load the same checkpoint: one defect
             # anywhere makes every worker try the next one.
             found: list[str | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(found, _part_defect(Path(folder), dist.get_rank()))
+            dist.all_gather_object(found, part_defect(Path(folder), dist.get_rank()))
             defect = next(filter(None, found), None)
             if defect is None:
                 return _load(engine, Path(folder)), name, damaged
@@ -180,10 +180,10 @@ def checkpoint_defect(folder: StoragePath) -> str | None:
         workers = CheckpointPart.read(folder, 0).workers
     except (FileNotFoundError, ValueError):  # any other error is of the storage
         return "part-0.json is missing or damaged"
-    return next(filter(None, (_part_defect(folder, rank, hashes=False) for rank in range(workers))), None)
+    return next(filter(None, (part_defect(folder, rank, hashes=False) for rank in range(workers))), None)
 
 
-def _part_defect(folder: StoragePath, rank: int, hashes: bool = True) -> str | None:
+def part_defect(folder: StoragePath, rank: int, hashes: bool = True) -> str | None:
     """What is wrong with the part of one worker, None if it is as it was written."""
     name = f"part-{rank}.json"
     try:
