@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pyarrow as pa
 import pytest
@@ -17,6 +15,7 @@ from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
 from bdpo.storage.shards import ShardStore
 from pipelines.status import run_status
+from tests.support.commands import run_command
 from tests.support.helpers import tiny_config
 
 PAIRS = 20
@@ -104,24 +103,18 @@ def test_evaluation_half_way(run):
 
 
 def test_the_command(run, tmp_path):
-    def command(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "pipelines.status", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=1200,
-        )
-
     prepare(run)
     before = sorted(run.root.rglob("*"))
-    shown = command(str(run.root))
-    assert shown.returncode == 0, shown.stderr
-    assert "not begun" in shown.stdout
-    assert json.loads(command(str(run.root), "--json").stdout) == [s.as_json() for s in run_status(run)]
+    shown = run_command("pipelines.status", run.root)
+    assert shown.code == 0, shown.err
+    assert "not begun" in shown.out
+    assert json.loads(run_command("pipelines.status", run.root, "--json").out) == [
+        s.as_json() for s in run_status(run)
+    ]
     assert sorted(run.root.rglob("*")) == before
-    missing = command(str(tmp_path / "nothing"))
-    assert missing.returncode == 2
-    assert missing.stderr.startswith("error: ")
+    missing = run_command("pipelines.status", tmp_path / "nothing")
+    assert missing.code == 2
+    assert missing.err.startswith("error: ")
 
 
 def test_trainings_of_experiments_are_counted(tmp_path):

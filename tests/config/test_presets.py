@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -25,6 +23,7 @@ from pipelines.prepare import Prepare
 from pipelines.runtime import plan_table as plan
 from tests.support import ROOT
 from tests.support.chats import CHATML, MISTRAL, byte_tokenizer
+from tests.support.commands import run_command
 from tests.support.training import launch, results
 
 CONFIGS = ROOT / "pipelines" / "configs"
@@ -156,10 +155,7 @@ def test_the_command_with_dry_run_leaves_no_run_folder(twins, tmp_path):
     config = twins["qwen2-7b"]
     file, run_dir = tmp_path / "config.yaml", tmp_path / "run"
     file.write_text(config.to_yaml())
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines.train", "--config", file, "--dry-run", f"run_dir={run_dir}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "memory of each worker" in done.stdout
+    done = run_command("pipelines.train", "--config", file, "--dry-run", f"run_dir={run_dir}")
+    assert done.code == 0, done.err
+    assert "memory of each worker" in done.out
     assert not run_dir.exists()
