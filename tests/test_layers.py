@@ -23,10 +23,10 @@ ROOMS = (
     "training",
     "evaluation",
     "variants",
-    "experiments",
     "search",
     "cluster",
     "reports",
+    "experiments",
 )
 """The rooms of `bdpo` from the top down: a room may import those before it, and no other."""
 

@@ -3,14 +3,12 @@
     python -m tune.search --config pipelines/configs/tune-sandbox.yaml [section.key=value ...]
 
 Scores once (or finds the scores), runs the trials of `tune.space` with early stopping at rungs, evaluates
-the best on prompts that no trial was judged by, and writes <run_dir>/tune: results.parquet, best.yaml (a
-config for pipelines.run), summary.json and figures. The same command after a kill goes on where it stopped.
+the best on prompts that no trial was evaluated on, and writes <run_dir>/tune: results.parquet, best.yaml (a
+config for pipelines.run), summary.json and figures. The same command after a kill resumes.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,10 +16,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.live import Live
-from rich.table import Table
 
-from bdpo.cluster.placement import max_concurrent
 from bdpo.cluster.status import StageStatus
 from bdpo.config import Config, TuneConfig
 from bdpo.config.derive import part_of, trial_config
@@ -40,11 +35,9 @@ from bdpo.search.trials import Trial, check_rungs, end_of, results_table, winner
 from bdpo.storage.manifests import Fingerprint, read_manifest, write_manifest
 from bdpo.storage.paths import (
     StoragePath,
-    arrow_filesystem,
     discard,
     open_parquet,
     parquet_bytes,
-    read_bytes,
     write_bytes,
     write_text,
 )
@@ -54,41 +47,44 @@ from bdpo.variants.objective import check_measured, check_measures
 from pipelines.evaluate import EvaluateBase, EvaluateTrained, print_comparison
 from pipelines.prepare import Prepare
 from pipelines.runtime.cli import Command
-from pipelines.runtime.cluster import cluster_nodes, connect
 from pipelines.runtime.progress import console
 from pipelines.runtime.stage import Stage, check_inputs
+from pipelines.runtime.variants import Limits, require_room, run_variants
 from pipelines.score import Score
 from pipelines.train import train_fingerprint
+from tune.trial import Trials
 
 if TYPE_CHECKING:
     from bdpo.cluster.preflight import Check
 
-# Where and how often is not what: these keys may change between a kill and the resume.
+# These keys do not change what is searched: they may differ between a kill and the resume.
 _FREE = {"num_samples", "max_concurrent_trials", "max_failures"}
 
 
 def run_search(config: Config, run: RunDir) -> None:
-    """Run the trials that are missing, then write and print what came of all of them."""
+    """Run the trials that are missing, then write and print the results of all of them."""
     _refuse_early(config, run)
     Prepare(config, run).complete()
     sweep = Sweep(config, run, sweep_fingerprint(config, run))
     sweep.refuse_other()
     todo = sweep.todo()
-    concurrent = _require_room(config, run) if todo else 0
+    of, share = number_of_trials(config.tune), config.evaluate.gpus_per_worker
+    concurrent = require_room(config, run, of, "tune.max_concurrent_trials", share) if todo else 0
     if config.data.select is None:  # how many pairs it keeps is known when they are scored
         check_rungs(config, count_pairs(run.pairs))
     Score(config, run).complete()
     check_rungs(config, training_rows(config, run).num_rows)
     sweep.begin()
     sweep.reopen()
-    base_scores = _base_scores(config, run.part("tune", "base", "search"))
+    trials = Trials(sweep, _base_scores(config, run.part("tune", "base", "search")))
     if todo:
-        _run_trials(sweep, base_scores, todo, concurrent)
+        run_variants(trials, run.tune, todo, Limits(concurrent, config.tune.max_failures, share))
+    console.print(trials.table())
     _finish(sweep)
 
 
 def _refuse_early(config: Config, run: RunDir) -> None:
-    """What would stop a trial, or the report, stops the sweep before its first."""
+    """Refuse, before the first trial, what would end a trial or the report."""
     check_space(config)
     check_measures(config)
     check_inputs([Prepare(config, run)])
@@ -99,10 +95,10 @@ def _refuse_early(config: Config, run: RunDir) -> None:
 
 
 def _base_scores(config: Config, base: RunDir) -> pa.Table:
-    """What trials are compared with; made sure that at every rung there is something to compare.
+    """The scores of the base model, with which trials are compared on the prompts of every rung.
 
     Raises:
-        UserError: there is not.
+        UserError: the base model cannot be measured on the prompts of a rung.
     """
     summary = EvaluateBase(part_of(config, "search"), base).complete()
     if not summary.valid:
@@ -121,7 +117,7 @@ def _base_scores(config: Config, base: RunDir) -> pa.Table:
 
 
 def sweep_fingerprint(config: Config, run: RunDir) -> Fingerprint:
-    """Everything that trials and their comparison depend on, field by field."""
+    """Everything that the trials and their comparison depend on, field by field."""
     tune = config.tune.model_dump(exclude=_FREE | {"space"})
     space = config.tune.model_dump(include={"space"})["space"]
     evaluate = {
@@ -141,105 +137,10 @@ def sweep_fingerprint(config: Config, run: RunDir) -> Fingerprint:
     }
 
 
-def _require_room(config: Config, run: RunDir) -> int:
-    """How many trials run at a time; a cluster that can hold none is refused before anything is scored."""
-    from pipelines.preflight import refuse_what_does_not_fit
-    from pipelines.runtime.plan_table import require_memory
-
-    require_memory(config)
-    refuse_what_does_not_fit(config, run)
-    most, of = config.tune.max_concurrent_trials, number_of_trials(config.tune)
-    share = config.evaluate.gpus_per_worker
-    return max_concurrent(config, cluster_nodes(), of, most, "tune.max_concurrent_trials", share)
-
-
-def _run_trials(sweep: Sweep, base_scores: pa.Table, todo: int, concurrent: int) -> None:
-    # Tune's own files, tables and tracebacks would say again what the sweep's files and table say.
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune would return, as if the sweep were done
-    connect()
-    from ray import tune
-    from ray.tune import CheckpointConfig, FailureConfig, PlacementGroupFactory, RunConfig, Tuner
-
-    from tune.secrets import keep_secrets
-    from tune.steering import Failures, Suggestions, Survival
-    from tune.trial import TrialActor
-
-    keep_secrets()
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    actor = tune.with_parameters(TrialActor, sweep=sweep, base_scores=base_scores)
-    discard(sweep.run.tune / "ray")
-    filesystem, storage_path = arrow_filesystem(sweep.run.tune)
-    tuner = Tuner(
-        tune.with_resources(actor, PlacementGroupFactory([driver_resources(sweep.config)])),
-        tune_config=tune.TuneConfig(
-            search_alg=Suggestions(sweep),
-            scheduler=Survival(sweep),
-            num_samples=todo,
-            max_concurrent_trials=concurrent,
-            reuse_actors=True,
-        ),
-        run_config=RunConfig(
-            name="ray",
-            storage_path=storage_path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=sweep.config.tune.max_failures),
-            checkpoint_config=CheckpointConfig(checkpoint_at_end=False),  # trials keep their own
-            callbacks=[Failures(sweep)],
-            verbose=0,
-        ),
-    )
-    console.print(f"[bold]trials[/]    {todo} to do, {concurrent} at the same time")
-    with Live(
-        get_renderable=lambda: trials_table(sweep),
-        console=console,
-        refresh_per_second=1,
-        transient=True,
-    ):
-        tuner.fit()
-    discard(sweep.run.tune / "ray")
-
-
-def driver_resources(config: Config) -> dict[str, float]:
-    """What the driver of a trial holds: its share of a GPU to evaluate with.
-
-    Without one it stays on the head node, which no autoscaler takes away.
-    """
-    gpus = config.evaluate.gpus_per_worker
-    return {"CPU": 0, "GPU": gpus} if gpus else {"CPU": 0, "node:__internal_head__": 0.001}
-
-
-def trials_table(sweep: Sweep) -> Table:
-    """Every trial as it stands: parameters, how far it is, and what its last rung showed, in percent."""
-    trials, settings = sweep.trials(), sweep.config.tune
-    best = winner(trials, settings)
-    table = Table(caption=f"{settings.metric}, {settings.constraint} on the prompts of the search, percent")
-    keys = [key.rpartition(".")[2] for key in settings.space]
-    for column in ("trial", *keys, "status", "step", "safety", "compliance", "allowed"):
-        table.add_column(column, justify="left" if column in ("trial", "status") else "right")
-    for trial in trials:
-        last = trial.rungs[-1].measured if trial.rungs else None
-        numbers = ("", "", "")
-        if last is not None:
-            allowed = last.base - settings.max_over_refusal
-            shown = (last.objective.known, last.constrained.known, allowed)
-            numbers = tuple(f"{100 * value:.1f}" for value in shown)  # type: ignore[assignment]
-        params = [trial.params[key] for key in settings.space]
-        values = [f"{v:g}" if isinstance(v, float) else str(v) for v in params]
-        log = sweep.folder(trial.name).metrics
-        steps = read_bytes(log).count(b"\n") if log.exists() else 0  # a line a step
-        style = "bold green" if best and trial.name == best.name else None
-        table.add_row(trial.name, *values, end_of(trial, trials, settings), str(steps), *numbers, style=style)
-    return table
-
-
 def _finish(sweep: Sweep) -> None:
-    """The best trial and the base on prompts that no trial was judged by; table, figures and best.yaml."""
+    """Evaluate the best trial and the base model on the held-out prompts; write table, figures, best.yaml."""
     run, trials, settings = sweep.run, sweep.trials(), sweep.config.tune
     results, best = results_table(trials, settings), winner(trials, settings)
-    console.print(trials_table(sweep))
     _print_failures(trials)
     write_bytes(run.tune / "results.parquet", parquet_bytes(results))
     shown = read_evaluation(run.part("tune", "base", "search").eval("base"))
@@ -258,7 +159,7 @@ def _finish(sweep: Sweep) -> None:
 
 
 def _report_held_out(sweep: Sweep, best: Trial) -> None:
-    """Evaluate the best and the base where no trial was judged; ends the command if that is invalid."""
+    """Evaluate the best trial and the base model on the held-out prompts; exit with 1 if that is invalid."""
     run, chosen = sweep.run, sweep.folder(best.name)
     base, held_out = run.part("tune", "base", "held_out"), part_of(sweep.config_of(best), "held_out")
     summaries = {
@@ -281,7 +182,7 @@ def _report_held_out(sweep: Sweep, best: Trial) -> None:
 
 
 def _why_none(trials: Sequence[Trial], settings: TuneConfig) -> str:
-    """Why no trial is the best."""
+    """Why the search has no best trial."""
     ends = Counter(end_of(trial, trials, settings) for trial in trials)
     if ends[End.COMPLETED]:
         bound = settings.max_over_refusal
@@ -298,14 +199,14 @@ def _print_failures(trials: Sequence[Trial]) -> None:
 
 
 def _best_config(sweep: Sweep, best: Trial) -> Config:
-    """What `pipelines.run` takes: trains the best trial again and evaluates it on the held-out prompts."""
+    """A config for `pipelines.run`: the best trial, trained again and evaluated on the held-out prompts."""
     config = trial_config(sweep.config, best.params, f"{sweep.run.root}-best")
     evaluate = config.evaluate.model_copy(update={"part": "held_out"})
     return config.model_copy(update={"evaluate": evaluate, "tune": TuneConfig()})
 
 
 class Search(Stage):
-    """The sweep of a run folder: its trials, and the best of them."""
+    """The search in a run folder: its trials, and the best of them."""
 
     name = "search"
 
@@ -319,7 +220,7 @@ class Search(Stage):
         return [self.run.tune, self.run.private / "tune"]
 
     def complete(self) -> None:
-        """Run the trials that are missing, and sum them up."""
+        """Run the trials that are missing, and write the results of all."""
         run_search(self.config, self.run)
 
     def status(self) -> StageStatus:

@@ -1,9 +1,8 @@
-"""A trial, as Ray Tune runs it: an actor that lets Ray Train train, and evaluates at every rung.
+"""The trials of a search as the engine runs them: Ray Train trains, and every rung is evaluated.
 
-The training workers stay alive from rung to rung: they hand the model over, and wait while this actor
-evaluates it with its own share of the cluster (`evaluate.gpus_per_worker`; processor time is that of the
-training, which waits). The actor itself is kept for the next trial. Whatever it finds done it does not do
-again, so a trial that is begun anew goes on where the last one was killed.
+The training workers stay alive from rung to rung: they export the model, and wait while the process of the
+trial evaluates it with its own share of a GPU (`evaluate.gpus_per_worker`; it uses the CPUs of the workers,
+which are idle). What is done already is not done again, so a trial that is run again resumes where it ended.
 """
 
 from __future__ import annotations
@@ -11,84 +10,93 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ray import tune
+from rich.table import Table
 
 from bdpo.config.derive import part_of
 from bdpo.evaluation.tables import invalid_lines
 from bdpo.scoring.selection import training_rows
 from bdpo.search.sweep import Sweep
-from bdpo.search.trials import rung_steps
+from bdpo.search.trials import end_of, is_promoted, rung_steps, winner
 from bdpo.storage.cache import drop_local_copy
-from bdpo.storage.paths import open_parquet
+from bdpo.storage.paths import open_parquet, read_bytes
 from bdpo.training.batches import plan_without_lengths
 from bdpo.training.rungs import Rungs
 from bdpo.variants.ends import End, Failure
 from bdpo.variants.objective import InvalidEvaluation, measure
 from pipelines.evaluate import Evaluate
-from pipelines.runtime.faults import in_a_line, own_fault
 from pipelines.runtime.fit import fit
 from pipelines.runtime.pool import InProcess
 from pipelines.train import train_fingerprint
 
 
-class TrialActor(tune.Trainable):
-    """`config` is `{"trial": its name}`; one call of `step` is one rung."""
+@dataclass(frozen=True)
+class Trials:
+    """The trials of a search, for `pipelines.runtime.variants`."""
 
-    def setup(  # type: ignore[override]
-        self, config: dict[str, Any], sweep: Sweep, base_scores: pa.Table
-    ) -> None:
-        """Called once for each actor; of what fails in here, or in `reset_config`, Tune retries nothing."""
-        self.sweep, self.base_scores = sweep, base_scores
-        self.name: str = config["trial"]
-        self.runner: TrialRunner | None = None
+    sweep: Sweep
+    base_scores: pa.Table
+    """Per-item scores of the base model on the prompts of the search."""
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The next trial takes over this actor, at its first step."""
-        self.name = new_config["trial"]
-        return True
+    title = "trials"
 
-    def step(self) -> dict[str, Any]:
-        """Train to the next rung and evaluate there; a fault of the trial's own is recorded and ends it.
+    def open_names(self) -> list[str]:
+        """Trials that are begun and not at their end."""
+        return [trial.name for trial in self.sweep.open_trials()]
 
-        Raises:
-            Exception: any other fault; Tune begins the trial again, `tune.max_failures` times.
-        """
-        try:
-            return self._runner_of_trial().next_rung()
-        except InvalidEvaluation as error:
-            self.sweep.record_failure(self.name, Failure(End.INVALID, str(error)))
-        except Exception as error:
-            fault = own_fault(error)
-            if fault is None:
-                if self.runner is not None:
-                    self.runner.stop_training()  # another actor is about to begin it again
-                raise
-            self.sweep.record_failure(self.name, Failure(End.FAILED, in_a_line(fault)))
-        return {"done": True}
+    def missing(self) -> int:
+        """How many trials are not yet suggested."""
+        return self.sweep.missing()
 
-    def cleanup(self) -> None:
-        """The actor ends."""
-        if self.runner is not None:
-            self.runner.end()
+    def next_name(self) -> str:
+        """The name of the next trial; its parameters are on disk."""
+        return self.sweep.suggest().name
 
-    def _runner_of_trial(self) -> TrialRunner:
-        if self.runner is None or self.runner.trial.name != self.name:
-            if self.runner is not None:
-                self.runner.end()
-            self.runner = None  # what fails from here on is not the fault of the trial before
-            self.runner = TrialRunner(self.sweep, self.name, self.base_scores)
-        return self.runner
+    def runner(self, name: str) -> TrialRunner:
+        """What runs the trial of this name."""
+        return TrialRunner(self.sweep, name, self.base_scores)
+
+    def is_promoted(self, name: str) -> bool:
+        """Whether ASHA promotes the trial from the rung that it has reached."""
+        return is_promoted(self.sweep.trial(name), self.sweep.trials(), self.sweep.config.tune)
+
+    def record_failure(self, name: str, failure: Failure) -> None:
+        """Record that a trial has no result."""
+        self.sweep.record_failure(name, failure)
+
+    def table(self) -> Table:
+        """Every trial: its parameters, how far it is, and the results of its last rung in percent."""
+        trials, tune = self.sweep.trials(), self.sweep.config.tune
+        best = winner(trials, tune)
+        table = Table(caption=f"{tune.metric}, {tune.constraint} on the prompts of the search, percent")
+        keys = [key.rpartition(".")[2] for key in tune.space]
+        for column in ("trial", *keys, "status", "step", "safety", "compliance", "allowed"):
+            table.add_column(column, justify="left" if column in ("trial", "status") else "right")
+        for trial in trials:
+            numbers = [""] * 3
+            if trial.rungs:
+                last = trial.rungs[-1].measured
+                bound = last.base - tune.max_over_refusal
+                shown = (last.objective.known, last.constrained.known, bound)
+                numbers = [f"{100 * value:.1f}" for value in shown]
+            params = [trial.params[key] for key in tune.space]
+            values = [f"{v:g}" if isinstance(v, float) else str(v) for v in params]
+            log = self.sweep.folder(trial.name).metrics
+            steps = read_bytes(log).count(b"\n") if log.exists() else 0  # one line a step
+            end = end_of(trial, trials, tune)
+            style = "bold green" if best and trial.name == best.name else None
+            table.add_row(trial.name, *values, end, str(steps), *numbers, style=style)
+        return table
 
 
 class TrialRunner:
-    """A trial on its way up the rungs, as far as this process takes it."""
+    """A trial in the process that runs it, rung by rung."""
 
     def __init__(self, sweep: Sweep, name: str, base_scores: pa.Table) -> None:
-        self.sweep, self.base_scores = sweep, base_scores
+        self.sweep, self.name, self.base_scores = sweep, name, base_scores
         self.trial = sweep.trial(name)
         self.trial_run, self.settings = sweep.folder(name), sweep.config_of(self.trial)
         self.trial_run.record(self.settings)
@@ -101,14 +109,14 @@ class TrialRunner:
         if not self.trial_run.has_model():
             self.rungs.withdraw_export()
 
-    def next_rung(self) -> dict[str, Any]:
-        """Train to it and record what the model shows there; returns what Tune is told.
+    def next_rung(self) -> bool:
+        """Train to the next rung, evaluate there and record the results; whether it was the last rung.
 
         Raises:
-            InvalidEvaluation: too many verdicts are missing.
+            InvalidEvaluation: too many verdicts are missing; they alone are asked for when it is retried.
         """
-        if self.sweep.end_of(self.trial) != End.OPEN:  # the actor before died before Tune knew of its end
-            return {"trial": self.trial.name, "done": True}
+        if self.sweep.end_of(self.trial) != End.OPEN:  # the process before died between record and report
+            return True
         number = len(self.trial.rungs)
         step, last = self.rungs.steps[number], number + 1 == len(self.rungs.steps)
         started = time.time()
@@ -127,24 +135,24 @@ class TrialRunner:
         measured = measure(self.settings.tune, scores, self.base_scores)
         seconds = {"train_seconds": trained - started, "evaluate_seconds": time.time() - trained}
         self.sweep.record_rung(self.trial, step, measured, **seconds)
-        self.trial = self.sweep.trial(self.trial.name)
-        return {"trial": self.trial.name, "rung": number, "score": measured.score, "done": last}
+        self.trial = self.sweep.trial(self.name)
+        return last
 
     def stop_training(self) -> None:
-        """Let the workers go."""
+        """Let the training workers end."""
         if self.training is not None:
             self.rungs.stop()
             self.training.join()
             self.training = None
 
     def end(self) -> None:
-        """Leave the trial as it stands."""
+        """End the training and remove what the ended trial no longer requires."""
         self.stop_training()
-        with suppress(Exception):  # what is not tidied now is when the sweep ends; the next trial can begin
-            self.sweep.tidy(self.trial.name)
+        with suppress(Exception):  # the next trial must begin; what remains is removed when the search ends
+            self.sweep.tidy(self.name)
 
     def _train_to(self, step: int) -> None:
-        """Wait for the model after `step` steps, and let it be trained if nobody does."""
+        """Wait for the model after `step` steps; begin the training if it does not run."""
         if self.rungs.exported(step):
             return
         if self.training is None:

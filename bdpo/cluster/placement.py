@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from bdpo.config import Config
+from bdpo.config.derive import value_at
 from bdpo.errors import UserError
 
 Nodes = Sequence[tuple[int, Mapping[str, float]]]
@@ -19,10 +20,8 @@ _ACCELERATOR = "accelerator_type:"
 _ROUNDING = 1e-9  # tolerance for sums of GPU shares
 
 
-def max_concurrent(
-    config: Config, nodes: Nodes | None, todo: int, limit: int | None, key: str, share: float = 0.0
-) -> int:
-    """How many of `todo` variants the nodes hold at the same time, at most `limit`, the value of `key`.
+def max_concurrent(config: Config, nodes: Nodes | None, todo: int, key: str, share: float = 0.0) -> int:
+    """How many of `todo` variants the nodes hold at the same time, at most the value of `key`.
 
     An arm holds its training workers, and after the training what its evaluation requires. A trial returns
     to its training after every evaluation. It therefore holds, beside its workers, `share` of a GPU for the
@@ -32,6 +31,7 @@ def max_concurrent(
     Raises:
         UserError: the nodes hold not even one; the message shows the arithmetic.
     """
+    limit: int | None = value_at(config, key)
     if nodes is None:
         if limit is None:
             raise UserError(f"{key}: set it; what this cluster may grow to is known to KubeRay alone")

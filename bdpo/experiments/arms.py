@@ -29,10 +29,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Record:
-    """What an experiment was last run with, `<run_dir>/experiments/<name>/experiment.json`.
+    """What an experiment was last run with: `<run_dir>/experiments/<name>/experiment.json`.
 
-    `arms` are as they were trained, `trials` the arms of the search for their learning rates, `notes` what
-    the reader of the results has to know.
+    `arms` are the arms as they were trained, `trials` those of the search for their learning rates, `notes`
+    what a reader of the results has to know.
     """
 
     config: Config
@@ -41,40 +41,40 @@ class Record:
     notes: tuple[str, ...] = ()
 
     def write(self, folder: StoragePath) -> None:
-        """Keep it in the experiment's folder."""
+        """Write the record into the folder of the experiment."""
         arms = {name: [asdict(arm) for arm in getattr(self, name)] for name in ("arms", "trials")}
         write_manifest(folder / RECORD, {}, config=self.config.model_dump(), **arms, notes=self.notes)
 
     @classmethod
     def read(cls, folder: StoragePath) -> Record:
-        """Find it again.
+        """Read the record in the folder of an experiment.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none; the experiment was never run.
         """
         file = folder / RECORD
         values = read_manifest(file)
         if values is None:
             command = f"python -m pipelines.experiment {folder.name}"
-            raise UserError(f"{file}: not there; run `{command}` first")
+            raise UserError(f"{file}: not found; run `{command}` first")
         arms, trials = (tuple(Arm(**arm) for arm in values[name]) for name in ("arms", "trials"))
         return cls(parse_config(values["config"], str(file)), arms, trials, tuple(values["notes"]))
 
 
-def _method(name: str, config: Config) -> Params:
-    """A method with the run's settings where it has them, see `bdpo.config.derive.with_method`."""
-    return {"method.name": name, "method.beta": _as_the_run(name, config).method.beta}
-
-
-def _as_the_run(name: str, config: Config) -> Config:
-    """The run's config with another method."""
+def as_method(config: Config, name: str) -> Config:
+    """The config of the run with another method, see `bdpo.config.derive.with_method`."""
     return trial_config(config, {"method.name": name}, config.run_dir)
+
+
+def method_params(name: str, config: Config) -> Params:
+    """A method with the settings of the run where it has them."""
+    return {"method.name": name, "method.beta": as_method(config, name).method.beta}
 
 
 def arm_run(config: Config, run: RunDir, arm: Arm, seed: int) -> tuple[Config, RunDir]:
     """The config and the run folder of an arm at a seed.
 
-    The pairs are those of the run; so are the scores, unless the arm wants another unconditional context.
+    The pairs are those of the run; so are the scores, unless the arm has another unconditional context.
     """
     folder = run.part("experiments", _on_part("arms", config), arm_folder(config, arm), f"seed-{seed}")
     settings = trial_config(config, arm.params, str(folder.root), f"arm {arm.name}")
@@ -84,30 +84,30 @@ def arm_run(config: Config, run: RunDir, arm: Arm, seed: int) -> tuple[Config, R
 
 
 def arm_folder(config: Config, arm: Arm) -> str:
-    """`bdpo-alpha-2.0`: the method, and whatever the arm has otherwise than the run would have it."""
+    """`bdpo-alpha-2.0`: the method, and every key in which the arm differs from the run with that method."""
     method: str = arm.params["method.name"]
-    as_the_run = _as_the_run(method, config)
+    unchanged = as_method(config, method)
     changed = [
         f"{key.rpartition('.')[2]}-{json.dumps(value)}"
         for key, value in arm.params.items()
-        if value != value_at(as_the_run, key)
+        if value != value_at(unchanged, key)
     ]
     return re.sub(r"[^A-Za-z0-9._+]+", "-", "-".join([method, *changed])).replace("+", "").strip("-")
 
 
 def base_run(config: Config, run: RunDir) -> RunDir:
-    """Where the base model is evaluated: with the run, or apart where it is on a part of the prompts."""
+    """The folder of the base model's evaluation: the run, or a folder of its own on a part of the prompts."""
     return run if config.evaluate.part == "all" else run.part("experiments", _on_part("base", config))
 
 
 def _on_part(name: str, config: Config) -> str:
-    """A folder's name; what is evaluated on a part of the prompts is kept apart."""
+    """The name of a folder; evaluations on a part of the prompts have folders of their own."""
     part = config.evaluate.part
     return name if part == "all" else f"{name}-{part}"
 
 
 def run_at(root: StoragePath) -> RunDir:
-    """The run folder at a path: one of its own, or that of an arm or a trial, with the pairs of its run."""
+    """The run folder at a path; the folder of an arm or a trial has the pairs of the run around it."""
     if (root / "data").is_dir():
         return RunDir(root)
     names, around = [root.name], root.parent
@@ -130,7 +130,7 @@ def context_scores(run: RunDir, context: str) -> StoragePath:
 
 
 def experiment_results(run: RunDir, name: str) -> list[StoragePath]:
-    """All that an experiment makes, with what it shares with the run and with other experiments."""
+    """All outputs of an experiment, those included that it shares with the run and with other experiments."""
     shared = [
         folder
         for experiments in (run.root / "experiments", run.private / "experiments")
@@ -142,7 +142,7 @@ def experiment_results(run: RunDir, name: str) -> list[StoragePath]:
 
 
 def rescored(config: Config, run: RunDir) -> tuple[Config, RunDir]:
-    """The config and the folder under which an arm's trained model scores the pairs of the run."""
+    """The config and the folder with which the trained model of an arm scores the pairs of the run."""
     folder = run.part()
     folder.scores = run.root / "rescored"
     return config.model_copy(update={"model": evaluated_model(config, run, "trained").model}), folder

@@ -1,127 +1,130 @@
-"""The paper's experiments as arms: what each changes of a run's config, and what its results say.
+"""The paper's experiments: what each changes of a run's config.
 
 An arm is trained once for each seed, on the pairs and scores of the run, in a folder that all experiments
-share: it is called after what is trained, so that DPO is trained once and not once an experiment.
+share: it is named after what is trained, so DPO is trained once and not once for every experiment.
 
-    <run_dir>/experiments/arms/<arm>/seed-0/       a run folder: config.yaml, metrics.jsonl, model/, eval/,
-                                                   rescored/ of `displacement`
+    <run_dir>/experiments/arms/<arm>/seed-0/       a run folder: config.yaml, metrics.jsonl, model/, eval/;
+                                                   rescored/ if an experiment `rescores`, failed.json if it
+                                                   has no result
     <run_dir>/experiments/arms-search/, arms-held_out/, base-*/   the same on a part of the prompts
     <run_dir>/experiments/context-bos/             the pairs' scores with another unconditional context
     <run_dir>/experiments/<name>/experiment.json   what it was run with, see `Record`
     <run_dir>/experiments/<name>/results.csv       a row for each arm and measure, with its interval
     <run_dir>/experiments/<name>/differences.csv   how every two arms differ
-    <run_dir>/experiments/<name>/rates.csv         of a search for learning rates: what each rate showed
-    <run_dir>/experiments/<name>/displacement.csv  of `displacement`: what became of the pairs' log-probs
+    <run_dir>/experiments/<name>/rates.csv         of a search for learning rates: the results of each rate
+    <run_dir>/experiments/<name>/<finding>.csv     results of the experiment's own, see `Finding`
     <run_dir>/experiments/<name>/*.png             the figures
     <run_dir>/experiments/<name>/report.html       all of it on one page
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import pyarrow as pa
 
 from bdpo.config import Config
 from bdpo.config.derive import value_at
 from bdpo.errors import UserError
-from bdpo.experiments.arms import Arm, _method
+from bdpo.experiments.arms import Arm, method_params
+from bdpo.experiments.displacement import DISPLACEMENT
+from bdpo.experiments.experiment import Experiment, Finding
+from bdpo.experiments.jobs import Job
+from bdpo.reports.scores import mi_imbalance
+from bdpo.scoring.scores import finished_scores
+from bdpo.storage.run_dir import RunDir
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """What is compared with what. The first arm is the one that all others are tested against."""
-
-    title: str
-    question: str
-    arms: tuple[Arm, ...]
-    axis: str | None = None  # the key that the arms vary, where its values make a curve
-    displaced: bool = False  # whether the trained models say what became of the pairs' log-probs
+def _imbalance(run: RunDir, trained: Sequence[Job]) -> list[Finding]:
+    """The table behind Figure 2; the page shows the figure of every run's scores."""
+    return [Finding("results", pa.Table.from_pylist([asdict(row) for row in mi_imbalance(finished_scores(run)[1])]))]
 
 
-def experiment(name: str, config: Config) -> Experiment:
-    """The experiment of this name for a run; see `EXPERIMENTS`."""
-    return EXPERIMENTS[name](config)
+IMBALANCE = Experiment(
+    "Imbalanced understanding (Figure 2)",
+    "Does the reference model understand one response of a pair better than the other?",
+    findings=_imbalance,
+)
 
 
-def _imbalance(config: Config) -> Experiment:
-    return Experiment(
-        "Imbalanced understanding (Figure 2)",
-        "Does the reference model understand one response of a pair better than the other?",
-        (),
-    )
-
-
-def _balanced_subset(config: Config) -> Experiment:
+def _halves(config: Config) -> tuple[Arm, ...]:
     if config.data.select:
         raise UserError("data.select: balanced-subset selects halves of all pairs; leave it out")
-
-    def half(name: str, *bounds: float) -> Arm:
-        return Arm(name, _method("dpo", config) | {"data.select": {"mi_difference": list(bounds)}})
-
-    return Experiment(
-        "Balanced and imbalanced pairs (Figures 3 and 4)",
-        "Does plain DPO do better on the half of the pairs whose responses are understood alike?",
-        (half("balanced", 0.0, 0.5), half("imbalanced", 0.5, 1.0)),
-    )
+    bounds = {"balanced": [0.0, 0.5], "imbalanced": [0.5, 1.0]}
+    dpo = method_params("dpo", config)
+    return tuple(Arm(name, dpo | {"data.select": {"mi_difference": half}}) for name, half in bounds.items())
 
 
-def _methods(config: Config) -> Experiment:
+BALANCED_SUBSET = Experiment(
+    "Balanced and imbalanced pairs (Figures 3 and 4)",
+    "Does plain DPO do better on the half of the pairs whose responses are understood alike?",
+    _halves,
+)
+
+
+def _methods(config: Config) -> tuple[Arm, ...]:
     names = ("bdpo", "dpo", "cpo", "simpo", "safedpo")
-    return Experiment(
-        "Methods (Table 1)",
-        "Is B-DPO safer than the other methods, and does it stay as useful?",
-        tuple(Arm(name, _method(name, config)) for name in names),
-    )
+    return tuple(Arm(name, method_params(name, config)) for name in names)
 
 
-def _ablation(config: Config) -> Experiment:
+METHODS = Experiment(
+    "Methods (Table 1)",
+    "Is B-DPO safer than the other methods, and does it stay as useful?",
+    _methods,
+)
+
+
+def _parts_of_bdpo(config: Config) -> tuple[Arm, ...]:
     rule = "softmax" if value_at(config, "method.balance") == "softmax" else "ratio"
     other = {"ratio": "softmax", "softmax": "ratio"}[rule]
-    bdpo, dpo_bw = (_method(name, config) | {"method.balance": rule} for name in ("bdpo", "dpo_bw"))
+    bdpo, dpo_bw = (method_params(name, config) | {"method.balance": rule} for name in ("bdpo", "dpo_bw"))
     context = {"empty_turn": "bos", "bos": "empty_turn"}[config.score.unconditional]
-    return Experiment(
-        "What B-DPO is made of (Table 2)",
-        "Which part does it: the balance weights (BW), the scaling factor (SF), the rule, the context?",
-        (
-            Arm("bdpo", bdpo),
-            Arm("dpo", _method("dpo", config)),
-            Arm("dpo_bw", dpo_bw),
-            Arm("dpo_sf", _method("dpo_sf", config)),
-            Arm(f"bdpo-{other}", bdpo | {"method.balance": other}),
-            Arm(f"bdpo-{context}", bdpo | {"score.unconditional": context}),
-        ),
+    return (
+        Arm("bdpo", bdpo),
+        Arm("dpo", method_params("dpo", config)),
+        Arm("dpo_bw", dpo_bw),
+        Arm("dpo_sf", method_params("dpo_sf", config)),
+        Arm(f"bdpo-{other}", bdpo | {"method.balance": other}),
+        Arm(f"bdpo-{context}", bdpo | {"score.unconditional": context}),
     )
 
 
-def _displacement(config: Config) -> Experiment:
-    return Experiment(
-        "Likelihood displacement",
-        "Which preferred responses become less likely in training, and could the reference model tell?",
-        tuple(Arm(name, _method(name, config)) for name in ("dpo", "bdpo")),
-        displaced=True,
-    )
+ABLATION = Experiment(
+    "The parts of B-DPO (Table 2)",
+    "Which part does it: the balance weights (BW), the scaling factor (SF), the rule, the context?",
+    _parts_of_bdpo,
+)
 
 
-def _curve(name: str, title: str, question: str) -> Callable[[Config], Experiment]:
-    """DPO first, then B-DPO at every value that section `experiment` has of a key of the method."""
-    key = f"method.{name}"
+def _over(name: str) -> Callable[[Config], tuple[Arm, ...]]:
+    """DPO, then B-DPO at every value that section `experiment` has of a key of the method."""
 
-    def curve(config: Config) -> Experiment:
-        bdpo, values = _method("bdpo", config), getattr(config.experiment, f"{name}s")
-        arms = (Arm(f"{name}-{value}", bdpo | {key: value}) for value in values)
-        return Experiment(title, question, (Arm("dpo", _method("dpo", config)), *arms), key)
+    def arms(config: Config) -> tuple[Arm, ...]:
+        bdpo, values = method_params("bdpo", config), getattr(config.experiment, f"{name}s")
+        curve = (Arm(f"{name}-{value}", bdpo | {f"method.{name}": value}) for value in values)
+        return (Arm("dpo", method_params("dpo", config)), *curve)
 
-    return curve
+    return arms
 
+
+ALPHA = Experiment(
+    "The scaling factor α (Figure 5)",
+    "How much does the total of the two weights matter?",
+    _over("alpha"),
+    axis="method.alpha",
+)
+
+BETA = Experiment(
+    "The strength β of the reference", "How much does β matter?", _over("beta"), axis="method.beta"
+)
 
 EXPERIMENTS = {
-    "imbalance": _imbalance,
-    "balanced-subset": _balanced_subset,
-    "methods": _methods,
-    "ablation": _ablation,
-    "alpha": _curve(
-        "alpha", "The scaling factor α (Figure 5)", "How much does the total of the two weights matter?"
-    ),
-    "beta": _curve("beta", "The strength β of the reference", "How much does β matter?"),
-    "displacement": _displacement,
+    "imbalance": IMBALANCE,
+    "balanced-subset": BALANCED_SUBSET,
+    "methods": METHODS,
+    "ablation": ABLATION,
+    "alpha": ALPHA,
+    "beta": BETA,
+    "displacement": DISPLACEMENT,
 }

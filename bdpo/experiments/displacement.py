@@ -1,20 +1,31 @@
-"""Which preferred responses lose probability in training, and whether the reference model could tell.
+"""Likelihood displacement: which preferred responses become less likely in training.
 
-Likelihood displacement: DPO widens the margin of a pair although log π(y_w | x) falls (Razin et al. 2024,
-'Unintentional Unalignment: Likelihood Displacement in Direct Preference Optimization', which measures it
-against CHES). Here it is measured against the mutual information too, which B-DPO goes by.
+DPO widens the margin of a pair although log π(y_w | x) decreases (Razin et al. 2024, 'Unintentional
+Unalignment: Likelihood Displacement in Direct Preference Optimization', which compares it with CHES).
+Here it is compared with the mutual information as well, from which B-DPO computes its weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from scipy import stats
 
-from bdpo.stats import CONFIDENCE_LEVEL, Estimate, mean_of_many, rate
+from bdpo.config import Config
+from bdpo.experiments.arms import Arm, method_params, rescored
+from bdpo.experiments.experiment import Experiment, Finding
+from bdpo.experiments.jobs import Job
+from bdpo.reports.page import COLOURS, GREY, PageTable, Picture, Section, legend_below, plain_axes
+from bdpo.scoring.scores import finished_scores
+from bdpo.stats import CONFIDENCE_LEVEL, ENDS, Estimate, mean_of_many, rate
+from bdpo.storage.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SIGNS = {
     "ches": "CHES",
@@ -22,21 +33,21 @@ SIGNS = {
     "mi_rejected": "I_l",
     "imbalance": "|I_w − I_l|",
 }
-"""What the reference model says of a pair before it is trained on, and how it is written."""
+"""Quantities that the reference model gives for a pair before the training, and how they are written."""
 
 _BINS = 10
 
 
 def displaced_pairs(before: pa.Table, after: Sequence[pa.Table]) -> pa.Table:
-    """A row a pair: `group`, the `SIGNS`, and by how much its log-probs changed in nats, mean over models.
+    """A row a pair: `group`, the `SIGNS`, and the change of its log-probs in nats, mean over models.
 
-    `change` is of log π(y_w | x), `change_rejected` of log π(y_l | x).
+    `change` is the change of log π(y_w | x), `change_rejected` that of log π(y_l | x).
 
     `before` are the scores of the reference model, `after` those of models that were trained from it, on the
-    same pairs, in any order. What training held out or `data.select` left out is among the pairs too.
+    same pairs in any order. Pairs that training held out, or `data.select` left out, are included.
 
     Raises:
-        ValueError: they are of other pairs.
+        ValueError: the scores are of different pairs.
     """
     ids = before["pair_id"].to_pylist()
     logps = {"change": "ref_chosen_logps", "change_rejected": "ref_rejected_logps"}
@@ -55,12 +66,13 @@ def displaced_pairs(before: pa.Table, after: Sequence[pa.Table]) -> pa.Table:
 
 
 def displacement(pairs: pa.Table) -> list[dict[str, Any]]:
-    """A row a group, and one of all: how many pairs `fell`, mean changes, the correlations with signs.
+    """A row for all pairs and one for each group: the share that `fell`, mean changes, correlations.
 
-    `change` and `change_rejected` are of all pairs; `lowest_ches` and `highest_ches` are the `change` of the
-    tenth of the group's pairs with the lowest and the highest CHES. The correlations are Spearman's ρ of
-    `change` and a sign. Each has `_low` and `_high`, 95 % over pairs. What is not known is nan: CHES of an
-    architecture whose hidden states are not, ρ with a sign that is the same of all pairs.
+    `change` and `change_rejected` are means over all pairs of the group; `lowest_ches` and `highest_ches` are
+    the mean `change` of the tenth of the pairs with the lowest and the highest CHES. The correlations are
+    Spearman's ρ of `change` and each of the `SIGNS`. Each value has `_low` and `_high`, its 95 % interval
+    over pairs. Unknown values are nan: CHES of an architecture whose hidden states are not available, ρ with
+    a sign that is the same for all pairs.
     """
     groups = np.array(pairs["group"].to_pylist(), dtype=object)
     names = [name for name in ("safe", "unsafe") if (groups == name).any()]
@@ -85,7 +97,7 @@ def displacement(pairs: pa.Table) -> list[dict[str, Any]]:
 
 
 def _tenths(pairs: pa.Table, sign: str) -> list[np.ndarray]:
-    """The changes of the pairs in tenths by a sign, lowest first, fewer of few pairs; none if not known."""
+    """The changes of the pairs in tenths by a sign, lowest first; fewer of few pairs, none if unknown."""
     if pairs[sign].null_count:
         return []
     change = pairs["change"].to_numpy()[np.argsort(pairs[sign].to_numpy(), kind="stable")]
@@ -98,9 +110,111 @@ def _spearman(sign: pa.ChunkedArray, change: np.ndarray) -> Estimate:
     if len(values) < 5 or np.isnan(values).any() or np.ptp(values) == 0 or np.ptp(change) == 0:
         return Estimate(np.nan, np.nan, np.nan, len(values), None)
     rho = float(stats.spearmanr(values, change).statistic)
-    if abs(rho) > 1 - 1e-12:  # of ever so few pairs: it says nothing about others
+    if abs(rho) > 1 - 1e-12:  # of very few pairs: it has no interval
         return Estimate(rho, np.nan, np.nan, len(values), None)
     error = np.sqrt((1 + rho**2 / 2) / (len(values) - 3))
     spread = stats.norm.ppf((1 + CONFIDENCE_LEVEL) / 2) * error
     low, high = np.tanh(np.arctanh(rho) + np.array([-spread, spread]))
     return Estimate(rho, float(low), float(high), len(values), "Fisher's z")
+
+
+def displacement_figure(arms: Mapping[str, pa.Table], sign: str) -> Figure:
+    """The mean change of log π(y_w | x) in each tenth of the pairs by a sign, a line an arm."""
+    figure, axes = plain_axes(4.6, 3.4)
+    for number, (arm, pairs) in enumerate(arms.items()):
+        tenths = [mean_of_many(changes) for changes in _tenths(pairs, sign)]
+        values, lows, highs = (np.array([getattr(tenth, end) for tenth in tenths]) for end in ENDS.values())
+        errors = [values - lows, highs - values]
+        colour = COLOURS[number % len(COLOURS)]
+        at = np.arange(1, len(values) + 1)
+        axes.errorbar(at, values, errors, c=colour, marker="o", ms=4, capsize=2, label=arm)
+    axes.axhline(0, c=GREY, lw=0.8, ls=":")
+    axes.set(xlabel=f"tenths of the pairs by {SIGNS[sign]}", ylabel="change of log π(y_w | x), nats")
+    legend_below(axes)
+    return figure
+
+
+def _changes_section(rows: Sequence[dict[str, Any]]) -> Section:
+    """How many preferred responses became less likely, by how much, and the rejected ones."""
+    text = [
+        "The change is log π of a response under the trained model, less log π under the reference model: of "
+        "every prepared pair, mean over the seeds. Lowest and highest CHES: y_w of that tenth of the pairs."
+    ]
+    numbers = {
+        "change": "y_w, nats",
+        "change_rejected": "y_l, nats",
+        "lowest_ches": "lowest CHES",
+        "highest_ches": "highest CHES",
+    }
+    cells = [
+        (
+            f"{row['arm']}, {row['group']}",
+            f"{row['pairs']:,}",
+            _number(row, "fell", 100, ".1f"),
+            *(_number(row, name, 1, "+.2f") for name in numbers),
+        )
+        for row in rows
+    ]
+    headings = ("", "pairs", "y_w less likely, %", *numbers.values())
+    return Section(
+        "Change of log π(y_w | x)", text, [PageTable(headings, cells, "95 % intervals over pairs.")]
+    )
+
+
+def _signs_section(rows: Sequence[dict[str, Any]], arms: Mapping[str, pa.Table]) -> Section:
+    """How the change of the preferred responses correlates with the `SIGNS`."""
+    text = [
+        "Spearman's ρ of the change of log π(y_w | x) and a quantity that the reference model gives for the "
+        "pair before the training. Below zero: the higher the quantity, the less likely y_w becomes."
+    ]
+    cells = [
+        (f"{row['arm']}, {row['group']}", *(_number(row, sign, 1, "+.2f") for sign in SIGNS)) for row in rows
+    ]
+    pictures = [
+        Picture(
+            f"displacement-{sign}", displacement_figure(arms, sign), f"By {written}, with 95 % intervals."
+        )
+        for sign, written in SIGNS.items()
+        if all(pairs[sign].null_count == 0 for pairs in arms.values())
+    ]
+    table = PageTable(("ρ", *SIGNS.values()), cells, "95 % intervals over pairs.")
+    return Section("Correlation with the reference model", text, [table], pictures)
+
+
+def _number(row: Mapping[str, Any], key: str, scale: float, form: str) -> str:
+    value, low, high = (scale * row[f"{key}{end}"] for end in ENDS)
+    interval = "" if math.isnan(low) else f" ({low:{form}} to {high:{form}})"
+    return "" if math.isnan(value) else f"{value:{form}}{interval}"
+
+
+def displacement_finding(pairs: Mapping[str, pa.Table]) -> Finding:
+    """The table and the sections of the `displaced_pairs` of each arm."""
+    rows = [{"arm": arm, **row} for arm, changed in pairs.items() for row in displacement(changed)]
+    sections = [_changes_section(rows), _signs_section(rows, pairs)]
+    return Finding("displacement", pa.Table.from_pylist(rows), sections)
+
+
+def _findings(run: RunDir, trained: Sequence[Job]) -> list[Finding]:
+    """The displacement of each arm whose trained models have scored the pairs."""
+    after = dict[str, list[pa.Table]]()
+    for job in trained:
+        _, folder = rescored(job.config, job.run)
+        if (folder.scores / "manifest.json").is_file():
+            after.setdefault(job.arm, []).append(finished_scores(folder)[1])
+    if not after:
+        return []
+    before = finished_scores(run)[1]
+    return [displacement_finding({arm: displaced_pairs(before, scores) for arm, scores in after.items()})]
+
+
+def _arms(config: Config) -> tuple[Arm, ...]:
+    return tuple(Arm(name, method_params(name, config)) for name in ("dpo", "bdpo"))
+
+
+DISPLACEMENT = Experiment(
+    "Likelihood displacement",
+    "Which preferred responses become less likely in training, and could the reference model tell?",
+    _arms,
+    rescores=True,
+    findings=_findings,
+)

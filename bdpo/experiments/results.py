@@ -1,18 +1,22 @@
-"""What the arms of an experiment show: a row an arm, a row a difference, with intervals."""
+"""The results of an experiment: a row for each arm and measure, a row for each difference, with intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from bdpo.evaluation.benchmarks.registry import is_main
+from bdpo.evaluation.benchmarks.registry import is_main, measure_label
 from bdpo.evaluation.compare import item_clusters, item_values
 from bdpo.evaluation.results import Evaluation
+from bdpo.experiments.arms import Arm
+from bdpo.experiments.experiment import Experiment, Finding
+from bdpo.experiments.jobs import Job
+from bdpo.reports.cost import TimedStage
 from bdpo.stats import mean, paired_difference
 
 BASE = "base"
@@ -34,6 +38,78 @@ DIFFERENCE_SCHEMA = pa.schema(
         *(RESULT_SCHEMA.field(name) for name in RESULT_SCHEMA.names[RESULT_SCHEMA.names.index("paired_n") :]),
     ]
 )
+
+
+@dataclass(frozen=True)
+class ArmMeasure:
+    """A row of RESULT_SCHEMA: one measure of one arm; from `paired_n` on None if it is not tested."""
+
+    arm: str
+    benchmark: str
+    measure: str
+    n: int
+    dropped: int
+    seeds: int
+    value: float
+    low: float
+    high: float
+    seed_low: float
+    seed_high: float
+    paired_n: int | None = None
+    first: float | None = None
+    second: float | None = None
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    p: float | None = None
+
+    @property
+    def label(self) -> str:
+        """`StrongReject safety`."""
+        return measure_label(self.benchmark, self.measure)
+
+
+@dataclass(frozen=True)
+class ArmDifference:
+    """A row of DIFFERENCE_SCHEMA: how an arm differs from another, the reference, in one measure."""
+
+    reference: str
+    arm: str
+    benchmark: str
+    measure: str
+    paired_n: int
+    first: float
+    second: float
+    difference: float
+    difference_low: float | None
+    difference_high: float | None
+    p: float
+
+    @property
+    def label(self) -> str:
+        """`StrongReject safety`."""
+        return measure_label(self.benchmark, self.measure)
+
+
+@dataclass(frozen=True)
+class ExperimentResults:
+    """All results of an experiment: what its tables, CSV files and page are made from."""
+
+    experiment: Experiment
+    arms: Sequence[Arm]
+    trained: Sequence[Job]
+    """The jobs that are trained and evaluated."""
+    notes: Sequence[str] = ()
+    """What a reader of the page has to know."""
+    measures: pa.Table | None = None
+    """See `summarise_arms`; None without arms, or if none is trained."""
+    differences: pa.Table | None = None
+    """See `arm_differences`."""
+    rates: pa.Table | None = None
+    """See `rates_table`; None without a search for learning rates."""
+    findings: Sequence[Finding] = ()
+    stages: Sequence[TimedStage] = ()
+    """Everything that the experiment does, finished or not."""
 
 
 def summarise_arms(evaluations: dict[str, list[Evaluation]], reference: str) -> pa.Table:

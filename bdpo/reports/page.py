@@ -108,7 +108,7 @@ def write_page(page: Page, file: StoragePath) -> None:
             write_figure(picture.figure, file.parent / f"{picture.name}.png")
         for table in section.tables:
             if any(table.headings):
-                name = re.sub(r"\W+", "-", section.heading.lower()).strip("-")
+                name = re.sub(r"\W+", "-", section.heading.lower(), flags=re.ASCII).strip("-")
                 write_text(file.parent / f"{name}.csv", _csv(table))
     write_text(file, template.render(page=page, pictures=pictures))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from bdpo.storage.manifests import Fingerprint, finished, read_manifest, write_manifest
+from bdpo.errors import UserError
+from bdpo.storage.manifests import Fingerprint, read_manifest, write_manifest
 from bdpo.storage.paths import StoragePath, discard
 
 _FILE = "failed.json"
@@ -44,6 +45,16 @@ class Failure:
     """One line without text of the data: the class of the error and its message."""
 
     @property
+    def is_for_user(self) -> bool:
+        """Whether the user can mend it: the error is a UserError."""
+        return self.error.startswith(f"{UserError.__name__}: ")
+
+    @property
+    def message(self) -> str:
+        """The error without its class."""
+        return self.error.partition(": ")[2]
+
+    @property
     def diverged(self) -> bool:
         """Whether a number that is not finite ended the training: it would again, after as many hours."""
         return self.error.startswith(FloatingPointError.__name__)
@@ -55,14 +66,11 @@ def write_failure(folder: StoragePath, fingerprint: Fingerprint, failure: Failur
 
 
 def read_failure(folder: StoragePath, fingerprint: Fingerprint | None = None) -> Failure | None:
-    """The failure that is recorded in the folder of a variant.
-
-    Raises:
-        UserError: it is the failure of a variant with another fingerprint than the one given.
-    """
-    file = folder / _FILE
-    record = read_manifest(file) if fingerprint is None else finished(file, fingerprint)
-    return None if record is None else Failure(End(record["kind"]), record["error"])
+    """The failure that is recorded in the folder of a variant; None if it is of another fingerprint."""
+    record = read_manifest(folder / _FILE)
+    if record is None or fingerprint not in (None, record["fingerprint"]):
+        return None
+    return Failure(End(record["kind"]), record["error"])
 
 
 def forget_failure(folder: StoragePath) -> None:

@@ -1,119 +1,146 @@
-"""The trainings of an experiment, and the actor that does one after the other."""
+"""The arms of an experiment as the engine runs them: one rung, trained by Ray Train, then evaluated."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from bdpo.config import Config
-from bdpo.config.derive import part_of
-from bdpo.errors import first_line
-from bdpo.evaluation.answers import prompts_fingerprint
-from bdpo.evaluation.capability import NOT_RUN
-from bdpo.evaluation.judges.registry import judge_fingerprint
+from rich.table import Table
+
 from bdpo.evaluation.measures import Summary
-from bdpo.evaluation.results import COMPARABLE
 from bdpo.evaluation.tables import invalid_lines
-from bdpo.experiments.arms import Arm, arm_run
+from bdpo.experiments.jobs import Job
 from bdpo.storage.cache import drop_local_copy
-from bdpo.storage.manifests import finished, read_manifest, require_same_fingerprint, write_manifest
-from bdpo.storage.metrics_log import MetricsLog
-from bdpo.storage.run_dir import RunDir
+from bdpo.storage.manifests import Fingerprint, finished
+from bdpo.variants.ends import Failure, forget_failure, read_failure, write_failure
 from bdpo.variants.objective import InvalidEvaluation
 from pipelines.evaluate import EvaluateTrained
 from pipelines.runtime.pool import InProcess
 from pipelines.train import Train, train_fingerprint
 
+if TYPE_CHECKING:
+    from pipelines.runtime.variants import Runner
 
-@dataclass(frozen=True, eq=False)
-class Job:
-    """One training of an arm, and its evaluation."""
 
-    arm: str
-    seed: int
-    config: Config
-    run: RunDir
+@dataclass(frozen=True)
+class Arms:
+    """The jobs of an experiment; a small object that is sent to every process that runs one."""
 
-    @property
-    def done(self) -> bool:
-        """Whether there is nothing left to do but a capability benchmark that could not be run."""
-        folder = self.run.eval("trained")
-        summary = read_manifest(folder / "summary.json")
-        return (
-            self.run.has_model()
-            and summary is not None
-            and bool(summary["valid"])
-            and (folder / "scores.parquet").is_file()
-        )
+    jobs: Sequence[Job]
+    fingerprints: dict[str, Fingerprint]
+    """Of the training of each job, by the name of the job."""
 
-    @property
-    def complete(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.done and not self.not_run()
+    title = "arms"
 
-    @property
-    def diverged(self) -> str | None:
-        """Why the training ended in what is no number, as it would again."""
-        file = self.run.root / "diverged.json"
-        found = finished(file, train_fingerprint(self.config, self.run)) if file.is_file() else None
-        return str(found["error"]) if found else None
+    @classmethod
+    def of(cls, jobs: Sequence[Job]) -> Arms:
+        """The jobs, of which those that failed are open again, unless they would fail in the same way.
 
-    def record(self, fault: Exception) -> None:
-        """Remember a fault that the same training would end in again."""
-        if isinstance(fault, FloatingPointError):
-            fingerprint = train_fingerprint(self.config, self.run)
-            write_manifest(self.run.root / "diverged.json", fingerprint, error=first_line(fault))
-
-    def not_run(self) -> list[str]:
-        """The capability benchmarks that have no result."""
-        folder = self.run.eval("trained") / "capability"
-        read = {name: read_manifest(folder / f"{name}.json") for name in self.config.evaluate.capability}
-        return [name for name, result in read.items() if result is None or NOT_RUN in result]
-
-    def refuse_other(self) -> None:
-        """Make sure that what is begun or done here was begun and done with this config.
+        A training whose loss is not finite would take as many hours to get there again. All other faults may
+        be mended: an input, a node, a judge, too little memory.
 
         Raises:
-            UserError: it was not; the message names the first difference.
+            UserError: a job was begun or evaluated with another config; the message names the first
+                difference.
         """
-        fingerprint = train_fingerprint(self.config, self.run)
-        for file in ("begun.json", "manifest.json"):
-            finished(self.run.train / file, fingerprint)
-        verdicts = self.run.eval("trained") / "summary.json"
-        if summary := read_manifest(verdicts):
-            # The weights are those that the training's manifest is of: they need not be read again.
-            asked = prompts_fingerprint(self.config) | judge_fingerprint(self.config)
-            known = summary["fingerprint"].keys() & {*asked, *COMPARABLE}
-            require_same_fingerprint(verdicts, {key: summary["fingerprint"][key] for key in known}, asked)
+        arms = cls(jobs, {job.name: train_fingerprint(job.config, job.run) for job in jobs})
+        for job in jobs:
+            refuse_other(job, arms.fingerprints[job.name])
+        for job in jobs:
+            failure = read_failure(job.run.root, arms.fingerprints[job.name])
+            if failure is None or not failure.diverged:
+                forget_failure(job.run.root)
+        return arms
 
-    def state(self) -> str:
-        """How far it is, in a word or two."""
-        if self.done:
-            return "done"
-        if self.run.has_model():
-            return "evaluating"
-        rows = MetricsLog(self.run.metrics).read()
-        return f"step {len(rows)}" if rows else "waiting" if not self.run.config.exists() else "begun"
+    @property
+    def todo(self) -> list[Job]:
+        """The jobs that are not complete, and not known to fail."""
+        return [job for job in self.jobs if not job.complete and job.failure is None]
+
+    @property
+    def failures(self) -> dict[str, Failure]:
+        """Why jobs have no result, by the name of the job."""
+        found = {job.name: job.failure for job in self.jobs}
+        return {name: failure for name, failure in found.items() if failure is not None}
+
+    def open_names(self) -> list[str]:
+        """The names of the jobs that are to be run, or resumed."""
+        return [job.name for job in self.todo]
+
+    def missing(self) -> int:
+        """Every job has a name from the beginning."""
+        return 0
+
+    def next_name(self) -> str:
+        """There is no further job."""
+        raise NotImplementedError
+
+    def runner(self, name: str) -> Runner:
+        """What runs the job of this name."""
+        return ArmRunner(self._job(name))
+
+    def is_promoted(self, name: str) -> bool:
+        """No arm is stopped early."""
+        return True
+
+    def record_failure(self, name: str, failure: Failure) -> None:
+        """Record that a job has no result."""
+        write_failure(self._job(name).run.root, self.fingerprints[name], failure)
+
+    def table(self) -> Table:
+        """How far each arm is at each seed."""
+        seeds = sorted({job.seed for job in self.jobs})
+        table = Table("arm", *(f"seed {seed}" for seed in seeds))
+        for arm in dict.fromkeys(job.arm for job in self.jobs):
+            shown = {job.seed: job.progress() for job in self.jobs if job.arm == arm}
+            table.add_row(arm, *(shown.get(seed, "") for seed in seeds))
+        return table
+
+    def _job(self, name: str) -> Job:
+        return next(job for job in self.jobs if job.name == name)
 
 
-class ArmActor:
-    """Runs one job after the other: Ray Train trains; then this process evaluates, or one that has a GPU.
+def refuse_other(job: Job, fingerprint: Fingerprint) -> None:
+    """Make sure that a training, or an evaluation, in the job's folder was begun with the job's config.
 
-    It holds no GPU itself, so that a training may take all that there are.
+    Raises:
+        UserError: it was not; the message names the first difference.
+    """
+    for file in ("begun.json", "manifest.json"):
+        finished(job.run.train / file, fingerprint)
+    job.refuse_other_evaluation()
+
+
+class ArmRunner:
+    """Runs a job: Ray Train trains; then this process evaluates, or another one that holds a GPU meanwhile.
+
+    This process holds no GPU itself, so a training may take all GPUs of the cluster.
     """
 
-    def run(self, job: Job) -> None:
-        """Whatever is done is not done again.
+    def __init__(self, job: Job) -> None:
+        self.job, self.name = job, job.name
+
+    def next_rung(self) -> bool:
+        """Train the arm and evaluate it; what is done already is not done again.
 
         Raises:
-            InvalidEvaluation: too many verdicts are missing; the same job again asks for those alone.
+            InvalidEvaluation: too many verdicts are missing; they alone are asked for when it is retried.
         """
+        job = self.job
         job.run.record(job.config)
         Train(job.config, job.run).complete()
         gpus = job.config.evaluate.gpus_per_worker
-        summary = _on_gpu(gpus, job) if gpus else _evaluate(job)
+        summary = _evaluate_on_gpu(gpus, job) if gpus else _evaluate(job)
         if not summary.valid:
             raise InvalidEvaluation("; ".join(invalid_lines("trained", summary)))
+        return True
+
+    def stop_training(self) -> None:
+        """The training has ended with `next_rung`."""
+
+    def end(self) -> None:
+        """An arm keeps its checkpoints and its model."""
 
 
 def _evaluate(job: Job) -> Summary:
@@ -123,8 +150,8 @@ def _evaluate(job: Job) -> Summary:
     return summary
 
 
-def _on_gpu(gpus: float, job: Job) -> Summary:
-    """Evaluate in a process that holds a GPU for so long; one that dies is begun again where it was."""
+def _evaluate_on_gpu(gpus: float, job: Job) -> Summary:
+    """Evaluate in a process that holds a GPU as long as that takes; if it dies, Ray runs it again."""
     import ray
     from ray.exceptions import RayTaskError
 
@@ -133,13 +160,3 @@ def _on_gpu(gpus: float, job: Job) -> Summary:
     except RayTaskError as error:
         raise error.cause from None
     return summary
-
-
-def jobs_of(config: Config, run: RunDir, arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
-    """Each arm at each seed."""
-    return [Job(arm.name, seed, *arm_run(config, run, arm, seed)) for arm in arms for seed in seeds]
-
-
-def trial_jobs(config: Config, run: RunDir, trials: Sequence[Arm]) -> list[Job]:
-    """The trials of a search for learning rates, at the first seed."""
-    return jobs_of(part_of(config, "search"), run, trials, config.experiment.seeds[:1])

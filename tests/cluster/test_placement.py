@@ -27,9 +27,8 @@ def needing(workers, gpus=0.0, share=0.0, accelerator=None, **tune):
 
 
 def concurrent_trials(config, nodes):
-    most, of = config.tune.max_concurrent_trials, number_of_trials(config.tune)
-    share = config.evaluate.gpus_per_worker
-    return max_concurrent(config, nodes, of, most, "tune.max_concurrent_trials", share)
+    todo, share = number_of_trials(config.tune), config.evaluate.gpus_per_worker
+    return max_concurrent(config, nodes, todo, "tune.max_concurrent_trials", share)
 
 
 @pytest.mark.parametrize(
@@ -86,10 +85,10 @@ def test_an_experiment_of_every_7b_preset_fits_the_gpus_that_the_preset_is_for(f
     """An arm trains on all of them, and is evaluated on one of them afterwards."""
     config = load_config(str(file), [])
     gpus = config.train.workers * config.train.gpus_per_worker
-    assert max_concurrent(config, [(1, {"CPU": 192, "GPU": gpus})], 5, None, "experiment.x") == 1
-    assert max_concurrent(config, [(2, {"CPU": 192, "GPU": gpus})], 5, None, "experiment.x") == 2
+    assert max_concurrent(config, [(1, {"CPU": 192, "GPU": gpus})], 5, "experiment.max_concurrent_arms") == 1
+    assert max_concurrent(config, [(2, {"CPU": 192, "GPU": gpus})], 5, "experiment.max_concurrent_arms") == 2
     with pytest.raises(UserError, match=r"^experiment: one training requires"):
-        max_concurrent(config, [(1, {"CPU": 192, "GPU": gpus - 1})], 5, None, "experiment.x")
+        max_concurrent(config, [(1, {"CPU": 192, "GPU": gpus - 1})], 5, "experiment.max_concurrent_arms")
 
 
 def test_not_more_than_the_config_says():

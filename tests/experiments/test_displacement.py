@@ -1,4 +1,4 @@
-"""What became of the preferred responses, by ranks and sums of the test's own."""
+"""Likelihood displacement, by ranks and sums of the test's own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bdpo.experiments.displacement import SIGNS, displaced_pairs, displacement
-from bdpo.reports.experiment import displacement_figure
+from bdpo.experiments.displacement import SIGNS, displaced_pairs, displacement, displacement_figure
 
 
 def scores(logps, ches=None, groups=None, ids=None, rejected=None):

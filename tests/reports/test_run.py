@@ -15,12 +15,14 @@ from bdpo.config import parse_config
 from bdpo.config.derive import part_of
 from bdpo.evaluation.measures import summarise
 from bdpo.experiments.arms import Arm, Record, arm_run, base_run
-from bdpo.experiments.definitions import experiment
-from bdpo.experiments.displacement import displaced_pairs
-from bdpo.experiments.results import arm_differences, summarise_arms
+from bdpo.experiments.definitions import EXPERIMENTS
+from bdpo.experiments.displacement import displaced_pairs, displacement_finding
+from bdpo.experiments.jobs import Job
+from bdpo.experiments.page import csv_bytes, experiment_page
+from bdpo.experiments.rates import RATES_SCHEMA
+from bdpo.experiments.results import ExperimentResults, arm_differences, summarise_arms
 from bdpo.method.losses import METHODS
 from bdpo.reports.cost import TimedStage, train_stage
-from bdpo.reports.experiment import csv_bytes, experiment_page
 from bdpo.reports.page import write_page
 from bdpo.reports.run import comparison_sentence, run_page, setup_section, training_section
 from bdpo.scoring.scores import SCORE_SCHEMA, score_store
@@ -33,7 +35,7 @@ from bdpo.storage.run_dir import RunDir
 from bdpo.variants.objective import Measured
 from pipelines import report
 from pipelines.report import timed_stages
-from pipelines.runtime.experiment_results import RATES_SCHEMA, write_results
+from pipelines.runtime.experiment_results import write_results
 from tests.support.helpers import tiny_config
 from tests.support.score_rows import evaluated, table
 
@@ -102,11 +104,21 @@ def test_a_page_with_all_its_tables_fits_a_phone(run, tab, name):
     config, folder = run
     page = run_page(config, folder, timed_stages(config, folder))
     if name == "methods":
-        plan = experiment("methods", config)
-        found = {arm.name: evaluated(table([1.0, 0.5], [False])) for arm in plan.arms}
-        page = experiment_page(config, folder, plan, summarise_arms(found, "bdpo"), [])
+        found = {arm.name: evaluated(table([1.0, 0.5], [False])) for arm in arms_of("methods", config)}
+        page = page_of("methods", run, measures=summarise_arms(found, "bdpo"))
     write_page(page, folder.report / "report.html")
     tab.assert_fits_a_phone(folder.report / "report.html")
+
+
+def arms_of(name, config):
+    return EXPERIMENTS[name].arms(config)
+
+
+def page_of(name, run, trained=(), **results):
+    """The page of an experiment with these results."""
+    config, folder = run
+    found = ExperimentResults(EXPERIMENTS[name], arms_of(name, config), trained, **results)
+    return experiment_page(config, folder, found)
 
 
 def picture(page, name):
@@ -210,36 +222,34 @@ def test_a_comparison_in_words():
 @pytest.mark.parametrize("name", ["methods", "alpha", "imbalance"])
 def test_the_page_of_an_experiment(run, name):
     config, folder = run
-    plan = experiment(name, config)
+    arms = arms_of(name, config)
     worse, better = table([1.0, 0.5, 1.0], [False] * 4), table([0.0, 0.5, 0.0], [False, True, False, False])
-    scores = {arm.name: evaluated(*[worse if arm.name == "dpo" else better] * 2) for arm in plan.arms}
-    reference = plan.arms[0].name if plan.arms else ""
-    results = summarise_arms(scores | {"base": evaluated(worse)}, reference) if plan.arms else None
+    scores = {arm.name: evaluated(*[worse if arm.name == "dpo" else better] * 2) for arm in arms}
+    reference = arms[0].name if arms else ""
+    measures = summarise_arms(scores | {"base": evaluated(worse)}, reference) if arms else None
     log = {"step": 1, "loss": 1, "rewards/margins": 0, "rewards/accuracies": 1, "logps/chosen": 0}
-    done = []
-    for arm in plan.arms[1:]:
-        settings, own = arm_run(config, folder, arm, 0)
-        write_text(own.metrics, json.dumps(log) + "\n")
+    done = [Job(arm.name, 0, *arm_run(config, folder, arm, 0)) for arm in arms[1:]]
+    for job in done:
+        write_text(job.run.metrics, json.dumps(log) + "\n")
         pairs = {"prepared": PAIRS, "trained on": PAIRS - 1}
         write_manifest(
-            own.train / "manifest.json",
+            job.run.train / "manifest.json",
             {},
             seconds=3600.0,
             pairs=pairs,
             steps=7,
             safety={"kept": 9, "dropped": 3},
         )
-        done.append((arm.name, settings, own))
     notes = ["Not done is this and that."]
     stages = [TimedStage("score", folder.scores / "manifest.json", 2.0)]
-    stages += [train_stage(settings, own, f"{arm}: train") for arm, settings, own in done]
-    page = experiment_page(config, folder, plan, results, done, notes, stages=stages)
+    stages += [train_stage(job.config, job.run, f"{job.arm}: train") for job in done]
+    page = page_of(name, run, done, notes=notes, measures=measures, stages=stages)
     write_page(page, folder.root / "experiments" / name / "report.html")
     html = (folder.root / "experiments" / name / "report.html").read_text()
-    for arm in plan.arms:
+    for arm in arms:
         assert arm.name in html
-    if results is not None:
-        assert csv_bytes(results).decode().count("\n") == results.num_rows + 1
+    if measures is not None:
+        assert csv_bytes(measures).decode().count("\n") == measures.num_rows + 1
         assert (folder.root / "experiments" / name / "the-arms.csv").is_file()
         assert "199,999 of 200,000; 3 dropped" in html
         assert "without a correction" in html
@@ -283,15 +293,14 @@ def test_training_curves_are_means_over_seeds_from_the_first_step_to_the_last():
 
 def outcome(config, folder, name, harms, refused):
     """(page, results by arm and measure) of an experiment, its arms at two seeds as given."""
-    plan = experiment(name, config)
-    arms = [*(arm.name for arm in plan.arms), "base"]
+    arms = [*(arm.name for arm in arms_of(name, config)), "base"]
     found = {
         arm: evaluated(table(h, r), table([*h[:-1], 0.0], r))
         for arm, h, r in zip(arms, harms, refused, strict=True)
     }
     results = summarise_arms(found, arms[0])
     differences = arm_differences(found)
-    page = experiment_page(config, folder, plan, results, [], differences=differences)
+    page = page_of(name, (config, folder), measures=results, differences=differences)
     return page, {(row["arm"], row["measure"]): row for row in results.to_pylist()}
 
 
@@ -372,8 +381,7 @@ def test_every_two_arms_are_on_the_page_folded(run):
     assert shown["base − dpo", "XSTest compliance"] == "+100.0"
 
 
-def test_what_became_of_the_responses_is_on_the_page(run, scores):
-    config, folder = run
+def test_the_change_of_the_responses_is_on_the_page(run, scores):
     n = 2000
     rng = np.random.default_rng(0)
     before = scores.slice(0, n)
@@ -385,11 +393,10 @@ def test_what_became_of_the_responses_is_on_the_page(run, scores):
     for name, values in (("ref_chosen_logps", change), ("ref_rejected_logps", -6 - ches / n)):
         at = before.schema.get_field_index(name)
         after = after.set_column(at, before.schema.field(at), pa.array(values.astype(np.float32)))
-    plan = experiment("displacement", config)
     results = summarise_arms({"dpo": evaluated(table([1.0, 0.5]))}, "dpo")
-    displaced = {"dpo": displaced_pairs(before, [after])}
-    page = experiment_page(config, folder, plan, results, [], displaced=displaced)
-    row = part(page, "What became of the preferred responses").tables[0].rows[0]
+    finding = displacement_finding({"dpo": displaced_pairs(before, [after])})
+    page = page_of("displacement", run, measures=results, findings=[finding])
+    row = part(page, "Change of log π(y_w | x)").tables[0].rows[0]
     assert row[:2] == ("dpo, all", "2,000")
     assert row[2].startswith("30.0 (")
     assert row[3].startswith("+1.10 (+1.0")
@@ -397,21 +404,20 @@ def test_what_became_of_the_responses_is_on_the_page(run, scores):
     order = np.argsort(ches)
     for cell, tenth in zip(row[5:7], (order[:200], order[-200:]), strict=True):
         assert cell.startswith(f"{change[tenth].mean():+.2f} (")
-    told = part(page, "Could the reference model tell")
+    told = part(page, "Correlation with the reference model")
     assert told.tables[0].rows[0][1].count("to") == 1
     assert {picture.name for picture in told.pictures} >= {"displacement-ches", "displacement-imbalance"}
 
 
 def test_learning_rates_that_were_tried_are_on_the_page(run):
-    config, folder = run
-    plan = experiment("displacement", config)
+    config, _ = run
     tried = {"arm": "dpo", "learning_rate": 1e-5, "objective": 0.5, "objective_low": 0.4}
     tried |= {"objective_high": 0.6, "constraint": 0.9, "constraint_low": 0.8, "constraint_high": 1.0}
     rates = [tried | {"least": 0.8, "feasible": True, "chosen": True}]
     rates.append({"arm": "dpo", "learning_rate": 1.0, "chosen": False})
     rates = pa.Table.from_pylist(rates, schema=RATES_SCHEMA)
     results = summarise_arms({"dpo": evaluated(table([1.0, 0.5]))}, "dpo")
-    page = experiment_page(config, folder, plan, results, [], rates=rates)
+    page = page_of("displacement", run, measures=results, rates=rates)
     grid = part(page, "Learning rates").tables[0]
     assert all(grid.headings)
     assert grid.headings[2:4] == (config.tune.metric, config.tune.constraint)
@@ -426,7 +432,7 @@ def test_the_tables_of_an_experiment_that_searched_its_learning_rates(run):
     config, folder = run
     held_out = parse_config(config.model_dump() | {"evaluate": {"part": "held_out"}}, "test")
     search = part_of(config, "search")
-    plain = experiment("displacement", config).arms
+    plain = arms_of("displacement", config)
     trials = [
         Arm(f"{a.name}-{r}", a.params | {"train.learning_rate": r}) for a in plain for r in (1e-5, 1e-4)
     ]
@@ -487,12 +493,11 @@ def test_a_training_of_so_many_steps_is_not_shown_by_its_epochs(tmp_path):
 
 
 def test_the_page_of_an_experiment_without_its_reference_says_so(run):
-    config, folder = run
-    plan = experiment("methods", config)
     results = summarise_arms({"dpo": evaluated(table([1.0])), "base": evaluated(table([1.0]))}, "bdpo")
-    page = experiment_page(config, folder, plan, results, [])
-    said = next(section for section in page.sections if section.heading == "What came of it").text
-    assert said == ["Nothing is tested: there is no bdpo, which all others are compared with."]
+    page = page_of("methods", run, measures=results)
+    assert part(page, "Results").text == [
+        "No arm is tested: bdpo, with which all others are compared, has no result."
+    ]
 
 
 def test_a_model_is_shown_with_the_config_that_it_was_trained_with(run):

@@ -131,7 +131,10 @@ def test_an_arm_that_cannot_be_trained_is_named_and_the_others_are_on_the_page(b
         "beta-0.1",
         "base",
     }
-    assert "Not done, and not in what follows: beta-1e+39, seed 1." in (root / "report.html").read_text()
+    assert (
+        "Not done, and not in these results: beta-1e+39, seed 1 (failed)."
+        in (root / "report.html").read_text()
+    )
 
 
 def test_what_one_experiment_trained_another_does_not_train_again(beta, folder):

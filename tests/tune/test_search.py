@@ -30,6 +30,7 @@ from tests.support.commands import run_command
 from tests.support.fake_endpoint import FINE, fake_endpoint, honest, reply
 from tests.support.helpers import save_model
 from tests.support.sweeps import sweep_config
+from tune.trial import Trials
 
 STEPS, RUNGS = 3, (2, 3)
 
@@ -74,15 +75,20 @@ class Begun:
 
     def actor(self, name=None):
         """One that begins a trial, this one if no other is named."""
-        from tune.trial import TrialActor
+        from pipelines.runtime.variant_actor import VariantActor
 
-        actor = object.__new__(TrialActor)  # its own Ray bookkeeping is of no interest here
-        actor.setup({"trial": name or self.name}, self.sweep, self.base)
+        actor = object.__new__(VariantActor)  # its own Ray bookkeeping is of no interest here
+        actor.setup({"variant": name or self.name}, Trials(self.sweep, self.base))
         return actor
 
     def next_rung(self):
         """What Tune is told by an actor that begins the trial again."""
         return self.actor().step()
+
+    @property
+    def ended(self):
+        """What Tune is told of the trial's end."""
+        return {"variant": self.name, "done": True}
 
     @property
     def status(self):
@@ -97,7 +103,7 @@ def test_a_judge_that_goes_down_costs_no_answer_and_makes_no_score(tmp_path, tin
         judge = {"judge": "rubric", "judge_base_url": endpoint.url, "judge_model": "fake", "judge_retries": 0}
         begun = Begun(sweep_config(tmp_path, tiny_chat, **judge), tiny_chat)
         endpoint.script = down
-        assert begun.next_rung() == {"done": True}
+        assert begun.next_rung() == begun.ended
         [invalid] = begun.sweep.trials()
         assert begun.status == "invalid"
         assert invalid.rungs == []
@@ -106,7 +112,8 @@ def test_a_judge_that_goes_down_costs_no_answer_and_makes_no_score(tmp_path, tin
 
         endpoint.script = honest(**FINE)
         begun.sweep.reopen()
-        assert begun.next_rung()["score"] == begun.sweep.trials()[0].rungs[0].measured.score
+        assert not begun.next_rung()["done"]
+        assert begun.sweep.trials()[0].rungs[0].step == RUNGS[0]
         assert {f: f.stat().st_mtime_ns for f in answered} == answered
 
 
@@ -117,7 +124,7 @@ def test_a_fault_not_its_own_leaves_the_trial_to_the_next_actor(tmp_path, tiny_c
         begun.next_rung()
     assert begun.status == "open"
     blocked.rmdir()
-    assert begun.next_rung()["rung"] == 0
+    assert begun.next_rung() == begun.ended | {"done": False}
 
 
 def test_a_fault_before_the_training_is_told_apart_as_one_in_it(tmp_path, tiny_chat):
@@ -134,8 +141,8 @@ def test_a_fault_before_the_training_is_told_apart_as_one_in_it(tmp_path, tiny_c
     with pytest.raises(IsADirectoryError):
         actor.step()
     assert begun.sweep.end_of(fine) == "open"
-    assert actor.reset_config({"trial": mixed.name})
-    assert actor.step() == {"done": True}
+    assert actor.reset_config({"variant": mixed.name})
+    assert actor.step() == {"variant": mixed.name, "done": True}
     failure = begun.sweep.trial(mixed.name).failure
     assert failure.end == End.FAILED
     assert "offload=cpu requires zero_stage=1, 2 or 3" in failure.error
@@ -144,7 +151,7 @@ def test_a_fault_before_the_training_is_told_apart_as_one_in_it(tmp_path, tiny_c
 def test_what_cannot_be_tidied_of_one_trial_does_not_cost_the_next(tmp_path, tiny_chat, monkeypatch):
     begun = Begun(sweep_config(tmp_path, tiny_chat), tiny_chat)
     actor = begun.actor(begun.name)
-    assert actor.step()["rung"] == 0
+    assert actor.step() == begun.ended | {"done": False}
 
     def cannot(sweep, name):
         raise OSError(5, "I/O error")
@@ -152,8 +159,8 @@ def test_what_cannot_be_tidied_of_one_trial_does_not_cost_the_next(tmp_path, tin
     monkeypatch.setattr(Sweep, "tidy", cannot)
     following = begun.sweep.suggest()
     begun.sweep.record_failure(following.name, Failure(End("failed"), "why"))
-    assert actor.reset_config({"trial": following.name})
-    assert actor.step() == {"trial": following.name, "done": True}
+    assert actor.reset_config({"variant": following.name})
+    assert actor.step() == {"variant": following.name, "done": True}
     actor.cleanup()
 
 
@@ -219,10 +226,9 @@ def test_the_order_of_the_space_is_a_part_of_the_sweep(tmp_path, tiny_chat):
 def test_an_actor_that_dies_before_tune_knows_of_a_rung_changes_nothing(tmp_path, tiny_chat):
     """The next actor finds the rung recorded: it goes on, or it ends, as the sweep's files say."""
     begun = Begun(sweep_config(tmp_path, tiny_chat), tiny_chat)
-    assert [begun.next_rung()["rung"] for _ in RUNGS] == [0, 1]
-    ended = {"trial": begun.name, "done": True}
+    assert [begun.next_rung()["done"] for _ in RUNGS] == [False, True]
     assert begun.status == "completed"
-    assert begun.next_rung() == ended
+    assert begun.next_rung() == begun.ended
     first, last = sorted((begun.folder.root / "rungs").glob("*.json"))
     last.unlink()
     better = begun.sweep.suggest()
@@ -231,5 +237,5 @@ def test_an_actor_that_dies_before_tune_knows_of_a_rung_changes_nothing(tmp_path
     write_manifest(begun.sweep.folder(better.name).root / "rungs" / first.name, {}, **rung)
     first.write_text(json.dumps(json.loads(first.read_text()) | {"before": [better.name]}))
     assert begun.status == "stopped"
-    assert begun.next_rung() == ended
+    assert begun.next_rung() == begun.ended
     assert not last.exists()

@@ -1,24 +1,24 @@
-"""What Ray Tune is told while a sweep runs, from the files of a real one."""
+"""What the engine tells Ray Tune while variants run, from the files of a search."""
 
 from __future__ import annotations
 
 import pytest
+from ray import cloudpickle
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 
-from bdpo.config.evaluate import EvaluateConfig
 from bdpo.search.sweep import Sweep
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.ends import End, Failure
+from pipelines.runtime.variant_actor import Losses, Names, Promotion, actor_resources
 from tests.support.sweeps import configured, measured
-from tune.search import driver_resources
-from tune.steering import Suggestions, Survival
+from tune.trial import Trials
 
 
 class Named:
     """Of Tune's trials these ask for the config alone."""
 
     def __init__(self, trial):
-        self.config = {"trial": trial.name}
+        self.config = {"variant": trial.name}
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def sweep(tmp_path):
 
 
 def told(sweep, trial):
-    return Survival(sweep).on_trial_result(None, Named(trial), {})
+    return Promotion(Trials(sweep, None)).on_trial_result(None, Named(trial), {})
 
 
 def test_below_half_of_those_before_it_stops(sweep):
@@ -57,16 +57,22 @@ def test_open_trials_come_first_then_new_ones_and_each_once(sweep):
     opened = sweep.suggest()
     more = configured(num_samples=6, rungs=[0.5, 1.0])
     raised = Sweep(more, sweep.run, {})
-    suggestions = Suggestions(raised)
-    given = [suggestions.suggest(str(number)) for number in range(4)]
-    assert given == [{"trial": opened.name}, {"trial": "0004"}, {"trial": "0005"}, Suggestions.FINISHED]
+    names = Names(Trials(raised, None))
+    given = [names.suggest(str(number)) for number in range(4)]
+    assert given == [{"variant": opened.name}, {"variant": "0004"}, {"variant": "0005"}, Names.FINISHED]
     assert [trial.name for trial in raised.trials()] == [f"{n:04d}" for n in range(6)]
 
 
-def test_drivers_without_a_gpu_stay_on_the_head_by_the_resource_that_ray_gives_it(sweep):
-    without, share = (
-        driver_resources(sweep.config.model_copy(update={"evaluate": EvaluateConfig(gpus_per_worker=gpus)}))
-        for gpus in (0, 0.5)
-    )
-    assert without == {"CPU": 0, HEAD_NODE_RESOURCE_NAME: 0.001}
-    assert share == {"CPU": 0, "GPU": 0.5}  # wherever there is one: the head of a cluster often has none
+def test_a_variant_without_retries_left_is_lost_with_its_last_error(sweep, tmp_path):
+    file = tmp_path / "error.pkl"
+    file.write_bytes(cloudpickle.dumps(OSError(5, "I/O error")))
+    for error_file, said in ((file, "OSError: [Errno 5] I/O error"), (None, "its process died")):
+        trial = Named(sweep.suggest())
+        trial.pickled_error_file, trial.num_failures = error_file, 3
+        Losses(Trials(sweep, None)).on_trial_error(0, [], trial)
+        assert sweep.trial(trial.config["variant"]).failure == Failure(End.LOST, f"3 times, at last {said}")
+
+
+def test_processes_without_a_gpu_stay_on_the_head_by_the_resource_that_ray_gives_it():
+    assert actor_resources(0.0) == {"CPU": 0, HEAD_NODE_RESOURCE_NAME: 0.001}
+    assert actor_resources(0.5) == {"CPU": 0, "GPU": 0.5}  # the head of a cluster often has no GPU

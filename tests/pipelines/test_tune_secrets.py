@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray.tune.execution import class_cache
 
-from tune.secrets import keep_secrets
+from pipelines.runtime.tune_secrets import keep_secrets
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 

@@ -1,0 +1,101 @@
+"""The trainings of an experiment: each arm at each seed, and how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bdpo.config import Config
+from bdpo.config.derive import part_of
+from bdpo.evaluation.answers import prompts_fingerprint
+from bdpo.evaluation.capability import NOT_RUN
+from bdpo.evaluation.judges.registry import judge_fingerprint
+from bdpo.evaluation.results import COMPARABLE
+from bdpo.experiments.arms import Arm, arm_run
+from bdpo.storage.manifests import read_manifest, require_same_fingerprint
+from bdpo.storage.metrics_log import MetricsLog
+from bdpo.storage.run_dir import RunDir
+from bdpo.variants.ends import End, Failure, read_failure
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training of an arm, and its evaluation."""
+
+    arm: str
+    seed: int
+    config: Config
+    run: RunDir
+
+    @property
+    def name(self) -> str:
+        """`bdpo, seed 0`."""
+        return f"{self.arm}, seed {self.seed}"
+
+    @property
+    def done(self) -> bool:
+        """Whether the model is trained and its evaluation valid; capability benchmarks may be missing."""
+        folder = self.run.eval("trained")
+        summary = read_manifest(folder / "summary.json")
+        return (
+            self.run.has_model()
+            and summary is not None
+            and bool(summary["valid"])
+            and (folder / "scores.parquet").is_file()
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing, capability benchmarks included."""
+        return self.done and not self.not_run()
+
+    @property
+    def failure(self) -> Failure | None:
+        """Why the job has no result, if that is recorded."""
+        return read_failure(self.run.root)
+
+    @property
+    def end(self) -> End:
+        """How the job ended, or OPEN."""
+        if self.done:
+            return End.COMPLETED
+        failure = self.failure
+        return failure.end if failure else End.OPEN
+
+    def not_run(self) -> list[str]:
+        """The capability benchmarks that have no result."""
+        folder = self.run.eval("trained") / "capability"
+        read = {name: read_manifest(folder / f"{name}.json") for name in self.config.evaluate.capability}
+        return [name for name, result in read.items() if result is None or NOT_RUN in result]
+
+    def refuse_other_evaluation(self) -> None:
+        """Make sure that an evaluation in the job's folder asked the prompts and the judge of this config.
+
+        Raises:
+            UserError: it did not; the message names the first difference.
+        """
+        verdicts = self.run.eval("trained") / "summary.json"
+        if summary := read_manifest(verdicts):
+            # The weights are those of the training's manifest: they need not be read again.
+            asked = prompts_fingerprint(self.config) | judge_fingerprint(self.config)
+            known = summary["fingerprint"].keys() & {*asked, *COMPARABLE}
+            require_same_fingerprint(verdicts, {key: summary["fingerprint"][key] for key in known}, asked)
+
+    def progress(self) -> str:
+        """How the job ended; of an open one what it is doing."""
+        if self.end != End.OPEN:
+            return str(self.end)
+        if self.run.has_model():
+            return "evaluating"
+        rows = MetricsLog(self.run.metrics).read()
+        return f"step {len(rows)}" if rows else "begun" if self.run.config.exists() else "waiting"
+
+
+def jobs_of(config: Config, run: RunDir, arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
+    """Each arm at each seed."""
+    return [Job(arm.name, seed, *arm_run(config, run, arm, seed)) for arm in arms for seed in seeds]
+
+
+def rate_jobs(config: Config, run: RunDir, trials: Sequence[Arm]) -> list[Job]:
+    """The arms of a search for learning rates: at the first seed, on the prompts of a search."""
+    return jobs_of(part_of(config, "search"), run, trials, config.experiment.seeds[:1])
