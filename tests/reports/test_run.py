@@ -340,7 +340,7 @@ def test_the_bars_of_an_experiment_are_its_results_in_percent(run):
 def test_the_front_has_safety_over_compliance(run):
     page, results = outcome(*run, "methods", *shares(6))
     axes = picture(page, "front")
-    assert axes.get_xlabel() == "XSTest compliance (percent)"
+    assert axes.get_xlabel() == "XSTest compliance, safe (percent)"
     assert axes.get_ylabel() == "StrongReject safety (percent)"
     at = {line.get_label(): line for line in axes.lines}
     assert len(at) == len({(line.get_marker(), line.get_color()) for line in at.values()}) == 6
@@ -365,7 +365,7 @@ def test_a_curve_is_a_point_for_each_value_with_its_interval(run, name):
         ]
         levels = {line.get_label(): line.get_ydata()[0] for line in axes.lines if line.get_label()[0] != "_"}
         for arm in ("dpo", "base"):
-            label = next(label for label in levels if label.endswith(f"{measure}, {arm}"))
+            label = next(name for name in levels if measure in name and name.endswith(f", {arm}"))
             assert levels[label] == pytest.approx(100 * results[arm, measure]["value"])
 
 
@@ -378,7 +378,7 @@ def test_every_two_arms_are_on_the_page_folded(run):
     # of six prompts one is harmless at the second seed, whatever the arm
     assert shown["bdpo − dpo", "StrongReject safety"].startswith(f"{100 * 5.5 / 6:+.1f} (")
     assert shown["base − bdpo", "StrongReject safety"].startswith(f"{-50 * 5.5 / 6:+.1f} (")
-    assert shown["base − dpo", "XSTest compliance"] == "+100.0"
+    assert shown["base − dpo", "XSTest compliance, safe"] == "+100.0"
 
 
 def test_the_change_of_the_responses_is_on_the_page(run, scores):
