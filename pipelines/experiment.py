@@ -2,8 +2,8 @@
 
     python -m pipelines.experiment NAME --config pipelines/configs/sandbox.yaml [section.key=value ...]
 
-NAME is imbalance, balanced-subset, methods, ablation, alpha, beta or displacement. Data are prepared and
-scored once; as many arms run at the same time as the cluster holds. Writes <run_dir>/experiments/NAME:
+NAME is an experiment of `bdpo.experiments.definitions`; --help lists them. Data are prepared and scored once;
+as many arms run at the same time as the cluster holds. Writes <run_dir>/experiments/NAME:
 results.csv, figures, and report.html, one page with all of it. The same command after a kill resumes.
 """
 
