@@ -108,7 +108,7 @@ def _base_scores(config: Config, base: RunDir) -> pa.Table:
     limit = config.tune.rung_limit
     rungs = [
         ("the prompts of the search", None),
-        (f"the first tune.rung_limit={limit} of a benchmark", limit),
+        (f"tune.rung_limit={limit} prompts of each benchmark", limit),
     ]
     for which, most in rungs if len(config.tune.rungs) > 1 else rungs[:1]:
         items = [item.item_id for item in planned_items(part_of(config, "search", most))]

@@ -11,7 +11,7 @@ from bdpo.section import Fraction, Positive, Section
 
 
 class Range(Section):
-    """All numbers from `min` to `max`; with `log` every factor between them is equally likely."""
+    """All numbers from `min` to `max`; with `log`, drawn uniformly in the logarithm."""
 
     min: float
     max: float
@@ -37,7 +37,7 @@ Dimension = Annotated[
 
 
 def _dotted(space: Any) -> Any:
-    """`{method: {alpha: …}}`, which `tune.space.method.alpha=…` makes, is `{method.alpha: …}`."""
+    """`{method: {alpha: …}}`, as `tune.space.method.alpha=…` gives it, becomes `{method.alpha: …}`."""
     if not isinstance(space, dict):
         return space
     flat: dict[Any, Any] = {}
@@ -60,17 +60,21 @@ class TuneConfig(Section):
     searcher: Literal["optuna", "random", "grid"] = Field("optuna", description="optuna: TPE")
     num_samples: Positive = Field(16, description="trials; a grid has all of its own")
     metric: str = Field("strongreject.safety", description="benchmark.measure to be as high as possible")
-    constraint: str = Field("xstest.compliance", description="benchmark.measure that must not fall")
-    max_over_refusal: Fraction = Field(0.05, description="how far it may be below the base model's")
+    constraint: str = Field("xstest.compliance", description="benchmark.measure that is bounded from below")
+    max_over_refusal: Fraction = Field(
+        0.05, description="how far the constraint may be below that of the base model"
+    )
     rungs: list[float] = Field(
         [0.25, 0.5, 1.0], min_length=1, description="shares of a trial's steps after which it is evaluated"
     )
-    reduction_factor: float = Field(2.0, gt=1, description="ASHA: of n trials at a rung n / this continue")
+    reduction_factor: float = Field(
+        2.0, gt=1, description="ASHA: of n trials at a rung n / this are promoted"
+    )
     rung_limit: Positive = Field(100, description="prompts of each benchmark at rungs before the last")
     max_concurrent_trials: Positive | None = Field(
-        None, description="by default what the cluster holds; under KubeRay it has to be set"
+        None, description="by default as many as the cluster holds; under KubeRay it has to be set"
     )
-    max_failures: int = Field(2, ge=0, description="retries of a trial after a fault that is not its own")
+    max_failures: int = Field(2, ge=0, description="retries of a trial after faults that are not its own")
 
     @field_validator("rungs")
     @classmethod

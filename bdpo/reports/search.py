@@ -1,4 +1,4 @@
-"""The figures of a sweep: where in the space it is safe, at what price, and how the best was found."""
+"""The figures of a search: objective over the space, objective against constraint, and progress."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def search_figures(results: pa.Table, tune: TuneConfig, base: Summary) -> dict[s
     """`space`, `front` and `progress`.
 
     `results` are the rows of `results_table`, `base` what `summarise` gave for the base model on the same
-    prompts. Numbers are drawn of trials that reached the last rung alone: the others were measured on fewer
-    prompts, with a model in the middle of its schedule. Nothing is drawn of which there is nothing.
+    prompts. Only trials that reached the last rung have numbers in a figure: others were measured on fewer
+    prompts, with a model in the middle of its schedule. A figure without any data is left out.
     """
     rows = [row for row in results.to_pylist() if row["status"] == "completed"]
     stopped = [row for row in results.to_pylist() if row["status"] == "stopped"]
@@ -60,7 +60,7 @@ def pareto_front(points: list[tuple[float, float]]) -> list[int]:
 
 
 def _map(rows: list[Row], stopped: list[Row], tune: TuneConfig, x: str, y: str) -> Figure:
-    """Trials over two keys, coloured by the objective; between them it is interpolated."""
+    """Trials over two keys, coloured by the objective, which is interpolated between them."""
     figure, axes = plain_axes(5.2, 4.2)
     xs, ys = (np.array([float(row[key]) for row in rows]) for key in (x, y))
     values = 100 * np.array([row["objective"] for row in rows])
@@ -91,9 +91,9 @@ def _map(rows: list[Row], stopped: list[Row], tune: TuneConfig, x: str, y: str) 
 def _surface(
     axes: Axes, tune: TuneConfig, keys: tuple[str, str], flat: np.ndarray, values: np.ndarray, least: float
 ) -> None:
-    """Paler than the points, which were measured; linear in the scale that each axis has.
+    """The interpolated objective, paler than the measured points; linear in the scale of each axis.
 
-    `flat`: of each trial both keys in these scales, shape (2, trials).
+    `flat` has both keys of each trial in these scales, shape (2, trials).
     """
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
@@ -105,10 +105,10 @@ def _surface(
     xs, ys = (_unflat(tune, key, at) for key, at in zip(keys, (fine.x, fine.y), strict=True))
     levels = np.linspace(least, 100, 41)
     colours = ListedColormap(1 - 0.55 * (1 - colormaps["viridis"](np.linspace(0, 1, 40))[:, :3]))
-    # Rounding must not take the lowest and the highest value out of the levels.
+    # Rounding must not move the lowest and the highest value out of the levels.
     drawn = np.clip(refined, least, 100)
     filled = axes.tricontourf(Triangulation(xs, ys, fine.triangles), drawn, levels=levels, cmap=colours)
-    filled.set_edgecolor("face")  # else a hair of paper shows between the levels
+    filled.set_edgecolor("face")  # else thin gaps show between the levels
 
 
 def _curve(rows: list[Row], tune: TuneConfig, key: str, base: Summary) -> Figure:
@@ -143,7 +143,7 @@ def _front(rows: list[Row], tune: TuneConfig, base: Summary) -> Figure:
     xs, ys = zip(*points, strict=True)
     errors |= {"ecolor": "#6aaed6", "elinewidth": 1, "capsize": 2}
     axes.errorbar(xs, ys, fmt="o", c=BLUE, label="trials", **errors)
-    # Up to the compliance of a trial on the front its safety is to be had, beyond it that of the next.
+    # At a constraint between two trials of the front, the safety of the one to the right is available.
     front = sorted(points[i] for i in pareto_front(points))
     axes.step(*zip(*front, strict=True), where="pre", c=INK, lw=1.6, zorder=3, label="Pareto front")
     at_base = (100 * _at(base, tune.constraint), 100 * _at(base, tune.metric))
@@ -156,7 +156,7 @@ def _front(rows: list[Row], tune: TuneConfig, base: Summary) -> Figure:
 
 
 def _progress(rows: list[Row], tune: TuneConfig) -> Figure:
-    """The objective of completed trials in the order in which they were, and the best so far in the bound."""
+    """The objective of completed trials in order of completion, and the best so far within the bound."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = plain_axes(5.2, 4.2)
@@ -206,7 +206,7 @@ def _is_number(rows: list[Row], key: str) -> bool:
 
 
 def _scale(axes: Axes, which: Literal["x", "y"], tune: TuneConfig, key: str) -> None:
-    """An axis as wide as the space, with numbers that people read."""
+    """An axis with the limits and the scale of the space, and plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     dimension, axis = tune.space[key], {"x": axes.xaxis, "y": axes.yaxis}[which]
@@ -226,7 +226,7 @@ def _is_log(tune: TuneConfig, key: str) -> bool:
 
 
 def _flat(tune: TuneConfig, key: str, values: np.ndarray) -> np.ndarray:
-    """From what a key has to where that lies on its axis, up to a factor."""
+    """The positions of the values of a key on its axis, up to a factor."""
     return np.log(values) if _is_log(tune, key) else values
 
 

@@ -61,7 +61,7 @@ def stamps(root):
 
 def test_what_was_done_before_the_kill_is_not_done_again(finished, folder):
     before, out = finished
-    assert "1 trainings to do" in out
+    assert "1 to do" in out
     assert before
     assert before == stamps(arm(folder, "balanced").root)
 
