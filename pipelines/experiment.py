@@ -30,7 +30,6 @@ from pipelines.evaluate import EvaluateBase
 from pipelines.prepare import Prepare
 from pipelines.runtime.arms import Arms
 from pipelines.runtime.cli import Command
-from pipelines.runtime.faults import in_a_line
 from pipelines.runtime.pool import ATTEMPTS
 from pipelines.runtime.progress import console
 from pipelines.runtime.stage import Stage, check_inputs
@@ -161,6 +160,8 @@ def _run_jobs(arms: Arms, concurrent: int, folder: StoragePath) -> dict[str, Fai
 
 def _rescore(jobs: Sequence[Job]) -> dict[str, Failure]:
     """Let the trained models score the pairs as the reference model did; returns those that could not."""
+    from pipelines.runtime.faults import in_a_line
+
     failures: dict[str, Failure] = {}
     for job in jobs:
         try:

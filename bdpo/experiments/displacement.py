@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from scipy import stats
 
 from bdpo.config import Config
 from bdpo.experiments.arms import Arm, method_params, rescored
@@ -106,6 +105,8 @@ def _tenths(pairs: pa.Table, sign: str) -> list[np.ndarray]:
 
 def _spearman(sign: pa.ChunkedArray, change: np.ndarray) -> Estimate:
     """ρ and its interval by Fisher's z with the variance of Bonett & Wright (2000)."""
+    from scipy import stats
+
     values = sign.to_numpy(zero_copy_only=False).astype(float)
     if len(values) < 5 or np.isnan(values).any() or np.ptp(values) == 0 or np.ptp(change) == 0:
         return Estimate(np.nan, np.nan, np.nan, len(values), None)
