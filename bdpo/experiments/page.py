@@ -181,7 +181,8 @@ def _first(rows: Sequence[ArmMeasure], measures: Sequence[str]) -> str | None:
 def _comparison(row: ArmMeasure) -> Difference:
     """The difference in a row, as `paired_difference` returns it."""
     numbers = {name: getattr(row, name) for name in ("first", "second", "difference", "p")}
-    return Difference(row.paired_n or 0, low=row.difference_low, high=row.difference_high, test="", **numbers)
+    bounds = {end: getattr(row, f"difference_{end}") for end in ("low", "high")}
+    return Difference(row.paired_n or 0, test="", **numbers, **bounds)
 
 
 def _rates_section(config: Config, rates: pa.Table) -> Section:
