@@ -18,7 +18,7 @@ from bdpo.scoring.shard_scorer import ShardScorer
 from bdpo.search.sweep import Sweep
 from bdpo.search.trials import Rung
 from bdpo.stats import Estimate
-from bdpo.storage.manifests import write_manifest
+from bdpo.storage.manifests import read_manifest, write_manifest
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.rungs import Rungs
 from bdpo.variants.ends import End, Failure
@@ -235,7 +235,9 @@ def test_an_actor_that_dies_before_tune_knows_of_a_rung_changes_nothing(tmp_path
     shown = Measured(Estimate(2.0, 2.0, 2.0, 6, "t"), ALL, base=1.0, violation=0.0)
     rung = asdict(Rung(RUNGS[0], shown, finished=0.0))
     write_manifest(begun.sweep.folder(better.name).root / "rungs" / first.name, {}, **rung)
-    first.write_text(json.dumps(json.loads(first.read_text()) | {"before": [better.name]}))
+    shown_first = read_manifest(first) | {"before": [better.name]}
+    shown_first.pop("version")
+    write_manifest(first, **shown_first)
     assert begun.status == "stopped"
     assert begun.next_rung() == begun.ended
     assert not last.exists()
