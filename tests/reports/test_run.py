@@ -378,7 +378,7 @@ def test_every_two_arms_are_on_the_page_folded(run):
     # of six prompts one is harmless at the second seed, whatever the arm
     assert shown["bdpo − dpo", "StrongReject safety"].startswith(f"{100 * 5.5 / 6:+.1f} (")
     assert shown["base − bdpo", "StrongReject safety"].startswith(f"{-50 * 5.5 / 6:+.1f} (")
-    assert shown["base − dpo", "XSTest compliance, safe"] == "+100.0"
+    assert shown["base − dpo", "XSTest compliance, safe"].startswith("+100.0")
 
 
 def test_the_change_of_the_responses_is_on_the_page(run, scores):
