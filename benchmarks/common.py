@@ -45,7 +45,7 @@ def draw(pairs: int, prompt: int, response: int, spread: float) -> list[EncodedP
 def from_file(file: Path, pairs: int) -> tuple[list[EncodedPair], str]:
     """The lengths of the first pairs of a `sharegpt` ranking file, four characters a token.
 
-    Too long prompts are left out, as scoring quarantines them. The second value says what was taken.
+    Prompts that are too long are left out, as in scoring. The second value describes the selection.
     """
     rows = json.loads(file.read_text(encoding="utf-8"))
     found = []
@@ -115,7 +115,7 @@ def cpu_seconds(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
 def write_section(title: str, table: list[str], head: str | None = None) -> None:
     """Put a section in RESULTS.md in the place of the one of the same title.
 
-    `head` says how, when and with what it was measured; by default, this command here and now.
+    `head` describes how, when and with which versions it was measured; by default this command, now.
     """
     if head is None:
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))

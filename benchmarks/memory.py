@@ -26,11 +26,11 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bdpo.config import Config, ModelConfig, parse_config
-from bdpo.data.pairs import ID_COLUMNS, PAIR_SCHEMA
+from bdpo.data.pairs import ID_COLUMNS, PAIR_SCHEMA, pairs_digest
 from bdpo.models.logps import LogpsModel
 from bdpo.models.tokenizer import EncodedPair, load_tokenizer
 from bdpo.scoring.reference import reference_logps
-from bdpo.scoring.scores import SCORE_SCHEMA, pairs_digest, score_fingerprint, score_store
+from bdpo.scoring.scores import SCORE_SCHEMA, score_fingerprint, score_store
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.run_dir import RunDir
 from benchmarks.common import make_model, write_section
@@ -138,7 +138,7 @@ def many_pairs(folder: Path) -> Config:
         run.data / "manifest.json",
         prepare.Prepare(config, run).fingerprint,
         account=counts | {"format": "preference"},
-        pairs_digest=pairs_digest(run),
+        pairs_digest=pairs_digest(run.pairs),
     )
     store = score_store(run, score_fingerprint(config, run))
     work = json.dumps({"worker": "a", "seconds": 1, "tokens": 1, "tokens_forwarded": 1})

@@ -168,7 +168,7 @@ def two_loops(config: Config, run: RunDir) -> Pass:
 def _loop(
     config: Config, run: RunDir, shards: list[tuple[int, int]]
 ) -> tuple[list[dict[str, Any]], list[float]]:
-    """What the scorer said of each shard, and the processor time then."""
+    """(reports of the scorer for each shard, processor time after each)."""
     torch.set_num_threads(1)
     scorer = TimedScorer(config, run, score_fingerprint(config, run), "cpu")
     done, cpu = [], []

@@ -102,7 +102,7 @@ def _row(seed: int, sweep: RunDir, default: RunDir) -> str:
 
 
 def _minutes(sweep: RunDir) -> str:
-    """How long its trials took; of a sweep that stood still in between nothing is said."""
+    """Durations of the trials; meaningless for a sweep that was interrupted."""
     if (sweep.tune / RESUMED).exists():
         return "resumed"
     rows = pq.read_table(sweep.tune / "results.parquet").to_pylist()

@@ -7,10 +7,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from bdpo.cluster.status import StageStatus
-from bdpo.data.pairs import PAIR_SCHEMA, count_pairs, read_pairs
-from bdpo.storage.digests import files_digest
+from bdpo.data.pairs import PAIR_SCHEMA, count_pairs, pairs_digest, read_pairs
 from bdpo.storage.manifests import Fingerprint, read_manifest, write_manifest
-from bdpo.storage.paths import StoragePath, sorted_glob
+from bdpo.storage.paths import StoragePath
 from pipelines.runtime.progress import console, progress_bar
 from pipelines.runtime.stage import ManifestStage
 
@@ -52,7 +51,7 @@ class Prepare(ManifestStage):
 
     def is_intact(self, manifest: Mapping[str, Any]) -> bool:
         """Whether the pairs are those that were written."""
-        return bool(manifest["pairs_digest"] == self._pairs_digest())
+        return bool(manifest["pairs_digest"] == pairs_digest(self.run.pairs))
 
     def complete(self) -> dict[str, Any]:
         """Read, check and write the pairs unless that is done; returns the manifest, with the account.
@@ -80,7 +79,7 @@ class Prepare(ManifestStage):
         with progress_bar("prepare") as advance:
             chat = load_tokenizer(config.model)
             account = prepare(config.data, chat, run.pairs, run.private, config.seed, advance)
-        results = {"account": account.to_json(), "pairs_digest": self._pairs_digest()}
+        results = {"account": account.to_json(), "pairs_digest": pairs_digest(self.run.pairs)}
         return write_manifest(self.manifest_file, self.fingerprint, **results)
 
     def status(self) -> StageStatus:
@@ -112,9 +111,6 @@ class Prepare(ManifestStage):
             for pair in read_pairs(self.run.pairs, first, 1).to_pylist():
                 if pair["context"] is None:  # what else a row holds was rendered with it
                     yield pair
-
-    def _pairs_digest(self) -> str:
-        return files_digest(sorted_glob(self.run.pairs, "*.parquet"))
 
 
 def account_line(account: dict[str, Any]) -> str:

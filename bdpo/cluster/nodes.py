@@ -1,4 +1,4 @@
-"""What a node says of itself: a light module, because it is imported on every node before anything runs."""
+"""The facts that a node reports about itself; a light module, which the preflight imports on every node."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ PACKAGES = ("ray", "torch", "transformers", "deepspeed", "pyarrow")
 class NodeFacts:
     """One node: its address, versions by package, names of environment variables, free disk, memory, GPUs.
 
-    `missing` are the files of the driver that it does not have, `storage_error` is what failed when it read
-    what the driver had written to the run folder.
+    `missing` are the driver's files that the node lacks. `storage_error` is the error when the node read the
+    note that the driver had written to the run folder, None if there was none.
     """
 
     address: str
@@ -40,7 +40,7 @@ class NodeFacts:
 
 
 def node_facts(address: str, run_dir: str | None, nonce: str, files: Sequence[str]) -> NodeFacts:
-    """Run on a node: look around, and answer the driver's note in the run folder with one of its own."""
+    """Collect the facts; runs on the node. `nonce` is the content of the driver's note in the run folder."""
     return NodeFacts(
         address,
         versions(),
@@ -57,7 +57,7 @@ def node_facts(address: str, run_dir: str | None, nonce: str, files: Sequence[st
 def _storage_error(run: RunDir, nonce: str) -> str | None:
     try:
         if read_text(run.root / f".preflight-{nonce}") != nonce:
-            return "reads something else there"
+            return "reads another content there"
     except FileNotFoundError:
         return "does not see what the driver wrote there"
     except Exception as error:  # every protocol of fsspec has errors of its own
@@ -66,7 +66,7 @@ def _storage_error(run: RunDir, nonce: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages whose versions matter."""
+    """The versions of Python and of `PACKAGES`, "missing" for a package that is not installed."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
@@ -78,7 +78,7 @@ def _version(package: str) -> str:
 
 
 def _memory_gib() -> float:
-    """Memory of the machine, or less where its container has less."""
+    """Memory of the machine in GiB, or the limit of its container if that is less."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # not there, or "max"
@@ -87,9 +87,9 @@ def _memory_gib() -> float:
 
 
 def _gpu_gib() -> tuple[float, ...]:
-    """Memory of each GPU; the driver's tool sees those that Ray hides from a task without GPUs.
+    """Memory of each GPU in GiB, by nvidia-smi: it sees the GPUs that Ray hides from a task without GPUs.
 
-    One that is not known is left out: a tool without its driver, or a GPU that shares the host's memory.
+    A GPU whose memory is unknown is left out: one without a driver, or one that shares the host's memory.
     """
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:

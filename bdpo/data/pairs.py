@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bdpo.storage.digests import files_digest
 from bdpo.storage.paths import StoragePath, open_parquet, sorted_glob
 
 if TYPE_CHECKING:
@@ -104,6 +105,11 @@ def pair_ids(folder: StoragePath) -> Iterator[str]:
     for part in _parts(folder):
         with pq.ParquetFile(open_parquet(part)) as parquet:
             yield from parquet.read(["pair_id"])["pair_id"].to_pylist()
+
+
+def pairs_digest(folder: StoragePath) -> str:
+    """The digest of the files that `prepare` wrote into `folder`."""
+    return files_digest(_parts(folder))
 
 
 def count_pairs(folder: StoragePath) -> int:

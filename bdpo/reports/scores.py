@@ -54,9 +54,9 @@ class MiDistribution(Distribution):
     @classmethod
     def of_mi(cls, mi: np.ndarray, floor: float) -> MiDistribution:
         """The distribution of mutual information, shape (pairs,)."""
-        whole = Distribution.of(mi)
+        every = Distribution.of(mi)
         floored = float((mi < np.float32(floor)).mean())
-        return cls(whole.mean, whole.quantiles, float((mi < 0).mean()), floored)
+        return cls(every.mean, every.quantiles, float((mi < 0).mean()), floored)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bdpo.config import Config
-from bdpo.data.pairs import pair_ids, read_pairs
+from bdpo.data.pairs import pair_ids, pairs_digest, read_pairs
 from bdpo.errors import UserError
 from bdpo.models.loading import model_folder, weights_digest
 from bdpo.models.tokenizer import tokenizer_fingerprint
-from bdpo.storage.digests import files_digest
 from bdpo.storage.manifests import Fingerprint, finished, read_manifest, write_manifest
-from bdpo.storage.paths import sorted_glob
 from bdpo.storage.run_dir import RunDir
 from bdpo.storage.shards import ShardStore
 
@@ -74,18 +72,13 @@ def checked_pairs_digest(run: RunDir) -> str:
     prepared = read_manifest(run.data / "manifest.json")
     if prepared is None:
         raise UserError(f"{run.data}: no prepared pairs; run `python -m pipelines.score` first")
-    digest = pairs_digest(run)
+    digest = pairs_digest(run.pairs)
     if digest != prepared["pairs_digest"]:
         raise UserError(
             f"{run.pairs}: the pairs were changed or damaged after they were prepared; "
             "`python -m pipelines.score` prepares them again"
         )
     return digest
-
-
-def pairs_digest(run: RunDir) -> str:
-    """The digest of the files of the prepared pairs."""
-    return files_digest(sorted_glob(run.pairs, "*.parquet"))
 
 
 def score_store(run: RunDir, fingerprint: Fingerprint) -> ShardStore:

@@ -2,7 +2,7 @@
 
 A shard is the unit in which many actors commit what they make together: scores, responses, verdicts. Its
 name contains the first row and a digest of the file's content, and its Parquet metadata the fingerprint of
-the inputs. The folder alone therefore tells a rerun which rows are done: there is no list beside it that a
+the inputs. The folder alone therefore determines which rows are done: there is no list beside it that a
 kill could leave wrong, and a damaged shard or one of other inputs is never used. Readers skip damaged shards.
 Only `missing` removes them, which the command that holds the lock of the run calls. A file of another program
 is refused and left alone.

@@ -1,7 +1,8 @@
-"""Which pairs make which optimizer step, and how they are dealt to the workers.
+"""The pairs of each optimizer step, and their distribution over the workers.
 
-A global batch is a function of (seed, step) alone. Every worker computes the same plan from the same
-lengths, so nothing is communicated and all workers run the same number of micro-batches.
+A global batch is a function of (seed, step) alone, whatever the number of workers. Every worker computes the
+same plan from the same lengths, so nothing is communicated, and all workers run the same number of
+micro-batches.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from bdpo.errors import UserError
 
 
 def draw_held_out(pair_ids: Sequence[str], fraction: float, seed: int) -> list[int]:
-    """Rows of the pairs that are only evaluated on: `fraction` of all, rounded up.
+    """Rows of the held-out pairs, which are only evaluated on: `fraction` of all, rounded up.
 
-    Which pairs these are depends on seed and ids alone, not on the order of the rows.
+    The choice depends on the seed and the ids alone, not on the order of the rows.
 
     Raises:
         UserError: no pair would be left to train on.
@@ -34,7 +35,7 @@ def draw_held_out(pair_ids: Sequence[str], fraction: float, seed: int) -> list[i
 
 
 def plan_without_lengths(pairs: int, train: TrainConfig, seed: int) -> TrainingPlan:
-    """The plan of a training on so many pairs, the held-out ones among them: steps without lengths.
+    """The plan of a training on this number of pairs, held-out ones included: its steps, not its batches.
 
     Raises:
         UserError: see `draw_held_out` and `TrainingPlan`.
@@ -48,9 +49,9 @@ def deal_micro_batches(
 ) -> list[list[list[int]]]:
     """[worker][micro-step] -> some of `pairs`, the same number of micro-steps for every worker.
 
-    `lengths` are the tokens of each of `pairs`, `budget` the most of a micro-batch. Micro-batches of one
-    micro-step cost about the same, since workers wait for each other there. A worker without work left
-    gets an empty micro-batch: it still takes part in the collectives.
+    `lengths` are the tokens of each of `pairs`, `budget` is the greatest number of tokens of a micro-batch.
+    The micro-batches of one micro-step cost about the same, since the workers wait for each other there. A
+    worker without work gets an empty micro-batch: it still takes part in the collectives.
     """
     from bdpo.models.packing import length_sorted_batches
 
@@ -71,7 +72,7 @@ class TrainingPlan:
     """The order of training over pairs that cost `lengths` tokens each.
 
     Raises:
-        UserError: the warmup takes all steps, so that the learning rate is never reached.
+        UserError: the warmup takes all steps, so that the full learning rate is never reached.
     """
 
     lengths: Sequence[int]

@@ -5,9 +5,9 @@
     part-<rank>.json       progress, metrics, and size and SHA-256 of each of the worker's files; written last
 
 A checkpoint is intact if the part files of all its workers are there and undamaged, and every file is as its
-part file says. That can be told from the folder alone, whatever was killed while it was written, copied or
-deleted: no list elsewhere has to agree with it. Sizes tell a truncated file at once and are checked before a
-training starts. Hashes are compared before anything is loaded, each worker reading its own part, so that the
+part file records. The folder alone decides that, whatever was killed while it was written, copied or deleted:
+no list elsewhere has to agree with it. Sizes show a truncated file at once and are checked before a training
+starts. Hashes are compared before anything is loaded, each worker reading its own part, so that the
 check costs each node only what it is about to read anyway.
 """
 

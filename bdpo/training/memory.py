@@ -229,8 +229,8 @@ def _longest_pairs(config: Config, shape: PreTrainedConfig) -> list[PrefixGroup]
     """Pairs of the greatest length that fill a micro-batch, or a single pair that exceeds it."""
     data, budget = config.data, config.train.tokens_per_micro_batch
     prompt, response = data.max_prompt_length, data.max_length - data.max_prompt_length
-    whole = PrefixGroup(range(prompt), [range(response)] * 2)
-    longest = whole.tokens(prefix_sharing_obstacle(shape, data.max_length) is None)
+    full_pair = PrefixGroup(range(prompt), [range(response)] * 2)
+    longest = full_pair.tokens(prefix_sharing_obstacle(shape, data.max_length) is None)
     pairs = math.ceil(budget / longest)
     part = min(1.0, budget / pairs / longest) if pairs > 1 else 1.0
     lengths = max(1, int(prompt * part)), max(1, int(response * part))

@@ -1,4 +1,4 @@
-"""The pairs that a training worker reads, with their scores and weights."""
+"""The pairs that a training worker reads, joined with their scores and weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bdpo.training.batches import draw_held_out
 
 @dataclass(frozen=True)
 class TrainingPairs:
-    """Pairs and their scores, row by row the same; tensors have shape (pairs,), what is not known is NaN."""
+    """Pairs and their scores, row by row; tensors have shape (pairs,), and unknown values are NaN."""
 
     config: Config
     chat: ChatTokenizer
@@ -35,7 +35,11 @@ class TrainingPairs:
 
     @classmethod
     def load(cls, config: Config, run: RunDir, scores: pa.Table) -> TrainingPairs:
-        """Join `scores`, of all or some of the prepared pairs, with these and weigh them by `method`."""
+        """Join `scores` (of all or some of the prepared pairs) with the pairs; compute the method's weights.
+
+        Raises:
+            RuntimeError: a score belongs to no prepared pair.
+        """
         columns = ["pair_id", *LABELS, *ID_COLUMNS]  # no text: the ids are all that the model sees
         table = read_pairs(run.pairs, 0, count_pairs(run.pairs), columns)
         rows = pc.index_in(scores["pair_id"], table["pair_id"].combine_chunks())
@@ -48,7 +52,7 @@ class TrainingPairs:
 
     @property
     def lengths(self) -> list[int]:
-        """Padded tokens of each pair in the rows that the model takes."""
+        """Tokens of each pair with padding, in the layout of rows that the model takes."""
         parts = (self.scores[f"{part}_tokens"].to_pylist() for part in ("prompt", "chosen", "rejected"))
         return [group_tokens(p, [c, r], self.shared_rows) for p, c, r in zip(*parts, strict=True)]
 
@@ -62,7 +66,7 @@ class TrainingPairs:
         return "pairs " + ", ".join(self.table["pair_id"].take(indices).to_pylist())
 
     def split(self) -> tuple[TrainingPairs, TrainingPairs | None]:
-        """Those to train on, and those held out for evaluation if there are any."""
+        """(pairs to train on, held-out pairs or None)."""
         ids: list[str] = self.table["pair_id"].to_pylist()
         out = draw_held_out(ids, self.config.train.eval_fraction, self.config.seed)
         return (self._take(sorted(set(range(len(ids))) - set(out))), self._take(out)) if out else (self, None)
@@ -77,7 +81,7 @@ class TrainingPairs:
         )
 
     def logps(self, model: Any, indices: Sequence[int]) -> PairLogps:
-        """Forward the policy over some pairs and put the reference's log-probs beside its own."""
+        """Forward the policy over some pairs; returns its log-probs together with those of the reference."""
         pairs = self.table.take(indices)
         policy_chosen, policy_rejected = pair_logps(model, encoded_pairs(pairs))
         scores, device = self.scores.take(indices), policy_chosen.device

@@ -1,8 +1,8 @@
-"""Where metrics go besides `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow (`train.report_to`).
+"""Trackers beside `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow (`train.report_to`).
 
-All are fed from that file, by one process, so none knows a step that the file does not. Keys and servers
-come from the environment alone (WANDB_API_KEY, WANDB_MODE, MLFLOW_TRACKING_URI); what is sent are numbers,
-no config and no text.
+One process reads that file and passes its rows on, so no tracker has a step that the file lacks. Keys and
+servers come from the environment alone (WANDB_API_KEY, WANDB_MODE, MLFLOW_TRACKING_URI). Only numbers are
+sent, no config and no text.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """One place that metrics go to."""
+    """A receiver of metrics."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Metrics of a step; what it already has of the step is not added again."""
+        """Record the metrics of a step, except those that the tracker already has."""
 
     def close(self) -> None:
-        """Send what is still on its way."""
+        """Send everything that is still buffered."""
 
 
 class _TensorBoard:
-    """Event files under <run_dir>/train/tensorboard, written anew by each command that trains.
+    """Event files in <run_dir>/train/tensorboard, which each command that trains writes anew.
 
     On object storage they appear when the command ends.
     """
@@ -46,10 +46,10 @@ class _TensorBoard:
     def __init__(self, run: RunDir) -> None:
         from tensorboardX import SummaryWriter
 
-        self.place, folder = ExitStack(), run.train / "tensorboard"
+        self.upload, folder = ExitStack(), run.train / "tensorboard"
         discard(folder)
         if not isinstance(folder, Path):
-            folder = self.place.enter_context(atomic_folder(folder))
+            folder = self.upload.enter_context(atomic_folder(folder))
         self.writer = SummaryWriter(str(folder))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -58,19 +58,19 @@ class _TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
-        self.place.close()
+        self.upload.close()
 
 
 class _WandB:
-    """A run of Weights & Biases that a second command continues; it drops steps it already has."""
+    """A run of Weights & Biases, which a later command continues; steps that it has already are dropped."""
 
     def __init__(self, run: RunDir) -> None:
         import wandb
 
-        number = _remembered(run, "wandb", lambda: uuid.uuid4().hex)
+        run_id = _run_id(run, "wandb", lambda: uuid.uuid4().hex)
         folder = run.train if isinstance(run.train, Path) else Path(tempfile.mkdtemp(prefix="bdpo-wandb-"))
         settings = wandb.Settings(console="off", silent=True, x_disable_meta=True, x_save_requirements=False)
-        self.run = wandb.init(dir=folder, name=run.root.name, id=number, resume="allow", settings=settings)
+        self.run = wandb.init(dir=folder, name=run.root.name, id=run_id, resume="allow", settings=settings)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if step >= self.run.step:
@@ -81,7 +81,7 @@ class _WandB:
 
 
 class _MLflow:
-    """A run of MLflow that a second command continues."""
+    """A run of MLflow, which a later command continues."""
 
     def __init__(self, run: RunDir) -> None:
         from mlflow import MlflowClient
@@ -97,7 +97,7 @@ class _MLflow:
             number = found.experiment_id if found else self.client.create_experiment(experiment)
             return str(self.client.create_run(number, run_name=run.root.name).info.run_id)
 
-        self.run_id = _remembered(run, "mlflow", create)
+        self.run_id = _run_id(run, "mlflow", create)
         self.last: dict[str, int] = {}
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -124,10 +124,10 @@ TRACKERS: dict[str, Callable[[RunDir], Tracker]] = {
 
 
 class Tracking:
-    """Follows a run's metrics.jsonl and hands each new line to the trackers of `train.report_to`.
+    """Follows the metrics.jsonl of a run and passes each new row to the trackers of `train.report_to`.
 
     Raises:
-        UserError: a tracker cannot be started; said before any training.
+        UserError: a tracker cannot be started; raised before any training.
     """
 
     def __init__(self, config: Config, run: RunDir) -> None:
@@ -145,9 +145,10 @@ class Tracking:
                 raise UserError(f"train.report_to: {name} cannot be started ({first_line(error)})") from None
 
     def follow(self) -> Sequence[dict[str, float]]:
-        """Report what the file has that was not reported yet; returns all its lines.
+        """Report the rows that were not reported yet; returns all rows of the file.
 
-        A worker that resumes takes lines back and writes them once more, the same: those are skipped.
+        A worker that resumes from a checkpoint removes the later rows and writes the same rows again: these
+        are skipped.
         """
         rows = self.metrics.read()
         for row in rows[self.seen :]:
@@ -156,12 +157,12 @@ class Tracking:
         return rows
 
     def close(self) -> None:
-        """Report the last lines and end."""
+        """Report the last rows and close the trackers."""
         self.follow()
         self._each(methodcaller("close"))
 
     def _each(self, do: Callable[[Tracker], object]) -> None:
-        """A tracker that fails is left out and said so: metrics.jsonl has all, the training goes on."""
+        """A tracker that fails is dropped with a warning; the training continues and logs all metrics."""
         for name, tracker in list(self.trackers.items()):
             try:
                 do(tracker)
@@ -170,8 +171,8 @@ class Tracking:
                 log.warning("%s failed and gets no more metrics (%s)", name, first_line(error))
 
 
-def _remembered(run: RunDir, name: str, create: Callable[[], str]) -> str:
-    """What a run is called there; forgotten with all else of the training by fresh=true."""
+def _run_id(run: RunDir, name: str, create: Callable[[], str]) -> str:
+    """The id of the run at a tracker, kept in the run folder until fresh=true removes the training."""
     file = run.train / f"{name}.id"
     if not file.exists():
         write_text(file, create())

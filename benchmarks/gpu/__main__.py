@@ -71,7 +71,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases with TEXT in their name")
     parser.add_argument("--limit", type=float, default=470, help="seconds of a part")
     parser.add_argument("--profile", action="store_true", help="tables of torch's profiler into --out")
-    parser.add_argument("--report", action="store_true", help="measure nothing, write what the JSON says")
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing, write the report from the JSON files"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU; writes no RESULTS.md")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # what a process of its own is to measure
     arguments = parser.parse_args()
@@ -89,7 +91,7 @@ def parse() -> argparse.Namespace:
 
 
 def run_part(part: str, arguments: argparse.Namespace) -> None:
-    """Every case that is asked for, as long as there is time."""
+    """Run the requested cases until the time is over."""
     module, deadline = module_of(part), time.monotonic() + arguments.limit
     for case in (case for case in module.CASES if arguments.only in case):
         record = record_of(part, arguments)
@@ -120,7 +122,7 @@ def in_its_process(part: str, case: str, arguments: argparse.Namespace, seconds:
     finally:
         end(process)
     if code < 0:
-        return {"why": f"killed by signal {-code}, it may be for want of memory"}
+        return {"why": f"killed by signal {-code}, perhaps out of memory"}
     return {"why": f"its process ended with exit code {code}", "failed": True} if code else {}
 
 
@@ -173,7 +175,7 @@ def show(part: str, record: Record, arguments: argparse.Namespace) -> int:
 
 
 def module_of(part: str) -> Any:
-    """Imported when it is wanted: the parts want different packages."""
+    """Import a part when it is run: the parts require different packages."""
     return importlib.import_module(f"benchmarks.gpu.{PARTS[part]}")
 
 

@@ -87,7 +87,7 @@ class Answers:
 
     @classmethod
     def of(cls, model: LogpsModel, groups: Sequence[PrefixGroup]) -> Answers:
-        """What a model says of the groups."""
+        """The log-probs of a model for the groups."""
         logps = model(groups)
         logps.sum().backward()
         tokens = logps.new_tensor([len(response) for group in groups for response in group.responses])
@@ -102,7 +102,7 @@ class Answers:
 
 
 def training(setup: Setup) -> Iterator[Row]:
-    """Score, train, checkpoint, export, load, resume; two undisturbed trainings tell what is chance."""
+    """Score, train, checkpoint, export, load, resume; two undisturbed trainings show the chance."""
     batch = 4 if setup.smoke else PAIRS_A_STEP
     settings = {"global_batch_size": batch, "max_steps": STEPS, "learning_rate": 1e-5, "warmup_ratio": 0.0}
     config = run_config(setup, "0.5b", STEPS * batch, **settings)

@@ -1,4 +1,4 @@
-"""The sandbox, end to end under Ray on one GPU: which process had the GPU, and what came out.
+"""The sandbox, end to end under Ray on one GPU: the processes that used the GPU, and the results.
 
 `python -m benchmarks.gpu pipeline`. `pipelines.run` is started as a user starts it, with a whole GPU for the
 scoring actor, the training worker and the evaluation actor, one after the other. That a process has the GPU
@@ -77,7 +77,7 @@ def has_gpu(pid: int) -> bool:
 
 
 def stages(run: RunDir, seen: dict[int, tuple[str, bool]]) -> Iterator[Row]:
-    """What each stage was given, which processes did it, how long it took and what it says of its result."""
+    """The inputs, processes, duration and result of each stage."""
     config = json.loads((run.train / "manifest.json").read_text())["config"]
     report = json.loads((run.report / "summary.json").read_text())
     scores = read_manifest(run.scores / "manifest.json")

@@ -1,4 +1,4 @@
-"""The JSON file of a part, `{"machine": {...}, "rows": [...]}`: whole on disk after every row."""
+"""The JSON file of a part, `{"machine": {...}, "rows": [...]}`: complete on disk after every row."""
 
 from __future__ import annotations
 

@@ -53,9 +53,9 @@ def score(config: Config, setup: Setup) -> dict[str, Any]:
     fingerprint = score_fingerprint(config, run)
     scorer, clock = ShardScorer(config, run, fingerprint, setup.device.type), Clock(setup.device)
     for first, rows in score_store(run, fingerprint).missing(count_pairs(run.pairs), config.score.shard_rows):
-        said = scorer({"first": first, "rows": rows})
-        if said["rows"] != rows:
-            raise RuntimeError(f"scoring: {said['stop'] or said['unscorable']}")
+        report = scorer({"first": first, "rows": rows})
+        if report["rows"] != rows:
+            raise RuntimeError(f"scoring: {report['stop'] or report['unscorable']}")
         clock.mark()
     seconds = clock.seconds()
     finish_scores(run, fingerprint, sum(seconds))
@@ -72,7 +72,7 @@ def scored(config: Config, case: str) -> TrainingPairs:
     """
     run = RunDir(config.run_dir)
     if read_manifest(run.scores / "manifest.json") is None:
-        raise NotMeasured(f"wants the case {case!r} before it")
+        raise NotMeasured(f"requires the case {case!r} before it")
     return TrainingPairs.load(config, run, read_scores(config, run))
 
 

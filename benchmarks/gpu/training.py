@@ -94,7 +94,7 @@ def marked(function: Callable[..., Any], clock: Clock) -> Callable[..., Any]:
 
 
 def step_row(setup: Setup, name: str, seconds: list[float], tokens: float) -> Row:
-    """What there is to say of some steps of `tokens` real tokens each, ours or TRL's."""
+    """The figures of some steps of `tokens` real tokens each, ours or TRL's."""
     weights, mean = multiplying_parameters(setup.shape(name)), statistics.mean(seconds)
     return {
         "N": weights,

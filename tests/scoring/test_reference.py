@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.exceptions import RayError
 
-from bdpo.data.pairs import ID_COLUMNS, PAIR_SCHEMA, pair_ids, read_pairs
+from bdpo.data.pairs import ID_COLUMNS, PAIR_SCHEMA, pair_ids, pairs_digest, read_pairs
 from bdpo.errors import UserError
 from bdpo.models.logps import LogpsModel
 from bdpo.models.packing import PrefixGroup, length_sorted_batches
@@ -31,7 +31,6 @@ from bdpo.scoring.scores import (
     MAX_UNSCORABLE,
     SCORE_SCHEMA,
     finish_scores,
-    pairs_digest,
     read_scores,
     score_fingerprint,
     score_store,
@@ -625,7 +624,7 @@ def test_the_drivers_memory_does_not_grow_with_the_pairs(tmp_path, model):
         table = pa.table(texts | others, schema=PAIR_SCHEMA)
         pq.write_table(table, run.pairs / f"part-{first // part_rows:05d}.parquet", row_group_size=512)
     account = {"rows": count, "kept": count, "quarantined": {}, "excluded": {}, "not_sampled": 0}
-    manifest = {"account": account | {"format": "preference"}, "pairs_digest": pairs_digest(run)}
+    manifest = {"account": account | {"format": "preference"}, "pairs_digest": pairs_digest(run.pairs)}
     write_manifest(run.data / "manifest.json", prepare.Prepare(config, run).fingerprint, **manifest)
     store = score_store(run, score_fingerprint(config, run))
     work = {"worker": "a", "seconds": 1, "tokens": 1, "tokens_forwarded": 1}

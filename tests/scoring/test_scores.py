@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bdpo.data.pairs import PAIR_SCHEMA
+from bdpo.data.pairs import PAIR_SCHEMA, pairs_digest
 from bdpo.errors import UserError
-from bdpo.scoring.scores import checked_pairs_digest, pairs_digest
+from bdpo.scoring.scores import checked_pairs_digest
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.run_dir import RunDir
 
@@ -21,7 +21,7 @@ def run(tmp_path):
     for number in range(2):
         table = pa.Table.from_pylist(pair_rows(number), schema=PAIR_SCHEMA)
         pq.write_table(table, run.pairs / f"part-{number:05d}.parquet")
-    write_manifest(run.data / "manifest.json", {}, pairs_digest=pairs_digest(run))
+    write_manifest(run.data / "manifest.json", {}, pairs_digest=pairs_digest(run.pairs))
     return run
 
 
@@ -35,7 +35,7 @@ def pair_rows(number):
 
 
 def test_pairs_as_they_were_prepared(run):
-    assert checked_pairs_digest(run) == pairs_digest(run)
+    assert checked_pairs_digest(run) == pairs_digest(run.pairs)
 
 
 def test_exchanged_responses_are_refused(run):

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from bdpo.config import Config, parse_config
-from bdpo.data.pairs import read_pairs
+from bdpo.data.pairs import pairs_digest, read_pairs
 from bdpo.data.prepare import prepare
 from bdpo.errors import UserError
 from bdpo.method.base import PairLogps
 from bdpo.method.losses import METHODS
 from bdpo.models.tokenizer import load_tokenizer
 from bdpo.scoring.reference import ReferenceScorer
-from bdpo.scoring.scores import finish_scores, pairs_digest, score_fingerprint, score_store
+from bdpo.scoring.scores import finish_scores, score_fingerprint, score_store
 from bdpo.scoring.selection import (
     count_tokens,
     require_labels,
@@ -55,7 +55,7 @@ def prepared(folder, chat, rows, method) -> tuple[Config, RunDir]:
     run = RunDir(config.run_dir)
     run.open(config)
     prepare(config.data, load_tokenizer(config.model), run.pairs, run.private, seed=0)
-    write_manifest(run.data / "manifest.json", {}, pairs_digest=pairs_digest(run))
+    write_manifest(run.data / "manifest.json", {}, pairs_digest=pairs_digest(run.pairs))
     return config, run
 
 

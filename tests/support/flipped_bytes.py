@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bdpo.data.pairs import PAIR_SCHEMA
+from bdpo.data.pairs import PAIR_SCHEMA, pairs_digest
 from bdpo.errors import UserError
-from bdpo.scoring.scores import SCORE_SCHEMA, checked_pairs_digest, finished_scores, pairs_digest, score_store
+from bdpo.scoring.scores import SCORE_SCHEMA, checked_pairs_digest, finished_scores, score_store
 from bdpo.storage.digests import sha256
 from bdpo.storage.manifests import read_manifest, write_manifest
 from bdpo.storage.metrics_log import MetricsLog
@@ -44,7 +44,7 @@ def small_run(folder: Path) -> RunDir:
         pa.Table.from_pylist([pair | row for row in ids], schema=PAIR_SCHEMA),
         run.pairs / "part-00000.parquet",
     )
-    write_manifest(run.data / "manifest.json", {"data.path": "x"}, pairs_digest=pairs_digest(run))
+    write_manifest(run.data / "manifest.json", {"data.path": "x"}, pairs_digest=pairs_digest(run.pairs))
     scores = pa.Table.from_pylist([score | row for row in ids], schema=SCORE_SCHEMA)
     for first in (0, 10):
         score_store(run, {"weights": "x"}).write(first, scores.slice(first, 10))
