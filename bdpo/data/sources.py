@@ -6,7 +6,9 @@ streamed; JSON and CSV are read into memory.
 
 from __future__ import annotations
 
+import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -93,7 +95,7 @@ class _Reader:
             change = _change(self.config)
             for number, row in rows:
                 yield number, row if isinstance(row, Unreadable) or change is None else change(row)
-        except (OSError, EOFError, pa.ArrowException) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
             raise UserError(f"{_name(self.config)}: cannot be read after row {number} ({reason})") from None
         if not number:
