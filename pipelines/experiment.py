@@ -21,7 +21,7 @@ from bdpo.experiments.arms import Arm, Record, arm_run, base_run, experiment_res
 from bdpo.experiments.definitions import EXPERIMENTS
 from bdpo.experiments.jobs import Job, jobs_of, rate_jobs
 from bdpo.experiments.rates import RATE, best_trial, measured_trials, rate_trials
-from bdpo.scoring.selection import require_labels, wants_scores
+from bdpo.scoring.selection import require_labels, requires_scores
 from bdpo.storage.paths import StoragePath, sorted_glob
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.ends import End, Failure
@@ -143,7 +143,7 @@ def _make_ready(config: Config, run: RunDir, arms: Arms) -> int:
     """
     todo, jobs = len(arms.todo), arms.jobs
     concurrent = require_room(config, run, todo, "experiment.max_concurrent_arms") if todo else 0
-    for job in {str(job.run.scores): job for job in jobs if wants_scores(job.config)}.values():
+    for job in {str(job.run.scores): job for job in jobs if requires_scores(job.config)}.values():
         Score(job.config, job.run).complete()  # once for each unconditional context
     if jobs and not EvaluateBase(config, base_run(config, run)).complete().valid:
         raise UserError("the evaluation of the base model is invalid: there is nothing to compare with")

@@ -24,7 +24,7 @@ from bdpo.errors import UserError
 from bdpo.evaluation.results import MODEL_NAMES, read_evaluation
 from bdpo.reports.cost import TimedStage, stage_costs
 from bdpo.scoring.scores import read_scores
-from bdpo.scoring.selection import wants_scores
+from bdpo.scoring.selection import requires_scores
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.paths import StoragePath, write_text
 from bdpo.storage.run_dir import RunDir, run_config
@@ -75,7 +75,7 @@ class Report(Stage):
     def _mutual_information(self) -> list[dict[str, Any]]:
         from bdpo.reports.scores import mi_summary
 
-        if not wants_scores(self.config):
+        if not requires_scores(self.config):
             return []
         return [asdict(row) for row in mi_summary(read_scores(self.config, self.run), self.config.method)]
 

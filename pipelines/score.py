@@ -28,7 +28,7 @@ from bdpo.scoring.scores import (
     score_store,
     unscorable_error,
 )
-from bdpo.scoring.selection import wants_scores
+from bdpo.scoring.selection import requires_scores
 from bdpo.storage.manifests import Fingerprint, read_manifest
 from bdpo.storage.paths import StoragePath, discard
 from pipelines.prepare import Prepare
@@ -53,7 +53,7 @@ class Score(ManifestStage):
     @property
     def applies(self) -> bool:
         """Whether the method, or `data.select`, looks at scores."""
-        return wants_scores(self.config)
+        return requires_scores(self.config)
 
     @property
     def manifest_file(self) -> StoragePath:

@@ -24,7 +24,7 @@ from bdpo.cluster.status import StageStatus, prepared_pairs
 from bdpo.config import Config
 from bdpo.data.pairs import count_pairs
 from bdpo.scoring.scores import score_fingerprint
-from bdpo.scoring.selection import pairs_account, safety_account, training_rows, wants_scores
+from bdpo.scoring.selection import pairs_account, requires_scores, safety_account, training_rows
 from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint, read_manifest, write_manifest
 from bdpo.storage.metrics_log import MetricsLog
@@ -69,7 +69,7 @@ class Train(ManifestStage):
 
     def complete(self) -> dict[str, Any]:
         """Train unless that is done; returns the manifest of the training."""
-        if not wants_scores(self.config) and prepared_pairs(self.run) is None:
+        if not requires_scores(self.config) and prepared_pairs(self.run) is None:
             Prepare(self.config, self.run).complete()
         manifest = self.completed()
         last = manifest["last"]
@@ -175,7 +175,7 @@ def _print_selection(config: Config, run: RunDir, pairs: int) -> None:
     safety = safety_account(config, run)
     if safety:
         console.print(
-            f"[bold]safety[/]    {safety['kept']} pairs kept + {safety['turned_round']} swapped (only "
+            f"[bold]safety[/]    {safety['kept']} pairs kept + {safety['swapped']} swapped (only "
             f"rejected is safe) + {safety['dropped']} dropped (both responses are unsafe)",
             soft_wrap=True,
         )

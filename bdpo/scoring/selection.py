@@ -1,8 +1,8 @@
-"""What a method wants of the prepared pairs, and the rows that it is trained on.
+"""What a method requires of the prepared pairs, and the rows that it is trained on.
 
-A method with a reference wants scores; one without wants only the numbers of tokens, which are counted
-here. SafeDPO wants a safety label of every response, and has no use for pairs of two unsafe ones.
-`data.select` keeps a part of the pairs by what their scores say.
+A method with a reference requires scores; a method without one requires only the numbers of tokens, which
+are counted here. SafeDPO requires a safety label for every response, and cannot use a pair of two unsafe
+responses. `data.select` keeps a part of the pairs by their scores.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bdpo.scoring.scores import SCORE_SCHEMA, read_scores
 from bdpo.storage.run_dir import RunDir
 
 
-def wants_scores(config: Config) -> bool:
+def requires_scores(config: Config) -> bool:
     """Whether the reference model has to score the pairs before training."""
     return config.method.requires_reference or config.data.select is not None
 
@@ -28,14 +28,14 @@ def wants_scores(config: Config) -> bool:
 def training_rows(config: Config, run: RunDir) -> pa.Table:
     """Rows of SCORE_SCHEMA, those of the pairs that are trained on, in the order of the pairs.
 
-    Where no scores are wanted all is null but ids, groups and numbers of tokens.
+    Where no scores are required, only ids, groups and numbers of tokens are not null.
 
     Raises:
-        UserError: there are no finished scores, or no safety labels, and the method wants them; or it
-            can use none of the pairs.
+        UserError: the method requires scores that are not finished, or safety labels that are missing; or
+            it can use none of the pairs.
     """
     require_labels(config, run)
-    rows = read_scores(config, run) if wants_scores(config) else count_tokens(run)
+    rows = read_scores(config, run) if requires_scores(config) else count_tokens(run)
     keep = selected(config, rows)
     if config.method.requires_safety_labels:
         labels = _labels(run)
@@ -56,7 +56,7 @@ def selected(config: Config, scores: pa.Table) -> np.ndarray:
     Each bound is one on the rank within the group, so [0, 0.5] and [0.5, 1] share no pair and leave none.
 
     Raises:
-        UserError: it is to select by CHES, which this architecture's scores lack; or nothing is left.
+        UserError: `select.ches` is set, which the scores of this architecture lack; or no pair is left.
     """
     keep, select = np.ones(scores.num_rows, dtype=bool), config.data.select
     if select is None:
@@ -81,7 +81,7 @@ def selected(config: Config, scores: pa.Table) -> np.ndarray:
 
 
 def require_labels(config: Config, run: RunDir) -> None:
-    """Raise a UserError if the method wants safety labels and some of the prepared pairs have none."""
+    """Raise a UserError if the method requires safety labels and some of the prepared pairs have none."""
     if config.method.requires_safety_labels:
         labels = _labels(run)
         unlabelled = pc.sum(pc.or_(*(labels[name].is_null() for name in LABELS))).as_py()
@@ -94,14 +94,14 @@ def require_labels(config: Config, run: RunDir) -> None:
 
 
 def safety_account(config: Config, run: RunDir) -> dict[str, int]:
-    """What becomes of the pairs of a method that looks at safety labels; empty for the others."""
+    """How many pairs are kept, swapped and dropped by their safety labels; empty without such a method."""
     if not config.method.requires_safety_labels:
         return {}
     labels = _labels(run)
     chosen, rejected = (labels[name].to_numpy() for name in LABELS)
     return {
         "kept": int(chosen.sum()),
-        "turned_round": int((~chosen & rejected).sum()),
+        "swapped": int((~chosen & rejected).sum()),
         "dropped": int((~chosen & ~rejected).sum()),
     }
 

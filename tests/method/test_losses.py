@@ -196,7 +196,7 @@ def test_balance_margins_are_what_bdpo_trains():
     )
 
 
-def test_safedpo_turns_a_pair_round_in_its_metrics_too():
+def test_safedpo_swaps_a_pair_in_its_metrics_too():
     """Of the third of `UNSAFE` only the rejected response is safe: it is what is preferred."""
     pairs, method = random_pairs(), METHODS["safedpo"]()
     metrics = method.loss(pairs).metrics

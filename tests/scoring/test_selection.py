@@ -21,10 +21,10 @@ from bdpo.scoring.scores import finish_scores, score_fingerprint, score_store
 from bdpo.scoring.selection import (
     count_tokens,
     require_labels,
+    requires_scores,
     safety_account,
     selected,
     training_rows,
-    wants_scores,
 )
 from bdpo.scoring.shard_scorer import ShardScorer
 from bdpo.storage.manifests import write_manifest
@@ -67,7 +67,7 @@ def scored(config, run):
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.requires_reference])
-def test_a_method_without_reference_wants_token_counts_alone(tmp_path, tiny_chat, name):
+def test_a_method_without_reference_requires_token_counts_alone(tmp_path, tiny_chat, name):
     config, run = prepared(tmp_path, tiny_chat, labelled_pairs(), name)
     rows = training_rows(config, run)
     expected = ReferenceScorer(config, "cpu").score(read_pairs(run.pairs, 0, PAIRS))
@@ -112,7 +112,7 @@ def test_safedpo_trains_on_pairs_with_a_safe_response_alone(tmp_path, tiny_chat)
     ]
     assert len(usable) == 18
     assert rows["pair_id"].to_pylist() == usable
-    assert safety_account(config, run) == {"kept": 12, "turned_round": 6, "dropped": 6}
+    assert safety_account(config, run) == {"kept": 12, "swapped": 6, "dropped": 6}
 
     data = TrainingPairs.load(config, run, rows)
     assert data.table["pair_id"].to_pylist() == usable
@@ -209,11 +209,11 @@ def test_a_selection_is_of_all_pairs_whatever_else_the_method_leaves_out(tmp_pat
     assert set(training_rows(safe, run)["pair_id"].to_pylist()) == chosen & usable
 
 
-def test_a_method_without_reference_wants_scores_where_they_select(tmp_path, tiny_chat):
+def test_a_method_without_reference_requires_scores_where_they_select(tmp_path, tiny_chat):
     config, run = prepared(tmp_path, tiny_chat, labelled_pairs(), "cpo")
     half = with_select(config, {"ches": [0.0, 0.5]})
-    assert wants_scores(half)
-    assert not wants_scores(config)
+    assert requires_scores(half)
+    assert not requires_scores(config)
     with pytest.raises(UserError, match="no finished scores"):
         training_rows(half, run)
     scored(config, run)
