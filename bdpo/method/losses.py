@@ -70,6 +70,22 @@ class Dpo(Method):
         return _weighted_dpo(self, pairs, one, one)
 
 
+class Dpop(Method):
+    """DPO-Positive: a penalty where the chosen response is less likely than under the reference."""
+
+    arxiv = "2402.13228"
+    name: Literal["dpop"] = "dpop"
+    dpop_lambda: float = Field(
+        50.0, ge=0, description="weight λ of the penalty; with 0 the loss is that of dpo"
+    )
+
+    def loss(self, pairs: PairLogps) -> LossOutput:
+        """−log σ(β·(Δ_w − Δ_l − `dpop_lambda`·max(0, −Δ_w)))."""
+        rewards = self.rewards(pairs)
+        penalty = self.dpop_lambda * (-rewards[0]).clamp(min=0)
+        return loss_output(-log_sigmoid(rewards[0] - rewards[1] - penalty), pairs, rewards)
+
+
 class Ipo(Method):
     """Squared distance of the margin from 1/(2β), per token as in TRL."""
 
@@ -184,7 +200,7 @@ class Simpo(Method):
 
 
 AnyMethod = Annotated[
-    Bdpo | DpoBw | DpoSf | Dpo | Ipo | Cdpo | Robust | Safedpo | Cpo | Simpo,
+    Bdpo | DpoBw | DpoSf | Dpo | Dpop | Ipo | Cdpo | Robust | Safedpo | Cpo | Simpo,
     Discriminator("name"),
     default_kind("bdpo"),
 ]

@@ -64,6 +64,10 @@ def weighted(weight):
     return formula
 
 
+def dpop(p, m):
+    return nll_of_sigmoid(m.beta * (p.delta_w - p.delta_l - m.dpop_lambda * max(0.0, -p.delta_w)))
+
+
 def ipo(p, m):
     return (p.delta_w / p.chosen_tokens - p.delta_l / p.rejected_tokens - 1 / (2 * m.beta)) ** 2
 
@@ -108,7 +112,7 @@ FORMULAS = {
     "bdpo": weighted(lambda a, m: a),
     "dpo_bw": weighted(lambda a, m: a),
     "dpo_sf": weighted(lambda a, m: m.alpha / 2),
-} | {formula.__name__: formula for formula in (ipo, cdpo, robust, cpo, simpo, safedpo)}
+} | {formula.__name__: formula for formula in (dpop, ipo, cdpo, robust, cpo, simpo, safedpo)}
 
 
 def scalars(pairs, i):
@@ -129,6 +133,7 @@ KEYS = {
     "beta": 0.3,
     "label_smoothing": 0.2,
     "cpo_alpha": 0.6,
+    "dpop_lambda": 0.8,
     "simpo_gamma": 0.7,
     "safedpo_delta": 3.0,
 }
@@ -249,7 +254,7 @@ def test_swapping_the_responses_mirrors_the_margin_of_dpo(margin):
     assert (there.loss - back.loss).item() == pytest.approx(-method.beta * margin, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["bdpo", "dpo", "dpo_bw", "dpo_sf", "cdpo", "robust"])
+@pytest.mark.parametrize("name", ["bdpo", "dpo", "dpo_bw", "dpo_sf", "dpop", "cdpo", "robust"])
 def test_before_training_the_loss_is_ln_2_whatever_the_weights(name):
     pairs = random_pairs()
     pairs = replace(pairs, policy_chosen=pairs.reference_chosen, policy_rejected=pairs.reference_rejected)
