@@ -54,7 +54,7 @@ def config_page() -> str:
         if name == "method":
             lines += ["## `method`", "Each method has keys of its own: see [methods.md](methods.md)."]
         elif sections:
-            lines += _section(sections[0], name)
+            lines += [line for section in sections for line in _section(section, name)]
     return "\n\n".join(lines) + "\n"
 
 
@@ -88,19 +88,15 @@ def methods_page() -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _section(section: type[Section], prefix: str) -> Iterator[str]:
-    """The heading, the words and the tables of a section, and of the sections in it."""
-    yield f"## `{prefix}`"
+def _section(section: type[Section], key: str, level: int = 2) -> Iterator[str]:
+    """The heading, the words and the table of a section, and those of the sections in it."""
+    kind = f": `{section.kind()}`" if issubclass(section, Variant) else ""
+    yield f"{'#' * level} `{key}`{kind}"
     yield _words(section)
-    yield _table(section, f"{prefix}.", list(section.model_fields))
+    yield _table(section, f"{key}.", list(section.model_fields))
     for name, field in section.model_fields.items():
         for inner in sections_in(field.annotation):
-            heading = f"### `{prefix}.{name}`"
-            if issubclass(inner, Variant):
-                heading += f": `{inner.kind()}`"
-            yield heading
-            yield _words(inner)
-            yield _table(inner, f"{prefix}.{name}.", list(inner.model_fields))
+            yield from _section(inner, f"{key}.{name}", level + 1)
 
 
 def _table(section: type[Section], prefix: str, keys: list[str]) -> str:
