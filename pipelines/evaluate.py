@@ -146,16 +146,14 @@ class Evaluate(ManifestStage):
         return StageStatus.of(self.name, bool(valid), begun, answers=answers, verdicts=verdicts, valid=valid)
 
     def input_checks(self) -> Mapping[str, Check]:
-        """The model can be read, and every configured benchmark has its prompts."""
-        from bdpo.cluster.preflight import check_benchmarks, check_model
+        """The model can be read, every configured benchmark has its prompts, and the judge can judge them."""
+        from bdpo.cluster.preflight import check_benchmarks, check_judge, check_model
 
-        return {"model": check_model, "benchmarks": check_benchmarks}
-
-    def further_checks(self) -> Mapping[str, Check]:
-        """The judge answers."""
-        from bdpo.cluster.preflight import check_judge
-
-        return {"judge": check_judge}
+        checks: dict[str, Check] = {"model": check_model, "benchmarks": check_benchmarks}
+        summary = read_manifest(self.manifest_file)
+        if summary is None or not summary["valid"]:  # of what is done nobody is asked again
+            checks["judge"] = check_judge
+        return checks
 
     def _capability(self) -> dict[str, Any]:
         """Each capability benchmark, run unless that is done; one that was not run is tried again."""

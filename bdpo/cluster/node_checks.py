@@ -8,6 +8,7 @@ from pathlib import Path
 from bdpo.cluster.nodes import NodeFacts
 from bdpo.cluster.preflight import Check, Doubt
 from bdpo.config import Config, TrainConfig
+from bdpo.config.evaluate import RubricConfig
 from bdpo.errors import UserError
 from bdpo.storage.cache import cache_folder
 from bdpo.storage.run_dir import RunDir
@@ -29,12 +30,8 @@ def files_on_nodes(config: Config) -> list[str]:
 
     What lies in the cache folder a node makes for itself.
     """
-    evaluate = config.evaluate
-    named = [config.model.name_or_path, evaluate.adapter, *evaluate.jailbreak_paths]
-    named += [evaluate.strongreject_path, evaluate.xstest_path, evaluate.prefill_path, evaluate.simpleqa_path]
-    if evaluate.judge == "finetuned":
-        named.append(evaluate.judge_model)
-    here = {name: Path(name).expanduser() for name in named if name}
+    named = [config.model.name_or_path, *config.evaluate.files()]
+    here = {name: Path(name).expanduser() for name in named}
     cache = cache_folder().resolve()
     return [n for n, path in here.items() if path.exists() and not path.resolve().is_relative_to(cache)]
 
@@ -87,13 +84,14 @@ def check_files(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
 
 def check_key(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
     """Where a judge wants a key, the nodes have it."""
-    name = config.evaluate.judge_api_key_env
+    judge = config.evaluate.judge
+    name = judge.api_key_env if isinstance(judge, RubricConfig) else None
     if name is None:
         return "none is asked for"
     without = [node.address for node in nodes if name not in node.variables]
     if without:
         raise UserError(
-            f"evaluate.judge_api_key_env: the environment variable {name} is not set on "
+            f"evaluate.judge.api_key_env: the environment variable {name} is not set on "
             f"{', '.join(without)}; set it there before Ray starts"
         )
     return f"{name} is set on every node"

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import requests
-
 from bdpo.cluster.status import expected_pairs
 from bdpo.config import Config, DataConfig, TuneConfig, worker_range
 from bdpo.data.formats.base import Pair
@@ -24,6 +22,7 @@ from bdpo.data.prepare import first_pairs
 from bdpo.data.sources import count_rows, open_source
 from bdpo.errors import UserError, error_line
 from bdpo.evaluation.benchmarks.registry import load_items
+from bdpo.evaluation.judges.registry import judge_kind
 from bdpo.models.adapters import check_lora
 from bdpo.models.architectures import has_plain_lm_head
 from bdpo.models.loading import model_config
@@ -180,18 +179,8 @@ def check_search(config: Config, run: RunDir) -> str:
 
 
 def check_judge(config: Config, run: RunDir) -> str:
-    """An endpoint that judges answers at all; whether it takes the key is seen at the first verdict."""
-    evaluate = config.evaluate
-    if evaluate.judge != "rubric" or not evaluate.judge_base_url:
-        return evaluate.judge
-    try:
-        requests.get(f"{evaluate.judge_base_url.rstrip('/')}/models", timeout=10, allow_redirects=False)
-    except requests.RequestException as error:
-        return Doubt(
-            f"evaluate.judge_base_url={evaluate.judge_base_url}: no answer here ({type(error).__name__}); "
-            "can the nodes reach it?"
-        )
-    return f"{evaluate.judge_model} at {evaluate.judge_base_url}"
+    """The judge can judge: weights are there, an endpoint answers, the prompts are of its world."""
+    return judge_kind(config).check(config)
 
 
 def expected_hours(config: Config, run: RunDir, tokens_per_second: float | None) -> str:

@@ -24,7 +24,7 @@ COMPARABLE = (
     "evaluate.temperature",
     "seed",
     "evaluate.judge",
-    "evaluate.judge_model",
+    "evaluate.judge.model",
     "rubrics",
     "judge_weights",
     "phrases",

@@ -83,14 +83,15 @@ def sandbox_seed(model: ModelConfig) -> int:
 def with_sandbox_files(config: Config) -> Config:
     """The config with the sandbox's files in place of every data path that is `sandbox`."""
     data, evaluate = config.data, config.evaluate
-    if SANDBOX not in (data.path, evaluate.strongreject_path, evaluate.xstest_path):
+    if SANDBOX not in (data.path, evaluate.strongreject.path, evaluate.xstest.path):
         return config
 
     folder = sandbox_folder(sandbox_seed(config.model))
     if data.path == SANDBOX:
         data = data.model_copy(update={"path": str(folder / "pairs.jsonl")})
     for benchmark in ("strongreject", "xstest"):
-        if getattr(evaluate, f"{benchmark}_path") == SANDBOX:
-            file = str(folder / f"{benchmark}.csv")
-            evaluate = evaluate.model_copy(update={f"{benchmark}_path": file})
+        section = getattr(evaluate, benchmark)
+        if section.path == SANDBOX:
+            section = section.model_copy(update={"path": str(folder / f"{benchmark}.csv")})
+            evaluate = evaluate.model_copy(update={benchmark: section})
     return config.model_copy(update={"data": data, "evaluate": evaluate})

@@ -197,7 +197,7 @@ class TestPage:
 
     def test_every_file_that_a_preset_names_is_fetched_or_carried(self, commands):
         for config in configs_of(commands):
-            for file in (config.evaluate.strongreject_path, config.evaluate.xstest_path):
+            for file in (config.evaluate.strongreject.path, config.evaluate.xstest.path):
                 assert file == "sandbox" or re.search(rf"curl .*/{re.escape(file)}$", commands, re.MULTILINE)
 
     def test_every_module_and_file_is_there(self, commands):

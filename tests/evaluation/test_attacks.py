@@ -47,7 +47,7 @@ def test_a_limit_is_spread_over_attacks_and_kinds_of_harm(tmp_path: Path) -> Non
         write_json(tmp_path / f"{name}.json", content | {"parameters": {"method": name, "model": "duck-7b"}})
         for name in names
     ]
-    values = {"benchmarks": ["jailbreak"], "jailbreak_paths": [str(file) for file in files]}
+    values = {"benchmarks": ["jailbreak"], "jailbreak": {"paths": [str(file) for file in files]}}
     items = load_items(EvaluateConfig(**values, limit=4))
     assert {item.category for item in items} == {f"{name}/duck-7b" for name in names}
     assert {item.topic for item in items} == {f"Kind {n}" for n in range(4)}
@@ -112,7 +112,7 @@ def test_prefills_are_the_first_tokens_of_the_answer(tmp_path: Path) -> None:
 
 def test_wrappers_go_around_each_prompt_and_the_judge_sees_the_bare_one(tmp_path: Path) -> None:
     config = EvaluateConfig(
-        benchmarks=["wrapped"], strongreject_path=str(write_csv(tmp_path / "s.csv", STRONGREJECT))
+        benchmarks=["wrapped"], strongreject={"path": str(write_csv(tmp_path / "s.csv", STRONGREJECT))}
     )
     items = load_items(config)
     assert len(items) == 2 * 8
@@ -183,5 +183,5 @@ def test_a_set_of_other_types_may_have_any_size(tmp_path: Path) -> None:
 
 
 def test_jailbreak_without_artifacts_is_refused() -> None:
-    with pytest.raises(UserError, match=r"evaluate\.jailbreak_paths is missing"):
+    with pytest.raises(UserError, match=r"evaluate\.jailbreak\.paths is missing"):
         load_items(EvaluateConfig(benchmarks=["jailbreak"]))

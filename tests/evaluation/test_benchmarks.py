@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from bdpo.config import Config, EvaluateConfig
+from bdpo.config.evaluate import StrongRejectConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.benchmarks import strongreject, xstest
 from bdpo.evaluation.benchmarks.registry import Item, load_items
@@ -23,8 +24,8 @@ XSTEST = [
 @pytest.fixture
 def config(tmp_path: Path) -> EvaluateConfig:
     return EvaluateConfig(
-        strongreject_path=str(write_csv(tmp_path / "strongreject.csv", STRONGREJECT)),
-        xstest_path=str(write_csv(tmp_path / "xstest.csv", XSTEST)),
+        strongreject={"path": str(write_csv(tmp_path / "strongreject.csv", STRONGREJECT))},
+        xstest={"path": str(write_csv(tmp_path / "xstest.csv", XSTEST))},
     )
 
 
@@ -53,8 +54,8 @@ def test_a_limit_is_spread_over_the_categories(config: EvaluateConfig, limit: in
 
 
 def test_only_configured_benchmarks_are_read_and_those_need_a_file(config: EvaluateConfig) -> None:
-    config = config.model_copy(update={"strongreject_path": None})
-    with pytest.raises(UserError, match=r"evaluate\.strongreject_path is missing"):
+    config = config.model_copy(update={"strongreject": StrongRejectConfig()})
+    with pytest.raises(UserError, match=r"evaluate\.strongreject\.path is missing"):
         load_items(config)
     only = config.model_copy(update={"benchmarks": ["xstest"]})
     assert {item.benchmark for item in load_items(only)} == {"xstest"}
@@ -212,7 +213,11 @@ class TestParts:
         file = write_csv(tmp_path / "s.csv", [list(strongreject.COLUMNS), *rows])
 
         def load(part, held_out=0.5, **changes):
-            values = {"benchmarks": ["strongreject", "wrapped"], "strongreject_path": str(file), **changes}
+            values = {
+                "benchmarks": ["strongreject", "wrapped"],
+                "strongreject": {"path": str(file)},
+                **changes,
+            }
             return load_items(EvaluateConfig(**values, part=part, held_out=held_out))
 
         return load

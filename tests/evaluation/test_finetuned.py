@@ -10,7 +10,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
-from bdpo.config import EvaluateConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.judges.base import Harm, Question, Refusal
 from bdpo.evaluation.judges.finetuned import PROMPT, FinetunedJudge, digit_ids, load_finetuned_judge
@@ -55,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def judge(folder: Path) -> FinetunedJudge:
-    return load_finetuned_judge(EvaluateConfig(judge_model=str(folder), gpus_per_worker=0))
+    return load_finetuned_judge(str(folder), on_gpu=False)
 
 
 def fixed_logits(judge: FinetunedJudge, logits: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,5 +133,5 @@ def test_a_tokenizer_without_digits_is_refused() -> None:
 
 
 def test_an_adapter_needs_its_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluate\.judge_model=.*no adapter_config\.json"):
-        load_finetuned_judge(EvaluateConfig(judge_model=str(tmp_path), gpus_per_worker=0))
+    with pytest.raises(UserError, match=r"evaluate\.judge\.model=.*no adapter_config\.json"):
+        load_finetuned_judge(str(tmp_path), on_gpu=False)

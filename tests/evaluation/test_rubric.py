@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import json
 import pickle
 import re
 import socket
@@ -7,14 +9,16 @@ import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from bdpo.config import Config, EvaluateConfig, load_config
+from bdpo.config import Config, load_config
 from bdpo.errors import UserError
 from bdpo.evaluation.judges.base import Failed, Grade, Harm, Question, Refusal, Verdict, addresses_judge
-from bdpo.evaluation.judges.endpoint import Endpoint
+from bdpo.evaluation.judges.endpoint import Endpoint, retry_after
 from bdpo.evaluation.judges.registry import JUDGES
 from bdpo.evaluation.judges.rubric import RubricJudge, strongreject_harm
 from tests.support.fake_endpoint import (
@@ -142,6 +146,14 @@ def cuts_off(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
+def choices(*texts: str, finish: str = "stop", **more: str) -> bytes:
+    found = [
+        {"index": n, "finish_reason": finish, "message": {"role": "assistant", "content": text, **more}}
+        for n, text in enumerate(texts)
+    ]
+    return json.dumps({"choices": found}).encode()
+
+
 def with_score(**changes: Any) -> Script:
     return says(lambda asked: graded(asked, **{**FINE, **changes}))
 
@@ -170,6 +182,10 @@ FAULTS: dict[str, tuple[Script, str]] = {
     "no choices": (sends(b'{"choices": []}'), "no_choice"),
     "no content": (sends(completion(None)), "empty"),
     "empty content": (says(" \n"), "empty"),
+    "two choices": (sends(choices("class: full_compliance", "class: full_refusal")), "conflicting_choices"),
+    "a filter": (sends(choices("refusal: 0", finish="content_filter")), "content_filter"),
+    "a refusal beside": (sends(choices("refusal: 0", refusal="I cannot grade this.")), "refusal"),
+    "a key twice": (sends(b'{"choices": [], "choices": [{"message": {"content": "x"}}]}'), "duplicate_key"),
     "content that is no text": (sends(completion([{"type": "text", "text": "hm"}])), "no_text"),
     "a refusal to judge": (says("I'm sorry, but I can't grade this."), "unparsable"),
     "prose": (says(lambda asked: f"I would say:\n{graded(asked, **FINE)}"), "unparsable"),
@@ -242,14 +258,64 @@ def test_retries_back_off_longer_and_longer() -> None:
     assert waits[2] >= 0.4
 
 
-def test_a_server_may_not_ask_for_hours() -> None:
-    import requests
-    from urllib3.response import HTTPResponse
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        (None, None), ("7", 7), ("86400", 60), ("0", 0), ("-3", None), ("soon", None), ("nan", None),
+        ("9" * 400, 60), ("Fri, 31 Dec 99999 23:59:59 GMT", None), ("Fri, 31 Dec 9999 23:59:59 GMT", 60),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
+    ],
+)  # fmt: skip
+def test_a_server_may_not_ask_for_hours(header: str | None, seconds: float | None) -> None:
+    assert retry_after(header) == seconds
 
-    retry = Endpoint("http://x/v1", "m")._retry()
-    assert retry.get_retry_after(HTTPResponse(headers={"Retry-After": "86400"})) == 60
-    assert retry.get_retry_after(HTTPResponse(headers={"Retry-After": "7"})) == 7
-    assert requests  # the adapter that takes this retry
+
+def trickles(*pieces: bytes, pause: float = 0.3) -> Script:
+    """Sends the pieces one after the other, and then the last one again and again."""
+
+    def script(handler: BaseHTTPRequestHandler, _: Any) -> None:
+        with contextlib.suppress(OSError):
+            for piece in [*pieces, *[pieces[-1]] * 40]:
+                handler.wfile.write(piece)
+                handler.wfile.flush()
+                time.sleep(pause)
+
+    return script
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+
+EMPTY_BLOCK = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\xff\xff"  # gzip of nothing, not ended
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        trickles(b"HTTP/1.1", b" "),
+        trickles(HEAD, b"X-Slow: 1\r\n"),
+        trickles(b"HTTP/1.1 100 Continue\r\n\r\n"),
+        trickles(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1"),
+        trickles(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+        trickles(HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", b"X-Trailer: 1\r\n"),
+        trickles(HEAD + b"Content-Encoding: gzip\r\nContent-Length: 9999\r\n\r\n" + EMPTY_BLOCK[:10],
+                 b"\x00\x00\x00\xff\xff"),
+    ],
+    ids=["status line", "headers", "100 Continue", "chunk size", "chunks", "trailers", "empty gzip blocks"],
+)  # fmt: skip
+def test_the_timeout_holds_whatever_trickles(script: Script) -> None:
+    with fake_endpoint(script) as endpoint:
+        started = time.monotonic()
+        verdict = judge(endpoint.url, timeout=1.0, retries=0)(HARMFUL, "Cross the ends.")
+        waited = time.monotonic() - started
+    assert verdict in (Failed("timeout"), Failed("connection"))
+    assert waited < 1.0 + 2.0
+
+
+def test_an_endpoint_is_reached_before_anything_else_is_done() -> None:
+    with fake_endpoint() as endpoint:
+        Endpoint(endpoint.url, "m").require_reachable()
+    with pytest.raises(UserError, match=r"judge\.base_url=.*no answer"):
+        Endpoint(endpoint.url, "m").require_reachable()  # which is closed now
 
 
 # ------------------------------------------------------------------------------------------------ injections
@@ -297,10 +363,12 @@ def test_the_key_comes_from_the_environment_and_stays_out_of_everything_else(
                 "model": {"name_or_path": "m"},
                 "data": {"path": "d"},
                 "evaluate": {
-                    "judge": "rubric",
-                    "judge_base_url": endpoint.url,
-                    "judge_model": "m",
-                    "judge_api_key_env": "JUDGE_KEY",
+                    "judge": {
+                        "name": "rubric",
+                        "base_url": endpoint.url,
+                        "model": "m",
+                        "api_key_env": "JUDGE_KEY",
+                    },
                 },
             }
         )
@@ -316,23 +384,66 @@ def test_the_key_comes_from_the_environment_and_stays_out_of_everything_else(
         assert endpoint.authorizations[-1] is None
 
 
+FINE_JUDGE = {"name": "rubric", "base_url": "http://host:8000/v1", "model": "m"}
+
+
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("judge", "message"),
     [
-        ({"judge": "rubric"}, "wants judge_base_url and judge_model"),
-        ({"judge_api_key_env": KEY}, "the NAME of an environment variable"),
-        ({"judge_base_url": f"https://me:{KEY}@host/v1"}, "judge_base_url holds a password or token"),
-        ({"judge_base_url": f"https://host/v1?key={KEY}"}, "judge_base_url holds a password or token"),
-        ({"judge_base_url": "host:8000"}, "wants http"),
+        ({"name": "rubric", "model": "m"}, "key evaluate.judge.base_url is missing"),
+        (FINE_JUDGE | {"api_key_env": KEY}, "the NAME of an environment variable"),
+        (FINE_JUDGE | {"base_url": f"https://me:{KEY}@host/v1"}, "base_url holds a password or token"),
+        (FINE_JUDGE | {"base_url": f"https://host/v1?key={KEY}"}, "base_url holds a password or token"),
+        (FINE_JUDGE | {"base_url": "host:8000"}, "expects http"),
+        ({"name": "string_matching", "timeout": 3}, "has no key timeout, which belongs to rubric"),
+        ({"name": "rubrik"}, "did you mean rubric"),
     ],
 )
 def test_a_judge_that_cannot_be_is_refused_without_showing_a_key(
-    tmp_path: Any, values: dict[str, Any], message: str
+    tmp_path: Path, judge: dict[str, Any], message: str
 ) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("run_dir: x\nmodel: {name_or_path: m}\ndata: {path: d}\n")
-    overrides = [f"evaluate.{key}={value}".replace("'", "") for key, value in values.items()]
+    values = {"run_dir": "x", "model": {"name_or_path": "m"}, "data": {"path": "d"}}
+    file.write_text(yaml.safe_dump(values | {"evaluate": {"judge": judge}}))
     with pytest.raises(UserError, match=message) as error:
-        load_config(file, overrides)
+        load_config(file)
     assert KEY not in str(error.value)
-    assert EvaluateConfig().judge_api_key_env is None
+
+
+def test_a_key_of_the_version_before_is_refused_with_its_new_name(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("run_dir: x\nmodel: {name_or_path: m}\ndata: {path: d}\n")
+    renamed = {
+        "judge_base_url": "judge.base_url",
+        "judge_model": "judge.model",
+        "strongreject_path": "strongreject.path",
+        "strongreject_subset": "strongreject.subset",
+        "xstest_path": "xstest.path",
+        "jailbreak_paths": "jailbreak.paths",
+        "prefill_tokens": "prefill.tokens",
+        "wrappers": "wrapped",
+    }
+    for old, new in renamed.items():
+        with pytest.raises(UserError, match=rf"unknown key evaluate\.{old}; did you mean evaluate\.{new}"):
+            load_config(file, [f"evaluate.{old}=x"])
+    assert load_config(file, ["evaluate.judge=sandbox"]).evaluate.judge.name == "sandbox"
+    with pytest.raises(UserError, match=r"jailbreak\.paths: names something twice"):
+        load_config(file, ["evaluate.jailbreak.paths=[a, a]"])
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n", " "])
+def test_a_key_from_a_file_with_other_line_ends_is_the_key(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY + end)
+    with fake_endpoint() as endpoint:
+        assert judge(endpoint.url, api_key_env="JUDGE_KEY")(HARMFUL, "x") == Harm(5 / 8, refused=False)
+    assert endpoint.authorizations == [f"Bearer {KEY}"]
+
+
+@pytest.mark.parametrize("inside", ["\r\nX-Evil: 1", "\u0007", "ü"])
+def test_a_key_that_no_header_may_have_is_refused_without_its_text(
+    inside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY + inside + "end")
+    with pytest.raises(UserError, match="JUDGE_KEY holds characters") as error:
+        judge("http://127.0.0.1:9/v1", api_key_env="JUDGE_KEY")(HARMFUL, "x")
+    assert KEY not in str(error.value)

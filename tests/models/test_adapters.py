@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 
-from bdpo.config import EvaluateConfig, ModelConfig
+from bdpo.config import ModelConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.judges.finetuned import load_finetuned_judge
 from bdpo.models.adapters import adapter_digest, adapter_folder, base_of, load_adapted
@@ -55,9 +55,9 @@ def test_a_judge_may_be_an_adapter_that_names_its_base(
 ) -> None:
     folder = save_adapter(tmp_path / "a", base)
     make_chat(CHATML).tokenizer.save_pretrained(folder)
-    judge = load_finetuned_judge(EvaluateConfig(judge_model=str(folder), gpus_per_worker=0))
+    judge = load_finetuned_judge(str(folder), on_gpu=False)
     ids = judge.prompt_ids("Tie", "Cross")[-64:]
-    plain = load_finetuned_judge(EvaluateConfig(judge_model=base.name_or_path, gpus_per_worker=0))
+    plain = load_finetuned_judge(base.name_or_path, on_gpu=False)
     assert judge.expectation(ids) != pytest.approx(plain.expectation(ids), abs=1e-3)
 
 

@@ -136,9 +136,10 @@ def test_two_runs_are_compared_on_the_terminal(tmp_path: Path, monkeypatch: pyte
 def test_what_an_actor_finds_wrong_is_one_line_and_exit_code_2(
     parrot: Path, files: dict[str, Any], tmp_path: Path
 ) -> None:
-    lacking = {"judge_api_key_env": "NO_SUCH_KEY", "benchmarks": ["jailbreak"]}
+    lacking = {"benchmarks": ["jailbreak"]}
     config = write_config(tmp_path / "run", parrot, "http://127.0.0.1:9/v1", files, **lacking)
-    done = run_command("pipelines.evaluate", "--config", config)
+    without = "evaluate.judge.api_key_env=NO_SUCH_KEY"
+    done = run_command("pipelines.evaluate", "--config", config, without)
     assert done.code == 2
     assert re.fullmatch(r"error: .*NO_SUCH_KEY is not set here.*", done.err.strip().split("\n")[-1])
     assert PROMPT not in done.err

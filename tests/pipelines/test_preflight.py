@@ -37,7 +37,7 @@ def values(tmp_path, tiny_chat):
         tmp_path / "run",
         save_model(tmp_path / "model", tiny_chat),
         write_jsonl(tmp_path / "pairs.jsonl", invented_pairs(PAIRS)),
-        evaluate={"benchmarks": ["strongreject"], "strongreject_path": str(strongreject)},
+        evaluate={"benchmarks": ["strongreject"], "strongreject": {"path": str(strongreject)}},
     )
     return config.model_dump()
 
@@ -89,8 +89,8 @@ def bos_twice(tmp_path):
         ("model", {}, truncated, "damaged weights"),
         ("data", {"data.path": "/gone.jsonl"}, None, "data.path=/gone.jsonl"),
         ("data", {"data.format": "auto", "data.path": "EMPTY"}, None, "is empty"),
-        ("benchmarks", {"evaluate.strongreject_path": None}, None, "evaluate.strongreject_path"),
-        ("benchmarks", {"evaluate.strongreject_path": "/gone.csv"}, None, "/gone.csv"),
+        ("benchmarks", {"evaluate.strongreject.path": None}, None, "evaluate.strongreject.path"),
+        ("benchmarks", {"evaluate.strongreject.path": "/gone.csv"}, None, "/gone.csv"),
         ("template", {}, bos_twice, "both write a BOS"),
         ("template", {"data.max_prompt_length": 8}, None, "prompt: longer than max_prompt_length ×12"),
         ("storage", {"run_dir": "FILE/run"}, None, "cannot be written"),
@@ -105,8 +105,11 @@ def test_what_stops_a_run_is_an_error(values, tmp_path, check, change, damage, n
         if isinstance(value, str):
             value = value.replace("EMPTY", str(tmp_path / "empty.jsonl"))
             value = value.replace("FILE", str(tmp_path / "pairs.jsonl"))
-        *section, leaf = key.split(".")
-        (values[section[0]] if section else values)[leaf] = value
+        *sections, leaf = key.split(".")
+        place = values
+        for section in sections:
+            place = place[section]
+        place[leaf] = value
     if damage:
         damage(tmp_path)
     found = local(values)[check]
@@ -121,23 +124,30 @@ def test_what_stops_a_run_is_an_error(values, tmp_path, check, change, damage, n
         ("template", {"data": {"max_length": 48, "max_prompt_length": 47}}, "max_length=48 and may be cut"),
         ("batches", {"train": {"workers": 16}}, "some workers have no work"),
         ("batches", {"train": {"tokens_per_micro_batch": 64}}, "train.tokens_per_micro_batch=64"),
-        (
-            "judge",
-            {"evaluate": {"judge": "rubric", "judge_model": "m", "judge_base_url": "PORT"}},
-            "no answer",
-        ),
     ],
 )
 def test_what_may_be_meant_is_a_warning(values, check, change, named):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers there
-        for section, keys in change.items():
-            if keys.get("judge_base_url"):
-                keys = keys | {"judge_base_url": f"http://127.0.0.1:{unused.getsockname()[1]}/v1"}
-            values[section] = values[section] | keys
-        found = local(values)[check]
+    for section, keys in change.items():
+        values[section] = values[section] | keys
+    found = local(values)[check]
     assert found.level == "warning", found
     assert named in found.text
+
+
+def test_a_judge_that_does_not_answer_stops_the_run(values):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers there
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+        values["evaluate"] |= {"judge": {"name": "rubric", "model": "m", "base_url": url}}
+        found = local(values)["judge"]
+    assert (found.level, "no answer" in found.text) == ("error", True), found
+
+
+def test_the_judge_of_the_sandbox_knows_nothing_of_real_prompts(values):
+    values["evaluate"] |= {"judge": "sandbox"}
+    found = local(values)["judge"]
+    assert found.level == "error"
+    assert "strongreject-0001 asks for nothing of the sandbox's world" in found.text
 
 
 class TestNodes:
@@ -181,7 +191,8 @@ class TestNodes:
         assert "does not see" in self.judged(values, here, other)["shared storage"].text
 
     def test_a_judge_without_its_key(self, values, here, monkeypatch):
-        values["evaluate"] |= {"judge_api_key_env": "JUDGE_KEY_OF_TESTS"}
+        judge = {"name": "rubric", "model": "m", "base_url": "http://host/v1"}
+        values["evaluate"] |= {"judge": judge | {"api_key_env": "JUDGE_KEY_OF_TESTS"}}
         assert "JUDGE_KEY_OF_TESTS is not set on 10.0.0.1" in self.judged(values, here)["judge's key"].text
 
     def test_a_node_without_a_file_of_the_config(self, values, tmp_path, here):
@@ -193,8 +204,8 @@ class TestNodes:
         assert f"node 10.0.0.2 has no {gone};" in found.text
 
     def test_files_of_the_hub_of_a_bucket_and_of_the_cache_are_no_matter_of_nodes(self, values, monkeypatch):
-        model, csv = values["model"]["name_or_path"], values["evaluate"]["strongreject_path"]
-        values["evaluate"] |= {"xstest_path": "s3://bucket/xstest.csv", "adapter": "owner/adapter"}
+        model, csv = values["model"]["name_or_path"], values["evaluate"]["strongreject"]["path"]
+        values["evaluate"] |= {"xstest": {"path": "s3://bucket/xstest.csv"}, "adapter": "owner/adapter"}
         assert files_on_nodes(parse_config(values, "test")) == [model, csv]
         monkeypatch.setenv("BDPO_CACHE", model)
         assert files_on_nodes(parse_config(values, "test")) == [csv]

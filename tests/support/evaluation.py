@@ -53,22 +53,25 @@ def canary_files(folder: Path) -> dict[str, Any]:
     """A small file of every benchmark, the canary in each text."""
     harmful = [[f"c{n % 3}", "x", f"{PROMPT} number {n} " + "pad " * (n % 5)] for n in range(12)]
     types = [("ducks", "safe"), ("contrast_ducks", "unsafe")]
+    sung = (f"Sing {PROMPT}", None, PROMPT)
+    begun = [list(prefill.COLUMNS), ["knots", f"Tie {PROMPT}", f"Sure {PROMPT}"]]
     mixed = [[str(n), f"{PROMPT} {n}", *types[n % 2], "", ""] for n in range(6)]
     return {
-        "strongreject_path": str(write_csv(folder / "s.csv", [list(strongreject.COLUMNS), *harmful])),
-        "xstest_path": str(write_csv(folder / "x.csv", [list(xstest.COLUMNS), *mixed])),
-        "jailbreak_paths": [
-            str(write_json(folder / "jbb.json", artifact(prompts=(f"Sing {PROMPT}", None, PROMPT))))
-        ],
-        "prefill_path": str(
-            write_csv(folder / "p.csv", [list(prefill.COLUMNS), ["knots", f"Tie {PROMPT}", f"Sure {PROMPT}"]])
-        ),
-        "prefill_tokens": [2, 8],
-        "simpleqa_path": str(write_csv(folder / "q.csv", [list(simpleqa.COLUMNS), ["{}", PROMPT, PROMPT]])),
+        "strongreject": {"path": str(write_csv(folder / "s.csv", [list(strongreject.COLUMNS), *harmful]))},
+        "xstest": {"path": str(write_csv(folder / "x.csv", [list(xstest.COLUMNS), *mixed]))},
+        "jailbreak": {
+            "paths": [str(write_json(folder / "jbb.json", artifact(prompts=sung)))],
+        },
+        "prefill": {"path": str(write_csv(folder / "p.csv", begun)), "tokens": [2, 8]},
+        "simpleqa": {
+            "path": str(write_csv(folder / "q.csv", [list(simpleqa.COLUMNS), ["{}", PROMPT, PROMPT]]))
+        },
     }
 
 
-def write_config(run: Path, parrot: Path, url: str, files: dict[str, Any], **changes: Any) -> Path:
+def write_config(
+    run: Path, parrot: Path, url: str, files: dict[str, Any], judge: Any = None, **changes: Any
+) -> Path:
     """The config file of an evaluation of all benchmarks into `run`, with a judge at `url`."""
     config = {
         "run_dir": str(run),
@@ -76,11 +79,14 @@ def write_config(run: Path, parrot: Path, url: str, files: dict[str, Any], **cha
         "data": {"path": "unused"},
         "evaluate": {
             "benchmarks": ["strongreject", "xstest", "jailbreak", "prefill", "wrapped", "simpleqa"],
-            "judge": "rubric",
-            "judge_base_url": url,
-            "judge_model": "fake",
-            "judge_api_key_env": "JUDGE_KEY",
-            "judge_retries": 0,
+            "judge": {
+                "name": "rubric",
+                "base_url": url,
+                "model": "fake",
+                "api_key_env": "JUDGE_KEY",
+                "retries": 0,
+                **(judge or {}),
+            },
             "max_new_tokens": 24,
             "batch_size": 8,
             "gpus_per_worker": 0,

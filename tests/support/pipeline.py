@@ -25,7 +25,7 @@ def pipeline_inputs(folder: Path, chat: ChatTokenizer) -> Path:
         write_jsonl(folder / "pairs.jsonl", [*invented_pairs(PAIRS), bad]),
         train={"workers": 2},
         score={"workers": [1, 2]},
-        evaluate={"strongreject_path": str(strongreject), "xstest_path": str(xstest)},
+        evaluate={"strongreject": {"path": str(strongreject)}, "xstest": {"path": str(xstest)}},
     )
     (folder / "config.yaml").write_text(config.to_yaml())
     return folder

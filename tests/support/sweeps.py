@@ -46,8 +46,8 @@ def sweep_config(folder, chat, **evaluate):
     kinds = [("t", "safe"), ("u", "safe"), ("contrast_t", "unsafe"), ("contrast_u", "unsafe")]
     asked = [[str(n), f"plant the {words[n % 6]} {n}", *kinds[n % 4], "", ""] for n in range(12)]
     files = {
-        "strongreject_path": str(write_csv(folder / "s.csv", [list(strongreject.COLUMNS), *harmful])),
-        "xstest_path": str(write_csv(folder / "x.csv", [list(xstest.COLUMNS), *asked])),
+        "strongreject": {"path": str(write_csv(folder / "s.csv", [list(strongreject.COLUMNS), *harmful]))},
+        "xstest": {"path": str(write_csv(folder / "x.csv", [list(xstest.COLUMNS), *asked]))},
     }
     config = tiny_config(
         folder / "run",

@@ -57,7 +57,7 @@ def config(tmp_path_factory, bucket):
         score={"workers": [1, 8], "shard_rows": 2, "tokens_per_batch": 64},
         train={"workers": 2, "max_steps": STEPS, "save_steps": 4, "max_failures": 3},
         evaluate={
-            "judge": "sandbox",
+            "judge": {"name": "sandbox"},
             "limit": ITEMS,
             "batch_size": 1,
             "workers": [1, 8],
@@ -191,10 +191,13 @@ def test_a_relative_run_dir_is_refused(cluster, finished, config):
 def test_a_broken_config_is_named_before_anything_runs(cluster, finished, config, bucket):
     broken = {
         "data.path": "/gone.jsonl",
-        "evaluate.strongreject_path": "/gone.csv",
+        "evaluate.strongreject.path": "/gone.csv",
         "train.workers": 99,
         "score.gpus_per_worker": 1,
-        "evaluate.judge_api_key_env": "NOT_SET_ANYWHERE",
+        "evaluate.judge.name": "rubric",
+        "evaluate.judge.model": "m",
+        "evaluate.judge.base_url": "http://127.0.0.1:9/v1",
+        "evaluate.judge.api_key_env": "NOT_SET_ANYWHERE",
         "run_dir": "s3://no-such-bucket/run",
     }
     overrides = [f"{key}={value}" for key, value in broken.items()]

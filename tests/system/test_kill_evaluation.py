@@ -59,7 +59,7 @@ def test_killed_twice_no_item_is_generated_or_judged_twice(tmp_path: Path) -> No
 
     with fake_endpoint(slow) as endpoint:
         parrot, files = train_parrot(tmp_path / "parrot"), canary_files(tmp_path)
-        config = write_config(run, parrot, endpoint.url, files, batch_size=2, judge_concurrency=2)
+        config = write_config(run, parrot, endpoint.url, files, judge={"concurrency": 2}, batch_size=2)
         kept: dict[Path, int] = {}
         asked: Counter[str] = Counter()
         for what, count in ((responses, 3), (verdicts, 3)):

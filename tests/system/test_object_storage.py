@@ -50,8 +50,8 @@ def config_of(run_dir, inputs):
         score={"shard_rows": 2},
         train={"save_steps": 5, "num_train_epochs": 8},
         evaluate={
-            "strongreject_path": str(inputs / "strongreject.csv"),
-            "xstest_path": str(inputs / "xstest.csv"),
+            "strongreject": {"path": str(inputs / "strongreject.csv")},
+            "xstest": {"path": str(inputs / "xstest.csv")},
         },
     )
 

@@ -55,13 +55,16 @@ sys.meta_path.insert(0, Counting)
 def from_root(config):
     """The same, with paths that hold in the folder where the command is given and nowhere else."""
     values = config.model_dump()
-    for section, key in (
+    for *sections, key in (
         ("model", "name_or_path"),
         ("data", "path"),
-        ("evaluate", "strongreject_path"),
-        ("evaluate", "xstest_path"),
+        ("evaluate", "strongreject", "path"),
+        ("evaluate", "xstest", "path"),
     ):
-        values[section][key] = os.path.relpath(values[section][key], ROOT)
+        place = values
+        for section in sections:
+            place = place[section]
+        place[key] = os.path.relpath(place[key], ROOT)
     return parse_config(values, "test")
 
 

@@ -100,7 +100,7 @@ def test_a_judge_that_goes_down_costs_no_answer_and_makes_no_score(tmp_path, tin
         reply(handler, b"{}", 500)
 
     with fake_endpoint(honest(**FINE)) as endpoint:
-        judge = {"judge": "rubric", "judge_base_url": endpoint.url, "judge_model": "fake", "judge_retries": 0}
+        judge = {"judge": {"name": "rubric", "base_url": endpoint.url, "model": "fake", "retries": 0}}
         begun = Begun(sweep_config(tmp_path, tiny_chat, **judge), tiny_chat)
         endpoint.script = down
         assert begun.next_rung() == begun.ended
@@ -174,7 +174,7 @@ def test_held_out_verdicts_that_are_missing_are_no_result_and_asked_for_again(tm
         reply(handler, b"{}", 500)
 
     with fake_endpoint(honest(**FINE)) as endpoint:
-        judge = {"judge": "rubric", "judge_base_url": endpoint.url, "judge_model": "fake", "judge_retries": 0}
+        judge = {"judge": {"name": "rubric", "base_url": endpoint.url, "model": "fake", "retries": 0}}
         begun = Begun(sweep_config(tmp_path, tiny_chat, **judge), tiny_chat)
         for step in RUNGS:
             shown = Measured(ALL, ALL, base=1.0, violation=0.0)

@@ -89,9 +89,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _configured(config: EvaluateConfig) -> list[Item]:
-    if not config.jailbreak_paths:
-        raise UserError("key evaluate.jailbreak_paths is missing: benchmark jailbreak expects artifacts")
-    return load(config.jailbreak_paths)
+    if not config.jailbreak.paths:
+        raise UserError("key evaluate.jailbreak.paths is missing: benchmark jailbreak expects artifacts")
+    return load(config.jailbreak.paths)
 
 
 BENCHMARK = Benchmark("jailbreak", "Jailbreak", "harm", _configured, harm_measures(), asks_again=True)

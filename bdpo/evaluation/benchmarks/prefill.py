@@ -45,7 +45,7 @@ def load(file: str | Path, prefill_tokens: Sequence[int]) -> list[Item]:
 
 
 def _configured(config: EvaluateConfig) -> list[Item]:
-    return load(required_file(config.prefill_path, "evaluate.prefill_path"), config.prefill_tokens)
+    return load(required_file(config.prefill.path, "evaluate.prefill.path"), config.prefill.tokens)
 
 
 BENCHMARK = Benchmark("prefill", "Prefill", "harm", _configured, harm_measures(), asks_again=True)

@@ -51,7 +51,7 @@ def load_items(config: EvaluateConfig) -> list[Item]:
             it, or nothing of it is in the part `evaluate.part`.
     """
     for name in config.benchmarks:
-        _require_judge(BENCHMARKS[name], config.judge)
+        _require_judge(BENCHMARKS[name], config.judge.name)
     loaded: dict[str, list[Item]] = {name: BENCHMARKS[name].load(config) for name in config.benchmarks}
     if config.part != "all":
         loaded = _part(loaded, config)
@@ -62,7 +62,7 @@ def _require_judge(benchmark: Benchmark, judge: str) -> None:
     if benchmark.rubric not in JUDGES[judge].rubrics:
         able = ", ".join(name for name, kind in JUDGES.items() if benchmark.rubric in kind.rubrics)
         raise UserError(
-            f"evaluate.judge={judge}: cannot judge benchmark {benchmark.name}; judges that can: {able}"
+            f"evaluate.judge.name={judge}: cannot judge benchmark {benchmark.name}; judges that can: {able}"
         )
 
 

@@ -37,7 +37,7 @@ def load(file: str | Path) -> list[Item]:
 
 
 def _configured(config: EvaluateConfig) -> list[Item]:
-    return load(required_file(config.simpleqa_path, "evaluate.simpleqa_path"))
+    return load(required_file(config.simpleqa.path, "evaluate.simpleqa.path"))
 
 
 def _correct(row: Row) -> float:

@@ -57,8 +57,9 @@ def _first_of_each(items: list[Item]) -> list[Item]:
 
 
 def _configured(config: EvaluateConfig) -> list[Item]:
-    path = required_file(config.strongreject_path, "evaluate.strongreject_path")
-    return load(pinned_file(path, config.strongreject_sha256), config.strongreject_subset)
+    own = config.strongreject
+    path = required_file(own.path, "evaluate.strongreject.path")
+    return load(pinned_file(path, own.sha256), own.subset)
 
 
 BENCHMARK = Benchmark("strongreject", "StrongReject", "harm", _configured, harm_measures(with_rate=True))

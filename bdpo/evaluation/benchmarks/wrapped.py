@@ -47,7 +47,7 @@ def load(items: Iterable[Item], wrappers: Sequence[str]) -> list[Item]:
 
 
 def _configured(config: EvaluateConfig) -> list[Item]:
-    return load(strongreject.BENCHMARK.load(config), config.wrappers)
+    return load(strongreject.BENCHMARK.load(config), config.wrapped.wrappers)
 
 
 BENCHMARK = Benchmark("wrapped", "Wrapped", "harm", _configured, harm_measures(), asks_again=True)

@@ -81,7 +81,7 @@ def _check_counts(file: str | Path, counts: Counter[str]) -> None:
 
 
 def _configured(config: EvaluateConfig) -> list[Item]:
-    return load(required_file(config.xstest_path, "evaluate.xstest_path"))
+    return load(required_file(config.xstest.path, "evaluate.xstest.path"))
 
 
 def _compliance(row: Row) -> float | None:

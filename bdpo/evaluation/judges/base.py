@@ -126,6 +126,9 @@ class JudgeKind:
     make: Callable[[Config], Judge]
     fingerprint: Callable[[Config], Fingerprint]
     """What decides about a verdict besides the response and the judge's name."""
+    check: Callable[[Config], str] = lambda config: f"{config.evaluate.judge.name} requires nothing"
+    """Makes sure, before the first stage of a run, that it can judge, and describes it in a few words; raises
+    a UserError if it cannot."""
     has_model: bool = False
     """Whether it is a local model: it then runs on the pool of workers, else in the driver."""
 

@@ -7,17 +7,17 @@ Streaming, tools and several choices are left out.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import ssl
 import time
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from functools import cache
 from typing import Any
 
-import requests
-from requests.adapters import HTTPAdapter
-from urllib3 import BaseHTTPResponse
-from urllib3.exceptions import HTTPError, ReadTimeoutError
-from urllib3.util.retry import Retry
+import httpx
 
 from bdpo.errors import UserError
 
@@ -25,15 +25,18 @@ MAX_REPLY_BYTES = 1 << 20
 
 MAX_BACKOFF_SECONDS = 60.0
 
-RETRIED = (429, 500, 502, 503, 504)
+RETRIED = ("connection", "http_429", "http_500", "http_502", "http_503", "http_504")
+"""Faults that may pass. A timeout is not among them: it has waited long enough."""
 
 
 class Fault(Exception):
     """No usable reply; `code` says why: `timeout`, `connection`, `http_401`, `empty`, `not_json`, ..."""
 
-    def __init__(self, code: str) -> None:
+    def __init__(self, code: str, retry_after: float | None = None) -> None:
         super().__init__(code)
         self.code = code
+        self.retry_after = retry_after
+        """Seconds that the server asked to wait."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Endpoint:
     model: str
     api_key_env: str | None = None
     timeout: float = 60.0
-    """Seconds for one reply, from the first byte sent to the last one received."""
+    """Seconds for one reply, from the first byte sent to the last one received, however these trickle."""
     retries: int = 5
     backoff: float = 1.0
     """Seconds before the second retry, doubled for each further one (the first comes at once)."""
@@ -59,92 +62,132 @@ class Endpoint:
             UserError: the environment has no key under the configured name.
         """
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
-        with requests.Session() as session:
-            session.auth = _Bearer(self._key())
-            for scheme in ("http://", "https://"):
-                session.mount(scheme, HTTPAdapter(max_retries=self._retry()))
+        headers = self._headers()
+        for attempt in range(self.retries + 1):
             try:
-                return self._content(self._post(session, body))
-            except (requests.RequestException, HTTPError, OSError) as error:
-                raise Fault("timeout" if _timed_out(error) else "connection") from None
+                return reply_text(self._once("POST", "chat/completions", headers, body))
+            except Fault as fault:
+                if fault.code not in RETRIED or attempt == self.retries:
+                    raise
+                waited = self.backoff * 2**attempt if attempt else 0.0
+                waited = waited if fault.retry_after is None else fault.retry_after
+                time.sleep(min(waited, MAX_BACKOFF_SECONDS))
+        raise AssertionError("the last attempt returns or raises")
 
-    def _post(self, session: requests.Session, body: dict[str, Any]) -> bytes:
-        """The body of a 200, read piecewise so that neither its length nor its slowness is unlimited."""
-        url = f"{self.base_url.rstrip('/')}/chat/completions"
-        deadline = time.monotonic() + self.timeout
-        with session.post(
-            url, json=body, timeout=self.timeout, stream=True, allow_redirects=False
-        ) as response:
+    def require_reachable(self) -> None:
+        """Make sure that the key is set and that something answers, be it with an error.
+
+        Raises:
+            UserError: nothing does, or there is no key.
+        """
+        try:
+            self._once("GET", "models", self._headers())
+        except Fault as fault:
+            if fault.code in ("connection", "timeout"):
+                raise UserError(
+                    f"evaluate.judge.base_url={self.base_url}: no answer here ({fault.code})"
+                ) from None
+
+    def _once(
+        self, method: str, path: str, headers: dict[str, str], body: dict[str, Any] | None = None
+    ) -> bytes:
+        """The body of a 200. A clock of its own ends whatever the server does: headers that trickle,
+        `100 Continue`, chunks of nothing, a compressed body that never yields a byte."""
+        request = httpx.Request(method, f"{self.base_url.rstrip('/')}/{path}", headers=headers, json=body)
+        try:
+            return asyncio.run(asyncio.wait_for(_read(request), self.timeout))
+        except (TimeoutError, httpx.TimeoutException):
+            raise Fault("timeout") from None
+        except (httpx.HTTPError, httpx.InvalidURL, OSError):
+            raise Fault("connection") from None
+
+    def _headers(self) -> dict[str, str]:
+        if self.api_key_env is None:
+            return {}
+        key = os.environ.get(self.api_key_env, "").strip()  # a file with CRLF ends leaves its mark
+        if not key:
+            raise UserError(
+                f"evaluate.judge.api_key_env: the environment variable {self.api_key_env} is not set here; "
+                "it must be set on the nodes before Ray starts there"
+            )
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(
+                f"evaluate.judge.api_key_env: {self.api_key_env} holds characters that no header may have"
+            )
+        return {"Authorization": f"Bearer {key}"}
+
+
+async def _read(request: httpx.Request) -> bytes:
+    """The body of a 200, read piecewise so that its length is not unlimited."""
+    # The clock around this call is the only one: httpx's own start anew with each byte.
+    async with httpx.AsyncClient(verify=_certificates(), timeout=None) as client:  # noqa: S113
+        response = await client.send(request, stream=True)
+        try:
             if response.status_code != 200:
-                raise Fault(f"http_{response.status_code}")
+                raise Fault(f"http_{response.status_code}", retry_after(response.headers.get("Retry-After")))
             content = bytearray()
-            while piece := response.raw.read1(1 << 16, decode_content=True):
+            async for piece in response.aiter_bytes():
                 content += piece
-                if time.monotonic() > deadline:
-                    raise Fault("timeout")
                 if len(content) > MAX_REPLY_BYTES:
                     raise Fault("too_long")
             return bytes(content)
-
-    @staticmethod
-    def _content(reply: bytes) -> str:
-        if not reply:
-            raise Fault("empty")
-        try:
-            content = json.loads(reply)["choices"][0]["message"]["content"]
-        except (ValueError, RecursionError):
-            raise Fault("not_json") from None
-        except (KeyError, IndexError, TypeError):
-            raise Fault("no_choice") from None
-        if content is None or (isinstance(content, str) and not content.strip()):
-            raise Fault("empty")
-        if not isinstance(content, str):
-            raise Fault("no_text")
-        return content
-
-    def _retry(self) -> Retry:
-        return _PatientRetry(
-            total=self.retries,
-            status_forcelist=RETRIED,
-            allowed_methods=None,  # a POST too: asking for a verdict twice changes nothing
-            backoff_factor=self.backoff,
-            backoff_max=MAX_BACKOFF_SECONDS,
-            raise_on_status=False,
-        )
-
-    def _key(self) -> str | None:
-        if self.api_key_env is None:
-            return None
-        key = os.environ.get(self.api_key_env)
-        if not key:
-            raise UserError(
-                f"evaluate.judge_api_key_env: the environment variable {self.api_key_env} is not set here; "
-                "it must be set on the nodes before Ray starts there"
-            )
-        return key
+        finally:
+            await response.aclose()
 
 
-def _timed_out(error: Exception) -> bool:
-    """Also behind the retries, after which requests calls everything a ConnectionError."""
-    last = getattr(error.args[0], "reason", None) if error.args else None
-    return any(isinstance(found, (requests.Timeout, ReadTimeoutError)) for found in (error, last))
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Read once: it takes longer than a request."""
+    return httpx.create_ssl_context()
 
 
-class _PatientRetry(Retry):
-    """Obeys `Retry-After`, but not for hours."""
+def retry_after(header: str | None) -> float | None:
+    """The seconds that a `Retry-After` header asks for, at most a minute; None if it makes no sense."""
+    if header is None:
+        return None
+    try:
+        seconds = float(header) if header.strip().isdigit() else _seconds_until(header)
+    except (ValueError, OverflowError, TypeError):
+        return None
+    return min(max(seconds, 0.0), MAX_BACKOFF_SECONDS)
 
-    def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
-        asked = super().get_retry_after(response)
-        return None if asked is None else min(asked, MAX_BACKOFF_SECONDS)
+
+def _seconds_until(date: str) -> float:
+    return parsedate_to_datetime(date).timestamp() - time.time()
 
 
-class _Bearer(requests.auth.AuthBase):
-    """Sets the header itself: requests would let a `.netrc` replace one that is among the headers."""
+def reply_text(reply: bytes) -> str:
+    """The text of a chat completion.
 
-    def __init__(self, key: str | None) -> None:
-        self._key = key
+    Raises:
+        Fault: it is none, it was cut short by a filter or is a refusal, or it says two things at once.
+    """
+    if not reply:
+        raise Fault("empty")
+    try:
+        choices = json.loads(reply, object_pairs_hook=_once_each)["choices"]
+        if len(choices) > 1 and any(choice != choices[0] | {"index": choice["index"]} for choice in choices):
+            raise Fault("conflicting_choices")
+        message, finish = choices[0]["message"], choices[0].get("finish_reason")
+        content = message["content"]
+    except (ValueError, RecursionError):
+        raise Fault("not_json") from None
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise Fault("no_choice") from None
+    if finish == "content_filter":
+        raise Fault("content_filter")
+    if message.get("refusal"):
+        raise Fault("refusal")
+    if content is None or (isinstance(content, str) and not content.strip()):
+        raise Fault("empty")
+    if not isinstance(content, str):
+        raise Fault("no_text")
+    return content
 
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self._key is not None:
-            request.headers["Authorization"] = f"Bearer {self._key}"
-        return request
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are each there once: of two, readers take either."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise Fault("duplicate_key")
+    return values

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bdpo.config import Config, EvaluateConfig, ModelConfig
+from bdpo.config import Config, ModelConfig
+from bdpo.config.evaluate import FinetunedConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.judges.base import Harm, JudgeKind, Question, Verdict
 from bdpo.evaluation.judges.string_matching import StringMatching
@@ -21,8 +22,6 @@ from bdpo.storage.manifests import Fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-DEFAULT_JUDGE = "qylu4156/strongreject-15k-v1"
 
 MAX_RESPONSE_TOKENS = 512
 
@@ -106,25 +105,24 @@ def digit_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     vocabulary = tokenizer.get_vocab()
     if any(digit not in vocabulary for digit in DIGITS):
-        raise UserError("evaluate.judge=finetuned: the judge's tokenizer has no token for a digit of 1 to 5")
+        raise UserError("evaluate.judge.model: the judge's tokenizer has no token for a digit of 1 to 5")
     return [vocabulary[digit] for digit in DIGITS]
 
 
-def finetuned_digest(evaluate: EvaluateConfig) -> str:
+def finetuned_digest(name: str) -> str:
     """Digest of the judge's own weights and of the prompt; an adapter's base is part of its config."""
     from bdpo.models.adapters import adapter_digest, adapter_folder
     from bdpo.models.loading import weights_digest
 
-    name = evaluate.judge_model or DEFAULT_JUDGE
     if (Path(name) / "config.json").is_file():
         weights = weights_digest(Path(name))
     else:
-        weights = adapter_digest(adapter_folder(name, "evaluate.judge_model"))
+        weights = adapter_digest(adapter_folder(name, "evaluate.judge.model"))
     return json_digest([weights, PROMPT])
 
 
-def load_finetuned_judge(evaluate: EvaluateConfig) -> FinetunedJudge:
-    """Load `evaluate.judge_model`, a model or a LoRA adapter that names its base; by default upstream's.
+def load_finetuned_judge(name: str, on_gpu: bool) -> FinetunedJudge:
+    """Load a model, or a LoRA adapter that names its base, from a folder or the hub.
 
     Raises:
         UserError: it cannot be loaded, or is no judge of this kind.
@@ -134,13 +132,12 @@ def load_finetuned_judge(evaluate: EvaluateConfig) -> FinetunedJudge:
     from bdpo.models.adapters import adapter_folder, base_of, load_adapted
     from bdpo.models.loading import load_model
 
-    name = evaluate.judge_model or DEFAULT_JUDGE
-    device, dtype = ("cuda", "bfloat16") if evaluate.gpus_per_worker else ("cpu", "float32")
+    device, dtype = ("cuda", "bfloat16") if on_gpu else ("cpu", "float32")
     if (Path(name) / "config.json").is_file():
         folder = Path(name)
         model = load_model(folder, ModelConfig(name_or_path=name, dtype=dtype))  # type: ignore[arg-type]
     else:
-        folder = adapter_folder(name, "evaluate.judge_model")
+        folder = adapter_folder(name, "evaluate.judge.model")
         base = ModelConfig(name_or_path=base_of(folder), dtype=dtype)  # type: ignore[arg-type]
         model = load_adapted(base, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -148,15 +145,34 @@ def load_finetuned_judge(evaluate: EvaluateConfig) -> FinetunedJudge:
     return FinetunedJudge(model.to(device).eval(), tokenizer)  # type: ignore[arg-type]
 
 
+def _name(config: Config) -> str:
+    judge = config.evaluate.judge
+    assert isinstance(judge, FinetunedConfig)  # noqa: S101 (its name chose this module)
+    return judge.model
+
+
 def _fingerprint(config: Config) -> Fingerprint:
-    evaluate = config.evaluate
-    return {"evaluate.judge_model": evaluate.judge_model, "judge_weights": finetuned_digest(evaluate)}
+    return {"evaluate.judge.model": _name(config), "judge_weights": finetuned_digest(_name(config))}
+
+
+def _check(config: Config) -> str:
+    """Weights and tokenizer can be read: from the hub they are fetched now."""
+    from transformers import AutoTokenizer
+
+    from bdpo.models.adapters import adapter_folder
+
+    name = _name(config)
+    finetuned_digest(name)
+    known = (Path(name) / "config.json").is_file()
+    digit_ids(AutoTokenizer.from_pretrained(name if known else adapter_folder(name, "evaluate.judge.model")))
+    return f"{name}: weights and tokenizer are read"
 
 
 JUDGE = JudgeKind(
     name="finetuned",
     rubrics=frozenset({"harm", "refusal"}),
-    make=lambda config: load_finetuned_judge(config.evaluate),
+    make=lambda config: load_finetuned_judge(_name(config), config.evaluate.gpus_per_worker > 0),
     fingerprint=_fingerprint,
+    check=_check,
     has_model=True,
 )

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import get_args
 
 from bdpo.config import Config
-from bdpo.config.evaluate import JudgeName
+from bdpo.config.evaluate import JUDGE_NAMES
 from bdpo.evaluation.judges.base import Judge, JudgeKind
 from bdpo.storage.manifests import Fingerprint
 
 JUDGES: dict[str, JudgeKind] = {
-    name: import_module(f"bdpo.evaluation.judges.{name}").JUDGE for name in get_args(JudgeName)
+    name: import_module(f"bdpo.evaluation.judges.{name}").JUDGE for name in JUDGE_NAMES
 }
 
 
 def judge_kind(config: Config) -> JudgeKind:
     """The declaration of the configured judge."""
-    return JUDGES[config.evaluate.judge]
+    return JUDGES[config.evaluate.judge.name]
 
 
 def make_judge(config: Config) -> Judge:

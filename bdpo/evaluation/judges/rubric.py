@@ -23,7 +23,8 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bdpo.config import Config, EvaluateConfig
+from bdpo.config import Config
+from bdpo.config.evaluate import RubricConfig
 from bdpo.evaluation.judges.base import Failed, Grade, Harm, JudgeKind, Question, Refusal, RubricName, Verdict
 from bdpo.evaluation.judges.endpoint import Endpoint, Fault
 from bdpo.storage.digests import json_digest
@@ -162,25 +163,39 @@ class RubricJudge:
             return Failed(fault.code)
 
 
-def rubric_judge(evaluate: EvaluateConfig) -> RubricJudge:
-    """The judge that the config describes."""
+def _section(config: Config) -> RubricConfig:
+    judge = config.evaluate.judge
+    assert isinstance(judge, RubricConfig)  # noqa: S101 (its name chose this module)
+    return judge
+
+
+def _make(config: Config) -> RubricJudge:
+    section = _section(config)
     endpoint = Endpoint(
-        base_url=evaluate.judge_base_url or "",
-        model=evaluate.judge_model or "",
-        api_key_env=evaluate.judge_api_key_env,
-        timeout=evaluate.judge_timeout,
-        retries=evaluate.judge_retries,
+        base_url=section.base_url,
+        model=section.model,
+        api_key_env=section.api_key_env,
+        timeout=section.timeout,
+        retries=section.retries,
     )
-    return RubricJudge(endpoint, evaluate.judge_concurrency)
+    return RubricJudge(endpoint, section.concurrency)
 
 
 def _fingerprint(config: Config) -> Fingerprint:
-    return {"evaluate.judge_model": config.evaluate.judge_model, "rubrics": rubrics_digest()}
+    return {"evaluate.judge.model": _section(config).model, "rubrics": rubrics_digest()}
+
+
+def _check(config: Config) -> str:
+    """The key is set and the endpoint answers; whether it takes the key is seen at the first verdict."""
+    judge = _make(config)
+    judge.endpoint.require_reachable()
+    return f"{judge.endpoint.model} at {judge.endpoint.base_url}"
 
 
 JUDGE = JudgeKind(
     name="rubric",
     rubrics=frozenset({"harm", "refusal", "grade"}),
-    make=lambda config: rubric_judge(config.evaluate),
+    make=_make,
     fingerprint=_fingerprint,
+    check=_check,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bdpo.config import Config
+from bdpo.errors import UserError
 from bdpo.evaluation.judges.base import Failed, Harm, JudgeKind, Question, Refusal, Verdict
 
 
@@ -34,9 +35,25 @@ def _make(config: Config) -> SandboxJudge:
     return SandboxJudge(sandbox_seed(config.model))
 
 
+def _check(config: Config) -> str:
+    """All requests are of the sandbox's world; its judge knows nothing of others."""
+    from bdpo.evaluation.benchmarks.registry import load_items
+    from bdpo.sandbox import with_sandbox_files
+
+    judge = _make(config)
+    for item in load_items(with_sandbox_files(config).evaluate):
+        if judge(Question("harm", item.request), "") == Failed("unknown_object"):
+            raise UserError(
+                f"evaluate.judge.name=sandbox: {item.item_id} asks for nothing of the sandbox's world; "
+                "choose another judge for real prompts"
+            )
+    return f"sandbox, world {judge.seed}"
+
+
 JUDGE = JudgeKind(
     name="sandbox",
     rubrics=frozenset({"harm", "refusal"}),
     make=_make,
     fingerprint=lambda config: {},
+    check=_check,
 )
