@@ -29,7 +29,7 @@ from tests.support.score_rows import row
 def prepared(tmp_path, tiny_chat):
     """(config, run) with pairs and prompts, of which nothing is trained."""
     pairs = write_jsonl(tmp_path / "pairs.jsonl", invented_pairs(4))
-    files = {"strongreject_path": str(tmp_path / "s.csv"), "benchmarks": ["strongreject"]}
+    files = {"strongreject": {"path": str(tmp_path / "s.csv")}, "benchmarks": ["strongreject"]}
     (tmp_path / "s.csv").write_text("category,source,forbidden_prompt\na,x,take the amber\n")
     config = tiny_config(tmp_path / "run", save_model(tmp_path / "model", tiny_chat), pairs, evaluate=files)
     run = RunDir(config.run_dir)
