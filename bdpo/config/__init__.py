@@ -18,8 +18,9 @@ from bdpo.config.data import DataConfig
 from bdpo.config.evaluate import EvaluateConfig
 from bdpo.config.experiment import ExperimentConfig
 from bdpo.config.explain import explain
+from bdpo.config.kinds import change_kind
 from bdpo.config.model import ModelConfig
-from bdpo.config.reading import Dumper, apply_override, read_yaml, require_tree, short
+from bdpo.config.reading import Dumper, parse_override, read_yaml, require_tree, set_value, short
 from bdpo.config.score import ScoreConfig
 from bdpo.config.secrets import refuse_secrets
 from bdpo.config.train import LoraConfig, TrainConfig
@@ -84,11 +85,20 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     values = read_yaml(Path(file))
     for override in overrides:
-        apply_override(values, override)
+        _lay_over(values, override)
     try:
         return parse_config(values, str(file))
     except UserError as error:
         raise _blamed(error, Path(file), overrides) from None
+
+
+def _lay_over(values: dict[str, Any], override: str) -> None:
+    """Lay one override over plain values, in place; a changed `method.name` takes out its former keys."""
+    key, value = parse_override(override)
+    *path, leaf = key.split(".")
+    if leaf == "name":
+        change_kind(values, path, value, Config)
+    set_value(values, key, value)
 
 
 def parse_config(values: dict[str, Any], source: str) -> Config:
@@ -106,7 +116,7 @@ def _blamed(error: UserError, file: Path, overrides: Sequence[str]) -> UserError
     values, message = read_yaml(file), str(error)
     for override in ["", *overrides]:
         if override:
-            apply_override(values, override)
+            _lay_over(values, override)
         try:
             parse_config(values, str(file))
         except UserError as found:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bdpo.config import Config, parse_config
+from bdpo.config.kinds import kept_keys
+from bdpo.config.reading import set_value
 from bdpo.method.base import Method
 from bdpo.method.losses import METHODS
 
@@ -23,25 +25,19 @@ def trial_config(config: Config, params: Params, run_dir: str, source: str = "tu
         values["method"] = with_method(config.method, params["method.name"])
     for key, value in params.items():
         if not _belongs_to_another_method(key, params.get("method.name")):
-            _set(values, key, value)
+            set_value(values, key, value)
     return parse_config(values, source)
 
 
 def with_method(method: Method, name: Any) -> dict[str, Any]:
     """The plain values of section `method` for the method called `name`, made from those of another.
 
-    A key is kept where both methods have it and have the same default for it; else it takes the default of
-    the new method (beta of `simpo`, whose rewards are per token).
+    Keys that the two methods do not share take the default of the new one, see `kept_keys`.
     """
+    values = method.model_dump()
     if name == method.name or name not in METHODS:  # an unknown name is refused when the config is validated
-        return method.model_dump() | {"name": name}
-    fields, own = METHODS[name].model_fields, type(method).model_fields
-    kept = {
-        key: value
-        for key, value in method.model_dump().items()
-        if key in fields and fields[key].default == own[key].default
-    }
-    return kept | {"name": name}
+        return values | {"name": name}
+    return kept_keys(values, type(method), METHODS[name]) | {"name": name}
 
 
 def _belongs_to_another_method(key: str, name: Any) -> bool:
@@ -49,16 +45,6 @@ def _belongs_to_another_method(key: str, name: Any) -> bool:
     if section != "method" or name not in METHODS or leaf in METHODS[name].model_fields:
         return False
     return any(leaf in method.model_fields for method in METHODS.values())
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    """Put a value at a dotted key, in place."""
-    *sections, leaf = key.split(".")
-    for section in sections:
-        if not isinstance(values.get(section), dict):  # a section that is not set, as `train.lora`
-            values[section] = {}
-        values = values[section]
-    values[leaf] = value
 
 
 def value_at(config: Config, key: str) -> Any:

@@ -71,12 +71,16 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
     return values
 
 
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Lay one `section.key=value` over `values`, in place; raises a UserError that names the key."""
+def parse_override(override: str) -> tuple[str, Any]:
+    """(key, value) of `section.key=value`; raises a UserError that names the override."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {short(override)}: expects section.key=value")
-    value = _load(text, f"override {short(key)}")
+    return key, _load(text, f"override {short(key)}")
+
+
+def set_value(values: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value at a dotted key, in place; raises a UserError that names the key."""
     *sections, leaf = key.split(".")
     for section in sections:
         if values.get(section) is None:  # not there, or left empty in the YAML

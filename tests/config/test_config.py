@@ -126,6 +126,16 @@ class TestRefusals:
         assert message.startswith(f"override {override.partition('=')[0]}: method.name={method} has no key ")
         assert said in message
 
+    def test_an_override_changes_the_method_of_a_file_written_for_another(self, load, tmp_path):
+        """Shared keys stay as the file has them; what is the former method's alone is left out."""
+        saved = tmp_path / "saved.yaml"
+        saved.write_text(load(method={"name": "bdpo", "alpha": 1.2, "sharpness": 2.0, "beta": 0.3}).to_yaml())
+        dpo_sf, simpo = (load_config(saved, [f"method.name={name}"]).method for name in ("dpo_sf", "simpo"))
+        assert dpo_sf.model_dump() == {"name": "dpo_sf", "alpha": 1.2, "beta": 0.3}
+        assert simpo.model_dump() == {"name": "simpo", "beta": 2.0, "simpo_gamma": 0.5}  # its own default
+        misspelt = refusal(load, "method.name=dpo", method={"name": "bdpo", "sharpnes": 1})
+        assert "sharpnes" in misspelt
+
     def test_a_misspelt_key_of_a_method_is_compared_with_its_own_keys(self, load):
         assert refusal(load, "method.sharpnes=1").endswith("; did you mean method.sharpness?")
         told = refusal(load, "method.label_smothing=1", method={"name": "cdpo"})

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bdpo.config import load_config
-from bdpo.config.reading import apply_override, parse_yaml
+from bdpo.config.reading import parse_override, parse_yaml
 from bdpo.errors import UserError
 
 NEEDED = "run_dir: runs/a\nmodel: {name_or_path: m}\ndata: {path: p}\n"
@@ -131,7 +131,7 @@ def test_an_alias_that_is_a_tree_is_read(tmp_path):
 
 @given(st.text())
 def test_no_text_is_a_traceback(text):
-    for read in (lambda: parse_yaml(text, "here"), lambda: apply_override({}, text)):
+    for read in (lambda: parse_yaml(text, "here"), lambda: parse_override(text)):
         try:
             read()
         except UserError as error:

@@ -1,0 +1,47 @@
+"""Changing the kind of a section (`method.name=simpo`) in a config that was written for another kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from bdpo.section import Section, Variant, sections_in
+
+
+def change_kind(values: dict[str, Any], path: Sequence[str], name: Any, root: type[BaseModel]) -> None:
+    """Make the section at `path` one of the kind called `name`, in place; `root` is the config's class.
+
+    A file that was written for one method, or that a run has saved, has the keys of that method. Those that
+    the new kind does not have, or has another default for (beta of `simpo`, whose rewards are per token),
+    are left out. A key that no kind has stays, so that it is refused. Nothing changes where the section does
+    not come in kinds, or has no kind of that name.
+    """
+    for section in path:
+        inside = values.get(section)
+        if not isinstance(inside, dict) or section not in root.model_fields:
+            return
+        values, field = inside, root.model_fields[section]
+        kinds = {kind.kind(): kind for kind in sections_in(field.annotation) if issubclass(kind, Variant)}
+        root = next(sections_in(field.annotation), Section)
+    default = field.get_default(call_default_factory=False)
+    old = kinds.get(str(values.get("name", default.kind() if isinstance(default, Variant) else None)))
+    if old is None or name not in kinds or kinds[name] is old:
+        return
+    kept = kept_keys(values, old, kinds[name])
+    values.clear()
+    values.update(kept)
+
+
+def kept_keys(values: Mapping[str, Any], old: type[Variant], new: type[Variant]) -> dict[str, Any]:
+    """Of the plain values of a section of kind `old` those that it keeps as one of kind `new`.
+
+    A key is kept where both kinds have it with the same default, and where `old` does not have it either.
+    """
+    before, after = old.model_fields, new.model_fields
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in before or (key in after and after[key].default == before[key].default)
+    }
