@@ -34,7 +34,8 @@ class ModelConfig(Section):
     attn_implementation: Literal["auto", "sdpa", "flex_attention", "eager", "flash_attention_2"] = Field(
         "auto",
         description="`sdpa` and `flex_attention` forward a prompt once for both responses; `auto` is "
-        "`flex_attention` on a GPU where it agrees with `sdpa` when tried, else `sdpa`",
+        "`flex_attention` on a GPU where it agrees with `sdpa` when tried, else `sdpa`, else `eager` for "
+        "architectures without it",
     )
     trust_remote_code: bool = Field(False, description="run the code that comes with a model")
     chat_template: str | None = Field(None, description="Jinja file, for a tokenizer without template")
@@ -50,8 +51,3 @@ class ModelConfig(Section):
         if reserved := sorted(_RESERVED_TEMPLATE_KWARGS & kwargs.keys()):
             raise ValueError(f"{reserved[0]} is no variable of a template; every rendering decides it itself")
         return kwargs
-
-    @property
-    def plain_attention(self) -> str:
-        """What transformers is told where no rows are shared: FlexAttention has nothing to skip there."""
-        return "sdpa" if self.attn_implementation in ("auto", "flex_attention") else self.attn_implementation

@@ -1,6 +1,6 @@
 """LoRA adapters: put into a model to be trained, or merged into it to be evaluated or exported.
 
-Other kinds of adapters are left out. Wants `peft` (extra `lora`).
+Other kinds of adapters are left out. Requires `peft` (extra `lora`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 
 from bdpo.config import SANDBOX, Config, LoraConfig, ModelConfig
 from bdpo.errors import UserError, first_line
-from bdpo.models.loading import hub_snapshot, load_model, model_config, model_folder
+from bdpo.models.loading import (
+    hub_snapshot,
+    load_model,
+    model_config,
+    model_folder,
+    require_finite,
+    some_names,
+)
 from bdpo.storage.digests import files_digest
 
 if TYPE_CHECKING:
@@ -56,7 +63,7 @@ def load_adapted(base: ModelConfig, folder: Path) -> PreTrainedModel:
         UserError: `peft` is not installed, or the adapter does not fit the model.
     """
     with _peft_there():
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     model = load_model(model_folder(base), base)
     try:
         adapted = PeftModel.from_pretrained(model, folder)
@@ -64,11 +71,26 @@ def load_adapted(base: ModelConfig, folder: Path) -> PreTrainedModel:
         raise UserError(
             f"{folder}: does not fit {base.name_or_path} as an adapter ({first_line(error)})"
         ) from None
-    return adapted.merge_and_unload()
+    _require_complete_adapter(folder, set(get_peft_model_state_dict(adapted)))
+    merged = adapted.merge_and_unload()
+    require_finite(merged, folder)
+    return merged
+
+
+def _require_complete_adapter(folder: Path, expected: set[str]) -> None:
+    """PEFT leaves a tensor that is missing as it was made up, and warns."""
+    from safetensors import safe_open
+
+    with safe_open(folder / _WEIGHTS, framework="numpy") as file:
+        there = set(file.keys())
+    wrong = {"missing": expected - there, "unknown to the model": there - expected}
+    found = [f"{len(names)} {what} ({some_names(sorted(names))})" for what, names in wrong.items() if names]
+    if found:
+        raise UserError(f"{folder}: not a complete adapter: tensors {'; '.join(found)}")
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig, base: ModelConfig, seed: int) -> None:
-    """Freeze the model and put fresh adapters into it, in place: random A, zero B, so it says what it said.
+    """Freeze the model and put fresh adapters into it, in place: random A, zero B, so its outputs stay.
 
     From then on it saves its adapter alone, which names `base` as its model.
 
@@ -92,6 +114,15 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, base: ModelConfig, seed: 
         model.add_adapter(config)
     except ValueError as error:
         raise UserError(f"train.lora.target_modules={lora.target_modules}: {first_line(error)}") from None
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    adapted = [model.get_output_embeddings(), model.get_input_embeddings()]
+    if tied and any(isinstance(module, BaseTunerLayer) for module in adapted):
+        # PEFT adapts one of the two, which is then no longer the other's transpose; merged they are one
+        # tensor again, so that the exported model would not be the trained one (peft#2018).
+        raise UserError(
+            f"train.lora.target_modules={lora.target_modules}: the embeddings are tied to the output head, "
+            "so neither can be adapted"
+        )
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise UserError(f"train.lora.target_modules={lora.target_modules}: the output head cannot be adapted")
     if base.name_or_path != SANDBOX and not Path(base.name_or_path).expanduser().is_dir():
@@ -127,4 +158,4 @@ def _peft_there() -> Iterator[None]:
     try:
         yield
     except ImportError:
-        raise UserError("LoRA adapters want peft; pip install 'bdpo[lora]'") from None
+        raise UserError("LoRA adapters require peft; pip install 'bdpo[lora]'") from None

@@ -15,7 +15,7 @@ import torch
 from bdpo.config import Config
 from bdpo.errors import first_line
 from bdpo.models.architectures import VOCABULARY, one_layer
-from bdpo.models.loading import model_config
+from bdpo.models.loading import model_config, plain_attention
 from bdpo.models.logps import LogpsModel, prefix_sharing_obstacle
 from bdpo.models.packing import PrefixGroup
 
@@ -44,8 +44,9 @@ def attention_of(config: Config, device: torch.device) -> str:
     if model.attn_implementation not in ("auto", "flex_attention"):
         return model.attn_implementation
     shape = model_config(model)
+    plain = plain_attention(model, shape)
     if device.type != "cuda" or prefix_sharing_obstacle(shape, config.data.max_length):
-        return "sdpa"
+        return plain
     if model.attn_implementation == "flex_attention":
         return "flex_attention"
     why = why_not_flex(shape, getattr(torch, model.dtype), device, config.data.max_length)
@@ -57,6 +58,7 @@ def why_not_flex(
     shape: PreTrainedConfig, dtype: torch.dtype, device: torch.device, max_length: int
 ) -> str | None:
     """What FlexAttention gets wrong or cannot do here, in words that follow its name, or None."""
+    _leave_room_for_compilations()
     try:
         exact, sdpa, flex = (
             LogpsModel(one_layer(shape, kind, of, device), max_length)
@@ -76,6 +78,16 @@ def why_not_flex(
     return None
 
 
+def _leave_room_for_compilations() -> None:
+    """Dynamo gives up on a function after 8 compilations and runs it uncompiled from then on.
+
+    The trial takes two shapes (then dynamic ones) in three modes for each of two dtypes; a run needs as many.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+
+
 def _groups(lengths: list[tuple[int, int, int]]) -> list[PrefixGroup]:
     groups = []
     for number, (context, *responses) in enumerate(lengths, 1):
@@ -86,15 +98,17 @@ def _groups(lengths: list[tuple[int, int, int]]) -> list[PrefixGroup]:
 
 def _differs(exact: LogpsModel, sdpa: LogpsModel, flex: LogpsModel, groups: list[PrefixGroup]) -> str | None:
     """Whether log-probs or gradients are further from those in float32 than SDPA's are."""
-    with torch.inference_mode():
-        scored = [model(groups) for model in (exact, sdpa, flex)]
-    if _worse(*scored):
-        return "answers other log-probs than SDPA"
+    # Each mode is a compilation of its own: scoring infers, held-out pairs go through without gradients.
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            scored = [model(groups) for model in (exact, sdpa, flex)]
+        if _worse(*scored):
+            return "computes other log-probs than SDPA"
     for model in (exact, sdpa, flex):
         model.zero_grad()
         model(groups).sum().backward()
     if _worse(*map(_gradient, (exact, sdpa, flex))):
-        return "answers another gradient than SDPA"
+        return "computes another gradient than SDPA"
     return None
 
 

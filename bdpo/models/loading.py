@@ -5,12 +5,17 @@ Only safetensors are read; code from a model folder runs only with `model.trust_
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
+from importlib.metadata import version as _version
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bdpo.config import SANDBOX, Config, ModelConfig
 from bdpo.errors import UserError, first_line
+from bdpo.models.oom import out_of_memory
+from bdpo.models.transformers_private import set_attention, supports_sdpa
 from bdpo.sandbox import sandbox_seed
 from bdpo.storage.cache import cached_copy
 from bdpo.storage.digests import cached_sha256, files_digest
@@ -18,6 +23,8 @@ from bdpo.storage.digests import cached_sha256, files_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+
+log = logging.getLogger(__name__)
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
@@ -35,16 +42,27 @@ def model_folder(model: ModelConfig) -> Path:
     folder = Path(model.name_or_path).expanduser()
     if "://" in model.name_or_path:
         folder = cached_copy(model.name_or_path, "model.name_or_path")
+    elif model.name_or_path.lower().endswith(".gguf"):
+        raise UserError(f"model.name_or_path={model.name_or_path}: GGUF is not read; name its original model")
+    elif not folder.is_dir() and model.name_or_path.startswith(("/", "~", ".")):
+        raise UserError(f"model.name_or_path={model.name_or_path}: no such folder")
     elif not folder.is_dir():
         folder = hub_snapshot(model.name_or_path, model.revision, "model.name_or_path")
     if not (folder / "config.json").is_file():
         raise UserError(f"model.name_or_path={model.name_or_path}: the folder has no config.json")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise UserError(f"model.name_or_path={model.name_or_path}: the folder has no *.safetensors weights")
+        others = "; other formats are not read" if _has_other_weights(folder) else ""
+        raise UserError(
+            f"model.name_or_path={model.name_or_path}: the folder has no *.safetensors weights{others}"
+        )
     for file in weights:
         _require_intact(file)
     return folder.resolve()
+
+
+def _has_other_weights(folder: Path) -> bool:
+    return any(any(folder.glob(f"*.{suffix}")) for suffix in ("gguf", "bin", "pt", "pth", "ckpt"))
 
 
 def _require_intact(file: Path) -> None:
@@ -59,14 +77,56 @@ def _require_intact(file: Path) -> None:
 
 
 def model_config(model: ModelConfig) -> PreTrainedConfig:
-    """The architecture of a model, without its weights, as `load_model` builds it."""
+    """The architecture of a model, without its weights, as `load_model` builds it.
+
+    Raises:
+        UserError: transformers does not know it, or knows it by code that the folder brings.
+    """
+    return architecture(model_folder(model), model)
+
+
+def architecture(folder: Path, model: ModelConfig) -> PreTrainedConfig:
+    """The same of the model in a folder, with the other settings of `model`."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(
-        model_folder(model),
-        attn_implementation=model.plain_attention,
-        trust_remote_code=model.trust_remote_code,
-    )
+    try:
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # of a class that validates what a file of somebody else holds
+        raise _not_loaded(folder, error) from None
+    set_attention(shape, plain_attention(model, shape))
+    return shape
+
+
+def plain_attention(model: ModelConfig, shape: PreTrainedConfig) -> str:
+    """The attention of rows that are not shared: there FlexAttention has nothing to skip.
+
+    Where `model.attn_implementation` leaves the choice it is SDPA, or eager for architectures without SDPA.
+    """
+    if model.attn_implementation not in ("auto", "flex_attention"):
+        return model.attn_implementation
+    if supports_sdpa(shape):
+        return "sdpa"
+    _log_once(f"attention: eager, since transformers has no SDPA for {shape.model_type} models")
+    return "eager"
+
+
+@lru_cache
+def _log_once(message: str) -> None:
+    log.warning(message)
+
+
+def _not_loaded(folder: Path, error: Exception) -> UserError:
+    """What is wrong with a folder, in one line: transformers' own errors have a page of advice."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return UserError(
+            f"{folder}: the model brings its own code, which is not run; set model.trust_remote_code=true "
+            "if you trust it"
+        )
+    if "does not recognize this architecture" in text or "Unrecognized model in" in text:
+        return UserError(f"{folder}: transformers {_version('transformers')} knows no model of this type")
+    reason = first_line(error)
+    return UserError(f"{folder}: cannot be loaded as a causal language model ({reason})")
 
 
 def require_positions(config: Config) -> None:
@@ -95,24 +155,105 @@ def load_model(folder: Path, model: ModelConfig, attention: str | None = None) -
     `attention` is how shared rows are attended to, see `bdpo.models.attention`; without it the model has
     none.
 
+    Under ZeRO-3 every worker of the process group must call this; see `require_complete_weights`, too.
+
     Raises:
-        UserError: the folder is not a causal language model that transformers can load.
+        UserError: the folder is not a causal language model that transformers can load, or its weights are
+            not complete and finite; the tensors are named.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, model.dtype),
-            attn_implementation=attention or model.plain_attention,
+            attn_implementation=attention or plain_attention(model, architecture(folder, model)),
             trust_remote_code=model.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
+            # so that the report has them all: a model with one of them is refused below
+            ignore_mismatched_sizes=not _partitioned(),
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"{folder}: cannot be loaded as a causal language model ({first_line(error)})"
-        ) from None
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
+        raise _not_loaded(folder, error) from None
+    _refuse_incomplete(folder, report)
+    require_finite(loaded, folder)
+    return loaded
+
+
+def require_complete_weights(folder: Path, model: ModelConfig) -> None:
+    """Make sure that the weights are those of the architecture, by name and shape, without keeping them.
+
+    `load_model` does so by itself but for ZeRO-3, where transformers reports no tensor that is too many.
+
+    Raises:
+        UserError: they are not; the tensors are named.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        _, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            device_map="meta",
+            trust_remote_code=model.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise _not_loaded(folder, error) from None
+    _refuse_incomplete(folder, report)
+
+
+def _refuse_incomplete(folder: Path, report: dict[str, Any]) -> None:
+    """transformers makes up what is missing at random and leaves out what is too many."""
+    wrong = {
+        "missing": sorted(report["missing_keys"]),
+        "of another shape": sorted(name for name, *_ in report["mismatched_keys"]),
+        "unknown to the architecture": sorted(report["unexpected_keys"]),
+    }
+    found = [f"{len(names)} {what} ({some_names(names)})" for what, names in wrong.items() if names]
+    found += [first_line(Exception(message)) for message in report["error_msgs"]]
+    if found:
+        raise UserError(f"{folder}: the weights are not those of the model: tensors {'; '.join(found)}")
+
+
+def require_finite(model: PreTrainedModel, folder: Path) -> None:
+    """Make sure that all weights are numbers; each worker of ZeRO-3 looks at its part of each of them.
+
+    Raises:
+        UserError: some are not; the tensors are named.
+    """
+    import torch
+
+    bad = []
+    for name, parameter in model.named_parameters():
+        values = getattr(parameter, "ds_tensor", parameter).detach()
+        if values.numel() and values.is_floating_point():
+            extremes = torch.stack(values.aminmax())  # one pass, in which what is no number stays
+            if not extremes.isfinite().all():
+                bad.append(name)
+    if _partitioned():
+        parts: list[list[str]] = [bad] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, bad)
+        bad = sorted(set(chain(*parts)))
+    if bad:
+        raise UserError(f"{folder}: NaN or infinite weights in {len(bad)} tensors ({some_names(bad)})")
+
+
+def some_names(names: list[str]) -> str:
+    """The first of them, for a message."""
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _partitioned() -> bool:
+    """Whether `from_pretrained` partitions what it loads."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
 
 
 def weights_digest(folder: Path) -> str:
@@ -128,7 +269,7 @@ def hub_snapshot(name: str, revision: str | None, key: str) -> Path:
     """The cached snapshot of a hub repository; `key` is what an error names.
 
     Raises:
-        UserError: there is none, or it is not to be had.
+        UserError: there is none, or it is unavailable.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -141,5 +282,5 @@ def hub_snapshot(name: str, revision: str | None, key: str) -> Path:
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{key}={name}: no such folder, and not to be had from the hub ({first_line(error)})"
+            f"{key}={name}: no such folder, and not available from the hub ({first_line(error)})"
         ) from None

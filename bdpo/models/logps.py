@@ -22,6 +22,7 @@ from torch import nn
 from bdpo.models.architectures import has_plain_lm_head
 from bdpo.models.packing import Batch, PrefixGroup, pack, pack_plain
 from bdpo.models.tokenizer import EncodedPair
+from bdpo.models.transformers_private import attention_of_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -72,22 +73,28 @@ def prefix_sharing_obstacle(config: PreTrainedConfig, max_length: int) -> str | 
     window = getattr(config, "sliding_window", None)
     if window is not None and window < max_length:
         return f"the sliding window of {window} tokens is shorter than data.max_length={max_length}"
-    if config._attn_implementation not in ("sdpa", "flex_attention"):
-        return f"model.attn_implementation={config._attn_implementation} takes no custom mask"
+    attention = attention_of_config(config)
+    if attention not in ("sdpa", "flex_attention"):
+        return f"model.attn_implementation={attention} takes no custom mask"
     return None
 
 
 class LogpsModel(nn.Module):
-    """A causal language model of transformers that answers with log-probs of responses.
+    """A causal language model of transformers whose outputs are log-probs of responses.
 
     The model keeps its parameters under its own names; its output head is replaced by a LogpsHead, with
-    which it still answers calls of its own with logits. Of models that scale or cap what the head says
-    (`has_plain_lm_head`) the own logits are used: those of the responses' part of a row.
+    which the model still computes logits when it is called itself. Of models that scale or cap what the
+    head computes (`has_plain_lm_head`) the own logits are used: those of the responses' part of a row.
+
+    `one_forward`: a batch is one forward of the model, whatever its size. Workers that share a partitioned
+    model gather its weights in every forward and wait for each other there, so all of them must run the
+    same number of forwards, whereas the rows of their batches differ.
     """
 
-    def __init__(self, model: PreTrainedModel, max_length: int) -> None:
+    def __init__(self, model: PreTrainedModel, max_length: int, one_forward: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.one_forward = one_forward
         self.chunked = has_plain_lm_head(model.config)
         why = prefix_sharing_obstacle(model.config, max_length)
         self.shared_rows = why is None and self.chunked
@@ -106,7 +113,7 @@ class LogpsModel(nn.Module):
         not a number where the model's hidden states are not known.
         """
         config, device = self.model.config, self.model.device
-        flex = device if config._attn_implementation == "flex_attention" else None
+        flex = device if attention_of_config(config) == "flex_attention" else None
         batch = pack(groups, config.hidden_size, flex) if self.shared_rows else pack_plain(groups)
         self.tokens_forwarded += batch.input_ids.numel()
         if self.chunked:
@@ -129,7 +136,7 @@ class LogpsModel(nn.Module):
         """Log-probs of the targets; as many rows at a time as have a chunk of logits, one at least.
 
         Logits begin where the first response is predicted, if the model can leave out those before. Where
-        there is a backward to come all are kept for it, so all rows go at once.
+        a backward follows all logits are kept for it anyway, so all rows are one chunk.
         """
         rows, width = batch.input_ids.shape
         kept = width
@@ -137,7 +144,7 @@ class LogpsModel(nn.Module):
             kept -= int((batch.logit_positions % width).min())
         chunk = max(1, CHUNK_ELEMENTS // (kept * self.model.config.get_text_config().vocab_size))
         logps = []
-        for some in torch.arange(rows).split(rows if torch.is_grad_enabled() else chunk):
+        for some in torch.arange(rows).split(rows if self.one_forward or torch.is_grad_enabled() else chunk):
             here = torch.isin(batch.logit_positions // width, some)
             row, column = batch.logit_positions[here] // width - some[0], batch.logit_positions[here] % width
             part = replace(
@@ -159,7 +166,7 @@ def _inputs(batch: Batch) -> dict[str, Any]:
 
 
 class LogpsHead(nn.Module):
-    """An output head that says log π(target) of hidden states, chunk by chunk.
+    """An output head that computes log π(target) of hidden states, chunk by chunk.
 
     It holds the parameters of the head it replaces, tied or not. Being one module call, it lets ZeRO-3
     gather a partitioned weight once for all chunks.
@@ -172,6 +179,7 @@ class LogpsHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Log-probs of `targets`, (tokens,) float32, of `hidden` (tokens, width); logits without targets."""
+        hidden = hidden.to(self.weight.dtype)  # state-space models keep their residual stream in float32
         if targets is None:
             return F.linear(hidden, self.weight, self.bias)
         return _TargetLogps.apply(hidden, self.weight, self.bias, targets)

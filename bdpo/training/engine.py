@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from filelock import FileLock
 from bdpo.config import Config, TrainConfig
 from bdpo.errors import UserError
 from bdpo.models.adapters import add_lora
+from bdpo.models.architectures import switch_off_dropout, trains_as_it_scores
 from bdpo.models.attention import attention_of
-from bdpo.models.loading import load_model, model_folder
+from bdpo.models.loading import load_model, model_config, model_folder, require_complete_weights
 from bdpo.models.logps import LogpsModel
 from bdpo.models.tokenizer import ChatTokenizer
 from bdpo.storage.cache import cache_folder
@@ -67,25 +69,15 @@ def build_engine(config: Config, total_steps: int, warmup_steps: int) -> Any:
     no worker ever holds all of it.
 
     Raises:
-        UserError: `train.offload=nvme` on a node where DeepSpeed's op cannot be built.
+        UserError: `train.offload=nvme` on a node where DeepSpeed's op cannot be built; the weights are not
+            complete; the architecture computes something else in training.
     """
     _choose_accelerator(config.train)
     import deepspeed
     import torch._dynamo  # imported first under zero.Init, which patches tensor creation, it fails
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     ds_config = deepspeed_config(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    attention = attention_of(config, device)  # tries small models, which zero.Init would partition
-    # from_pretrained partitions while an HfDeepSpeedConfig is alive: transformers holds a weak reference.
-    alive = HfDeepSpeedConfig(ds_config) if config.train.zero_stage == 3 else None
-    model = load_model(model_folder(config.model), config.model, attention)
-    del alive
-    _disable_dropout(model)
-    if config.train.lora:
-        add_lora(model, config.train.lora, config.model, config.seed)
-    if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = _load_policy(config, ds_config)
     groups = _parameter_groups(model, config.train.weight_decay)
     if config.train.zero_stage:
         # Offloaded optimizer states are stepped on the CPU by this same optimizer, where fused is faster.
@@ -94,7 +86,7 @@ def build_engine(config: Config, total_steps: int, warmup_steps: int) -> Any:
         optimizer = ClippingAdamW(groups, config.train.learning_rate, config.train.max_grad_norm)
     scheduler = learning_rates(config.train.lr_scheduler_type, optimizer, warmup_steps, total_steps)
     engine, *_ = deepspeed.initialize(
-        model=LogpsModel(model, config.data.max_length),
+        model=LogpsModel(model, config.data.max_length, one_forward=True),
         optimizer=optimizer,
         lr_scheduler=scheduler,
         config=ds_config,
@@ -102,6 +94,32 @@ def build_engine(config: Config, total_steps: int, warmup_steps: int) -> Any:
     )
     engine.train()
     return engine
+
+
+def _load_policy(config: Config, ds_config: dict[str, Any]) -> Any:
+    """The model that is trained: partitioned under stage 3, without dropout, with the adapters of LoRA."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention = attention_of(config, device)  # tries small models, which zero.Init would partition
+    folder, shape = model_folder(config.model), model_config(config.model)
+    if not trains_as_it_scores(shape):
+        raise UserError(
+            f"model.name_or_path={config.model.name_or_path}: {shape.model_type} models compute something "
+            "else in training than in evaluation (random routing); it can be scored and evaluated alone"
+        )
+    if config.train.zero_stage == 3:
+        require_on_first_worker(lambda: require_complete_weights(folder, config.model))
+    # from_pretrained partitions while an HfDeepSpeedConfig is alive: transformers holds a weak reference.
+    alive = HfDeepSpeedConfig(ds_config) if config.train.zero_stage == 3 else None
+    model = load_model(folder, config.model, attention)
+    del alive
+    switch_off_dropout(model)
+    if config.train.lora:
+        add_lora(model, config.train.lora, config.model, config.seed)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
 def learning_rates(
@@ -126,6 +144,23 @@ def export(engine: Any, chat: ChatTokenizer, folder: Path) -> None:
         engine.module.model.save_pretrained(folder, state_dict=weights)
         chat.tokenizer.save_pretrained(folder)
     torch.distributed.barrier()
+
+
+def require_on_first_worker(check: Callable[[], None]) -> None:
+    """Run a check on the first worker alone; where it fails, all of them fail, so that none waits for it.
+
+    Raises:
+        UserError: the check failed.
+    """
+    failure: list[str | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            check()
+        except UserError as error:
+            failure = [str(error)]
+    torch.distributed.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise UserError(failure[0])
 
 
 def _offload(train: TrainConfig) -> dict[str, Any]:
@@ -172,15 +207,6 @@ def _choose_accelerator(train: TrainConfig) -> None:
         build_shared_memory_op()
         if train.offload == "nvme":
             _require_async_io().load()
-
-
-def _disable_dropout(model: torch.nn.Module) -> None:
-    """As in TRL: with dropout the policy would differ from the reference before the first step."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

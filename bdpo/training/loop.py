@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +20,7 @@ import torch.distributed as dist
 from bdpo.config import Config, TrainConfig
 from bdpo.errors import UserError
 from bdpo.method.base import LossOutput, PairLogps
-from bdpo.models.adapters import export_merged
-from bdpo.storage.cache import local_copy
 from bdpo.storage.metrics_log import MetricsLog
-from bdpo.storage.paths import atomic_folder
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import TrainingPlan, deal_micro_batches
 from bdpo.training.checkpoints import (
@@ -38,7 +33,8 @@ from bdpo.training.checkpoints import (
     load_first_intact,
     save_checkpoint,
 )
-from bdpo.training.engine import build_engine, export
+from bdpo.training.engine import build_engine
+from bdpo.training.export import export_model
 from bdpo.training.pairs import TrainingPairs
 from bdpo.training.rungs import Rungs
 
@@ -95,7 +91,7 @@ def train(
             save_checkpoint(engine, progress, metrics, staging, report)
     if config.train.load_best_model_at_end:
         load_first_intact(engine, best_first(config.train, reported()))
-    _export(engine, pairs, run)
+    export_model(engine, pairs, run)
 
 
 def train_step(engine: Any, data: TrainingPairs, plan: TrainingPlan, step: int) -> Metrics:
@@ -222,7 +218,7 @@ def _resumes_after_rung(engine: Any, data: TrainingPairs, run: RunDir, rungs: Ru
     The model is not exported again if an earlier process of this training did: somebody may be reading it.
     """
     if not _all_agree(rungs.exported(step)):
-        _export(engine, data, run)
+        export_model(engine, data, run)
         dist.barrier()
         if dist.get_rank() == 0:
             rungs.mark_exported(step)
@@ -234,16 +230,3 @@ def _all_agree(answer: bool) -> bool:
     answers: list[bool] = [answer] * dist.get_world_size()
     dist.all_gather_object(answers, answer)
     return all(answers)
-
-
-def _export(engine: Any, data: TrainingPairs, run: RunDir) -> None:
-    """Write the model, complete or not at all: the first worker writes, the others contribute their parts.
-
-    With LoRA the adapter is written first, and the merged model is made from it.
-    """
-    first, lora = dist.get_rank() == 0, data.config.train.lora is not None
-    with atomic_folder(run.adapter if lora else run.model) if first else nullcontext(Path()) as folder:
-        export(engine, data.chat, folder)
-    if lora and first:
-        with atomic_folder(run.model) as folder:
-            export_merged(data.config.model, local_copy(run.adapter), data.chat, folder)

@@ -20,9 +20,10 @@ from torch.overrides import TorchFunctionMode
 from bdpo.config import SANDBOX, Config, TrainConfig
 from bdpo.errors import UserError, first_line
 from bdpo.models.adapters import add_lora
-from bdpo.models.loading import model_config
+from bdpo.models.loading import model_config, plain_attention
 from bdpo.models.logps import CHUNK_ELEMENTS, LogpsModel, prefix_sharing_obstacle
 from bdpo.models.packing import PrefixGroup
+from bdpo.models.transformers_private import attention_of_config, set_attention
 from bdpo.training.deepspeed_internals import MAX_LIVE_PARAMETERS, REDUCE_BUCKET
 
 if TYPE_CHECKING:
@@ -82,22 +83,21 @@ def model_shape(config: Config) -> tuple[PreTrainedConfig, str | None]:
     local = (Path(model.name_or_path).expanduser() / "config.json").is_file()
     if local or model.name_or_path == SANDBOX or "://" in model.name_or_path:
         return model_config(model), None
-    attention = {"attn_implementation": model.plain_attention}
     try:
-        return AutoConfig.from_pretrained(
-            model.name_or_path,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            **attention,
-        ), None
+        shape = AutoConfig.from_pretrained(
+            model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        set_attention(shape, plain_attention(model, shape))
+        return shape, None
     except (OSError, ValueError) as error:
-        shape = dict(KNOWN_SHAPES.get(model.name_or_path, {}))
-        if not shape:
+        known = dict(KNOWN_SHAPES.get(model.name_or_path, {}))
+        if not known:
             raise UserError(
                 f"model.name_or_path={model.name_or_path}: config.json is unavailable ({first_line(error)})"
             ) from None
-    known = AutoConfig.for_model(shape.pop("model_type"), **shape, **attention)
-    return known, "shape built into bdpo: the hub is unreachable"
+    shape = AutoConfig.for_model(known.pop("model_type"), **known)
+    set_attention(shape, plain_attention(model, shape))
+    return shape, "shape built into bdpo: the hub is unreachable"
 
 
 def memory_need(config: Config, shape: PreTrainedConfig) -> MemoryNeed:
@@ -217,7 +217,7 @@ def _meta_model(config: Config, shape: PreTrainedConfig, layers: int) -> Any:
         model = AutoModelForCausalLM.from_config(
             shape,
             dtype=getattr(torch, config.model.dtype),
-            attn_implementation="sdpa",
+            attn_implementation="eager" if attention_of_config(shape) == "eager" else "sdpa",
             trust_remote_code=config.model.trust_remote_code,
         )
         if config.train.lora:

@@ -8,13 +8,13 @@ import peft
 import pytest
 import torch
 
-from bdpo.config import ModelConfig
+from bdpo.config import LoraConfig, ModelConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.judges.finetuned import load_finetuned_judge
-from bdpo.models.adapters import adapter_digest, adapter_folder, base_of, load_adapted
+from bdpo.models.adapters import adapter_digest, adapter_folder, add_lora, base_of, load_adapted
 from bdpo.models.loading import load_model
 from tests.support.chats import CHATML, MakeChat
-from tests.support.helpers import save_model
+from tests.support.helpers import save_model, tiny_qwen2
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,34 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, base: ModelConfi
     save_file({name: torch.ones(3, 3) for name in load_file(weights)}, weights)
     with pytest.raises(UserError, match="does not fit"):
         load_adapted(base, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda weights: dict(list(weights.items())[1:]), "1 missing"),
+        (lambda weights: {f"x.{name}": w for name, w in weights.items()}, "missing .*; .*unknown"),
+        (lambda weights: {name: w * torch.nan for name, w in weights.items()}, "NaN or infinite weights in"),
+    ],
+    ids=["missing", "renamed", "not a number"],
+)
+def test_an_adapter_that_is_not_complete_and_finite_is_refused(tmp_path, base, change, reason) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_adapter(tmp_path / "a", base)
+    weights = folder / "adapter_model.safetensors"
+    save_file(change(load_file(weights)), weights)
+    with pytest.raises(UserError, match=reason):
+        load_adapted(base, folder)
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_tied_embeddings_are_not_adapted(module: str) -> None:
+    """PEFT would adapt one of the two, and merge into both."""
+    with pytest.raises(UserError, match="the embeddings are tied to the output head"):
+        add_lora(tiny_qwen2(tied=True), LoraConfig(target_modules=[module]), ModelConfig(name_or_path="m"), 0)
+    if module == "embed_tokens":
+        add_lora(tiny_qwen2(), LoraConfig(target_modules=[module]), ModelConfig(name_or_path="m"), 0)
 
 
 def test_a_folder_without_safetensors_is_no_adapter(tmp_path: Path) -> None:

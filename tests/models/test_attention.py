@@ -51,7 +51,7 @@ def test_a_mask_that_shows_responses_each_other_is_found_out(shape, dtype, monke
     monkeypatch.setattr(
         packing, "_blocks", lambda group_of, response_of: right(group_of, torch.zeros_like(response_of))
     )
-    assert why_not_flex(shape, dtype, CPU, 512) == "answers other log-probs than SDPA"
+    assert why_not_flex(shape, dtype, CPU, 512) == "computes other log-probs than SDPA"
 
 
 def test_it_is_not_tried_where_rows_are_not_shared(dtype):
@@ -65,7 +65,7 @@ def test_another_gradient_is_found_out(dtype):
     groups = attention._groups(attention.FIRST_SHAPES[0])
     assert attention._differs(exact, sdpa, other, groups) is None
     other.model.base_model.layers[0].self_attn.q_proj.weight.register_hook(lambda gradient: 2 * gradient)
-    assert attention._differs(exact, sdpa, other, groups) == "answers another gradient than SDPA"
+    assert attention._differs(exact, sdpa, other, groups) == "computes another gradient than SDPA"
 
 
 @pytest.mark.parametrize("wanted", ["auto", "flex_attention", "eager"])

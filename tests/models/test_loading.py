@@ -8,13 +8,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import Gemma3TextConfig, LlamaConfig
 
-from bdpo.config import parse_config
+from bdpo.config import ModelConfig, parse_config
 from bdpo.errors import UserError
+from bdpo.evaluation.judges.finetuned import load_finetuned_judge
 from bdpo.models import loading as models
-from bdpo.models.loading import require_positions, weights_digest
+from bdpo.models.loading import (
+    load_model,
+    model_config,
+    model_folder,
+    require_complete_weights,
+    require_positions,
+    weights_digest,
+)
 from bdpo.storage.cache import cache_folder
+from tests.support.helpers import tiny_qwen2
 
 SIZE = 4 * 2**20
 
@@ -139,3 +150,146 @@ def test_a_sequence_that_is_too_long_for_the_model_is_refused(monkeypatch, shape
     require_positions(of_length(positions))
     with pytest.raises(UserError, match=rf"data.max_length={positions + 1}: m has no more than {positions}"):
         require_positions(of_length(positions + 1))
+
+
+def without_mlp(weights):
+    return {name: weight for name, weight in weights.items() if ".mlp." not in name}
+
+
+def renamed(weights):
+    return {f"module.{name}": weight for name, weight in weights.items()}
+
+
+def mis_shaped(weights):
+    return weights | {"model.layers.0.mlp.up_proj.weight": torch.ones(48, 5)}
+
+
+def one_too_many(weights):
+    return weights | {"model.layers.7.mlp.up_proj.weight": torch.ones(48, 32)}
+
+
+def not_a_number(weights):
+    return weights | {"model.norm.weight": torch.full((32,), torch.nan)}
+
+
+def infinite(weights):
+    weights["model.layers.1.self_attn.q_proj.weight"][3, 4] = -torch.inf
+    return weights
+
+
+def untouched(weights):
+    return weights
+
+
+DAMAGES = {
+    without_mlp: r"6 missing \(model\.layers\.0\.mlp\.down_proj\.weight, .*, …\)",
+    renamed: r"missing \(.*; .* unknown to the architecture \(module\.lm_head\.weight",
+    mis_shaped: r"1 of another shape \(model\.layers\.0\.mlp\.up_proj\.weight\)",
+    one_too_many: r"1 unknown to the architecture \(model\.layers\.7\.mlp\.up_proj\.weight\)",
+    not_a_number: r"NaN or infinite weights in 1 tensors \(model\.norm\.weight\)",
+    infinite: r"NaN or infinite weights in 1 tensors \(model\.layers\.1\.self_attn\.q_proj\.weight\)",
+}
+
+every_damage = pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """damaged(change): a model whose weights are what `change` makes of them."""
+
+    def make(change):
+        tiny_qwen2().save_pretrained(tmp_path / "model")
+        file = tmp_path / "model" / "model.safetensors"
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+        return ModelConfig(name_or_path=str(tmp_path / "model"), dtype="float32")
+
+    return make
+
+
+@every_damage
+def test_weights_that_are_not_complete_and_finite_are_refused_by_name(damaged, damage):
+    model = damaged(damage)
+    with pytest.raises(UserError, match=DAMAGES[damage]) as caught:
+        load_model(model_folder(model), model)
+    assert "\n" not in str(caught.value)
+    if damage not in (not_a_number, infinite):
+        with pytest.raises(UserError, match=DAMAGES[damage]):
+            require_complete_weights(model_folder(model), model)
+
+
+@every_damage
+def test_a_judge_of_such_weights_is_refused(damaged, damage):
+    name = damaged(damage).name_or_path
+    with pytest.raises(UserError, match=DAMAGES[damage]):
+        load_finetuned_judge(name, on_gpu=False)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_complete_model_is_loaded(tmp_path, tied):
+    """Of tied weights a file has one name, or both."""
+    tiny_qwen2(tied=tied).save_pretrained(tmp_path)
+    model = ModelConfig(name_or_path=str(tmp_path), dtype="float32")
+    file = tmp_path / "model.safetensors"
+    for _ in range(2):
+        require_complete_weights(tmp_path, model)
+        loaded, expected = load_model(tmp_path, model).state_dict(), tiny_qwen2(tied=tied).state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+        save_file(expected | {"lm_head.weight": expected["lm_head.weight"].clone()}, file, {"format": "pt"})
+
+
+def folder_of(tmp_path, config, *files):
+    (tmp_path / "config.json").write_text(config)
+    for file in files:
+        (tmp_path / file).write_bytes(b"x")
+    if not files:
+        save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    return str(tmp_path)
+
+
+USELESS = {
+    "unknown type": ('{"model_type": "nonesuch"}', (), "transformers .* knows no model of this type"),
+    "no type": ("{}", (), "knows no model of this type"),
+    "remote code": (
+        '{"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}',
+        (),
+        "brings its own code, which is not run; set model.trust_remote_code=true",
+    ),
+    "damaged config": ("{", (), "cannot be loaded as a causal language model"),
+    "config of another type": ("[1]", (), "knows no model of this type"),
+    "impossible config": (
+        '{"model_type": "qwen2", "hidden_size": "wide"}', (), "cannot be loaded as a causal language model",
+    ),
+    "GGUF": ('{"model_type": "qwen2"}', ("model.gguf",), "no .*weights; other formats are not read"),
+    "pickle": ('{"model_type": "qwen2"}', ("pytorch_model.bin",), "no .*weights; other formats are not read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", USELESS)
+def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path, name):
+    config, files, reason = USELESS[name]
+    model = ModelConfig(name_or_path=folder_of(tmp_path, config, *files))
+    with pytest.raises(UserError, match=reason) as caught:
+        model_config(model)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("/no/such/model", "no such folder"),
+        ("./no/such", "no such folder"),
+        ("~/no/such", "no such folder"),
+        ("some/model.gguf", "GGUF is not read"),
+        ("a b/c?d", "no such folder, and not available from the hub"),
+    ],
+)
+def test_a_name_that_is_no_model_is_refused_in_one_line(name, reason):
+    with pytest.raises(UserError, match=reason) as caught:
+        model_config(ModelConfig(name_or_path=name))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_encoder_is_no_causal_language_model(tmp_path):
+    folder = folder_of(tmp_path, '{"model_type": "t5"}')
+    with pytest.raises(UserError, match="cannot be loaded as a causal language model"):
+        load_model(tmp_path, ModelConfig(name_or_path=folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bdpo.models.transformers_private import supports_sdpa
 from tests.support.helpers import VOCABULARY
 
 COMMON = {
@@ -27,6 +28,8 @@ GROUPED = {"num_key_value_heads": 2}
 SPECIAL = {
     "gpt2": {"n_positions": 512},
     "gpt_neox": {},
+    # the derivative of its ReLU jumps at 0, where float32 and float64 may be on different sides
+    "opt": {"activation_function": "gelu"},
     "gemma": GROUPED | {"head_dim": 8},
     # not on the list: experts, positions from the mask, state space
     "mixtral": GROUPED | {"num_local_experts": 3},
@@ -41,7 +44,26 @@ SPECIAL = {
 }
 
 
-def tiny(model_type):
+OWN_LOGITS = ["cohere", "cohere2", "cwm", "falcon_h1", "gemma2", "granite", "llama4_text"]
+"""Architectures whose logits are not, or not surely, their head applied to their last hidden state."""
+
+PLAIN_ROWS = [
+    "apertus", "arcee", "biogpt", "bloom", "ernie4_5", "exaone4", "falcon", "falcon_mamba", "gemma3_text",
+    "glm", "glm4", "gpt_bigcode", "gpt_oss", "granitemoe", "jetmoe", "lfm2", "mamba", "mixtral", "mpt",
+    "nemotron", "olmo", "olmo3", "olmoe", "opt", "persimmon", "phi", "qwen2_moe", "qwen3_moe", "seed_oss",
+    "smollm3", "stablelm", "starcoder2",
+]  # fmt: skip
+"""Architectures with a plain head that are not known to take a custom mask."""
+
+NOT_TRAINED = ["phimoe"]
+"""Architectures that compute something else in training mode."""
+
+
+def tiny(model_type, dropout=0.0):
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **COMMON | SPECIAL.get(model_type, GROUPED))
-    return AutoModelForCausalLM.from_config(config).float().eval()
+    for name, value in vars(config).items():
+        if isinstance(value, float) and "drop" in name:
+            setattr(config, name, dropout)
+    attention = "sdpa" if supports_sdpa(config) else "eager"
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()

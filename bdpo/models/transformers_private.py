@@ -1,0 +1,27 @@
+"""What bdpo uses of transformers that is not public. Tested with transformers 5.20 to 5.23."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def supports_sdpa(shape: PreTrainedConfig) -> bool:
+    """Whether the causal language model of an architecture has SDPA or brings code of its own."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(shape) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return True
+    return bool(MODEL_FOR_CAUSAL_LM_MAPPING[type(shape)]._supports_sdpa)
+
+
+def attention_of_config(shape: PreTrainedConfig) -> str | None:
+    """The attention that a model of this config has, or will be built with."""
+    return shape._attn_implementation
+
+
+def set_attention(shape: PreTrainedConfig, attention: str) -> None:
+    """Have models of this config built with an attention."""
+    shape._attn_implementation = attention

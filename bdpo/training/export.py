@@ -1,0 +1,82 @@
+"""Writing the trained model, and the proof that what is written is what was trained."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bdpo.models.adapters import export_merged
+from bdpo.models.loading import load_model
+from bdpo.models.logps import LogpsModel
+from bdpo.storage.cache import local_copy
+from bdpo.storage.paths import atomic_folder
+from bdpo.storage.run_dir import RunDir
+from bdpo.training.engine import export
+from bdpo.training.pairs import TrainingPairs
+
+log = logging.getLogger(__name__)
+
+PROBES = 4  # pairs, the shortest: the exported model is tried on the CPU
+
+# How far the log-prob of a response may be off, in nats per root of its tokens: rounding differs between
+# devices and kernels, and merging an adapter rounds each sum of two weights once more.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+
+
+def export_model(engine: Any, data: TrainingPairs, run: RunDir) -> None:
+    """Write the model, whole or not at all; the first worker does, the others give it their parts.
+
+    Of a model with LoRA the adapter comes first, and the base with it merged in is made from that. Before
+    a model takes its place it is loaded as anybody will load it, on the CPU of the first worker, and must
+    give the log-probs of the engine on a few pairs.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    first, lora = dist.get_rank() == 0, data.config.train.lora is not None
+    probes = _shortest(data)
+    trained = _probe(engine, data, probes)
+    with atomic_folder(run.adapter if lora else run.model) if first else nullcontext(Path()) as folder:
+        export(engine, data.chat, folder)
+        if first and not lora:
+            _require_same(trained, folder, data, probes)
+    if lora and first:
+        with atomic_folder(run.model) as folder:
+            export_merged(data.config.model, local_copy(run.adapter), data.chat, folder)
+            _require_same(trained, folder, data, probes)
+
+
+def _shortest(data: TrainingPairs) -> list[int]:
+    lengths = data.lengths
+    return sorted(range(len(lengths)), key=lambda index: lengths[index])[:PROBES]
+
+
+def _probe(model: Any, data: TrainingPairs, indices: list[int]) -> torch.Tensor:
+    """Log-probs over the root of the tokens, shape (2 pairs,), on the CPU; every worker must call this."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        logps = data.logps(model, indices)
+    model.train(training)
+    scaled = (
+        logps.policy_chosen / logps.chosen_tokens.sqrt(),
+        logps.policy_rejected / logps.rejected_tokens.sqrt(),
+    )
+    return torch.cat(scaled).double().cpu()
+
+
+def _require_same(trained: torch.Tensor, folder: Path, data: TrainingPairs, probes: list[int]) -> None:
+    config = data.config
+    exported = LogpsModel(load_model(folder, config.model).eval(), config.data.max_length)
+    distance = float((_probe(exported, data, probes) - trained).abs().max())
+    log.info("exported model: log-probs within %.2g nats per root token of the trained one's", distance)
+    if not distance <= TOLERANCE[config.model.dtype]:
+        raise RuntimeError(
+            f"the exported model is not the trained one: log-probs of {data.names(probes)} are up to "
+            f"{distance:.3g} nats per root token apart; nothing was exported"
+        )
