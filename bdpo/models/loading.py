@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from bdpo.config import SANDBOX, Config, ModelConfig
 from bdpo.errors import UserError, first_line
-from bdpo.models.oom import out_of_memory
 from bdpo.models.transformers_private import set_attention, supports_sdpa
 from bdpo.sandbox import sandbox_seed
 from bdpo.storage.cache import cached_copy
@@ -162,23 +161,15 @@ def load_model(folder: Path, model: ModelConfig, attention: str | None = None) -
             not complete and finite; the tensors are named.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, model.dtype),
-            attn_implementation=attention or plain_attention(model, architecture(folder, model)),
-            trust_remote_code=model.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            # so that the report has them all: a model with one of them is refused below
-            ignore_mismatched_sizes=not _partitioned(),
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        if out_of_memory(error):
-            raise
-        raise _not_loaded(folder, error) from None
+    loaded, report = _from_pretrained(
+        folder,
+        model,
+        dtype=getattr(torch, model.dtype),
+        attn_implementation=attention or plain_attention(model, architecture(folder, model)),
+        # so that the report has them all: a model with one of them is refused below
+        ignore_mismatched_sizes=not _partitioned(),
+    )
     _refuse_incomplete(folder, report)
     require_finite(loaded, folder)
     return loaded
@@ -192,20 +183,30 @@ def require_complete_weights(folder: Path, model: ModelConfig) -> None:
     Raises:
         UserError: they are not; the tensors are named.
     """
+    _, report = _from_pretrained(folder, model, device_map="meta", ignore_mismatched_sizes=True)
+    _refuse_incomplete(folder, report)
+
+
+def _from_pretrained(folder: Path, model: ModelConfig, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """The model and transformers' report of its loading."""
     from transformers import AutoModelForCausalLM
 
+    from bdpo.models.oom import out_of_memory  # imports torch
+
+    auto: Any = AutoModelForCausalLM  # its annotations know no report
     try:
-        _, report = AutoModelForCausalLM.from_pretrained(
+        loaded, report = auto.from_pretrained(
             folder,
-            device_map="meta",
             trust_remote_code=model.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            **settings,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         raise _not_loaded(folder, error) from None
-    _refuse_incomplete(folder, report)
+    return loaded, report
 
 
 def _refuse_incomplete(folder: Path, report: dict[str, Any]) -> None:
@@ -251,7 +252,7 @@ def some_names(names: list[str]) -> str:
 
 def _partitioned() -> bool:
     """Whether `from_pretrained` partitions what it loads."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     return bool(is_deepspeed_zero3_enabled())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -14,7 +14,8 @@ def supports_sdpa(shape: PreTrainedConfig) -> bool:
 
     if type(shape) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return True
-    return bool(MODEL_FOR_CAUSAL_LM_MAPPING[type(shape)]._supports_sdpa)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(shape)]
+    return bool(kind._supports_sdpa)
 
 
 def attention_of_config(shape: PreTrainedConfig) -> str | None:

@@ -23,10 +23,11 @@ from tests.support.helpers import invented_pairs, save_model, tiny_config, write
 PAIRS = 22  # 3 steps of 8, 8 and 6 pairs
 
 
-def score(folder, chat, tied=False):
+def score(folder, chat, tied=False, dtype="float32"):
     model = save_model(folder / "model", chat, tied=tied)
     data = write_jsonl(folder / "pairs.jsonl", invented_pairs(PAIRS))
     config = tiny_config(folder / "run", model, data)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     run = RunDir(config.run_dir)
     run.open(config)
     prepare(config.data, load_tokenizer(config.model), run.pairs, run.private, seed=0)

@@ -1,0 +1,83 @@
+"""What is exported is what was trained: every ZeRO stage and dtype, LoRA; a wrong export is noticed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from bdpo.training.export import TOLERANCE
+from tests.support.training import copied, errors, launch, score
+
+LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
+
+VARIANTS = {
+    f"{name}, stage {stage}, {dtype}": (dtype, {"zero_stage": stage, "lora": lora})
+    for name, lora in {"full": None, "lora": LORA}.items()
+    for dtype in TOLERANCE
+    for stage in (1, 2, 3)
+}
+VARIANTS["lora on untied embeddings"] = ("float32", {"lora": {"target_modules": ["embed_tokens"]}})
+
+# Keeps how far the exported model was from the engine.
+WATCH = """
+from bdpo.training import export as exporting
+def info(message, distance):
+    (run.root / "distance").write_text(str(distance))
+exporting.log.info = info
+"""
+
+# Exports other weights than those that were trained.
+WRONG = """
+from bdpo.training import export as exporting
+vars(exporting.log).pop("info", None)  # of the run before, in this same process
+from bdpo.training import engine as engines
+right = engines.trained_weights
+def other(engine):
+    weights = right(engine)
+    return weights and {name: w * 1.5 if "q_proj" in name else w for name, w in weights.items()}
+engines.trained_weights = other
+train = training.train
+def caught(*arguments):
+    try:
+        train(*arguments)
+    except RuntimeError as error:
+        (run.root / f"error-{rank}.txt").write_text(str(error))
+    finally:
+        engines.trained_weights, training.train = right, train
+training.train = caught
+"""
+
+
+def folder_of(folder, name):
+    return folder / re.sub(r"\W+", "-", name)
+
+
+@pytest.fixture(scope="module")
+def distances(tmp_path_factory, tiny_chat):
+    folder, configs = tmp_path_factory.mktemp("export"), {}
+    scored = {dtype: score(tmp_path_factory.mktemp(dtype), tiny_chat, dtype=dtype) for dtype in TOLERANCE}
+    for name, (dtype, train) in VARIANTS.items():
+        run = folder_of(folder, name)
+        configs[name] = copied(scored[dtype], run, train=train | {"max_steps": 2})
+        (run / "fault.py").write_text(WATCH)
+    configs["wrong"] = copied(scored["float32"], folder / "wrong", train={"max_steps": 1})
+    (folder / "wrong" / "fault.py").write_text(WRONG)
+    launch(list(configs.values()), workers=2)
+    return folder
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_exported_model_is_within_rounding_of_the_engine(distances, name):
+    run = folder_of(distances, name)
+    assert not errors(run)
+    distance = float((run / "distance").read_text())
+    print(f"{name}: {distance:.2g} nats per root token")
+    assert distance <= TOLERANCE[VARIANTS[name][0]]
+    assert (run / "model" / "model.safetensors").is_file()
+
+
+def test_another_model_than_the_trained_one_is_never_exported(distances):
+    run = distances / "wrong"
+    assert any("the exported model is not the trained one" in error for error in errors(run))
+    assert not (run / "model").exists()
