@@ -67,7 +67,8 @@ def copied(scored, folder, checkpoints=(), **changes):
     """A copy of the scored run with some checkpoints in it; returns its changed config."""
     values = scored.model_dump() | {"run_dir": str(folder)}
     for section, keys in changes.items():
-        values[section] = values[section] | keys
+        other = "name" in keys and keys["name"] != values[section].get("name")
+        values[section] = keys if other else values[section] | keys  # each method has keys of its own
     shutil.copytree(scored.run_dir, folder)
     for checkpoint in checkpoints:
         shutil.copytree(checkpoint, folder / "checkpoints" / checkpoint.name)
