@@ -59,7 +59,7 @@ def test_what_was_copied_and_never_committed_is_not_gone_on_from(tmp_path):
 def test_a_checkpoint_that_finds_no_room_in_the_run_folder_is_no_reason_to_try_again(tmp_path, number):
     from pipelines.runtime.recovery import Recovery
 
-    with pytest.raises(UserError, match=r"the disk is full.*the same command goes on"):
+    with pytest.raises(UserError, match=r"the disk is full.*the same command resumes"):
         Recovery(tmp_path / "begun.json").after_exception(None, {1: OSError(number, "")})
     Recovery(tmp_path / "begun.json").after_exception(None, {1: OSError(errno.EIO, "")})
 
