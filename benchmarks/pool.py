@@ -44,7 +44,7 @@ from benchmarks.common import (
     write_section,
 )
 from pipelines.prepare import Prepare
-from pipelines.runtime.pool import on_pool, shard_dataset
+from pipelines.runtime.pool import RayPool, shard_dataset
 
 ROUNDS = 2
 SPREAD = "safety-like, spread 0.3"
@@ -182,7 +182,7 @@ def on_ray(config: Config, run: RunDir, actors: int) -> Pass:
     """Ray Data with a pool of so many."""
     load, missing = _start(config, run)
     arguments = {"config": config, "run": run, "fingerprint": score_fingerprint(config, run)}
-    dataset = on_pool(shard_dataset(missing), "score", TimedScorer, arguments, actors, 0)
+    dataset = RayPool("score", actors, 0).map(shard_dataset(missing), TimedScorer, arguments)
     done, cpu = [], []
     for shard in dataset.iter_rows():
         done.append(shard)

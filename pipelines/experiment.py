@@ -33,7 +33,8 @@ from pipelines.runtime.cli import Command
 from pipelines.runtime.pool import ATTEMPTS
 from pipelines.runtime.progress import console
 from pipelines.runtime.stage import Stage, check_inputs
-from pipelines.runtime.variants import Limits, require_room, run_variants
+from pipelines.runtime.variant_protocol import Limits
+from pipelines.runtime.variants import require_room, run_variants
 from pipelines.score import Score
 
 

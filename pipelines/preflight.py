@@ -14,67 +14,43 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
-import uuid
 import zipfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from bdpo.cluster.node_checks import NODE_CHECKS, files_on_nodes
-from bdpo.cluster.nodes import NodeFacts, node_facts
+from bdpo.cluster.node_checks import NODE_CHECKS
 from bdpo.cluster.preflight import (
     Check,
-    Doubt,
     Finding,
     check_storage,
     examine,
     expected_hours,
     measure_throughput,
 )
-from bdpo.config import Config, worker_range
+from bdpo.config import Config
 from bdpo.config.secrets import looks_secret
-from bdpo.errors import UserError, first_line
+from bdpo.errors import UserError
 from bdpo.models.tokenizer import with_template
 from bdpo.sandbox import with_sandbox_files
-from bdpo.storage.paths import write_text
 from bdpo.storage.run_dir import RunDir
+from pipelines.runtime.admission import ask_nodes, room_checks
 from pipelines.runtime.cli import command_config, exit_codes
-from pipelines.runtime.cluster import cluster_nodes, connect, require_capacity
+from pipelines.runtime.cluster import connect
 from pipelines.runtime.progress import console
 from pipelines.runtime.registry import PIPELINE, STUDIES
 from pipelines.runtime.stage import input_checks
 
-if TYPE_CHECKING:
-    from ray import ObjectRef
-
 MAX_UPLOAD_MIB = 100  # Ray's own limit is 512
-ANSWER_SECONDS = 120  # a node imports what the stages do before it answers
 _SHOWN = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[bold red]error[/]"}
-
-
-def refuse_what_does_not_fit(config: Config, run: RunDir) -> None:
-    """The fatal part that asks the cluster; of one node there is nothing to compare.
-
-    Raises:
-        UserError: the first fault that is found.
-    """
-    connect()
-    for check in _room_checks(config, run).values():
-        check(config, run)
-    nodes, _ = ask_nodes(config, run)
-    if len(nodes) > 1:
-        for check in NODE_CHECKS.values():
-            check(config, run, nodes)
 
 
 def preflight(config: Config, run: RunDir, throughput: float | None, measure: bool) -> list[Finding]:
     """Every finding, the local ones first: a cluster is not asked about what is wrong here."""
     findings = list(examine(local_checks(config, run), config, run))
     connect()
-    findings += examine(_room_checks(config, run), config, run)
+    findings += examine(room_checks(config, run), config, run)
     storage_works = all(found.level != "error" for found in findings if found.check == "storage")
     nodes, silent = ask_nodes(config, run if storage_works else None)
     if silent:
@@ -91,82 +67,6 @@ def local_checks(config: Config, run: RunDir) -> dict[str, Check]:
     stages = [stage(config, run) for stage in PIPELINE + STUDIES]
     further = {name: check for stage in stages for name, check in stage.further_checks().items()}
     return {**input_checks(stages), **further, "storage": check_storage}
-
-
-def _room_checks(config: Config, run: RunDir) -> dict[str, Check]:
-    """Room on the cluster for each stage that uses it."""
-    stages = [stage(config, run) for stage in PIPELINE]
-    sections = dict.fromkeys(stage.section for stage in stages if stage.section and stage.applies)
-    return {section: partial(_check_room, section) for section in sections}
-
-
-def _check_room(stage: str, config: Config, run: RunDir) -> str:
-    """The workers of a stage, by its section of the config, fit the cluster."""
-    section = getattr(config, stage)
-    low, high = worker_range(section.workers)
-    accelerator = getattr(section, "accelerator_type", None)
-    require_capacity(stage, low, section.gpus_per_worker, accelerator=accelerator)
-    workers = f"{low} to {high}" if high > low else f"{low}"
-    found = f"{workers} workers x {section.gpus_per_worker:g} GPU"
-    if accelerator:
-        found += f" on {accelerator}"
-    if cluster_nodes() is None:
-        return Doubt(f"{found}: only KubeRay knows what it may add; compare with maxReplicas")
-    return found
-
-
-def ask_nodes(config: Config, run: RunDir | None) -> tuple[list[NodeFacts], list[str]]:
-    """The facts of every node that is up, each told by a task on it that takes no resources.
-
-    Beside them the addresses of those that do not answer: one that died is listed for a while.
-
-    Raises:
-        UserError: none answers, or one cannot run the task.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    nonce, files = uuid.uuid4().hex, files_on_nodes(config)
-    root = str(run.root) if run else None
-    note = run.root / f".preflight-{nonce}" if run else None
-    if note:
-        write_text(note, nonce)
-    try:
-        task = ray.remote(num_cpus=0, max_retries=0)(node_facts)
-        asked = {}
-        for node in ray.nodes():
-            if node["Alive"]:
-                here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                address = f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"
-                asking = task.options(scheduling_strategy=here)
-                asked[asking.remote(address, root, nonce, files)] = address
-        return _answers(asked)
-    finally:
-        if note:
-            note.unlink()
-
-
-def _answers(asked: dict[ObjectRef[NodeFacts], str]) -> tuple[list[NodeFacts], list[str]]:
-    """What came within `ANSWER_SECONDS`, and the addresses of the others."""
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
-    nodes, silent = [], []
-    for answer, address in asked.items():
-        try:
-            nodes.append(ray.get(answer, timeout=1))
-        except RayTaskError as error:
-            raise UserError(
-                f"node {address}: cannot run a task ({first_line(error.cause)}); run its setup commands again"
-            ) from None
-        except RayError:
-            silent.append(address)
-    if not nodes:
-        raise UserError(
-            f"none of {', '.join(silent)} answers: is the cluster up? `ray status` shows its nodes"
-        )
-    return nodes, silent
 
 
 def _time(config: Config, run: RunDir, throughput: float | None, measure: bool) -> str:

@@ -32,7 +32,8 @@ from pipelines.evaluate import print_comparison
 from pipelines.prepare import account_line
 from pipelines.runtime.cli import exit_codes
 from pipelines.runtime.progress import console
-from pipelines.runtime.stage import ManifestStage, Stage
+from pipelines.runtime.stage import Stage
+from pipelines.runtime.stages import STAGES
 
 
 class Report(Stage):
@@ -93,10 +94,8 @@ def _evaluation(folder: StoragePath) -> dict[str, Any]:
 
 def timed_stages(config: Config, run: RunDir) -> list[TimedStage]:
     """The stages of a run that record their seconds, finished or not."""
-    from pipelines.runtime.registry import PIPELINE
-
-    stages = [stage(config, run) for stage in PIPELINE]
-    return [stage.timed() for stage in stages if isinstance(stage, ManifestStage) and stage.applies]
+    stages = [stage(config, run) for stage in STAGES]
+    return [stage.timed() for stage in stages if stage.applies]
 
 
 def write_run_page(config: Config, run: RunDir) -> None:

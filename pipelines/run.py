@@ -19,7 +19,7 @@ from pipelines.runtime.stage import check_inputs, complete_all
 
 def run_all(config: Config, run: RunDir) -> None:
     """Complete every stage; what would stop a later stage stops the run before its first."""
-    from pipelines.preflight import refuse_what_does_not_fit
+    from pipelines.runtime.admission import refuse_what_does_not_fit
     from pipelines.runtime.plan_table import require_memory
 
     prepare, *others = [stage(config, run) for stage in PIPELINE]

@@ -33,7 +33,7 @@ from bdpo.storage.manifests import Fingerprint, read_manifest
 from bdpo.storage.paths import StoragePath, discard
 from pipelines.prepare import Prepare
 from pipelines.runtime.cli import Command
-from pipelines.runtime.pool import ATTEMPTS, Shards, consume, may_be_lost, on_pool, shard_dataset
+from pipelines.runtime.pool import ATTEMPTS, RayPool, Shards, consume, may_be_lost, shard_dataset
 from pipelines.runtime.progress import console
 from pipelines.runtime.stage import ManifestStage
 
@@ -167,9 +167,9 @@ class Score(ManifestStage):
         settings = self.config.score
         arguments = {"config": self.config, "run": self.run, "fingerprint": self.fingerprint}
         dataset = shard_dataset(missing, MAX_UNSCORABLE + may_be_lost(settings.workers))
-        pool = settings.workers, settings.gpus_per_worker
-        dataset = on_pool(dataset, "score", ShardScorer, arguments, *pool, queue=queue)
-        consume(dataset, "score", self._pairs, missing, note)
+        pool = RayPool("score", settings.workers, settings.gpus_per_worker)
+        scored = pool.map(dataset, ShardScorer, arguments, queue)
+        consume(scored, "score", self._pairs, missing, note)
 
     def _say_if_rows_are_plain(self) -> None:
         from bdpo.models.loading import model_config

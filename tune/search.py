@@ -49,7 +49,8 @@ from pipelines.prepare import Prepare
 from pipelines.runtime.cli import Command
 from pipelines.runtime.progress import console
 from pipelines.runtime.stage import Stage, check_inputs
-from pipelines.runtime.variants import Limits, require_room, run_variants
+from pipelines.runtime.variant_protocol import Limits
+from pipelines.runtime.variants import require_room, run_variants
 from pipelines.score import Score
 from pipelines.train import train_fingerprint
 from tune.trial import Trials

@@ -19,6 +19,7 @@ from bdpo.config import Config, ModelConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.benchmarks.items import Item
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS, load_items
+from bdpo.evaluation.engines.base import Answer, Generate, Sampling
 from bdpo.evaluation.judges.base import Failed, Judge, NoAnswer, Question, Verdict, addresses_judge
 from bdpo.evaluation.judges.registry import judge_fingerprint, make_judge
 from bdpo.evaluation.measures import SCORE_SCHEMA
@@ -36,7 +37,6 @@ from bdpo.storage.shards import ShardStore
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from bdpo.evaluation.engines.base import Answer, Generate
 
 RESPONSE_SCHEMA = pa.schema(
     [
@@ -176,13 +176,8 @@ class ShardAnswerer:
         asked = [item for item in items if item.prompt is not None]
         evaluate = self.config.evaluate
         prompts, prefills = self._conversations(asked)
-        answers = self.generate(
-            prompts,
-            evaluate.max_new_tokens,
-            prefills=prefills,
-            temperature=evaluate.temperature,
-            seed=self.config.seed,
-        )
+        sampling = Sampling(evaluate.temperature, self.config.seed) if evaluate.temperature else None
+        answers = self.generate(prompts, evaluate.max_new_tokens, prefills=prefills, sampling=sampling)
         answered = {item.item_id: answer for item, answer in zip(asked, answers, strict=True)}
         rows = [self._row(item, answered.get(item.item_id)) for item in items]
         self.store.write(int(shard["first"]), pa.Table.from_pylist(rows, schema=RESPONSE_SCHEMA))

@@ -20,7 +20,7 @@ from pipelines.runtime.pool import InProcess
 from pipelines.train import Train, train_fingerprint
 
 if TYPE_CHECKING:
-    from pipelines.runtime.variants import Runner
+    from pipelines.runtime.variant_protocol import Runner
 
 
 @dataclass(frozen=True)

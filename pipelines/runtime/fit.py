@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bdpo.config import Config
+from bdpo.config import Config, TrainConfig
 from bdpo.errors import UserError
 from bdpo.storage.manifests import Fingerprint, finished, write_manifest
 from bdpo.storage.metrics_log import MetricsLog
@@ -20,6 +20,7 @@ from pipelines.runtime.signals import in_thread
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from ray.train.torch import TorchTrainer
 
 
 def fit(
@@ -32,15 +33,9 @@ def fit(
         FloatingPointError: a loss or a gradient is not finite.
         TrainingFailedError: workers failed more than `train.max_failures` times.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train import TrainingFailedError
 
-    from pipelines.runtime.recovery import (
-        Recovery,
-        final_cause,
-        incomplete_checkpoints,
-        rebuild_checkpoint_list,
-    )
+    from pipelines.runtime.recovery import final_cause, incomplete_checkpoints, rebuild_checkpoint_list
 
     nodes = cluster_nodes()
     if nodes is not None and sum(count for count, _ in nodes) == 1:  # its end is that of the training
@@ -52,38 +47,48 @@ def fit(
         MetricsLog(run.recoveries).append(note)
         console.print(recovery_line(note))
     arguments = {"config": config, "run": run, "scores": scores, "rungs": rungs, "resumes": whole > 0}
-    filesystem, storage_path = arrow_filesystem(run.train)
-    gpus, best = config.train.gpus_per_worker, config.train.best_metric
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=arguments,
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=config.train.workers,
-            use_gpu=gpus > 0,
-            accelerator_type=config.train.accelerator_type,
-            resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
-        ),
-        run_config=RunConfig(
-            name="ray",  # the same name finds the checkpoints of the run that was killed
-            storage_path=storage_path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=config.train.max_failures),
-            # Ray deletes a checkpoint once newer or better ones are committed, and never the latest.
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=config.train.save_total_limit,
-                checkpoint_score_attribute=best,
-                checkpoint_score_order="max" if config.train.best_is_greatest else "min",
-            ),
-            callbacks=[Recovery(run.train / "begun.json")],  # type: ignore[list-item]
-        ),
-    )
+    trainer = _trainer(config.train, run, arguments)
     try:
         in_thread(trainer.fit)  # which puts a handler of SIGINT in the main thread, and never removes it
     except TrainingFailedError as error:
         raise final_cause(error) from None
     # What a worker that died had half copied: Ray's rotation does not know it.
     discard(*(run.train / "ray" / name for name in incomplete_checkpoints(run.train / "ray")))
+
+
+def _trainer(train: TrainConfig, run: RunDir, arguments: dict[str, Any]) -> TorchTrainer:
+    """Ray's trainer of section `train`, whose workers get `arguments`."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipelines.runtime.recovery import Recovery
+
+    filesystem, storage_path = arrow_filesystem(run.train)
+    gpus = train.gpus_per_worker
+    return TorchTrainer(
+        train_worker,
+        train_loop_config=arguments,
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=train.workers,
+            use_gpu=gpus > 0,
+            accelerator_type=train.accelerator_type,
+            resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
+        ),
+        run_config=RunConfig(
+            name="ray",  # the same name finds the checkpoints of the run that was killed
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            # Ray deletes a checkpoint once newer or better ones are committed, and never the latest.
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=train.save_total_limit,
+                checkpoint_score_attribute=train.best_metric,
+                checkpoint_score_order="max" if train.best_is_greatest else "min",
+            ),
+            callbacks=[Recovery(run.train / "begun.json")],  # type: ignore[list-item]
+        ),
+    )
 
 
 def train_worker(arguments: dict[str, Any]) -> None:

@@ -106,8 +106,32 @@ class RayPool:
             if not missing:
                 break
             dataset = shard_dataset(missing, may_fail)
-            dataset = on_pool(dataset, self.stage, work.actor, work.arguments, self.workers, self.gpus)
-            consume(dataset, work.title, work.total, missing)
+            consume(self.map(dataset, work.actor, work.arguments), work.title, work.total, missing)
+
+    def map(self, dataset: Dataset, actor: type, arguments: dict[str, Any], queue: int = 2) -> Dataset:
+        """Run every shard of `shard_dataset` through the actors.
+
+        An actor has `queue` shards at a time, so that it need not wait for the next; with 1, none but the
+        shard that it works on is lost with it.
+
+        Raises:
+            UserError: the cluster can never hold the smallest such pool.
+        """
+        from ray.data import ActorPoolStrategy
+
+        low, high = worker_range(self.workers)
+        require_capacity(self.stage, low, self.gpus)
+        device = "cuda" if self.gpus else "cpu"
+        with warnings.catch_warnings(action="ignore"):  # Ray 2.60 has no other way yet to bound the retries
+            return dataset.map(
+                actor,
+                fn_constructor_kwargs={**arguments, "device": device},
+                compute=ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=queue),
+                num_cpus=1,
+                num_gpus=self.gpus or None,
+                max_task_retries=ATTEMPTS - 1,
+                max_restarts=RESTARTS,
+            )
 
 
 def may_be_lost(workers: Any) -> int:
@@ -131,40 +155,6 @@ def shard_dataset(shards: Shards, may_fail: int = 0) -> Dataset:
     context.max_errored_blocks = may_fail
     rows = [{"first": first, "rows": rows} for first, rows in shards]
     return ray.data.from_items(rows, override_num_blocks=len(rows))
-
-
-def on_pool(
-    dataset: Dataset,
-    stage: str,
-    actor: type,
-    arguments: dict[str, Any],
-    workers: Any,
-    gpus: float,
-    queue: int = 2,
-) -> Dataset:
-    """Run every shard through a pool of `workers` (n or [min, max]) actors of `gpus` each.
-
-    An actor has `queue` shards at a time, so that it need not wait for the next; with 1, none but the
-    shard that it works on is lost with it.
-
-    Raises:
-        UserError: the cluster can never hold the smallest such pool.
-    """
-    from ray.data import ActorPoolStrategy
-
-    low, high = worker_range(workers)
-    require_capacity(stage, low, gpus)
-    device = "cuda" if gpus else "cpu"
-    with warnings.catch_warnings(action="ignore"):  # Ray 2.60 has no other way yet to bound the retries
-        return dataset.map(
-            actor,
-            fn_constructor_kwargs={**arguments, "device": device},
-            compute=ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=queue),
-            num_cpus=1,
-            num_gpus=gpus or None,
-            max_task_retries=ATTEMPTS - 1,
-            max_restarts=RESTARTS,
-        )
 
 
 def consume(

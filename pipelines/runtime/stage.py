@@ -3,7 +3,7 @@
 What a stage declares is its name, what decides its results, the files that it makes, how it is done and how
 far it is. Derived from that are resuming and refusing (`complete`), `fresh=true` (`outputs`), `status`, the
 checks of `preflight` and of a command's beginning, `--inspect`, `--dry-run`, and the costs on a page. Another
-stage is a module with its class, and a line in `pipelines.runtime.registry`.
+stage is a module with its class, and a line in `pipelines.runtime.stages`.
 
 Importing a stage is cheap: torch, transformers, Ray and DeepSpeed are imported where they are used.
 """

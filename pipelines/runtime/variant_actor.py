@@ -28,7 +28,7 @@ from pipelines.runtime.faults import in_a_line, own_fault
 from pipelines.runtime.tune_secrets import keep_secrets
 
 if TYPE_CHECKING:
-    from pipelines.runtime.variants import Limits, Runner, Variants
+    from pipelines.runtime.variant_protocol import Limits, Runner, Variants
 
 
 def tuner_of(variants: Variants, storage: tuple[Any, str], todo: int, limits: Limits) -> Tuner:

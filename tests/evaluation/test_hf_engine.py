@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from bdpo.errors import UserError
-from bdpo.evaluation.engines.base import Answer
+from bdpo.evaluation.engines.base import Answer, Sampling
 from bdpo.evaluation.engines.hf import generate
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer
@@ -167,13 +167,13 @@ def test_a_prefill_is_gone_on_with_and_no_part_of_the_answer(model: Qwen2ForCaus
 
 def test_a_sample_depends_on_seed_and_prompt_but_not_on_the_batch(model: Qwen2ForCausalLM) -> None:
     chat = word_chat()
-    sampled = generate(model, chat, PROMPTS, NEW_TOKENS, temperature=2.0, seed=1)
+    sampled = generate(model, chat, PROMPTS, NEW_TOKENS, sampling=Sampling(2.0, seed=1))
     one_by_one = [
-        generate(model, chat, [prompt], NEW_TOKENS, temperature=2.0, seed=1)[0] for prompt in PROMPTS
+        generate(model, chat, [prompt], NEW_TOKENS, sampling=Sampling(2.0, seed=1))[0] for prompt in PROMPTS
     ]
-    turned_round = generate(model, chat, PROMPTS[::-1], NEW_TOKENS, temperature=2.0, seed=1)[::-1]
+    turned_round = generate(model, chat, PROMPTS[::-1], NEW_TOKENS, sampling=Sampling(2.0, seed=1))[::-1]
     assert sampled == one_by_one == turned_round
-    assert sampled != generate(model, chat, PROMPTS, NEW_TOKENS, temperature=2.0, seed=2)
+    assert sampled != generate(model, chat, PROMPTS, NEW_TOKENS, sampling=Sampling(2.0, seed=2))
     assert sampled != generate(model, chat, PROMPTS, NEW_TOKENS)
 
 
@@ -186,7 +186,8 @@ def test_samples_have_the_models_distribution(model: Qwen2ForCausalLM) -> None:
         logits = model(torch.tensor([chat.prompt_ids(PROMPTS[0])])).logits[0, -1]
     expected = (logits / temperature).softmax(-1)
     words = [
-        generate(model, chat, [PROMPTS[0]], 1, temperature=temperature, seed=s)[0].text for s in range(draws)
+        generate(model, chat, [PROMPTS[0]], 1, sampling=Sampling(temperature, seed))[0].text
+        for seed in range(draws)
     ]
     likely = [i for i, token in enumerate(TOKENS) if expected[i] * draws > 5 and token not in SPECIAL]
     counts = [words.count(TOKENS[i]) for i in likely]

@@ -12,6 +12,7 @@ from bdpo.config import Config, ModelConfig, parse_config
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import EvaluatedModel, ShardAnswerer, answer_store, answers_fingerprint
 from bdpo.evaluation.benchmarks import xstest
+from bdpo.evaluation.engines.base import Sampling
 from bdpo.evaluation.engines.hf import generate, shipped_generation_config, stop_ids
 from bdpo.evaluation.engines.vllm import VLLMEngine, engine_settings, sampling_settings
 from bdpo.models.loading import load_model, model_config
@@ -44,8 +45,8 @@ def with_evaluate(config: Config, **changes: object) -> Config:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gpus_per_worker": 0.0}, "wants GPUs"),
-        ({"gpus_per_worker": 1.5}, "wants GPUs"),
+        ({"gpus_per_worker": 0.0}, "requires GPUs"),
+        ({"gpus_per_worker": 1.5}, "requires GPUs"),
         ({"adapter": "some/adapter"}, "takes no adapter"),
         ({"temperature": 2.5}, "temperature"),
         ({"temperature": 0.001}, "temperature"),
@@ -71,14 +72,14 @@ def test_answers_of_another_engine_are_other_answers(config: Config) -> None:
 
 
 def test_each_prompt_is_sampled_with_its_own_seed_and_our_stops_alone() -> None:
-    one, two, again = sampling_settings([[1, 2], [1, 3], [1, 2]], 7, {9, 4}, 0.5, seed=3)
+    one, two, again = sampling_settings([[1, 2], [1, 3], [1, 2]], 7, {9, 4}, Sampling(0.5, seed=3))
     assert one == again
     assert one["seed"] != two["seed"]
     assert {**one, "seed": 0} == {**two, "seed": 0}
     assert (one["max_tokens"], one["temperature"], one["stop_token_ids"]) == (7, 0.5, [4, 9])
     assert one["ignore_eos"] is True
     assert all(0 <= each["seed"] < 2**63 for each in (one, two))
-    assert sampling_settings([[1, 2]], 7, {9, 4}, 0.5, seed=4)[0]["seed"] != one["seed"]
+    assert sampling_settings([[1, 2]], 7, {9, 4}, Sampling(0.5, seed=4))[0]["seed"] != one["seed"]
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from bdpo.config import parse_config
 from bdpo.errors import UserError
 from bdpo.models.tokenizer import load_tokenizer
 from bdpo.storage.run_dir import RunDir
-from pipelines.preflight import MAX_UPLOAD_MIB, _answers, check_upload, local_checks
+from pipelines.preflight import MAX_UPLOAD_MIB, check_upload, local_checks
 from pipelines.runtime import cluster
+from pipelines.runtime.admission import _answers
 from pipelines.runtime.cluster import connect
 from tests.support import ROOT
 from tests.support.helpers import invented_pairs, save_model, tiny_config, tiny_qwen2, write_jsonl

@@ -22,6 +22,14 @@ class Answer:
     """Whether all logits that decided it were numbers; else the text says nothing of the model."""
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: at a temperature above 0, each decided by the seed and its prompt alone."""
+
+    temperature: float
+    seed: int
+
+
 class Generate(Protocol):
     """An engine for one model."""
 
@@ -31,8 +39,7 @@ class Generate(Protocol):
         max_new_tokens: int,
         *,
         prefills: Sequence[Sequence[int]] | None = None,
-        temperature: float = 0.0,
-        seed: int = 0,
+        sampling: Sampling | None = None,
     ) -> list[Answer]:
-        """Answers, one a prompt."""
+        """Answers, one a prompt; greedy without `sampling`."""
         ...

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bdpo.errors import UserError
-from bdpo.evaluation.engines.base import Answer
+from bdpo.evaluation.engines.base import Answer, Sampling
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer
 
@@ -37,15 +37,14 @@ def generate(
     max_new_tokens: int,
     *,
     prefills: Sequence[Sequence[int]] | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: Sampling | None = None,
 ) -> list[Answer]:
     """The model's answers to the prompts, without special tokens.
 
     An answer ends before the template's end-of-turn token, before the model's own EOS tokens, or after
     `max_new_tokens`. The model is in evaluation mode (as `from_pretrained` leaves it) on any device.
     `prefills` are ids that each assistant's turn already begins with; they are no part of the answer.
-    At temperature 0 it is greedy; else a prompt's answer is a sample that `seed` and the prompt decide.
+    Without `sampling` it is greedy; else a prompt's answer is a sample that the seed and the prompt decide.
 
     Raises:
         UserError: a prompt and its answer need more positions than the model has.
@@ -58,7 +57,7 @@ def generate(
     pad = chat.end_of_turn_id  # masked; a tokenizer's pad token may be missing, or beyond the embedding
     input_ids, attention_mask = _left_padded(prompt_ids, pad)
     finite = _FiniteLogits()
-    noise = [_GumbelNoise(prompt_ids, temperature, seed)] if temperature else []
+    noise = [_GumbelNoise(prompt_ids, sampling)] if sampling else []
     with _without_generation_defaults(model):
         output = model.generate(  # type: ignore[operator]  # a mixin's method, which mypy takes for a tensor
             input_ids=input_ids.to(model.device),
@@ -114,9 +113,9 @@ class _GumbelNoise:
     the shared generator of `do_sample` would make them.
     """
 
-    def __init__(self, prompt_ids: list[list[int]], temperature: float, seed: int) -> None:
-        self.temperature = temperature
-        self.seeds = [prompt_seed(seed, ids) for ids in prompt_ids]
+    def __init__(self, prompt_ids: list[list[int]], sampling: Sampling) -> None:
+        self.temperature = sampling.temperature
+        self.seeds = [prompt_seed(sampling.seed, ids) for ids in prompt_ids]
         self.generators: list[torch.Generator] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

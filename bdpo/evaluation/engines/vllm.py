@@ -19,7 +19,7 @@ from typing import Any
 
 from bdpo.config import ModelConfig
 from bdpo.errors import UserError, first_line
-from bdpo.evaluation.engines.base import Answer
+from bdpo.evaluation.engines.base import Answer, Sampling
 from bdpo.evaluation.engines.hf import (
     answer,
     begun_ids,
@@ -71,12 +71,11 @@ class VLLMEngine:
         max_new_tokens: int,
         *,
         prefills: Sequence[Sequence[int]] | None = None,
-        temperature: float = 0.0,
-        seed: int = 0,
+        sampling: Sampling | None = None,
     ) -> list[Answer]:
         """See `bdpo.evaluation.engines.hf.generate`."""
         prompt_ids = begun_ids(self.chat, prompts, prefills)
-        settings = sampling_settings(prompt_ids, max_new_tokens, self.stops, temperature, seed)
+        settings = sampling_settings(prompt_ids, max_new_tokens, self.stops, sampling)
         outputs = self.llm.generate(
             [{"prompt_token_ids": ids} for ids in prompt_ids],
             [self.sampling_params(**each) for each in settings],
@@ -108,7 +107,7 @@ def engine_settings(model: ModelConfig, positions: int, gpus: float) -> dict[str
 
 
 def sampling_settings(
-    prompt_ids: list[list[int]], max_new_tokens: int, stops: set[int], temperature: float, seed: int
+    prompt_ids: list[list[int]], max_new_tokens: int, stops: set[int], sampling: Sampling | None = None
 ) -> list[dict[str, Any]]:
     """Arguments of `vllm.SamplingParams` for each prompt; what is not named is neutral by default.
 
@@ -117,8 +116,8 @@ def sampling_settings(
     return [
         {
             "max_tokens": max_new_tokens,
-            "temperature": temperature,
-            "seed": prompt_seed(seed, ids),
+            "temperature": sampling.temperature if sampling else 0.0,
+            "seed": prompt_seed(sampling.seed, ids) if sampling else None,
             "stop_token_ids": sorted(stops),
             "ignore_eos": True,
             "detokenize": False,
