@@ -32,8 +32,9 @@ from bdpo.data.pairs import count_pairs
 from bdpo.models.tokenizer import EncodedPair, load_tokenizer
 from bdpo.sandbox.world import make_world
 from bdpo.scoring.scores import finish_scores, score_fingerprint, score_store
-from bdpo.scoring.shard_scorer import ShardScorer
+from bdpo.scoring.shard_scorer import ShardReport, ShardScorer
 from bdpo.storage.run_dir import RunDir
+from bdpo.storage.shards import Shard
 from benchmarks.common import (
     MAX_LENGTH,
     MAX_PROMPT_LENGTH,
@@ -50,11 +51,18 @@ ROUNDS = 2
 SPREAD = "safety-like, spread 0.3"
 
 
+class TimedReport(ShardReport):
+    """A report with its actor, and the time of the clock."""
+
+    worker: str
+    ended: float
+
+
 class TimedScorer(ShardScorer):
     """Says who ended which shard when."""
 
-    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        return super().__call__(shard) | {"worker": self.name, "ended": time.time()}
+    def __call__(self, shard: Shard) -> TimedReport:
+        return {**super().__call__(shard), "worker": self.name, "ended": time.time()}
 
 
 @dataclass

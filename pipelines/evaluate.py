@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -176,7 +176,7 @@ class Evaluate(ManifestStage):
             pending = {name: task.remote(self.config, self.model, name, device) for name in missing}
             with progress_bar(f"capability {self.model_name}", len(missing)) as advance:
                 for benchmark, result in pending.items():
-                    done[benchmark] = write_manifest(files[benchmark], fingerprint, **ray.get(result))
+                    done[benchmark] = write_manifest(files[benchmark], fingerprint, **asdict(ray.get(result)))
                     advance(1, benchmark)
         return done
 

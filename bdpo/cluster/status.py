@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow.parquet as pq
 
@@ -32,7 +32,7 @@ class StageStatus:
         state: State = "done" if done else "begun" if begun else "not begun"
         return cls(stage, state, {name: fact for name, fact in facts.items() if fact is not None})
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Fact]:
         """`stage` and `state` first, then the facts by name."""
         return {"stage": self.stage, "state": self.state, **self.facts}
 

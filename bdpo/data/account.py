@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NotRequired, TypedDict
+
+
+class SourceCounts(TypedDict):
+    """The account of a data set in the manifest of the prepared pairs."""
+
+    source: str
+    format: str
+    rows: int
+    kept: int
+    quarantined: dict[str, int]
+    excluded: dict[str, int]
+    not_sampled: int
+    unread_columns: list[str]
+
+
+class Counts(SourceCounts):
+    """The account of all data sets there; `sources` has that of each where there are several."""
+
+    groups: dict[str, int]
+    sources: NotRequired[list[SourceCounts]]
 
 
 @dataclass
@@ -27,7 +47,7 @@ class SourceAccount:
         if ended != self.rows:
             raise RuntimeError(f"{self.source}: {self.rows} rows were read, {ended} are accounted for")
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> SourceCounts:
         """The account as plain values."""
         return {
             "source": self.source,
@@ -78,10 +98,10 @@ class Account:
         for source in self.sources:
             source.check()
 
-    def to_json(self) -> dict[str, Any]:
-        """The account as plain values; `sources` has that of each data set where there are several."""
+    def to_json(self) -> Counts:
+        """The account as plain values."""
         parts = [source.to_json() for source in self.sources]
-        total = {
+        total: Counts = {
             "source": ", ".join(part["source"] for part in parts),
             "format": ", ".join(dict.fromkeys(part["format"] for part in parts)),
             "rows": self.rows,
@@ -92,4 +112,6 @@ class Account:
             "unread_columns": sorted({name for part in parts for name in part["unread_columns"]}),
             "groups": dict(self.groups),
         }
-        return total | ({"sources": parts} if len(parts) > 1 else {})
+        if len(parts) > 1:
+            total["sources"] = parts
+        return total

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from bdpo.config import Config, ModelConfig
 from bdpo.errors import UserError
+from bdpo.evaluation.benchmarks.base import Row
 from bdpo.evaluation.benchmarks.items import Item
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS, load_items
 from bdpo.evaluation.engines.base import Answer, Generate, Sampling
@@ -32,10 +33,12 @@ from bdpo.models.tokenizer import ChatTokenizer, load_tokenizer, tokenizer_finge
 from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint
 from bdpo.storage.run_dir import RunDir
-from bdpo.storage.shards import ShardStore
+from bdpo.storage.shards import Shard, ShardStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from bdpo.evaluation.capability import Accuracies, NotRun
 
 
 RESPONSE_SCHEMA = pa.schema(
@@ -47,7 +50,18 @@ RESPONSE_SCHEMA = pa.schema(
         ("finite", pa.bool_()),
     ]
 )
-"""`response` is null where nothing was asked; a thought block that the template opened is opened in it."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """A row of RESPONSE_SCHEMA: what a model answered to an item. The text is left out of the repr."""
+
+    item_id: str
+    response: str | None = field(default=None, repr=False)
+    """None where nothing was asked; a thought block that the template opened is opened in it."""
+    new_tokens: int = 0
+    cut: bool = False
+    finite: bool = True
 
 
 @dataclass(frozen=True)
@@ -170,8 +184,8 @@ class ShardAnswerer:
         gpus = evaluate.gpus_per_worker
         return VLLMEngine(self.model.model, self.chat, prompt_ids, evaluate.max_new_tokens, gpus)
 
-    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        """`{first, rows}` -> the same, once the answers to those items lie in the private folder."""
+    def __call__(self, shard: Shard) -> Shard:
+        """The same shard, once the answers to those items lie in the private folder."""
         items = self.items[shard["first"] : shard["first"] + shard["rows"]]
         asked = [item for item in items if item.prompt is not None]
         evaluate = self.config.evaluate
@@ -179,7 +193,7 @@ class ShardAnswerer:
         sampling = Sampling(evaluate.temperature, self.config.seed) if evaluate.temperature else None
         answers = self.generate(prompts, evaluate.max_new_tokens, prefills=prefills, sampling=sampling)
         answered = {item.item_id: answer for item, answer in zip(asked, answers, strict=True)}
-        rows = [self._row(item, answered.get(item.item_id)) for item in items]
+        rows = [asdict(self._response(item, answered.get(item.item_id))) for item in items]
         self.store.write(int(shard["first"]), pa.Table.from_pylist(rows, schema=RESPONSE_SCHEMA))
         return shard
 
@@ -188,22 +202,20 @@ class ShardAnswerer:
         prompts = [[Message(role="user", content=item.prompt or "")] for item in asked]
         return prompts, [prefill_ids(self.chat, item) for item in asked]
 
-    def _row(self, item: Item, answer: Answer | None) -> dict[str, Any]:
+    def _response(self, item: Item, answer: Answer | None) -> Response:
         """No text and no tokens where there was nothing to ask."""
         if answer is None:
-            return {"item_id": item.item_id, "response": None, "new_tokens": 0, "cut": False, "finite": True}
+            return Response(item.item_id)
         ids = self.chat.prompt_ids([Message(role="user", content=item.prompt or "")])
         opened = opened_thought(str(self.chat.tokenizer.decode(ids[-_MARK_TOKENS:])))
-        return {
-            "item_id": item.item_id,
-            "response": opened + answer.text,
-            "new_tokens": answer.new_tokens,
-            "cut": answer.cut,
-            "finite": answer.finite,
-        }
+        return Response(
+            item.item_id, opened + answer.text, answer.new_tokens, cut=answer.cut, finite=answer.finite
+        )
 
 
-def measure_capability(config: Config, model: EvaluatedModel, benchmark: str, device: str) -> dict[str, Any]:
+def measure_capability(
+    config: Config, model: EvaluatedModel, benchmark: str, device: str
+) -> Accuracies | NotRun:
     """The result of one capability benchmark, see `run_capability`: a task that loads the model itself."""
     from bdpo.evaluation.capability import run_capability
 
@@ -224,7 +236,7 @@ class ShardJudge:
     def __init__(self, config: Config, answers: ShardStore, scores: ShardStore, device: str) -> None:
         self.config = config
         self.items = planned_items(config)
-        self.answers = {row["item_id"]: row for row in answers.read().to_pylist()}
+        self.answers = {row["item_id"]: Response(**row) for row in answers.read().to_pylist()}
         self.scores = scores
 
     @cached_property
@@ -232,17 +244,17 @@ class ShardJudge:
         """Made on first use, so that a fault in making it is the task's and not a dead actor's."""
         return make_judge(self.config)
 
-    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        """`{first, rows}` -> the same, once the verdicts on those items lie in the run folder."""
+    def __call__(self, shard: Shard) -> Shard:
+        """The same shard, once the verdicts on those items lie in the run folder."""
         items = self.items[shard["first"] : shard["first"] + shard["rows"]]
         with ThreadPoolExecutor(self.judge.concurrency) as pool:
             rows = list(pool.map(self._row, items))
         self.scores.write(int(shard["first"]), pa.Table.from_pylist(rows, schema=SCORE_SCHEMA))
         return shard
 
-    def _row(self, item: Item) -> dict[str, Any]:
+    def _row(self, item: Item) -> Row:
         answer = self.answers[item.item_id]
-        response = answer["response"] and without_thoughts(answer["response"])
+        response = answer.response and without_thoughts(answer.response)
         return {
             "item_id": item.item_id,
             "benchmark": item.benchmark,
@@ -251,16 +263,16 @@ class ShardJudge:
             "cluster": item.cluster or None,
             **self._verdict(item, answer, response).columns(),
             "flagged": addresses_judge(response or ""),
-            "new_tokens": answer["new_tokens"],
-            "cut": answer["cut"],
+            "new_tokens": answer.new_tokens,
+            "cut": answer.cut,
             "broken": None if response is None else fault_of(response, item.request),
         }
 
-    def _verdict(self, item: Item, answer: dict[str, Any], response: str | None) -> Verdict:
+    def _verdict(self, item: Item, answer: Response, response: str | None) -> Verdict:
         """The judge's; one that raises has failed at this item, and goes on with the next."""
-        if answer["response"] is None:
+        if answer.response is None:
             return NoAnswer("not_asked")
-        if not answer["finite"]:
+        if not answer.finite:
             return NoAnswer("not_finite")
         if response is None:
             return NoAnswer("unfinished_thought")

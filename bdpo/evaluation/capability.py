@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from bdpo.errors import UserError, first_line
-from bdpo.stats import rate
+from bdpo.stats import Estimate, rate
 from bdpo.storage.manifests import Fingerprint
 
 if TYPE_CHECKING:
@@ -40,6 +40,22 @@ BENCHMARKS: dict[str, dict[str, str]] = {
 """Benchmark -> its tasks in the harness, and the metric of each: a share of right answers."""
 
 NOT_RUN = "not_run"
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """The result of a benchmark, in the file of its result under these names."""
+
+    accuracy: Estimate
+    """Over the items of all tasks."""
+    tasks: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """There is no result; the file has the reason under this name, which is `NOT_RUN`."""
+
+    not_run: str
 
 
 def capability_fingerprint(answers: Fingerprint, limit: int | None) -> Fingerprint:
@@ -72,8 +88,8 @@ def run_capability(
     limit: int | None = None,
     batch_size: int = 8,
     data: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The benchmark's accuracy, pooled and per task, or why it was not run: `{"not_run": reason}`.
+) -> Accuracies | NotRun:
+    """The benchmark's accuracy, pooled and per task, or why it was not run.
 
     A data set that cannot be had is no result and never a zero. `data` replaces keys of our own task
     dictionaries (`dataset_path` and such): AdvGLUE from a copy elsewhere.
@@ -88,7 +104,7 @@ def run_capability(
             specs = [_spec(task, manager, Path(folder), data or {}) for task in BENCHMARKS[benchmark]]
             tasks = manager.load(specs)["tasks"]
     except Exception as error:  # hub, network and datasets have no error in common
-        return {NOT_RUN: f"{type(error).__name__}: {first_line(error)}"}
+        return NotRun(f"{type(error).__name__}: {first_line(error)}")
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     results = simple_evaluate(
         harness,
@@ -101,21 +117,18 @@ def run_capability(
     return accuracies(benchmark, results)
 
 
-def accuracies(benchmark: str, results: Mapping[str, Any]) -> dict[str, Any]:
+def accuracies(benchmark: str, results: Mapping[str, Any]) -> Accuracies:
     """From what the harness reports to estimates: of each task, and pooled over all their items."""
     counts = {}
     for task, metric in BENCHMARKS[benchmark].items():
         n = int(results["n-samples"][task]["effective"])
         counts[task] = round(results["results"][task][metric] * n), n
     hits, total = (sum(column) for column in zip(*counts.values(), strict=True))
-    return {
-        "accuracy": _share(hits, total),
-        "tasks": {task: _share(*count) for task, count in counts.items()},
-    }
+    return Accuracies(_share(hits, total), {task: _share(*count) for task, count in counts.items()})
 
 
-def _share(hits: int, n: int) -> dict[str, Any]:
-    return asdict(rate([i < hits for i in range(n)]))
+def _share(hits: int, n: int) -> Estimate:
+    return rate([i < hits for i in range(n)])
 
 
 def _spec(task: str, manager: Any, folder: Path, data: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pyarrow as pa
 
@@ -69,9 +68,9 @@ def rates_table(run: RunDir, record: Record) -> pa.Table | None:
     return pa.Table.from_pylist(rows, schema=RATES_SCHEMA)
 
 
-def _measures(found: Measured, max_over_refusal: float) -> dict[str, Any]:
+def _measures(found: Measured, max_over_refusal: float) -> dict[str, float | None]:
     estimates = {"objective": found.objective, "constraint": found.constrained}
-    numbers: dict[str, Any] = {}
+    numbers: dict[str, float | None] = {}
     for name, estimate in estimates.items():
         numbers |= estimate.columns(name)
     return numbers | {"least": found.base - max_over_refusal, "feasible": found.violation <= 0}

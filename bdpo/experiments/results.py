@@ -174,16 +174,25 @@ def _capability(arm: str, seeds: Sequence[Mapping[str, Any]]) -> list[dict[str, 
         if all(found):
             bounds = {end: float(np.mean([f[end] for f in found])) for end in ("value", "low", "high")}
             each = [f["value"] for f in found]
-            rows.append(_row(arm, (benchmark, "accuracy"), found[0]["n"], each) | bounds)
+            rows.append({**_row(arm, (benchmark, "accuracy"), found[0]["n"], each), **bounds})
     return rows
 
 
-def _row(arm: str, key: tuple[str, str], n: int, each: Sequence[float]) -> dict[str, Any]:
-    row = {"arm": arm, "benchmark": key[0], "measure": key[1], "n": n, "dropped": 0, "seeds": len(each)}
+def _row(arm: str, key: tuple[str, str], n: int, each: Sequence[float]) -> dict[str, str | float]:
+    row: dict[str, str | float] = {
+        "arm": arm,
+        "benchmark": key[0],
+        "measure": key[1],
+        "n": n,
+        "dropped": 0,
+        "seeds": len(each),
+    }
     return row | {"seed_low": min(each), "seed_high": max(each)}
 
 
-def _tested(first: Mapping[str, float], second: Mapping[str, float], of: Mapping[str, str]) -> dict[str, Any]:
+def _tested(
+    first: Mapping[str, float], second: Mapping[str, float], of: Mapping[str, str]
+) -> dict[str, float]:
     """How the second differs from the first on the prompts of both; nothing where there are none."""
     both = sorted(first.keys() & second.keys())
     if not both:

@@ -51,7 +51,7 @@ def preference_pairs(seed: int) -> list[dict[str, Any]]:
     return pairs
 
 
-def _pair(made: Object, prompt: str, rng: Random) -> dict[str, Any]:
+def _pair(made: Object, prompt: str, rng: Random) -> dict[str, str | bool]:
     recipe, refusal = made.recipe(rng.choice(OPENINGS)), made.fill(rng.choice(REFUSALS))
     chosen, rejected = (refusal, recipe) if made.forbidden else (recipe, refusal)
     return {

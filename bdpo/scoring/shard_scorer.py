@@ -9,7 +9,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -24,6 +23,7 @@ from bdpo.scoring.reference import ReferenceScorer
 from bdpo.scoring.scores import MAX_UNSCORABLE, WORK_KEY, real_tokens, score_store
 from bdpo.storage.manifests import Fingerprint
 from bdpo.storage.run_dir import RunDir
+from bdpo.storage.shards import Shard
 
 
 def score_with_bisection(
@@ -76,6 +76,15 @@ def _require_same_reference(model: ModelConfig, fingerprint: Fingerprint) -> Non
             )
 
 
+class ShardReport(Shard):
+    """What became of a shard; `rows` counts the rows that were scored."""
+
+    unscorable: str
+    """JSON, row -> reason, of the rows that cannot be scored."""
+    stop: str
+    """The reason to stop the stage, empty if there is none."""
+
+
 class ShardScorer:
     """An actor of the scoring pool: reads a range of pairs, scores it, and commits the shard itself."""
 
@@ -91,12 +100,8 @@ class ShardScorer:
             self.stop = str(error)
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
-    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        """`{first, rows}` of a shard -> a report, once the scores of the shard are in the run folder.
-
-        In the report `rows` counts the rows that were scored, `unscorable` is JSON, row -> reason, of those
-        that cannot be scored, and `stop` is the reason to stop the stage, empty if there is none.
-        """
+    def __call__(self, shard: Shard) -> ShardReport:
+        """A report, once the scores of the shard are in the run folder."""
         first, rows = int(shard["first"]), int(shard["rows"])
         unscorable: dict[int, str] = {}
         stop = self.stop

@@ -121,9 +121,9 @@ def results_table(trials: Sequence[Trial], tune: TuneConfig) -> pa.Table:
     return pa.table({name: _column([row.get(name) for row in rows]) for name in columns})
 
 
-def _last_rung(rung: Rung, tune: TuneConfig) -> dict[str, Any]:
+def _last_rung(rung: Rung, tune: TuneConfig) -> dict[str, float | None]:
     measured = rung.measured
-    row: dict[str, Any] = {"step": rung.step, "score": measured.score, "finished": rung.finished}
+    row: dict[str, float | None] = {"step": rung.step, "score": measured.score, "finished": rung.finished}
     row |= {"feasible": measured.violation <= 0, "least": measured.base - tune.max_over_refusal}
     for name, estimate in (("objective", measured.objective), ("constraint", measured.constrained)):
         row |= estimate.columns(name) | {f"{name}_n": estimate.n}

@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +27,13 @@ from bdpo.storage.paths import StoragePath, parquet_bytes, read_bytes, sorted_gl
 _NAME = re.compile(r"part-(\d{9})-([0-9a-f]{16})\.parquet")
 
 _METADATA_KEY = b"bdpo.fingerprint"
+
+
+class Shard(TypedDict):
+    """The rows that an actor is asked to make: `rows` of them from row `first` on."""
+
+    first: int
+    rows: int
 
 
 @dataclass(frozen=True)

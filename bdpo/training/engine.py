@@ -163,7 +163,7 @@ def require_on_first_worker(check: Callable[[], None]) -> None:
         raise UserError(failure[0])
 
 
-def _offload(train: TrainConfig) -> dict[str, Any]:
+def _offload(train: TrainConfig) -> dict[str, str | bool | None]:
     pinned = torch.cuda.is_available()
     return {"device": train.offload, "nvme_path": train.nvme_path, "pin_memory": pinned}
 

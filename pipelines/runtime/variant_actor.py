@@ -79,7 +79,7 @@ class VariantActor(tune.Trainable):
         self.name = new_config["variant"]
         return True
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> dict[str, str | bool]:
         """Run the variant to its next rung; a fault of its own, or an invalid evaluation, is recorded.
 
         Raises:

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from bdpo.evaluation.capability import ADVGLUE, BENCHMARKS, NOT_RUN, accuracies, run_capability
+from bdpo.evaluation.capability import (
+    ADVGLUE,
+    BENCHMARKS,
+    NOT_RUN,
+    Accuracies,
+    NotRun,
+    accuracies,
+    run_capability,
+)
 from bdpo.stats import rate
 from tests.support.chats import CHATML, byte_tokenizer
 from tests.support.helpers import tiny_qwen2
@@ -22,10 +30,10 @@ def test_what_the_harness_reports_becomes_pooled_and_single_estimates() -> None:
         "n-samples": {task: {"original": 99, "effective": n} for task, (_, n) in right.items()},
     }
     found = accuracies("advglue", results)
-    assert found["tasks"]["adv_qqp"] == asdict(rate([True, False, False]))
+    assert found.tasks["adv_qqp"] == rate([True, False, False])
     hits, n = (sum(pair[i] for pair in right.values()) for i in (0, 1))
-    assert (found["accuracy"]["value"], found["accuracy"]["n"]) == (hits / n, n)
-    assert found["accuracy"]["interval"] == "exact"
+    assert (found.accuracy.value, found.accuracy.n) == (hits / n, n)
+    assert found.accuracy.interval == "exact"
 
 
 def test_the_harness_runs_our_tasks_over_its_templates(tmp_path: Path) -> None:
@@ -52,9 +60,10 @@ def test_the_harness_runs_our_tasks_over_its_templates(tmp_path: Path) -> None:
         "dataset_kwargs": {"data_files": {"validation": str(file)}},
     }
     found = run_capability("advglue", tiny_qwen2(), tokenizer, data=data)
-    assert set(found["tasks"]) == set(BENCHMARKS["advglue"])
-    assert all(estimate["n"] == 2 for estimate in found["tasks"].values())
-    assert found["accuracy"]["n"] == 12
+    assert isinstance(found, Accuracies)
+    assert set(found.tasks) == set(BENCHMARKS["advglue"])
+    assert all(estimate.n == 2 for estimate in found.tasks.values())
+    assert found.accuracy.n == 12
 
 
 def test_data_that_cannot_be_had_are_not_a_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -64,5 +73,6 @@ def test_data_that_cannot_be_had_are_not_a_zero(monkeypatch: pytest.MonkeyPatch,
         "dataset_kwargs": {"data_files": str(tmp_path / "no.jsonl")},
     }
     found = run_capability("advglue", tiny_qwen2(), byte_tokenizer(), data=missing)
-    assert list(found) == [NOT_RUN]
-    assert "FileNotFoundError" in found[NOT_RUN]
+    assert isinstance(found, NotRun)
+    assert "FileNotFoundError" in found.not_run
+    assert list(asdict(found)) == [NOT_RUN]

@@ -85,7 +85,7 @@ class VLLMEngine:
         return [answer(self.chat, ids, self.stops, max_new_tokens) for ids in rows]
 
 
-def engine_settings(model: ModelConfig, positions: int, gpus: float) -> dict[str, Any]:
+def engine_settings(model: ModelConfig, positions: int, gpus: float) -> dict[str, str | bool | float]:
     """Arguments of `vllm.LLM`; `gpus`: a share of one, or a whole number to split the weights over.
 
     The folder is the snapshot of `model.revision`. `max_model_len` is what is needed and not what the model

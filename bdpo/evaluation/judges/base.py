@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from bdpo.config import Config
 from bdpo.storage.manifests import Fingerprint
@@ -33,7 +33,7 @@ class Verdict:
     Each kind holds what one rubric asks for and nothing else, so that a verdict cannot contradict itself.
     """
 
-    def columns(self) -> dict[str, Any]:
+    def columns(self) -> dict[str, float | bool | str | None]:
         """The verdict as columns of the scores; those of the other kinds are left out."""
         return dict(vars(self))
 
