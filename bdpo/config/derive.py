@@ -25,7 +25,7 @@ def trial_config(config: Config, params: Params, run_dir: str, source: str = "tu
         values["method"] = with_method(config.method, params["method.name"])
     for key, value in params.items():
         if not _belongs_to_another_method(key, params.get("method.name")):
-            set_value(values, key, value)
+            set_value(values, key, value, source)
     return parse_config(values, source)
 
 

@@ -79,15 +79,15 @@ def parse_override(override: str) -> tuple[str, Any]:
     return key, _load(text, f"override {short(key)}")
 
 
-def set_value(values: dict[str, Any], key: str, value: Any) -> None:
-    """Put a value at a dotted key, in place; raises a UserError that names the key."""
+def set_value(values: dict[str, Any], key: str, value: Any, source: str = "override") -> None:
+    """Put a value at a dotted key, in place; raises a UserError that names `source` and the key."""
     *sections, leaf = key.split(".")
     for section in sections:
         if values.get(section) is None:  # not there, or left empty in the YAML
             values[section] = {}
         values = values[section]
         if not isinstance(values, dict):
-            raise UserError(f"override {short(key)}: {short(section)} is not a section")
+            raise UserError(f"{source} {short(key)}: {short(section)} is not a section")
     values[leaf] = value
 
 

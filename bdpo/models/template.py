@@ -7,7 +7,7 @@ be true is refused with what it renders.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -48,9 +48,6 @@ PROBE = "bdpoprobe"
 # Put into every control token that a message spells, and taken out again before tokenisation. The two are
 # noncharacters, which Unicode reserves for such use: no text that is meant for others has them.
 GUARD = "\ufdd0\ufdd1"
-
-# Templates look into answers for thoughts and calls between tags or brackets.
-_MARKUP = re.compile(r"[<>\[\]{}|]")
 
 
 @dataclass(frozen=True)
@@ -112,33 +109,10 @@ class ChatTemplate:
             TemplateError: the template writes something else around this answer than around others.
         """
         turn = self.assistant_turn
-        if self._writes_plain_answers and text.isascii() and not _MARKUP.search(text):
-            return turn.header + self._writes_plain_answers(text) + turn.gap
-        return self._rendered_response(text)
-
-    def _rendered_response(self, text: str) -> str:
-        turn = self.assistant_turn
         whole = self.render([QUESTION, {"role": "assistant", "content": text}], generate=False)
         if not (whole.startswith(self.question + turn.header) and whole.endswith(turn.after)):
             raise TemplateError("the chat template writes this answer in a way of its own")
         return whole[len(self.question) : len(whole) - len(turn.after)] + turn.gap
-
-    @cached_property
-    def _writes_plain_answers(self) -> Callable[[str], str] | None:
-        """What the template makes of an answer in which no markup is: itself, or itself trimmed.
-
-        A rendering costs more than the tokens of a short answer. None if the template does something else.
-        """
-        probes = (PROBE, f" {PROBE}\n", f"\n\n{PROBE}\t{PROBE}\n\n{PROBE} ", f"\t {PROBE}.")
-        for written in (str, str.strip):
-            with suppress(TemplateError):
-                if all(
-                    self._rendered_response(probe)
-                    == self.assistant_turn.header + written(probe) + self.assistant_turn.gap
-                    for probe in probes
-                ):
-                    return written
-        return None
 
     def prefill_text(self, text: str) -> str:
         """The beginning of an answer: behind what the template writes before one, and not trimmed."""

@@ -148,7 +148,7 @@ def test_a_dry_run_prints_the_memory_table_without_hub_or_gpu(preset, monkeypatc
     for row in ("billion parameters", "activations", "output head", "20,000", "313 an epoch"):
         assert row in shown
     assert f" of {config.train.gpu_memory:.0f}" in shown
-    assert "hub out of reach" in shown
+    assert "the hub is unreachable" in shown
 
 
 def test_the_command_with_dry_run_leaves_no_run_folder(twins, tmp_path):

@@ -327,7 +327,7 @@ class TestAgainstTRL:
             batch.reference,
             arguments,
             train_dataset=text,
-            processing_class=tiny_chat.tokenizer,
+            processing_class=copy.deepcopy(tiny_chat.tokenizer),  # TRL gives it a padding token
         )
         loss = trainer.compute_loss(trainer.model.train(), DataCollatorForPreference(pad_token_id=0)(rows))
         loss.backward()
@@ -353,7 +353,10 @@ class TestAgainstTRL:
         )
         text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
         return CPOTrainer(
-            copy.deepcopy(batch.policy), arguments, train_dataset=text, processing_class=tiny_chat.tokenizer
+            copy.deepcopy(batch.policy),
+            arguments,
+            train_dataset=text,
+            processing_class=copy.deepcopy(tiny_chat.tokenizer),
         )
 
     @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 
 from bdpo.config import load_config
 from bdpo.errors import UserError
+from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
 from pipelines.runtime.fit import _begin
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
@@ -68,7 +69,7 @@ def test_steps_of_which_nobody_knows_how_they_were_made_are_not_gone_on_from(inp
     """Unlike those of a training that was killed before its first checkpoint, however far it came."""
     config, run = load_config(inputs / "config.yaml"), RunDir(tmp_path)
     assert _begin(config, run, {"seed": 0}, 9) is None
-    run.metrics.write_text('{"step": 99}\n')
+    MetricsLog(run.metrics).append({"step": 99})
     assert _begin(config, run, {"seed": 0}, 9) is None
     (run.train / "begun.json").unlink()
     with pytest.raises(UserError, match="no intact checkpoint to resume from"):

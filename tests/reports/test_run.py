@@ -30,8 +30,10 @@ from bdpo.search.sweep import Sweep
 from bdpo.search.trials import results_table
 from bdpo.stats import Difference, rate
 from bdpo.storage.manifests import write_manifest
+from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import write_parquet, write_text
 from bdpo.storage.run_dir import RunDir
+from bdpo.storage.sealed import sealed
 from bdpo.variants.objective import Measured
 from pipelines import report
 from pipelines.report import timed_stages
@@ -75,7 +77,7 @@ def run(tmp_path, scores):
     write_manifest(run.scores / "manifest.json", FINGERPRINT, rows=PAIRS, seconds=36.0, workers={})
     keys = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen")
     steps = [{"step": step + 1, **dict.fromkeys(keys, step / 1000)} for step in range(5000)]
-    write_text(run.metrics, "".join(json.dumps(step) + "\n" for step in steps))
+    write_text(run.metrics, "".join(json.dumps(sealed(step)) + "\n" for step in steps))
     for name, harm in (("base", 1.0), ("trained", 0.0)):
         items = table([harm, harm, 0.5, harm], [False, False, True])
         write_parquet(run.eval(name) / "scores.parquet", items)
@@ -230,7 +232,7 @@ def test_the_page_of_an_experiment(run, name):
     log = {"step": 1, "loss": 1, "rewards/margins": 0, "rewards/accuracies": 1, "logps/chosen": 0}
     done = [Job(arm.name, 0, *arm_run(config, folder, arm, 0)) for arm in arms[1:]]
     for job in done:
-        write_text(job.run.metrics, json.dumps(log) + "\n")
+        MetricsLog(job.run.metrics).append(log)
         pairs = {"prepared": PAIRS, "trained on": PAIRS - 1}
         write_manifest(
             job.run.train / "manifest.json",

@@ -424,8 +424,8 @@ from bdpo.scoring import reference
 model, pairs = LogpsModel(tiny_qwen2(), 512), encoded_pairs([(100, 200, 200)] * 64)
 reference.reference_logps(model, pairs[:1], [1], 500)
 halved = []
-really = reference._halved
-reference._halved = lambda *args: halved.append(1) or really(*args)
+really = reference._replanned_with_half_the_tokens
+reference._replanned_with_half_the_tokens = lambda *args: halved.append(1) or really(*args)
 expected, _ = reference.reference_logps(model, pairs, [1], 1000)
 assert not halved
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -512,7 +512,11 @@ def other_tokenizer(config, folder, chat):
 
 def other_template(config, folder, chat):
     file = folder / "chat_template.jinja"
-    file.write_text(file.read_text().replace("assistant", "model"))
+    file.write_text(
+        file.read_text()
+        .replace("assistant", "model")
+        .replace("{{ m.role }}", "{{ 'model' if m.role == 'assistant' else m.role }}")
+    )
 
 
 def other_pairs(config, folder, chat):

@@ -68,7 +68,7 @@ class TestSpace:
             ({"seed": [1, 2]}, "seed is not searched"),
             ({"train.lora.q": [8]}, "unknown key train.lora.q"),
             ({"train.lora.r": {"min": 0.5, "max": 8}}, "key train.lora.r"),
-            ({"train.learning_rate.x": [8]}, "key train.learning_rate"),
+            ({"train.learning_rate.x": [8]}, "train.learning_rate.x: learning_rate is not a section"),
         ],
     )
     def test_what_may_not_is_named(self, space, named):

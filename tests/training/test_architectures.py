@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bdpo.data.pairs import read_pairs
+from bdpo.data.pairs import encoded_pairs, read_pairs
 from bdpo.data.prepare import prepare
 from bdpo.models.loading import load_model
 from bdpo.models.logps import SHARED_ROW_MODELS
-from bdpo.models.tokenizer import encode_pairs, load_tokenizer
+from bdpo.models.tokenizer import load_tokenizer
 from bdpo.scoring.reference import ReferenceScorer
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import TrainingPlan
@@ -69,7 +69,7 @@ def expected_norm(config):
     run = RunDir(config.run_dir)
     data, _ = TrainingPairs.load(config, run, pq.read_table(run.root / "scores.parquet")).split()
     batch = TrainingPlan(data.lengths, config.train, config.seed).global_batch(0)
-    pairs = encode_pairs(data.chat, data.table.take(batch).to_pylist(), config.data)
+    pairs = encoded_pairs(data.table.take(batch))
     model = load_model(config.model.name_or_path, config.model).double().eval()
     model.set_experts_implementation("eager")
     for index, pair in zip(batch, pairs, strict=True):
