@@ -44,8 +44,9 @@ def test_every_path_of_scoring_runs(setup):
 def test_shared_rows_are_within_the_stated_tolerances(setup, dtype):
     rows = list(correctness.measure(f"{dtype}, SDPA", setup))
     assert [row["what"].split(",")[0] for row in rows] == ["log-probs", "gradient"]
+    assert any(row["value"] > 0 for row in rows)  # the two kinds of rows do not compute the same sums
     for row in rows:
-        assert 0 < row["value"] <= row["tolerance"]
+        assert row["value"] <= row["tolerance"]
 
 
 def test_rows_are_kept_until_the_case_or_the_machine_changes(tmp_path):
