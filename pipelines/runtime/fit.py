@@ -152,5 +152,5 @@ def recovery_line(note: dict[str, Any]) -> str:
     if "step" not in note:
         return f"[bold]training[/]  {damaged}"
     lost = note["reached"] - note["step"]
-    line = f"[bold]training[/]  goes on from step {note['step']}, {lost} steps are done again"
+    line = f"[bold]training[/]  resumes from step {note['step']}, {lost} steps are repeated"
     return f"{line} ({damaged})" if damaged else line

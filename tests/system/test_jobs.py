@@ -49,7 +49,7 @@ def config(tmp_path_factory, bucket):
             writer = csv.DictWriter(copy, reader.fieldnames)
             writer.writeheader()
             writer.writerows(row | {column: f"{row[column]} {HARM} ."} for row in reader)
-        benchmarks[f"{name}_path"] = str(folder / f"{name}.csv")
+        benchmarks[name] = {"path": str(folder / f"{name}.csv")}
     values = tiny_config(
         folder / "run",
         "sandbox",
