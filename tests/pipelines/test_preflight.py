@@ -93,7 +93,7 @@ def bos_twice(tmp_path):
         ("benchmarks", {"evaluate.strongreject.path": None}, None, "evaluate.strongreject.path"),
         ("benchmarks", {"evaluate.strongreject.path": "/gone.csv"}, None, "/gone.csv"),
         ("template", {}, bos_twice, "both write a BOS"),
-        ("template", {"data.max_prompt_length": 8}, None, "prompt: longer than max_prompt_length ×12"),
+        ("template", {"data.max_prompt_length": 8}, None, "prompt: longer than max_prompt_length ×10"),
         ("storage", {"run_dir": "FILE/run"}, None, "cannot be written"),
         ("search", {"tune.space": {"train.workers": [1, 2]}}, None, "train.workers is not searched"),
         ("search", {"tune.space": {"method.beta": [0.1, -1.0]}}, None, "method.beta"),

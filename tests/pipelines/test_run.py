@@ -71,7 +71,7 @@ class TestBadInput:
         [
             ("pairs.jsonl", b"", "empty"),
             ("pairs.json", b"[{]", "pairs.json"),
-            ("pairs.csv", b"question,answer\na,b\n", "columns 2 unknown"),
+            ("pairs.csv", b"question,answer\na,b\n", "columns question,1 unknown"),
             ("pairs.txt", b"chosen", "pairs.txt"),
             ("pairs.json", b'[{"prompt": "\xff"}]', "UTF-8"),
             ("pairs.jsonl", b'{"prompt": "a", "chosen": 3, "rejected": "b"}\n', "row 1"),

@@ -52,6 +52,13 @@ def watched(self):
     gathered.append(sum(p.numel() for p in parameters))  # a partitioned one has 0
     (run.root / f"gathered-{rank}").write_text(str(max(gathered)))
 GatheredParameters.__enter__ = watched
+
+import deepspeed
+initialize = deepspeed.initialize
+def loaded(*arguments, **settings):  # later, a forward keeps what it gathered for the export after it
+    GatheredParameters.__enter__ = enter
+    return initialize(*arguments, **settings)
+deepspeed.initialize = loaded
 """
 
 
