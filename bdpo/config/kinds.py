@@ -18,6 +18,8 @@ def change_kind(values: dict[str, Any], path: Sequence[str], name: Any, root: ty
     are left out. A key that no kind has stays, so that it is refused. Nothing changes where the section does
     not come in kinds, or has no kind of that name.
     """
+    if not path or not isinstance(name, str):  # a top-level key, or no name: validation refuses either
+        return
     for section in path:
         inside = values.get(section)
         if not isinstance(inside, dict) or section not in root.model_fields:

@@ -136,6 +136,12 @@ class TestRefusals:
         misspelt = refusal(load, "method.name=dpo", method={"name": "bdpo", "sharpnes": 1})
         assert "sharpnes" in misspelt
 
+    @pytest.mark.parametrize(("override", "key"), [("name=x", "name"), ("method.name=[dpo]", "method")])
+    def test_a_name_that_chooses_no_method_is_refused(self, load, override, key):
+        message = refusal(load, override, method={"name": "bdpo"})
+        assert message.startswith(f"override {override.partition('=')[0]}: ")
+        assert key in message
+
     def test_a_misspelt_key_of_a_method_is_compared_with_its_own_keys(self, load):
         assert refusal(load, "method.sharpnes=1").endswith("; did you mean method.sharpness?")
         told = refusal(load, "method.label_smothing=1", method={"name": "cdpo"})
