@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": "pipelines.evaluate",
     "search": "tune.search",
     "experiment": "pipelines.experiment",
+    "agreement": "pipelines.agreement",
     "preflight": "pipelines.preflight",
     "status": "pipelines.status",
     "report": "pipelines.report",

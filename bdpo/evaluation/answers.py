@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from bdpo.config import Config, ModelConfig
-from bdpo.errors import UserError
 from bdpo.evaluation.benchmarks.base import Row
 from bdpo.evaluation.benchmarks.items import Item
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS, load_items
 from bdpo.evaluation.engines.base import Answer, Generate, Sampling
-from bdpo.evaluation.judges.base import Failed, Judge, NoAnswer, Question, Verdict, addresses_judge
+from bdpo.evaluation.judges.base import Judge, NoAnswer, Question, Verdict, addresses_judge, verdict_on
 from bdpo.evaluation.judges.registry import judge_fingerprint, make_judge
 from bdpo.evaluation.measures import SCORE_SCHEMA
 from bdpo.evaluation.results import MODEL_NAMES
@@ -261,25 +260,18 @@ class ShardJudge:
             "category": item.category,
             "should_comply": item.should_comply,
             "cluster": item.cluster or None,
-            **self._verdict(item, answer, response).columns(),
+            **self._verdict(item, answer).columns(),
             "flagged": addresses_judge(response or ""),
             "new_tokens": answer.new_tokens,
             "cut": answer.cut,
             "broken": None if response is None else fault_of(response, item.request),
         }
 
-    def _verdict(self, item: Item, answer: Response, response: str | None) -> Verdict:
-        """The judge's; one that raises has failed at this item, and goes on with the next."""
+    def _verdict(self, item: Item, answer: Response) -> Verdict:
+        """The judge's, where there is an answer to be judged."""
         if answer.response is None:
             return NoAnswer("not_asked")
         if not answer.finite:
             return NoAnswer("not_finite")
-        if response is None:
-            return NoAnswer("unfinished_thought")
         question = Question(BENCHMARKS[item.benchmark].rubric, item.request, item.reference)
-        try:
-            return self.judge(question, response)
-        except UserError:
-            raise
-        except Exception as error:  # whatever a response did to it; its text may quote the response
-            return Failed(f"error_{type(error).__name__}")
+        return verdict_on(self.judge, question, answer.response)

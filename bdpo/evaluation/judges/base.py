@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from bdpo.config import Config
+from bdpo.errors import UserError
+from bdpo.evaluation.texts import without_thoughts
 from bdpo.storage.manifests import Fingerprint
 
 RubricName = Literal["harm", "refusal", "grade"]
@@ -113,6 +115,23 @@ class Judge(Protocol):
     def __call__(self, question: Question, response: str) -> Verdict:
         """Judge one response by the rubric of the question."""
         ...
+
+
+def verdict_on(judge: Judge, question: Question, response: str) -> Verdict:
+    """The verdict on an answer, whose thoughts are cut off first; a judge that raises has failed at it.
+
+    Raises:
+        UserError: the judge cannot judge anything, because the environment is wrong.
+    """
+    answer = without_thoughts(response)
+    if answer is None:
+        return NoAnswer("unfinished_thought")
+    try:
+        return judge(question, answer)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a response did to it; its text may quote the response
+        return Failed(f"error_{type(error).__name__}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,175 @@
+"""The result of a calibration: as JSON, and as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from bdpo.evaluation.calibration.agreement import (
+    Agreement,
+    Bias,
+    Opinion,
+    agreement,
+    bias_between_models,
+    label_opinion,
+)
+from bdpo.evaluation.calibration.labels import LabelledAnswer, LabelScheme
+from bdpo.stats import CONFIDENCE_LEVEL
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class JudgeCalibration:
+    """One judge against the labels."""
+
+    opinion: Opinion
+    agreement: Agreement
+    bias: Bias | None
+
+    def to_json(self) -> dict[str, object]:
+        """Counts, agreement with the labels, and the bias between models."""
+        return {
+            **self.agreement.to_json(),
+            "contradictions": self.opinion.contradictions,
+            "failed": sum(self.opinion.failures.values()),
+            "failures": self.opinion.failures,
+            "bias": None if self.bias is None else asdict(self.bias),
+        }
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Judges against the labels of the same answers, and against each other."""
+
+    scheme: LabelScheme
+    answers: Sequence[LabelledAnswer]
+    judges: Mapping[str, JudgeCalibration]
+    between: Mapping[tuple[str, str], Agreement]
+
+    def to_json(self) -> dict[str, object]:
+        """What `agreement.json` holds: counts and rates, no text of an answer."""
+        return {
+            "rubric": self.scheme.rubric,
+            "labels": self.scheme.classes,
+            "n": len(self.answers),
+            "models": list(dict.fromkeys(answer.model for answer in self.answers)),
+            "judges": {name: found.to_json() for name, found in self.judges.items()},
+            "between_judges": [
+                {"judges": list(pair), **found.to_json()} for pair, found in self.between.items()
+            ],
+        }
+
+
+def calibrate(
+    scheme: LabelScheme, answers: Sequence[LabelledAnswer], opinions: Sequence[Opinion]
+) -> Calibration:
+    """Set opinions beside the labels and beside each other."""
+    labels, prompts = label_opinion(answers), [answer.request for answer in answers]
+    judges = {
+        own.judge: JudgeCalibration(own, agreement(labels, own, prompts), bias_between_models(own, answers))
+        for own in opinions
+    }
+    between = {
+        (first.judge, second.judge): agreement(first, second, prompts)
+        for first, second in combinations(opinions, 2)
+    }
+    return Calibration(scheme, answers, judges, between)
+
+
+def agreement_table(found: Calibration) -> Table:
+    """Each judge against the labels, then every two judges."""
+    table = _table(
+        ("judge", "against", "n", "agreement", "kappa", "contradictions", "no verdict"),
+        f"agreement in percent ({CONFIDENCE_LEVEL:.0%} interval, over prompts); {_what(found)}",
+    )
+    for name, judge in found.judges.items():
+        contradictions = judge.opinion.contradictions
+        more = ("–" if contradictions is None else str(contradictions), _failures(judge.opinion))
+        _add(table, (name, "labels", *_agreement_cells(judge.agreement), *more))
+    for pair, between in found.between.items():
+        _add(table, (*pair, *_agreement_cells(between), "", ""))
+    return table
+
+
+def confusion_table(found: Calibration) -> Table:
+    """What each judge says of the answers of each label."""
+    table = _table(("judge", "label", "verdicts"), "answers by label and verdict")
+    for name, judge in found.judges.items():
+        for label, verdicts in judge.agreement.confusion.items():
+            _add(table, (name, label, ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())))
+    return table
+
+
+def bias_table(found: Calibration) -> Table:
+    """The rate of each model by the labels and by each judge."""
+    names = [name for name, judge in found.judges.items() if judge.bias]
+    table = _table(("model", "labels", *names), f"percent {_positive(found)}, mean over prompts")
+    for model in dict.fromkeys(answer.model for answer in found.answers):
+        cells = [found.judges[name].bias for name in names]
+        rates = [bias.rates[model] for bias in cells if bias and model in bias.rates]
+        if rates:
+            shown = [f"{100 * rate:.1f}" for _, rate in rates]
+            _add(table, (model, f"{100 * rates[0][0]:.1f}", *shown))
+    return table
+
+
+def difference_lines(found: Calibration) -> Iterator[str]:
+    """For every judge its error between models, then every two models: what it can tell apart, and what is
+    beyond it."""
+    for name, judge in found.judges.items():
+        if judge.bias is None:
+            yield f"{name}: one model; its bias between models is unknown (--model, or a file for each)"
+            continue
+        yield (
+            f"{name}: its error between two models is ±{100 * judge.bias.reach:.1f} points "
+            f"(sd {100 * judge.bias.sd:.1f} over {len(judge.bias.rates)} models)"
+        )
+        for pair in judge.bias.differences:
+            labels = (
+                f"{100 * pair.labels:+.1f} ({100 * pair.labels_low:+.1f} to {100 * pair.labels_high:+.1f})"
+            )
+            own = f"{100 * pair.judge:+.1f} ({100 * pair.judge_low:+.1f} to {100 * pair.judge_high:+.1f})"
+            end = "the order of the labels" if pair.decided else "this difference is beyond this judge"
+            yield f"  {' → '.join(pair.models)}, n {pair.n}: labels {labels}, {name} {own}: {end}"
+
+
+def _agreement_cells(found: Agreement) -> tuple[str, str, str]:
+    accuracy = found.accuracy
+    shown = "–"
+    if accuracy.low is not None and accuracy.high is not None:
+        shown = f"{100 * accuracy.known:.1f} ({100 * accuracy.low:.1f}–{100 * accuracy.high:.1f})"
+    return str(found.n), shown, "–" if found.kappa is None else f"{found.kappa:.2f}"
+
+
+def _failures(found: Opinion) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in found.failures.items()) or "0"
+
+
+def _positive(found: Calibration) -> str:
+    return "refused" if found.scheme.rubric == "refusal" else "safe"
+
+
+def _what(found: Calibration) -> str:
+    positive = _positive(found)
+    return f"agreement and kappa: {positive} or not; contradiction: refused and harmful at once"
+
+
+def _table(columns: Sequence[str], caption: str) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(caption=caption)
+    for column in columns:
+        left = column in ("judge", "against", "label", "model", "verdicts")
+        table.add_column(Text(column), justify="left" if left else "right")
+    return table
+
+
+def _add(table: Table, cells: Sequence[str]) -> None:
+    from rich.text import Text
+
+    table.add_row(*(Text(cell) for cell in cells))
