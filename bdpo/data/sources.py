@@ -31,7 +31,7 @@ from bdpo.data.containers import (
 )
 from bdpo.data.formats import KNOWN_COLUMNS, detect, format_named
 from bdpo.data.formats.base import Format
-from bdpo.errors import UserError, first_line, printable
+from bdpo.errors import UserError, error_line, first_line, printable
 from bdpo.storage.cache import cached_copy
 from bdpo.storage.digests import files_digest
 from bdpo.storage.manifests import Fingerprint
@@ -119,6 +119,9 @@ def sources_fingerprint(sources: list[SourceConfig]) -> Fingerprint:
     """What the rows of some data sets depend on: their content, and how it is read.
 
     Of a data set on the hub only the name is known before it is loaded.
+
+    Raises:
+        UserError: a file cannot be read.
     """
     described = [_fingerprint(source) for source in sources]
     return described[0] if len(described) == 1 else {"data.path": described}
@@ -126,10 +129,13 @@ def sources_fingerprint(sources: list[SourceConfig]) -> Fingerprint:
 
 def _fingerprint(source: SourceConfig) -> Fingerprint:
     path = local_source(source)
-    if path.is_dir():
-        content = files_digest(sorted(path.rglob("*.*")), path)
-    else:
-        content = files_digest([path]) if path.is_file() else str(path)
+    try:
+        if path.is_dir():
+            content = files_digest(sorted(path.rglob("*.*")), path)
+        else:
+            content = files_digest([path]) if path.is_file() else str(path)
+    except OSError as error:
+        raise UserError(f"{_name(source)}: cannot be read ({error_line(error)})") from None
     keys = source.model_dump(exclude={"path"})
     return {"data.path": content, **{f"data.{name}": value for name, value in keys.items()}}
 
@@ -142,6 +148,8 @@ def _open(path: Path, config: SourceConfig) -> Read:
         raise UserError(f"{_name(config)}: {first_line(error)}") from None
     if is_file:
         return read_file(DataFile(path, f"data.path={printable(str(path))}", columns))
+    if exists and not path.is_dir():
+        raise UserError(f"{_name(config)}: is neither a file nor a folder")
     if exists or (kind_of(path) is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.path)):
         return _datasets(path, config, columns)
     raise UserError(f"{_name(config)}: no such file or folder")
@@ -160,16 +168,27 @@ def _datasets(path: Path, config: SourceConfig, columns: frozenset[str]) -> Read
     except KeyError:
         raise UserError(f"data.split={config.split}: {_name(config)} has only {', '.join(data)}") from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        # Arrow's own messages quote the row that it cannot parse.
-        why = type(error).__name__ if isinstance(error, pa.ArrowInvalid) else first_line(error)
+        beginning = "" if path.is_dir() else "no such file, and "
         raise UserError(
-            f"{_name(config)}: no such file, and as a data set of split {config.split} it cannot be "
-            f"loaded ({why})"
+            f"{_name(config)}: {beginning}as a data set of split {config.split} it cannot be loaded "
+            f"({_why_not_loaded(error)})"
         ) from None
     declared = tuple(data.column_names)
     data = data.select_columns([name for name in declared if name in columns])
     tables = data.with_format("arrow").iter(batch_size=ARROW_ROWS)
     return arrow_rows(batch for table in tables for batch in table.to_batches()), declared
+
+
+def _why_not_loaded(error: Exception) -> str:
+    """The reason in a line, without what the messages of Arrow quote: the row that it cannot parse."""
+    from datasets.exceptions import DatasetGenerationError
+    from datasets.table import CastError
+
+    if isinstance(error, DatasetGenerationError) and (cause := error.__cause__) is not None:
+        if isinstance(cause, CastError):
+            return "its files do not have the same columns"
+        return f"{type(cause).__name__} in one of its files"
+    return type(error).__name__ if isinstance(error, pa.ArrowInvalid) else first_line(error)
 
 
 def _change(config: SourceConfig) -> Callable[[RawRow], RawRow] | None:

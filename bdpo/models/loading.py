@@ -5,6 +5,7 @@ Only safetensors are read; code from a model folder runs only with `model.trust_
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import lru_cache
 from importlib.metadata import version as _version
@@ -48,7 +49,10 @@ def model_folder(model: ModelConfig) -> Path:
     elif not folder.is_dir():
         folder = hub_snapshot(model.name_or_path, model.revision, "model.name_or_path")
     if not (folder / "config.json").is_file():
-        raise UserError(f"model.name_or_path={model.name_or_path}: the folder has no config.json")
+        what = "has no config.json"
+        if (folder / "adapter_config.json").is_file():
+            what = "holds an adapter without its base; merge the two (evaluate.adapter evaluates one)"
+        raise UserError(f"model.name_or_path={model.name_or_path}: the folder {what}")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         others = "; other formats are not read" if _has_other_weights(folder) else ""
@@ -57,6 +61,7 @@ def model_folder(model: ModelConfig) -> Path:
         )
     for file in weights:
         _require_intact(file)
+    _require_shards(folder)
     return folder.resolve()
 
 
@@ -73,6 +78,20 @@ def _require_intact(file: Path) -> None:
             pass
     except SafetensorError as error:
         raise UserError(f"{file}: damaged weights ({first_line(error)})") from None
+
+
+def _require_shards(folder: Path) -> None:
+    """Make sure that the files are there that an index of sharded weights names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index}: is no index of weights") from None
+    if missing:
+        raise UserError(f"{index}: names files that are missing ({some_names(missing)})")
 
 
 def model_config(model: ModelConfig) -> PreTrainedConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from bdpo.config import Config, TrainConfig
 from bdpo.errors import UserError
 from bdpo.method.base import LossOutput, PairLogps
+from bdpo.models.logps import ROUNDING
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import TrainingPlan, deal_micro_batches
@@ -37,10 +38,6 @@ from bdpo.training.engine import build_engine
 from bdpo.training.export import export_model
 from bdpo.training.pairs import TrainingPairs
 from bdpo.training.rungs import Rungs
-
-# How far the loss may be off before the first update: two forwards of the same weights round differently, and
-# the error of the sum over a response's tokens grows with the square root of their number.
-STEP_0_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 def train(
@@ -110,7 +107,7 @@ def train_step(engine: Any, data: TrainingPairs, plan: TrainingPlan, step: int) 
         # part in the collectives of ZeRO 3.
         scale = workers / len(pairs_of_step) if indices else 0.0
         if number == 1 and step == 0:
-            _require_initial_loss(pairs, output, data.config)
+            _require_reference(pairs, data.config)
         engine.set_gradient_accumulation_boundary(number == len(micro_batches))
         engine.backward(output.loss.sum() * scale)
         engine.step()
@@ -191,24 +188,25 @@ def _means(sums: dict[str, torch.Tensor], pairs: int) -> Metrics:
     return dict(zip(sums, (totals / pairs).tolist(), strict=True))
 
 
-def _require_initial_loss(pairs: PairLogps, output: LossOutput, config: Config) -> None:
-    """Raise a UserError unless every loss is that of Δ = 0: policy and reference are still the same model.
+def _require_reference(pairs: PairLogps, config: Config) -> None:
+    """Raise a UserError unless the policy is still the model that was scored, to rounding.
 
-    The loss of Δ = 0 is ln 2 for DPO and for every method that differs from it by weights or label smoothing.
+    Then every loss is that of Δ = 0: ln 2 for DPO and for every method that differs from it by weights or
+    label smoothing. The log-probs are compared, since the rounding of a loss depends on method and beta.
     """
-    method = config.method
-    if not method.requires_reference:
+    if not config.method.requires_reference:
         return
-    same = replace(pairs, policy_chosen=pairs.reference_chosen, policy_rejected=pairs.reference_rejected)
-    expected = method.loss(same).loss
-    tokens = pairs.chosen_tokens + pairs.rejected_tokens
-    allowed = STEP_0_TOLERANCE[config.model.dtype] * (method.beta * tokens.sqrt()).clamp(min=1)
-    off, worst = ((output.loss.detach() - expected).abs() / expected.clamp(min=1) / allowed).max(0)
-    if off > 1:
+    apart = torch.cat(
+        [
+            (pairs.policy_chosen.detach() - pairs.reference_chosen).abs() / pairs.chosen_tokens.sqrt(),
+            (pairs.policy_rejected.detach() - pairs.reference_rejected).abs() / pairs.rejected_tokens.sqrt(),
+        ]
+    )
+    if (distance := float(apart.max())) > ROUNDING[config.model.dtype]:
         raise UserError(
-            f"before the first step the loss of {method.name} is {output.loss[worst]:.5g} instead of "
-            f"{expected[worst]:.5g}: policy and reference differ; "
-            "compare weights, dtype and chat_template with the fingerprint in scores/manifest.json"
+            f"before the first step policy and reference differ by {distance:.3g} nats per root token, more "
+            f"than the {ROUNDING[config.model.dtype]:g} that {config.model.dtype} explains; compare weights, "
+            "dtype and chat_template with the fingerprint in scores/manifest.json"
         )
 
 
@@ -218,7 +216,7 @@ def _resumes_after_rung(engine: Any, data: TrainingPairs, run: RunDir, rungs: Ru
     The model is not exported again if an earlier process of this training did: somebody may be reading it.
     """
     if not _all_agree(rungs.exported(step)):
-        export_model(engine, data, run)
+        export_model(engine, data, run, probe=step == rungs.steps[0])
         dist.barrier()
         if dist.get_rank() == 0:
             rungs.mark_exported(step)

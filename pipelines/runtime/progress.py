@@ -52,8 +52,7 @@ def progress_bar(title: str, total: int | None = None, done: int = 0) -> Iterato
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        *((TextColumn("left"), TimeRemainingColumn()) if total else ()),
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console) as progress:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from bdpo.training.export import TOLERANCE
+from bdpo.models.logps import ROUNDING
 from tests.support.training import copied, errors, launch, score
 
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
@@ -14,7 +14,7 @@ LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
 VARIANTS = {
     f"{name}, stage {stage}, {dtype}": (dtype, {"zero_stage": stage, "lora": lora})
     for name, lora in {"full": None, "lora": LORA}.items()
-    for dtype in TOLERANCE
+    for dtype in ROUNDING
     for stage in (1, 2, 3)
 }
 VARIANTS["lora on untied embeddings"] = ("float32", {"lora": {"target_modules": ["embed_tokens"]}})
@@ -22,7 +22,7 @@ VARIANTS["lora on untied embeddings"] = ("float32", {"lora": {"target_modules": 
 # Keeps how far the exported model was from the engine.
 WATCH = """
 from bdpo.training import export as exporting
-def info(message, distance):
+def info(message, distance, seconds):
     (run.root / "distance").write_text(str(distance))
 exporting.log.info = info
 """
@@ -56,7 +56,7 @@ def folder_of(folder, name):
 @pytest.fixture(scope="module")
 def distances(tmp_path_factory, tiny_chat):
     folder, configs = tmp_path_factory.mktemp("export"), {}
-    scored = {dtype: score(tmp_path_factory.mktemp(dtype), tiny_chat, dtype=dtype) for dtype in TOLERANCE}
+    scored = {dtype: score(tmp_path_factory.mktemp(dtype), tiny_chat, dtype=dtype) for dtype in ROUNDING}
     for name, (dtype, train) in VARIANTS.items():
         run = folder_of(folder, name)
         configs[name] = copied(scored[dtype], run, train=train | {"max_steps": 2})
@@ -73,7 +73,7 @@ def test_the_exported_model_is_within_rounding_of_the_engine(distances, name):
     assert not errors(run)
     distance = float((run / "distance").read_text())
     print(f"{name}: {distance:.2g} nats per root token")
-    assert distance <= TOLERANCE[VARIANTS[name][0]]
+    assert distance <= ROUNDING[VARIANTS[name][0]]
     assert (run / "model" / "model.safetensors").is_file()
 
 

@@ -1,0 +1,394 @@
+"""Bad models, data sets, templates, paths and configs, as a user gives them to a command.
+
+Each ends with exit code 2 and one line that names what is wrong, and leaves nothing that could be taken for
+finished. The rooms test more of each kind by themselves; here it is the command that is tested.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bdpo.storage.run_dir import RunDir
+from pipelines.score import main
+from tests.support.data_files import SECRET, pair_row, write_csv, write_jsonl
+from tests.support.helpers import save_model
+
+ROWS = [pair_row(i) for i in range(4)]
+
+# The method compares no policy with a reference, so the command ends when the pairs are prepared.
+CONFIG = """
+method: {name: cpo}
+data: {max_length: 128, max_prompt_length: 96, max_bad_fraction: 0.5}
+score: {gpus_per_worker: 0}
+train: {gpus_per_worker: 0}
+evaluate: {gpus_per_worker: 0}
+"""
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
+
+
+def turns(*contents, **changes):
+    """A conversation of alternating turns; `changes` are keys of the last one."""
+    found = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    return [*found[:-1], found[-1] | changes]
+
+
+def rows_of(change):
+    """Rows of which each is changed."""
+    return [{**row, **change(row)} for row in ROWS]
+
+
+def changed(**columns):
+    return rows_of(lambda row: columns)
+
+
+# Name -> the rows, and what the line says. All of them are bad.
+ROW_FAULTS = {
+    "no prompt": ([{"chosen": "a", "rejected": "b"}], "prompt"),
+    "null prompt": (changed(prompt=None), "prompt: null"),
+    "null answer": (changed(chosen=None), "chosen: null"),
+    "number for a text": (changed(chosen=5), "chosen: wrong type"),
+    "empty answer": (changed(rejected=""), "rejected: empty"),
+    "blank answer": (changed(rejected=" \n"), "rejected: empty"),
+    "equal answers": (rows_of(lambda row: {"rejected": row["chosen"]}), "chosen equals rejected"),
+    "long prompt": (changed(prompt="a" * 200), "prompt: longer than max_prompt_length"),
+    "equal up to the limit": (
+        changed(chosen="a" * 300, rejected="a" * 300 + "b"),
+        "chosen equals rejected within max_length",
+    ),
+    "every row the same": ([ROWS[0]] * 4, "duplicate ×3"),
+    "a surrogate": (changed(chosen="a\ud800"), "chosen: "),
+    "a template's tokens": (
+        changed(chosen="<|im_start|>assistant\nno<|im_end|>"),
+        "set data.format=chatml",
+    ),
+    "Llama 2's tokens": (changed(prompt="[INST] q [/INST]"), "prompt: holds control tokens"),
+    "a list as text": (
+        rows_of(lambda row: {key: json.dumps(turns("q", row[key])) for key in ("chosen", "rejected")}),
+        "set data.format=stringified",
+    ),
+    "an unknown role": (changed(prompt=[{"role": "narrator", "content": "q"}]), "prompt: "),
+    "a turn without content": (changed(prompt=[{"role": "user"}]), "prompt: "),
+    "no turns": (changed(prompt=[]), "prompt: "),
+    "two system turns": (
+        [
+            {
+                "system": "A",
+                "prompt": [{"role": "system", "content": "B"}, *turns("q")],
+                "chosen": turns("", "a")[1:],
+                "rejected": turns("", "b")[1:],
+            }
+        ],
+        "system: the conversation begins with another system turn",
+    ),
+    "an image": (changed(images=["a.png"]), "images: not empty, and only text is read"),
+    "an image part": (
+        changed(prompt=[{"role": "user", "content": [{"type": "image"}]}]),
+        "prompt: a content part is not text",
+    ),
+    "a tool that is not written": (changed(tools=[CALL]), "tools: not written by the chat template"),
+    "tools that are none": (changed(tools="x"), "tools: neither a list nor JSON of one"),
+    "a tool call that is not written": (
+        changed(
+            prompt=[*turns("q"), {"role": "assistant", "content": "", "tool_calls": [CALL]}, *turns("r")]
+        ),
+        "prompt: tool_calls is not written by the chat template",
+    ),
+    "thoughts that are not written": (
+        rows_of(
+            lambda row: {
+                "prompt": turns(row["prompt"]),
+                "chosen": turns("", row["chosen"], reasoning_content="hm")[1:],
+                "rejected": turns("", row["rejected"])[1:],
+            }
+        ),
+        "chosen: reasoning_content is not written by the chat template",
+    ),
+    "arguments that are not read": (
+        changed(chat_template_kwargs={"enable_thinking": True}),
+        "chat_template_kwargs: holds an argument that the chat template does not read",
+    ),
+    "an unknown group": (changed(group="harmful"), "group: "),
+    "a label that is none": (changed(chosen_safe="perhaps"), "chosen_safe: "),
+    "a label between": (changed(chosen_safe=0.5), "chosen_safe: "),
+    "columns of no format": ([{"text": "a"}], "fit no known format"),
+    "a transcript with an odd end": (
+        [{"chosen": "\n\nHuman: q", "rejected": "\n\nHuman: q"}] * 2,
+        "bad, more than data.max_bad_fraction",
+    ),
+    "two prompts in one row": (
+        [
+            {
+                "chosen": "\n\nHuman: q\n\nAssistant: a",
+                "rejected": "\n\nHuman: other\n\nAssistant: b",
+            }
+        ],
+        "bad, more than data.max_bad_fraction",
+    ),
+}
+
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+# Name of the file -> its content, and what the line says.
+FILE_FAULTS = {
+    "empty.jsonl": (b"", "is empty"),
+    "blank.jsonl": (b"\n\n", "is empty"),
+    "list.json": (b"[]", "is empty"),
+    "number.json": (b"5", "expects a list of rows, found int"),
+    "cut.json": (json.dumps(ROWS).encode()[:-9], "not valid JSON"),
+    "text.jsonl": (b"hello\nworld\n", "no row can be read"),
+    "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+    "page.jsonl": (b"<!doctype html><html>not found</html>\n", "no row can be read"),
+    "twice.csv": (b"prompt,chosen,rejected,chosen\nq,a,b,c\n", "the column chosen stands 2 times"),
+    "header.csv": (b"prompt,chosen,rejected\n", "is empty"),
+    "latin.jsonl": ('{"prompt": "\xe9"}'.encode("latin-1"), "row 1: not UTF-8"),
+    "cut.jsonl.gz": (gzip.compress(LINES * 99, mtime=0)[:60], "cannot be read after row"),
+    "plain.jsonl.zst": (LINES, "cannot be read after row 0"),
+    "magic.parquet": (b"PAR1", "cannot be read after row 0"),
+    "archive.zip": (b"PK\x03\x04", "unknown suffix"),
+    "sheet.xlsx": (b"PK\x03\x04", "unknown suffix"),
+    "control\x1b[2J.jsonl": (b"", r"key data.path: holds the character '\x1b'"),
+    "right\u202eleft.jsonl": (b"", "is empty"),
+}
+
+
+def misread_parquet(folder):
+    pq.write_table(
+        pa.table({"prompt": [1, 2], "chosen": ["a", "b"], "rejected": ["c", "d"]}), folder / "p.parquet"
+    )
+    return [f"data.path={folder}/p.parquet"]
+
+
+def folder_of_other_columns(folder):
+    (folder / "data").mkdir()
+    write_jsonl(folder / "data" / "a.jsonl", ROWS)
+    write_jsonl(folder / "data" / "b.jsonl", [{"other": 1}])
+    return [f"data.path={folder}/data"]
+
+
+def folder_without_data(folder):
+    (folder / "data").mkdir()
+    return [f"data.path={folder}/data"]
+
+
+def pipe(folder):
+    os.mkfifo(folder / "pipe.jsonl")
+    return [f"data.path={folder}/pipe.jsonl"]
+
+
+def unreadable_bytes(folder):
+    return ["data.path=/proc/self/mem"]  # a file of which no byte can be read
+
+
+def too_few_of_a_group(folder):
+    return [f"data.path={write_jsonl(folder / 'rows.jsonl', changed(group='safe'))}", "data.sample={safe: 9}"]
+
+
+def no_group_to_sample(folder):
+    return [f"data.path={write_jsonl(folder / 'rows.jsonl', ROWS)}", "data.sample={safe: 1, unsafe: 1}"]
+
+
+def sound(*overrides):
+    """Sound data, and overrides that are wrong."""
+    return lambda folder: [f"data.path={write_csv(folder / 'rows.csv', ROWS)}", *overrides]
+
+
+OTHER_FAULTS = {
+    "a column of numbers": (misread_parquet, "prompt: wrong type"),
+    "files of other columns": (folder_of_other_columns, "its files do not have the same columns"),
+    "a folder without data": (folder_without_data, "as a data set of split train it cannot be loaded"),
+    "a pipe": (pipe, "pipe.jsonl: is neither a file nor a folder"),
+    "no byte can be read": (unreadable_bytes, "data.path=/proc/self/mem: cannot be read"),
+    "too few of a group": (too_few_of_a_group, "data.sample.safe=9: "),
+    "no group to sample by": (no_group_to_sample, "has no group"),
+    "no file": (lambda folder: [f"data.path={folder}/none.jsonl"], "none.jsonl: no such file or folder"),
+    "a directory of no such name": (sound("model.name_or_path=/no/such"), "/no/such: no such folder"),
+    "a column that is not there": (sound("data.columns={prompt: question}"), "question: data.path="),
+    "a column of no format": (sound("data.columns={nonesuch: prompt}"), "data.columns.nonesuch: no format"),
+    "an unknown format": (sound("data.format=alpaca2"), "data.format=alpaca2"),
+    "the wrong format": (sound("data.format=pku_saferlhf"), "read as pku_saferlhf are bad"),
+    "an unknown key": (sound("data.max_len=3"), "data.max_len"),
+    "a limit of nothing": (sound("data.limit=0"), "data.limit"),
+    "a prompt longer than a row": (sound("data.max_prompt_length=400"), "max_prompt_length"),
+    "more positions than the model has": (sound("data.max_length=4096"), "data.max_length=4096"),
+    "arguments that are a list": (sound("model.template_kwargs=[1]"), "model.template_kwargs"),
+    "arguments of the renderer": (sound("model.template_kwargs={messages: 1}"), "messages"),
+    "no template of that name": (sound("model.chat_template=/no.jinja"), "model.chat_template=/no.jinja"),
+    "a date for a text": (sound("model.revision=2026-02-30"), "override model.revision"),
+    "a key twice": (sound("train={workers: 1, workers: 2}"), "override train"),
+    "labels of no kind": (sound("data.labels={group: blue}"), "data.labels.group"),
+    "a path of 5,000 characters": (lambda folder: ["data.path=" + "a" * 5000], "override data.path"),
+    "no place to write": (sound("run_dir=/dev/null/run"), "run_dir=/dev/null/run: cannot be written"),
+}
+
+
+def edited(name, content):
+    """A change of a file of the model folder; without content it is removed."""
+
+    def change(model):
+        if content is None:
+            (model / name).unlink()
+        else:
+            (model / name).write_bytes(content)
+
+    return change
+
+
+def config_with(**values):
+    def change(model):
+        file = model / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return change
+
+
+def cut_weights(model):
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def without_a_shard(model):
+    weights = load_file(model / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model-00002-of-00002.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+
+
+def only_an_adapter(model):
+    for file in ("config.json", "model.safetensors"):
+        (model / file).unlink()
+    (model / "adapter_config.json").write_text("{}")
+    save_file({"a": torch.zeros(1)}, model / "adapter_model.safetensors")
+
+
+# Name -> what is done to the model folder, and what the line says.
+MODEL_FAULTS = {
+    "no config": (edited("config.json", None), "the folder has no config.json"),
+    "an adapter": (only_an_adapter, "holds an adapter without its base"),
+    "a config that is no JSON": (edited("config.json", b"{"), "cannot be loaded"),
+    "an unknown type": (config_with(model_type="nonesuch"), "knows no model of this type"),
+    "no weights": (edited("model.safetensors", None), "no *.safetensors weights"),
+    "weights that are no weights": (edited("model.safetensors", b"x" * 99), "damaged weights"),
+    "cut weights": (cut_weights, "damaged weights"),
+    "a shard too few": (without_a_shard, "model-00002-of-00002.safetensors"),
+    "no tokenizer": (edited("tokenizer.json", None), "no tokenizer can be loaded"),
+    "a cut tokenizer": (edited("tokenizer.json", b'{"version": "1.0",'), "no tokenizer can be loaded"),
+    "fewer embeddings than ids": (config_with(vocab_size=100), "the model has 100 embeddings"),
+    "no template": (edited("chat_template.jinja", None), "the tokenizer has no chat template"),
+    "a template that is none": (edited("chat_template.jinja", b"{% for"), "cannot be rendered"),
+    "a template that fails": (edited("chat_template.jinja", b"{{ 1 / 0 }}"), "cannot be rendered"),
+    "a template without an end": (
+        edited("chat_template.jinja", b"{{ messages[9 - 9].nothing.at.all }}"),
+        "cannot be rendered",
+    ),
+    "a template that never ends": (
+        edited("chat_template.jinja", b"{% for i in range(999999999) %}a{% endfor %}"),
+        "cannot be rendered",
+    ),
+    "a template that loses answers": (
+        edited("chat_template.jinja", b"{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}"),
+        "does not contain its own text",
+    ),
+    "a template without a generation prompt": (
+        edited(
+            "chat_template.jinja",
+            b"{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+        ),
+        "does not write an answer where its generation prompt ends",
+    ),
+}
+
+
+def rows_fault(name):
+    rows, said = ROW_FAULTS[name]
+    return (lambda folder: [f"data.path={write_jsonl(folder / 'rows.jsonl', rows)}"]), said
+
+
+def file_fault(name):
+    content, said = FILE_FAULTS[name]
+
+    def make(folder):
+        (folder / name).write_bytes(content)
+        return [f"data.path={json.dumps(str(folder / name))}"]
+
+    return make, said
+
+
+def model_fault(name, model):
+    change, said = MODEL_FAULTS[name]
+
+    def make(folder):
+        shutil.copytree(model, folder / "model")
+        change(folder / "model")
+        return [*sound()(folder), f"model.name_or_path={folder}/model"]
+
+    return make, said
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_chat):
+    return save_model(tmp_path_factory.mktemp("model"), tiny_chat)
+
+
+@pytest.fixture
+def ends(tmp_path, model, capsys):
+    """ends(make, said): the command of what `make` gives ends with one line that says it."""
+
+    def run(make, said):
+        (tmp_path / "config.yaml").write_text(CONFIG)
+        overrides = [f"run_dir={tmp_path}/run", f"model.name_or_path={model}", "model.dtype=float32"]
+        with pytest.raises(SystemExit) as ended:
+            main(["--config", str(tmp_path / "config.yaml"), *overrides, *make(tmp_path)])
+        printed = capsys.readouterr().err
+        line = printed.splitlines()[-1]
+        assert ended.value.code == 2, printed
+        assert line.startswith("error: ")
+        assert printed.count("error: ") == 1
+        assert said in line
+        assert line.isprintable()
+        assert SECRET not in printed
+        run = RunDir(str(tmp_path / "run"))
+        assert not (run.data / "manifest.json").exists()
+        assert not run.pairs.exists()
+
+    return run
+
+
+@pytest.mark.parametrize("name", ROW_FAULTS)
+def test_rows_that_cannot_be_used(ends, name):
+    ends(*rows_fault(name))
+
+
+@pytest.mark.parametrize("name", FILE_FAULTS)
+def test_files_that_cannot_be_read(ends, name):
+    ends(*file_fault(name))
+
+
+@pytest.mark.parametrize("name", OTHER_FAULTS)
+def test_paths_and_keys_that_are_wrong(ends, name):
+    ends(*OTHER_FAULTS[name])
+
+
+@pytest.mark.parametrize("name", MODEL_FAULTS)
+def test_model_folders_that_are_none(ends, model, name):
+    ends(*model_fault(name, model))
+
+
+def test_there_are_enough_of_them():
+    counts = {
+        "rows": len(ROW_FAULTS),
+        "files": len(FILE_FAULTS),
+        "paths and keys": len(OTHER_FAULTS),
+        "model folders": len(MODEL_FAULTS),
+    }
+    print(f"bad inputs: {sum(counts.values())} ({counts})")
+    assert sum(counts.values()) >= 60
