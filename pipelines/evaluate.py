@@ -47,7 +47,7 @@ from pipelines.runtime.cli import Command, exit_codes
 from pipelines.runtime.cluster import connect, require_capacity
 from pipelines.runtime.pool import Executor, InProcess, RayPool, ShardWork
 from pipelines.runtime.progress import console, progress_bar
-from pipelines.runtime.stage import ManifestStage, complete_all
+from pipelines.runtime.stage import ManifestStage, check_inputs, complete_all
 
 if TYPE_CHECKING:
     from bdpo.cluster.preflight import Check
@@ -216,8 +216,9 @@ MODELS = (EvaluateBase, EvaluateAdapter, EvaluateTrained)
 
 
 def run_evaluate(config: Config, run: RunDir) -> None:
-    """Evaluate the models that exist, and print the comparison."""
+    """Evaluate the models that exist, and print the comparison; a judge that cannot judge stops it first."""
     stages = [stage(config, run) for stage in MODELS]
+    check_inputs([stage for stage in stages if stage.applies and stage.has_inputs])
     done = complete_all(stages)
     print_comparison({stage.model_name: stage.folder for stage in stages if stage.name in done})
 

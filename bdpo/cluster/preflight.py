@@ -25,7 +25,7 @@ from bdpo.evaluation.benchmarks.registry import load_items
 from bdpo.evaluation.judges.registry import judge_kind
 from bdpo.models.adapters import check_lora
 from bdpo.models.architectures import has_plain_lm_head
-from bdpo.models.loading import model_config
+from bdpo.models.loading import model_config, require_complete_weights
 from bdpo.models.tokenizer import ChatTokenizer, EncodedPair, load_tokenizer
 from bdpo.search.space import check_space
 from bdpo.storage.manifests import read_manifest
@@ -65,8 +65,9 @@ def examine(checks: Mapping[str, Check], *arguments: Any) -> Iterator[Finding]:
 
 
 def check_model(config: Config, run: RunDir) -> str:
-    """Tokenizer, template and whole weights are to be had."""
+    """Tokenizer and template can be used, and the weights are complete."""
     load_tokenizer(config.model)
+    require_complete_weights(config.model)
     shape = model_config(config.model)
     kind = shape.model_type
     if config.data.select and config.data.select.ches and not has_plain_lm_head(shape):

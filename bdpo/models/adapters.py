@@ -52,8 +52,15 @@ def adapter_digest(folder: Path) -> str:
 
 
 def base_of(folder: Path) -> str:
-    """The model that an adapter says it was trained over."""
-    return str(json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    """The model that an adapter names as the one that it was trained over.
+
+    Raises:
+        UserError: its config names none.
+    """
+    try:
+        return str(json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / _CONFIG}: names no base_model_name_or_path") from None
 
 
 def load_adapted(base: ModelConfig, folder: Path) -> PreTrainedModel:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version as _version
 from itertools import chain
@@ -194,14 +196,16 @@ def load_model(folder: Path, model: ModelConfig, attention: str | None = None) -
     return loaded
 
 
-def require_complete_weights(folder: Path, model: ModelConfig) -> None:
-    """Make sure that the weights are those of the architecture, by name and shape, without keeping them.
+def require_complete_weights(model: ModelConfig) -> None:
+    """Make sure that the weights are those of the architecture, by name and shape, without reading them.
 
-    `load_model` does so by itself but for ZeRO-3, where transformers reports no tensor that is too many.
+    It takes a fraction of a second: commands look before they start anything. `load_model` looks, too,
+    but not under ZeRO-3, where transformers reports no tensor that is too many.
 
     Raises:
         UserError: they are not; the tensors are named.
     """
+    folder = model_folder(model)
     _, report = _from_pretrained(folder, model, device_map="meta", ignore_mismatched_sizes=True)
     _refuse_incomplete(folder, report)
 
@@ -214,18 +218,35 @@ def _from_pretrained(folder: Path, model: ModelConfig, **settings: Any) -> tuple
 
     auto: Any = AutoModelForCausalLM  # its annotations know no report
     try:
-        loaded, report = auto.from_pretrained(
-            folder,
-            trust_remote_code=model.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            **settings,
-        )
+        with _quiet():
+            loaded, report = auto.from_pretrained(
+                folder,
+                trust_remote_code=model.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                **settings,
+            )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if out_of_memory(error):
             raise
         raise _not_loaded(folder, error) from None
     return loaded, report
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a bar of every worker, and without the advice of the report that `_refuse_incomplete` reads."""
+    from transformers.utils import logging as theirs
+
+    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(verbosity)
+        if bars:
+            theirs.enable_progress_bar()
 
 
 def _refuse_incomplete(folder: Path, report: dict[str, Any]) -> None:

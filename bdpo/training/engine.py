@@ -109,7 +109,7 @@ def _load_policy(config: Config, ds_config: dict[str, Any]) -> Any:
             "else in training than in evaluation (random routing); it can be scored and evaluated alone"
         )
     if config.train.zero_stage == 3:
-        require_on_first_worker(lambda: require_complete_weights(folder, config.model))
+        require_on_first_worker(lambda: require_complete_weights(config.model))
     # from_pretrained partitions while an HfDeepSpeedConfig is alive: transformers holds a weak reference.
     alive = HfDeepSpeedConfig(ds_config) if config.train.zero_stage == 3 else None
     model = load_model(folder, config.model, attention)

@@ -17,10 +17,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bdpo.errors import UserError
+from bdpo.evaluation.answers import EvaluatedModel
+from bdpo.evaluation.judges.finetuned import load_finetuned_judge
+from bdpo.scoring.reference import ReferenceScorer
 from bdpo.storage.run_dir import RunDir
-from pipelines.score import main
+from bdpo.training.engine import _load_policy, deepspeed_config
+from pipelines.evaluate import main as evaluate
+from pipelines.score import main as score
+from pipelines.train import main as train
 from tests.support.data_files import SECRET, pair_row, write_csv, write_jsonl
-from tests.support.helpers import save_model
+from tests.support.helpers import save_model, tiny_config
 
 ROWS = [pair_row(i) for i in range(4)]
 
@@ -308,6 +315,35 @@ MODEL_FAULTS = {
 }
 
 
+def with_weights(change):
+    """The weights of a model folder are changed."""
+
+    def save(model):
+        file = model / "model.safetensors"
+        save_file(change(load_file(file)), file, {"format": "pt"})
+
+    return save
+
+
+BENCHMARK = ("evaluate.benchmarks=[strongreject]", "evaluate.strongreject.path=sandbox")
+
+# Name -> what is done to the model folder, and the tensors that the line names.
+WEIGHT_FAULTS = {
+    "some are missing": (
+        with_weights(lambda found: {name: one for name, one in found.items() if ".mlp." not in name}),
+        "tensors 6 missing (model.layers.0.mlp.down_proj.weight, ",
+    ),
+    "all are renamed": (
+        with_weights(lambda found: {f"module.{name}": one for name, one in found.items()}),
+        "unknown to the architecture (module.lm_head.weight, ",
+    ),
+    "one of another shape": (
+        with_weights(lambda found: found | {"model.norm.weight": torch.ones(31)}),
+        "tensors 1 of another shape (model.norm.weight)",
+    ),
+}
+
+
 def rows_fault(name):
     rows, said = ROW_FAULTS[name]
     return (lambda folder: [f"data.path={write_jsonl(folder / 'rows.jsonl', rows)}"]), said
@@ -343,7 +379,7 @@ def model(tmp_path_factory, tiny_chat):
 def ends(tmp_path, model, capsys):
     """ends(make, said): the command of what `make` gives ends with one line that says it."""
 
-    def run(make, said):
+    def run(make, said, main=score):
         (tmp_path / "config.yaml").write_text(CONFIG)
         overrides = [f"run_dir={tmp_path}/run", f"model.name_or_path={model}", "model.dtype=float32"]
         with pytest.raises(SystemExit) as ended:
@@ -356,6 +392,7 @@ def ends(tmp_path, model, capsys):
         assert said in line
         assert line.isprintable()
         assert SECRET not in printed
+        assert "newly initialized" not in printed  # the advice of transformers
         run = RunDir(str(tmp_path / "run"))
         assert not (run.data / "manifest.json").exists()
         assert not run.pairs.exists()
@@ -383,12 +420,68 @@ def test_model_folders_that_are_none(ends, model, name):
     ends(*model_fault(name, model))
 
 
+@pytest.mark.parametrize("name", WEIGHT_FAULTS)
+@pytest.mark.parametrize("command", [score, train, evaluate])
+def test_weights_that_are_not_complete_are_refused_before_anything_starts(ends, model, command, name):
+    change, said = WEIGHT_FAULTS[name]
+
+    def make(folder):
+        shutil.copytree(model, folder / "model")
+        change(folder / "model")
+        return [*sound()(folder), f"model.name_or_path={folder}/model", *BENCHMARK]
+
+    ends(make, said, command)
+
+
+@pytest.mark.parametrize("name", WEIGHT_FAULTS)
+def test_and_so_are_those_of_a_judge(ends, model, name):
+    change, said = WEIGHT_FAULTS[name]
+
+    def make(folder):
+        shutil.copytree(model, folder / "judge")
+        change(folder / "judge")
+        judge = f"evaluate.judge={{name: finetuned, model: {folder}/judge}}"
+        return [*sound()(folder), judge, *BENCHMARK]
+
+    ends(make, said, evaluate)
+
+
+def score_with(config):
+    ReferenceScorer(config, "cpu")
+
+
+def train_with(config):
+    _load_policy(config, deepspeed_config(config))
+
+
+def answer_with(config):
+    EvaluatedModel(config.model).load()
+
+
+def judge_with(config):
+    load_finetuned_judge(config.model.name_or_path, on_gpu=False)
+
+
+@pytest.mark.parametrize("load", [score_with, train_with, answer_with, judge_with])
+def test_weights_that_are_no_numbers_are_refused_where_they_are_read(tmp_path, model, load):
+    shutil.copytree(model, tmp_path / "model")
+    with_weights(lambda found: found | {"model.norm.weight": torch.full((32,), torch.nan)})(
+        tmp_path / "model"
+    )
+    config = tiny_config(tmp_path, tmp_path / "model", tmp_path, train={"zero_stage": 1})
+    with pytest.raises(
+        UserError, match=r"model: NaN or infinite weights in 1 tensors \(model\.norm\.weight\)$"
+    ):
+        load(config)
+
+
 def test_there_are_enough_of_them():
     counts = {
         "rows": len(ROW_FAULTS),
         "files": len(FILE_FAULTS),
         "paths and keys": len(OTHER_FAULTS),
         "model folders": len(MODEL_FAULTS),
+        "weights": 4 * (len(WEIGHT_FAULTS) + 1),
     }
     print(f"bad inputs: {sum(counts.values())} ({counts})")
     assert sum(counts.values()) >= 60

@@ -159,12 +159,15 @@ def _check(config: Config) -> str:
     """Weights and tokenizer can be read: from the hub they are fetched now."""
     from transformers import AutoTokenizer
 
-    from bdpo.models.adapters import adapter_folder
+    from bdpo.models.adapters import adapter_folder, base_of
+    from bdpo.models.loading import require_complete_weights
 
     name = _name(config)
     finetuned_digest(name)
     known = (Path(name) / "config.json").is_file()
-    digit_ids(AutoTokenizer.from_pretrained(name if known else adapter_folder(name, "evaluate.judge.model")))
+    folder = Path(name) if known else adapter_folder(name, "evaluate.judge.model")
+    require_complete_weights(ModelConfig(name_or_path=name if known else base_of(folder)))
+    digit_ids(AutoTokenizer.from_pretrained(folder))
     return f"{name}: weights and tokenizer are read"
 
 
