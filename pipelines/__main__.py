@@ -13,6 +13,7 @@ COMMANDS = {
     "search": "tune.search",
     "experiment": "pipelines.experiment",
     "agreement": "pipelines.agreement",
+    "gate": "pipelines.gate",
     "preflight": "pipelines.preflight",
     "status": "pipelines.status",
     "report": "pipelines.report",

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from bdpo.config import Config
+from bdpo.config.gate import Condition, GateConfig
 from bdpo.method.base import Method
 from bdpo.method.losses import METHODS
 from bdpo.section import RUNTIME_ONLY, Section, Variant, sections_in
@@ -20,6 +21,8 @@ from bdpo.section import RUNTIME_ONLY, Section, Variant, sections_in
 DOCS = Path(__file__).parents[2] / "docs"
 
 _NOTE = "<!-- Made by `python -m bdpo.config.reference` from the classes; do not edit. -->"
+
+_GATES = "The file of `python -m pipelines.gate` is no part of a run's config."
 
 _NAMES: dict[Any, str] = {
     str: "text",
@@ -55,6 +58,7 @@ def config_page() -> str:
             lines += ["## `method`", "Each method has keys of its own: see [methods.md](methods.md)."]
         elif sections:
             lines += [line for section in sections for line in _section(section, name)]
+    lines += ["## Gate files", _GATES, *_part(GateConfig, ""), "### `conditions`", *_part(Condition, "")]
     return "\n\n".join(lines) + "\n"
 
 
@@ -92,11 +96,15 @@ def _section(section: type[Section], key: str, level: int = 2) -> Iterator[str]:
     """The heading, the words and the table of a section, and those of the sections in it."""
     kind = f": `{section.kind()}`" if issubclass(section, Variant) else ""
     yield f"{'#' * level} `{key}`{kind}"
-    yield _words(section)
-    yield _table(section, f"{key}.", list(section.model_fields))
+    yield from _part(section, f"{key}.")
     for name, field in section.model_fields.items():
         for inner in sections_in(field.annotation):
             yield from _section(inner, f"{key}.{name}", level + 1)
+
+
+def _part(section: type[Section], prefix: str) -> list[str]:
+    """The words and the table of a section."""
+    return [_words(section), _table(section, prefix, list(section.model_fields))]
 
 
 def _table(section: type[Section], prefix: str, keys: list[str]) -> str:

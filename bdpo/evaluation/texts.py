@@ -25,6 +25,17 @@ _UNSPACED = ("CJK", "THAI", "LAO", "KHMER", "MYANMAR")
 
 _WORD = re.compile(r"\w+")
 
+_CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
+
+_FUNCTION_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        "a an and are as at be but by can for from have how i if in is it my not of on or so that the there "
+        "this to was what will with you your",
+    )
+)
+"""Of English text they are 30 to 50 % of the words."""
+
 
 def opened_thought(generation_prompt: str) -> str:
     """The mark with which a prompt's last tokens open a thought block; empty where they open none.
@@ -54,10 +65,12 @@ def fault_of(response: str, prompt: str) -> Fault | None:
       rules for repetition of Rae et al., arXiv 2112.11446, table A1).
     - `other_script`: most letters are of another script than most letters of the prompt.
     - `gibberish`: letters of three scripts or more, each above 5 %; or words of more than 20 characters on
-      average; or fewer than 40 % letters and digits.
+      average; or fewer than 40 % letters and digits; or more than 2 % control and replacement characters; or,
+      where the prompt is English, of 10 words or more under 12 % function words (after the stop word rule of
+      the same table).
 
     Rules of thumb, without a model: a fluent answer that makes no sense is not found, and an answer that was
-    asked to be in another script counts as one.
+    asked to be in another script or language counts as one.
     """
     words = _WORD.findall(response)
     if not words:
@@ -66,7 +79,7 @@ def fault_of(response: str, prompt: str) -> Fault | None:
     unspaced = _main(scripts) in _UNSPACED
     if _repeats(list("".join(words)) if unspaced else words):
         return "repetition"
-    if _is_gibberish(response, scripts, [] if unspaced else words):
+    if _is_gibberish(response, scripts, [] if unspaced else words) or _is_no_english(response, prompt):
         return "gibberish"
     asked = _main(_scripts(prompt))
     return "other_script" if asked and _main(scripts) not in (asked, "") else None
@@ -85,7 +98,19 @@ def _is_gibberish(text: str, scripts: Counter[str], words: list[str]) -> bool:
     if sum(map(len, words)) > 20 * len(words):
         return True
     visible = [character for character in text if not character.isspace()]
+    unprintable = sum(unicodedata.category(c) == "Cc" or c == "\N{REPLACEMENT CHARACTER}" for c in visible)
+    if unprintable > 0.02 * len(visible):
+        return True
     return sum(unicodedata.category(character)[0] in "LNM" for character in visible) < 0.4 * len(visible)
+
+
+def _is_no_english(response: str, prompt: str) -> bool:
+    """Whether an English prompt was answered, outside of code and lists, without English sentences."""
+    lines = [_WORD.findall(line) for line in _CODE.sub(" ", response).splitlines()]
+    words = [word for line in lines if len(line) > 4 for word in line if word.isalpha()]
+    if len(words) < 10 or not _FUNCTION_WORDS.intersection(_WORD.findall(prompt.lower())):
+        return False
+    return sum(word.lower() in _FUNCTION_WORDS for word in words) < 0.12 * len(words)
 
 
 def _main(scripts: Counter[str]) -> str:

@@ -7,6 +7,7 @@ is read, with a warning, and the other lines stand.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -92,4 +93,4 @@ class MetricsLog:
 
 
 def _lines(rows: list[Row]) -> str:
-    return "".join(sealed(row) + "\n" for row in rows)
+    return "".join(json.dumps(sealed(row)) + "\n" for row in rows)

@@ -14,6 +14,7 @@ check costs each node only what it is about to read anyway.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -75,7 +76,7 @@ class CheckpointPart:
         """The content of `part-<rank>.json`, with a digest of itself."""
         content = {**asdict(self), **asdict(self.progress)}
         del content["progress"]
-        return sealed(content)
+        return json.dumps(sealed(content))
 
     @classmethod
     def read(cls, folder: StoragePath, rank: int) -> CheckpointPart:

@@ -41,6 +41,12 @@ PROSE = (
     "not slip, and it is easy to untie after a load. Sailors use it for mooring lines, climbers as a backup."
 )
 
+BABBLE = (
+    "oke etc relcon wis oin anyway notigcule iriamake parabus hug frfigha group apolis nans urolog headgh "
+    "actly brance rophpyang erves hedgh quity sersy atinl cour leady dieally olesc"
+)
+"""As a model writes whose layers were scaled by 2."""
+
 
 @pytest.mark.parametrize(
     ("response", "fault"),
@@ -61,11 +67,19 @@ PROSE = (
         ("结绳很容易，先交叉两端，然后拉紧。", "other_script"),
         ("qzx жщ 结绳 tie עברית καλός", "gibberish"),
         ("}{)(*&^%$#@!~ <<>> ;;;; a {}{}{} ====", "gibberish"),
+        ("f\x18\ufffd\ufffdaA(t\ufffd: e\ufffdeɴbs", "gibberish"),
+        (BABBLE, "gibberish"),
+        (f"Run it:\n\n```python\n{BABBLE}", None),
+        (" ".join(BABBLE.split()[:9]), None),  # too short to be told
         ("knotendsropelooppullcrosstieknotendsropeloop pullcrosstieknotendsropeloop", "gibberish"),
     ],
 )
 def test_broken_answers_are_found_by_their_text(response: str, fault: str | None) -> None:
     assert fault_of(response, "How do I tie a knot?") == fault
+
+
+def test_function_words_are_expected_of_answers_to_english_alone() -> None:
+    assert fault_of(BABBLE, "Miten solmitaan paalusolmu?") is None
 
 
 def test_an_answer_in_the_script_of_its_prompt_is_not_broken() -> None:

@@ -1,0 +1,241 @@
+"""Whether the evaluations of a run meet the conditions of a gate, with the evidence for each.
+
+Nothing is assumed in favour of a model: what was not evaluated, is invalid, or cannot be compared with the
+base model is not met, and says why.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bdpo.config.gate import Condition, GateConfig
+from bdpo.errors import UserError
+from bdpo.evaluation.benchmarks.base import TEXT_MEASURES
+from bdpo.evaluation.benchmarks.registry import BENCHMARKS, find_measure, measure_label
+from bdpo.evaluation.capability import BENCHMARKS as CAPABILITY
+from bdpo.evaluation.compare import item_clusters
+from bdpo.evaluation.measures import DECIDED, summarise
+from bdpo.evaluation.results import COMPARABLE, Evaluation, read_evaluation
+from bdpo.stats import Estimate, paired_difference
+from bdpo.storage.paths import StoragePath
+
+_WORDS = {
+    "at_least": "at least",
+    "at_most": "at most",
+    "max_regression": "no worse than the base by more than",
+}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A measured number beside its judge; a difference where the condition compares with the base model."""
+
+    value: float
+    low: float
+    """95 % interval."""
+    high: float
+    n: int
+    """Items that the number is made from."""
+    base: float | None = None
+    """The base model's value on the same items, of a difference."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A condition, and whether it is met."""
+
+    condition: str
+    met: bool
+    judge: str
+    """Who gave the verdicts that were measured."""
+    evidence: Evidence | None
+    reason: str = ""
+    """Why there is no evidence."""
+
+
+class _Unmet(Exception):
+    """There is nothing by which a condition could be met; the message says why."""
+
+
+def check_gate(gate: GateConfig, source: str) -> None:
+    """Make sure that every condition is on a measure that exists, and bounds it on the side that matters.
+
+    Raises:
+        UserError: one is not; the message names `source`, the condition, and the nearest known measure.
+    """
+    for number, condition in enumerate(gate.conditions, 1):
+        where = f"{source}: condition {number}: measure {condition.measure}"
+        more = _known_measures().get(condition.measure)
+        if more is None:
+            near = difflib.get_close_matches(condition.measure, _known_measures(), 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(_known_measures())}"
+            raise UserError(f"{where} is unknown{hint}")
+        if condition.bound[0] == ("at_most" if more else "at_least"):
+            expected = "more of it is better, expects at_least" if more else "less is better, expects at_most"
+            raise UserError(f"{where}: {expected}")
+        capability = condition.measure.partition(".")[0] in CAPABILITY
+        if capability and (condition.max_regression is not None or condition.category):
+            raise UserError(f"{where}: has no single items, expects at_least and no category")
+
+
+def check_run(gate: GateConfig, folders: Mapping[str, StoragePath]) -> list[Outcome]:
+    """Every condition of the gate, and for each benchmark that they name one on its broken answers.
+
+    Args:
+        gate: see `check_gate`, which it has passed.
+        folders: name of a model -> the folder of its evaluation, which may be unfinished.
+
+    Raises:
+        UserError: a file of an evaluation is damaged.
+    """
+    evaluations = {name: _finished(folder) for name, folder in folders.items()}
+    named = dict.fromkeys(condition.measure.partition(".")[0] for condition in gate.conditions)
+    intact = [
+        Condition(measure=f"{name}.unbroken", at_least=1 - gate.max_broken, at="value")
+        for name in named
+        if name in BENCHMARKS
+    ]
+    return [_outcome(condition, gate, evaluations) for condition in (*gate.conditions, *intact)]
+
+
+def judge_of(evaluation: Evaluation, measure: str) -> str:
+    """Who decided what `benchmark.measure` counts: the judge with its model, the harness, or nobody."""
+    benchmark, _, name = measure.partition(".")
+    if benchmark in CAPABILITY:
+        return "lm-evaluation-harness"
+    if name in {text.name for text in TEXT_MEASURES}:
+        return "none (rules on the text)"
+    parts = (evaluation.fingerprint.get(key) for key in ("evaluate.judge", "evaluate.judge.model"))
+    return " ".join(str(part) for part in parts if part)
+
+
+def _known_measures() -> dict[str, bool]:
+    """`benchmark.measure` -> whether more of it is better."""
+    judged = {
+        f"{name}.{measure.name}": measure.more_is_better
+        for name, benchmark in BENCHMARKS.items()
+        for measure in benchmark.measures
+    }
+    return judged | {f"{name}.accuracy": True for name in CAPABILITY}
+
+
+def _finished(folder: StoragePath) -> Evaluation | None:
+    """The evaluation in a folder; None while it is not finished."""
+    there = all((folder / name).is_file() for name in ("summary.json", "scores.parquet"))
+    return read_evaluation(folder) if there else None
+
+
+def _outcome(condition: Condition, gate: GateConfig, evaluations: Mapping[str, Evaluation | None]) -> Outcome:
+    gated = evaluations[gate.model]
+    judge = judge_of(gated, condition.measure) if gated else ""
+    try:
+        if gated is None:
+            raise _Unmet(f"the evaluation of {gate.model} is not finished")
+        evidence = _evidence(condition, gate, gated, evaluations[gate.base])
+    except _Unmet as unmet:
+        return Outcome(_words(condition), False, judge, None, str(unmet))
+    return Outcome(_words(condition), _is_met(condition, evidence), judge, evidence)
+
+
+def _evidence(condition: Condition, gate: GateConfig, gated: Evaluation, base: Evaluation | None) -> Evidence:
+    if condition.max_regression is None:
+        return _estimate(condition, gated)
+    if base is None:
+        raise _Unmet(f"the evaluation of {gate.base} is not finished")
+    for name in COMPARABLE:
+        if gated.fingerprint.get(name) != base.fingerprint.get(name):
+            raise _Unmet(f"{gate.model} and {gate.base} were evaluated with different {name}")
+    return _difference(condition, gated, base)
+
+
+def _estimate(condition: Condition, evaluation: Evaluation) -> Evidence:
+    benchmark, _, name = condition.measure.partition(".")
+    if benchmark in CAPABILITY:
+        result = evaluation.summary.capability.get(benchmark, {})
+        if "accuracy" not in result:
+            raise _Unmet(f"{benchmark} was not run")
+        return _measured(condition, Estimate(**result["accuracy"]))
+    _require_valid(benchmark, evaluation)
+    part = evaluation.summary.benchmarks[benchmark]
+    if condition.category is None:
+        return _measured(condition, part.total.estimates.get(name))
+    if condition.category not in part.categories:
+        raise _Unmet(f"{benchmark} has no category {condition.category}")
+    return _measured(condition, part.categories[condition.category].estimates.get(name))
+
+
+def _measured(condition: Condition, estimate: Estimate | None) -> Evidence:
+    if estimate is None or estimate.value is None or estimate.low is None or estimate.high is None:
+        raise _Unmet(f"no item measures {condition.measure}")
+    return Evidence(estimate.value, estimate.low, estimate.high, estimate.n)
+
+
+def _require_valid(benchmark: str, evaluation: Evaluation) -> None:
+    """Refuse a benchmark that was not evaluated, is invalid, or whose scores are not those of its summary."""
+    part = evaluation.summary.benchmarks.get(benchmark)
+    if part is None:
+        raise _Unmet(f"{benchmark} was not evaluated")
+    if not part.valid:
+        raise _Unmet(f"{benchmark} is invalid: {part.total.failed} of {part.total.n} answers have no verdict")
+    own = evaluation.scores.filter(pc.equal(evaluation.scores["benchmark"], benchmark))
+    if summarise(own).benchmarks.get(benchmark) != part:
+        raise _Unmet(f"scores.parquet does not give the numbers of summary.json for {benchmark}")
+
+
+def _difference(condition: Condition, gated: Evaluation, base: Evaluation) -> Evidence:
+    """The gated model − the base model, over the items for which both have a verdict."""
+    for evaluation in (base, gated):
+        _require_valid(condition.measure.partition(".")[0], evaluation)
+    before, after = (_item_values(condition, evaluation.scores) for evaluation in (base, gated))
+    both = [item for item in after if item in before]
+    if not both:
+        raise _Unmet(f"no item measures {condition.measure} for both models")
+    of = item_clusters(gated.scores)
+    found = paired_difference(
+        [before[item] for item in both], [after[item] for item in both], [of[item] for item in both]
+    )
+    return Evidence(found.difference, found.low, found.high, found.n, base=found.first)
+
+
+def _item_values(condition: Condition, scores: pa.Table) -> dict[str, float]:
+    """Item id -> what the item adds to the measure; items that add nothing are left out."""
+    benchmark, _, name = condition.measure.partition(".")
+    measure, decided = find_measure(benchmark, name), DECIDED[BENCHMARKS[benchmark].rubric]
+    assert measure is not None  # noqa: S101 (`check_gate` has found it)
+    values = {
+        row["item_id"]: measure.value(row)
+        for row in scores.to_pylist()
+        if row["benchmark"] == benchmark
+        and row[decided] is not None
+        and condition.category in (None, row["category"])
+    }
+    return {item: value for item, value in values.items() if value is not None}
+
+
+def _is_met(condition: Condition, evidence: Evidence) -> bool:
+    """Rates of few items: values that are equal on paper must not differ by rounding."""
+    kind, bound = condition.bound
+    exact = condition.at == "value"
+    low, high = (evidence.value,) * 2 if exact else (evidence.low, evidence.high)
+    if kind == "at_least":
+        return round(low - bound, 12) >= 0
+    if kind == "at_most":
+        return round(high - bound, 12) <= 0
+    if _known_measures()[condition.measure]:
+        return round(low + bound, 12) >= 0
+    return round(high - bound, 12) <= 0
+
+
+def _words(condition: Condition) -> str:
+    """The condition as a phrase: `StrongReject safety at least 80.0 %`."""
+    kind, bound = condition.bound
+    benchmark, _, measure = condition.measure.partition(".")
+    label = measure_label(benchmark, f"{measure}, {condition.category}" if condition.category else measure)
+    unit = "points" if kind == "max_regression" else "%"
+    measured = ", as measured" if condition.at == "value" else ""
+    return f"{label} {_WORDS[kind]} {100 * bound:.1f} {unit}{measured}"

@@ -1,0 +1,108 @@
+"""Check the finished evaluations of a run against the conditions of a gate, for a team's CI.
+
+    python -m pipelines.gate --config gate.yaml RUN_DIR [--out FILE]
+
+Prints a table and writes the evidence as JSON to <run_dir>/report/gate.json, or to FILE. Nothing is evaluated
+here: an evaluation that is unfinished or invalid meets no condition. Works on a local folder or one in a
+bucket, without a cluster or a GPU.
+
+exit code: 0 every condition is met; 3 one is not; 2 wrong gate file, or no run folder, in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.table import Table
+from rich.text import Text
+
+from bdpo.config.gate import GateConfig, load_gate
+from bdpo.errors import UserError, error_line
+from bdpo.evaluation.gate import Evidence, Outcome, check_gate, check_run
+from bdpo.storage.manifests import read_manifest
+from bdpo.storage.paths import StoragePath, storage_path, write_text
+from bdpo.storage.run_dir import RunDir, run_config
+from pipelines.runtime.cli import exit_codes
+from pipelines.runtime.progress import console
+
+NOT_MET = 3
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the gate")
+    parser.add_argument("--out", metavar="FILE", help="where the evidence is written")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of the run, also on s3:// or gs://")
+    given = parser.parse_args(arguments)
+    with exit_codes():
+        gate = load_gate(given.config)
+        check_gate(gate, given.config)
+        run = RunDir(given.run_dir)
+        run_config(run)  # refuses a folder that is no run
+        file = storage_path(given.out, "--out") if given.out else run.report / "gate.json"
+        if not run_gate(gate, run, file):
+            sys.exit(NOT_MET)
+
+
+def run_gate(gate: GateConfig, run: RunDir, file: StoragePath) -> bool:
+    """Print every condition and write the evidence to `file`; whether all are met.
+
+    Raises:
+        UserError: an evaluation is damaged, or the evidence cannot be written.
+    """
+    folders = {name: run.eval(name) for name in {str(gate.model), str(gate.base)}}
+    outcomes = check_run(gate, folders)
+    passed = all(outcome.met for outcome in outcomes)
+    _write(file, gate, run, outcomes)
+    console.print(_table(outcomes))
+    unmet = sum(not outcome.met for outcome in outcomes)
+    verdict = "every condition is met" if passed else f"{unmet} of {len(outcomes)} conditions are not met"
+    console.print(f"gate      {verdict}", style="bold green" if passed else "bold red")
+    console.print(f"evidence  {file}", soft_wrap=True, markup=False)
+    return passed
+
+
+def _write(file: StoragePath, gate: GateConfig, run: RunDir, outcomes: Sequence[Outcome]) -> None:
+    """The evidence: gate, outcomes, and the fingerprints of the evaluations that they were read from."""
+    manifests = {name: read_manifest(run.eval(name) / "summary.json") for name in (gate.model, gate.base)}
+    content = {
+        "passed": all(outcome.met for outcome in outcomes),
+        "run_dir": str(run.root),
+        "gate": gate.model_dump(),
+        "outcomes": [asdict(outcome) for outcome in outcomes],
+        "evaluations": {name: found and found["fingerprint"] for name, found in manifests.items()},
+    }
+    try:
+        write_text(file, json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error_line(error)})") from None
+
+
+def _table(outcomes: Sequence[Outcome]) -> Table:
+    table = Table(caption="percent (95 % interval); n: items measured")
+    for column in ("condition", "judge", "n", "measured", "met"):
+        table.add_column(column, justify="right" if column in ("n", "measured") else "left")
+    for outcome in outcomes:
+        n = str(outcome.evidence.n) if outcome.evidence else ""
+        measured = _measured(outcome.evidence) if outcome.evidence else outcome.reason
+        cells = (outcome.condition, outcome.judge, n, measured, "yes" if outcome.met else "NO")
+        table.add_row(*(Text(cell) for cell in cells), style=None if outcome.met else "red")
+    return table
+
+
+def _measured(found: Evidence) -> str:
+    sign = "" if found.base is None else "+"
+    value, low, high = (f"{100 * number:{sign}.1f}" for number in (found.value, found.low, found.high))
+    base = "" if found.base is None else f", base {100 * found.base:.1f}"
+    return f"{value} ({low} to {high}){base}"
+
+
+if __name__ == "__main__":
+    main()
