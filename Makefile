@@ -14,10 +14,10 @@ submit: $(VENV)/installed  ## COMMAND as a job on the cluster at RAY_API_SERVER_
 	$(BIN)/ray job submit $(SUBMIT) --working-dir . -- $(COMMAND)
 
 test: $(VENV)/installed  ## all tests but those of the whole system; two files at a time, on a Ray cluster each
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not system" $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not system" $(PYTEST)
 
 test-system: $(VENV)/installed  ## whole pipelines, real kills, S3, jobs and sweeps
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m system
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m system
 
 lint: $(VENV)/installed  ## formatting, ruff, types
 	$(BIN)/ruff format --check .

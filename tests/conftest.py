@@ -17,6 +17,7 @@ from tests.support.browser import browser
 from tests.support.chats import CHATML, MakeChat, byte_tokenizer
 from tests.support.data_files import write_jsonl
 from tests.support.evaluation import KEY
+from tests.support.killed_training import training_inputs, training_nodes  # noqa: F401
 from tests.support.ray_nodes import session_node
 from tests.support.s3_server import s3_bucket, s3_server
 
@@ -32,6 +33,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """A test with the marker `ray` gets the cluster of the session before all its other fixtures."""
     if item.get_closest_marker("ray"):
         item.fixturenames.insert(0, "ray_session")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests that take longest begin first; the order of the others stays."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(scope="session")

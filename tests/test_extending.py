@@ -12,6 +12,8 @@ import pytest
 
 from tests.support import ROOT
 
+pytestmark = pytest.mark.long
+
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 
 TITLES = re.findall(r"^## (.+)$", PAGE, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What the nodes say of themselves against what a run wants of them; see `bdpo.cluster.preflight`."""
+"""What the nodes report of themselves against what a run requires of them; see `bdpo.cluster.preflight`."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def check_files(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
 
 
 def check_key(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
-    """Where a judge wants a key, the nodes have it."""
+    """Where a judge requires a key, the nodes have it."""
     judge = config.evaluate.judge
     name = judge.api_key_env if isinstance(judge, RubricConfig) else None
     if name is None:

@@ -77,7 +77,7 @@ def sandbox_seed(model: ModelConfig) -> int:
     try:
         return int(model.revision or 0)
     except ValueError:
-        raise UserError(f"model.revision={model.revision}: the sandbox wants the seed of a world") from None
+        raise UserError(f"model.revision={model.revision}: the sandbox expects the seed of a world") from None
 
 
 def with_sandbox_files(config: Config) -> Config:

@@ -22,8 +22,9 @@ Row = dict[str, Any]
 
 log = logging.getLogger(__name__)
 
-# Logs are read twice a second by whoever follows a training: each damaged line is reported once a process.
-_REPORTED: set[tuple[str, bytes]] = set()
+# Logs are read twice a second by whoever follows a training: the damage of a file is reported once a process,
+# and once more when it grows.
+_REPORTED: dict[str, int] = {}  # file -> number of its damaged lines
 
 
 class MetricsLog:
@@ -78,18 +79,20 @@ class MetricsLog:
             *lines, _unfinished = read_bytes(self.file).split(b"\n")
         except FileNotFoundError:
             return []
-        rows = []
+        rows, damaged = [], []
         for number, line in enumerate(lines, start=1):
             try:
                 rows.append(unsealed(line))
             except ValueError:
-                self._report(number, line)
+                damaged.append(number)
+        self._report(damaged)
         return rows
 
-    def _report(self, number: int, line: bytes) -> None:
-        if (str(self.file), line) not in _REPORTED:
-            _REPORTED.add((str(self.file), line))
-            log.warning("%s: line %d is damaged and is left out", self.file, number)
+    def _report(self, damaged: list[int]) -> None:
+        if len(damaged) > _REPORTED.get(str(self.file), 0):
+            _REPORTED[str(self.file)] = len(damaged)
+            named = ", ".join(map(str, damaged[:3])) + (", ..." if len(damaged) > 3 else "")
+            log.warning("%s: damaged lines are left out (%d): %s", self.file, len(damaged), named)
 
 
 def _lines(rows: list[Row]) -> str:

@@ -19,6 +19,8 @@ from bdpo.stats import rate
 from tests.support.chats import CHATML, byte_tokenizer
 from tests.support.helpers import tiny_qwen2
 
+pytestmark = pytest.mark.long
+
 
 def test_what_the_harness_reports_becomes_pooled_and_single_estimates() -> None:
     right = {"adv_sst2": (3, 4), "adv_qqp": (1, 3), "adv_mnli": (0, 7)}

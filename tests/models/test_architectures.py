@@ -17,6 +17,8 @@ from tests.support import ROOT
 from tests.support.architectures import COMMON, NOT_TRAINED, OWN_LOGITS, PLAIN_ROWS, SPECIAL, tiny
 from tests.support.helpers import VOCABULARY, encoded_pairs, naive_logps
 
+pytestmark = pytest.mark.long
+
 EVERY = sorted([*SHARED_ROW_MODELS, *PLAIN_ROWS, *OWN_LOGITS, *NOT_TRAINED])
 
 every_architecture = pytest.mark.parametrize("model_type", EVERY)

@@ -31,6 +31,8 @@ from tests.support.evaluation import (
 from tests.support.fake_endpoint import FINE, fake_endpoint, honest, reply
 from tests.support.score_rows import row
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -12,32 +12,16 @@ from bdpo.errors import UserError
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
 from pipelines.runtime.fit import _begin
-from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
-from tests.support.killed_training import Nodes, kill_training
+from tests.support.killed_training import kill_training
 
-TRAIN = {"workers": 2, "save_steps": 2, "num_train_epochs": 4}  # 12 steps
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory, tiny_chat):
-    folder = tmp_path_factory.mktemp("inputs")
-    model = save_model(folder / "model", tiny_chat)
-    data = write_jsonl(folder / "pairs.jsonl", invented_pairs(22))
-    (folder / "config.yaml").write_text(tiny_config(folder / "run", model, data, train=TRAIN).to_yaml())
-    return folder
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
-def nodes():
-    with Nodes(workers=2) as nodes:
-        yield nodes
-
-
-@pytest.fixture(scope="module")
-def account(inputs, nodes):
+def account(training_inputs, training_nodes):
     """What the death of a worker, of the driver and of a node cost, one after the other."""
     kills = [("worker", "copy"), ("driver", "write"), ("node", "step")]
-    return kill_training(nodes, inputs / "config.yaml", inputs, kills, 0, [])
+    return kill_training(training_nodes, training_inputs / "config.yaml", training_inputs, kills, 0, [])
 
 
 def test_what_was_copied_and_never_committed_is_not_gone_on_from(tmp_path):
@@ -65,9 +49,9 @@ def test_a_checkpoint_that_finds_no_room_in_the_run_folder_is_no_reason_to_try_a
     Recovery(tmp_path / "begun.json").after_exception(None, {1: OSError(errno.EIO, "")})
 
 
-def test_steps_of_which_nobody_knows_how_they_were_made_are_not_gone_on_from(inputs, tmp_path):
+def test_steps_of_which_nobody_knows_how_they_were_made_are_not_gone_on_from(training_inputs, tmp_path):
     """Unlike those of a training that was killed before its first checkpoint, however far it came."""
-    config, run = load_config(inputs / "config.yaml"), RunDir(tmp_path)
+    config, run = load_config(training_inputs / "config.yaml"), RunDir(tmp_path)
     assert _begin(config, run, {"seed": 0}, 9) is None
     MetricsLog(run.metrics).append({"step": 99})
     assert _begin(config, run, {"seed": 0}, 9) is None

@@ -54,6 +54,8 @@ from tests.support.helpers import (
     write_jsonl,
 )
 
+pytestmark = pytest.mark.long
+
 RAISES, KILLS, NOT_A_NUMBER = "~", "@", "^"
 
 

@@ -46,7 +46,7 @@ def test_a_row_after_an_unfinished_line_is_not_lost_with_it(log, caplog):
     log.append({"step": 5})
     assert steps(log) == [1, 2, 3, 5]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{log.file}: line 4 is damaged and is left out"
+        f"{log.file}: damaged lines are left out (1): 4"
     ]
 
 
@@ -55,7 +55,14 @@ def test_a_changed_digit_is_noticed(log, caplog):
     assert steps(log) == [1, 3]
     assert steps(log) == [1, 3]
     assert len(caplog.records) == 1  # reported once, however often the log is read
-    assert "line 2 is damaged" in caplog.text
+    assert "damaged lines are left out (1): 2" in caplog.text
+
+
+def test_a_log_of_damaged_lines_is_one_warning(log, caplog):
+    log.file.write_text('{"step": 1}\n' * 500)
+    assert steps(log) == []
+    (record,) = caplog.records
+    assert record.getMessage() == f"{log.file}: damaged lines are left out (500): 1, 2, 3, ..."
 
 
 def test_a_line_without_a_digest_is_damaged(log):

@@ -18,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 
 from bdpo.config import load_config
 from bdpo.storage.metrics_log import MetricsLog
 from tests.support import ROOT
+from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
 
 KILLS_OF_ONE_TRAINING = 4
+
+TRAIN = {"workers": 2, "save_steps": 2, "num_train_epochs": 4}  # 12 steps
 
 
 @dataclass
@@ -115,6 +119,23 @@ class Nodes:
                 self.cluster.remove_node(node, allow_graceful=False)
                 self.cluster.add_node(num_cpus=1)
         return True
+
+
+@pytest.fixture(scope="module")
+def training_nodes():
+    """Room for two workers, and a node more."""
+    with Nodes(workers=2) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def training_inputs(tmp_path_factory, tiny_chat):
+    """A folder with a model, pairs, and config.yaml for two workers and 12 steps."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model = save_model(folder / "model", tiny_chat)
+    data = write_jsonl(folder / "pairs.jsonl", invented_pairs(22))
+    (folder / "config.yaml").write_text(tiny_config(folder / "run", model, data, train=TRAIN).to_yaml())
+    return folder
 
 
 def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -7,25 +7,16 @@ import shutil
 
 import pytest
 
-from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
-from tests.support.killed_training import Nodes, checkpoints, rows
-
-TRAIN = {"workers": 2, "save_steps": 2, "num_train_epochs": 4}  # 12 steps
+from tests.support.killed_training import checkpoints, rows
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory, tiny_chat):
-    folder = tmp_path_factory.mktemp("inputs")
-    model = save_model(folder / "model", tiny_chat)
-    data = write_jsonl(folder / "pairs.jsonl", invented_pairs(22))
-    (folder / "config.yaml").write_text(tiny_config(folder / "run", model, data, train=TRAIN).to_yaml())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def nodes():
-    with Nodes(workers=2) as nodes:
-        yield nodes
+def scored(training_inputs, training_nodes):
+    """A run folder with scores."""
+    command = training_nodes.command("score", training_inputs / "config.yaml", training_inputs / "scored")
+    output, _ = command.communicate()
+    assert command.returncode == 0, output
+    return training_inputs / "scored"
 
 
 def kept(run):
@@ -33,33 +24,36 @@ def kept(run):
     return sorted(json.loads((folder / "part-0.json").read_text())["step"] for folder in checkpoints(run))
 
 
-@pytest.mark.usefixtures("account")
 class TestOneCommand:
     """What a command says of checkpoints, of failures, of itself."""
 
-    def train(self, nodes, inputs, run, *overrides):
-        command = nodes.command("train", inputs / "config.yaml", run, *overrides)
+    def train(self, training_nodes, training_inputs, run, *overrides):
+        command = training_nodes.command("train", training_inputs / "config.yaml", run, *overrides)
         output, _ = command.communicate()
         return command.returncode, output
 
-    def test_failures_that_every_retry_would_meet_end_the_run_at_once(self, inputs, nodes, tmp_path):
+    def test_failures_that_every_retry_would_meet_end_the_run_at_once(
+        self, scored, training_inputs, training_nodes, tmp_path
+    ):
         """The second step of such a learning rate has no finite loss."""
-        shutil.copytree(inputs / "scored", tmp_path / "run")
-        code, output = self.train(nodes, inputs, tmp_path / "run", "train.learning_rate=1e30")
+        shutil.copytree(scored, tmp_path / "run")
+        code, output = self.train(
+            training_nodes, training_inputs, tmp_path / "run", "train.learning_rate=1e30"
+        )
         assert code == 1
         assert "FloatingPointError: the " in output.splitlines()[-1]
         assert "is not finite: pairs " in output.splitlines()[-1]
         assert not rows(tmp_path / "run", "train/recoveries.jsonl")  # no second attempt
 
     def test_the_best_and_the_last_checkpoint_are_kept_and_one_that_is_lost_is_said(
-        self, inputs, nodes, tmp_path
+        self, scored, training_inputs, training_nodes, tmp_path
     ):
         """The best is that of the greatest held-out loss here, so that it is not the last."""
         run, snapshot = tmp_path / "run", tmp_path / "run/train/ray/checkpoint_manager_snapshot.json"
         best = "train.eval_fraction=0.2", "train.eval_steps=2", "train.metric_for_best_model=loss"
         overrides = *best, "train.greater_is_better=true", "train.save_total_limit=1"
-        shutil.copytree(inputs / "scored", run)
-        code, output = self.train(nodes, inputs, run, *overrides)
+        shutil.copytree(scored, run)
+        code, output = self.train(training_nodes, training_inputs, run, *overrides)
         assert code == 0, output
         best_step = max(rows(run)[1::2], key=lambda row: row["eval_loss"])["step"]
         assert kept(run) == [best_step, 12]
@@ -71,7 +65,7 @@ class TestOneCommand:
         shutil.copytree(best, best.with_name("checkpoint_half"))
         next(best.with_name("checkpoint_half").rglob("*_optim_states.pt")).unlink()
         snapshot.write_text(snapshot.read_text()[:100])
-        code, output = self.train(nodes, inputs, run, *overrides)
+        code, output = self.train(training_nodes, training_inputs, run, *overrides)
         assert code == 0, output
         assert "checkpoint_half is not used: state/" in " ".join(output.split())
         assert f"resumes from step {best_step}, {12 - best_step} steps are repeated" in output
@@ -82,14 +76,14 @@ class TestOneCommand:
 
         (run / "train" / "manifest.json").unlink()
         shutil.rmtree(run / "train" / "ray")
-        code, output = self.train(nodes, inputs, run, *overrides)
+        code, output = self.train(training_nodes, training_inputs, run, *overrides)
         assert code == 2
         assert output.splitlines()[-1].startswith(
             "error: there is no intact checkpoint to resume from (all are gone)"
         )
 
-    def test_more_workers_than_the_cluster_has(self, inputs, nodes, tmp_path):
-        shutil.copytree(inputs / "scored", tmp_path / "run")
-        code, output = self.train(nodes, inputs, tmp_path / "run", "train.workers=999")
+    def test_more_workers_than_the_cluster_has(self, scored, training_inputs, training_nodes, tmp_path):
+        shutil.copytree(scored, tmp_path / "run")
+        code, output = self.train(training_nodes, training_inputs, tmp_path / "run", "train.workers=999")
         assert code == 2
         assert "999 workers x 1 CPU do not fit" in output.splitlines()[-1]

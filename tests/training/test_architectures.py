@@ -25,6 +25,8 @@ from tests.support.architectures import NOT_TRAINED, OWN_LOGITS, PLAIN_ROWS, tin
 from tests.support.helpers import invented_pairs, tiny_config, write_jsonl
 from tests.support.training import errors, launch, metrics, weights
 
+pytestmark = pytest.mark.long
+
 EACH_KIND = ["cohere", "falcon", "gemma2", "gpt2", "llama", "mamba", "mixtral", "opt", "starcoder2"]
 
 EVERY = sorted([*SHARED_ROW_MODELS, *PLAIN_ROWS, *OWN_LOGITS])

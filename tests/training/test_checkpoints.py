@@ -26,6 +26,8 @@ from bdpo.training.checkpoints import CheckpointPart, TrainProgress, checkpoint_
 from tests.support.killed_training import same
 from tests.support.training import copied, errors, launch, score, weights
 
+pytestmark = pytest.mark.long
+
 STEPS = 6  # two epochs of 8, 8 and 1 pairs; 5 of the 22 are held out
 
 CHANGES = {

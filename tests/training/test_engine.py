@@ -25,6 +25,8 @@ from bdpo.training.pairs import TrainingPairs
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
 from tests.support.training import launch, results
 
+pytestmark = pytest.mark.long
+
 PAIRS, STEPS = 22, 4  # batches of 8, 8, 6 and 8 pairs
 
 VARIANTS = {

@@ -9,6 +9,8 @@ import pytest
 from bdpo.models.logps import ROUNDING
 from tests.support.training import copied, errors, launch, score
 
+pytestmark = pytest.mark.long
+
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
 
 VARIANTS = {

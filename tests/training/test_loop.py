@@ -13,6 +13,8 @@ from bdpo.scoring.scores import SCORE_SCHEMA
 from tests.support.helpers import save_model
 from tests.support.training import copied, errors, launch, metrics, score, trained, weights
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory, tiny_chat):

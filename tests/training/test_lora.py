@@ -30,6 +30,8 @@ from tests.support.training import (
     weights,
 )
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory, tiny_chat):

@@ -18,6 +18,8 @@ from tests.support.training import (
     weights,
 )
 
+pytestmark = pytest.mark.long
+
 STEPS = 3
 
 

@@ -32,6 +32,8 @@ from tests.support.helpers import save_model
 from tests.support.sweeps import sweep_config
 from tune.trial import Trials
 
+pytestmark = pytest.mark.long
+
 STEPS, RUNGS = 3, (2, 3)
 
 ALL = Estimate(1.0, 0.9, 1.0, 6, "exact")
