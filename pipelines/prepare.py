@@ -65,7 +65,8 @@ class Prepare(ManifestStage):
 
         require_positions(self.config)
         manifest = self.completed()
-        require_faithful_pairs(load_tokenizer(self.config.model), self._sample())
+        chat, data = load_tokenizer(self.config.model), self.config.data
+        require_faithful_pairs(chat, self._sample(), data.max_length)
         console.print(f"[bold]pairs[/]     {account_line(manifest['account'])}", soft_wrap=True)
         require_labels(self.config, self.run)
         return manifest

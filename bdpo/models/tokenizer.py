@@ -202,19 +202,26 @@ def require_faithful_template(chat: ChatTokenizer) -> None:
             )
 
 
-def require_faithful_pairs(chat: ChatTokenizer, pairs: Iterable[Mapping[str, Any]]) -> None:
-    """Make sure of the same for some prepared pairs.
+def require_faithful_pairs(chat: ChatTokenizer, pairs: Iterable[Mapping[str, Any]], max_length: int) -> None:
+    """Make sure of the same for some prepared pairs, and that their ids are those of their texts.
 
     Raises:
         UserError: it is not so for one of them; it is named by its id, since its text is private.
     """
     for pair in pairs:
+        prompt_ids = chat.prompt_ids(pair["prompt"])
         for side in ("chosen", "rejected"):
             if not chat.is_faithful(pair["prompt"], pair[side]):
                 raise UserError(
                     f"pair {pair['pair_id']}, {side}: the chat template does not write prompt, response and "
                     "end of turn at the beginning of the whole conversation; set model.chat_template to a "
                     "template that does"
+                )
+            expected = chat.response_ids(pair[side])[: max_length - len(prompt_ids)]
+            if [pair["prompt_ids"], pair[f"{side}_ids"]] != [prompt_ids, expected]:
+                raise UserError(
+                    f"pair {pair['pair_id']}, {side}: the prepared token ids are not those of its text; "
+                    "prepare the pairs again with fresh=true"
                 )
 
 

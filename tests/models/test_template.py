@@ -93,7 +93,37 @@ def test_a_pair_of_which_the_template_makes_something_else_is_named_by_its_id():
     tokenizer.chat_template = template
     pair = {"pair_id": "p7", "prompt": [{"role": "user", "content": "secret, very secret"}]}
     with pytest.raises(UserError, match="pair p7, chosen: the chat template does not write") as caught:
-        require_faithful_pairs(ChatTokenizer(tokenizer), [pair | {"chosen": "a", "rejected": "b"}])
+        require_faithful_pairs(ChatTokenizer(tokenizer), [pair | {"chosen": "a", "rejected": "b"}], 99)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("broken", [None, "prompt", "start", "end", "cut"])
+def test_prepared_ids_are_those_of_the_text(broken):
+    chat = SHAPES["llama-3"].chat()
+    messages = [{"role": "user", "content": "secret"}]
+    ids = {
+        "prompt": chat.prompt_ids(messages),
+        "chosen": chat.response_ids("a"),
+        "rejected": chat.response_ids("b"),
+    }
+    if broken == "prompt":
+        ids["prompt"] = ids["prompt"][1:]
+    elif broken:
+        ids["rejected"] = {
+            "start": [7, *ids["rejected"]],
+            "end": [*ids["rejected"][:-1], 7],
+            "cut": ids["rejected"][:-1],
+        }[broken]
+    pair = {"pair_id": "p7", "prompt": messages, "chosen": "a", "rejected": "b"}
+    pair |= {f"{name}_ids": part for name, part in ids.items()}
+    if broken is None:
+        require_faithful_pairs(chat, [pair], 99)
+        cut = pair | {"chosen_ids": ids["chosen"][:1], "rejected_ids": ids["rejected"][:1]}
+        return require_faithful_pairs(chat, [cut], len(ids["prompt"]) + 1)
+    with pytest.raises(
+        UserError, match=r"pair p7, .*: the prepared token ids are not those of its text"
+    ) as caught:
+        require_faithful_pairs(chat, [pair], 99)
     assert "secret" not in str(caught.value)
 
 
