@@ -17,6 +17,7 @@ COMMANDS = {
     "preflight": "pipelines.preflight",
     "status": "pipelines.status",
     "report": "pipelines.report",
+    "tiny-model": "pipelines.tiny_model",
 }
 """Subcommand -> the module whose `main` it calls; the first line of its docstring is its help."""
 
