@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bdpo.cluster.status import StageStatus, count_shards
 from bdpo.config import Config
@@ -40,7 +40,7 @@ from bdpo.evaluation.judges.registry import judge_kind
 from bdpo.evaluation.measures import Summary, summarise
 from bdpo.evaluation.results import chosen_models, read_evaluation
 from bdpo.evaluation.tables import comparison_table, difference_table, invalid_lines, note_lines
-from bdpo.storage.manifests import Fingerprint, finished, read_manifest, write_manifest
+from bdpo.storage.manifests import Fingerprint, Manifest, finished, read_manifest, write_manifest
 from bdpo.storage.paths import StoragePath, write_parquet
 from bdpo.storage.run_dir import RunDir
 from pipelines.runtime.cli import Command, exit_codes
@@ -103,7 +103,7 @@ class Evaluate(ManifestStage):
         """Model, prompts, how they are answered, and the judge."""
         return score_store(self.config, self.run, self.model_name, self._answers).fingerprint
 
-    def is_intact(self, manifest: Mapping[str, Any]) -> bool:
+    def is_intact(self, manifest: Manifest) -> bool:
         """Whether enough verdicts were given; else the judge is asked again for those that are missing."""
         return bool(manifest["valid"]) and self._scores_file.is_file()
 
@@ -114,7 +114,7 @@ class Evaluate(ManifestStage):
         manifest = self.completed()
         return replace(Summary.from_json(manifest), capability=self._capability())
 
-    def make(self) -> dict[str, Any]:
+    def make(self) -> Manifest:
         """Answer, judge, summarise."""
         started = time.perf_counter()
         answers = answer_store(self.run, self.model_name, self._answers)
@@ -155,7 +155,7 @@ class Evaluate(ManifestStage):
             checks["judge"] = check_judge
         return checks
 
-    def _capability(self) -> dict[str, Any]:
+    def _capability(self) -> dict[str, Manifest]:
         """Each capability benchmark, run unless that is done; one that was not run is tried again."""
         evaluate = self.config.evaluate
         if not evaluate.capability:
@@ -164,8 +164,9 @@ class Evaluate(ManifestStage):
         files: dict[str, StoragePath] = {
             benchmark: self.folder / "capability" / f"{benchmark}.json" for benchmark in evaluate.capability
         }
-        done = {benchmark: finished(file, fingerprint) for benchmark, file in files.items()}
-        missing = [benchmark for benchmark, result in done.items() if result is None or NOT_RUN in result]
+        found = {name: finished(file, fingerprint) for name, file in files.items()}
+        done = {name: result for name, result in found.items() if result and NOT_RUN not in result}
+        missing = [benchmark for benchmark in files if benchmark not in done]
         if missing:
             connect()
             import ray
@@ -220,7 +221,7 @@ def run_evaluate(config: Config, run: RunDir) -> None:
     stages = [stage(config, run) for stage in MODELS]
     check_inputs([stage for stage in stages if stage.applies and stage.has_inputs])
     done = complete_all(stages)
-    print_comparison({stage.model_name: stage.folder for stage in stages if stage.name in done})
+    print_comparison({stage.model_name: stage.folder for stage in stages if stage in done})
 
 
 def run_compare(roots: list[str]) -> None:

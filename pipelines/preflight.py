@@ -12,7 +12,6 @@ The second tells what `ray job submit --working-dir FOLDER` would upload.
 from __future__ import annotations
 
 import argparse
-import logging
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -39,6 +38,7 @@ from pipelines.runtime.admission import ask_nodes, room_checks
 from pipelines.runtime.cli import command_config, exit_codes
 from pipelines.runtime.cluster import connect
 from pipelines.runtime.progress import console
+from pipelines.runtime.ray_internals import pack_working_dir
 from pipelines.runtime.registry import PIPELINE, STUDIES
 from pipelines.runtime.stage import input_checks
 
@@ -86,13 +86,9 @@ def check_upload(folder: Path) -> str:
     Raises:
         UserError: it is too much, or a file is called like a secret.
     """
-    from ray._private.runtime_env.packaging import create_package
-
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(scratch) / "package.zip"
-        quiet = logging.getLogger("bdpo.upload")
-        quiet.setLevel(logging.ERROR)
-        create_package(str(folder), package, include_gitignore=True, logger=quiet)
+        pack_working_dir(folder, package)
         mib = package.stat().st_size / 2**20
         with zipfile.ZipFile(package) as packed:
             files = sorted(packed.infolist(), key=lambda file: -file.compress_size)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bdpo.cluster.status import StageStatus
 from bdpo.data.pairs import PAIR_SCHEMA, count_pairs, pairs_digest, read_pairs
-from bdpo.storage.manifests import Fingerprint, read_manifest, write_manifest
+from bdpo.storage.manifests import Fingerprint, Manifest, read_manifest, write_manifest
 from bdpo.storage.paths import StoragePath
 from pipelines.runtime.progress import console, progress_bar
 from pipelines.runtime.stage import ManifestStage
@@ -49,11 +49,11 @@ class Prepare(ManifestStage):
             **tokenizer_fingerprint(self.config.model),
         }
 
-    def is_intact(self, manifest: Mapping[str, Any]) -> bool:
+    def is_intact(self, manifest: Manifest) -> bool:
         """Whether the pairs are those that were written."""
         return bool(manifest["pairs_digest"] == pairs_digest(self.run.pairs))
 
-    def complete(self) -> dict[str, Any]:
+    def complete(self) -> Manifest:
         """Read, check and write the pairs unless that is done; returns the manifest, with the account.
 
         Raises:
@@ -71,7 +71,7 @@ class Prepare(ManifestStage):
         require_labels(self.config, self.run)
         return manifest
 
-    def make(self) -> dict[str, Any]:
+    def make(self) -> Manifest:
         """Read, check and write the pairs."""
         from bdpo.data.prepare import prepare
         from bdpo.models.loading import require_complete_weights

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,7 +25,7 @@ from bdpo.evaluation.results import MODEL_NAMES, read_evaluation
 from bdpo.reports.cost import TimedStage, stage_costs
 from bdpo.scoring.scores import read_scores
 from bdpo.scoring.selection import requires_scores
-from bdpo.storage.manifests import read_manifest
+from bdpo.storage.manifests import read_facts, read_manifest
 from bdpo.storage.paths import StoragePath, write_text
 from bdpo.storage.run_dir import RunDir, run_config
 from pipelines.evaluate import print_comparison
@@ -57,7 +57,7 @@ class Report(Stage):
         evaluated = [name for name in MODEL_NAMES if (run.eval(name) / "summary.json").is_file()]
         mi = self._mutual_information()
         seconds = self._seconds()
-        evaluations = {name: _evaluation(run.eval(name)) for name in evaluated}
+        evaluations = {name: _recorded(run.eval(name)) for name in evaluated}
         summary = {"data": account, "mi": mi, "seconds": seconds, "evaluations": evaluations}
         write_text(run.report / "summary.json", json.dumps(summary, indent=2) + "\n")
         console.print()
@@ -86,10 +86,11 @@ class Report(Stage):
         return {cost.name: cost.seconds for cost in costs}
 
 
-def _evaluation(folder: StoragePath) -> dict[str, Any]:
-    """What a model's summary.json holds, with its capability."""
+def _recorded(folder: StoragePath) -> Mapping[str, Any]:
+    """The facts in a model's summary.json, with its capability."""
     capability = read_evaluation(folder).summary.capability
-    return (read_manifest(folder / "summary.json") or {}) | ({"capability": capability} if capability else {})
+    more = {"capability": {name: dict(result) for name, result in capability.items()}} if capability else {}
+    return {**read_facts(folder / "summary.json"), **more}
 
 
 def timed_stages(config: Config, run: RunDir) -> list[TimedStage]:

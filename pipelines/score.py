@@ -29,7 +29,7 @@ from bdpo.scoring.scores import (
     unscorable_error,
 )
 from bdpo.scoring.selection import requires_scores
-from bdpo.storage.manifests import Fingerprint, read_manifest
+from bdpo.storage.manifests import Fingerprint, Manifest, read_manifest
 from bdpo.storage.paths import StoragePath, discard
 from pipelines.prepare import Prepare
 from pipelines.runtime.cli import Command
@@ -76,17 +76,17 @@ class Score(ManifestStage):
     def _missing(self, shard_rows: int, given_up: Mapping[int, str] | None = None) -> Shards:
         return score_store(self.run, self.fingerprint).missing(self._pairs, shard_rows, given_up or {})
 
-    def is_intact(self, manifest: Mapping[str, Any]) -> bool:
+    def is_intact(self, manifest: Manifest) -> bool:
         """Whether no shard was lost or damaged since."""
         return not self._missing(self.config.score.shard_rows)
 
-    def complete(self) -> dict[str, Any]:
+    def complete(self) -> Manifest:
         """Score the prepared pairs unless that is done; returns the manifest of the scores."""
         manifest = self.completed()
         console.print(f"[bold]scores[/]    {manifest['rows']} pairs")
         return manifest
 
-    def make(self) -> dict[str, Any]:
+    def make(self) -> Manifest:
         """Score what is missing."""
         discard(self.manifest_file)  # it would say that nothing is missing
         started = time.perf_counter()
@@ -114,7 +114,7 @@ class Score(ManifestStage):
         from bdpo.reports.scores import mi_tables, work_table
 
         manifest, scores = finished_scores(self.run)
-        made_with = manifest["fingerprint"]
+        made_with = manifest.fingerprint
         for table in (*mi_tables(scores, self.config.method), work_table(manifest["workers"])):
             console.print(table, "")
         console.print(

@@ -26,7 +26,7 @@ from bdpo.data.pairs import count_pairs
 from bdpo.scoring.scores import score_fingerprint
 from bdpo.scoring.selection import pairs_account, requires_scores, safety_account, training_rows
 from bdpo.storage.digests import json_digest
-from bdpo.storage.manifests import Fingerprint, read_manifest, write_manifest
+from bdpo.storage.manifests import Fingerprint, Manifest, read_facts, read_manifest, write_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import StoragePath, sorted_glob
 from bdpo.storage.run_dir import RunDir
@@ -63,11 +63,11 @@ class Train(ManifestStage):
         """Scores, method, selection and training; how the training runs is not in it."""
         return train_fingerprint(self.config, self.run)
 
-    def is_intact(self, manifest: Mapping[str, Any]) -> bool:
+    def is_intact(self, manifest: Manifest) -> bool:
         """Whether model and adapter exist; what was lost is exported again from the last checkpoint."""
         return self.run.has_model() and (self.config.train.lora is None or self.run.has_adapter())
 
-    def complete(self) -> dict[str, Any]:
+    def complete(self) -> Manifest:
         """Train unless that is done; returns the manifest of the training."""
         if not requires_scores(self.config) and prepared_pairs(self.run) is None:
             Prepare(self.config, self.run).complete()
@@ -79,7 +79,7 @@ class Train(ManifestStage):
         )
         return manifest
 
-    def make(self) -> dict[str, Any]:
+    def make(self) -> Manifest:
         """Train from the newest intact checkpoint to the end."""
         config, run, started = self.config, self.run, time.perf_counter()
         steps = self._fit()
@@ -102,7 +102,7 @@ class Train(ManifestStage):
         metrics = MetricsLog(run.metrics).read()
         last: dict[str, Any] = metrics[-1] if metrics else {}
         checkpoints = sorted_glob(run.train / "ray", "checkpoint_[0-9]*")  # Ray's own list is beside them
-        begun = read_manifest(run.train / "begun.json") or {}
+        begun = read_facts(run.train / "begun.json")
         # A method, or data.select, may train on a part of the prepared pairs.
         pairs = begun.get("pairs") or prepared_pairs(run)
         return StageStatus.of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bdpo.config import Config, parse_config
-from bdpo.config.kinds import kept_keys
+from bdpo.config.kinds import lost_keys
 from bdpo.config.reading import set_value
 from bdpo.method.base import Method
 from bdpo.method.losses import METHODS
@@ -32,12 +32,13 @@ def trial_config(config: Config, params: Params, run_dir: str, source: str = "tu
 def with_method(method: Method, name: Any) -> dict[str, Any]:
     """The plain values of section `method` for the method called `name`, made from those of another.
 
-    Keys that the two methods do not share take the default of the new one, see `kept_keys`.
+    Keys that the two methods do not share take the default of the new one, see `lost_keys`.
     """
     values = method.model_dump()
     if name == method.name or name not in METHODS:  # an unknown name is refused when the config is validated
         return values | {"name": name}
-    return kept_keys(values, type(method), METHODS[name]) | {"name": name}
+    lost = lost_keys(type(method), METHODS[name])
+    return {key: value for key, value in values.items() if key not in lost} | {"name": name}
 
 
 def _belongs_to_another_method(key: str, name: Any) -> bool:

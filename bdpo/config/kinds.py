@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -31,19 +31,14 @@ def change_kind(values: dict[str, Any], path: Sequence[str], name: Any, root: ty
     old = kinds.get(str(values.get("name", default.kind() if isinstance(default, Variant) else None)))
     if old is None or name not in kinds or kinds[name] is old:
         return
-    kept = kept_keys(values, old, kinds[name])
-    values.clear()
-    values.update(kept)
+    for key in lost_keys(old, kinds[name]) & values.keys():
+        del values[key]
 
 
-def kept_keys(values: Mapping[str, Any], old: type[Variant], new: type[Variant]) -> dict[str, Any]:
-    """Of the plain values of a section of kind `old` those that it keeps as one of kind `new`.
+def lost_keys(old: type[Variant], new: type[Variant]) -> set[str]:
+    """The keys of kind `old` whose values are left out when a section becomes one of kind `new`.
 
-    A key is kept where both kinds have it with the same default, and where `old` does not have it either.
+    These are the keys that `new` does not have, or has with another default.
     """
     before, after = old.model_fields, new.model_fields
-    return {
-        key: value
-        for key, value in values.items()
-        if key not in before or (key in after and after[key].default == before[key].default)
-    }
+    return {key for key in before if key not in after or after[key].default != before[key].default}

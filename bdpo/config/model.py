@@ -47,7 +47,7 @@ class ModelConfig(Section):
 
     @field_validator("template_kwargs")
     @classmethod
-    def _free_names(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _free_names(cls, kwargs: dict[str, Any]) -> Any:
         if reserved := sorted(_RESERVED_TEMPLATE_KWARGS & kwargs.keys()):
             raise ValueError(f"{reserved[0]} is no variable of a template; every rendering decides it itself")
         return kwargs

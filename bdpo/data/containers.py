@@ -25,6 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bdpo.errors import UserError, first_line, printable
+from bdpo.storage import strict_json
+from bdpo.storage.strict_json import RepeatedKey
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,6 @@ _ENCODINGS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-
-
-class _RepeatedKey(ValueError):
-    """An object of JSON has the same key twice: one of its values would vanish."""
 
 
 @dataclass(frozen=True)
@@ -170,11 +168,13 @@ def _is_json(line: bytes) -> bool:
 
 def _json(file: DataFile) -> Iterator[NumberedRow]:
     try:
-        rows = json.loads(file.text(), object_pairs_hook=_once)
+        rows = strict_json.loads(file.text())
     except json.JSONDecodeError as error:
         raise UserError(
             f"{file.name}: not valid JSON at line {error.lineno} column {error.colno} ({error.msg})"
         ) from None
+    except RepeatedKey as error:
+        raise UserError(f"{file.name}: not valid JSON ({_repeated(error)})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file.name}: not valid JSON ({first_line(error)})") from None
     if not isinstance(rows, list):
@@ -188,23 +188,18 @@ def _json_lines(file: DataFile) -> Iterator[NumberedRow]:
 
 def _json_line(line: bytes) -> RawRow | Unreadable:
     try:
-        return _object(json.loads(line.decode(), object_pairs_hook=_once))
+        return _object(strict_json.loads(line.decode()))
     except UnicodeDecodeError:
         reason = "not UTF-8"
-    except _RepeatedKey as error:
-        reason = str(error)
+    except RepeatedKey as error:
+        reason = _repeated(error)
     except (ValueError, RecursionError):
         reason = "not JSON"
     return Unreadable(reason, line.decode(errors="backslashreplace"))
 
 
-def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(members)
-    if len(value) < len(members):
-        names = [name for name, _ in members]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise _RepeatedKey(f"the key {shown_name(repeated)} stands twice")
-    return value
+def _repeated(error: RepeatedKey) -> str:
+    return f"the key {shown_name(error.key)} stands twice"
 
 
 def _object(value: Any) -> RawRow | Unreadable:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from bdpo.errors import UserError
 from bdpo.evaluation.measures import Summary
-from bdpo.storage.manifests import Fingerprint, read_manifest
+from bdpo.storage.manifests import Fingerprint, read_facts, read_manifest
 from bdpo.storage.paths import StoragePath, open_parquet, sorted_glob
 from bdpo.storage.run_dir import RunDir
 
@@ -51,14 +51,12 @@ def read_evaluation(folder: StoragePath) -> Evaluation:
     manifest = read_manifest(folder / "summary.json")
     if manifest is None:
         raise UserError(f"{folder}: no finished evaluation; run `python -m pipelines.evaluate` first")
-    capability = {
-        file.stem: read_manifest(file) or {} for file in sorted_glob(folder / "capability", "*.json")
-    }
+    capability = {file.stem: read_facts(file) for file in sorted_glob(folder / "capability", "*.json")}
     summary = replace(Summary.from_json(manifest), capability=capability)
     valid = [name for name, part in summary.benchmarks.items() if part.valid]
     scores = pq.read_table(open_parquet(folder / "scores.parquet"))
     scores = scores.filter(pc.is_in(scores["benchmark"], pa.array(valid, pa.string())))
-    return Evaluation(summary, scores, manifest["fingerprint"])
+    return Evaluation(summary, scores, manifest.fingerprint)
 
 
 def chosen_models(roots: Sequence[str | StoragePath]) -> dict[str, StoragePath]:

@@ -75,11 +75,12 @@ class Job:
             UserError: it did not; the message names the first difference.
         """
         verdicts = self.run.eval("trained") / "summary.json"
-        if summary := read_manifest(verdicts):
+        summary = read_manifest(verdicts)
+        if summary is not None:
             # The weights are those of the training's manifest: they need not be read again.
             asked = prompts_fingerprint(self.config) | judge_fingerprint(self.config)
-            known = summary["fingerprint"].keys() & {*asked, *COMPARABLE}
-            require_same_fingerprint(verdicts, {key: summary["fingerprint"][key] for key in known}, asked)
+            known = summary.fingerprint.keys() & {*asked, *COMPARABLE}
+            require_same_fingerprint(verdicts, {key: summary.fingerprint[key] for key in known}, asked)
 
     def progress(self) -> str:
         """How the job ended; of an open one what it is doing."""

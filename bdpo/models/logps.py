@@ -25,6 +25,7 @@ from bdpo.models.tokenizer import EncodedPair
 from bdpo.models.transformers_private import attention_of_config
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -165,7 +166,7 @@ class LogpsModel(nn.Module):
         return torch.cat(logps)
 
 
-def _inputs(batch: Batch) -> dict[str, Any]:
+def _inputs(batch: Batch) -> dict[str, torch.Tensor | BlockMask | bool]:
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     return inputs if batch.position_ids is None else inputs | {"position_ids": batch.position_ids}
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from bdpo.config import Config, worker_range
 from bdpo.reports.page import PageTable, Section
-from bdpo.storage.manifests import read_manifest
+from bdpo.storage.manifests import read_facts, read_manifest
 from bdpo.storage.paths import StoragePath, open_parquet
 from bdpo.storage.run_dir import RunDir
 
@@ -51,7 +51,7 @@ def train_stage(config: Config, run: RunDir, name: str = "train") -> TimedStage:
 
 def stage_costs(stages: Sequence[TimedStage]) -> list[StageCost]:
     """The cost of each stage that is finished."""
-    manifests = [(stage, read_manifest(stage.manifest) or {}) for stage in stages]
+    manifests = [(stage, read_facts(stage.manifest)) for stage in stages]
     return [
         StageCost(stage.name, found["seconds"], stage.gpus)
         for stage, found in manifests
@@ -68,7 +68,8 @@ def search_costs(config: Config, run: RunDir) -> list[StageCost]:
         "base": run.part("tune", "base", "search").eval("base"),
         "base, held out": run.part("tune", "base", "held_out").eval("base"),
     }
-    if summary := read_manifest(run.tune / "summary.json"):
+    summary = read_manifest(run.tune / "summary.json")
+    if summary is not None:
         folders["chosen, held out"] = run.part("tune", "trials", summary["best"]).eval("trained")
     stages = [
         TimedStage(f"search: evaluate {name}", folder / "summary.json", stage_gpus(config.evaluate))

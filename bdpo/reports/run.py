@@ -34,7 +34,7 @@ from bdpo.reports.scores import QUANTILES, mi_difference, mi_imbalance, mi_scatt
 from bdpo.reports.search import search_figures
 from bdpo.scoring.scores import finished_scores
 from bdpo.stats import ENDS, Difference, p_value
-from bdpo.storage.manifests import read_manifest
+from bdpo.storage.manifests import read_facts, read_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import open_parquet, sorted_glob
 from bdpo.storage.run_dir import RunDir
@@ -125,7 +125,7 @@ def setup_section(
         ("versions" if recorded else "versions that wrote this page", named),
     ]
     manifest = read_manifest(run.scores / "manifest.json")
-    marks = {} if manifest is None else manifest["fingerprint"]
+    marks = {} if manifest is None else manifest.fingerprint
     shown = ("weights", "tokenizer", "chat_template", "pairs", "unconditional")
     rows += [(f"scores: {name}", str(marks[name])) for name in shown if name in marks]
     return Section("Setup", tables=[PageTable(("", ""), rows)])
@@ -151,7 +151,7 @@ def data_section(run: RunDir, trained: bool = True) -> Section | None:
 
 def _trained_on(run: RunDir) -> list[tuple[str, str]]:
     """The account of the pairs in the manifest of the training."""
-    manifest = read_manifest(run.train / "manifest.json") or {}
+    manifest = read_facts(run.train / "manifest.json")
     pairs = {key: count for key, count in manifest.get("pairs", {}).items() if key != "prepared"}
     safety = {f"safety labels: {key.replace('_', ' ')}": n for key, n in manifest.get("safety", {}).items()}
     return [(key, f"{count:,}") for key, count in (pairs | safety).items()]
@@ -284,7 +284,7 @@ def _search(run: RunDir) -> Section | None:
     begun, file = read_manifest(run.tune / "begun.json"), run.tune / "results.parquet"
     if begun is None or not file.is_file():
         return None
-    tune = sweep_settings(begun["fingerprint"])
+    tune = sweep_settings(begun.fingerprint)
     results = pq.read_table(open_parquet(file))
     base = read_evaluation(run.part("tune", "base", "search").eval("base")).summary
     figures = search_figures(results, tune, base)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,7 +14,7 @@ from bdpo.data.pairs import pair_ids, pairs_digest, read_pairs
 from bdpo.errors import UserError
 from bdpo.models.loading import model_folder, weights_digest
 from bdpo.models.tokenizer import tokenizer_fingerprint
-from bdpo.storage.manifests import Fingerprint, finished, read_manifest, write_manifest
+from bdpo.storage.manifests import Fingerprint, Manifest, finished, read_manifest, write_manifest
 from bdpo.storage.run_dir import RunDir
 from bdpo.storage.shards import ShardStore
 
@@ -86,7 +85,7 @@ def score_store(run: RunDir, fingerprint: Fingerprint) -> ShardStore:
     return ShardStore(run.scores, SCORE_SCHEMA, fingerprint)
 
 
-def finish_scores(run: RunDir, fingerprint: Fingerprint, seconds: float) -> dict[str, Any]:
+def finish_scores(run: RunDir, fingerprint: Fingerprint, seconds: float) -> Manifest:
     """Check that every pair has its row, then write the manifest; `seconds` is the duration of the stage.
 
     Pairs and scores are read part by part, ids alone. The manifest's `workers` hold the number of `pairs`
@@ -141,14 +140,14 @@ def read_scores(config: Config, run: RunDir) -> pa.Table:
     return finished_scores(run)[1]
 
 
-def finished_scores(run: RunDir) -> tuple[dict[str, Any], pa.Table]:
+def finished_scores(run: RunDir) -> tuple[Manifest, pa.Table]:
     """(manifest, scores) of a run folder with finished scores; neither model nor data are needed.
 
     Raises:
         UserError: the scores are not finished.
     """
     manifest = read_manifest(run.scores / "manifest.json")
-    scores = score_store(run, manifest["fingerprint"]).read() if manifest else None
+    scores = score_store(run, manifest.fingerprint).read() if manifest else None
     if manifest is None or scores is None or scores.num_rows != manifest["rows"]:
         raise UserError(f"{run.scores}: no finished scores; run `python -m pipelines.score` first")
     return manifest, scores

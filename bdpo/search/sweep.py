@@ -17,6 +17,7 @@ resumes where it stopped, no trial is lost, and no rung is trained or evaluated 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -25,7 +26,7 @@ from bdpo.config.derive import Params, trial_config
 from bdpo.search.space import number_of_trials
 from bdpo.search.suggest import suggest
 from bdpo.search.trials import Rung, Trial, end_of
-from bdpo.storage.manifests import Fingerprint, finished, read_manifest, write_manifest
+from bdpo.storage.manifests import Fingerprint, finished, read_facts, write_manifest
 from bdpo.storage.paths import discard, sorted_glob
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.ends import RETRIED, End, Failure, forget_failure, read_failure, write_failure
@@ -73,8 +74,8 @@ class Sweep:
     def trial(self, name: str) -> Trial:
         """A trial, read from its files."""
         root = self.folder(name).root
-        rungs = [_rung(read_manifest(file)) for file in sorted_glob(root / "rungs", "*.json")]
-        begun = read_manifest(root / "trial.json") or {}
+        rungs = [_rung(read_facts(file)) for file in sorted_glob(root / "rungs", "*.json")]
+        begun = read_facts(root / "trial.json")
         return Trial(name, begun["params"], rungs, read_failure(root))
 
     def end_of(self, trial: Trial) -> End:
@@ -152,7 +153,6 @@ class Sweep:
             discard(run.train, *([run.model, run.adapter] if model else []))
 
 
-def _rung(manifest: dict[str, Any] | None) -> Rung:
-    recorded = manifest or {}
+def _rung(recorded: Mapping[str, Any]) -> Rung:
     values = {field.name: recorded[field.name] for field in fields(Rung)}
     return Rung(**values | {"measured": Measured.from_json(recorded["measured"])})

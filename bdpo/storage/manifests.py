@@ -5,7 +5,8 @@ A manifest carries a digest of itself, which is checked when it is read; see `bd
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from bdpo.errors import UserError
@@ -17,22 +18,39 @@ Fingerprint = dict[str, Any]  # field name -> JSON value
 VERSION = 1  # of what manifests hold and of the results that they stand for
 
 
-def write_manifest(file: StoragePath, fingerprint: Fingerprint, **results: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Manifest(Mapping[str, Any]):
+    """Facts about the results of a stage, by name, and the fingerprint of the inputs behind them."""
+
+    fingerprint: Fingerprint
+    facts: Mapping[str, Any]
+
+    def __getitem__(self, fact: str) -> Any:
+        return self.facts[fact]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.facts)
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+
+def write_manifest(file: StoragePath, fingerprint: Fingerprint, **facts: Any) -> Manifest:
     """Mark a stage as finished, with the fingerprint of its inputs and facts about its results."""
-    manifest = {"version": VERSION, "fingerprint": fingerprint, **results}
-    write_text(file, json.dumps(sealed(manifest), indent=2, sort_keys=True) + "\n")
-    return manifest
+    manifest = {"version": VERSION, "fingerprint": fingerprint, **facts}
+    write_text(file, sealed(manifest, indent=2, sort_keys=True) + "\n")
+    return Manifest(fingerprint, facts)
 
 
-def read_manifest(file: StoragePath) -> dict[str, Any] | None:
+def read_manifest(file: StoragePath) -> Manifest | None:
     """The manifest of a stage, None if the stage is not finished.
 
     Raises:
         UserError: the file is damaged or not a manifest, or was written by another version of bdpo.
     """
     try:
-        manifest = unsealed(read_bytes(file))
-        version, _ = manifest["version"], manifest["fingerprint"]
+        facts = unsealed(read_bytes(file))
+        version, fingerprint = facts.pop("version"), facts.pop("fingerprint")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError):
@@ -45,10 +63,20 @@ def read_manifest(file: StoragePath) -> dict[str, Any] | None:
             f"{file}: version={version}, this bdpo reads and writes {VERSION}; "
             "use another run_dir, or fresh=true to start over"
         )
-    return manifest
+    return Manifest(fingerprint, facts)
 
 
-def finished(file: StoragePath, fingerprint: Fingerprint) -> dict[str, Any] | None:
+def read_facts(file: StoragePath) -> Mapping[str, Any]:
+    """The facts in the manifest of a stage; none if the stage is not finished.
+
+    Raises:
+        UserError: as `read_manifest`.
+    """
+    manifest = read_manifest(file)
+    return {} if manifest is None else manifest.facts
+
+
+def finished(file: StoragePath, fingerprint: Fingerprint) -> Manifest | None:
     """The manifest if the stage is done with these inputs, None if it is not done.
 
     Raises:
@@ -56,7 +84,7 @@ def finished(file: StoragePath, fingerprint: Fingerprint) -> dict[str, Any] | No
     """
     manifest = read_manifest(file)
     if manifest is not None:
-        require_same_fingerprint(file, manifest["fingerprint"], fingerprint)
+        require_same_fingerprint(file, manifest.fingerprint, fingerprint)
     return manifest
 
 

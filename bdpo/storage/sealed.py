@@ -16,13 +16,13 @@ from bdpo.storage.digests import json_digest
 DIGEST = "digest"
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with its digest under the key `digest`.
+def sealed(content: Mapping[str, Any], **layout: Any) -> str:
+    """The JSON text of the content with its digest under the key `digest`; `layout` as for `json.dumps`.
 
     The digest is that of the canonical JSON of what a reader gets back, so tuples and lists are the same.
     """
     read_back: dict[str, Any] = json.loads(json.dumps(dict(content)))
-    return {**read_back, DIGEST: json_digest(read_back)}
+    return json.dumps({**read_back, DIGEST: json_digest(read_back)}, **layout)
 
 
 def unsealed(text: str | bytes) -> dict[str, Any]:

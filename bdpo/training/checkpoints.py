@@ -14,7 +14,6 @@ check costs each node only what it is about to read anyway.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -76,7 +75,7 @@ class CheckpointPart:
         """The content of `part-<rank>.json`, with a digest of itself."""
         content = {**asdict(self), **asdict(self.progress)}
         del content["progress"]
-        return json.dumps(sealed(content))
+        return sealed(content)
 
     @classmethod
     def read(cls, folder: StoragePath, rank: int) -> CheckpointPart:

@@ -68,7 +68,7 @@ def write_failure(folder: StoragePath, fingerprint: Fingerprint, failure: Failur
 def read_failure(folder: StoragePath, fingerprint: Fingerprint | None = None) -> Failure | None:
     """The failure that is recorded in the folder of a variant; None if it is of another fingerprint."""
     record = read_manifest(folder / _FILE)
-    if record is None or fingerprint not in (None, record["fingerprint"]):
+    if record is None or fingerprint not in (None, record.fingerprint):
         return None
     return Failure(End(record["kind"]), record["error"])
 

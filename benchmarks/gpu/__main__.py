@@ -30,7 +30,7 @@ import torch
 from bdpo.errors import UserError, first_line
 from bdpo.models.oom import out_of_memory
 from benchmarks.common import write_section
-from benchmarks.gpu.record import NotMeasured, Record, machine
+from benchmarks.gpu.record import NotMeasured, Record, Row, machine
 from benchmarks.gpu.setup import Setup
 
 PARTS = {
@@ -108,7 +108,7 @@ def run_part(part: str, arguments: argparse.Namespace) -> None:
         print(f"{part}: {case}: {time.monotonic() - began:.0f} s {lost.get('why', '')}", flush=True)
 
 
-def in_its_process(part: str, case: str, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
+def in_its_process(part: str, case: str, arguments: argparse.Namespace, seconds: float) -> Row:
     """Measure a case in a process of its own; returns why it did not come to an end, empty if it did."""
     command = [sys.executable, "-m", "benchmarks.gpu", part, "--case", case]
     command += ["--out", str(arguments.out), "--work", str(arguments.work)]
@@ -153,7 +153,7 @@ def run_case(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def reason(error: Exception) -> dict[str, Any]:
+def reason(error: Exception) -> Row:
     """Why a case has no numbers; `failed` if that should not be."""
     if out_of_memory(error):
         return {"why": f"out of memory: {first_line(error)}"}

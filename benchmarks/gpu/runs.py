@@ -18,7 +18,7 @@ from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import TrainingPlan
 from bdpo.training.pairs import TrainingPairs
 from benchmarks.common import MAX_LENGTH, MAX_PROMPT_LENGTH
-from benchmarks.gpu.record import NotMeasured
+from benchmarks.gpu.record import NotMeasured, Row
 from benchmarks.gpu.setup import SEED, Clock, Setup, model_folder, pairs_file
 
 SHARDS = 4  # the first of them warms up
@@ -42,7 +42,7 @@ def run_config(setup: Setup, name: str, pairs: int, **train: Any) -> Config:
     return parse_config(values, "benchmark")
 
 
-def score(config: Config, setup: Setup) -> dict[str, Any]:
+def score(config: Config, setup: Setup) -> Row:
     """Prepare and score all pairs anew; returns what the scorer did after its first shard."""
     from pipelines.prepare import Prepare
 

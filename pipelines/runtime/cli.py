@@ -18,6 +18,7 @@ from bdpo.sandbox import with_sandbox_files
 from bdpo.storage.paths import discard
 from bdpo.storage.run_dir import RunDir
 from pipelines.runtime.progress import printable
+from pipelines.runtime.ray_internals import JOB_VARIABLE
 from pipelines.runtime.signals import interruptible
 from pipelines.runtime.stage import Stage, check_inputs, complete_all, outputs_of
 
@@ -124,7 +125,7 @@ def command_config(file: str, overrides: Sequence[str]) -> Config:
     """
     config = load_config(file, overrides)
     lasts = "://" in config.run_dir or Path(config.run_dir).expanduser().is_absolute()
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not lasts:  # so Ray starts the command of a job
+    if JOB_VARIABLE in os.environ and not lasts:
         raise UserError(
             f"run_dir={config.run_dir}: a job runs in a folder of its own, which does not last; give an "
             "absolute path, or a bucket"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 
 from bdpo.config.reading import read_yaml
 from bdpo.config.secrets import refuse_secrets
 from bdpo.errors import UserError
+from pipelines.runtime.ray_internals import CLUSTER_FILE
 from pipelines.runtime.signals import keep_handlers
 
 
@@ -66,10 +66,6 @@ def require_capacity(
 def _room(resources: dict[str, float], each: dict[str, float]) -> int:
     """How many workers of a size one node can hold."""
     return min(int(resources.get(name, 0) / amount + 1e-9) for name, amount in each.items() if amount)
-
-
-# What `ray up` gives its autoscaler, on the head, where drivers of jobs run
-CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")
 
 
 def cluster_nodes() -> list[tuple[int, dict[str, float]]] | None:

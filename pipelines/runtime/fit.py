@@ -135,7 +135,7 @@ def _begin(config: Config, run: RunDir, fingerprint: Fingerprint, pairs: int) ->
     begun = finished(begun_file, fingerprint)
     if begun is None and MetricsLog(run.metrics).read():
         raise no_intact_checkpoint({})  # nobody knows how the steps that are logged were made
-    committed: int | None = begun["committed"] if begun else None
+    committed: int | None = begun["committed"] if begun is not None else None
     if begun and committed and begun["workers"] != config.train.workers:
         raise UserError(
             f"{run.train}: the checkpoints are of train.workers={begun['workers']} and cannot be resumed by "

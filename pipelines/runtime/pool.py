@@ -7,17 +7,16 @@ lost with the driver and the driver's memory does not grow with the data.
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from bdpo.config import worker_range
-from bdpo.errors import UserError
 from bdpo.storage.shards import ShardStore
 from pipelines.runtime.cluster import connect, require_capacity
 from pipelines.runtime.progress import progress_bar
+from pipelines.runtime.ray_internals import user_error_in
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -169,7 +168,7 @@ def consume(
     `each` is called with what the actors say of every shard.
 
     Raises:
-        UserError: an actor raised one; of its exception Ray Data brings back only the traceback's text.
+        UserError: an actor raised one.
     """
     from ray.exceptions import RayError
 
@@ -180,7 +179,7 @@ def consume(
                 advance(shard["rows"])
                 each(shard)
     except RayError as error:  # of a task, or of an actor that could not be made
-        raised = re.search(r"^bdpo\.errors\.UserError: (.*)$", str(error), re.MULTILINE)
+        raised = user_error_in(error)
         if raised is None:
             raise
-        raise UserError(raised[1]) from None
+        raise raised from None

@@ -8,12 +8,10 @@ checkpoints that are intact.
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.train import ControllerError, TrainingFailedError, UserCallback
 
 from bdpo.config import TrainConfig
@@ -21,6 +19,7 @@ from bdpo.errors import UserError
 from bdpo.storage.manifests import read_manifest, write_manifest
 from bdpo.storage.paths import StoragePath, discard, sorted_glob, write_text
 from bdpo.training.checkpoints import CheckpointPart, checkpoint_defect, no_intact_checkpoint
+from pipelines.runtime.ray_internals import CHECKPOINT_LIST, checkpoint_list
 
 # Errors that every retry would meet again: a check of the training failed, or the disk is full.
 NOT_RETRIED = (UserError, FloatingPointError)
@@ -35,9 +34,9 @@ class Recovery(UserCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """A checkpoint is committed: from now on a training without checkpoints has lost them."""
         begun = read_manifest(self.begun_file)
-        if begun and checkpoint:
+        if begun is not None and checkpoint:
             step = metrics[0]["step"]
-            write_manifest(self.begun_file, **{**begun, "committed": step})
+            write_manifest(self.begun_file, begun.fingerprint, **{**begun, "committed": step})
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise the error that ends the run: Ray does not retry after an exception of a callback."""
@@ -71,12 +70,11 @@ def rebuild_checkpoint_list(
     intact = [file for file in _checkpoints(folder) if file.name not in defects]
     if committed and not intact:
         raise no_intact_checkpoint(defects)
-    snapshot = folder / "checkpoint_manager_snapshot.json"
     if intact:
         metrics = {file.name: CheckpointPart.read(file, 0).metrics for file in intact}
-        write_text(snapshot, json.dumps(_ray_record(metrics, train)))
+        write_text(folder / CHECKPOINT_LIST, checkpoint_list(metrics, train))
     else:
-        discard(snapshot)
+        discard(folder / CHECKPOINT_LIST)
     discard(*(folder / name for name in defects))
     return len(intact), defects
 
@@ -98,27 +96,3 @@ def incomplete_checkpoints(folder: StoragePath) -> dict[str, str]:
 
 def _checkpoints(folder: StoragePath) -> list[StoragePath]:
     return [file for file in sorted_glob(folder, "checkpoint_*") if file.is_dir()]
-
-
-def _ray_record(metrics: dict[str, dict[str, Any]], train: TrainConfig) -> dict[str, Any]:
-    """The file that Ray's checkpoint manager reads when a run of the same name starts (Ray 2.60).
-
-    Ray deletes from the front, so the order is its own: by score, worst first, if checkpoints have one, else
-    by age, oldest first.
-    """
-    metric, sign = train.best_metric or "step", -1 if train.best_metric and not train.best_is_greatest else 1
-    names = sorted(metrics, key=lambda name: (sign * metrics[name][metric], metrics[name]["step"], name))
-    by_step = sorted(metrics, key=lambda name: (metrics[name]["step"], name))
-    results = {name: {"checkpoint_dir_name": name, "metrics": metrics[name]} for name in names}
-    return {
-        "ray_version": ray.__version__,
-        "checkpoint_results": list(results.values()),
-        "checkpoint_report_indices": [by_step.index(name) for name in names],
-        "latest_checkpoint_result": results[by_step[-1]],
-        "current_report_index": len(names),
-        "pending_training_results": [],
-        "pending_validation_specs": [],
-        "validated_checkpoint_dir_names": [],
-        "timed_out_validation_checkpoint_dir_names": [],
-        "failed_validation_checkpoint_dir_names": [],
-    }

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from bdpo.cluster.status import StageStatus
 from bdpo.config import Config
 from bdpo.reports.cost import TimedStage, stage_gpus
-from bdpo.storage.manifests import Fingerprint, finished
+from bdpo.storage.manifests import Fingerprint, Manifest, finished
 from bdpo.storage.paths import StoragePath
 from bdpo.storage.run_dir import RunDir
 
@@ -99,14 +99,14 @@ class ManifestStage(Stage):
         """Everything that the results depend on, field by field; what is not in it may change any time."""
 
     @abstractmethod
-    def make(self) -> dict[str, Any]:
+    def make(self) -> Manifest:
         """Do what is missing, then write the manifest; returns it."""
 
-    def is_intact(self, manifest: Mapping[str, Any]) -> bool:
+    def is_intact(self, manifest: Manifest) -> bool:
         """Whether the results that the manifest stands for are all there, and valid."""
         return True
 
-    def finished(self) -> dict[str, Any] | None:
+    def finished(self) -> Manifest | None:
         """The manifest if the stage is done with these inputs, None if it is not done.
 
         Raises:
@@ -115,9 +115,10 @@ class ManifestStage(Stage):
         manifest = finished(self.manifest_file, self.fingerprint)
         return manifest if manifest is not None and self.is_intact(manifest) else None
 
-    def completed(self) -> dict[str, Any]:
+    def completed(self) -> Manifest:
         """The manifest; what is missing is done first."""
-        return self.finished() or self.make()
+        manifest = self.finished()
+        return self.make() if manifest is None else manifest
 
     def complete(self) -> Any:
         """Do what is missing; returns the manifest, unless a stage says otherwise."""
@@ -129,9 +130,14 @@ class ManifestStage(Stage):
         return TimedStage(self.name, self.manifest_file, stage_gpus(section) if section else 0.0)
 
 
-def complete_all(stages: Iterable[Stage]) -> dict[str, Any]:
-    """Complete the stages that apply and have their inputs, in order; name -> what `complete` returned."""
-    return {stage.name: stage.complete() for stage in stages if stage.applies and stage.has_inputs}
+def complete_all(stages: Iterable[Stage]) -> list[Stage]:
+    """Complete the stages that apply and have their inputs, in order; returns those."""
+    completed = []
+    for stage in stages:
+        if stage.applies and stage.has_inputs:  # asked one by one: a stage may make the inputs of the next
+            stage.complete()
+            completed.append(stage)
+    return completed
 
 
 def input_checks(stages: Iterable[Stage]) -> dict[str, Check]:

@@ -25,6 +25,7 @@ from ray.tune.search import Searcher
 from bdpo.variants.ends import End, Failure
 from bdpo.variants.objective import InvalidEvaluation
 from pipelines.runtime.faults import in_a_line, own_fault
+from pipelines.runtime.ray_internals import HEAD_NODE
 from pipelines.runtime.tune_secrets import keep_secrets
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def actor_resources(gpus: float) -> dict[str, float]:
 
     Without a share it stays on the head node, which no autoscaler takes away.
     """
-    return {"CPU": 0, "GPU": gpus} if gpus else {"CPU": 0, "node:__internal_head__": 0.001}
+    return {"CPU": 0, "GPU": gpus} if gpus else {"CPU": 0, HEAD_NODE: 0.001}
 
 
 class VariantActor(tune.Trainable):

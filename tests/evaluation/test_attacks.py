@@ -62,8 +62,8 @@ def broken(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "wants an object"),
-        ({"jailbreaks": []}, "wants an object with `parameters`"),
+        ([], "expects an object"),
+        ({"jailbreaks": []}, "expects an object with `parameters`"),
         (artifact() | {"jailbreaks": []}, "a list of `jailbreaks`"),
         (artifact() | {"parameters": {"method": "PAIR"}}, "parameters, key model: wants a text"),
         (artifact() | {"jailbreaks": [SECRET]}, "jailbreak 1: wants an object"),

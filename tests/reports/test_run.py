@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from dataclasses import replace
 
@@ -77,7 +76,7 @@ def run(tmp_path, scores):
     write_manifest(run.scores / "manifest.json", FINGERPRINT, rows=PAIRS, seconds=36.0, workers={})
     keys = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen")
     steps = [{"step": step + 1, **dict.fromkeys(keys, step / 1000)} for step in range(5000)]
-    write_text(run.metrics, "".join(json.dumps(sealed(step)) + "\n" for step in steps))
+    write_text(run.metrics, "".join(sealed(step) + "\n" for step in steps))
     for name, harm in (("base", 1.0), ("trained", 0.0)):
         items = table([harm, harm, 0.5, harm], [False, False, True])
         write_parquet(run.eval(name) / "scores.parquet", items)

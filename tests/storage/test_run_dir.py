@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 from pathlib import Path
 
@@ -129,7 +128,7 @@ def test_a_manifest_that_was_edited_is_refused(tmp_path):
 def test_a_manifest_of_another_version_is_refused(tmp_path, version):
     file = tmp_path / "manifest.json"
     write_manifest(file, {"weights": "a"})
-    file.write_text(json.dumps(sealed(unsealed(file.read_text()) | {"version": version})))
+    file.write_text(sealed(unsealed(file.read_text()) | {"version": version}))
     with pytest.raises(UserError, match=rf"manifest.json: version={version}, this .* fresh=true") as refused:
         finished(file, {"weights": "a"})
     assert "\n" not in str(refused.value)

@@ -194,10 +194,14 @@ def test_options_resume_exactly(float32, tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_updates_are_those_of_float32_masters(bfloat16, stage):
-    """Most single steps are too small for bfloat16: without masters the weights would stand still."""
+    """Most single steps are too small for bfloat16: without masters the weights would stand still.
+
+    A norm may be off by 4 %: the plain loop's own norms change by up to 2.6 % when the same pairs are packed
+    into other micro-batches, since bfloat16 then rounds other sums.
+    """
     base, (_, norms, weights), found = bfloat16
     rows, trained = found[stage]
-    assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=0.02)
+    assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=0.04)
     path, error = (
         math.sqrt(sum((weights[name] - other[name]).double().square().sum().item() for name in weights))
         for other in (base, trained)

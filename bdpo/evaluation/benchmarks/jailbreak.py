@@ -41,9 +41,10 @@ def load(files: Sequence[str | Path]) -> list[Item]:
 
 def _artifact(file: Path) -> list[Item]:
     content = _read(file)
-    parameters, jailbreaks = content.get("parameters"), content.get("jailbreaks")
+    named = content if isinstance(content, dict) else {}
+    parameters, jailbreaks = named.get("parameters"), named.get("jailbreaks")
     if not isinstance(parameters, dict) or not isinstance(jailbreaks, list) or not jailbreaks:
-        raise UserError(f"{file}: wants an object with `parameters` and a list of `jailbreaks`")
+        raise UserError(f"{file}: expects an object with `parameters` and a list of `jailbreaks`")
     attack = "/".join(_text(parameters, key, f"{file}, parameters") for key in ("method", "model"))
     return [_item(jailbreak, attack, f"{file}, jailbreak {n}") for n, jailbreak in enumerate(jailbreaks, 1)]
 
@@ -76,16 +77,13 @@ def _text(values: dict[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> Any:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):  # not UTF-8 or not JSON; the error's own text quotes the file
         raise UserError(f"{file}: not valid JSON") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: wants an object with `parameters` and a list of `jailbreaks`")
-    return content
 
 
 def _configured(config: EvaluateConfig) -> list[Item]:

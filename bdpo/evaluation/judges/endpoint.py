@@ -8,7 +8,6 @@ Streaming, tools and several choices are left out.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import ssl
 import time
@@ -20,6 +19,8 @@ from typing import Any
 import httpx
 
 from bdpo.errors import UserError
+from bdpo.storage import strict_json
+from bdpo.storage.strict_json import RepeatedKey
 
 MAX_REPLY_BYTES = 1 << 20
 
@@ -165,11 +166,13 @@ def reply_text(reply: bytes) -> str:
     if not reply:
         raise Fault("empty")
     try:
-        choices = json.loads(reply, object_pairs_hook=_once_each)["choices"]
+        choices = strict_json.loads(reply)["choices"]
         if len(choices) > 1 and any(choice != choices[0] | {"index": choice["index"]} for choice in choices):
             raise Fault("conflicting_choices")
         message, finish = choices[0]["message"], choices[0].get("finish_reason")
         content = message["content"]
+    except RepeatedKey:
+        raise Fault("duplicate_key") from None
     except (ValueError, RecursionError):
         raise Fault("not_json") from None
     except (KeyError, IndexError, TypeError, AttributeError):
@@ -183,11 +186,3 @@ def reply_text(reply: bytes) -> str:
     if not isinstance(content, str):
         raise Fault("no_text")
     return content
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are each there once: of two, readers take either."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise Fault("duplicate_key")
-    return values

@@ -1,0 +1,32 @@
+"""JSON from elsewhere in which no key stands twice: of two values readers take either, without a word."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+class RepeatedKey(ValueError):
+    """A key stands twice in an object; `key` is its name, which may be text of the data."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__("a key stands twice")
+        self.key = key
+
+
+def loads(text: str | bytes) -> Any:
+    """As `json.loads`.
+
+    Raises:
+        RepeatedKey: a key stands twice in an object.
+        ValueError, RecursionError: the text is not JSON, or nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(members)
+    if len(values) < len(members):
+        names = [name for name, _ in members]
+        raise RepeatedKey(next(name for name in names if names.count(name) > 1))
+    return values

@@ -1,0 +1,75 @@
+"""Everything that depends on Ray beyond its documented interface, tested with Ray 2.60.
+
+`pyproject.toml` admits the versions that were tested and no later minor version. What is here has to be
+checked again before that range grows; `tests/pipelines/test_ray_internals.py` compares each of these with
+what Ray itself does.
+
+Ray is imported inside functions: a command that refuses its config must not wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bdpo.config import TrainConfig
+from bdpo.errors import UserError
+
+CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
+"""The file in a run's folder in which Ray Train lists its committed checkpoints; read when a run resumes."""
+
+HEAD_NODE = "node:__internal_head__"
+"""A resource that the head node alone has, 1 of it."""
+
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""An environment variable of the commands that `ray job submit` starts."""
+
+CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")
+"""What `ray up` gives its autoscaler, on the head node, where the drivers of jobs run."""
+
+
+def checkpoint_list(metrics: Mapping[str, Mapping[str, Any]], train: TrainConfig) -> str:
+    """The content of `CHECKPOINT_LIST`; `metrics` are those of each checkpoint by the name of its folder.
+
+    Ray deletes from the front, so the order is its own: by score, worst first, if checkpoints have one, else
+    by age, oldest first.
+    """
+    import ray
+
+    metric, sign = train.best_metric or "step", -1 if train.best_metric and not train.best_is_greatest else 1
+    names = sorted(metrics, key=lambda name: (sign * metrics[name][metric], metrics[name]["step"], name))
+    by_step = sorted(metrics, key=lambda name: (metrics[name]["step"], name))
+    results = {name: {"checkpoint_dir_name": name, "metrics": metrics[name]} for name in names}
+    return json.dumps(
+        {
+            "ray_version": ray.__version__,
+            "checkpoint_results": list(results.values()),
+            "checkpoint_report_indices": [by_step.index(name) for name in names],
+            "latest_checkpoint_result": results[by_step[-1]],
+            "current_report_index": len(names),
+            "pending_training_results": [],
+            "pending_validation_specs": [],
+            "validated_checkpoint_dir_names": [],
+            "timed_out_validation_checkpoint_dir_names": [],
+            "failed_validation_checkpoint_dir_names": [],
+        }
+    )
+
+
+def pack_working_dir(folder: Path, package: Path) -> None:
+    """Write the ZIP file that `ray job submit --working-dir` would upload, with what Ray leaves out of it."""
+    from ray._private.runtime_env.packaging import create_package
+
+    quiet = logging.getLogger("bdpo.upload")
+    quiet.setLevel(logging.ERROR)
+    create_package(str(folder), package, include_gitignore=True, logger=quiet)
+
+
+def user_error_in(error: Exception) -> UserError | None:
+    """The UserError that an actor of Ray Data raised: Ray Data brings back only the text of its traceback."""
+    raised = re.search(rf"^{UserError.__module__}\.UserError: (.*)$", str(error), re.MULTILINE)
+    return UserError(raised[1]) if raised else None

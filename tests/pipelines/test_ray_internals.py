@@ -1,0 +1,72 @@
+"""What bdpo assumes of Ray's internals, against the installed Ray: a new Ray version fails here first."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+
+import pytest
+import ray
+from packaging.requirements import Requirement
+
+from bdpo.config import TrainConfig
+from bdpo.errors import UserError
+from pipelines.runtime import ray_internals
+from tests.support import ROOT
+
+METRICS = {
+    "checkpoint_b": {"step": 20, "eval_loss": 0.4},
+    "checkpoint_a": {"step": 10, "eval_loss": 0.2},
+    "checkpoint_c": {"step": 30, "eval_loss": 0.6},
+}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "order"),  # what is deleted first stands first: the oldest, or the worst
+    [({}, "abc"), ({"metric_for_best_model": "loss", "eval_fraction": 0.1, "save_steps": 10, "eval_steps": 10}, "cba")],
+)
+def test_ray_reads_the_list_of_checkpoints(chosen, order):
+    from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
+
+    text = ray_internals.checkpoint_list(METRICS, TrainConfig(**chosen))
+    state = _CheckpointManagerState.parse_obj(json.loads(text))
+    assert state.ray_version == ray.__version__
+    assert [result.checkpoint_dir_name[-1] for result in state.checkpoint_results] == list(order)
+    assert state.latest_checkpoint_result.checkpoint_dir_name == "checkpoint_c"
+    assert state.checkpoint_report_indices == ["abc".index(letter) for letter in order]
+    assert set(json.loads(text)) == set(_CheckpointManagerState.__fields__)
+
+
+def test_ray_train_keeps_its_list_in_that_file():
+    from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+
+    assert ray_internals.CHECKPOINT_LIST == CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+
+
+def test_the_head_node_has_its_resource():
+    from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+
+    assert ray_internals.HEAD_NODE == HEAD_NODE_RESOURCE_NAME
+
+
+def test_a_job_knows_itself_by_its_variable():
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    assert ray_internals.JOB_VARIABLE == RAY_JOB_CONFIG_JSON_ENV_VAR
+
+
+def test_the_error_for_the_user_is_found_in_the_text_of_a_traceback():
+    text = "ray::Map()\n  File ...\nbdpo.errors.UserError: a.csv, row 3: no prompt\n\nThe above exception ..."
+    found = ray_internals.user_error_in(RuntimeError(text))
+    assert isinstance(found, UserError)
+    assert str(found) == "a.csv, row 3: no prompt"
+    assert ray_internals.user_error_in(RuntimeError("ValueError: UserError: no")) is None
+
+
+def test_the_range_that_is_admitted_is_the_range_that_was_tested():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (ranged,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "ray")
+    (tested,) = re.findall(r"tested with Ray (\d+\.\d+)", ray_internals.__doc__)
+    major, minor = map(int, tested.split("."))
+    assert str(ranged.specifier) in (f"<{major}.{minor + 1},>={tested}", f">={tested},<{major}.{minor + 1}")
