@@ -24,18 +24,21 @@ METRICS = {
 
 @pytest.mark.parametrize(
     ("chosen", "order"),  # what is deleted first stands first: the oldest, or the worst
-    [({}, "abc"), ({"metric_for_best_model": "loss", "eval_fraction": 0.1, "save_steps": 10, "eval_steps": 10}, "cba")],
+    [
+        ({}, "abc"),
+        ({"metric_for_best_model": "loss", "eval_fraction": 0.1, "save_steps": 10, "eval_steps": 10}, "cba"),
+    ],
 )
 def test_ray_reads_the_list_of_checkpoints(chosen, order):
     from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
 
     text = ray_internals.checkpoint_list(METRICS, TrainConfig(**chosen))
-    state = _CheckpointManagerState.parse_obj(json.loads(text))
+    state = _CheckpointManagerState.model_validate_json(text)
     assert state.ray_version == ray.__version__
     assert [result.checkpoint_dir_name[-1] for result in state.checkpoint_results] == list(order)
     assert state.latest_checkpoint_result.checkpoint_dir_name == "checkpoint_c"
     assert state.checkpoint_report_indices == ["abc".index(letter) for letter in order]
-    assert set(json.loads(text)) == set(_CheckpointManagerState.__fields__)
+    assert set(json.loads(text)) == set(_CheckpointManagerState.model_fields)
 
 
 def test_ray_train_keeps_its_list_in_that_file():
