@@ -77,7 +77,7 @@ def _write(file: StoragePath, gate: GateConfig, run: RunDir, outcomes: Sequence[
         "run_dir": str(run.root),
         "gate": gate.model_dump(),
         "outcomes": [asdict(outcome) for outcome in outcomes],
-        "evaluations": {name: found and found["fingerprint"] for name, found in manifests.items()},
+        "evaluations": {name: found and found.fingerprint for name, found in manifests.items()},
     }
     try:
         write_text(file, json.dumps(content, indent=2) + "\n")
