@@ -76,6 +76,8 @@ def build_engine(config: Config, total_steps: int, warmup_steps: int) -> Any:
     import deepspeed
     import torch._dynamo  # imported first under zero.Init, which patches tensor creation, it fails
 
+    if config.train.offload:
+        torch.set_num_threads(cores_of_a_worker())
     ds_config = deepspeed_config(config)
     model = _load_policy(config, ds_config)
     groups = _parameter_groups(model, config.train.weight_decay)
@@ -94,6 +96,11 @@ def build_engine(config: Config, total_steps: int, warmup_steps: int) -> Any:
     )
     engine.train()
     return engine
+
+
+def cores_of_a_worker() -> int:
+    """Threads for the optimizer of offloaded states, which steps on the CPU; Ray gives a worker one."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _load_policy(config: Config, ds_config: dict[str, Any]) -> Any:

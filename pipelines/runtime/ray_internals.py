@@ -62,11 +62,13 @@ def checkpoint_list(metrics: Mapping[str, Mapping[str, Any]], train: TrainConfig
 
 def pack_working_dir(folder: Path, package: Path) -> None:
     """Write the ZIP file that `ray job submit --working-dir` would upload, with what Ray leaves out of it."""
+    from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import create_package
 
+    left_out = get_runtime_env_default_excludes()  # .git and environments
     quiet = logging.getLogger("bdpo.upload")
     quiet.setLevel(logging.ERROR)
-    create_package(str(folder), package, include_gitignore=True, logger=quiet)
+    create_package(str(folder), package, include_gitignore=True, excludes=left_out, logger=quiet)
 
 
 def user_error_in(error: Exception) -> UserError | None:

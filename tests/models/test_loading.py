@@ -20,11 +20,13 @@ from bdpo.models.loading import (
     load_model,
     model_config,
     model_folder,
+    plain_attention,
     require_complete_weights,
     require_positions,
     weights_digest,
 )
 from bdpo.storage.cache import cache_folder
+from tests.support.architectures import tiny
 from tests.support.helpers import tiny_qwen2
 
 SIZE = 4 * 2**20
@@ -287,6 +289,14 @@ def test_a_name_that_is_no_model_is_refused_in_one_line(name, reason):
     with pytest.raises(UserError, match=reason) as caught:
         model_config(ModelConfig(name_or_path=name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "attention"), [("llama", "sdpa"), ("gemma2", "eager"), ("mpt", "eager")]
+)
+def test_the_choice_of_attention_falls_to_eager_where_there_is_no_sdpa(model_type, attention):
+    model = ModelConfig(name_or_path="m", attn_implementation="auto")
+    assert plain_attention(model, tiny(model_type).config) == attention
 
 
 def test_an_encoder_is_no_causal_language_model(tmp_path):

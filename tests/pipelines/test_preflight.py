@@ -391,6 +391,13 @@ class TestUpload:
             (folder / name).write_text("z" * 1000)
         assert check_upload(folder) == kept
 
+    def test_a_repository_beside_the_code_is_not_counted_since_ray_leaves_it_out(self, folder):
+        (folder / ".rayignore").unlink()
+        kept = check_upload(folder)
+        (folder / ".git" / "objects").mkdir(parents=True)
+        (folder / ".git" / "objects" / "pack").write_bytes(bytes(2**20 * (MAX_UPLOAD_MIB + 1)))
+        assert check_upload(folder) == kept
+
     @pytest.mark.parametrize("name", ["auth_token", "deep/api_key", "credentials"])
     def test_a_file_called_like_a_secret_is_refused(self, folder, name):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from bdpo.models.tokenizer import load_tokenizer
 from bdpo.scoring.reference import ReferenceScorer
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import TrainingPlan
-from bdpo.training.engine import learning_rates
+from bdpo.training.engine import cores_of_a_worker, learning_rates
 from bdpo.training.pairs import TrainingPairs
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
 from tests.support.training import launch, results
@@ -160,6 +160,13 @@ def float32(tmp_path_factory, tiny_chat):
     launch(configs, workers=2)
     gathered = [int((loading / f"gathered-{rank}").read_text()) for rank in range(2)]
     return plain_loop(base), dict(zip(VARIANTS, configs, strict=True)), gathered
+
+
+@pytest.mark.parametrize(("workers", "cores"), [(1, 16), (8, 2), (99, 1)])
+def test_offloaded_states_are_stepped_by_the_cores_of_a_worker(monkeypatch, workers, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(workers))
+    assert cores_of_a_worker() == cores
 
 
 @pytest.mark.parametrize("name", VARIANTS)
