@@ -190,7 +190,9 @@ def on_ray(config: Config, run: RunDir, actors: int) -> Pass:
     """Ray Data with a pool of so many."""
     load, missing = _start(config, run)
     arguments = {"config": config, "run": run, "fingerprint": score_fingerprint(config, run)}
-    dataset = RayPool("score", actors, 0).map(shard_dataset(missing), TimedScorer, arguments)
+    dataset = RayPool("score", actors, 0, config.score.stall_seconds).map(
+        shard_dataset(missing), TimedScorer, arguments
+    )
     done, cpu = [], []
     for shard in dataset.iter_rows():
         done.append(shard)

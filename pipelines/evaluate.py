@@ -120,8 +120,7 @@ class Evaluate(ManifestStage):
         answers = answer_store(self.run, self.model_name, self._answers)
         scores = score_store(self.config, self.run, self.model_name, self._answers)
         evaluate, total = self.config.evaluate, len(planned_items(self.config))
-        pool = RayPool("evaluate", evaluate.workers, evaluate.gpus_per_worker)
-        executor = self.executor or pool
+        executor = self.executor or RayPool.of("evaluate", evaluate)
         to_answer = {"config": self.config, "model": self.model, "store": answers}
         to_judge = {"config": self.config, "answers": answers, "scores": scores}
         name, rows = self.model_name, evaluate.batch_size

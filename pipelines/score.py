@@ -33,7 +33,7 @@ from bdpo.storage.manifests import Fingerprint, Manifest, read_manifest
 from bdpo.storage.paths import StoragePath, discard
 from pipelines.prepare import Prepare
 from pipelines.runtime.cli import Command
-from pipelines.runtime.pool import ATTEMPTS, RayPool, Shards, consume, may_be_lost, shard_dataset
+from pipelines.runtime.pool import ATTEMPTS, RayPool, Shards, ShardWork, may_be_lost
 from pipelines.runtime.progress import console
 from pipelines.runtime.stage import ManifestStage
 
@@ -166,10 +166,10 @@ class Score(ManifestStage):
 
         settings = self.config.score
         arguments = {"config": self.config, "run": self.run, "fingerprint": self.fingerprint}
-        dataset = shard_dataset(missing, MAX_UNSCORABLE + may_be_lost(settings.workers))
-        pool = RayPool("score", settings.workers, settings.gpus_per_worker)
-        scored = pool.map(dataset, ShardScorer, arguments, queue)
-        consume(scored, "score", self._pairs, missing, note)
+        store = score_store(self.run, self.fingerprint)
+        work = ShardWork("score", ShardScorer, arguments, store, self._pairs, settings.shard_rows)
+        may_fail = MAX_UNSCORABLE + may_be_lost(settings.workers)
+        RayPool.of("score", settings).make_shards(work, missing, may_fail, queue, note)
 
     def _say_if_rows_are_plain(self) -> None:
         from bdpo.models.loading import model_config

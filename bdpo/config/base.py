@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
+
+from bdpo.section import RUNTIME_ONLY
 
 SANDBOX = "sandbox"
 
@@ -26,3 +28,13 @@ def worker_range(workers: int | list[int]) -> tuple[int, int]:
 
 
 Workers = Annotated[int | list[int], AfterValidator(_one_or_range)]
+
+StallSeconds = Annotated[
+    float,
+    Field(
+        gt=0,
+        description="a worker is replaced if its work takes longer than this and 3 times the slowest so far",
+    ),
+    RUNTIME_ONLY,
+]
+"""The least limit of a piece of work: a shard, a training step, a checkpoint."""

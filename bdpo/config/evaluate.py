@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, model_validator
 
-from bdpo.config.base import Workers
+from bdpo.config.base import StallSeconds, Workers
 from bdpo.section import Fraction, Positive, Section, Variant, default_kind, sections_in
 
 Value = TypeVar("Value")
@@ -212,6 +212,7 @@ class EvaluateConfig(Section):
     )
     workers: Workers = 1
     gpus_per_worker: float = Field(1.0, ge=0)
+    stall_seconds: StallSeconds = 60.0
     adapter: str | None = Field(None, description="folder or hub id of a LoRA adapter to evaluate as well")
     strongreject: StrongRejectConfig = StrongRejectConfig()
     xstest: XSTestConfig = XSTestConfig()

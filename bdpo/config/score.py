@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bdpo.config.base import Workers
+from bdpo.config.base import StallSeconds, Workers
 from bdpo.section import RUNTIME_ONLY, Positive, Section
 
 
@@ -26,3 +26,4 @@ class ScoreConfig(Section):
     gpus_per_worker: Annotated[float, RUNTIME_ONLY] = Field(
         1.0, ge=0, description="GPUs of one process, also a share of one"
     )
+    stall_seconds: StallSeconds = 60.0

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from bdpo.config.base import StallSeconds
 from bdpo.section import RUNTIME_ONLY, Fraction, Positive, Section
 
 
@@ -77,6 +78,7 @@ class TrainConfig(Section):
     max_failures: Annotated[int, RUNTIME_ONLY] = Field(
         2, ge=-1, description="worker failures to recover from; -1: any number"
     )
+    stall_seconds: StallSeconds = 60.0
 
     @model_validator(mode="after")
     def _offload_fits_the_stage(self) -> TrainConfig:

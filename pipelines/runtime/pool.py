@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from bdpo.config import worker_range
+from bdpo.config import EvaluateConfig, ScoreConfig, worker_range
 from bdpo.storage.shards import ShardStore
 from pipelines.runtime.cluster import connect, require_capacity
 from pipelines.runtime.progress import progress_bar
 from pipelines.runtime.ray_internals import user_error_in
+from pipelines.runtime.stalls import WatchedActor, watching
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -86,11 +87,20 @@ class InProcess:
 
 @dataclass(frozen=True)
 class RayPool:
-    """`workers` (n or [min, max]) actors of `gpus` each, for the stage whose config section is `stage`."""
+    """`workers` (n or [min, max]) actors of `gpus` each, for the stage whose config section is `stage`.
+
+    An actor that stands still for `stall_seconds` at least is killed and replaced, see `WorkTimes.limit`.
+    """
 
     stage: str
     workers: Any
     gpus: float
+    stall_seconds: float
+
+    @classmethod
+    def of(cls, stage: str, section: ScoreConfig | EvaluateConfig) -> RayPool:
+        """The pool that a section of the config describes."""
+        return cls(stage, section.workers, section.gpus_per_worker, section.stall_seconds)
 
     def complete_shards(self, work: ShardWork) -> None:
         """Make the shards that are missing; what is lost with nodes that die is made again, twice at most.
@@ -104,8 +114,26 @@ class RayPool:
             missing = work.missing()
             if not missing:
                 break
-            dataset = shard_dataset(missing, may_fail)
-            consume(self.map(dataset, work.actor, work.arguments), work.title, work.total, missing)
+            self.make_shards(work, missing, may_fail)
+
+    def make_shards(
+        self,
+        work: ShardWork,
+        shards: Shards,
+        may_fail: int,
+        queue: int = 2,
+        each: Callable[[dict[str, Any]], None] = lambda shard: None,
+    ) -> None:
+        """Make these shards, of which `may_fail` may fail; `each` is called with what the actors return.
+
+        Raises:
+            UserError: the cluster can never hold the smallest such pool; or an actor raised one.
+            RayError: more shards failed.
+        """
+        dataset = shard_dataset(shards, may_fail)
+        with watching(work.title, self.stall_seconds) as watch:
+            arguments = {**work.arguments, "actor": work.actor, "watch": watch}
+            consume(self.map(dataset, WatchedActor, arguments, queue), work, shards, each)
 
     def map(self, dataset: Dataset, actor: type, arguments: dict[str, Any], queue: int = 2) -> Dataset:
         """Run every shard of `shard_dataset` through the actors.
@@ -157,11 +185,7 @@ def shard_dataset(shards: Shards, may_fail: int = 0) -> Dataset:
 
 
 def consume(
-    dataset: Dataset,
-    title: str,
-    total: int,
-    missing: Shards,
-    each: Callable[[dict[str, Any]], None] = lambda shard: None,
+    dataset: Dataset, work: ShardWork, shards: Shards, each: Callable[[dict[str, Any]], None]
 ) -> None:
     """Run it to the end with a progress bar in rows, those that were done before included.
 
@@ -172,9 +196,9 @@ def consume(
     """
     from ray.exceptions import RayError
 
-    done = total - sum(rows for _, rows in missing)
+    done = work.total - sum(rows for _, rows in shards)
     try:
-        with progress_bar(title, total, done) as advance:
+        with progress_bar(work.title, work.total, done) as advance:
             for shard in dataset.iter_rows():
                 advance(shard["rows"])
                 each(shard)
