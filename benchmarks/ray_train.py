@@ -42,11 +42,12 @@ from bdpo.config import load_config
 from bdpo.sandbox import with_sandbox_files
 from bdpo.scoring.scores import read_scores
 from bdpo.storage.run_dir import RunDir
-from bdpo.training.loop import train
+from bdpo.training.loop import Launcher, train
 
 config = with_sandbox_files(load_config(sys.argv[1]))
 run = RunDir(config.run_dir)
-train(config, run, read_scores(config, run), lambda: [], lambda folder, metrics: shutil.rmtree(folder))
+launcher = Launcher(lambda: [], lambda folder, metrics: shutil.rmtree(folder))
+train(config, run, read_scores(config, run), launcher)
 """
 
 

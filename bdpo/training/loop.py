@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -40,22 +41,44 @@ from bdpo.training.pairs import TrainingPairs
 from bdpo.training.rungs import Rungs
 
 
+class Phase(StrEnum):
+    """What a worker does at a time; how long it may take is known from earlier ones of the same phase."""
+
+    START = "the start of the training"
+    STEP = "an optimizer step"
+    EVALUATION = "an evaluation on held-out pairs"
+    CHECKPOINT = "a checkpoint"
+    EXPORT = "the export of the model"
+    DECISION = "the wait for a decision"
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What started the workers: it knows where checkpoints go, and may watch that the work goes forward.
+
+    `report` receives a folder with this worker's part of a checkpoint, which it removes, and the metrics of
+    its step. `reported` waits until everything that was reported is committed, and returns the checkpoints
+    that are kept. `begins` is called when this worker begins a phase, with what it did before completed.
+    """
+
+    reported: Callable[[], Sequence[Reported]]
+    report: Report
+    begins: Callable[[Phase], None] = lambda phase: None
+
+
 def train(
     config: Config,
     run: RunDir,
     scores: pa.Table,
-    reported: Callable[[], Sequence[Reported]],
-    report: Report,
+    launcher: Launcher,
     rungs: Rungs | None = None,
 ) -> None:
     """Train from the newest intact checkpoint to the last step, then write the model to `run.model`.
 
     With LoRA the adapter is written to `run.adapter` first, and `run.model` is the base with it merged in.
 
-    Every worker of an initialised process group must call this. `report` receives a folder with this
-    worker's part of a checkpoint, which it removes, and the metrics of its step. `reported` waits until
-    everything that was reported is committed, and returns the checkpoints that are kept. At each of `rungs`
-    the training writes a checkpoint, exports the model, and waits for the decision whether to resume.
+    Every worker of an initialised process group must call this. At each of `rungs` the training writes a
+    checkpoint, exports the model, and waits for the decision whether to resume.
 
     Raises:
         UserError: policy and reference differ before the first step; no checkpoint is intact, or the
@@ -66,11 +89,16 @@ def train(
     plan = TrainingPlan(pairs.lengths, config.train, config.seed)
     engine = build_engine(config, plan.total_steps, plan.warmup_steps)
     staging, log = Staging(run), MetricsLog(run.metrics)
-    progress = _resume(engine, run, log, reported)
+    progress = _resume(engine, run, log, launcher.reported)
     while progress.step < plan.total_steps:
         at = progress.step
-        if rungs and at in rungs.steps and not _resumes_after_rung(engine, pairs, run, rungs, at):
-            return
+        if rungs and at in rungs.steps:
+            launcher.begins(Phase.EXPORT)
+            _export_for_rung(engine, pairs, run, rungs, at)
+            launcher.begins(Phase.DECISION)
+            if not _all_agree(rungs.wait(at)):
+                return
+        launcher.begins(Phase.STEP)
         started = time.perf_counter()
         metrics = train_step(engine, pairs, plan, progress.step)
         tokens = pairs.tokens(plan.global_batch(progress.step))
@@ -79,15 +107,18 @@ def train(
         metrics |= asdict(progress) | {"tokens_per_second": tokens / (time.perf_counter() - started)}
         last, at_rung = step == plan.total_steps, rungs is not None and step in rungs.steps
         if held_out and (last or at_rung or step % config.train.eval_steps == 0):
+            launcher.begins(Phase.EVALUATION)
             metrics |= evaluate(engine, held_out)
         if dist.get_rank() == 0:
             log.append(metrics)
         if last or at_rung or step % config.train.save_steps == 0:
-            reported()  # waits: at most one checkpoint is on its way to storage
+            launcher.begins(Phase.CHECKPOINT)
+            launcher.reported()  # waits: at most one checkpoint is on its way to storage
             log.flush()
-            save_checkpoint(engine, progress, metrics, staging, report)
+            save_checkpoint(engine, progress, metrics, staging, launcher.report)
+    launcher.begins(Phase.EXPORT)
     if config.train.load_best_model_at_end:
-        load_first_intact(engine, best_first(config.train, reported()))
+        load_first_intact(engine, best_first(config.train, launcher.reported()))
     export_model(engine, pairs, run)
 
 
@@ -210,17 +241,16 @@ def _require_reference(pairs: PairLogps, config: Config) -> None:
         )
 
 
-def _resumes_after_rung(engine: Any, data: TrainingPairs, run: RunDir, rungs: Rungs, step: int) -> bool:
-    """Export the model, wait for the decision of whoever evaluates it, and return it.
+def _export_for_rung(engine: Any, data: TrainingPairs, run: RunDir, rungs: Rungs, step: int) -> None:
+    """Export the model for whoever evaluates it; every worker must call this.
 
     The model is not exported again if an earlier process of this training did: somebody may be reading it.
     """
     if not _all_agree(rungs.exported(step)):
-        export_model(engine, data, run, probe=step == rungs.steps[0])
+        export_model(engine, data, run)
         dist.barrier()
         if dist.get_rank() == 0:
             rungs.mark_exported(step)
-    return _all_agree(rungs.wait(step))
 
 
 def _all_agree(answer: bool) -> bool:

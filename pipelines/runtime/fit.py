@@ -17,10 +17,14 @@ from bdpo.training.rungs import Rungs
 from pipelines.runtime.cluster import cluster_nodes
 from pipelines.runtime.progress import console
 from pipelines.runtime.signals import in_thread
+from pipelines.runtime.stalls import PAUSED, Reporter, watching
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from ray.train.torch import TorchTrainer
+
+COLLECTIVE_SECONDS = 1800
+"""How long gloo or NCCL waits for the other workers: for the first worker's hashing or export, for one."""
 
 
 def fit(
@@ -47,9 +51,10 @@ def fit(
         MetricsLog(run.recoveries).append(note)
         console.print(recovery_line(note))
     arguments = {"config": config, "run": run, "scores": scores, "rungs": rungs, "resumes": whole > 0}
-    trainer = _trainer(config.train, run, arguments)
     try:
-        in_thread(trainer.fit)  # which puts a handler of SIGINT in the main thread, and never removes it
+        with watching("training", config.train.stall_seconds, together=True) as watch:
+            trainer = _trainer(config.train, run, {**arguments, "watch": watch})
+            in_thread(trainer.fit)  # which puts a handler of SIGINT in the main thread, and never removes it
     except TrainingFailedError as error:
         raise final_cause(error) from None
     # What a worker that died had half copied: Ray's rotation does not know it.
@@ -68,7 +73,7 @@ def _trainer(train: TrainConfig, run: RunDir, arguments: dict[str, Any]) -> Torc
     return TorchTrainer(
         train_worker,
         train_loop_config=arguments,
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
             num_workers=train.workers,
             use_gpu=gpus > 0,
@@ -103,8 +108,15 @@ def train_worker(arguments: dict[str, Any]) -> None:
     )
 
     from bdpo.training.checkpoints import no_intact_checkpoint
-    from bdpo.training.loop import train
+    from bdpo.training.loop import Launcher, Phase, train
     from pipelines.runtime.recovery import remove_uncommitted
+
+    reporter = Reporter(arguments["watch"])
+
+    def begins(phase: Phase) -> None:
+        reporter.begin(PAUSED if phase is Phase.DECISION else phase.value, phase.value)
+
+    begins(Phase.START)
 
     def report_in_background(folder: Path, metrics: dict[str, float]) -> None:
         # Training goes on while the folder is copied to storage; Ray removes it then.
@@ -119,7 +131,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     config, run, scores, rungs = (arguments[name] for name in ("config", "run", "scores", "rungs"))
     if get_context().get_world_rank() == 0:
         remove_uncommitted(run.train / "ray", reported())
-    train(config, run, scores, reported, report_in_background, rungs)
+    train(config, run, scores, Launcher(reported, report_in_background, begins), rungs)
+    reporter.begin("end", "the upload of the last checkpoint")
 
 
 def _begin(config: Config, run: RunDir, fingerprint: Fingerprint, pairs: int) -> int | None:

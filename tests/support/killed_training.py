@@ -105,7 +105,7 @@ class Nodes:
         }
 
     def kill(self, kind: str, driver: subprocess.Popen[str], rng: random.Random) -> bool:
-        """Kill a process or a node; False if there is none."""
+        """Kill a process or a node, or stop a process; False if there is none."""
         workers = sorted(self.train_workers().items(), key=lambda item: item[0].pid)
         if kind == "driver":
             driver.kill()
@@ -115,6 +115,8 @@ class Nodes:
             process, node = rng.choice(workers)
             if kind == "worker":
                 process.kill()
+            elif kind == "stop":
+                process.suspend()
             else:
                 self.cluster.remove_node(node, allow_graceful=False)
                 self.cluster.add_node(num_cpus=1)

@@ -79,7 +79,7 @@ def train_one(file: str, rungs: Sequence[int]) -> None:
             exec(fault.read_text(), {**globals(), "run": run, "rank": rank})
         scores = pq.read_table(run.root / "scores.parquet")
         stops = [Rungs(run.root / "rungs", rungs)] if rungs else []
-        training.train(config, run, scores, reported, report, *stops)
+        training.train(config, run, scores, training.Launcher(reported, report), *stops)
     except (UserError, FloatingPointError) as error:
         (run.root / f"error-{rank}.txt").write_text(str(error))
     finally:
