@@ -30,6 +30,7 @@ from bdpo.storage.digests import sha256
 from bdpo.storage.paths import StoragePath, read_bytes, write_text
 from bdpo.storage.run_dir import RunDir
 from bdpo.storage.sealed import sealed, unsealed
+from bdpo.training.resharding import load_resharded
 
 Metrics = dict[str, float]
 
@@ -148,16 +149,16 @@ def load_first_intact(
     and the checkpoints before it that are damaged, each with its defect.
 
     Raises:
-        UserError: no checkpoint is intact, or the checkpoint was written by another number of workers.
+        UserError: no checkpoint is intact.
     """
     damaged: dict[str, str] = {}
     for checkpoint in checkpoints:
         name = checkpoint.path.rstrip("/").rpartition("/")[2]
         with checkpoint.as_directory() as folder:
-            # Each worker can judge its own part alone, but all must load the same checkpoint: one defect
-            # anywhere makes every worker try the next one.
+            # Each worker judges its own part, or its share of them, but all must load the same checkpoint:
+            # one defect anywhere makes every worker try the next one.
             found: list[str | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(found, part_defect(Path(folder), dist.get_rank()))
+            dist.all_gather_object(found, _defect_of_share(Path(folder)))
             defect = next(filter(None, found), None)
             if defect is None:
                 return _load(engine, Path(folder)), name, damaged
@@ -187,8 +188,6 @@ def part_defect(folder: StoragePath, rank: int, hashes: bool = True) -> str | No
     name = f"part-{rank}.json"
     try:
         first = CheckpointPart.read(folder, 0)
-        if not (folder / name).exists() and rank >= first.workers:
-            return None  # `_load` reports that the checkpoint is of another number of workers
         part = CheckpointPart.read(folder, rank)
         if (part.workers, part.progress) != (first.workers, first.progress):
             return f"{name} is of another checkpoint"
@@ -202,19 +201,26 @@ def part_defect(folder: StoragePath, rank: int, hashes: bool = True) -> str | No
     return None
 
 
+def _defect_of_share(folder: Path) -> str | None:
+    """What is wrong with the parts that this worker checks: of its own rank, and each M further."""
+    try:
+        ranks = range(dist.get_rank(), CheckpointPart.read(folder, 0).workers, dist.get_world_size())
+    except (FileNotFoundError, ValueError):
+        return "part-0.json is missing or damaged"
+    return next(filter(None, (part_defect(folder, rank) for rank in ranks)), None)
+
+
 def _load(engine: Any, folder: Path) -> TrainProgress:
     part, workers = CheckpointPart.read(folder, 0), dist.get_world_size()
-    if part.workers != workers:
-        raise UserError(
-            f"{folder}: a checkpoint of {part.workers} workers cannot be resumed by {workers}; "
-            f"set train.workers={part.workers}, or fresh=true to start over"
-        )
     if engine.zero_nvme_offload_optimizer():  # DeepSpeed 0.19 restores the weights, but not the moments
         raise UserError(
             "train.offload=nvme: DeepSpeed cannot restore the optimizer from a checkpoint; "
             "fresh=true starts over, and with train.offload=cpu a training can be resumed"
         )
     all_trained = all(parameter.requires_grad for parameter in engine.module.parameters())
+    if part.workers != workers:  # the generators are seeded anew at each step, whatever their state
+        load_resharded(engine, folder, part.workers, all_trained)
+        return part.progress
     engine.load_checkpoint(str(folder), tag="state", load_module_strict=all_trained)
     _set_rng_state(torch.load(folder / f"rng_state_{dist.get_rank()}.pth", weights_only=True))
     return part.progress

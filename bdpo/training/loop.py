@@ -81,8 +81,8 @@ def train(
     checkpoint, exports the model, and waits for the decision whether to resume.
 
     Raises:
-        UserError: policy and reference differ before the first step; no checkpoint is intact, or the
-            checkpoints are of another number of workers; the disk is full.
+        UserError: policy and reference differ before the first step; no checkpoint is intact; the
+            disk is full.
         FloatingPointError: a loss or a gradient is not finite; the message names the pairs.
     """
     pairs, held_out = TrainingPairs.load(config, run, scores).split()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdpo.config import Config, TrainConfig
-from bdpo.errors import UserError
 from bdpo.storage.manifests import Fingerprint, finished, write_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import arrow_filesystem, discard
@@ -139,8 +138,7 @@ def _begin(config: Config, run: RunDir, fingerprint: Fingerprint, pairs: int) ->
     """Remember what this training was begun with; returns the step of its last committed checkpoint, if any.
 
     Raises:
-        UserError: it was begun with something else, nobody knows with what, or its checkpoints are of
-            another number of workers.
+        UserError: it was begun with something else, or nobody knows with what.
     """
     from bdpo.training.checkpoints import no_intact_checkpoint
 
@@ -150,9 +148,11 @@ def _begin(config: Config, run: RunDir, fingerprint: Fingerprint, pairs: int) ->
         raise no_intact_checkpoint({})  # nobody knows how the steps that are logged were made
     committed: int | None = begun["committed"] if begun is not None else None
     if begun and committed and begun["workers"] != config.train.workers:
-        raise UserError(
-            f"{run.train}: the checkpoints are of train.workers={begun['workers']} and cannot be resumed by "
-            f"{config.train.workers}; set train.workers={begun['workers']}, or fresh=true to start over"
+        console.print(
+            f"[bold]training[/]  was begun with {begun['workers']} workers and resumes with "
+            f"{config.train.workers}: each of them reads the complete checkpoint once; results are equal to "
+            "rounding",
+            soft_wrap=True,
         )
     of = {"workers": config.train.workers, "pairs": pairs, "committed": committed}
     write_manifest(begun_file, fingerprint, **of)

@@ -208,7 +208,7 @@ def watching(title: str, shortest: float, together: bool = False) -> Iterator[Wa
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    watch = ray.remote(num_cpus=0)(Watch).options(scheduling_strategy=here).remote(shortest)
+    watch: Any = ray.remote(num_cpus=0)(Watch).options(scheduling_strategy=here).remote(shortest)
     ended = threading.Event()
 
     def look() -> None:
