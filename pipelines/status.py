@@ -3,7 +3,8 @@
     python -m pipelines.status RUN_DIR [--json]
 
 Reads the run folder, local or in a bucket, and nothing else: no cluster, no GPU, and a run at work is not
-disturbed. --json prints one line, a list of stages.
+disturbed. A line says which command is at work in the folder, and whether it is alive. --json prints one
+line, a list of stages.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from bdpo.cluster.status import StageStatus
+from bdpo.cluster.status import StageStatus, command_line
 from bdpo.storage.run_dir import RunDir, run_config
 from pipelines.runtime.cli import exit_codes
 from pipelines.runtime.progress import console
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps([stage.as_json() for stage in stages]))
         else:
             console.print(_table(given.run_dir, stages))
+            command = command_line(RunDir(given.run_dir))
+            if command is not None:
+                console.print(command, soft_wrap=True)
 
 
 def _table(title: str, stages: list[StageStatus]) -> Table:

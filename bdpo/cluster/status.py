@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,6 +11,7 @@ from typing import Literal
 import pyarrow.parquet as pq
 
 from bdpo.config import Config
+from bdpo.storage.lease import LEASE_SECONDS, read_holder, shows_life
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.paths import StoragePath, open_parquet, sorted_glob
 from bdpo.storage.run_dir import RunDir
@@ -63,3 +66,33 @@ def expected_pairs(config: Config, run: RunDir) -> int | None:
     if prepared is not None:
         return prepared
     return sum(config.data.sample.values()) if config.data.sample else config.data.limit
+
+
+def command_line(run: RunDir) -> str | None:
+    """The command in a run folder: host, pid, since when, and whether it is alive; None if there is none.
+
+    On this host its process is looked at. A command on another host is alive if it shows a sign of life
+    within some seconds, for which this function waits.
+    """
+    holder = read_holder(run.root)
+    if holder is None:
+        return None
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.since))
+    last = f"last sign of life {max(0.0, time.time() - holder.alive):.0f} s ago"
+    if holder.host != socket.gethostname():
+        state = (
+            "at work" if shows_life(run.root) else f"no sign of life ({last}); it was killed or is cut off"
+        )
+    elif not _exists(holder.pid):
+        state = f"dead ({last}); the same command resumes"
+    elif time.time() - holder.alive > LEASE_SECONDS:
+        state = f"stands still ({last})"
+    else:
+        state = f"at work ({last})"
+    return f"command: pid {holder.pid} on {holder.host} since {since}: {state}"
+
+
+def _exists(pid: int) -> bool:
+    import psutil
+
+    return psutil.pid_exists(pid)

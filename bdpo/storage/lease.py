@@ -1,4 +1,8 @@
-"""Locks of a run folder, which one command uses at a time: a file lock, or a lease on object storage."""
+"""Locks of a run folder, which one command uses at a time: a file lock, or a lease on object storage.
+
+The command that holds a lock shows signs of life: the lease is rewritten, and beside a file lock a file
+`.holder` is. So others can tell a command that works from one that was killed or stands still.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,28 +30,97 @@ LEASE_SECONDS = 30.0
 """The time without a renewal after which another command may take a lease."""
 
 
-def lock(folder: StoragePath) -> FileLock | Lease:
+LOST = threading.Event()
+"""Set when another command has taken a lease of this process, just before its main thread is interrupted."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The command that holds a lock; times are seconds since the epoch, by the clock of its host."""
+
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    since: float = field(default_factory=time.time)
+    alive: float = field(default_factory=time.time)
+    """Its last sign of life."""
+
+    def sign_of_life(self, **further: str) -> str:
+        """The JSON text of a sign of life at this moment."""
+        return json.dumps({**asdict(self), "alive": time.time(), **further})
+
+
+class HeldFolder:
+    """A file lock of a local or mounted folder, and signs of life beside it; see `Lease` for the methods."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file, self.holder = folder / ".holder", Holder()
+        self.lock = FileLock(folder / ".lock")
+        self.lock.acquire(timeout=0)
+        self.released = threading.Event()
+        self._show_life()
+        self.renewal = threading.Thread(target=self._renew, daemon=True)
+        self.renewal.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Show no more signs of life, and release the lock."""
+        self.released.set()
+        self.renewal.join()
+        self.file.unlink(missing_ok=True)
+        self.lock.release()
+
+    def _renew(self) -> None:
+        while not self.released.wait(RENEWAL_SECONDS):
+            self._show_life()
+
+    def _show_life(self) -> None:
+        with suppress(OSError):  # a full disk, a deleted folder: the command itself reports them
+            self.file.write_text(self.holder.sign_of_life())
+
+
+def lock(folder: StoragePath) -> HeldFolder | Lease:
     """Lock a folder for this process, until the block ends or the process dies.
 
     Raises:
         Timeout: another process holds the lock.
     """
-    if not isinstance(folder, Path):
-        return Lease(folder / ".lock")
-    local = FileLock(folder / ".lock")
-    local.acquire(timeout=0)
-    return local
+    return HeldFolder(folder) if isinstance(folder, Path) else Lease(folder / ".lock")
+
+
+def read_holder(folder: StoragePath) -> Holder | None:
+    """The command that holds the lock of a folder, or held it when it was killed; None if it is not known."""
+    try:
+        if isinstance(folder, Path):
+            found = json.loads((folder / ".holder").read_bytes())
+        else:
+            found = json.loads(_get_object(folder / ".lock"))
+        return Holder(found["host"], found["pid"], found["since"], found["alive"])
+    except Exception:  # released meanwhile, half written, or the storage is unavailable
+        return None
 
 
 def lock_holder(folder: StoragePath) -> str:
-    """The holder of a folder's lease as " (pid … on …)"; empty for a file lock, which records no holder."""
-    if isinstance(folder, Path):
-        return ""
-    try:
-        found = json.loads(_get_object(folder / ".lock"))
-        return f" (pid {found['pid']} on {found['host']})"
-    except Exception:  # released meanwhile, or the storage is unavailable: the message works without
-        return ""
+    """The holder of a folder's lock as " (pid … on …)"; empty if it is not known."""
+    holder = read_holder(folder)
+    return "" if holder is None else f" (pid {holder.pid} on {holder.host})"
+
+
+def shows_life(folder: StoragePath) -> bool:
+    """Whether the holder of a folder's lock shows a sign of life; watches for two renewals at most.
+
+    Only changes count: the clocks of two machines are never compared.
+    """
+    before, end = read_holder(folder), time.monotonic() + 2 * RENEWAL_SECONDS
+    while before is not None and time.monotonic() < end:
+        time.sleep(RENEWAL_SECONDS / 10)
+        if (now := read_holder(folder)) is not None and now != before:
+            return True
+    return False
 
 
 def _get_object(file: UPath) -> bytes:
@@ -66,7 +141,7 @@ class Lease:
 
     def __init__(self, file: UPath) -> None:
         self.file = file
-        self.holder = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        self.holder, self.token = Holder(), uuid.uuid4().hex
         self.released = threading.Event()
         if not self._create():
             self._take_over()
@@ -116,14 +191,17 @@ class Lease:
         while not self.released.wait(RENEWAL_SECONDS):
             try:
                 if not self._is_mine():
-                    print(f"{self.file}: was taken by another command", file=sys.stderr)
+                    print(f"error: {self.file}: another command took it over; stopping", file=sys.stderr)
+                    LOST.set()
                     return _thread.interrupt_main()
                 write_bytes(self.file, self._content())
             except Exception:  # noqa: S112 (unavailable for a moment; who watches waits for several renewals)
                 continue
 
     def _content(self) -> bytes:
-        return json.dumps({**self.holder, "renewal": uuid.uuid4().hex}).encode()
+        return json.dumps(
+            {**self.holder.renewed(), "token": self.token, "renewal": uuid.uuid4().hex}
+        ).encode()
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -134,4 +212,4 @@ class Lease:
 
     def _is_mine(self) -> bool:
         found = self._read()
-        return found is not None and found["token"] == self.holder["token"]
+        return found is not None and found["token"] == self.token

@@ -25,12 +25,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import yaml
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from bdpo.config import Config, parse_config
 from bdpo.errors import UserError, error_line
 from bdpo.storage.digests import json_digest
-from bdpo.storage.lease import Lease, lock, lock_holder
+from bdpo.storage.lease import HeldFolder, Lease, lock, lock_holder
 from bdpo.storage.paths import (
     StoragePath,
     read_text,
@@ -84,7 +84,7 @@ class RunDir:
         """Whether the adapter that was trained with LoRA is there; it is whole then."""
         return (self.adapter / "adapter_config.json").is_file()
 
-    def open(self, config: Config) -> FileLock | Lease:
+    def open(self, config: Config) -> HeldFolder | Lease:
         """Make the folder, or find it again, for this command alone; returns the lock that says so.
 
         Raises:
@@ -102,7 +102,7 @@ class RunDir:
                 raise
             raise UserError(f"run_dir={self.root}: cannot be written ({error_line(error)})") from None
 
-    def _open(self, config: Config) -> FileLock | Lease:
+    def _open(self, config: Config) -> HeldFolder | Lease:
         if not self.config.is_file() and any(self.root.glob("[!.]*")):
             raise UserError(f"run_dir={self.root}: not empty, and not a run folder (no config.yaml)")
         if isinstance(self.root, Path):

@@ -165,7 +165,6 @@ def _partition_sizes(optimizer: Any) -> list[int]:
     return [partition.numel() for partition in flat]
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> Any:
     """A file of DeepSpeed; tensors are read from the disk where they are used. Its hash was compared."""
-    content: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
-    return content
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)

@@ -4,6 +4,8 @@ The first signal raises `Interrupted` in the main thread: locks are released and
 Further signals change nothing, and after `LAST_SECONDS` the process ends wherever it is: a library may wait
 for its threads. The process ends without Python's exit handlers, in which Ray's threads may abort it; a Ray
 cluster that the command started ends with its process, and on another cluster the command's actors do.
+
+A command whose lease of the run folder was taken by another one ends in the same way, with exit code 2.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn, TypeVar
+
+from bdpo.storage.lease import LOST
 
 T = TypeVar("T")
 
@@ -40,13 +44,14 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
         yield
         return
-    seen: list[int] = []
+    seen: list[int] = []  # the exit code
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         if not seen:
-            seen.append(signum)
-            print(f"{_WORDS[signum]}: the same command resumes here", file=sys.stderr, flush=True)
-            timer = threading.Timer(LAST_SECONDS, _end, [signum])
+            seen.append(2 if LOST.is_set() else 128 + signum)  # a lost lease has been reported
+            if not LOST.is_set():
+                print(f"{_WORDS[signum]}: the same command resumes here", file=sys.stderr, flush=True)
+            timer = threading.Timer(LAST_SECONDS, _end, seen)
             timer.daemon = True
             timer.start()
             raise Interrupted(signum)
@@ -61,10 +66,10 @@ def interruptible() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _end(signum: int) -> NoReturn:
+def _end(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(128 + signum)
+    os._exit(code)
 
 
 def keep_handlers(call: Callable[[], T]) -> T:

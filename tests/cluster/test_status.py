@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
+import subprocess
+import time
 
 import pyarrow as pa
 import pytest
 
+from bdpo.cluster import status
+from bdpo.cluster.status import command_line
 from bdpo.errors import UserError
 from bdpo.evaluation.measures import SCORE_SCHEMA
 from bdpo.scoring.scores import SCORE_SCHEMA as MI_SCHEMA
+from bdpo.storage import lease
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.metrics_log import MetricsLog
-from bdpo.storage.run_dir import RunDir
+from bdpo.storage.run_dir import RunDir, run_config
 from bdpo.storage.shards import ShardStore
 from pipelines.status import run_status
 from tests.support.commands import run_command
@@ -46,6 +54,38 @@ def prepare(run):
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
         run_status(RunDir(tmp_path))
+
+
+def test_a_command_is_at_work_stands_still_or_is_dead(run):
+    assert command_line(run) is None
+    with run.open(run_config(run)):
+        assert re.fullmatch(
+            rf"command: pid {os.getpid()} on {re.escape(socket.gethostname())} since \d{{4}}-[\d: -]+: "
+            r"at work \(last sign of life \d s ago\)",
+            command_line(run),
+        )
+        holder = json.loads((run.root / ".holder").read_text())
+        long_ago = time.time() - 600
+        (run.root / ".holder").write_text(json.dumps(holder | {"alive": long_ago}))
+        assert "stands still (last sign of life 60" in command_line(run)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (run.root / ".holder").write_text(json.dumps(holder | {"pid": ended.pid}))
+    assert "dead (last sign of life" in command_line(run)
+    with run.open(run_config(run)):  # the next command takes the place of the killed one
+        assert "at work" in command_line(run)
+    assert command_line(run) is None
+
+
+def test_a_command_on_another_host_is_watched_for_a_sign_of_life(run, monkeypatch):
+    monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.2)
+    with run.open(run_config(run)):
+        monkeypatch.setattr(status.socket, "gethostname", lambda: "another")
+        assert command_line(run).endswith(": at work")
+    monkeypatch.undo()
+    (run.root / ".holder").write_text(json.dumps(vars(lease.Holder(host="another"))))
+    monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.2)
+    assert "no sign of life" in command_line(run)
 
 
 def test_a_run_that_has_not_begun(run):

@@ -83,6 +83,24 @@ def test_a_signal_ends_a_command_in_one_line(work, signum, code, line, times):
     assert ended[2] < 10
 
 
+def test_a_lost_lease_ends_a_command_with_its_own_line():
+    work = """
+    import _thread
+    from bdpo.storage.lease import LOST
+    print("error: it is lost", file=sys.stderr)
+    LOST.set()
+    _thread.interrupt_main()
+    waits()"""
+    process = subprocess.run(
+        [sys.executable, "-c", COMMAND.format(work=work)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (process.returncode, process.stderr) == (2, "error: it is lost\n")
+
+
 def test_handlers_are_put_back(capsys):
     from pipelines.runtime.cli import exit_codes
 

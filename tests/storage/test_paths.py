@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -240,8 +241,7 @@ class TestLock:
         config = tiny_config(folder, tmp_path, tmp_path)
         with RunDir(folder).open(config), pytest.raises(UserError, match="another command") as refused:
             RunDir(folder).open(config)
-        holder = f"(pid {os.getpid()} on {socket.gethostname()})"
-        assert (holder in str(refused.value)) == (not isinstance(folder, Path))
+        assert f"(pid {os.getpid()} on {socket.gethostname()})" in str(refused.value)
         with RunDir(folder).open(config):
             pass
         assert run_config(RunDir(folder)) == config
@@ -276,13 +276,29 @@ class TestLock:
         with lock(folder):
             pass
 
+    def test_a_holder_shows_life_until_it_stands_still(self, folder):
+        assert lease.read_holder(folder) is None
+        assert not lease.shows_life(folder)
+        with lock(folder) as held:
+            assert (lease.read_holder(folder).host, lease.read_holder(folder).pid) == (
+                socket.gethostname(),
+                os.getpid(),
+            )
+            assert lease.shows_life(folder)
+            held.released.set()  # it renews no more
+            held.renewal.join()
+            assert not lease.shows_life(folder)
+            assert lease.read_holder(folder) is not None
+        assert lease.read_holder(folder) is None
+
     def test_who_lost_its_lock_stops(self, bucket, tmp_path, monkeypatch):
         stopped = []
-        monkeypatch.setattr(lease._thread, "interrupt_main", lambda: stopped.append(True))
+        monkeypatch.setattr(lease, "LOST", threading.Event())
+        monkeypatch.setattr(lease._thread, "interrupt_main", lambda: stopped.append(lease.LOST.is_set()))
         held = lock(storage_path(f"{bucket}/{tmp_path.name}", "x"))
         write_text(held.file, json.dumps({"token": "another's"}))
         held.renewal.join(60)
-        assert stopped
+        assert stopped == [True]
         held.release()
         assert json.loads(held.file.read_bytes()) == {"token": "another's"}
 
