@@ -101,7 +101,7 @@ def model_shape(config: Config) -> tuple[PreTrainedConfig, str | None]:
 
 
 def memory_need(config: Config, shape: PreTrainedConfig) -> MemoryNeed:
-    """The peak memory of one of `train.workers`, in bytes."""
+    """The peak memory of one of `train.workers`, in bytes; `gpu` is its own memory if it has no GPU."""
     model = _meta_model(config, shape, shape.num_hidden_layers)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -112,7 +112,26 @@ def memory_need(config: Config, shape: PreTrainedConfig) -> MemoryNeed:
     size = 2 if config.model.dtype == "bfloat16" else 4
     # logits of a chunk in the model's dtype and in float32; the head's gradient in both
     gpu["output head, a chunk at a time"] = CHUNK_ELEMENTS * (4 + size) + vocabulary * width * (4 + size)
+    if not config.train.gpus_per_worker:
+        gpu |= _cpu_bytes(config.train, parameters * size, trainable)
     return MemoryNeed(parameters, gpu, host)
+
+
+PROCESS = 0.8 * GIB
+"""Measured: a worker that has imported torch, transformers, DeepSpeed and Ray."""
+
+
+def _cpu_bytes(train: TrainConfig, weights: int, trainable: int) -> dict[str, int]:
+    """What a worker without a GPU takes beside: on a GPU it is memory of the host.
+
+    AdamW's step computes the square root and the quotient of a partition's second moments, in float32.
+    """
+    partition = math.ceil(trainable / (train.workers if train.zero_stage else 1))
+    return {
+        "the process": int(PROCESS),
+        "weights file, mapped": weights,
+        "temporaries of AdamW's step": 0 if train.offload else 8 * partition,
+    }
 
 
 def checkpoint_bytes(config: Config, shape: PreTrainedConfig) -> int:

@@ -18,7 +18,7 @@ from bdpo.sandbox import with_sandbox_files
 from bdpo.storage.paths import discard
 from bdpo.storage.run_dir import RunDir
 from pipelines.runtime.progress import printable
-from pipelines.runtime.ray_internals import JOB_VARIABLE
+from pipelines.runtime.ray_internals import JOB_VARIABLE, full_node_line
 from pipelines.runtime.signals import interruptible
 from pipelines.runtime.stage import Stage, check_inputs, complete_all, outputs_of
 
@@ -108,13 +108,26 @@ def clear_when_full(what: str) -> Iterator[None]:
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """End the command with 2 and one line if the user can correct what is wrong, or as a signal requires."""
+    """End the command with 2 and one line if the user can correct what is wrong, or as a signal requires.
+
+    A node whose memory was full ends it with 1, and with one line as well.
+    """
     with interruptible():
         try:
             yield
         except UserError as error:
             print(f"error: {printable(str(error))}", file=sys.stderr)
             sys.exit(2)
+        except Exception as error:
+            full = full_node_line(error) if "ray" in sys.modules else None
+            if full is None:
+                raise
+            print(
+                f"error: {printable(full)}; Ray ended processes of this run there. With fewer or smaller "
+                "workers, or when the other processes are gone, the same command resumes",
+                file=sys.stderr,
+            )
+            sys.exit(1)
 
 
 def command_config(file: str, overrides: Sequence[str]) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from bdpo.storage.run_dir import RunDir
 from bdpo.training.rungs import Rungs
 from pipelines.runtime.cluster import cluster_nodes
 from pipelines.runtime.progress import console
+from pipelines.runtime.ray_internals import full_node_line
 from pipelines.runtime.signals import in_thread
 from pipelines.runtime.stalls import PAUSED, Reporter, watching
 
@@ -35,24 +37,43 @@ def fit(
         UserError: it was begun with something else; no checkpoint is intact; what a worker found wrong.
         FloatingPointError: a loss or a gradient is not finite.
         TrainingFailedError: workers failed more than `train.max_failures` times.
+        RayActorError: Ray Train's controller died more often than that.
+    """
+    from ray.exceptions import RayActorError
+
+    nodes = cluster_nodes()
+    if nodes is not None and sum(number for number, _ in nodes) == 1:  # its end is that of the training
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    arguments = {"config": config, "run": run, "scores": scores, "rungs": rungs}
+    for death in count(1):
+        committed = _begin(config, run, fingerprint, scores.num_rows)
+        try:
+            return _fit_from(committed, config, run, arguments)
+        except RayActorError as error:  # the workers' own failures are a TrainingFailedError
+            if 0 <= config.train.max_failures < death:
+                raise
+            why = full_node_line(error) or "its process ended"
+            console.print(f"[bold]training[/]  Ray Train's controller died ({why}); starting it again")
+
+
+def _fit_from(committed: int | None, config: Config, run: RunDir, arguments: dict[str, Any]) -> None:
+    """`fit`, once; `committed` is the step of the last committed checkpoint.
+
+    Raises:
+        RayActorError: Ray Train's controller died, and its workers with it.
     """
     from ray.train import TrainingFailedError
 
     from pipelines.runtime.recovery import final_cause, incomplete_checkpoints, rebuild_checkpoint_list
 
-    nodes = cluster_nodes()
-    if nodes is not None and sum(count for count, _ in nodes) == 1:  # its end is that of the training
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    committed = _begin(config, run, fingerprint, scores.num_rows)
     whole, damaged = rebuild_checkpoint_list(run.train / "ray", committed, config.train)
     if damaged:
         note = {"damaged": damaged}
         MetricsLog(run.recoveries).append(note)
         console.print(recovery_line(note))
-    arguments = {"config": config, "run": run, "scores": scores, "rungs": rungs, "resumes": whole > 0}
     try:
         with watching("training", config.train.stall_seconds, together=True) as watch:
-            trainer = _trainer(config.train, run, {**arguments, "watch": watch})
+            trainer = _trainer(config.train, run, {**arguments, "resumes": whole > 0, "watch": watch})
             in_thread(trainer.fit)  # which puts a handler of SIGINT in the main thread, and never removes it
     except TrainingFailedError as error:
         raise final_cause(error) from None

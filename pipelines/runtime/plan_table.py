@@ -64,7 +64,7 @@ def _memory_table(config: Config, need: MemoryNeed) -> Table:
     title = f"memory of each worker: {need.parameters / 1e9:.2f} billion parameters, {config.model.dtype}"
     table = Table(title=title, title_justify="left")
     table.add_column("what")
-    table.add_column("GPU, GiB", justify="right")
+    table.add_column("GPU, GiB" if config.train.gpus_per_worker else "CPU, GiB", justify="right")
     table.add_column(config.train.offload or "host", justify="right")
     for what in dict.fromkeys([*need.gpu, *need.host]):
         gpu, host = (side.get(what) for side in (need.gpu, need.host))

@@ -75,3 +75,23 @@ def user_error_in(error: Exception) -> UserError | None:
     """The UserError that an actor of Ray Data raised: Ray Data brings back only the text of its traceback."""
     raised = re.search(rf"^{UserError.__module__}\.UserError: (.*)$", str(error), re.MULTILINE)
     return UserError(raised[1]) if raised else None
+
+
+_NODE = re.compile(r"Memory on the node \(IP: ([^,\s]+),[^)]*\).* was ([\d.]+ ?GB(?: used)? / [\d.]+ ?GB)")
+_PROCESS = re.compile(r"^\s*(\d+)\t([\d.]+)\t(\S+)", re.MULTILINE)
+
+
+def full_node_line(error: BaseException) -> str | None:
+    """What filled the memory of a node, if Ray ended processes there for that reason; else None.
+
+    Of the processes that Ray lists the three largest are named, without the arguments of their commands.
+    """
+    from pipelines.runtime.faults import causes
+
+    text = "\n".join(map(str, causes(error)))
+    node = _NODE.search(text)
+    if node is None and "running low on memory" not in text:
+        return None
+    where = f"the memory of node {node[1]} was full ({node[2]})" if node else "the memory of a node was full"
+    processes = [f"{gigabytes} GB {Path(command).name}" for _, gigabytes, command in _PROCESS.findall(text)]
+    return ": ".join([where, *([", ".join(processes[:3])] if processes else [])])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 
 import pytest
+import ray
 
 from bdpo.errors import UserError
 from bdpo.storage.manifests import write_manifest
@@ -61,6 +62,22 @@ def test_a_full_disk_is_said_in_one_line_whatever_is_being_written(file, tmp_pat
     assert ended.value.code == 2
     said = f"error: run_dir={tmp_path}/run: cannot be written (File too large)\n"
     assert capsys.readouterr().err.endswith(said)
+
+
+def test_a_node_without_memory_is_reported_in_one_line(file, tmp_path, monkeypatch, capsys):
+    def work(run):
+        raise ray.exceptions.RayActorError(
+            error_msg="it died due to the node running low on memory. "
+            "Memory on the node (IP: 10.0.0.7, ID: 1) was 22.9GB used / 24.0GB limit (0.95)"
+        )
+
+    monkeypatch.setattr(Invented, "work", staticmethod(work))
+    with pytest.raises(SystemExit) as ended:
+        Command("", (Invented,))(["--config", file, f"run_dir={tmp_path}/run"])
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the memory of node 10.0.0.7 was full (22.9GB used / 24.0GB); ")
+    assert line.endswith("the same command resumes")
 
 
 def test_another_error_of_the_system_is_not_taken_for_it(file, tmp_path, monkeypatch):

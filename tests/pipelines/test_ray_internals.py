@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -13,6 +15,7 @@ from packaging.requirements import Requirement
 from bdpo.config import TrainConfig
 from bdpo.errors import UserError
 from pipelines.runtime import ray_internals
+from pipelines.runtime.ray_internals import full_node_line
 from tests.support import ROOT
 
 METRICS = {
@@ -73,3 +76,31 @@ def test_the_range_that_is_admitted_is_the_range_that_was_tested():
     (tested,) = re.findall(r"tested with Ray (\d+\.\d+)", ray_internals.__doc__)
     major, minor = map(int, tested.split("."))
     assert str(ranged.specifier) in (f"<{major}.{minor + 1},>={tested}", f">={tested},<{major}.{minor + 1}")
+
+
+FULL_NODE = (
+    "The actor died.\n1 worker(s) were killed due to the node running low on memory. "
+    "Memory on the node (IP: 10.0.0.7, ID: 12ab) was 22.91GB used / 24.00GB limit (0.954); Ray killed it.\n"
+    "Top 10 memory users: PID\tMEM(GB)\tCOMMAND\n12\t5.20\tray::RayTrainWorker.execute\n"
+    "13\t4.10\t/usr/bin/python -m other --key=canary\n14\t1.00\tray::TrainController\n15\t0.10\tbash"
+)
+
+
+def test_a_full_node_is_described_in_a_line_without_arguments_of_commands():
+    error = ray.exceptions.RayActorError(error_msg=FULL_NODE)
+    group = SimpleNamespace(worker_failures={0: ray.exceptions.OutOfMemoryError(FULL_NODE)})
+    for each in (ray.exceptions.OutOfMemoryError(FULL_NODE), error, group):
+        line = full_node_line(each)
+        assert line == (
+            "the memory of node 10.0.0.7 was full (22.91GB used / 24.00GB): "
+            "5.20 GB ray::RayTrainWorker.execute, 4.10 GB python, 1.00 GB ray::TrainController"
+        )
+    assert full_node_line(ray.exceptions.RayActorError(error_msg="it crashed")) is None
+    assert full_node_line(ValueError("x")) is None
+
+
+def test_ray_describes_a_full_node_so():
+    raylet = Path(ray.__file__).with_name("core") / "src" / "ray" / "raylet" / "raylet"
+    content = raylet.read_bytes()
+    formats = ["Memory on the node (IP: %s, ID: %s) was %sGB used / %sGB limit", "running low on memory"]
+    assert all(text.encode() in content for text in formats)
