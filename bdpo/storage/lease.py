@@ -199,9 +199,7 @@ class Lease:
                 continue
 
     def _content(self) -> bytes:
-        return json.dumps(
-            {**self.holder.renewed(), "token": self.token, "renewal": uuid.uuid4().hex}
-        ).encode()
+        return self.holder.sign_of_life(token=self.token, renewal=uuid.uuid4().hex).encode()
 
     def _read(self) -> dict[str, Any] | None:
         try:

@@ -22,7 +22,9 @@ def account(training_inputs, training_nodes):
     """What the death of a worker, of the driver, of a node, and a worker that stands still cost, in turn."""
     kills = [("worker", "copy"), ("driver", "write"), ("stop", "step"), ("node", "step")]
     overrides = ["train.stall_seconds=5"]
-    return kill_training(training_nodes, training_inputs / "config.yaml", training_inputs, kills, 0, overrides)
+    return kill_training(
+        training_nodes, training_inputs / "config.yaml", training_inputs, kills, 0, overrides
+    )
 
 
 def test_what_was_copied_and_never_committed_is_not_gone_on_from(tmp_path):
