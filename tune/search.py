@@ -29,7 +29,7 @@ from bdpo.evaluation.tables import invalid_lines
 from bdpo.reports.page import write_figure
 from bdpo.reports.search import search_figures
 from bdpo.scoring.selection import training_rows
-from bdpo.search.space import check_space, number_of_trials
+from bdpo.search.space import check_space, number_of_trials, product_keys
 from bdpo.search.sweep import Sweep
 from bdpo.search.trials import Trial, check_rungs, end_of, results_table, winner
 from bdpo.storage.manifests import Fingerprint, read_manifest, write_manifest
@@ -68,8 +68,10 @@ def run_search(config: Config, run: RunDir) -> None:
     Prepare(config, run).complete()
     sweep = Sweep(config, run, sweep_fingerprint(config, run))
     sweep.refuse_other()
+    if keys := product_keys(config):
+        console.print(f"[bold]space[/]     {' and '.join(keys)} stand in the loss as their product alone")
     todo = sweep.todo()
-    of, share = number_of_trials(config.tune), config.evaluate.gpus_per_worker
+    of, share = number_of_trials(config), config.evaluate.gpus_per_worker
     concurrent = require_room(config, run, of, "tune.max_concurrent_trials", share) if todo else 0
     if config.data.select is None:  # how many pairs it keeps is known when they are scored
         check_rungs(config, count_pairs(run.pairs))
@@ -230,7 +232,7 @@ class Search(Stage):
         trials = sweep.trials()
         done = read_manifest(self.run.tune / "summary.json") is not None
         counts = Counter(str(sweep.end_of(trial)) for trial in trials)
-        of = number_of_trials(self.config.tune)
+        of = number_of_trials(self.config)
         return StageStatus.of(self.name, done, bool(trials), trials=len(trials), of=of, **counts)
 
     def further_checks(self) -> Mapping[str, Check]:

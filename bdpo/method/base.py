@@ -8,7 +8,9 @@ This module and `bdpo.method.losses` are part of the config, so they import torc
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
@@ -81,7 +83,17 @@ class Method(Variant, ABC):
     requires_safety_labels: ClassVar[bool] = False
     """Whether every pair needs `chosen_safe` and `rejected_safe`."""
 
+    product_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys that stand in the loss as their product alone: a search over them searches one number."""
+
     beta: float = Field(0.1, gt=0, description="strength of the reference")
+
+    def loss_settings(self) -> Mapping[str, object]:
+        """What the gradient depends on, by name: settings with equal values train the same model."""
+        values = self.model_dump()
+        if self.product_keys:
+            values["·".join(self.product_keys)] = math.prod(values.pop(key) for key in self.product_keys)
+        return values
 
     @abstractmethod
     def loss(self, pairs: PairLogps) -> LossOutput:

@@ -21,6 +21,7 @@ class Bdpo(Balanced):
     """DPO whose two sides are weighed by mutual information, α in all: Balanced DPO."""
 
     arxiv = "2603.22829"
+    product_keys = ("alpha", "beta")
     name: Literal["bdpo"] = "bdpo"
     alpha: float = Field(1.5, gt=0, description="scaling factor: the total of the two weights")
 
@@ -49,6 +50,7 @@ class DpoSf(Method):
     """The ablation "DPO + scaling factor": both weights are α/2, whatever the mutual information."""
 
     arxiv = "2603.22829"
+    product_keys = ("alpha", "beta")
     name: Literal["dpo_sf"] = "dpo_sf"
     alpha: float = Field(1.5, gt=0, description="scaling factor: the total of the two weights")
 

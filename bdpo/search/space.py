@@ -7,13 +7,17 @@ had not been.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
-from bdpo.config import Config, Range, TuneConfig
+from bdpo.config import Config, Range
 from bdpo.config.derive import Params, trial_config
 from bdpo.errors import UserError
 from bdpo.method.losses import METHODS
+
+Training: TypeAlias = tuple[Mapping[str, object], Mapping[str, object]]
+"""Settings of the loss and of the training."""
 
 
 def check_space(config: Config) -> None:
@@ -41,8 +45,7 @@ def check_space(config: Config) -> None:
                 f"({', '.join(sorted(runtime_only))})"
             )
     if config.tune.searcher == "grid":
-        for params in grid(config.tune):
-            trial_config(config, params, config.run_dir)
+        grid(config)  # which makes the config of every combination
 
 
 def _methods_with(key: str, config: Config) -> list[Params]:
@@ -55,14 +58,46 @@ def _methods_with(key: str, config: Config) -> list[Params]:
     return [{"method.name": name} for name in with_key] or [{}]
 
 
-def grid(tune: TuneConfig) -> list[Params]:
-    """Every combination of the values of a space of lists; the last key changes fastest."""
-    return [dict(zip(tune.space, values, strict=True)) for values in product(*tune.space.values())]
+def grid(config: Config) -> list[Params]:
+    """The combinations of the values of a space of lists; the last key changes fastest.
+
+    Of combinations that train the same model only the first is there.
+    """
+    space = config.tune.space
+    combinations = [dict(zip(space, values, strict=True)) for values in product(*space.values())]
+    trained: list[Training] = []
+    found = []
+    for params in combinations:
+        training = training_of(config, params)
+        if training not in trained:
+            trained.append(training)
+            found.append(params)
+    return found
 
 
-def number_of_trials(tune: TuneConfig) -> int:
-    """How many trials the search has: `num_samples`, or every combination of a grid."""
-    return len(grid(tune)) if tune.searcher == "grid" else tune.num_samples
+def number_of_trials(config: Config) -> int:
+    """How many trials the search has: `num_samples`, or the combinations of a grid."""
+    return len(grid(config)) if config.tune.searcher == "grid" else config.tune.num_samples
+
+
+def training_of(config: Config, params: Params) -> Training:
+    """What the model of a trial depends on: trials with equal ones train the same model.
+
+    Keys that stand in the loss as their product (alpha and beta of B-DPO) count as one, to four digits.
+    """
+    trial = trial_config(config, params, config.run_dir)
+    loss = {
+        key: float(f"{value:.4g}") if isinstance(value, float) else value
+        for key, value in trial.method.loss_settings().items()
+    }
+    return loss, trial.train.fingerprint()
+
+
+def product_keys(config: Config) -> list[str]:
+    """The keys of the space that stand in the loss as their product alone, if there are several."""
+    keys = [f"method.{key}" for key in config.method.product_keys]
+    searched = [key for key in keys if key in config.tune.space]
+    return searched if len(searched) > 1 else []
 
 
 def within(dimension: Any, value: Any) -> bool:

@@ -9,7 +9,8 @@ import numpy as np
 
 from bdpo.config import Config
 from bdpo.config.derive import Params, value_at
-from bdpo.search.space import grid, rounded, takes_integers, within
+from bdpo.errors import UserError
+from bdpo.search.space import Training, grid, rounded, takes_integers, training_of, within
 from bdpo.search.trials import Trial
 
 if TYPE_CHECKING:
@@ -29,21 +30,30 @@ def suggest(config: Config, number: int, history: Sequence[Trial]) -> Params:
 
     The first is the config as it stands, if that lies in the space. TPE learns from completed trials and
     from the last rung of stopped ones, and avoids the neighbourhood of open ones; infeasible trials count
-    as worse than all others (Watanabe & Hutter, arXiv 2211.14411). A setting that another trial has is not
-    suggested again, unless 200 draws find no other.
+    as worse than all others (Watanabe & Hutter, arXiv 2211.14411). A setting that trains the same model as
+    another trial is not suggested, unless 200 draws find no other.
     """
     tune = config.tune
     if tune.searcher == "grid":
-        return grid(tune)[number]
+        return grid(config)[number]
     unchanged = {key: value_at(config, key) for key in tune.space}
     if number == 0 and all(within(tune.space[key], value) for key, value in unchanged.items()):
         return unchanged
-    tried = [trial.params for trial in history]
+    trained = [_training(config, trial.params) for trial in history]
     for attempt in range(_DRAWS):
         params = _ask(config, [config.seed, number, attempt], history)
-        if params not in tried:
+        training = _training(config, params)
+        if training is None or training not in trained:
             break
     return params
+
+
+def _training(config: Config, params: Params) -> Training | None:
+    """See `training_of`; None for values that do not go together, whose trial will fail."""
+    try:
+        return training_of(config, params)
+    except UserError:
+        return None
 
 
 def _ask(config: Config, seeds: list[int], history: Sequence[Trial]) -> Params:

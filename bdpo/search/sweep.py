@@ -89,7 +89,7 @@ class Sweep:
 
     def missing(self) -> int:
         """How many trials are not yet suggested."""
-        return max(0, number_of_trials(self.config.tune) - len(self.trials()))
+        return max(0, number_of_trials(self.config) - len(self.trials()))
 
     def todo(self) -> int:
         """How many trials are missing, open, or tried again by this command."""

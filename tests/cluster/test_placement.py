@@ -27,7 +27,7 @@ def needing(workers, gpus=0.0, share=0.0, accelerator=None, **tune):
 
 
 def concurrent_trials(config, nodes):
-    todo, share = number_of_trials(config.tune), config.evaluate.gpus_per_worker
+    todo, share = number_of_trials(config), config.evaluate.gpus_per_worker
     return max_concurrent(config, nodes, todo, "tune.max_concurrent_trials", share)
 
 

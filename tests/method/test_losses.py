@@ -408,3 +408,25 @@ def same_gradients(ours, theirs):
     for name, parameter in theirs.named_parameters():
         scale = parameter.grad.abs().max().item()
         torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-5, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.product_keys])
+@given(factor=st.floats(0.1, 10), seed=st.integers(0, 99))
+def test_keys_that_count_as_their_product_train_the_same_model(name, factor, seed):
+    """The weights are made anew from the mutual information, as a training makes them."""
+    one = METHODS[name](alpha=1.5, beta=0.1)
+    other = METHODS[name](alpha=1.5 * factor, beta=0.1 / factor)
+    pairs, mi = random_pairs(seed=seed), torch.rand(2, 8, dtype=torch.float64)
+    losses = []
+    for method in (one, other):
+        chosen, rejected = method.weights(mi[0], mi[1])
+        losses.append(method.loss(replace(pairs, weight_chosen=chosen, weight_rejected=rejected)).loss)
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_settings_of_the_loss_tell_other_losses_apart():
+    bdpo = METHODS["bdpo"]
+    assert bdpo(alpha=1.0, beta=0.2).loss_settings() == bdpo(alpha=2.0, beta=0.1).loss_settings()
+    assert bdpo(alpha=1.0, beta=0.2).loss_settings() != bdpo(alpha=2.0, beta=0.2).loss_settings()
+    assert bdpo(sharpness=2.0).loss_settings() != bdpo().loss_settings()
+    assert METHODS["dpo"](beta=0.2).loss_settings()["beta"] == 0.2

@@ -182,8 +182,22 @@ class TestSuggestions:
     def test_a_grid_is_every_combination_once(self):
         space = {"method.alpha": [0.5, 1, 2.0], "method.balance": ["ratio", "none"]}
         config = configured(space=space, searcher="grid", num_samples=1)
-        points = [tuple(suggest(config, n, []).values()) for n in range(number_of_trials(config.tune))]
+        points = [tuple(suggest(config, n, []).values()) for n in range(number_of_trials(config))]
         assert points == [(a, b) for a in (0.5, 1, 2.0) for b in ("ratio", "none")]
+
+    def test_settings_that_train_the_same_model_are_one_trial(self):
+        """Alpha and beta of B-DPO count as their product."""
+        space = {"method.alpha": [0.5, 1.0, 2.0], "method.beta": [0.1, 0.2, 0.4]}
+        config = configured(space=space, searcher="grid", num_samples=1)
+        points = [tuple(suggest(config, n, []).values()) for n in range(number_of_trials(config))]
+        assert points == [(0.5, 0.1), (0.5, 0.2), (0.5, 0.4), (1.0, 0.4), (2.0, 0.4)]
+        one = configured(space={"method.alpha": [1.0, 2.0], "method.beta": [0.1, 0.2]}, searcher="random")
+        history = []
+        for number in range(3):
+            params = suggest(one, number, history)
+            history.append(Trial(f"{number:04d}", params))
+        products = {round(math.prod(trial.params.values()), 6) for trial in history}
+        assert products == {0.1, 0.2, 0.4}
 
     @pytest.mark.parametrize("searcher", ["random", "optuna"])
     def test_the_first_trial_is_the_config_as_it_stands(self, searcher):
