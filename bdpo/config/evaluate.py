@@ -66,6 +66,43 @@ class XSTestConfig(FileConfig):
     path: str | None = Field(None, description="CSV: id,prompt,type,label,focus,note")
 
 
+class XSTestUnsafeConfig(FileConfig):
+    """XSTest's 200 unsafe prompts, judged for harm: what the B-DPO paper reports of XSTest is `safe_rate`.
+
+    Measured is what `strongreject` measures.
+    """
+
+    path: str | None = Field(None, description="CSV as for xstest; by default evaluate.xstest.path")
+
+
+class AdvBenchConfig(FileConfig):
+    """520 harmful requests.
+
+    Measured is what `strongreject` measures.
+    """
+
+    path: str | None = Field(None, description="CSV: goal,target")
+    suffix: str | None = Field(None, description="adversarial suffix, put behind every request")
+    skip: int = Field(
+        0,
+        ge=0,
+        description="requests at the file's beginning that are left out: those a suffix was made with",
+    )
+
+
+class OverRefusalConfig(FileConfig):
+    """Safe prompts of any set, such as CoCoNot's contrasts or OR-Bench.
+
+    Measured are `compliance`, `full_refusal` and `partial_refusal`.
+    """
+
+    path: str | None = Field(None, description="CSV or JSON Lines, with these columns among others")
+    prompt: str = Field("prompt", description="the column of the prompts")
+    category: str | None = Field(None, description="the column of their categories; without it there is one")
+    id: str | None = Field(None, description="the column of their ids, which are then those of the scores")
+    cluster: str | None = Field(None, description="the column that says which prompts ask about the same")
+
+
 class JailbreakConfig(Section):
     """Attacks that were found on another model (GCG, PAIR, ...).
 
@@ -74,7 +111,7 @@ class JailbreakConfig(Section):
     """
 
     paths: Annotated[list[str], Distinct] = Field(
-        [], description="JailbreakBench artifacts (JSON), one an attack"
+        [], description="artifacts (JSON) of JailbreakBench or of the past-tense attack, one an attack"
     )
 
     def files(self) -> list[str]:
@@ -118,7 +155,17 @@ class SimpleQAConfig(FileConfig):
     path: str | None = Field(None, description="CSV: metadata,problem,answer")
 
 
-BenchmarkName = Literal["strongreject", "xstest", "jailbreak", "prefill", "wrapped", "simpleqa"]
+BenchmarkName = Literal[
+    "strongreject",
+    "xstest",
+    "xstest_unsafe",
+    "over_refusal",
+    "advbench",
+    "jailbreak",
+    "prefill",
+    "wrapped",
+    "simpleqa",
+]
 """Each is a section of this name, and a module of `bdpo.evaluation.benchmarks`; tables have them in this
 order."""
 
@@ -206,6 +253,9 @@ class EvaluateConfig(Section):
     )
     max_new_tokens: Positive = Field(256, description="of an answer, thoughts included")
     temperature: float = Field(0.0, ge=0, description="0 is greedy; else sampled, with the run's seed")
+    samples: Positive = Field(
+        1, description="answers to each prompt, of a temperature above 0; a prompt is then a cluster"
+    )
     batch_size: Positive = Field(32, description="prompts generated for together, and committed together")
     engine: Literal["transformers", "vllm"] = Field(
         "transformers", description="vllm: requires the extra and a GPU"
@@ -220,9 +270,20 @@ class EvaluateConfig(Section):
     prefill: PrefillConfig = PrefillConfig()
     wrapped: WrappedConfig = WrappedConfig()
     simpleqa: SimpleQAConfig = SimpleQAConfig()
+    xstest_unsafe: XSTestUnsafeConfig = XSTestUnsafeConfig()
+    advbench: AdvBenchConfig = AdvBenchConfig()
+    over_refusal: OverRefusalConfig = OverRefusalConfig()
     capability: Annotated[list[Literal["gsm8k", "hhh", "advglue"]], Distinct] = Field(
         [], description="requires the extra `eval`"
     )
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> EvaluateConfig:
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(
+                f"samples={self.samples} requires a temperature above 0: greedy answers are equal"
+            )
+        return self
 
     @model_validator(mode="after")
     def _engine_can_generate(self) -> EvaluateConfig:

@@ -132,8 +132,12 @@ def prompts_fingerprint(config: Config) -> Fingerprint:
 
 
 def items_digest(items: Sequence[Item]) -> str:
-    """Changes with anything that is asked or judged; topics decide only which items there are."""
-    return json_digest([{k: v for k, v in asdict(item).items() if k != "topic"} for item in items])
+    """Changes with anything that is asked or judged.
+
+    Topics decide only which items there are, and the number of a sample is in its id.
+    """
+    left_out = ("topic", "sample")
+    return json_digest([{k: v for k, v in asdict(item).items() if k not in left_out} for item in items])
 
 
 def answer_store(run: RunDir, name: str, fingerprint: Fingerprint) -> ShardStore:
@@ -189,7 +193,9 @@ class ShardAnswerer:
         asked = [item for item in items if item.prompt is not None]
         evaluate = self.config.evaluate
         prompts, prefills = self._conversations(asked)
-        sampling = Sampling(evaluate.temperature, self.config.seed) if evaluate.temperature else None
+        draws = [item.sample for item in asked]
+        drawn = Sampling(evaluate.temperature, self.config.seed, draws)
+        sampling = drawn if evaluate.temperature else None
         answers = self.generate(prompts, evaluate.max_new_tokens, prefills=prefills, sampling=sampling)
         answered = {item.item_id: answer for item, answer in zip(asked, answers, strict=True)}
         rows = [asdict(self._response(item, answered.get(item.item_id))) for item in items]

@@ -77,7 +77,7 @@ def harness_version() -> str:
         return version("lm_eval")
     except PackageNotFoundError:
         raise UserError(
-            "evaluate.capability: wants lm-evaluation-harness; pip install 'bdpo[eval]'"
+            "evaluate.capability: requires lm-evaluation-harness; pip install 'bdpo[eval]'"
         ) from None
 
 

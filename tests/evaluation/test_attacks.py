@@ -65,13 +65,13 @@ def broken(**changes: Any) -> Any:
         ([], "expects an object"),
         ({"jailbreaks": []}, "expects an object with `parameters`"),
         (artifact() | {"jailbreaks": []}, "a list of `jailbreaks`"),
-        (artifact() | {"parameters": {"method": "PAIR"}}, "parameters, key model: wants a text"),
-        (artifact() | {"jailbreaks": [SECRET]}, "jailbreak 1: wants an object"),
-        (broken(goal=None), "jailbreak 1, key goal: wants a text"),
-        (broken(goal=" "), "jailbreak 1, key goal: wants a text"),
-        (broken(prompt=3), "jailbreak 1, key prompt: wants a text"),
+        (artifact() | {"parameters": {"method": "PAIR"}}, "parameters, key model: expects a text"),
+        (artifact() | {"jailbreaks": [SECRET]}, "jailbreak 1: expects an object"),
+        (broken(goal=None), "jailbreak 1, key goal: expects a text"),
+        (broken(goal=" "), "jailbreak 1, key goal: expects a text"),
+        (broken(prompt=3), "jailbreak 1, key prompt: expects a text"),
         (broken(prompt=SECRET + "\ud83d"), "jailbreak 1, key prompt: is not valid Unicode"),
-        (artifact() | {"jailbreaks": [{"goal": SECRET}]}, "jailbreak 1: wants the keys index and prompt"),
+        (artifact() | {"jailbreaks": [{"goal": SECRET}]}, "jailbreak 1: expects the keys index and prompt"),
     ],
 )
 def test_a_broken_artifact_is_refused_by_place(tmp_path: Path, content: Any, message: str) -> None:
@@ -79,6 +79,45 @@ def test_a_broken_artifact_is_refused_by_place(tmp_path: Path, content: Any, mes
     with pytest.raises(UserError, match=message) as error:
         jailbreak.load([file])
     assert str(error.value).startswith(str(file))
+    assert SECRET not in str(error.value)
+
+
+def past_tense(*entries: Any, **changes: Any) -> Any:
+    content = {"target_model": "duck-8b", "n_requests": 2, "n_restarts": 20, "jb_artifacts": list(entries)}
+    return content | changes
+
+
+def rewritten(request: int, restart: int = 3, **changes: Any) -> Any:
+    entry = {"i_request": request, "i_restart": restart, "request": f"Goal {request}", "response": SECRET}
+    return entry | {"request_reformulated": f"How did people sing {request}?"} | changes
+
+
+def test_past_tense_artifacts_have_a_schema_of_their_own(tmp_path: Path) -> None:
+    """A request that was rewritten twice is one cluster; JailbreakBench's artifacts stand beside it."""
+    file = write_json(tmp_path / "past.json", past_tense(rewritten(0), rewritten(0, 7), rewritten(1)))
+    items = jailbreak.load([file, write_json(tmp_path / "jbb.json", artifact())])
+    assert [(item.item_id, item.prompt, item.request, item.cluster) for item in items[:3]] == [
+        (f"jailbreak-past_tense/duck-8b-{n}-{restart}", f"How did people sing {n}?", f"Goal {n}", str(n))
+        for n, restart in ((0, 3), (0, 7), (1, 3))
+    ]
+    assert {item.category for item in items} == {"past_tense/duck-8b", "PAIR/duck-7b"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (past_tense(), "expects a list of `jb_artifacts`"),
+        (past_tense(rewritten(0), target_model=None), "key target_model: expects a text"),
+        (past_tense(rewritten(0), SECRET), "artifact 2: expects an object"),
+        (past_tense(rewritten(0, request_reformulated=" ")), "artifact 1, key request_reformulated: expects"),
+        (past_tense(rewritten(0, i_request="x")), "artifact 1, key i_request: expects a number"),
+        (past_tense(rewritten(0), rewritten(0)), "past_tense/duck-8b-0-3 appears twice"),
+    ],
+)
+def test_a_broken_past_tense_artifact_is_refused_by_place(tmp_path: Path, content: Any, message: str) -> None:
+    file = write_json(tmp_path / "past.json", content)
+    with pytest.raises(UserError, match=message) as error:
+        jailbreak.load([file])
     assert SECRET not in str(error.value)
 
 

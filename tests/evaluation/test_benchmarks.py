@@ -69,8 +69,8 @@ HEADER = b"category,source,forbidden_prompt\n"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", r"wants the columns category,source,forbidden_prompt"),
-        (b"category,source,prompt\na,b,c\n", r"wants the columns"),
+        (b"", r"expects the columns category,source,forbidden_prompt"),
+        (b"category,source,prompt\na,b,c\n", r"expects the columns"),
         (HEADER, r"has no rows"),
         (HEADER + b"a,b,wobbly secret words\na,b\n", r"row 2, column forbid.*missing"),
         (HEADER + b"a,b,\n", r"row 1, column forbidden_prompt: is empty"),
@@ -106,12 +106,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     ("cell", "value", "message"),
     [
         (0, "v2-1", "row 2, column id: appears twice"),
-        (3, "Safe", "row 2, column label: wants safe or unsafe"),
-        (3, "safe", "row 2, column label: wants unsafe just for contrast_"),
-        (2, "processes", "row 2, column label: wants unsafe just for contrast_"),
+        (3, "Safe", "row 2, column label: expects safe or unsafe"),
+        (3, "safe", "row 2, column label: expects unsafe just for contrast_"),
+        (2, "processes", "row 2, column label: expects unsafe just for contrast_"),
     ],
 )
-def test_xstest_wants_unique_ids_and_known_labels(
+def test_xstest_expects_unique_ids_and_known_labels(
     tmp_path: Path, cell: int, value: str, message: str
 ) -> None:
     rows = [list(row) for row in XSTEST]

@@ -46,15 +46,15 @@ def test_a_url_is_fetched_once_and_checked(served: tuple[str, Path]) -> None:
 def test_other_content_is_refused_and_not_kept(served: tuple[str, Path]) -> None:
     url, file = served
     file.write_bytes(CONTENT + b"knots,x,Another\n")
-    with pytest.raises(UserError, match=f"has sha256 .*, wanted {DIGEST}"):
+    with pytest.raises(UserError, match=f"has sha256 .*, expects {DIGEST}"):
         pinned_file(url, DIGEST)
     file.write_bytes(CONTENT)
     assert pinned_file(url, DIGEST).read_bytes() == CONTENT
 
 
-def test_a_url_wants_its_digest_and_must_be_there(served: tuple[str, Path]) -> None:
+def test_a_url_expects_its_digest_and_must_be_there(served: tuple[str, Path]) -> None:
     url, _ = served
-    with pytest.raises(UserError, match="wants the sha256"):
+    with pytest.raises(UserError, match="expects the sha256"):
         pinned_file(url, None)
     with pytest.raises(UserError, match="cannot be read"):
         pinned_file(f"{url}.gone", DIGEST)

@@ -26,7 +26,7 @@ def pinned_file(path: str, sha256: str | None) -> Path:
             _check(path, Path(path).read_bytes(), sha256)
         return Path(path)
     if sha256 is None:
-        raise UserError(f"{path}: a URL wants the sha256 of its content, so that the prompts stay the same")
+        raise UserError(f"{path}: a URL expects the sha256 of its content, so that the prompts stay the same")
     cached = cache_folder() / "benchmarks" / f"{sha256}.csv"
     cached.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{cached}.lock"):
@@ -50,4 +50,4 @@ def _download(url: str) -> bytes:
 def _check(path: str, content: bytes, sha256: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        raise UserError(f"{path}: has sha256 {found}, wanted {sha256}")
+        raise UserError(f"{path}: has sha256 {found}, expects {sha256}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bdpo.errors import UserError
 
@@ -37,6 +39,8 @@ class Item:
     cluster: str = ""
     """What it asks about, where other items of the benchmark ask about the same: their verdicts are not
     independent, and intervals are made over clusters. Empty of an item that stands alone."""
+    sample: int = 0
+    """Which of several answers to the prompt the item is, see `evaluate.samples`."""
 
 
 def required_file(path: str | None, key: str) -> str:
@@ -64,7 +68,7 @@ def read_csv(file: str | Path, columns: Sequence[str], required: Sequence[str]) 
     try:
         columns = [*columns, *(name for name in reader.fieldnames or () if name == CLUSTER)]
         if sorted(reader.fieldnames or ()) != sorted(columns):
-            raise UserError(f"{file}: wants the columns {','.join(columns)} in its first line")
+            raise UserError(f"{file}: expects the columns {','.join(columns)} in its first line")
         for number, row in enumerate(reader, 1):
             _check_row(row, columns, required, f"{file}, row {number}")
             rows.append(row)
@@ -73,6 +77,50 @@ def read_csv(file: str | Path, columns: Sequence[str], required: Sequence[str]) 
     if not rows:
         raise UserError(f"{file}: has no rows")
     return rows
+
+
+def read_columns(file: str | Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Some columns of a CSV or JSON Lines file that may have others; every cell of them is a text.
+
+    Rows are counted from 1, after the header of a CSV file. No message quotes a cell.
+
+    Raises:
+        UserError: naming file, row and column, if a row has no such column, or its cell is no text or blank;
+            naming the file if it cannot be read, is neither CSV nor JSON Lines, or has no rows.
+    """
+    rows = list(_csv_rows(Path(file)) if Path(file).suffix == ".csv" else _json_rows(Path(file)))
+    if not rows:
+        raise UserError(f"{file}: has no rows")
+    for number, row in enumerate(rows, 1):
+        where = f"{file}, row {number}"
+        for column in columns:
+            if column not in row:
+                raise UserError(f"{where}: has no column {column}; it has {', '.join(map(str, row))}")
+            _check_cell(row[column], f"{where}, column {column}", required=True)
+    return [{column: row[column] for column in columns} for row in rows]
+
+
+def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
+    reader, number = csv.DictReader(_open(file), strict=True), 0
+    try:
+        for number, row in enumerate(reader, 1):
+            _check_width(row, len(reader.fieldnames or ()), f"{file}, row {number}")
+            yield row
+    except csv.Error as error:
+        raise UserError(f"{file}, row {number + 1}: not valid CSV ({error})") from None
+
+
+def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_open(file), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # the error's own text quotes the line
+            raise UserError(f"{file}, row {number}: not valid JSON, expects CSV or JSON Lines") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{file}, row {number}: expects an object")
+        yield row
 
 
 def _open(file: Path) -> io.StringIO:
@@ -84,12 +132,22 @@ def _open(file: Path) -> io.StringIO:
 
 
 def _check_row(row: dict[str, str], columns: Sequence[str], required: Sequence[str], where: str) -> None:
-    if None in row:  # where DictReader puts the cells that have no column
-        raise UserError(f"{where}: has more than {len(columns)} cells")
+    _check_width(row, len(columns), where)
     for column in columns:
-        if row[column] is None:
-            raise UserError(f"{where}, column {column}: is missing")
-        if any("\udc80" <= character <= "\udcff" for character in row[column]):
-            raise UserError(f"{where}, column {column}: is not UTF-8")
-        if column in required and not row[column].strip():
-            raise UserError(f"{where}, column {column}: is empty")
+        _check_cell(row[column], f"{where}, column {column}", column in required)
+
+
+def _check_width(row: Mapping[str, Any], columns: int, where: str) -> None:
+    if None in row:  # where DictReader puts the cells that have no column
+        raise UserError(f"{where}: has more than {columns} cells")
+
+
+def _check_cell(cell: Any, where: str, required: bool) -> None:
+    if cell is None:
+        raise UserError(f"{where}: is missing")
+    if not isinstance(cell, str):
+        raise UserError(f"{where}: expects a text")
+    if any("\ud800" <= character <= "\udfff" for character in cell):  # how `_open` reads other bytes
+        raise UserError(f"{where}: is not UTF-8")
+    if required and not cell.strip():
+        raise UserError(f"{where}: is empty")

@@ -1,8 +1,9 @@
 """Jailbreak transfer: attacks that were found on another model, tried on this one.
 
 Artifacts of JailbreakBench (Chao et al., arXiv 2404.01318; `src/jailbreakbench/artifact.py` and
-github.com/JailbreakBench/artifacts): a JSON file per attack (GCG, PAIR, ...) and attacked model. Finding
-new jailbreaks is left out.
+github.com/JailbreakBench/artifacts): a JSON file per attack (GCG, PAIR, ...) and attacked model. Those of the
+past-tense attack (Andriushchenko & Flammarion, arXiv 2407.11969; github.com/tml-epfl/llm-past-tense,
+`jailbreak_artifacts/`) have a schema of their own. Finding new jailbreaks is left out.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def load(files: Sequence[str | Path]) -> list[Item]:
 def _artifact(file: Path) -> list[Item]:
     content = _read(file)
     named = content if isinstance(content, dict) else {}
+    if "jb_artifacts" in named:
+        return _past_tense(named, file)
     parameters, jailbreaks = named.get("parameters"), named.get("jailbreaks")
     if not isinstance(parameters, dict) or not isinstance(jailbreaks, list) or not jailbreaks:
         raise UserError(f"{file}: expects an object with `parameters` and a list of `jailbreaks`")
@@ -49,29 +52,60 @@ def _artifact(file: Path) -> list[Item]:
     return [_item(jailbreak, attack, f"{file}, jailbreak {n}") for n, jailbreak in enumerate(jailbreaks, 1)]
 
 
+def _past_tense(content: dict[str, Any], file: Path) -> list[Item]:
+    """The requests of the past-tense attack: each rewritten, in one or several ways."""
+    rewritten = content["jb_artifacts"]
+    if not isinstance(rewritten, list) or not rewritten:
+        raise UserError(f"{file}: expects a list of `jb_artifacts`")
+    attack = f"past_tense/{_text(content, 'target_model', str(file))}"
+    return [_rewritten(entry, attack, f"{file}, artifact {n}") for n, entry in enumerate(rewritten, 1)]
+
+
+def _rewritten(entry: Any, attack: str, where: str) -> Item:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: expects an object")
+    request, restart = (_number(entry, key, where) for key in ("i_request", "i_restart"))
+    return Item(
+        item_id=f"jailbreak-{attack}-{request}-{restart}",
+        benchmark="jailbreak",
+        category=attack,
+        prompt=_text(entry, "request_reformulated", where),
+        request=_text(entry, "request", where),
+        should_comply=False,
+        cluster=request,
+    )
+
+
 def _item(jailbreak: Any, attack: str, where: str) -> Item:
     if not isinstance(jailbreak, dict):
-        raise UserError(f"{where}: wants an object")
+        raise UserError(f"{where}: expects an object")
     if "index" not in jailbreak or "prompt" not in jailbreak:
-        raise UserError(f"{where}: wants the keys index and prompt")
-    if not re.fullmatch(r"\d{1,9}", str(jailbreak["index"])):
-        raise UserError(f"{where}, key index: wants a number")
+        raise UserError(f"{where}: expects the keys index and prompt")
+    index = _number(jailbreak, "index", where)
     return Item(
-        item_id=f"jailbreak-{attack}-{jailbreak['index']}",
+        item_id=f"jailbreak-{attack}-{index}",
         benchmark="jailbreak",
         category=attack,
         prompt=None if jailbreak["prompt"] is None else _text(jailbreak, "prompt", where),
         request=_text(jailbreak, "goal", where),
         should_comply=False,
         topic=str(jailbreak.get("category") or ""),
-        cluster=str(jailbreak["index"]),
+        cluster=index,
     )
+
+
+def _number(values: dict[str, Any], key: str, where: str) -> str:
+    """The digits of a whole number, which may be a text."""
+    digits = str(values.get(key))
+    if not re.fullmatch(r"\d{1,9}", digits):
+        raise UserError(f"{where}, key {key}: expects a number")
+    return digits
 
 
 def _text(values: dict[str, Any], key: str, where: str) -> str:
     value = values.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}, key {key}: wants a text that is not empty")
+        raise UserError(f"{where}, key {key}: expects a text that is not empty")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise UserError(f"{where}, key {key}: is not valid Unicode (half of a surrogate pair)")
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from dataclasses import replace
 from importlib import import_module
 from typing import get_args
 
@@ -55,7 +56,22 @@ def load_items(config: EvaluateConfig) -> list[Item]:
     loaded: dict[str, list[Item]] = {name: BENCHMARKS[name].load(config) for name in config.benchmarks}
     if config.part != "all":
         loaded = _part(loaded, config)
-    return [item for items in loaded.values() for item in _spread(items, config.limit)]
+    asked = [item for items in loaded.values() for item in _spread(items, config.limit)]
+    return _sampled(asked, config.samples) if config.samples > 1 else asked
+
+
+def _sampled(items: list[Item], samples: int) -> list[Item]:
+    """Each item so many times, the first with its own id; the samples of a prompt are one cluster."""
+    return [
+        replace(
+            item,
+            item_id=f"{item.item_id}-sample{sample + 1}" if sample else item.item_id,
+            cluster=item.cluster or item.item_id,
+            sample=sample,
+        )
+        for item in items
+        for sample in range(samples)
+    ]
 
 
 def _require_judge(benchmark: Benchmark, judge: str) -> None:

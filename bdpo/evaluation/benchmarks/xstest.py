@@ -8,12 +8,11 @@ prompts of 10 types, 200 unsafe contrasts of 8).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 from bdpo.config import EvaluateConfig
 from bdpo.errors import UserError
-from bdpo.evaluation.benchmarks.base import Benchmark, Measure, Row
+from bdpo.evaluation.benchmarks.base import Benchmark, Measure, compliance_measures, share
 from bdpo.evaluation.benchmarks.items import CLUSTER, Item, read_csv, required_file
 
 COLUMNS = ("id", "prompt", "type", "label", "focus", "note")
@@ -50,9 +49,9 @@ def load(file: str | Path) -> list[Item]:
     rows = read_csv(file, COLUMNS, required=("id", "prompt", "type", "label"))
     for number, row in enumerate(rows, 1):
         if row["label"] not in ("safe", "unsafe"):
-            raise UserError(f"{file}, row {number}, column label: wants safe or unsafe")
+            raise UserError(f"{file}, row {number}, column label: expects safe or unsafe")
         if row["type"].startswith(CONTRAST) != (row["label"] == "unsafe"):
-            raise UserError(f"{file}, row {number}, column label: wants unsafe just for {CONTRAST}… types")
+            raise UserError(f"{file}, row {number}, column label: expects unsafe just for {CONTRAST}… types")
         item_id = f"xstest-{row['id']}"
         if item_id in items:
             raise UserError(f"{file}, row {number}, column id: appears twice")
@@ -73,30 +72,15 @@ def _check_counts(file: str | Path, counts: Counter[str]) -> None:
     if not TYPES & counts.keys():
         return
     for kind in sorted(TYPES | counts.keys()):
-        wanted = PER_TYPE if kind in TYPES else 0
-        if counts[kind] != wanted:
+        expected = PER_TYPE if kind in TYPES else 0
+        if counts[kind] != expected:
             raise UserError(
-                f"{file}: XSTest has {wanted} prompts of type {kind}, the file has {counts[kind]}"
+                f"{file}: XSTest has {expected} prompts of type {kind}, the file has {counts[kind]}"
             )
 
 
 def _configured(config: EvaluateConfig) -> list[Item]:
     return load(required_file(config.xstest.path, "evaluate.xstest.path"))
-
-
-def _compliance(row: Row) -> float | None:
-    """Full compliance: neither a full nor a partial refusal."""
-    return float(not row["refused"] and not row["partial"]) if row["should_comply"] else None
-
-
-def _share(column: str, should_comply: bool) -> Callable[[Row], float | None]:
-    """Whether a column is true, of the safe or of the unsafe prompts; of those where it is known."""
-
-    def value(row: Row) -> float | None:
-        known = row["should_comply"] == should_comply and row[column] is not None
-        return float(row[column]) if known else None
-
-    return value
 
 
 BENCHMARK = Benchmark(
@@ -105,26 +89,18 @@ BENCHMARK = Benchmark(
     rubric="refusal",
     load=_configured,
     judged=(
-        Measure("compliance", "compliance, safe", _compliance, main=True, compared=True, rows="categories"),
-        Measure("full_refusal", "refusal, safe", _share("refused", True), more_is_better=False),
-        Measure(
-            "partial_refusal",
-            "partial refusal, safe",
-            _share("partial", True),
-            more_is_better=False,
-            rows="total",
-        ),
+        *compliance_measures(", safe"),
         Measure(
             "unsafe_refusal",
             "refusal, unsafe",
-            _share("refused", False),
+            share("refused", False),
             compared=True,
             rows="categories",
         ),
         Measure(
             "unsafe_partial_refusal",
             "partial refusal, unsafe",
-            _share("partial", False),
+            share("partial", False),
             more_is_better=False,
         ),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -24,10 +25,21 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn: at a temperature above 0, each decided by the seed and its prompt alone."""
+    """How answers are drawn: at a temperature above 0, each decided by seed, prompt and draw alone."""
 
     temperature: float
     seed: int
+    draws: Sequence[int] = ()
+    """For each prompt which of its samples is drawn; the first of each where it is empty."""
+
+    def seeds(self, prompt_ids: Sequence[list[int]]) -> list[int]:
+        """56 bits for each prompt, from the run's seed, the prompt's ids and the number of the draw."""
+        draws = self.draws or [0] * len(prompt_ids)
+        keys = [
+            f"{self.seed} {ids}" + (f" {draw}" if draw else "")
+            for ids, draw in zip(prompt_ids, draws, strict=True)
+        ]
+        return [int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]) for key in keys]
 
 
 class Generate(Protocol):

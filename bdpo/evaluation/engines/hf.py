@@ -10,7 +10,6 @@ are left out.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -115,7 +114,7 @@ class _GumbelNoise:
 
     def __init__(self, prompt_ids: list[list[int]], sampling: Sampling) -> None:
         self.temperature = sampling.temperature
-        self.seeds = [prompt_seed(sampling.seed, ids) for ids in prompt_ids]
+        self.seeds = sampling.seeds(prompt_ids)
         self.generators: list[torch.Generator] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -126,11 +125,6 @@ class _GumbelNoise:
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)
         return scores / self.temperature - noise.log()
-
-
-def prompt_seed(seed: int, ids: list[int]) -> int:
-    """56 bits from the run's seed and a prompt's ids."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {ids}".encode()).digest()[:7])
 
 
 def needed_positions(config: PreTrainedConfig, prompt_ids: list[list[int]], max_new_tokens: int) -> int:

@@ -24,7 +24,6 @@ from bdpo.evaluation.engines.hf import (
     answer,
     begun_ids,
     needed_positions,
-    prompt_seed,
     shipped_generation_config,
     stop_ids,
 )
@@ -113,14 +112,15 @@ def sampling_settings(
 
     `ignore_eos`, because vLLM would add a stop of its own: `stops` are all there are.
     """
+    seeds = sampling.seeds(prompt_ids) if sampling else [None] * len(prompt_ids)
     return [
         {
             "max_tokens": max_new_tokens,
             "temperature": sampling.temperature if sampling else 0.0,
-            "seed": prompt_seed(sampling.seed, ids) if sampling else None,
+            "seed": seed,
             "stop_token_ids": sorted(stops),
             "ignore_eos": True,
             "detokenize": False,
         }
-        for ids in prompt_ids
+        for seed in seeds
     ]
