@@ -159,7 +159,7 @@ class Evaluate(ManifestStage):
         evaluate = self.config.evaluate
         if not evaluate.capability:
             return {}
-        fingerprint = capability_fingerprint(self._answers, evaluate.limit)
+        fingerprint = capability_fingerprint(self._answers, evaluate.limit, evaluate.capability_files)
         files: dict[str, StoragePath] = {
             benchmark: self.folder / "capability" / f"{benchmark}.json" for benchmark in evaluate.capability
         }

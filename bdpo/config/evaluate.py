@@ -225,6 +225,19 @@ class SandboxJudgeConfig(Variant):
     name: Literal["sandbox"] = "sandbox"
 
 
+class CapabilityFiles(Section):
+    """Local copies of the data of capability benchmarks, for nodes without a hub."""
+
+    gsm8k: str | None = Field(
+        None, description="JSON Lines: question,answer; the five examples of a prompt are other rows of it"
+    )
+    advglue: str | None = Field(None, description="JSON: AdvGLUE's dev.json, task -> rows")
+
+    def files(self) -> list[str]:
+        """The files that the section names."""
+        return [path for path in (self.gsm8k, self.advglue) if path]
+
+
 def _named(value: Any) -> Any:
     """`judge: rubric` is short for `judge: {name: rubric}`."""
     return {"name": value} if isinstance(value, str) else value
@@ -276,6 +289,7 @@ class EvaluateConfig(Section):
     capability: Annotated[list[Literal["gsm8k", "hhh", "advglue"]], Distinct] = Field(
         [], description="requires the extra `eval`"
     )
+    capability_files: CapabilityFiles = CapabilityFiles()
 
     @model_validator(mode="after")
     def _samples_differ(self) -> EvaluateConfig:
@@ -306,5 +320,5 @@ class EvaluateConfig(Section):
 
     def _benchmark_files(self) -> Iterator[str]:
         for section in vars(self).values():
-            if isinstance(section, FileConfig | JailbreakConfig | WrappedConfig):
+            if isinstance(section, FileConfig | JailbreakConfig | WrappedConfig | CapabilityFiles):
                 yield from section.files()

@@ -227,7 +227,8 @@ def measure_capability(
     loaded = model.load().to(device)  # type: ignore[arg-type]
     evaluate = config.evaluate
     tokenizer = load_tokenizer(model.model).tokenizer
-    return run_capability(benchmark, loaded, tokenizer, evaluate.limit, evaluate.batch_size)
+    file = getattr(evaluate.capability_files, benchmark, None)
+    return run_capability(benchmark, loaded, tokenizer, evaluate.limit, evaluate.batch_size, file)
 
 
 def prefill_ids(chat: ChatTokenizer, item: Item) -> list[int]:

@@ -2,11 +2,13 @@
 
 The harness is used as a library on the loaded model, with its chat template. Its own tasks give GSM8K and
 HHH; AdvGLUE (Wang et al., arXiv 2111.02840) it has not, so its `glue` templates are given the adversarial
-sentences of `AI-Secure/adv_glue`. Answers are not kept. Comparing two models item by item is left out here.
+sentences of `AI-Secure/adv_glue`, or of a local `dev.json`. Answers are not kept. Comparing two models item by
+item is left out here.
 """
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from bdpo.config.evaluate import CapabilityFiles
 from bdpo.errors import UserError, first_line
 from bdpo.stats import Estimate, rate
 from bdpo.storage.manifests import Fingerprint
@@ -58,11 +61,29 @@ class NotRun:
     not_run: str
 
 
-def capability_fingerprint(answers: Fingerprint, limit: int | None) -> Fingerprint:
-    """What a result depends on: the model as in `answers`, and the limit."""
+def capability_fingerprint(
+    answers: Fingerprint, limit: int | None, files: CapabilityFiles | None = None
+) -> Fingerprint:
+    """What a result depends on: the model as in `answers`, the limit, and the content of local data.
+
+    Raises:
+        UserError: a file of local data cannot be read.
+    """
     skipped = ("prompts", "evaluate.max_new_tokens", "evaluate.temperature", "evaluate.engine", "seed")
     model = {field: value for field, value in answers.items() if field not in skipped}
-    return {**model, "evaluate.limit": limit, "lm_eval": harness_version()}
+    local = {
+        f"evaluate.capability_files.{name}": _digest(path)
+        for name, path in (files.model_dump() if files else {}).items()
+        if path
+    }
+    return {**model, "evaluate.limit": limit, "lm_eval": harness_version(), **local}
+
+
+def _digest(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def harness_version() -> str:
@@ -87,12 +108,12 @@ def run_capability(
     tokenizer: PreTrainedTokenizerBase,
     limit: int | None = None,
     batch_size: int = 8,
-    data: Mapping[str, Any] | None = None,
+    file: str | None = None,
 ) -> Accuracies | NotRun:
     """The benchmark's accuracy, pooled and per task, or why it was not run.
 
-    A data set that cannot be had is no result and never a zero. `data` replaces keys of our own task
-    dictionaries (`dataset_path` and such): AdvGLUE from a copy elsewhere.
+    A data set that is unavailable is no result and never a zero. `file` is a local copy of the benchmark's
+    data, see `CapabilityFiles`: nothing is then read from a hub.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -101,7 +122,7 @@ def run_capability(
     manager = TaskManager()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            specs = [_spec(task, manager, Path(folder), data or {}) for task in BENCHMARKS[benchmark]]
+            specs = [_spec(task, manager, Path(folder), file) for task in BENCHMARKS[benchmark]]
             tasks = manager.load(specs)["tasks"]
     except Exception as error:  # hub, network and datasets have no error in common
         return NotRun(f"{type(error).__name__}: {first_line(error)}")
@@ -131,22 +152,30 @@ def _share(hits: int, n: int) -> Estimate:
     return rate([i < hits for i in range(n)])
 
 
-def _spec(task: str, manager: Any, folder: Path, data: Mapping[str, Any]) -> str:
+def _spec(task: str, manager: Any, folder: Path, file: str | None) -> str:
     """The name of a task of the harness, or the file of one of ours over its template."""
-    if task not in ADVGLUE:
+    if task in ADVGLUE:
+        template, ours = ADVGLUE[task][0], _adversarial(task, file)
+    elif file:
+        template, ours = task, _local(file, "test") | {"training_split": None, "fewshot_split": "test"}
+    else:
         return task
-    template, name = ADVGLUE[task]
-    ours = {
-        "include": str(manager.task_index[template].yaml_path),
-        "task": task,
-        "validation_split": "validation",
-        "training_split": None,
-        "test_split": None,
-        "metric_list": [{"metric": "acc"}],
-        "dataset_path": "AI-Secure/adv_glue",
-        "dataset_name": name,
-        **data,
-    }
-    file = folder / f"{task}.yaml"
-    file.write_text(yaml.safe_dump(ours), encoding="utf-8")
-    return str(file)
+    include = {"include": str(manager.task_index[template].yaml_path), "task": task}
+    spec = folder / f"{task}.yaml"
+    spec.write_text(yaml.safe_dump(include | ours), encoding="utf-8")
+    return str(spec)
+
+
+def _adversarial(task: str, file: str | None) -> Mapping[str, Any]:
+    """What a task of AdvGLUE changes in the template of its GLUE task."""
+    splits = {"validation_split": "validation", "training_split": None, "test_split": None}
+    hub = {"dataset_path": "AI-Secure/adv_glue", "dataset_name": ADVGLUE[task][1]}
+    name = task.removeprefix("adv_").replace("_mismatched", "-mm")  # as dev.json calls it
+    data = _local(file, "validation", field=name) if file else hub
+    return splits | {"metric_list": [{"metric": "acc"}]} | data
+
+
+def _local(file: str, split: str, **reading: str) -> Mapping[str, Any]:
+    """The keys of a harness's task that read a local JSON file as one split."""
+    files = {"data_files": {split: str(Path(file).resolve())}}
+    return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files | reading}

@@ -5,7 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
+from bdpo.config.evaluate import CapabilityFiles
+from bdpo.errors import UserError
 from bdpo.evaluation.capability import (
     ADVGLUE,
     BENCHMARKS,
@@ -13,6 +16,7 @@ from bdpo.evaluation.capability import (
     Accuracies,
     NotRun,
     accuracies,
+    capability_fingerprint,
     run_capability,
 )
 from bdpo.stats import rate
@@ -38,6 +42,34 @@ def test_what_the_harness_reports_becomes_pooled_and_single_estimates() -> None:
     assert found.accuracy.interval == "exact"
 
 
+def templated() -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.pad_token = "</s>"
+    return tokenizer
+
+
+def test_gsm8k_is_read_from_a_local_file_and_its_examples_are_other_rows(tmp_path: Path) -> None:
+    """Right answers are found: the file's own answer is what a model that copies would be scored by."""
+    rows = [{"question": f"{n}+1?", "answer": f"so {n + 1}\n#### {n + 1}"} for n in range(8)]
+    file = tmp_path / "test.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = run_capability("gsm8k", tiny_qwen2(), templated(), limit=2, file=str(file))
+    assert isinstance(found, Accuracies), found
+    assert (found.accuracy.n, list(found.tasks)) == (2, ["gsm8k"])
+
+
+def test_a_result_depends_on_the_content_of_local_data(tmp_path: Path) -> None:
+    file = tmp_path / "test.jsonl"
+    marks = []
+    for content in ("a", "b"):
+        file.write_text(content)
+        marks.append(capability_fingerprint({"weights": "w"}, 2, CapabilityFiles(gsm8k=str(file))))
+    assert marks[0] != marks[1]
+    with pytest.raises(UserError, match=r"none\.json: cannot be read"):
+        capability_fingerprint({}, 2, CapabilityFiles(advglue=str(tmp_path / "none.json")))
+
+
 def test_the_harness_runs_our_tasks_over_its_templates(tmp_path: Path) -> None:
     """Every AdvGLUE task on two invented rows that have the columns of all of them."""
     columns = (
@@ -51,17 +83,10 @@ def test_the_harness_runs_our_tasks_over_its_templates(tmp_path: Path) -> None:
         "sentence2",
     )
     rows = [{**{c: f"{c} {n}" for c in columns}, "label": n} for n in range(2)]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHATML
-    tokenizer.pad_token = "</s>"
-    data = {
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"validation": str(file)}},
-    }
-    found = run_capability("advglue", tiny_qwen2(), tokenizer, data=data)
+    file = tmp_path / "dev.json"
+    tasks = ("sst2", "qqp", "mnli", "mnli-mm", "qnli", "rte")
+    file.write_text(json.dumps(dict.fromkeys(tasks, rows)))
+    found = run_capability("advglue", tiny_qwen2(), templated(), file=str(file))
     assert isinstance(found, Accuracies)
     assert set(found.tasks) == set(BENCHMARKS["advglue"])
     assert all(estimate.n == 2 for estimate in found.tasks.values())
@@ -69,12 +94,7 @@ def test_the_harness_runs_our_tasks_over_its_templates(tmp_path: Path) -> None:
 
 
 def test_data_that_cannot_be_had_are_not_a_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    missing = {
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": str(tmp_path / "no.jsonl")},
-    }
-    found = run_capability("advglue", tiny_qwen2(), byte_tokenizer(), data=missing)
+    found = run_capability("advglue", tiny_qwen2(), byte_tokenizer(), file=str(tmp_path / "no.json"))
     assert isinstance(found, NotRun)
     assert "FileNotFoundError" in found.not_run
     assert list(asdict(found)) == [NOT_RUN]
