@@ -2,8 +2,8 @@
 
 The harness is used as a library on the loaded model, with its chat template. Its own tasks give GSM8K and
 HHH; AdvGLUE (Wang et al., arXiv 2111.02840) it has not, so its `glue` templates are given the adversarial
-sentences of `AI-Secure/adv_glue`, or of a local `dev.json`. Answers are not kept. Comparing two models item by
-item is left out here.
+sentences of `AI-Secure/adv_glue`, or of a local `dev.json`. Answers are not kept. Comparing two models
+item by item is left out here.
 """
 
 from __future__ import annotations
