@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -43,7 +44,7 @@ from bdpo.storage.paths import (
 )
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.ends import RETRIED, End
-from bdpo.variants.objective import check_measured, check_measures
+from bdpo.variants.objective import check_held_out, check_measured, check_measures
 from pipelines.evaluate import EvaluateBase, EvaluateTrained, print_comparison
 from pipelines.prepare import Prepare
 from pipelines.runtime.cli import Command
@@ -179,8 +180,11 @@ def _report_held_out(sweep: Sweep, best: Trial) -> None:
         )
         console.print(line, style="bold red", soft_wrap=True)
         sys.exit(1)
+    scores = [read_evaluation(folder).scores for folder in (chosen.eval("trained"), base.eval("base"))]
+    constraint = check_held_out(sweep.config.tune, *scores)
+    console.print(constraint.sentence, style="green" if constraint.holds else "bold red", soft_wrap=True)
     held = {name: summary.to_json() for name, summary in summaries.items()}
-    found = {"best": best.name, "params": best.params, "held_out": held}
+    found = {"best": best.name, "params": best.params, "held_out": held, "constraint": asdict(constraint)}
     write_manifest(run.tune / "summary.json", sweep.fingerprint, **found)
 
 

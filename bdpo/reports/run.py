@@ -305,6 +305,7 @@ def _search(run: RunDir) -> Section | None:
             "best": run.part("tune", "trials", summary["best"]).eval("trained"),
         }
         text = ["The chosen trial, evaluated on prompts that the search did not use:"]
+        text += [summary["constraint"]["sentence"]] if "constraint" in summary else []
         text += comparison_sentences({name: read_evaluation(folder) for name, folder in folders.items()})
     pictures = [Picture(f"search-{name}", figure) for name, figure in figures.items()]
     return Section("Search", text, [PageTable(headings, rows, "Percent, 95 % intervals.")], pictures)

@@ -55,6 +55,44 @@ class Measured:
         return cls(**values | estimates)
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The constraint of a search, checked again on the prompts that the search did not use."""
+
+    holds: bool | None
+    """None where the held-out prompts do not measure it."""
+    sentence: str
+    """For terminal and page."""
+    measured: Measured | None = None
+
+
+def check_held_out(tune: TuneConfig, scores: pa.Table, base_scores: pa.Table) -> HeldOut:
+    """Whether the chosen variant is within `tune.max_over_refusal` on the held-out prompts, too.
+
+    It was chosen as the best of many within the bound on other prompts, so that some of it is luck.
+
+    Args:
+        scores: per-item scores of the chosen variant on the held-out prompts.
+        base_scores: those of the base model.
+    """
+    try:
+        found = measure(tune, scores, base_scores)
+    except InvalidEvaluation as error:
+        return HeldOut(None, f"The constraint was not checked on the held-out prompts: {error}.")
+    holds, own, least = found.violation <= 0, found.constrained, found.base - tune.max_over_refusal
+    interval = f"95 % interval {_percent(own.low)} to {_percent(own.high)}"
+    sentence = (
+        f"On the held-out prompts the constraint {'holds' if holds else 'is violated'}: {tune.constraint} is "
+        f"{_percent(own.value)} % ({interval}), and at least {_percent(least)} % is "
+        f"required (base model {_percent(found.base)} %, tune.max_over_refusal={tune.max_over_refusal})."
+    )
+    return HeldOut(holds, sentence, found)
+
+
+def _percent(share: float | None) -> str:
+    return "?" if share is None else f"{100 * share:.1f}"
+
+
 def check_measures(config: Config) -> None:
     """Make sure that metric and constraint are measured, and that more of each is better.
 

@@ -134,6 +134,9 @@ def part(page, heading):
 SPACE = {"method.alpha": [0.5, 1.0, 2.0], "method.beta": [0.1, 0.2, 0.4]}
 
 
+CHECKED = "On the held-out prompts the constraint is violated."
+
+
 @pytest.fixture
 def swept(run):
     """The run's folder with a finished sweep of two keys: nine trials, of which the last refuses too much."""
@@ -157,7 +160,14 @@ def swept(run):
         items = table([harm] * 4, [False] * 4)
         write_parquet(place / "scores.parquet", items)
         write_manifest(place / "summary.json", {}, seconds=60.0, **summarise(items).to_json())
-    write_manifest(folder.tune / "summary.json", made_of, best="0007", params={}, held_out={})
+    write_manifest(
+        folder.tune / "summary.json",
+        made_of,
+        best="0007",
+        params={},
+        held_out={},
+        constraint={"sentence": CHECKED},
+    )
     return config, folder
 
 
@@ -165,6 +175,7 @@ def test_the_page_of_a_sweep_has_its_heat_map_its_front_and_a_line_a_trial(swept
     config, folder = swept
     write_text(folder.root / "experiments" / "alpha" / "report.html", "a page")
     page = run_page(config, folder, timed_stages(config, folder))
+    assert CHECKED in next(section for section in page.sections if section.heading == "Search").text
     space, front = picture(page, "search-space"), picture(page, "search-front")
     assert (space.get_xlabel(), space.get_ylabel()) == ("α", "β")
     written = {text.xy: text.get_text() for text in space.texts}

@@ -201,7 +201,10 @@ def test_held_out_verdicts_that_are_missing_are_no_result_and_asked_for_again(tm
         endpoint.script = up_again
         _finish(begun.sweep)
         assert len(answered) == missing
-        assert json.loads((begun.sweep.run.tune / "summary.json").read_text())["best"] == begun.name
+        summary = json.loads((begun.sweep.run.tune / "summary.json").read_text())
+        assert summary["best"] == begun.name
+        assert summary["constraint"]["holds"] is True
+        assert "On the held-out prompts the constraint holds" in capsys.readouterr().out
 
 
 def test_the_order_of_the_space_is_a_part_of_the_sweep(tmp_path, tiny_chat):
