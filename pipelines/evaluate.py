@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from bdpo.cluster.status import StageStatus, count_shards
 from bdpo.config import Config
+from bdpo.data.pairs import last_turns
 from bdpo.evaluation.answers import (
     EvaluatedModel,
     ShardAnswerer,
@@ -40,6 +41,7 @@ from bdpo.evaluation.judges.registry import judge_kind
 from bdpo.evaluation.measures import Summary, summarise
 from bdpo.evaluation.results import chosen_models, read_evaluation
 from bdpo.evaluation.tables import comparison_table, difference_table, invalid_lines, note_lines
+from bdpo.evaluation.twins import count_near_twins
 from bdpo.storage.manifests import Fingerprint, Manifest, finished, read_manifest, write_manifest
 from bdpo.storage.paths import StoragePath, write_parquet
 from bdpo.storage.run_dir import RunDir
@@ -133,6 +135,9 @@ class Evaluate(ManifestStage):
         write_parquet(self._scores_file, table)
         seconds = time.perf_counter() - started
         summary = summarise(table).to_json()
+        if self.model_name == "trained":  # what it was trained on it may know by heart
+            twins = count_near_twins(planned_items(self.config), last_turns(self.run.pairs))
+            summary["near_twins"] = twins
         return write_manifest(self.manifest_file, self.fingerprint, seconds=seconds, **summary)
 
     def status(self) -> StageStatus:

@@ -27,6 +27,7 @@ from bdpo.evaluation.answers import items_digest, planned_items
 from bdpo.evaluation.judges.registry import judge_fingerprint
 from bdpo.evaluation.results import read_evaluation
 from bdpo.evaluation.tables import invalid_lines
+from bdpo.evaluation.twins import count_near_twins
 from bdpo.reports.page import write_figure
 from bdpo.reports.search import search_figures
 from bdpo.scoring.selection import training_rows
@@ -183,8 +184,13 @@ def _report_held_out(sweep: Sweep, best: Trial) -> None:
     scores = [read_evaluation(folder).scores for folder in (chosen.eval("trained"), base.eval("base"))]
     constraint = check_held_out(sweep.config.tune, *scores)
     console.print(constraint.sentence, style="green" if constraint.holds else "bold red", soft_wrap=True)
+    parts = {part: planned_items(part_of(sweep.config, part)) for part in ("search", "held_out")}
+    twins = count_near_twins(parts["held_out"], [item.request for item in parts["search"]])
+    for benchmark, count in twins.items():
+        console.print(f"{benchmark}: {count} held-out prompts nearly repeat prompts of the search")
     held = {name: summary.to_json() for name, summary in summaries.items()}
     found = {"best": best.name, "params": best.params, "held_out": held, "constraint": asdict(constraint)}
+    found |= {"near_twins": twins}
     write_manifest(run.tune / "summary.json", sweep.fingerprint, **found)
 
 

@@ -100,6 +100,14 @@ def read_pairs(folder: StoragePath, first: int, count: int, columns: list[str] |
     return PairReader(folder).read(first, count, columns)
 
 
+def last_turns(folder: StoragePath) -> Iterator[str]:
+    """The last message of the prompt of every pair in `folder`, in order, a row group at a time."""
+    for part in _parts(folder):
+        with pq.ParquetFile(open_parquet(part)) as parquet:
+            for batch in parquet.iter_batches(columns=["prompt"]):
+                yield from (prompt[-1]["content"] or "" for prompt in batch["prompt"].to_pylist() if prompt)
+
+
 def pair_ids(folder: StoragePath) -> Iterator[str]:
     """The ids of all pairs in `folder`, in order; their texts are not read."""
     for part in _parts(folder):

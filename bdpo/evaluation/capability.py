@@ -152,17 +152,21 @@ def _share(hits: int, n: int) -> Estimate:
     return rate([i < hits for i in range(n)])
 
 
+_OTHER_ROWS = {"training_split": None, "fewshot_split": "test"}
+"""Keys of a harness's task whose worked examples are other rows of the test split."""
+
+
 def _spec(task: str, manager: Any, folder: Path, file: str | None) -> str:
     """The name of a task of the harness, or the file of one of ours over its template."""
     if task in ADVGLUE:
         template, ours = ADVGLUE[task][0], _adversarial(task, file)
     elif file:
-        template, ours = task, _local(file, "test") | {"training_split": None, "fewshot_split": "test"}
+        template, ours = task, {**_local(file, "test"), **_OTHER_ROWS}
     else:
         return task
     include = {"include": str(manager.task_index[template].yaml_path), "task": task}
     spec = folder / f"{task}.yaml"
-    spec.write_text(yaml.safe_dump(include | ours), encoding="utf-8")
+    spec.write_text(yaml.safe_dump({**include, **ours}), encoding="utf-8")
     return str(spec)
 
 
@@ -171,8 +175,8 @@ def _adversarial(task: str, file: str | None) -> Mapping[str, Any]:
     splits = {"validation_split": "validation", "training_split": None, "test_split": None}
     hub = {"dataset_path": "AI-Secure/adv_glue", "dataset_name": ADVGLUE[task][1]}
     name = task.removeprefix("adv_").replace("_mismatched", "-mm")  # as dev.json calls it
-    data = _local(file, "validation", field=name) if file else hub
-    return splits | {"metric_list": [{"metric": "acc"}]} | data
+    data: Mapping[str, Any] = _local(file, "validation", field=name) if file else hub
+    return {**splits, "metric_list": [{"metric": "acc"}], **data}
 
 
 def _local(file: str, split: str, **reading: str) -> Mapping[str, Any]:

@@ -88,6 +88,8 @@ class Summary:
     valid: bool
     """Whether there is a benchmark, and all of them are valid."""
     benchmarks: Mapping[str, BenchmarkSummary]
+    near_twins: Mapping[str, int] = field(default_factory=dict)
+    """Benchmark -> how many of its prompts have a near twin among the training pairs, where some have."""
     capability: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Capability benchmark -> its manifest, see `run_capability`."""
 
@@ -122,7 +124,7 @@ class Summary:
             )
             for name, part in values["benchmarks"].items()
         }
-        return cls(values["valid"], benchmarks)
+        return cls(values["valid"], benchmarks, values.get("near_twins", {}))
 
 
 _COUNTS: dict[str, Any] = {

@@ -124,6 +124,8 @@ def note_lines(name: str, summary: Summary) -> list[str]:
         if total.broken:
             kinds = ", ".join(f"{count} {fault}" for fault, count in total.broken.items())
             notes.append(f"{sum(total.broken.values())} broken ({kinds})")
+        twins = summary.near_twins.get(benchmark)
+        notes += [f"{twins} prompts nearly repeat prompts of training pairs"] if twins else []
         if notes:
             lines.append(f"{name}: {benchmark}: {'; '.join(notes)}")
     return lines

@@ -306,6 +306,10 @@ def _search(run: RunDir) -> Section | None:
         }
         text = ["The chosen trial, evaluated on prompts that the search did not use:"]
         text += [summary["constraint"]["sentence"]] if "constraint" in summary else []
+        text += [
+            f"{benchmark}: {count} held-out prompts nearly repeat prompts of the search."
+            for benchmark, count in summary.get("near_twins", {}).items()
+        ]
         text += comparison_sentences({name: read_evaluation(folder) for name, folder in folders.items()})
     pictures = [Picture(f"search-{name}", figure) for name, figure in figures.items()]
     return Section("Search", text, [PageTable(headings, rows, "Percent, 95 % intervals.")], pictures)

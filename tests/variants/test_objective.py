@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
 import pytest
 
 from bdpo.config import TuneConfig
+from bdpo.evaluation.measures import SCORE_SCHEMA
 from bdpo.variants.objective import check_held_out
-from tests.support.score_rows import table
+from tests.support.score_rows import row, table, xrow
 
 BASE = table([0.5] * 4, [False] * 20)
 
@@ -24,7 +26,9 @@ def test_the_bound_holds_on_the_held_out_prompts_or_does_not(refused, holds):
 
 
 def test_a_part_without_such_prompts_is_not_taken_for_within_the_bound():
-    found = check_held_out(TuneConfig(), table([0.0] * 4), table([0.5] * 4))
+    unsafe = [row(0, 0.0), xrow(1, True, "contrast_ducks", should_comply=False)]
+    scores = pa.Table.from_pylist(unsafe, schema=SCORE_SCHEMA)
+    found = check_held_out(TuneConfig(), scores, scores)
     assert found.holds is None
     assert found.measured is None
     assert "was not checked" in found.sentence
