@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import re
 
+import pyarrow.parquet as pq
 import pytest
+import torch
 
-from bdpo.models.logps import ROUNDING
+from bdpo.config import load_config
+from bdpo.models.adapters import load_adapted
+from bdpo.models.logps import ROUNDING, LogpsModel
+from bdpo.storage.run_dir import RunDir
+from bdpo.training.export import _probe
+from bdpo.training.pairs import TrainingPairs
 from tests.support.training import copied, errors, launch, score
 
 pytestmark = pytest.mark.long
@@ -17,13 +24,19 @@ VARIANTS = {
     f"{name}, stage {stage}, {dtype}": (dtype, {"zero_stage": stage, "lora": lora})
     for name, lora in {"full": None, "lora": LORA}.items()
     for dtype in ROUNDING
-    for stage in (1, 2, 3)
+    for stage in (0, 1, 2, 3)
+    if stage or dtype == "float32"  # which stage 0 requires
 }
 VARIANTS["lora on untied embeddings"] = ("float32", {"lora": {"target_modules": ["embed_tokens"]}})
 
-# Keeps how far the exported model was from the engine.
+# Keeps how far the exported model was from the engine, and what the engine computed.
 WATCH = """
 from bdpo.training import export as exporting
+exporting.original = getattr(exporting, "original", exporting._require_same)
+def keep(trained, folder, data, probes):
+    torch.save((trained, probes), run.root / "engine.pt")
+    exporting.original(trained, folder, data, probes)
+exporting._require_same = keep
 def info(message, distance, seconds):
     (run.root / "distance").write_text(str(distance))
 exporting.log.info = info
@@ -33,6 +46,7 @@ exporting.log.info = info
 WRONG = """
 from bdpo.training import export as exporting
 vars(exporting.log).pop("info", None)  # of the run before, in this same process
+exporting._require_same = exporting.original
 from bdpo.training import engine as engines
 right = engines.trained_weights
 def other(engine):
@@ -77,6 +91,18 @@ def test_the_exported_model_is_within_rounding_of_the_engine(distances, name):
     print(f"{name}: {distance:.2g} nats per root token")
     assert distance <= ROUNDING[VARIANTS[name][0]]
     assert (run / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "lora" in name])
+def test_the_adapter_over_its_base_is_within_rounding_of_the_engine(distances, name):
+    folder = folder_of(distances, name)
+    config, run = load_config(str(folder / "config.yaml")), RunDir(str(folder))
+    trained, probes = torch.load(folder / "engine.pt")
+    data = TrainingPairs.load(config, run, pq.read_table(folder / "scores.parquet"))
+    adapted = LogpsModel(load_adapted(config.model, run.adapter).eval(), config.data.max_length)
+    distance = float((_probe(adapted, data, probes) - trained).abs().max())
+    print(f"{name}, adapter over its base: {distance:.2g} nats per root token")
+    assert distance <= ROUNDING[config.model.dtype]
 
 
 def test_another_model_than_the_trained_one_is_never_exported(distances):
