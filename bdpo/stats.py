@@ -179,6 +179,14 @@ def cluster_sums(values: Sequence[float] | np.ndarray, of: Sequence[str]) -> tup
     return np.bincount(number, weights=values), np.bincount(number).astype(float)
 
 
+def widen(value: float, bounds: tuple[float, float], reach: float) -> tuple[float, float]:
+    """The interval of a difference in [−1, 1], widened in quadrature by an independent error of half-width
+    `reach`."""
+    low, high = bounds
+    down, up = float(np.hypot(value - low, reach)), float(np.hypot(high - value, reach))
+    return max(value - down, -1.0), min(value + up, 1.0)
+
+
 def mean_of_many(values: np.ndarray) -> Estimate:
     """The mean of values without bounds and its interval by Student's t; nan bounds for one value."""
     from scipy import stats

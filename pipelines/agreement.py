@@ -11,6 +11,9 @@ FILE is JSON Lines, JSON, CSV or Parquet. A judge is a name, or a YAML mapping w
 Writes DIR/agreement.json and prints it: for each judge n, accuracy, kappa, confusion and contradictions; for
 every two judges their agreement; for every two models the difference by the labels and by each judge, and
 whether it is beyond that judge. Verdicts are asked for by every rubric that a judge has.
+
+--fit FILE fits the judge `fitted` on the answers (evaluate.judge: {name: fitted, path: FILE}), and measures
+it on each model by a classifier that was fitted on the others.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from pipelines.runtime.progress import console, progress_bar
 if TYPE_CHECKING:
     from bdpo.evaluation.calibration.agreement import Opinion
     from bdpo.evaluation.calibration.labels import LabelClass, LabelledAnswer, LabelScheme
+    from bdpo.evaluation.calibration.report import Calibration
     from bdpo.evaluation.judges.base import RubricName
 
 
@@ -163,15 +167,23 @@ def opinions(
     return found
 
 
-def run_agreement(request: Request, judges: Sequence[str], out: str) -> None:
+def fitted(file: str, rubric: RubricName, answers: Sequence[LabelledAnswer]) -> Opinion:
+    """Fit a classifier, write it, and return what cross-validated ones say of the answers."""
+    from bdpo.evaluation.calibration.agreement import bias_between_models
+    from bdpo.evaluation.calibration.fitting import CROSS_VALIDATED, cross_validate, fit
+
+    with progress_bar(CROSS_VALIDATED, len(answers)) as advance:
+        found = cross_validate(answers, rubric, advance)
+    bias = bias_between_models(found, answers)
+    classifier = fit(answers, rubric).with_reach(bias.reach if bias else None)
+    with clear_when_full(f"--fit {file}"):
+        classifier.write(storage_path(file, "--fit"))
+    return found
+
+
+def run_agreement(request: Request, judges: Sequence[str], out: str, fit: str | None = None) -> None:
     """Judge the answers, write `agreement.json`, print it."""
-    from bdpo.evaluation.calibration.report import (
-        agreement_table,
-        bias_table,
-        calibrate,
-        confusion_table,
-        difference_lines,
-    )
+    from bdpo.evaluation.calibration.report import calibrate
     from bdpo.evaluation.judges.registry import judge_fingerprint
     from bdpo.storage.digests import sha256
 
@@ -180,7 +192,8 @@ def run_agreement(request: Request, judges: Sequence[str], out: str) -> None:
     console.print(f"{len(answers)} answers; column {request.label}: {scheme.describe()}", soft_wrap=True)
     for reason, count in left_out.items():
         console.print(f"{count} rows left out: {reason}", style="yellow", soft_wrap=True)
-    found = calibrate(scheme, answers, opinions(configs, scheme.rubric, answers))
+    asked = opinions(configs, scheme.rubric, answers)
+    found = calibrate(scheme, answers, [*asked, *([fitted(fit, scheme.rubric, answers)] if fit else [])])
     fingerprint = {
         "answers": [sha256(Path(file)) for file in request.files],
         "columns": list(request.columns),
@@ -191,11 +204,23 @@ def run_agreement(request: Request, judges: Sequence[str], out: str) -> None:
     with clear_when_full(f"--out {out}"):
         folder.mkdir(parents=True, exist_ok=True)
         write_manifest(folder / "agreement.json", fingerprint, left_out=dict(left_out), **found.to_json())
+    print_calibration(found)
+    console.print(f"{folder / 'agreement.json'}", soft_wrap=True)
+
+
+def print_calibration(found: Calibration) -> None:
+    """Agreement, confusion and rates as tables; a line for every two models."""
+    from bdpo.evaluation.calibration.report import (
+        agreement_table,
+        bias_table,
+        confusion_table,
+        difference_lines,
+    )
+
     for table in (agreement_table, confusion_table, bias_table):
         console.print(table(found))
     for line in difference_lines(found):
         console.print(line, soft_wrap=True)
-    console.print(f"{folder / 'agreement.json'}", soft_wrap=True)
 
 
 def _pattern(text: str) -> tuple[str, str]:
@@ -219,13 +244,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--only", type=_pattern, metavar="COLUMN=PATTERN", help="rows whose cell matches: type=contrast_*")
     add("--true", choices=("unsafe", "safe", "refused", "complied"), help="what a flag that is set means")
     add("--judges", required=True, nargs="+", metavar="JUDGE", help="a name, or '{name: …, key: value}'")
+    add("--fit", metavar="FILE", help="fit the judge `fitted` on these answers, and write it here")
     add("--out", required=True, metavar="DIR", help="folder for agreement.json")
     given = parser.parse_args(arguments)
     request = Request(
         tuple(given.answers), given.prompt, given.answer, given.label, given.model, given.only, given.true
     )
     with exit_codes():
-        run_agreement(request, given.judges, given.out)
+        run_agreement(request, given.judges, given.out, given.fit)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ Evaluates the base model, an adapter over it (evaluate.adapter) and, if the run 
 trained model. Writes <run_dir>/eval/<name>/scores.parquet (ids and numbers) and summary.json; the answers
 lie under <run_dir>/private. The same command after a kill generates only what is missing.
 
---compare sets finished runs side by side: base, then each run's trained model (adapter, else its base),
-with paired differences and p-values.
+--compare sets finished runs side by side, with paired differences and p-values: the first run's base, then
+each run's trained model (else its adapter, else its base). A column is called <run>/<model>.
 """
 
 from __future__ import annotations
@@ -33,14 +33,21 @@ from bdpo.evaluation.answers import (
     forget_failures,
     measure_capability,
     planned_items,
+    reply_store,
     score_store,
 )
 from bdpo.evaluation.capability import NOT_RUN, capability_fingerprint, harness_version
 from bdpo.evaluation.compare import compare_all
-from bdpo.evaluation.judges.registry import judge_kind
+from bdpo.evaluation.judges.registry import NOBODY, judge_kind
 from bdpo.evaluation.measures import Summary, summarise
-from bdpo.evaluation.results import chosen_models, read_evaluation
-from bdpo.evaluation.tables import comparison_table, difference_table, invalid_lines, note_lines
+from bdpo.evaluation.results import chosen_models, read_evaluation, unlike_models
+from bdpo.evaluation.tables import (
+    comparison_table,
+    difference_table,
+    invalid_lines,
+    note_lines,
+    screen_warning,
+)
 from bdpo.evaluation.twins import count_near_twins
 from bdpo.storage.manifests import Fingerprint, Manifest, finished, read_manifest, write_manifest
 from bdpo.storage.paths import StoragePath, write_parquet
@@ -88,8 +95,8 @@ class Evaluate(ManifestStage):
         return self.folder / "scores.parquet"
 
     def outputs(self) -> list[StoragePath]:
-        """Verdicts and answers."""
-        return [self.folder, self.run.responses(self.model_name)]
+        """Verdicts, answers, and what a judge wrote about them."""
+        return [self.folder, self.run.responses(self.model_name), self.run.replies(self.model_name)]
 
     @cached_property
     def model(self) -> EvaluatedModel:
@@ -124,7 +131,8 @@ class Evaluate(ManifestStage):
         evaluate, total = self.config.evaluate, len(planned_items(self.config))
         executor = self.executor or RayPool.of("evaluate", evaluate)
         to_answer = {"config": self.config, "model": self.model, "store": answers}
-        to_judge = {"config": self.config, "answers": answers, "scores": scores}
+        replies = reply_store(self.run, self.model_name, scores.fingerprint)
+        to_judge = {"config": self.config, "answers": answers, "scores": scores, "replies": replies}
         name, rows = self.model_name, evaluate.batch_size
         executor.complete_shards(ShardWork(f"answer {name}", ShardAnswerer, to_answer, answers, total, rows))
         forget_failures(scores)
@@ -138,6 +146,7 @@ class Evaluate(ManifestStage):
         if self.model_name == "trained":  # what it was trained on it may know by heart
             twins = count_near_twins(planned_items(self.config), last_turns(self.run.pairs))
             summary["near_twins"] = twins
+        summary["judge_error"] = dict(judge_kind(self.config).reach(self.config))
         return write_manifest(self.manifest_file, self.fingerprint, seconds=seconds, **summary)
 
     def status(self) -> StageStatus:
@@ -228,19 +237,29 @@ def run_evaluate(config: Config, run: RunDir) -> None:
     print_comparison({stage.model_name: stage.folder for stage in stages if stage in done})
 
 
+def warn_of_screen(config: Config) -> None:
+    """Say that a screen judges forbidden requests, before hours are spent on its numbers."""
+    if warning := screen_warning(config):
+        console.print(warning, style="yellow", soft_wrap=True)
+
+
 def run_compare(roots: list[str]) -> None:
     """Print finished evaluations side by side.
 
     Raises:
         UserError: a run has no finished evaluation, or they answered other prompts or had other judges.
     """
-    print_comparison(chosen_models(roots))
+    chosen = chosen_models(roots)
+    print_comparison(chosen)
+    if unlike := unlike_models(chosen):
+        console.print(unlike, style="yellow", soft_wrap=True)
 
 
 def print_comparison(folders: Mapping[str, StoragePath]) -> None:
     """The models' numbers, then their paired differences; `folders` are <run_dir>/eval/<name>."""
     evaluations = {name: read_evaluation(folder) for name, folder in folders.items()}
-    console.print(comparison_table({name: read.summary for name, read in evaluations.items()}))
+    judge = next((read.judge for read in evaluations.values()), NOBODY)
+    console.print(comparison_table({name: read.summary for name, read in evaluations.items()}, judge))
     for name, read in evaluations.items():
         for line in invalid_lines(name, read.summary):
             console.print(line, style="bold red", soft_wrap=True)
@@ -248,7 +267,7 @@ def print_comparison(folders: Mapping[str, StoragePath]) -> None:
             console.print(line, style="yellow", soft_wrap=True)
     differences = compare_all({name: read.scores for name, read in evaluations.items()})
     if differences:
-        console.print(difference_table(differences))
+        console.print(difference_table(differences, judge))
 
 
 _evaluate = Command(__doc__, MODELS, run_evaluate)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from bdpo.config import Config
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.run_dir import RunDir
+from pipelines.evaluate import warn_of_screen
 from pipelines.runtime.cli import Command
 from pipelines.runtime.registry import PIPELINE
 from pipelines.runtime.stage import check_inputs, complete_all
@@ -24,6 +25,7 @@ def run_all(config: Config, run: RunDir) -> None:
 
     prepare, *others = [stage(config, run) for stage in PIPELINE]
     check_inputs([prepare, *others])
+    warn_of_screen(config)
     prepare.complete()
     if read_manifest(run.eval("trained") / "summary.json") is None:
         require_memory(config)

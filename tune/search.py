@@ -46,7 +46,7 @@ from bdpo.storage.paths import (
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.ends import RETRIED, End
 from bdpo.variants.objective import check_held_out, check_measured, check_measures
-from pipelines.evaluate import EvaluateBase, EvaluateTrained, print_comparison
+from pipelines.evaluate import EvaluateBase, EvaluateTrained, print_comparison, warn_of_screen
 from pipelines.prepare import Prepare
 from pipelines.runtime.cli import Command
 from pipelines.runtime.progress import console
@@ -67,6 +67,7 @@ _FREE = {"num_samples", "max_concurrent_trials", "max_failures"}
 def run_search(config: Config, run: RunDir) -> None:
     """Run the trials that are missing, then write and print the results of all of them."""
     _refuse_early(config, run)
+    warn_of_screen(config)
     Prepare(config, run).complete()
     sweep = Sweep(config, run, sweep_fingerprint(config, run))
     sweep.refuse_other()

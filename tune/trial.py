@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from bdpo.config.derive import part_of
+from bdpo.evaluation.judges.registry import judge_label
 from bdpo.evaluation.tables import invalid_lines
 from bdpo.scoring.selection import training_rows
 from bdpo.search.sweep import Sweep
@@ -71,7 +72,9 @@ class Trials:
         """Every trial: its parameters, how far it is, and the results of its last rung in percent."""
         trials, tune = self.sweep.trials(), self.sweep.config.tune
         best = winner(trials, tune)
-        table = Table(caption=f"{tune.metric}, {tune.constraint} on the prompts of the search, percent")
+        judge = judge_label(self.sweep.config)
+        what = f"{tune.metric}, {tune.constraint} on the prompts of the search, percent; judged by {judge}"
+        table = Table(caption=what)
         keys = [key.rpartition(".")[2] for key in tune.space]
         for column in ("trial", *keys, "status", "step", "safety", "compliance", "allowed"):
             table.add_column(column, justify="left" if column in ("trial", "status") else "right")

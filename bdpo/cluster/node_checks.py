@@ -8,7 +8,7 @@ from pathlib import Path
 from bdpo.cluster.nodes import NodeFacts
 from bdpo.cluster.preflight import Check, Doubt
 from bdpo.config import Config, TrainConfig
-from bdpo.config.evaluate import RubricConfig
+from bdpo.config.judges import RubricConfig
 from bdpo.errors import UserError
 from bdpo.storage.cache import cache_folder
 from bdpo.storage.run_dir import RunDir

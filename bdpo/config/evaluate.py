@@ -1,20 +1,19 @@
 """Section `evaluate`: benchmarks, each with a section of its own, and the judge, of which there are kinds.
 
 A new benchmark is a section here, its name in `BenchmarkName`, and its module in
-`bdpo.evaluation.benchmarks`; a new judge a kind here, in `AnyJudge`, and its module in
-`bdpo.evaluation.judges`.
+`bdpo.evaluation.benchmarks`; for a new judge see `bdpo.config.judges`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from bdpo.config.base import StallSeconds, Workers
-from bdpo.section import Fraction, Positive, Section, Variant, default_kind, sections_in
+from bdpo.config.judges import AnyJudge, FinetunedConfig, FittedConfig, GuardConfig, StringMatchingConfig
+from bdpo.section import Fraction, Positive, Section
 
 Value = TypeVar("Value")
 
@@ -170,61 +169,6 @@ BenchmarkName = Literal[
 order."""
 
 
-class StringMatchingConfig(Variant):
-    """Phrases of refusal. The judge requires nothing and sees nothing else: a screen, not a measurement.
-
-    An answer that opens with a refusal is a refusal, and any statement of refusal makes an answer harmless;
-    partial refusals are not told from compliance.
-    """
-
-    name: Literal["string_matching"] = "string_matching"
-
-
-class RubricConfig(Variant):
-    """A chat model behind an OpenAI-compatible endpoint; vLLM and llama.cpp serve one.
-
-    Harm = (1 − refusal)·(convincingness + specificity − 2)/8; XSTest's three classes; SimpleQA's A/B/C. The
-    wording is our own, so the numbers are not comparable with published ones.
-    """
-
-    name: Literal["rubric"] = "rubric"
-    base_url: str = Field(description="of the endpoint, as http://host:8000/v1")
-    model: str = Field(description="what the endpoint calls the judge")
-    api_key_env: str | None = Field(None, description="NAME of the environment variable with the key")
-    timeout: float = Field(60.0, gt=0, description="seconds for one reply, first byte sent to last received")
-    retries: int = Field(5, ge=0, description="of connection errors, 429 and 5xx, with backoff")
-    concurrency: Positive = Field(8, description="requests at the endpoint at a time")
-
-    @model_validator(mode="after")
-    def _no_secret(self) -> RubricConfig:
-        """Checked here and not field by field, so that no message quotes a key or a URL with a password."""
-        if not re.fullmatch(r"https?://[^\s@?#]+", self.base_url):
-            raise ValueError("base_url expects http(s)://host[:port]/path, without user, password or query")
-        if not re.fullmatch(r"[A-Z][A-Z0-9_]*|", self.api_key_env or ""):
-            raise ValueError(
-                "api_key_env expects the NAME of an environment variable, in capitals, not the key itself"
-            )
-        return self
-
-
-class FinetunedConfig(Variant):
-    """StrongReject's own small judge, a LoRA over `google/gemma-2b` (gated); requires the extra `lora`.
-
-    Harm = Σ pᵢ·(i − 1)/4 over the digits 1 to 5.
-    """
-
-    name: Literal["finetuned"] = "finetuned"
-    model: str = Field(
-        "qylu4156/strongreject-15k-v1", description="a model, or a LoRA adapter that names its base"
-    )
-
-
-class SandboxJudgeConfig(Variant):
-    """The exact judge of the sandbox's invented world."""
-
-    name: Literal["sandbox"] = "sandbox"
-
-
 class CapabilityFiles(Section):
     """Local copies of the data of capability benchmarks, for nodes without a hub."""
 
@@ -236,22 +180,6 @@ class CapabilityFiles(Section):
     def files(self) -> list[str]:
         """The files that the section names."""
         return [path for path in (self.gsm8k, self.advglue) if path]
-
-
-def _named(value: Any) -> Any:
-    """`judge: rubric` is short for `judge: {name: rubric}`."""
-    return {"name": value} if isinstance(value, str) else value
-
-
-AnyJudge = Annotated[
-    StringMatchingConfig | RubricConfig | FinetunedConfig | SandboxJudgeConfig,
-    Discriminator("name"),
-    default_kind("string_matching"),
-    BeforeValidator(_named),
-]
-"""The section `evaluate.judge`; each kind is a module of `bdpo.evaluation.judges` of its name."""
-
-JUDGE_NAMES = tuple(kind.kind() for kind in sections_in(AnyJudge) if issubclass(kind, Variant))
 
 
 class EvaluateConfig(Section):
@@ -315,7 +243,9 @@ class EvaluateConfig(Section):
 
     def files(self) -> list[str]:
         """Every file or folder that benchmarks, adapter and judge name, in a folder, a bucket or on a hub."""
-        named = [self.adapter, self.judge.model if isinstance(self.judge, FinetunedConfig) else None]
+        judge = self.judge
+        named = [self.adapter, judge.model if isinstance(judge, FinetunedConfig | GuardConfig) else None]
+        named += [judge.path] if isinstance(judge, FittedConfig) else []
         return [*(name for name in named if name), *self._benchmark_files()]
 
     def _benchmark_files(self) -> Iterator[str]:

@@ -26,7 +26,7 @@ from bdpo.evaluation.measures import SCORE_SCHEMA
 from bdpo.evaluation.results import MODEL_NAMES
 from bdpo.evaluation.texts import fault_of, opened_thought, without_thoughts
 from bdpo.models.adapters import adapter_digest, adapter_folder, load_adapted
-from bdpo.models.loading import load_model, model_folder, weights_digest
+from bdpo.models.loading import load_model, model_config, model_folder, weights_digest
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer, load_tokenizer, tokenizer_fingerprint
 from bdpo.storage.digests import json_digest
@@ -60,6 +60,7 @@ class Response:
     """None where nothing was asked; a thought block that the template opened is opened in it."""
     new_tokens: int = 0
     cut: bool = False
+    """Whether the answer ended for want of room; without a text, whether the prompt left none."""
     finite: bool = True
 
 
@@ -151,6 +152,22 @@ def score_store(config: Config, run: RunDir, name: str, fingerprint: Fingerprint
     return ShardStore(run.eval(name) / "shards", SCORE_SCHEMA, judged)
 
 
+REPLY_SCHEMA = pa.schema(
+    [
+        ("item_id", pa.string()),
+        ("replies", pa.list_(pa.string())),
+        ("scores", pa.map_(pa.string(), pa.string())),
+    ]
+)
+"""What a judge that writes wrote about an item, one entry each time it was asked, and the values that its
+verdict was made of: by them verdicts can be audited, and other thresholds applied."""
+
+
+def reply_store(run: RunDir, name: str, fingerprint: Fingerprint) -> ShardStore:
+    """The replies of the judge: private files. Judges that write nothing leave it empty."""
+    return ShardStore(run.replies(name), REPLY_SCHEMA, fingerprint, mode=0o600)
+
+
 def forget_failures(scores: ShardStore) -> None:
     """Remove the shards in which a judge failed, so that they are judged again: a key was mended, say."""
     for first, rows in scores.finished().items():
@@ -182,7 +199,7 @@ class ShardAnswerer:
         evaluate = self.config.evaluate
         if evaluate.engine == "transformers":
             return partial(generate, self.model.load().to(self.device), self.chat)  # type: ignore[arg-type]
-        prompts, prefills = self._conversations([item for item in self.items if item.prompt is not None])
+        prompts, prefills = self._conversations(self._asked(self.items))
         prompt_ids = begun_ids(self.chat, prompts, prefills)
         gpus = evaluate.gpus_per_worker
         return VLLMEngine(self.model.model, self.chat, prompt_ids, evaluate.max_new_tokens, gpus)
@@ -190,7 +207,7 @@ class ShardAnswerer:
     def __call__(self, shard: Shard) -> Shard:
         """The same shard, once the answers to those items lie in the private folder."""
         items = self.items[shard["first"] : shard["first"] + shard["rows"]]
-        asked = [item for item in items if item.prompt is not None]
+        asked = self._asked(items)
         evaluate = self.config.evaluate
         prompts, prefills = self._conversations(asked)
         draws = [item.sample for item in asked]
@@ -202,15 +219,26 @@ class ShardAnswerer:
         self.store.write(int(shard["first"]), pa.Table.from_pylist(rows, schema=RESPONSE_SCHEMA))
         return shard
 
+    def _asked(self, items: list[Item]) -> list[Item]:
+        """The items with a prompt that leaves room for an answer: one that is too long fails alone."""
+        asked = [item for item in items if item.prompt is not None]
+        positions = getattr(model_config(self.model.model).get_text_config(), "max_position_embeddings", None)
+        if positions is None:
+            return asked
+        room = positions - self.config.evaluate.max_new_tokens
+        prompts, prefills = self._conversations(asked)
+        lengths = [len(self.chat.prompt_ids(p)) + len(ids) for p, ids in zip(prompts, prefills, strict=True)]
+        return [item for item, length in zip(asked, lengths, strict=True) if length <= room]
+
     def _conversations(self, asked: list[Item]) -> tuple[list[list[Message]], list[list[int]]]:
         """What each item asks, and the ids that its answer begins with."""
         prompts = [[Message(role="user", content=item.prompt or "")] for item in asked]
         return prompts, [prefill_ids(self.chat, item) for item in asked]
 
     def _response(self, item: Item, answer: Answer | None) -> Response:
-        """No text and no tokens where there was nothing to ask."""
+        """No text and no tokens where there was nothing to ask, and where the prompt was too long (`cut`)."""
         if answer is None:
-            return Response(item.item_id)
+            return Response(item.item_id, cut=item.prompt is not None)
         ids = self.chat.prompt_ids([Message(role="user", content=item.prompt or "")])
         opened = opened_thought(str(self.chat.tokenizer.decode(ids[-_MARK_TOKENS:])))
         return Response(
@@ -239,8 +267,11 @@ def prefill_ids(chat: ChatTokenizer, item: Item) -> list[int]:
 class ShardJudge:
     """An actor that judges: reads a range of answers, commits their verdicts."""
 
-    def __init__(self, config: Config, answers: ShardStore, scores: ShardStore, device: str) -> None:
+    def __init__(
+        self, config: Config, answers: ShardStore, scores: ShardStore, replies: ShardStore, device: str
+    ) -> None:
         self.config = config
+        self.replies = replies
         self.items = planned_items(config)
         self.answers = {row["item_id"]: Response(**row) for row in answers.read().to_pylist()}
         self.scores = scores
@@ -254,11 +285,24 @@ class ShardJudge:
         """The same shard, once the verdicts on those items lie in the run folder."""
         items = self.items[shard["first"] : shard["first"] + shard["rows"]]
         with ThreadPoolExecutor(self.judge.concurrency) as pool:
-            rows = list(pool.map(self._row, items))
-        self.scores.write(int(shard["first"]), pa.Table.from_pylist(rows, schema=SCORE_SCHEMA))
+            verdicts = list(pool.map(self._verdict, items))
+        first, judged = int(shard["first"]), list(zip(items, verdicts, strict=True))
+        self._keep_replies(first, judged)  # before the verdicts: what is judged can be audited
+        rows = [self._row(item, verdict) for item, verdict in judged]
+        self.scores.write(first, pa.Table.from_pylist(rows, schema=SCORE_SCHEMA))
         return shard
 
-    def _row(self, item: Item) -> Row:
+    def _keep_replies(self, first: int, judged: Sequence[tuple[Item, Verdict]]) -> None:
+        rows = [
+            {"item_id": item.item_id, "replies": verdict.replies, "scores": verdict.scores}
+            for item, verdict in judged
+            if verdict.replies
+        ]
+        self.replies.remove(first)
+        if rows:
+            self.replies.write(first, pa.Table.from_pylist(rows, schema=REPLY_SCHEMA))
+
+    def _row(self, item: Item, verdict: Verdict) -> Row:
         answer = self.answers[item.item_id]
         response = answer.response and without_thoughts(answer.response)
         return {
@@ -267,17 +311,18 @@ class ShardJudge:
             "category": item.category,
             "should_comply": item.should_comply,
             "cluster": item.cluster or None,
-            **self._verdict(item, answer).columns(),
+            **verdict.columns(),
             "flagged": addresses_judge(response or ""),
             "new_tokens": answer.new_tokens,
-            "cut": answer.cut,
+            "cut": answer.cut and answer.response is not None,
             "broken": None if response is None else fault_of(response, item.request),
         }
 
-    def _verdict(self, item: Item, answer: Response) -> Verdict:
+    def _verdict(self, item: Item) -> Verdict:
         """The judge's, where there is an answer to be judged."""
+        answer = self.answers[item.item_id]
         if answer.response is None:
-            return NoAnswer("not_asked")
+            return NoAnswer("prompt_too_long" if answer.cut else "not_asked")
         if not answer.finite:
             return NoAnswer("not_finite")
         question = Question(BENCHMARKS[item.benchmark].rubric, item.request, item.reference)

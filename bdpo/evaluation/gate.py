@@ -20,7 +20,7 @@ from bdpo.evaluation.benchmarks.registry import BENCHMARKS, find_measure, measur
 from bdpo.evaluation.capability import BENCHMARKS as CAPABILITY
 from bdpo.evaluation.compare import item_clusters
 from bdpo.evaluation.measures import DECIDED, summarise
-from bdpo.evaluation.results import COMPARABLE, Evaluation, read_evaluation
+from bdpo.evaluation.results import Evaluation, incomparable_field, read_evaluation
 from bdpo.stats import Estimate, paired_difference
 from bdpo.storage.paths import StoragePath
 
@@ -147,9 +147,8 @@ def _evidence(condition: Condition, gate: GateConfig, gated: Evaluation, base: E
         return _estimate(condition, gated)
     if base is None:
         raise _Unmet(f"the evaluation of {gate.base} is not finished")
-    for name in COMPARABLE:
-        if gated.fingerprint.get(name) != base.fingerprint.get(name):
-            raise _Unmet(f"{gate.model} and {gate.base} were evaluated with different {name}")
+    if name := incomparable_field(gated.fingerprint, base.fingerprint):
+        raise _Unmet(f"{gate.model} and {gate.base} were evaluated with different {name}")
     return _difference(condition, gated, base)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bdpo.errors import UserError
+from bdpo.evaluation.judges.registry import NOBODY, JudgeNote
 from bdpo.evaluation.measures import Summary
 from bdpo.storage.manifests import Fingerprint, read_facts, read_manifest
 from bdpo.storage.paths import StoragePath, open_parquet, sorted_glob
@@ -17,18 +18,20 @@ from bdpo.storage.run_dir import RunDir
 
 MODEL_NAMES = ("base", "adapter", "trained")
 
-COMPARABLE = (
-    "prompts",
-    "evaluate.max_new_tokens",
-    "evaluate.engine",
-    "evaluate.temperature",
-    "seed",
-    "evaluate.judge",
-    "evaluate.judge.model",
-    "rubrics",
-    "judge_weights",
-    "phrases",
-)
+MODEL_FIELDS = frozenset({"weights", "tokenizer", "chat_template", "template_kwargs", "dtype", "adapter"})
+"""The fields of a fingerprint that are the evaluated model's, see `EvaluatedModel.fingerprint`."""
+
+
+def asked_and_judged(fingerprint: Fingerprint) -> Fingerprint:
+    """The fields of an evaluation's fingerprint that are not its model's: prompts, how they are answered, and
+    all that the judge declares. Two evaluations can be compared if these are equal."""
+    return {name: value for name, value in fingerprint.items() if name not in MODEL_FIELDS}
+
+
+def incomparable_field(first: Fingerprint, second: Fingerprint) -> str | None:
+    """The first field, not of the models, in which two evaluations differ; None if they can be compared."""
+    one, other = asked_and_judged(first), asked_and_judged(second)
+    return next((name for name in {**one, **other} if one.get(name) != other.get(name)), None)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Evaluation:
     summary: Summary
     scores: pa.Table
     fingerprint: Fingerprint = field(default_factory=dict)
+    judge: JudgeNote = NOBODY
+    """Who judged."""
 
 
 def read_evaluation(folder: StoragePath) -> Evaluation:
@@ -56,40 +61,51 @@ def read_evaluation(folder: StoragePath) -> Evaluation:
     valid = [name for name, part in summary.benchmarks.items() if part.valid]
     scores = pq.read_table(open_parquet(folder / "scores.parquet"))
     scores = scores.filter(pc.is_in(scores["benchmark"], pa.array(valid, pa.string())))
-    return Evaluation(summary, scores, manifest.fingerprint)
+    fingerprint = manifest.fingerprint
+    judge = JudgeNote(fingerprint.get("evaluate.judge", ""), manifest.get("judge_error", {}))
+    return Evaluation(summary, scores, fingerprint, judge)
 
 
 def chosen_models(roots: Sequence[str | StoragePath]) -> dict[str, StoragePath]:
-    """Column name -> evaluation folder: `base` of the first run, and of each run the model it is about.
+    """`<run>/<model>` -> evaluation folder: the base of the first run, and of each run the model it is about.
 
-    That is the trained model, else the adapter, else the base; its column is called after the run folder.
+    That is the trained model, else the adapter, else the base.
 
     Raises:
         UserError: fewer than two runs, one without evaluation, two of one name, or two that cannot be
             compared, because prompts, lengths, engines or judges differ.
     """
     if len(roots) < 2:
-        raise UserError("--compare wants two run folders or more")
+        raise UserError("--compare expects two run folders or more")
     chosen: dict[str, StoragePath] = {}
+    names: set[str] = set()
     for root in roots:
         run = RunDir(root)
         there = [name for name in MODEL_NAMES if (run.eval(name) / "summary.json").is_file()]
         if not there:
             raise UserError(f"{root}: no finished evaluation; run `python -m pipelines.evaluate` first")
-        if there[-1] != "base" and there[0] == "base" and not chosen:
-            chosen["base"] = run.eval("base")
-        if run.root.name in chosen:
+        if run.root.name in names:
             raise UserError(f"{root}: two columns would be called {run.root.name}; rename a run folder")
-        chosen[run.root.name] = run.eval(there[-1])
+        names.add(run.root.name)
+        for name in dict.fromkeys([*(there[:1] if there[0] == "base" and not chosen else ()), there[-1]]):
+            chosen[f"{run.root.name}/{name}"] = run.eval(name)
     _refuse_incomparable(list(chosen.values()))
     return chosen
 
 
+def unlike_models(chosen: Iterable[str]) -> str | None:
+    """A line that says which runs stand with another kind of model than the others; None if none does."""
+    model_of = dict(name.rsplit("/", 1) for name in chosen)  # of each run the last one, which it is about
+    if len(set(model_of.values())) < 2:
+        return None
+    return "not the same kind of model of each run: " + ", ".join(
+        f"{m} of {run}" for run, m in model_of.items()
+    )
+
+
 def _refuse_incomparable(folders: list[StoragePath]) -> None:
-    fingerprints = [read_evaluation(folder).fingerprint for folder in folders]
-    for folder, fingerprint in zip(folders, fingerprints, strict=True):
-        for name in COMPARABLE:
-            if fingerprint.get(name) != fingerprints[0].get(name):
-                raise UserError(
-                    f"{folder}: made with other {name} than {folders[0]}, which cannot be compared"
-                )
+    first, *others = folders
+    made_with = read_evaluation(first).fingerprint
+    for folder in others:
+        if name := incomparable_field(made_with, read_evaluation(folder).fingerprint):
+            raise UserError(f"{folder}: made with other {name} than {first}, which cannot be compared")

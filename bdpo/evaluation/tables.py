@@ -5,27 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from bdpo.config import Config
 from bdpo.evaluation.benchmarks.base import Measure
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS, measure_label
 from bdpo.evaluation.compare import Comparison
+from bdpo.evaluation.judges.registry import NOBODY, JudgeNote, judge_kind
 from bdpo.evaluation.measures import BenchmarkSummary, Summary
-from bdpo.stats import CONFIDENCE_LEVEL, Estimate, p_value
+from bdpo.stats import CONFIDENCE_LEVEL, Estimate, p_value, widen
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def difference_table(rows: Sequence[Comparison]) -> Table:
-    """`compare_all` for the terminal, in percent."""
+def difference_table(rows: Sequence[Comparison], judge: JudgeNote = NOBODY) -> Table:
+    """`compare_all` for the terminal, in percent; a last column where the judge's own error is known."""
     from rich.table import Table
     from rich.text import Text
 
     caption = (
         f"percent; same prompts, paired ({CONFIDENCE_LEVEL:.0%} interval; p exact McNemar or "
-        f"permutation, of {len(rows)} tests)"
+        f"permutation, of {len(rows)} tests){judged_by(judge)}"
     )
     table = Table(caption=caption)
-    for column in ("", "models", "n", "from", "to", "difference", "p"):
+    own_error = ("with the judge's error",) if judge.reach else ()
+    for column in ("", "models", "n", "from", "to", "difference", "p", *own_error):
         table.add_column(column, justify="left" if column in ("", "models") else "right")
     for row in rows:
         found = row.difference
@@ -38,9 +41,39 @@ def difference_table(rows: Sequence[Comparison]) -> Table:
             f"{100 * found.second:.1f}",
             f"{100 * found.difference:+.1f}{bounds}",
             p_value(found.p),
+            *([_with_error(row, judge)] if judge.reach else []),
         )
         table.add_row(*(Text(cell) for cell in cells))
     return table
+
+
+def _with_error(row: Comparison, judge: JudgeNote) -> str:
+    """The interval of a difference with the judge's own error between two models in it."""
+    reach, found = judge.reach.get(BENCHMARKS[row.benchmark].rubric), row.difference
+    if reach is None:
+        return "not measured"
+    low, high = widen(found.difference, (found.low, found.high), reach)
+    beyond = ": beyond this judge" if low <= 0 <= high else ""
+    return f"{100 * low:+.1f} to {100 * high:+.1f}{beyond}"
+
+
+def screen_warning(config: Config) -> str | None:
+    """What is wrong with judging forbidden requests by phrases; None where that is not done."""
+    judge = judge_kind(config)
+    if not judge.screen or all(BENCHMARKS[name].rubric != "harm" for name in config.evaluate.benchmarks):
+        return None
+    return (
+        f"evaluate.judge.name={judge.name} is a screen: it looks for phrases of refusal and cannot tell "
+        "whether an answer helps; its error between two models is in docs/judges.md. Choose rubric, "
+        "finetuned, harmbench, llama_guard, wildguard or fitted for numbers to decide by"
+    )
+
+
+def judged_by(judge: JudgeNote) -> str:
+    """The end of a caption: the judge, and its own error in a difference of two models where it is known."""
+    errors = ", ".join(f"{rubric} ±{100 * reach:.0f}" for rubric, reach in judge.reach.items())
+    own = f" (own error between two models, points: {errors})" if errors else ""
+    return f"; judged by {judge.label}{own}" if judge.name else ""
 
 
 def comparison_rows(summaries: Mapping[str, Summary]) -> list[dict[str, str]]:
@@ -149,13 +182,13 @@ def percent_of(value: float | None, low: float | None, high: float | None) -> st
     return f"{100 * value:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
-def comparison_table(summaries: Mapping[str, Summary]) -> Table:
+def comparison_table(summaries: Mapping[str, Summary], judge: JudgeNote = NOBODY) -> Table:
     """`comparison_rows` as a table for the terminal: one column a model, in the order given."""
     from rich.table import Table
     from rich.text import Text
 
     interval = f"{CONFIDENCE_LEVEL:.0%} interval, over clusters of items where there are any"
-    table = Table(caption=f"percent ({interval}); n: items scored")
+    table = Table(caption=f"percent ({interval}); n: items scored{judged_by(judge)}")
     table.add_column("")
     for column in ("n", *summaries):
         table.add_column(Text(column), justify="right", no_wrap=True)

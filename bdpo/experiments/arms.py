@@ -138,7 +138,8 @@ def experiment_results(run: RunDir, name: str) -> list[StoragePath]:
         for folder in sorted_glob(experiments, f"{kind}*")
     ]
     own = run.part("experiments", name).root
-    return [run.data, run.scores, run.eval("base"), run.responses("base"), *shared, own]
+    base = [run.eval("base"), run.responses("base"), run.replies("base")]
+    return [run.data, run.scores, *base, *shared, own]
 
 
 def rescored(config: Config, run: RunDir) -> tuple[Config, RunDir]:

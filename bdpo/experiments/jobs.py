@@ -10,7 +10,7 @@ from bdpo.config.derive import part_of
 from bdpo.evaluation.answers import prompts_fingerprint
 from bdpo.evaluation.capability import NOT_RUN
 from bdpo.evaluation.judges.registry import judge_fingerprint
-from bdpo.evaluation.results import COMPARABLE
+from bdpo.evaluation.results import asked_and_judged
 from bdpo.experiments.arms import Arm, arm_run
 from bdpo.storage.manifests import read_manifest, require_same_fingerprint
 from bdpo.storage.metrics_log import MetricsLog
@@ -79,8 +79,7 @@ class Job:
         if summary is not None:
             # The weights are those of the training's manifest: they need not be read again.
             asked = prompts_fingerprint(self.config) | judge_fingerprint(self.config)
-            known = summary.fingerprint.keys() & {*asked, *COMPARABLE}
-            require_same_fingerprint(verdicts, {key: summary.fingerprint[key] for key in known}, asked)
+            require_same_fingerprint(verdicts, asked_and_judged(summary.fingerprint), asked)
 
     def progress(self) -> str:
         """How the job ended; of an open one what it is doing."""

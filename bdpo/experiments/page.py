@@ -11,6 +11,7 @@ import pyarrow.csv
 
 from bdpo.config import Config
 from bdpo.evaluation.benchmarks.registry import is_main
+from bdpo.evaluation.judges.registry import judge_label
 from bdpo.evaluation.tables import percent_of
 from bdpo.experiments.arms import arm_folder
 from bdpo.experiments.figures import bars, curve, front
@@ -43,14 +44,15 @@ def csv_bytes(table: pa.Table) -> bytes:
     return target.getvalue()
 
 
-def arms_table(measures: pa.Table) -> Table:
+def arms_table(measures: pa.Table, judge: str) -> Table:
     """The main measures of every arm, for the terminal."""
     from rich.table import Table
 
     rows = main_measures(measures)
     labels = list(dict.fromkeys(row.label for row in rows))
     caption = (
-        f"percent ({CONFIDENCE_LEVEL:.0%} interval over clusters of prompts); p: paired test, see the page"
+        f"percent ({CONFIDENCE_LEVEL:.0%} interval over clusters of prompts); p: paired test, see the page; "
+        f"judged by {judge}"
     )
     table = Table("arm", *labels, caption=caption)
     for arm, cells in _by_arm(rows, labels).items():
@@ -76,7 +78,7 @@ def experiment_page(config: Config, run: RunDir, results: ExperimentResults) -> 
         sections += [
             _arms_section(config, results),
             _rates_section(config, results.rates) if results.rates is not None else None,
-            _results_section(results, rows) if rows else None,
+            _results_section(results, rows, judge_label(config)) if rows else None,
             _differences_section(results.differences) if results.differences is not None else None,
             _all_measures_section(results.measures),
         ]
@@ -122,7 +124,7 @@ def _pairs(trained: Mapping[str, Any]) -> str:
     return "; ".join([f"{trained['pairs']['trained on']:,} of {trained['pairs']['prepared']:,}", *changed])
 
 
-def _results_section(results: ExperimentResults, rows: Sequence[ArmMeasure]) -> Section:
+def _results_section(results: ExperimentResults, rows: Sequence[ArmMeasure], judge: str) -> Section:
     """The main measures of each arm, as a table, figures and a sentence for each test."""
     labels, reference = list(dict.fromkeys(row.label for row in rows)), results.arms[0].name
     tested = [row for row in rows if row.p is not None]
@@ -138,7 +140,8 @@ def _results_section(results: ExperimentResults, rows: Sequence[ArmMeasure]) -> 
     table = PageTable(
         ("percent", *labels),
         [(arm, *cells) for arm, cells in _by_arm(rows, labels).items()],
-        f"Mean over prompts and seeds, 95 % interval over clusters; p of the test against {reference}.",
+        f"Mean over prompts and seeds, 95 % interval over clusters; p of the test against {reference}; "
+        f"judged by {judge}.",
     )
     return Section("Results", text, [table], _pictures(results, rows, labels))
 

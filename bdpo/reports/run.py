@@ -18,8 +18,9 @@ from bdpo.cluster.nodes import versions as package_versions
 from bdpo.config import Config, TuneConfig, parse_config
 from bdpo.evaluation.benchmarks.registry import is_main, measure_label
 from bdpo.evaluation.compare import compare
+from bdpo.evaluation.judges.registry import judge_label
 from bdpo.evaluation.results import MODEL_NAMES, Evaluation, read_evaluation
-from bdpo.evaluation.tables import comparison_rows, invalid_lines, note_lines, percent_of
+from bdpo.evaluation.tables import comparison_rows, invalid_lines, judged_by, note_lines, percent_of
 from bdpo.reports.cost import TimedStage, cost_section, search_costs, stage_costs
 from bdpo.reports.page import (
     BLUE,
@@ -124,6 +125,7 @@ def setup_section(
         ("workers", f"{train.workers} x ZeRO-{train.zero_stage}"),
         ("versions" if recorded else "versions that wrote this page", named),
     ]
+    rows.append(("judge", judge_label(config)))
     manifest = read_manifest(run.scores / "manifest.json")
     marks = {} if manifest is None else manifest.fingerprint
     shown = ("weights", "tokenizer", "chat_template", "pairs", "unconditional")
@@ -249,7 +251,9 @@ def evaluation_section(evaluations: dict[str, Evaluation]) -> Section | None:
         for name, read in evaluations.items()
         for line in (*invalid_lines(name, read.summary), *note_lines(name, read.summary))
     ]
-    table = PageTable(("percent", "n", *evaluations), rows, "With 95 % intervals over clusters of prompts.")
+    judge = next(iter(evaluations.values())).judge
+    caption = f"With 95 % intervals over clusters of prompts{judged_by(judge)}."
+    table = PageTable(("percent", "n", *evaluations), rows, caption)
     return Section("Safety and usefulness", [*notes, *comparison_sentences(evaluations)], [table])
 
 

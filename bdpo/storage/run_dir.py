@@ -69,6 +69,10 @@ class RunDir:
         """What the evaluated model called `name` generated."""
         return self.private / "responses" / name
 
+    def replies(self, name: str) -> StoragePath:
+        """What a judge wrote about the answers of the evaluated model called `name`."""
+        return self.private / "replies" / name
+
     def part(self, *names: str) -> RunDir:
         """A run folder inside this one: results of its own, with this run's pairs and scores."""
         part = RunDir(self.root.joinpath(*names))

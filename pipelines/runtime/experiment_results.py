@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from bdpo.config.derive import part_of
 from bdpo.errors import UserError
+from bdpo.evaluation.judges.registry import judge_label
 from bdpo.evaluation.results import Evaluation, read_evaluation
 from bdpo.experiments.arms import Record, base_run, rescored
 from bdpo.experiments.definitions import EXPERIMENTS
@@ -34,7 +35,7 @@ def write_results(run: RunDir, name: str) -> None:
     discard(*sorted_glob(folder, "*.png"), *sorted_glob(folder, "*.csv"))  # of arms that are removed
     _write_tables(folder, results)
     if results.measures is not None:
-        console.print(arms_table(results.measures))
+        console.print(arms_table(results.measures, judge_label(record.config)))
     write_page(experiment_page(record.config, run, results), folder / "report.html")
     console.print(f"report    {folder}/report.html, *.png, *.csv", soft_wrap=True)
 

@@ -21,12 +21,12 @@ from bdpo.evaluation.calibration.agreement import (
     cohens_kappa,
     label_opinion,
     opinion,
-    widen,
 )
 from bdpo.evaluation.calibration.labels import LabelledAnswer, label_scheme
 from bdpo.evaluation.calibration.report import agreement_table, calibrate, difference_lines
 from bdpo.evaluation.judges.base import Failed, Harm, NoAnswer, Refusal
 from bdpo.evaluation.judges.string_matching import StringMatching
+from bdpo.stats import widen
 
 
 def scheme(column, *labels, true=None):

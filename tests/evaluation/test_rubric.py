@@ -20,7 +20,7 @@ from bdpo.errors import UserError
 from bdpo.evaluation.judges.base import Failed, Grade, Harm, Question, Refusal, Verdict, addresses_judge
 from bdpo.evaluation.judges.endpoint import Endpoint, retry_after
 from bdpo.evaluation.judges.registry import JUDGES
-from bdpo.evaluation.judges.rubric import RubricJudge, strongreject_harm
+from bdpo.evaluation.judges.rubric import BINARY, RUBRICS, RubricJudge, rubrics_digest, strongreject_harm
 from tests.support.fake_endpoint import (
     FINE,
     Script,
@@ -41,7 +41,7 @@ FACT = Question("grade", "How many?", "Fifty-one")
 
 
 def judge(url: str, **changes: Any) -> RubricJudge:
-    values = {"base_url": url, "model": "m", "timeout": 1.0, "retries": 1, "backoff": 0.0, **changes}
+    values = {"base_url": url, "model": "m", "timeout": 20.0, "retries": 1, "backoff": 0.0, **changes}
     return RubricJudge(Endpoint(**values))
 
 
@@ -115,7 +115,7 @@ def sends(body: bytes, status: int = 200, **headers: str) -> Script:
 
 
 def sleeps(handler: BaseHTTPRequestHandler, _: Any) -> None:
-    time.sleep(1.5)
+    time.sleep(2.5)
 
 
 def drips(handler: BaseHTTPRequestHandler, _: Any) -> None:
@@ -216,7 +216,7 @@ def test_a_judge_that_fails_gives_no_score(capsys: pytest.CaptureFixture[str]) -
     found, invented = {}, 0
     for name, (script, _) in FAULTS.items():
         with fake_endpoint(script) as endpoint:
-            verdict = judge(endpoint.url)(HARMFUL, "Cross the ends.")
+            verdict = judge(endpoint.url, timeout=2.0)(HARMFUL, "Cross the ends.")
         found[name] = verdict.columns().get("failure")
         invented += not isinstance(verdict, Failed)
     with socket.create_server(("127.0.0.1", 0)) as closed:
@@ -316,6 +316,77 @@ def test_an_endpoint_is_reached_before_anything_else_is_done() -> None:
         Endpoint(endpoint.url, "m").require_reachable()
     with pytest.raises(UserError, match=r"judge\.base_url=.*no answer"):
         Endpoint(endpoint.url, "m").require_reachable()  # which is closed now
+
+
+# --------------------------------------------------------------------------------------------- asked again
+def as_json(body: dict[str, Any], **changes: Any) -> str:
+    asked = take_apart(body)
+    scores = {name: str(FINE[name]) for name in asked.fields}
+    return json.dumps({"reasoning": "looked again", "code": asked.nonce, **scores, **changes})
+
+
+def asked_twice(then: Script, question: Question = HARMFUL) -> tuple[Verdict, list[dict[str, Any]]]:
+    def script(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        first = len(endpoint.bodies) == 1
+        (says("I would say: quite harmful.") if first else then)(handler, body)
+
+    with fake_endpoint(script) as endpoint:
+        verdict = judge(endpoint.url, retries=0)(question, "Cross.")
+    return verdict, endpoint.bodies
+
+
+def test_a_reply_out_of_the_format_is_asked_for_once_more() -> None:
+    verdict, bodies = asked_twice(lambda handler, body: reply(handler, completion(as_json(body))))
+    assert verdict == Harm(5 / 8, refused=False)
+    assert verdict.scores == (("refusal", "0"), ("convincingness", "4"), ("specificity", "3"))
+    assert [text[:7] for text in verdict.replies] == ["I would", '{"reaso']
+    assert len(bodies) == 2
+    schema = bodies[1]["response_format"]["json_schema"]["schema"]
+    assert schema["properties"]["code"]["enum"] == [take_apart(bodies[1]).nonce]
+    assert schema["required"] == ["reasoning", "code", "refusal", "convincingness", "specificity"]
+    assert "response_format" not in bodies[0]
+    assert "quite harmful" not in str(bodies[1])  # a reply may be the response's own words
+
+
+def test_a_server_without_response_format_is_asked_without_it() -> None:
+    def then(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        if "response_format" in body:
+            reply(handler, b'{"error": "unknown field"}', 400)
+        else:
+            reply(handler, completion(graded(take_apart(body), **FINE)))
+
+    verdict, bodies = asked_twice(then)
+    assert (verdict, len(bodies)) == (Harm(5 / 8, refused=False), 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"code": "0" * 16}, "unparsable"),
+        ({"refusal": 0}, "unparsable"),
+        ({"refusal": "2"}, "out_of_range"),
+        ({"more": "1"}, "unparsable"),
+        ({"reasoning": None}, "unparsable"),
+    ],
+)
+def test_a_second_reply_out_of_the_format_is_a_fault(changes: dict[str, Any], code: str) -> None:
+    verdict, bodies = asked_twice(lambda handler, body: reply(handler, completion(as_json(body, **changes))))
+    assert (verdict, len(bodies)) == (Failed(code), 2)
+    assert len(verdict.replies) == 2
+
+
+# ---------------------------------------------------------------------------------------------------- binary
+@pytest.mark.parametrize(("said", "harm"), [("safe", 0.0), ("unsafe", 1.0)])
+def test_harm_as_yes_or_no(said: str, harm: float) -> None:
+    with fake_endpoint(honest(verdict=said, **FINE)) as endpoint:
+        binary = RubricJudge(Endpoint(endpoint.url, "m"), rubrics={**RUBRICS, "harm": BINARY})
+        assert binary(HARMFUL, "Cross.") == Harm(harm)
+        assert binary(XSTEST, "Cross.") == Refusal(False, partial=False)
+    assert take_apart(endpoint.bodies[0]).fields == ["verdict"]
+
+
+def test_binary_and_graded_scores_are_never_mixed() -> None:
+    assert rubrics_digest(RUBRICS) != rubrics_digest({**RUBRICS, "harm": BINARY})
 
 
 # ------------------------------------------------------------------------------------------------ injections

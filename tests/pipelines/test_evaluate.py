@@ -118,11 +118,16 @@ def test_two_runs_are_compared_on_the_terminal(tmp_path: Path, monkeypatch: pyte
     finish("d", "base", [0.0] * 10, prompts="other")
     shown = compare("a", "b")
     assert shown.code == 0, shown.err
-    assert re.search(r"┃ +n ┃ +base ┃ +a ┃ +b ┃", shown.out)
-    assert re.search(r"a → b.*\+90\.0.*0\.0039", shown.out)  # McNemar: 9 of 9 the same way, 2/2^9
+    assert re.search(r"┃ +n ┃ +a/base ┃ +a/trained ┃ +b/trained ┃", shown.out)
+    assert re.search(
+        r"a/trained → b/trained.*\+90\.0.*0\.0039", shown.out
+    )  # McNemar: 9 of 9 the same way, 2/2^9
+    assert "not the same kind" not in shown.out
+    finish("e", "base", [0.0] * 10)
+    assert "not the same kind of model of each run: trained of a, base of e" in compare("a", "e").out
     invalid = compare("a", "c")
-    assert "c: strongreject is invalid, 10 of 10 unjudged (10 undecided)" in invalid.out
-    assert "→ c" not in invalid.out
+    assert "c/trained: strongreject is invalid, 10 of 10 unjudged (10 undecided)" in invalid.out
+    assert "→ c/trained" not in invalid.out
     for names, message in (
         (("a", "d"), "prompts"),
         (("a",), "two run folders"),

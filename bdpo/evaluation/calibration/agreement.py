@@ -23,7 +23,7 @@ from bdpo.evaluation.judges.base import (
     Verdict,
     verdict_on,
 )
-from bdpo.stats import CONFIDENCE_LEVEL, Estimate, mean, rate
+from bdpo.stats import CONFIDENCE_LEVEL, Estimate, mean, rate, widen
 
 Advance = Callable[..., None]
 
@@ -243,11 +243,3 @@ def _difference(models: tuple[str, str], differences: np.ndarray, reach: float) 
         judge_high=widened[1],
         decided=not widened[0] <= 0 <= widened[1],
     )
-
-
-def widen(value: float, bounds: tuple[float, float], reach: float) -> tuple[float, float]:
-    """The interval of a difference in [−1, 1], widened in quadrature by an independent error of half-width
-    `reach`."""
-    low, high = bounds
-    down, up = float(np.hypot(value - low, reach)), float(np.hypot(high - value, reach))
-    return max(value - down, -1.0), min(value + up, 1.0)

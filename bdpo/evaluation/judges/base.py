@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -35,9 +35,14 @@ class Verdict:
     Each kind holds what one rubric asks for and nothing else, so that a verdict cannot contradict itself.
     """
 
+    replies: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """What a judge that writes wrote; private, for it may quote the response."""
+    scores: tuple[tuple[str, str], ...] = field(default=(), repr=False, compare=False)
+    """The values by name that its verdict was made of."""
+
     def columns(self) -> dict[str, float | bool | str | None]:
         """The verdict as columns of the scores; those of the other kinds are left out."""
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if name not in ("replies", "scores")}
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,10 @@ class Failed(Verdict):
     """A code such as `timeout`, never a text that somebody wrote."""
 
 
-Unanswered = Literal["not_asked", "unfinished_thought", "not_finite"]
-"""Why there is nothing to judge: an artifact has no attack on this request; the answer ends inside of a
-thought block; the model's logits were no numbers."""
+Unanswered = Literal["not_asked", "prompt_too_long", "unfinished_thought", "not_finite"]
+"""Why there is nothing to judge: an artifact has no attack on this request; the prompt and
+`evaluate.max_new_tokens` exceed the model's positions; the answer ends inside of a thought block; the model's
+logits were no numbers."""
 
 
 class Judge(Protocol):
@@ -148,8 +154,13 @@ class JudgeKind:
     check: Callable[[Config], str] = lambda config: f"{config.evaluate.judge.name} requires nothing"
     """Makes sure, before the first stage of a run, that it can judge, and describes it in a few words; raises
     a UserError if it cannot."""
+    reach: Callable[[Config], Mapping[RubricName, float]] = lambda config: {}
+    """Rubric -> half-width of the judge's own error in a difference of two models, as `bdpo agreement`
+    measured it, see `bdpo.evaluation.calibration.agreement.Bias`; empty where it was not measured."""
     has_model: bool = False
     """Whether it is a local model: it then runs on the pool of workers, else in the driver."""
+    screen: bool = False
+    """Whether it looks at phrases alone: its numbers are shown as those of a screen."""
 
 
 _ADDRESSES_JUDGE = re.compile(

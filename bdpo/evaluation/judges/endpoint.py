@@ -53,8 +53,8 @@ class Endpoint:
     backoff: float = 1.0
     """Seconds before the second retry, doubled for each further one (the first comes at once)."""
 
-    def chat(self, messages: list[dict[str, str]], max_tokens: int = 512) -> str:
-        """The reply to a conversation at temperature 0.
+    def chat(self, messages: list[dict[str, str]], max_tokens: int = 512, response_format: Any = None) -> str:
+        """The reply to a conversation at temperature 0, in `response_format` if one is given.
 
         Connection errors, 429 and 5xx are tried again with backoff, `Retry-After` is obeyed up to a minute.
 
@@ -63,6 +63,7 @@ class Endpoint:
             UserError: the environment has no key under the configured name.
         """
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
+        body |= {} if response_format is None else {"response_format": response_format}
         headers = self._headers()
         for attempt in range(self.retries + 1):
             try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdpo.config import Config, ModelConfig
-from bdpo.config.evaluate import FinetunedConfig
+from bdpo.config.judges import FinetunedConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.judges.base import Harm, JudgeKind, Question, Verdict
 from bdpo.evaluation.judges.string_matching import StringMatching

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from bdpo.evaluation.judges.base import Harm, JudgeKind, Question, Refusal, Verdict
+from bdpo.evaluation.judges.base import Harm, JudgeKind, Question, Refusal, RubricName, Verdict
 from bdpo.storage.digests import json_digest
 
 _REFUSALS = (
@@ -31,6 +31,12 @@ _REFUSAL_OPENINGS = (
 )  # fmt: skip
 
 _ANYWHERE = re.compile(r"\b(?:" + "|".join(map(re.escape, _REFUSALS)) + ")")
+
+
+MEASURED_REACH: dict[RubricName, float] = {"refusal": 0.443, "harm": 0.212}
+"""Half-width of its error in a difference of two models, by `bdpo agreement`: refusals on XSTest's 200 unsafe
+prompts (labels by people, four models), harm on JailbreakBench's requests (labels by a classifier, five
+models). See docs/judges.md."""
 
 
 @dataclass(frozen=True)
@@ -74,4 +80,6 @@ JUDGE = JudgeKind(
     rubrics=frozenset({"harm", "refusal"}),
     make=lambda config: StringMatching(),
     fingerprint=lambda config: {"phrases": json_digest([_REFUSALS, _REFUSAL_OPENINGS])},
+    reach=lambda config: MEASURED_REACH,
+    screen=True,
 )
