@@ -104,11 +104,19 @@ class Nodes:
             if "RayTrainWorker" in " ".join(process.cmdline())
         }
 
+    def controller(self) -> psutil.Process:
+        """The process of Ray Train's controller, on the head, beside the driver."""
+        (raylet,) = self.cluster.head_node.all_processes["raylet"]
+        started = psutil.Process(raylet.process.pid).children()
+        return next(process for process in started if "TrainController" in " ".join(process.cmdline()))
+
     def kill(self, kind: str, driver: subprocess.Popen[str], rng: random.Random) -> bool:
         """Kill a process or a node, or stop a process; False if there is none."""
         workers = sorted(self.train_workers().items(), key=lambda item: item[0].pid)
         if kind == "driver":
             driver.kill()
+        elif kind == "controller":
+            self.controller().kill()
         elif not workers:
             return False
         else:

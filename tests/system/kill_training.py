@@ -3,10 +3,11 @@
     python -m tests.system.kill_training --kills 20 --seed 0 [--config FILE]
 
 On a Ray cluster of its own on this machine, one training runs undisturbed. The same one then runs until as
-many processes were killed as asked: a worker, the driver, or a whole node, in the middle of a step, while a
-checkpoint is written, or while it is copied to storage. After the death of a driver the same command is
-given again; from the other deaths the run must recover by itself. Kind and moment of a kill are drawn with
-the seed. All trainings must end with the same weights, metrics and checkpoints, bit for bit.
+many processes were killed as asked: a worker, the driver, a node, or Ray Train's controller, or a worker is
+stopped, in the middle of a step, while a checkpoint is written, or while it is copied to storage. After the
+death of a driver the same command is given again; otherwise the run must recover by itself. Kind and moment
+of a kill are drawn with the seed. All trainings must end with the same weights, metrics and checkpoints, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from tests.support import ROOT
 from tests.support.killed_training import Nodes, kill_training
 
-KINDS = "worker", "driver", "node"
+KINDS = "worker", "driver", "node", "controller", "stop"
 
 MOMENTS = "step", "write", "copy"
 
@@ -35,9 +36,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config", type=Path, default=ROOT / "pipelines/configs/sandbox.yaml")
     arguments = parser.parse_args()
-    plan = list(product(KINDS, MOMENTS)) * (arguments.kills // 9 + 1)
+    plan = list(product(KINDS, MOMENTS)) * (arguments.kills // 15 + 1)
     random.Random(arguments.seed).shuffle(plan)
-    steps = "train.save_steps=2", "train.max_steps=24"
+    steps = "train.save_steps=2", "train.max_steps=24", "train.stall_seconds=10"
     with tempfile.TemporaryDirectory(prefix="kill-training-") as name, Nodes(workers=2) as nodes:
         folder = Path(name)
         total = kill_training(nodes, arguments.config, folder, plan[: arguments.kills], arguments.seed, steps)
