@@ -143,7 +143,7 @@ def _results_section(results: ExperimentResults, rows: Sequence[ArmMeasure], jud
         f"Mean over prompts and seeds, 95 % interval over clusters; p of the test against {reference}; "
         f"judged by {judge}.",
     )
-    return Section("Results", text, [table], _pictures(results, rows, labels))
+    return Section("Main measures", text, [table], _pictures(results, rows, labels))
 
 
 def _pictures(results: ExperimentResults, rows: Sequence[ArmMeasure], labels: Sequence[str]) -> list[Picture]:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from tests.support.killed_training import checkpoints, rows
+from tests.support.killed_training import checkpoints, kill_training, rows
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +87,14 @@ class TestOneCommand:
         code, output = self.train(training_nodes, training_inputs, tmp_path / "run", "train.workers=999")
         assert code == 2
         assert "999 workers x 1 CPU do not fit" in output.splitlines()[-1]
+
+
+def test_a_dead_controller_and_a_worker_that_stands_still_cost_steps_alone(
+    training_inputs, training_nodes, tmp_path
+):
+    """`kill_training` itself compares weights and metrics with those of an undisturbed training."""
+    kills = [("controller", "step"), ("stop", "step")]
+    settings = training_inputs / "config.yaml"
+    account = kill_training(training_nodes, settings, tmp_path, kills, 0, ["train.stall_seconds=5"])
+    assert len(account.kills) == account.recovered == 2
+    assert account.partial == 0
