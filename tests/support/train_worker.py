@@ -53,7 +53,8 @@ def work(environment: dict[str, str], files: Sequence[str], rungs: Sequence[int]
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    torch.distributed.init_process_group("gloo", environment["RENDEZVOUS"], rank=rank, world_size=size)
     for file in files:
         train_one(file, rungs)
 

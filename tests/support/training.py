@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing.connection
 import os
 import shutil
-import socket
+import uuid
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -38,15 +39,17 @@ def score(folder, chat, tied=False, dtype="float32"):
 
 
 def launch(configs, workers=1, rungs=()):
-    """Train in processes of their own, all exit codes being 0; `rungs` are steps to stand still at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Train in processes of their own, all exit codes being 0; `rungs` are steps to stand still at.
+
+    The workers find each other by a file: a port that was free a moment ago may be another process's. When
+    one of them fails, the others, which wait for it, are ended.
+    """
     files = [str(Path(config.run_dir) / "config.yaml") for config in configs]
     for config, file in zip(configs, files, strict=True):
         Path(file).write_text(config.to_yaml())
     logs = [Path(configs[0].run_dir) / f"worker-{rank}.log" for rank in range(workers)]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(workers)}
+    meeting = Path(configs[0].run_dir).resolve() / f"rendezvous-{uuid.uuid4().hex}"
+    group = {"RENDEZVOUS": meeting.as_uri(), "WORLD_SIZE": str(workers)}
     processes = []
     for rank, log in enumerate(logs):
         environment = {**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -54,11 +57,17 @@ def launch(configs, workers=1, rungs=()):
     try:
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(1200)
+        waiting = list(processes)
+        while waiting and not any(process.exitcode for process in processes):
+            ended = multiprocessing.connection.wait([process.sentinel for process in waiting], timeout=1200)
+            assert ended, "a training has not ended within 20 minutes"
+            waiting = [process for process in waiting if process.sentinel not in ended]
+            for process in processes:
+                process.join(0)
     finally:
         for process in processes:
             process.kill()
+            process.join()
     codes = [process.exitcode for process in processes]
     assert codes == [0] * workers, "\n".join(log.read_text() for log in logs)
 
