@@ -67,7 +67,7 @@ def test_no_text_and_no_key_leaves_the_private_folder(
         config = write_config(run, parrot, endpoint.url, files)
         printed = evaluate(config)
         assert "strongreject is invalid, 12 of 12 unjudged" in printed
-        before = {file: file.stat().st_mtime_ns for file in (run / "private").rglob("*.parquet")}
+        before = {file: file.stat().st_mtime_ns for file in (run / "private/responses").rglob("*.parquet")}
         asked = len(endpoint.bodies)
         endpoint.script = honest(**FINE)
         printed += evaluate(config)
@@ -76,7 +76,9 @@ def test_no_text_and_no_key_leaves_the_private_folder(
     assert ANSWER in sent
     assert f"Bearer {KEY}" in endpoint.authorizations
     assert ANSWER in str(answers(run))
-    assert before == {file: file.stat().st_mtime_ns for file in (run / "private").rglob("*.parquet")}
+    assert before == {
+        file: file.stat().st_mtime_ns for file in (run / "private/responses").rglob("*.parquet")
+    }
     assert len(endpoint.bodies) - asked == ITEMS - 1  # all but the behaviour without an attack, judged again
 
     logs = [file for file in ray_session.rglob("*") if file.is_file()]
@@ -119,9 +121,7 @@ def test_two_runs_are_compared_on_the_terminal(tmp_path: Path, monkeypatch: pyte
     shown = compare("a", "b")
     assert shown.code == 0, shown.err
     assert re.search(r"┃ +n ┃ +a/base ┃ +a/trained ┃ +b/trained ┃", shown.out)
-    assert re.search(
-        r"a/trained → b/trained.*\+90\.0.*0\.0039", shown.out
-    )  # McNemar: 9 of 9 the same way, 2/2^9
+    assert re.search(r"a/trained →.*\+90\.0.*0\.0039", shown.out)  # McNemar: 9 of 9 the same way, 2/2^9
     assert "not the same kind" not in shown.out
     finish("e", "base", [0.0] * 10)
     assert "not the same kind of model of each run: trained of a, base of e" in compare("a", "e").out

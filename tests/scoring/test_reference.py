@@ -25,6 +25,7 @@ from bdpo.data.pairs import ID_COLUMNS, PAIR_SCHEMA, pair_ids, pairs_digest, rea
 from bdpo.errors import UserError
 from bdpo.models.logps import LogpsModel
 from bdpo.models.packing import PrefixGroup, length_sorted_batches
+from bdpo.models.tokenizer import load_tokenizer
 from bdpo.scoring import shard_scorer
 from bdpo.scoring.reference import ReferenceScorer, reference_logps
 from bdpo.scoring.scores import (
@@ -616,6 +617,7 @@ def test_the_drivers_memory_does_not_grow_with_the_pairs(tmp_path, model):
     run = RunDir(config.run_dir)
     run.open(config).release()
     run.pairs.mkdir(parents=True)
+    chat, compared = load_tokenizer(config.model), count // prepare.FAITHFUL_PAIRS
     for first in range(0, count, part_rows):
         ids = [f"{row:032d}" for row in range(first, first + part_rows)]
         prompts = [[{"role": "user", "content": pair_id}] for pair_id in ids]
@@ -627,6 +629,14 @@ def test_the_drivers_memory_does_not_grow_with_the_pairs(tmp_path, model):
         }
         others = {name: [None] * part_rows for name in ("group", "chosen_safe", "rejected_safe", "context")}
         others |= {name: [[1] * 240] * part_rows for name in ID_COLUMNS}
+        for row in range(-first % compared, part_rows, compared):  # these are compared with their texts
+            prompt = chat.prompt_ids(prompts[row])
+            responses = (
+                chat.response_ids(response)[: config.data.max_length - len(prompt)]
+                for response in (text, "no")
+            )
+            for name, tokens in zip(ID_COLUMNS, (prompt, *responses), strict=True):
+                others[name] = [*others[name][:row], tokens, *others[name][row + 1 :]]
         table = pa.table(texts | others, schema=PAIR_SCHEMA)
         pq.write_table(table, run.pairs / f"part-{first // part_rows:05d}.parquet", row_group_size=512)
     account = {"rows": count, "kept": count, "quarantined": {}, "excluded": {}, "not_sampled": 0}

@@ -240,9 +240,8 @@ def test_an_actor_that_dies_before_tune_knows_of_a_rung_changes_nothing(tmp_path
     shown = Measured(Estimate(2.0, 2.0, 2.0, 6, "t"), ALL, base=1.0, violation=0.0)
     rung = asdict(Rung(RUNGS[0], shown, finished=0.0))
     write_manifest(begun.sweep.folder(better.name).root / "rungs" / first.name, {}, **rung)
-    shown_first = read_manifest(first) | {"before": [better.name]}
-    shown_first.pop("version")
-    write_manifest(first, **shown_first)
+    recorded = read_manifest(first)
+    write_manifest(first, recorded.fingerprint, **{**recorded, "before": [better.name]})
     assert begun.status == "stopped"
     assert begun.next_rung() == begun.ended
     assert not last.exists()
