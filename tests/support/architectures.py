@@ -37,6 +37,9 @@ SPECIAL = {
     "qwen3_moe": GROUPED | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     "bloom": {"n_layer": 2, "n_head": 4},
     "mamba": {"state_size": 4},
+    # its default widths take seconds a forward where its kernels are not installed
+    "falcon_h1": GROUPED
+    | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16},
     # capped logits, scaled logits
     "gemma2": GROUPED | {"head_dim": 8, "final_logit_softcapping": 3.0},
     "cohere": GROUPED | {"logit_scale": 0.25},
