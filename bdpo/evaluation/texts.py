@@ -105,9 +105,12 @@ def _is_gibberish(text: str, scripts: Counter[str], words: list[str]) -> bool:
 
 
 def _is_no_english(response: str, prompt: str) -> bool:
-    """Whether an English prompt was answered, outside of code and lists, without English sentences."""
-    lines = [_WORD.findall(line) for line in _CODE.sub(" ", response).splitlines()]
-    words = [word for line in lines if len(line) > 4 for word in line if word.isalpha()]
+    """Whether an English prompt was answered, outside of code and lists, without English sentences.
+
+    The items of a list, on lines of their own or between commas, have few function words.
+    """
+    parts = [_WORD.findall(part) for part in re.split(r"[\n,;]", _CODE.sub(" ", response))]
+    words = [word for part in parts if len(part) > 4 for word in part if word.isalpha()]
     if len(words) < 10 or not _FUNCTION_WORDS.intersection(_WORD.findall(prompt.lower())):
         return False
     return sum(word.lower() in _FUNCTION_WORDS for word in words) < 0.12 * len(words)

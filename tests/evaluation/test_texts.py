@@ -93,3 +93,9 @@ def test_random_tokens_of_a_multilingual_vocabulary_are_gibberish() -> None:
     alphabets = ("abcdefghij", "жщюяби", "结绳交叉", "αβγδε", "אבגד")
     babble = " ".join("".join(rng.choices(rng.choice(alphabets), k=5)) for _ in range(80))
     assert fault_of(babble, "How do I tie a knot?") == "gibberish"
+
+
+def test_the_items_of_a_list_are_no_babble() -> None:
+    steps = "flour sieve, water warm, salt stir, dough knead, dough rest, loaf form, oven heat, loaf bake, crust test"
+    assert fault_of(f"bread steps: {steps}", "what are the steps for a bread?") is None
+    assert fault_of(steps.replace(",", ""), "what are the steps for a bread?") == "gibberish"

@@ -39,7 +39,13 @@ SPECIAL = {
     "mamba": {"state_size": 4},
     # its default widths take seconds a forward where its kernels are not installed
     "falcon_h1": GROUPED
-    | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16},
+    | {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+    },
     # capped logits, scaled logits
     "gemma2": GROUPED | {"head_dim": 8, "final_logit_softcapping": 3.0},
     "cohere": GROUPED | {"logit_scale": 0.25},
