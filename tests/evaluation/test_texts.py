@@ -96,6 +96,6 @@ def test_random_tokens_of_a_multilingual_vocabulary_are_gibberish() -> None:
 
 
 def test_the_items_of_a_list_are_no_babble() -> None:
-    steps = "flour sieve, water warm, salt stir, dough knead, dough rest, loaf form, oven heat, loaf bake, crust test"
+    steps = "flour sieve, water warm, salt stir, dough knead, dough rest, loaf form, oven heat, loaf bake"
     assert fault_of(f"bread steps: {steps}", "what are the steps for a bread?") is None
     assert fault_of(steps.replace(",", ""), "what are the steps for a bread?") == "gibberish"
