@@ -15,10 +15,13 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -44,16 +47,29 @@ class _Terminal(Console):
 console = _Terminal()
 
 
+class _Note(ProgressColumn):
+    """The note of a task, cut where the terminal ends: numbers and times of the work stand before it."""
+
+    def render(self, task: Task) -> Text:
+        """The note on one line."""
+        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+
+def _fixed() -> Column:
+    """A column that a narrow terminal does not make narrower."""
+    return Column(no_wrap=True)
+
+
 @contextmanager
 def progress_bar(title: str, total: int | None = None, done: int = 0) -> Iterator[Callable[..., None]]:
     """A bar on the terminal; calling what it yields moves it: `advance(rows, note="loss 0.61")`."""
     columns = (
         TextColumn("[bold]{task.description:<16}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        *((TextColumn("left"), TimeRemainingColumn()) if total else ()),
-        TextColumn("{task.fields[note]}"),
+        BarColumn(bar_width=10, table_column=_fixed()),
+        MofNCompleteColumn(table_column=_fixed()),
+        TimeElapsedColumn(table_column=_fixed()),
+        *((TextColumn("left"), TimeRemainingColumn(table_column=_fixed())) if total else ()),
+        _Note(),
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=total, completed=done, note="")
