@@ -108,6 +108,28 @@ def test_what_cannot_be_honoured_is_a_reason(prepare_with, row, reason):
     assert (dict(account.quarantined), kept) == ({reason: 1}, [])
 
 
+def test_text_parts_are_read_as_the_text_that_they_make(prepare_with):
+    """In every message and under every name that publishers give them, they are joined as they stand."""
+    in_parts = conversation(
+        [
+            {
+                "role": "system",
+                "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}],
+            },
+            {"role": "user", "content": ["Tie ", {"type": "input_text", "text": "a"}, {"text": " knot"}]},
+        ],
+        assistant([{"type": "output_text", "text": "Cross "}, {"type": "text", "value": "the ends."}]),
+        assistant([{"type": "text", "text": "no"}]),
+    )
+    plain = conversation(
+        [{"role": "system", "content": "Be kind."}, user("Tie a knot")], assistant("Cross the ends.")
+    )
+    account, kept = prepare_with(CHATML, [in_parts])
+    assert (account.quarantined, [kept]) == ({}, [prepare_with(CHATML, [plain])[1]])
+    assert "system\nBe kind.<|im_end|>\n<|im_start|>user\nTie a knot<|im_end|>" in kept[0][0]
+    assert kept[0][1] == "Cross the ends.<|im_end|>"
+
+
 def test_tools_are_written_by_a_template_that_knows_them(prepare_with):
     _, kept = prepare_with(
         KNOWS_ALL, [conversation(tools=TOOLS), conversation(tools=[]), conversation(tools=None)]

@@ -71,6 +71,8 @@ def broken(**changes: Any) -> Any:
         (broken(goal=" "), "jailbreak 1, key goal: expects a text"),
         (broken(prompt=3), "jailbreak 1, key prompt: expects a text"),
         (broken(prompt=SECRET + "\ud83d"), "jailbreak 1, key prompt: is not valid Unicode"),
+        (broken(goal="\udc80" + SECRET), "jailbreak 1, key goal: is not valid Unicode"),
+        (artifact("PAIR\ud83d"), "parameters, key method: is not valid Unicode"),
         (artifact() | {"jailbreaks": [{"goal": SECRET}]}, "jailbreak 1: expects the keys index and prompt"),
     ],
 )
@@ -110,6 +112,10 @@ def test_past_tense_artifacts_have_a_schema_of_their_own(tmp_path: Path) -> None
         (past_tense(rewritten(0), target_model=None), "key target_model: expects a text"),
         (past_tense(rewritten(0), SECRET), "artifact 2: expects an object"),
         (past_tense(rewritten(0, request_reformulated=" ")), "artifact 1, key request_reformulated: expects"),
+        (
+            past_tense(rewritten(0, request_reformulated=SECRET + "\ud83d")),
+            "artifact 1, key request_reformulated: is not valid Unicode",
+        ),
         (past_tense(rewritten(0, i_request="x")), "artifact 1, key i_request: expects a number"),
         (past_tense(rewritten(0), rewritten(0)), "past_tense/duck-8b-0-3 appears twice"),
     ],

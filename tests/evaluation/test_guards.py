@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from bdpo.errors import UserError
@@ -162,6 +163,17 @@ def test_weights_and_prompt_are_in_the_fingerprint(tmp_path):
     assert judge_fingerprint(first)["judge_weights"] != judge_fingerprint(second)["judge_weights"]
     assert "weights and tokenizer are read" in judge_kind(first).check(first)
     assert JUDGES["llama_guard"].has_model
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_weights_that_are_not_complete_are_refused_before_anything_is_asked(tmp_path, name):
+    config, file = guard(tmp_path, name, "safe"), tmp_path / "model.safetensors"
+    weights = load_file(file)
+    save_file(
+        {key: one for key, one in weights.items() if key != "model.norm.weight"}, file, {"format": "pt"}
+    )
+    with pytest.raises(UserError, match=r"tensors 1 missing \(model\.norm\.weight\)$"):
+        judge_kind(config).check(config)
 
 
 def test_llama_guard_requires_a_template_of_its_own(tmp_path):

@@ -15,7 +15,7 @@ from bdpo.config import Config, ModelConfig
 from bdpo.config.judges import GuardConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.judges.base import Failed, JudgeKind, Question, RubricName, Verdict
-from bdpo.models.loading import load_model, model_folder, weights_digest
+from bdpo.models.loading import load_model, model_folder, require_complete_weights, weights_digest
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer
 from bdpo.storage.digests import files_digest, json_digest
@@ -114,6 +114,7 @@ def guard_kind(guard: Guard) -> JudgeKind:
         """Weights and tokenizer can be read: from the hub they are fetched now."""
         folder = model_folder(_model(config))
         weights_digest(folder)
+        require_complete_weights(_model(config))
         chat = load_tokenizer_of(guard, str(folder))
         chat.prompt_ids([Message(role="user", content="x"), Message(role="assistant", content="y")])
         return f"{_model(config).name_or_path}: weights and tokenizer are read"
