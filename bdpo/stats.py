@@ -45,6 +45,10 @@ class Estimate:
         return {f"{name}{end}": getattr(self, attribute) for end, attribute in ENDS.items()}
 
 
+SIGNIFICANT = 0.05
+"""Below it a p-value counts as a difference."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """How the second of two paired samples differs from the first."""
@@ -61,6 +65,11 @@ class Difference:
     """Two-sided."""
     test: str
     """`mcnemar` or `permutation`."""
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether test and interval agree that there is a difference; they are not made of each other."""
+        return self.p < SIGNIFICANT and (self.low > 0 or self.high < 0)
 
 
 def p_value(p: float) -> str:

@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-SIGNIFICANT = 0.05
-
 _POINTS_OF_A_CURVE = 400
 
 _CURVES = {
@@ -279,7 +277,7 @@ def comparison_sentence(measure: str, first: str, second: str, found: Difference
 
     change = f"{points(found.difference)} points"
     change += f" (95 % interval {points(found.low)} to {points(found.high)})"
-    meant = "more than the choice of prompts explains" if found.p < SIGNIFICANT else "chance may explain it"
+    meant = "more than the choice of prompts explains" if found.is_clear else "chance may explain it"
     values = f"{second} {100 * found.second:.1f} %, {first} {100 * found.first:.1f} %"
     return f"{measure}: {values}: {change}, p {p_value(found.p)}, {meant}."
 

@@ -225,6 +225,8 @@ def test_a_comparison_in_words():
         "more than the choice of prompts explains."
     )
     assert "chance may explain it" in comparison_sentence("Safety", "dpo", "bdpo", replace(row, p=0.4))
+    unsure = replace(row, low=-0.1, p=0.04)  # test and interval do not agree
+    assert "chance may explain it" in comparison_sentence("Safety", "dpo", "bdpo", unsure)
     same = replace(row, second=0.5, difference=-1e-17, low=-0.5, high=0.5, p=1.0)
     assert "+0.0 points (95 % interval -50.0 to +50.0), p 1" in comparison_sentence(
         "Safety", "dpo", "bdpo", same
