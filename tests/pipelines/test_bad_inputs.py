@@ -434,13 +434,14 @@ def test_weights_that_are_not_complete_are_refused_before_anything_starts(ends, 
 
 
 @pytest.mark.parametrize("name", WEIGHT_FAULTS)
-def test_and_so_are_those_of_a_judge(ends, model, name):
+@pytest.mark.parametrize("kind", ["finetuned", "llama_guard"])
+def test_and_so_are_those_of_a_judge(ends, model, kind, name):
     change, said = WEIGHT_FAULTS[name]
 
     def make(folder):
         shutil.copytree(model, folder / "judge")
         change(folder / "judge")
-        judge = f"evaluate.judge={{name: finetuned, model: {folder}/judge}}"
+        judge = f"evaluate.judge={{name: {kind}, model: {folder}/judge}}"
         return [*sound()(folder), judge, *BENCHMARK]
 
     ends(make, said, evaluate)
