@@ -435,7 +435,7 @@ def test_weights_that_are_not_complete_are_refused_before_anything_starts(ends, 
 
 @pytest.mark.parametrize("name", WEIGHT_FAULTS)
 @pytest.mark.parametrize("kind", ["finetuned", "llama_guard"])
-def test_and_so_are_those_of_a_judge(ends, model, kind, name):
+def test_and_so_are_those_of_a_judge(ends, model, tmp_path, kind, name):
     change, said = WEIGHT_FAULTS[name]
 
     def make(folder):
@@ -445,6 +445,7 @@ def test_and_so_are_those_of_a_judge(ends, model, kind, name):
         return [*sound()(folder), judge, *BENCHMARK]
 
     ends(make, said, evaluate)
+    assert not RunDir(str(tmp_path / "run")).responses("base").exists()
 
 
 def score_with(config):
