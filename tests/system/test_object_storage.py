@@ -165,7 +165,7 @@ def test_the_whole_pipeline_on_object_storage(inputs, bucket, tmp_path):
     }
     assert all(float(row["change"]) != 0 for row in rows)  # the models are trained
     assert (folder / "displacement-ches.png").stat().st_size > 5000
-    assert "What became of the preferred responses" in (folder / "report.html").read_text()
+    assert "Change of log π(y_w | x)" in (folder / "report.html").read_text()
 
 
 def expected_scores(inputs, run):
