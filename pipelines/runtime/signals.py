@@ -3,7 +3,7 @@
 The first signal raises `Interrupted` in the main thread: locks are released and files closed on the way out.
 Further signals change nothing, and after `LAST_SECONDS` the process ends wherever it is: a library may wait
 for its threads. The process ends without Python's exit handlers, in which Ray's threads may abort it; a Ray
-cluster that the command started ends with its process, and on another cluster the command's actors do.
+cluster that the command started is killed with it, and on another cluster the command's actors end.
 
 A command whose lease of the run folder was taken by another one ends in the same way, with exit code 2.
 """
@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn, TypeVar
 
@@ -69,7 +69,20 @@ def interruptible() -> Iterator[None]:
 def _end(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    _kill_children()
     os._exit(code)
+
+
+def _kill_children() -> None:
+    """End what this process started: a Ray cluster of its own, whose agents may outlive their raylet.
+
+    Where the command joined a cluster, its processes are not children of this one.
+    """
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def keep_handlers(call: Callable[[], T]) -> T:
