@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing.connection
 import os
 import shutil
+import tempfile
 import uuid
 from pathlib import Path
 
@@ -48,8 +49,9 @@ def launch(configs, workers=1, rungs=()):
     for config, file in zip(configs, files, strict=True):
         Path(file).write_text(config.to_yaml())
     logs = [Path(configs[0].run_dir) / f"worker-{rank}.log" for rank in range(workers)]
-    meeting = Path(configs[0].run_dir).resolve() / f"rendezvous-{uuid.uuid4().hex}"
-    group = {"RENDEZVOUS": meeting.as_uri(), "WORLD_SIZE": str(workers)}
+    # torch does not decode a URL: the path must have no space and no bracket, as folders of tests have
+    meeting = Path(tempfile.gettempdir()) / f"bdpo-rendezvous-{uuid.uuid4().hex}"
+    group = {"RENDEZVOUS": f"file://{meeting}", "WORLD_SIZE": str(workers)}
     processes = []
     for rank, log in enumerate(logs):
         environment = {**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -68,6 +70,7 @@ def launch(configs, workers=1, rungs=()):
         for process in processes:
             process.kill()
             process.join()
+        meeting.unlink(missing_ok=True)
     codes = [process.exitcode for process in processes]
     assert codes == [0] * workers, "\n".join(log.read_text() for log in logs)
 
