@@ -199,7 +199,7 @@ class ShardAnswerer:
         evaluate = self.config.evaluate
         if evaluate.engine == "transformers":
             return partial(generate, self.model.load().to(self.device), self.chat)  # type: ignore[arg-type]
-        prompts, prefills = self._conversations(self._asked(self.items))
+        _, prompts, prefills = self._conversations(self.items)
         prompt_ids = begun_ids(self.chat, prompts, prefills)
         gpus = evaluate.gpus_per_worker
         return VLLMEngine(self.model.model, self.chat, prompt_ids, evaluate.max_new_tokens, gpus)
@@ -207,9 +207,8 @@ class ShardAnswerer:
     def __call__(self, shard: Shard) -> Shard:
         """The same shard, once the answers to those items lie in the private folder."""
         items = self.items[shard["first"] : shard["first"] + shard["rows"]]
-        asked = self._asked(items)
         evaluate = self.config.evaluate
-        prompts, prefills = self._conversations(asked)
+        asked, prompts, prefills = self._conversations(items)
         draws = [item.sample for item in asked]
         drawn = Sampling(evaluate.temperature, self.config.seed, draws)
         sampling = drawn if evaluate.temperature else None
@@ -219,21 +218,23 @@ class ShardAnswerer:
         self.store.write(int(shard["first"]), pa.Table.from_pylist(rows, schema=RESPONSE_SCHEMA))
         return shard
 
-    def _asked(self, items: list[Item]) -> list[Item]:
-        """The items with a prompt that leaves room for an answer: one that is too long fails alone."""
-        asked = [item for item in items if item.prompt is not None]
-        positions = getattr(model_config(self.model.model).get_text_config(), "max_position_embeddings", None)
-        if positions is None:
-            return asked
-        room = positions - self.config.evaluate.max_new_tokens
-        prompts, prefills = self._conversations(asked)
-        lengths = [len(self.chat.prompt_ids(p)) + len(ids) for p, ids in zip(prompts, prefills, strict=True)]
-        return [item for item, length in zip(asked, lengths, strict=True) if length <= room]
+    def _conversations(self, items: list[Item]) -> tuple[list[Item], list[list[Message]], list[list[int]]]:
+        """The items that are asked, what each asks, and the ids that its answer begins with.
 
-    def _conversations(self, asked: list[Item]) -> tuple[list[list[Message]], list[list[int]]]:
-        """What each item asks, and the ids that its answer begins with."""
-        prompts = [[Message(role="user", content=item.prompt or "")] for item in asked]
-        return prompts, [prefill_ids(self.chat, item) for item in asked]
+        An item is asked if it has a prompt that leaves room for an answer: one that is too long fails alone.
+        """
+        positions = getattr(model_config(self.model.model).get_text_config(), "max_position_embeddings", None)
+        room = None if positions is None else positions - self.config.evaluate.max_new_tokens
+        asked, prompts, prefills = [], [], []
+        for item in items:
+            if item.prompt is None:
+                continue
+            prompt, prefill = [Message(role="user", content=item.prompt)], prefill_ids(self.chat, item)
+            if room is None or len(self.chat.prompt_ids(prompt)) + len(prefill) <= room:
+                asked.append(item)
+                prompts.append(prompt)
+                prefills.append(prefill)
+        return asked, prompts, prefills
 
     def _response(self, item: Item, answer: Answer | None) -> Response:
         """No text and no tokens where there was nothing to ask, and where the prompt was too long (`cut`)."""

@@ -7,7 +7,7 @@ base model is not met, and says why.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -58,6 +58,14 @@ class Outcome:
     """Why there is no evidence."""
 
 
+@dataclass(frozen=True)
+class _Checked:
+    """A finished evaluation, and why the numbers of a benchmark cannot be used, where that is so."""
+
+    evaluation: Evaluation
+    defects: Mapping[str, str]
+
+
 class _Unmet(Exception):
     """There is nothing by which a condition could be met; the message says why."""
 
@@ -93,12 +101,11 @@ def check_run(gate: GateConfig, folders: Mapping[str, StoragePath]) -> list[Outc
     Raises:
         UserError: a file of an evaluation is damaged.
     """
-    evaluations = {name: _finished(folder) for name, folder in folders.items()}
     named = dict.fromkeys(condition.measure.partition(".")[0] for condition in gate.conditions)
+    judged = [name for name in named if name in BENCHMARKS]
+    evaluations = {name: _finished(folder, judged) for name, folder in folders.items()}
     intact = [
-        Condition(measure=f"{name}.unbroken", at_least=1 - gate.max_broken, at="value")
-        for name in named
-        if name in BENCHMARKS
+        Condition(measure=f"{name}.unbroken", at_least=1 - gate.max_broken, at="value") for name in judged
     ]
     return [_outcome(condition, gate, evaluations) for condition in (*gate.conditions, *intact)]
 
@@ -124,15 +131,18 @@ def _known_measures() -> dict[str, bool]:
     return judged | {f"{name}.accuracy": True for name in CAPABILITY}
 
 
-def _finished(folder: StoragePath) -> Evaluation | None:
-    """The evaluation in a folder; None while it is not finished."""
-    there = all((folder / name).is_file() for name in ("summary.json", "scores.parquet"))
-    return read_evaluation(folder) if there else None
+def _finished(folder: StoragePath, benchmarks: Sequence[str]) -> _Checked | None:
+    """The evaluation in a folder, with these benchmarks checked; None while it is not finished."""
+    if not all((folder / name).is_file() for name in ("summary.json", "scores.parquet")):
+        return None
+    found = read_evaluation(folder)
+    defects = {name: defect for name in benchmarks if (defect := _defect(name, found))}
+    return _Checked(found, defects)
 
 
-def _outcome(condition: Condition, gate: GateConfig, evaluations: Mapping[str, Evaluation | None]) -> Outcome:
+def _outcome(condition: Condition, gate: GateConfig, evaluations: Mapping[str, _Checked | None]) -> Outcome:
     gated = evaluations[gate.model]
-    judge = judge_of(gated, condition.measure) if gated else ""
+    judge = judge_of(gated.evaluation, condition.measure) if gated else ""
     try:
         if gated is None:
             raise _Unmet(f"the evaluation of {gate.model} is not finished")
@@ -142,24 +152,25 @@ def _outcome(condition: Condition, gate: GateConfig, evaluations: Mapping[str, E
     return Outcome(_words(condition), _is_met(condition, evidence), judge, evidence)
 
 
-def _evidence(condition: Condition, gate: GateConfig, gated: Evaluation, base: Evaluation | None) -> Evidence:
+def _evidence(condition: Condition, gate: GateConfig, gated: _Checked, base: _Checked | None) -> Evidence:
     if condition.max_regression is None:
         return _estimate(condition, gated)
     if base is None:
         raise _Unmet(f"the evaluation of {gate.base} is not finished")
-    if name := incomparable_field(gated.fingerprint, base.fingerprint):
+    if name := incomparable_field(gated.evaluation.fingerprint, base.evaluation.fingerprint):
         raise _Unmet(f"{gate.model} and {gate.base} were evaluated with different {name}")
     return _difference(condition, gated, base)
 
 
-def _estimate(condition: Condition, evaluation: Evaluation) -> Evidence:
+def _estimate(condition: Condition, gated: _Checked) -> Evidence:
     benchmark, _, name = condition.measure.partition(".")
+    evaluation = gated.evaluation
     if benchmark in CAPABILITY:
         result = evaluation.summary.capability.get(benchmark, {})
         if "accuracy" not in result:
             raise _Unmet(f"{benchmark} was not run")
         return _measured(condition, Estimate(**result["accuracy"]))
-    _require_valid(benchmark, evaluation)
+    _require_valid(benchmark, gated)
     part = evaluation.summary.benchmarks[benchmark]
     if condition.category is None:
         return _measured(condition, part.total.estimates.get(name))
@@ -174,27 +185,33 @@ def _measured(condition: Condition, estimate: Estimate | None) -> Evidence:
     return Evidence(estimate.value, estimate.low, estimate.high, estimate.n)
 
 
-def _require_valid(benchmark: str, evaluation: Evaluation) -> None:
-    """Refuse a benchmark that was not evaluated, is invalid, or whose scores are not those of its summary."""
+def _defect(benchmark: str, evaluation: Evaluation) -> str | None:
+    """Whether a benchmark was not evaluated, is invalid, or has other scores than those of its summary."""
     part = evaluation.summary.benchmarks.get(benchmark)
     if part is None:
-        raise _Unmet(f"{benchmark} was not evaluated")
+        return f"{benchmark} was not evaluated"
     if not part.valid:
-        raise _Unmet(f"{benchmark} is invalid: {part.total.failed} of {part.total.n} answers have no verdict")
+        return f"{benchmark} is invalid: {part.total.failed} of {part.total.n} answers have no verdict"
     own = evaluation.scores.filter(pc.equal(evaluation.scores["benchmark"], benchmark))
     if summarise(own).benchmarks.get(benchmark) != part:
-        raise _Unmet(f"scores.parquet does not give the numbers of summary.json for {benchmark}")
+        return f"scores.parquet does not give the numbers of summary.json for {benchmark}"
+    return None
 
 
-def _difference(condition: Condition, gated: Evaluation, base: Evaluation) -> Evidence:
+def _require_valid(benchmark: str, checked: _Checked) -> None:
+    if benchmark in checked.defects:
+        raise _Unmet(checked.defects[benchmark])
+
+
+def _difference(condition: Condition, gated: _Checked, base: _Checked) -> Evidence:
     """The gated model − the base model, over the items for which both have a verdict."""
-    for evaluation in (base, gated):
-        _require_valid(condition.measure.partition(".")[0], evaluation)
-    before, after = (_item_values(condition, evaluation.scores) for evaluation in (base, gated))
+    for checked in (base, gated):
+        _require_valid(condition.measure.partition(".")[0], checked)
+    before, after = (_item_values(condition, checked.evaluation.scores) for checked in (base, gated))
     both = [item for item in after if item in before]
     if not both:
         raise _Unmet(f"no item measures {condition.measure} for both models")
-    of = item_clusters(gated.scores)
+    of = item_clusters(gated.evaluation.scores)
     found = paired_difference(
         [before[item] for item in both], [after[item] for item in both], [of[item] for item in both]
     )

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,15 +50,13 @@ class Holder:
         return json.dumps({**asdict(self), "alive": time.time(), **further})
 
 
-class HeldFolder:
-    """A file lock of a local or mounted folder, and signs of life beside it; see `Lease` for the methods."""
+class Held(ABC):
+    """A lock that this process holds until it is released; a thread shows signs of life meanwhile."""
 
-    def __init__(self, folder: Path) -> None:
-        self.file, self.holder = folder / ".holder", Holder()
-        self.lock = FileLock(folder / ".lock")
-        self.lock.acquire(timeout=0)
+    def __init__(self) -> None:
+        self.holder = Holder()
+        self._acquire()
         self.released = threading.Event()
-        self._show_life()
         self.renewal = threading.Thread(target=self._renew, daemon=True)
         self.renewal.start()
 
@@ -71,16 +70,44 @@ class HeldFolder:
         """Show no more signs of life, and release the lock."""
         self.released.set()
         self.renewal.join()
-        self.file.unlink(missing_ok=True)
-        self.lock.release()
+        self._give_back()
 
     def _renew(self) -> None:
-        while not self.released.wait(RENEWAL_SECONDS):
-            self._show_life()
+        while not self.released.wait(RENEWAL_SECONDS) and self._show_life():
+            pass
 
-    def _show_life(self) -> None:
+    @abstractmethod
+    def _acquire(self) -> None:
+        """Take the lock, or raise Timeout."""
+
+    @abstractmethod
+    def _show_life(self) -> bool:
+        """Show a sign of life; False if the lock is lost."""
+
+    @abstractmethod
+    def _give_back(self) -> None:
+        """Release the lock."""
+
+
+class HeldFolder(Held):
+    """A file lock of a local or mounted folder, and signs of life beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file, self.lock = folder / ".holder", FileLock(folder / ".lock")
+        super().__init__()
+
+    def _acquire(self) -> None:
+        self.lock.acquire(timeout=0)
+        self._show_life()
+
+    def _show_life(self) -> bool:
         with suppress(OSError):  # a full disk, a deleted folder: the command itself reports them
             self.file.write_text(self.holder.sign_of_life())
+        return True
+
+    def _give_back(self) -> None:
+        self.file.unlink(missing_ok=True)
+        self.lock.release()
 
 
 def lock(folder: StoragePath) -> HeldFolder | Lease:
@@ -129,7 +156,7 @@ def _get_object(file: UPath) -> bytes:
     return content
 
 
-class Lease:
+class Lease(Held):
     """A lock on object storage: an object that its holder rewrites every `RENEWAL_SECONDS`.
 
     The object is created by a conditional PUT, which only one of two processes wins. A process that finds the
@@ -140,24 +167,14 @@ class Lease:
     """
 
     def __init__(self, file: UPath) -> None:
-        self.file = file
-        self.holder, self.token = Holder(), uuid.uuid4().hex
-        self.released = threading.Event()
+        self.file, self.token = file, uuid.uuid4().hex
+        super().__init__()
+
+    def _acquire(self) -> None:
         if not self._create():
             self._take_over()
-        self.renewal = threading.Thread(target=self._renew, daemon=True)
-        self.renewal.start()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Stop renewing, and remove the object if this lease still holds it."""
-        self.released.set()
-        self.renewal.join()
+    def _give_back(self) -> None:
         if self._is_mine():
             self.file.unlink(missing_ok=True)
 
@@ -187,16 +204,15 @@ class Lease:
         if not self._is_mine():
             raise Timeout(str(self.file))
 
-    def _renew(self) -> None:
-        while not self.released.wait(RENEWAL_SECONDS):
-            try:
-                if not self._is_mine():
-                    print(f"error: {self.file}: another command took it over; stopping", file=sys.stderr)
-                    LOST.set()
-                    return _thread.interrupt_main()
-                write_bytes(self.file, self._content())
-            except Exception:  # noqa: S112 (unavailable for a moment; who watches waits for several renewals)
-                continue
+    def _show_life(self) -> bool:
+        with suppress(Exception):  # unavailable for a moment; who watches waits for several renewals
+            if not self._is_mine():
+                print(f"error: {self.file}: another command took it over; stopping", file=sys.stderr)
+                LOST.set()
+                _thread.interrupt_main()
+                return False
+            write_bytes(self.file, self._content())
+        return True
 
     def _content(self) -> bytes:
         return self.holder.sign_of_life(token=self.token, renewal=uuid.uuid4().hex).encode()

@@ -60,6 +60,21 @@ def trained_weights(engine: Any) -> dict[str, torch.Tensor]:
     return dict(engine.module.state_dict())
 
 
+def parameter_shapes(engine: Any) -> Any:
+    """Name -> shape of the parameters of each group of the optimizer under stage 3, in order."""
+    return engine._get_zero_param_shapes()
+
+
+def partition_sizes(optimizer: Any) -> list[int]:
+    """Elements of this worker's partition of each group under stages 1 and 2, padding included.
+
+    DeepSpeed has two optimizers, with and without bfloat16, that give it different names.
+    """
+    named = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    flat = next(getattr(optimizer, name) for name in named if hasattr(optimizer, name))
+    return [partition.numel() for partition in flat]
+
+
 def build_shared_memory_op() -> None:
     """Compile (once per extensions folder) the op by which CPU workers communicate."""
     from deepspeed.comm.torch import build_shm_op

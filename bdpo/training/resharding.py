@@ -24,6 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bdpo.training.deepspeed_internals import parameter_shapes, partition_sizes
+
 Shapes = Sequence[Mapping[str, torch.Size]]
 """The parameters of each group of the optimizer, in order: name -> shape."""
 
@@ -73,11 +75,11 @@ def _write_share(engine: Any, old: Path, new: Path, workers: int, share: Share) 
     parts = [state["optimizer_state_dict"] for state in states]
     if partitions_weights:
         groups = engine.optimizer.state_dict()["optimizer_state_dict"]["param_groups"]
-        shapes = engine._get_zero_param_shapes()
+        shapes = parameter_shapes(engine)
         optimizer = reshard_parameters(parts, model["param_shapes"], shapes, groups, share)
     else:
         sizes = [sum(map(prod, group.values())) for group in model["param_shapes"]]
-        optimizer = reshard_groups(parts, sizes, _partition_sizes(engine.optimizer), share)
+        optimizer = reshard_groups(parts, sizes, partition_sizes(engine.optimizer), share)
     name = files[0].name.replace(_OPTIMIZER.format(0), _OPTIMIZER.format(share.rank))
     torch.save({**states[0], "optimizer_state_dict": optimizer}, new / name)
 
@@ -156,13 +158,6 @@ def reshard_parameters(
         "fp32_flat_groups": weights,
         "optimizer_state_dict": {"state": state, "param_groups": groups},
     }
-
-
-def _partition_sizes(optimizer: Any) -> list[int]:
-    """Elements of this worker's partition of each group, padding included; two optimizers name them so."""
-    named = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-    flat = next(getattr(optimizer, name) for name in named if hasattr(optimizer, name))
-    return [partition.numel() for partition in flat]
 
 
 def _read(file: Path) -> Any:

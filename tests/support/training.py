@@ -64,8 +64,6 @@ def launch(configs, workers=1, rungs=()):
             ended = multiprocessing.connection.wait([process.sentinel for process in waiting], timeout=1200)
             assert ended, "a training has not ended within 20 minutes"
             waiting = [process for process in waiting if process.sentinel not in ended]
-            for process in processes:
-                process.join(0)
     finally:
         for process in processes:
             process.kill()
