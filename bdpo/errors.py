@@ -11,6 +11,10 @@ class UserError(Exception):
     """Wrong config, input or environment; its message is one line that names file, row, column or key."""
 
 
+class StorageUnavailable(OSError):
+    """Object storage gave no answer within the limit; its message is one line. A later try may succeed."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a library's error: enough for one line of ours."""
     return printable((str(error).strip() or type(error).__name__).splitlines()[0])

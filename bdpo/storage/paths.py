@@ -4,7 +4,7 @@ All other code uses the paths that `storage_path` makes, of pathlib or of `upath
 few operations that differ are in this module. An object appears complete under its name or not at all, so
 nothing is renamed there. A folder on object storage cannot appear at once: its marker is written last and
 removed first. Credentials and endpoint come from the environment, as the protocol's library reads them
-(AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ... for S3).
+(AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ... for S3); how long a request may take, see `bdpo.storage.limits`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 from upath import UPath
 
 from bdpo.errors import UserError, error_line
+from bdpo.storage.limits import storage_options
 
 StoragePath: TypeAlias = Path | UPath
 
@@ -53,8 +54,7 @@ def storage_path(name: str | StoragePath, key: str) -> StoragePath:
     if protocol not in ("http", "https") and set(rest) & set("[]*?"):  # a web page's address may have a query
         raise UserError(f"{key}={name}: on object storage the characters [ ] * ? are patterns; rename it")
     try:
-        # Other processes write here too: a listing must not be remembered.
-        path = UPath(str(name).rstrip("/"), use_listings_cache=False)
+        path = UPath(str(name).rstrip("/"), **storage_options(protocol))
         fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
         raise UserError(f"{key}={name}: {error_line(error)}") from None

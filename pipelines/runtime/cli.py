@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from bdpo.config import Config, load_config
-from bdpo.errors import UserError, error_line
+from bdpo.errors import StorageUnavailable, UserError, error_line
 from bdpo.models.tokenizer import with_template
 from bdpo.sandbox import with_sandbox_files
 from bdpo.storage.paths import discard
 from bdpo.storage.run_dir import RunDir
 from pipelines.runtime.progress import printable
-from pipelines.runtime.ray_internals import JOB_VARIABLE, full_node_line
+from pipelines.runtime.ray_internals import JOB_VARIABLE, full_node_line, storage_unavailable
 from pipelines.runtime.signals import interruptible
 from pipelines.runtime.stage import Stage, check_inputs, complete_all, outputs_of
 
@@ -110,15 +111,17 @@ def clear_when_full(what: str) -> Iterator[None]:
 def exit_codes() -> Iterator[None]:
     """End the command with 2 and one line if the user can correct what is wrong, or as a signal requires.
 
-    A node whose memory was full ends it with 1, and with one line as well.
+    Object storage that gives no answer ends it with 2, a node whose memory was full with 1: one line as well.
     """
     with interruptible():
         try:
             yield
-        except UserError as error:
-            print(f"error: {printable(str(error))}", file=sys.stderr)
-            sys.exit(2)
+        except (UserError, StorageUnavailable) as error:
+            _refuse(error)
         except Exception as error:
+            unavailable = storage_unavailable(error) if "ray" in sys.modules else None
+            if unavailable is not None:
+                _refuse(unavailable)
             full = full_node_line(error) if "ray" in sys.modules else None
             if full is None:
                 raise
@@ -128,6 +131,12 @@ def exit_codes() -> Iterator[None]:
                 file=sys.stderr,
             )
             sys.exit(1)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    """End the command with exit code 2 and the line of the error."""
+    print(f"error: {printable(str(error))}", file=sys.stderr)
+    sys.exit(2)
 
 
 def command_config(file: str, overrides: Sequence[str]) -> Config:

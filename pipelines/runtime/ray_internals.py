@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bdpo.config import TrainConfig
-from bdpo.errors import UserError
+from bdpo.errors import StorageUnavailable, UserError
 
 CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """The file in a run's folder in which Ray Train lists its committed checkpoints; read when a run resumes."""
@@ -72,9 +72,17 @@ def pack_working_dir(folder: Path, package: Path) -> None:
 
 
 def user_error_in(error: Exception) -> UserError | None:
-    """The UserError that an actor of Ray Data raised: Ray Data brings back only the text of its traceback."""
-    raised = re.search(rf"^{UserError.__module__}\.UserError: (.*)$", str(error), re.MULTILINE)
+    """What an actor of Ray Data raised for the user: Ray Data brings back only the text of its traceback."""
+    names = f"{UserError.__name__}|{StorageUnavailable.__name__}"
+    raised = re.search(rf"^{UserError.__module__}\.(?:{names}): (.*)$", str(error), re.MULTILINE)
     return UserError(raised[1]) if raised else None
+
+
+def storage_unavailable(error: BaseException) -> StorageUnavailable | None:
+    """What object storage did not answer, if that is what Ray's exception wraps."""
+    from pipelines.runtime.faults import causes
+
+    return next((cause for cause in causes(error) if isinstance(cause, StorageUnavailable)), None)
 
 
 _NODE = re.compile(r"Memory on the node \(IP: ([^,\s]+),[^)]*\).* was ([\d.]+ ?GB(?: used)? / [\d.]+ ?GB)")

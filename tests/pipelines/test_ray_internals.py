@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import pytest
 import ray
 from packaging.requirements import Requirement
+from ray.train import ControllerError, WorkerGroupError
 
 from bdpo.config import TrainConfig
-from bdpo.errors import UserError
+from bdpo.errors import StorageUnavailable, UserError
 from pipelines.runtime import ray_internals
+from pipelines.runtime.cli import exit_codes
 from pipelines.runtime.ray_internals import full_node_line
 from tests.support import ROOT
 
@@ -68,6 +70,17 @@ def test_the_error_for_the_user_is_found_in_the_text_of_a_traceback():
     assert isinstance(found, UserError)
     assert str(found) == "a.csv, row 3: no prompt"
     assert ray_internals.user_error_in(RuntimeError("ValueError: UserError: no")) is None
+    unavailable = RuntimeError("bdpo.errors.StorageUnavailable: s3://b: no complete answer")
+    assert str(ray_internals.user_error_in(unavailable)) == "s3://b: no complete answer"
+
+
+def test_storage_without_an_answer_ends_a_command_in_one_line(capsys):
+    unavailable = StorageUnavailable("s3://b at http://x: no complete answer within 60 s")
+    for error in (unavailable, WorkerGroupError("two", {1: unavailable}), ControllerError(unavailable)):
+        with pytest.raises(SystemExit) as ended, exit_codes():
+            raise error
+        assert ended.value.code == 2
+        assert capsys.readouterr().err == f"error: {unavailable}\n"
 
 
 def test_the_range_that_is_admitted_is_the_range_that_was_tested():

@@ -337,7 +337,7 @@ class TestErrors:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        monkeypatch.setenv("BDPO_STORAGE_SECONDS", "1")
         fsspec.get_filesystem_class("s3").clear_instance_cache()
         assert "connect" in self.said(f"{bucket}/run", tmp_path)
         fsspec.get_filesystem_class("s3").clear_instance_cache()

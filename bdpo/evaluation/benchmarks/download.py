@@ -9,6 +9,7 @@ from filelock import FileLock
 
 from bdpo.errors import UserError, first_line
 from bdpo.storage.cache import cache_folder
+from bdpo.storage.limits import storage_options
 from bdpo.storage.paths import write_bytes
 
 
@@ -41,7 +42,7 @@ def _download(url: str) -> bytes:
     import fsspec
 
     try:
-        with fsspec.open(url, "rb") as stream:
+        with fsspec.open(url, "rb", **storage_options(url.partition("://")[0])) as stream:
             return bytes(stream.read())
     except Exception as error:  # every protocol of fsspec has errors of its own
         raise UserError(f"{url}: cannot be read ({type(error).__name__}: {first_line(error)})") from None

@@ -1,0 +1,68 @@
+"""How long a request to object storage may take, for each protocol in the words of its fsspec library.
+
+S3 has a filesystem of its own, `bdpo.storage.s3`, which keeps to the limit whatever the server does. The
+other libraries have timeouts for connecting and for each answer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import fsspec
+
+from bdpo.errors import UserError
+
+VARIABLE = "BDPO_STORAGE_SECONDS"
+"""The environment variable that sets the limit on a node."""
+
+STORAGE_SECONDS = 60.0
+"""Seconds after which a request without an answer is given up; retries are included."""
+
+SLOWEST = 2**18
+"""Bytes per second: what a request transfers may take this long on top of the limit."""
+
+_PAGES = 60  # a web page's size is not known before: it may take so many times the limit in all
+
+
+def storage_seconds() -> float:
+    """The limit of a request in seconds: `$BDPO_STORAGE_SECONDS`, else `STORAGE_SECONDS`.
+
+    Raises:
+        UserError: the variable is not a positive number.
+    """
+    given = os.environ.get(VARIABLE)
+    if not given:
+        return STORAGE_SECONDS
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UserError(f"{VARIABLE}={given}: expects a number of seconds above 0")
+    return seconds
+
+
+def storage_options(protocol: str) -> Mapping[str, Any]:
+    """The arguments of the filesystem of a protocol: no remembered listings, and its time limits."""
+    # Other processes write to a bucket too: a listing must not be remembered.
+    return {"use_listings_cache": False, **_timeouts(protocol, storage_seconds())}
+
+
+def _timeouts(protocol: str, seconds: float) -> Mapping[str, Any]:
+    if protocol in ("http", "https"):
+        from aiohttp import ClientTimeout
+
+        timeout = ClientTimeout(seconds * _PAGES, sock_connect=seconds, sock_read=seconds)
+        return {"client_kwargs": {"timeout": timeout}}
+    if protocol in ("gs", "gcs"):
+        return {"requests_timeout": seconds}
+    if protocol in ("az", "abfs", "abfss"):
+        return {"connection_timeout": math.ceil(seconds), "read_timeout": math.ceil(seconds)}
+    return {}
+
+
+for _protocol in ("s3", "s3a"):  # a name: the library is imported by who opens such a URL
+    fsspec.register_implementation(_protocol, "bdpo.storage.s3.LimitedS3FileSystem", clobber=True)
