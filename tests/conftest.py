@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from bdpo.config import DataConfig
@@ -24,6 +25,10 @@ from tests.support.s3_server import s3_bucket, s3_server
 os.environ["RAY_ADDRESS"] = "local"  # no test joins another cluster of this machine
 # Ray reads these when it is first imported, whatever test that is, and never again.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+
+# Two test files run at a time, on as few as two cores: more threads of a process only wait for each other.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 settings.register_profile("bdpo", deadline=None)  # no test asserts a time: machines differ
 settings.load_profile("bdpo")

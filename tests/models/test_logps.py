@@ -259,7 +259,6 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from bdpo.models.logps import LogpsModel, pair_logps
 from bdpo.models.tokenizer import EncodedPair
-torch.set_num_threads(1)
 config = Qwen2Config(vocab_size=152_000, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
                      num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
 model = LogpsModel(Qwen2ForCausalLM(config), max_length=4096)

@@ -12,7 +12,7 @@ from bdpo.errors import UserError
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
 from pipelines.runtime.fit import _begin
-from tests.support.killed_training import kill_training
+from tests.support.killed_training import kill_training, score_and_train_without_ray
 
 pytestmark = pytest.mark.long
 
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.long
 @pytest.fixture(scope="module")
 def account(training_inputs, training_nodes):
     """What the death of a worker, of the driver and of a node cost, one after the other."""
+    score_and_train_without_ray(training_inputs / "config.yaml", training_inputs)
     kills = [("worker", "copy"), ("driver", "write"), ("node", "step")]
     return kill_training(training_nodes, training_inputs / "config.yaml", training_inputs, kills, 0, [])
 

@@ -54,6 +54,7 @@ from tests.support.helpers import (
     tiny_qwen2,
     write_jsonl,
 )
+from tests.support.scored_run import prepared_run, score_here, scored_run
 
 pytestmark = pytest.mark.long
 
@@ -124,21 +125,9 @@ def make_run(tmp_path, model, capsys):
     def make(rows, **changes):
         data = write_jsonl(tmp_path / "pairs.jsonl", rows)
         config = tiny_config(tmp_path / "run", model, data, **changes)
-        run = RunDir(config.run_dir)
-        run.open(config).release()
-        Prepare(config, run).complete()
-        return config, run
+        return config, prepared_run(config)
 
     return make
-
-
-def score_all(config, run, scorer=ShardScorer):
-    """Every missing shard in this process; what the scorer said of each."""
-    fingerprint = score_fingerprint(config, run)
-    total, rows = len(list(pair_ids(run.pairs))), config.score.shard_rows
-    actor = scorer(config, run, fingerprint, "cpu")
-    missing = score_store(run, fingerprint).missing(total, rows)
-    return [actor({"first": first, "rows": count}) for first, count in missing]
 
 
 def with_mark(row, mark):
@@ -176,7 +165,7 @@ def test_pairs_that_cannot_be_scored_are_named_when_all_others_are_scored(
     whole = RunDir(tmp_path / "whole")
     whole.root.mkdir()
     whole.data.symlink_to(run.data)
-    score_all(config, whole)
+    score_here(config, whole)
     uninterrupted, recovered = score_store(whole, store.fingerprint).read(), store.read()
     assert recovered["pair_id"].to_pylist() == uninterrupted["pair_id"].to_pylist() == ids
     for column in ("ref_chosen_logps", "uncond_rejected_logps", "mi_chosen"):
@@ -285,7 +274,7 @@ def test_every_column_is_what_one_sequence_at_a_time_says(mode, make_run, tiny_c
 
 def test_a_model_that_fits_nothing_is_not_bisected_for_ever(make_run):
     config, run = make_run([with_mark(row, RAISES) for row in invented_pairs(30)], score={"shard_rows": 30})
-    (said,) = score_all(config, run, UnluckyScorer)
+    (said,) = score_here(config, run, UnluckyScorer)
     reasons = json.loads(said["unscorable"])
     assert len(reasons) == MAX_UNSCORABLE + 1
     assert "stopped, more than 16 pairs" in str(
@@ -306,7 +295,7 @@ def test_a_process_that_lost_its_gpu_ends_instead_of_blaming_its_pairs(make_run)
 
     child = os.fork()
     if child == 0:
-        score_all(config, run, LostGpu)
+        score_here(config, run, LostGpu)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
@@ -317,7 +306,7 @@ def test_a_model_that_an_actor_cannot_load_is_said_in_one_line(make_run, tmp_pat
     file = tmp_path / "model" / "config.json"
     file.write_text(file.read_text().replace('"qwen2"', '"t5"'))
     other = changed(config, {"model": {"name_or_path": str(tmp_path / "model")}})
-    said = score_all(other, run)
+    said = score_here(other, run)
     assert {line["stop"].split(" (")[0] for line in said} == {
         f"{tmp_path / 'model'}: cannot be loaded as a causal language model"
     }
@@ -412,7 +401,7 @@ def test_a_pair_that_fits_in_no_batch_is_named_and_the_others_are_scored(make_ru
             error = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate")
             Memory(self.scorer.model, 60, error)
 
-    (said,) = score_all(config, run, SmallMemory)
+    (said,) = score_here(config, run, SmallMemory)
     assert json.loads(said["unscorable"]) == {"4": "out of memory, alone in its batch"}
     assert score_store(run, score_fingerprint(config, run)).missing(9, 9) == [(4, 1)]
 
@@ -420,7 +409,6 @@ def test_a_pair_that_fits_in_no_batch_is_named_and_the_others_are_scored(make_ru
 SCORE_IN_LITTLE_MEMORY = """
 import resource
 import torch
-torch.set_num_threads(1)
 from tests.support.helpers import encoded_pairs, tiny_qwen2
 from bdpo.models.logps import LogpsModel
 from bdpo.scoring import reference
@@ -457,7 +445,7 @@ def test_memory_of_this_machine_that_really_runs_out():
 
 def test_the_manifest_says_who_did_how_much(make_run):
     config, run = make_run(invented_pairs(20))
-    score_all(config, run)
+    score_here(config, run)
     manifest = finish_scores(run, score_fingerprint(config, run), 1.0)
     (work,) = manifest["workers"].values()
     scores = read_scores(config, run).to_pylist()
@@ -469,7 +457,7 @@ def test_the_manifest_says_who_did_how_much(make_run):
 
 def test_rows_of_other_pairs_are_not_taken_for_finished(make_run):
     config, run = make_run(invented_pairs(20))
-    score_all(config, run)
+    score_here(config, run)
     store = score_store(run, score_fingerprint(config, run))
     swapped = store.read_shard(8).take([1, 0, *range(2, 8)])
     store.remove(8)
@@ -484,7 +472,7 @@ def test_rows_of_other_pairs_are_not_taken_for_finished(make_run):
 
 def test_scores_that_are_made_again_are_not_said_to_be_finished(make_run, monkeypatch):
     config, run = make_run(invented_pairs(20))
-    score_all(config, run)
+    score_here(config, run)
     store = score_store(run, score_fingerprint(config, run))
     finish_scores(run, store.fingerprint, 1.0)
     store.remove(8)
@@ -543,12 +531,7 @@ CHANGES = {
 def finished_run(tmp_path_factory, tiny_chat, model):
     folder = tmp_path_factory.mktemp("finished")
     data = write_jsonl(folder / "pairs.jsonl", invented_pairs(12))
-    config = tiny_config(folder / "run", model, data)
-    run = RunDir(config.run_dir)
-    run.open(config).release()
-    Prepare(config, run).complete()
-    score_all(config, run)
-    finish_scores(run, score_fingerprint(config, run), 1.0)
+    scored_run(tiny_config(folder / "run", model, data))
     return folder
 
 

@@ -18,15 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from bdpo.config import load_config
+from bdpo.scoring.scores import read_scores
 from bdpo.storage.metrics_log import MetricsLog
 from tests.support import ROOT
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
+from tests.support.scored_run import scored_run
+from tests.support.training import launch
 
 KILLS_OF_ONE_TRAINING = 4
+
+# Every checkpoint is kept, so that those which were loaded can be compared afterwards.
+DISTURBED = "train.save_total_limit=1000", "train.max_failures=-1"
 
 TRAIN = {"workers": 2, "save_steps": 2, "num_train_epochs": 4}  # 12 steps
 
@@ -266,6 +273,19 @@ def score_and_train(nodes: Nodes, config: Path, folder: Path, overrides: Sequenc
         assert command.returncode == 0, output
 
 
+def score_and_train_without_ray(config: Path, folder: Path) -> None:
+    """The same two folders by the plain processes of the tests: faster, and a judge of Ray Train."""
+    settings = load_config(config)
+    scored = scored_run(settings.model_copy(update={"run_dir": str(folder / "scored")}))
+    shutil.copytree(scored.root, folder / "undisturbed")
+    pq.write_table(read_scores(settings, scored), folder / "undisturbed" / "scores.parquet")
+    alone = settings.model_copy(update={"run_dir": str(folder / "undisturbed")})
+    launch([alone], settings.train.workers)
+    (folder / "undisturbed" / "train" / "ray").mkdir(parents=True)
+    for checkpoint in (folder / "undisturbed" / "checkpoints").iterdir():
+        checkpoint.rename(folder / "undisturbed" / "train" / "ray" / f"checkpoint_{checkpoint.name}")
+
+
 def kill_training(
     nodes: Nodes,
     config: Path,
@@ -274,11 +294,12 @@ def kill_training(
     seed: int,
     overrides: Sequence[str],
 ) -> Account:
-    """Disturb one training after the other until all `kills` are done, each training by a few of them."""
+    """Disturb one training after the other until all `kills` are done, each training by a few of them.
+
+    `folder` has `scored` and `undisturbed`, as `score_and_train` or `score_and_train_without_ray` makes them.
+    """
     rng, total = random.Random(seed), Account()
-    # Every checkpoint is kept, so that those which were loaded can be looked at afterwards.
-    overrides = [*overrides, "train.save_total_limit=1000", "train.max_failures=-1"]
-    score_and_train(nodes, config, folder, overrides)
+    overrides = [*overrides, *DISTURBED]
     while len(total.kills) < len(kills):
         run = folder / f"run-{len(total.kills)}"
         shutil.copytree(folder / "scored", run)

@@ -203,7 +203,7 @@ def session_node(cpus: int = 4, **variables: str) -> Iterator[tuple[str, Path]]:
         port, log = free_ports(1)[0], folder / "start.log"
         environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
         # Ray kills workers when the machine runs out of memory, whoever took it.
-        environment |= {"RAY_memory_monitor_refresh_ms": "0", "OMP_NUM_THREADS": "1", **variables}
+        environment |= {"RAY_memory_monitor_refresh_ms": "0", **variables}
         head = ["--head", f"--port={port}", "--include-dashboard=false", f"--num-cpus={cpus}"]
         node = start_node(*head, f"--temp-dir={folder}", environment=environment, log=log)
         try:

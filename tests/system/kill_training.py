@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 
 from tests.support import ROOT
-from tests.support.killed_training import Nodes, kill_training
+from tests.support.killed_training import DISTURBED, Nodes, kill_training, score_and_train
 
 KINDS = "worker", "driver", "node", "controller", "stop"
 
@@ -41,6 +41,7 @@ def main() -> None:
     steps = "train.save_steps=2", "train.max_steps=24", "train.stall_seconds=10"
     with tempfile.TemporaryDirectory(prefix="kill-training-") as name, Nodes(workers=2) as nodes:
         folder = Path(name)
+        score_and_train(nodes, arguments.config, folder, [*steps, *DISTURBED])
         total = kill_training(nodes, arguments.config, folder, plan[: arguments.kills], arguments.seed, steps)
         digest = sha256((folder / "undisturbed/model/model.safetensors").read_bytes()).hexdigest()
     print(f"{total}\nSHA-256 of the weights, undisturbed and after every kill: {digest}")

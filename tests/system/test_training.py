@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from tests.support.killed_training import checkpoints, kill_training, rows
+from tests.support.killed_training import checkpoints, kill_training, rows, score_and_train_without_ray
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,7 @@ def test_a_dead_controller_and_a_worker_that_stands_still_cost_steps_alone(
     """`kill_training` itself compares weights and metrics with those of an undisturbed training."""
     kills = [("controller", "step"), ("stop", "step")]
     settings = training_inputs / "config.yaml"
+    score_and_train_without_ray(settings, tmp_path)
     account = kill_training(training_nodes, settings, tmp_path, kills, 0, ["train.stall_seconds=5"])
     assert len(account.kills) == account.recovered == 2
     assert account.partial == 0
