@@ -18,12 +18,11 @@ from bdpo.evaluation.capability import (
     accuracies,
     capability_fingerprint,
     run_capability,
+    task_manager,
 )
 from bdpo.stats import rate
 from tests.support.chats import CHATML, byte_tokenizer
 from tests.support.helpers import tiny_qwen2
-
-pytestmark = pytest.mark.long
 
 
 def test_what_the_harness_reports_becomes_pooled_and_single_estimates() -> None:
@@ -40,6 +39,12 @@ def test_what_the_harness_reports_becomes_pooled_and_single_estimates() -> None:
     hits, n = (sum(pair[i] for pair in right.values()) for i in (0, 1))
     assert (found.accuracy.value, found.accuracy.n) == (hits / n, n)
     assert found.accuracy.interval == "exact"
+
+
+def test_the_harness_has_every_task_that_a_benchmark_names() -> None:
+    templates = {task: template for task, (template, _) in ADVGLUE.items()}
+    needed = {templates.get(task, task) for tasks in BENCHMARKS.values() for task in tasks}
+    assert needed <= set(task_manager().all_tasks)
 
 
 def templated() -> PreTrainedTokenizerFast:
