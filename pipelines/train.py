@@ -103,6 +103,7 @@ class Train(ManifestStage):
         last: dict[str, Any] = metrics[-1] if metrics else {}
         checkpoints = sorted_glob(run.train / "ray", "checkpoint_[0-9]*")  # Ray's own list is beside them
         begun = read_facts(run.train / "begun.json")
+        recoveries = MetricsLog(run.recoveries).read()
         # A method, or data.select, may train on a part of the prepared pairs.
         pairs = begun.get("pairs") or prepared_pairs(run)
         return StageStatus.of(
@@ -113,7 +114,8 @@ class Train(ManifestStage):
             of=plan_without_lengths(pairs, config.train, config.seed).total_steps if pairs else None,
             checkpoints=len(checkpoints),
             last_checkpoint=checkpoints[-1].name if checkpoints else None,
-            recoveries=len(MetricsLog(run.recoveries).read()),
+            recoveries=len(recoveries),
+            workers=next((note["workers"] for note in reversed(recoveries) if "workers" in note), None),
             loss=last.get("loss"),
             tokens_per_second=last.get("tokens_per_second"),
         )
@@ -149,7 +151,9 @@ class Train(ManifestStage):
         check_lora(config)
         print_plan(config, scores.num_rows)
         connect()
-        require_capacity("train", train.workers, train.gpus_per_worker, accelerator=train.accelerator_type)
+        require_capacity(
+            "train", train.min_workers, train.gpus_per_worker, accelerator=train.accelerator_type
+        )
         with _progress(run, Tracking(config, run), steps):
             fit(config, run, scores, self.fingerprint)
         return steps

@@ -117,7 +117,7 @@ def _share(train: TrainConfig, node: NodeFacts) -> float:
     """The part of the workers that may be on a node."""
     if not train.gpus_per_worker:
         return 1.0
-    return min(1.0, len(node.gpu_gib) / train.gpus_per_worker / train.workers)
+    return min(1.0, len(node.gpu_gib) / train.gpus_per_worker / train.min_workers)
 
 
 def check_memory(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
@@ -147,7 +147,7 @@ def check_host(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
     if train.offload != "cpu":
         return "nothing is offloaded to it"
     each = memory_need(config, model_shape(config)[0]).host_total / GIB
-    wanted = {node.address: each * train.workers * _share(train, node) for node in nodes}
+    wanted = {node.address: each * train.min_workers * _share(train, node) for node in nodes}
     small = [node for node in nodes if node.memory_gib < wanted[node.address]]
     if not small:
         return f"{each:.1f} GiB for each worker"

@@ -29,8 +29,14 @@ def max_concurrent(config: Config, nodes: Nodes | None, todo: int, key: str, sha
     while it is evaluated. If the nodes are not known (None), the config has to set the limit.
 
     Raises:
-        UserError: the nodes hold not even one; the message shows the arithmetic.
+        UserError: the nodes hold not even one, and the message shows the arithmetic; or `train.workers` is a
+            range: trainings beside each other would take each other's room.
     """
+    if config.train.min_workers < config.train.max_workers:
+        raise UserError(
+            f"train.workers={config.train.workers}: the trainings of a search or an experiment run beside "
+            "each other, each with a fixed number of workers; set one number"
+        )
     limit: int | None = value_at(config, key)
     if nodes is None:
         if limit is None:
@@ -84,14 +90,15 @@ def _hold(nodes: Nodes, config: Config, variants: int, share: float) -> bool:
         return all(any(node.take(cpus, gpus, accelerator) for node in free) for _ in range(count))
 
     return place(variants, 0, share) and place(
-        variants * train.workers, 1, train.gpus_per_worker, train.accelerator_type
+        variants * train.min_workers, 1, train.gpus_per_worker, train.accelerator_type
     )
 
 
 def _need(config: Config, share: float) -> str:
     train = config.train
-    workers, gpus = f"train.workers={train.workers}", train.workers * train.gpus_per_worker + share
-    need = f"{train.workers} CPU ({workers} x 1)"
+    count = train.min_workers
+    workers, gpus = f"train.workers={count}", count * train.gpus_per_worker + share
+    need = f"{count} CPU ({workers} x 1)"
     if gpus:
         need += f" and {gpus:g} GPU ({workers} x {train.gpus_per_worker:g}"
         need += f" on {train.accelerator_type}" if train.accelerator_type else ""

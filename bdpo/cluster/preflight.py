@@ -134,15 +134,18 @@ def _reasons(phrases: Sequence[str]) -> str:
 def check_batches(config: Config, run: RunDir) -> str:
     """Workers, global batch and micro-batches fit one another."""
     train, data = config.train, config.data
-    share = train.global_batch_size / train.workers
+    share = train.global_batch_size / train.max_workers
     found = f"{train.global_batch_size} pairs a step, {share:g} a worker"
+    if train.max_workers > train.min_workers:
+        found += f" if there are {train.max_workers}, {train.global_batch_size / train.min_workers:g} if "
+        found += f"{train.min_workers}"
     account = read_manifest(run.data / "manifest.json")
     steps = None
     if account:
         pairs = account["account"]["kept"]
         steps = plan_without_lengths(pairs, config.train, config.seed).total_steps
         found += f"; {pairs} pairs make {steps} steps"
-    if train.global_batch_size < train.workers:
+    if train.global_batch_size < train.max_workers:
         return Doubt(f"{found}: some workers have no work at any step; set train.global_batch_size higher")
     longest = 2 * data.max_length - 1
     if train.tokens_per_micro_batch < longest:
@@ -204,7 +207,7 @@ def expected_hours(config: Config, run: RunDir, tokens_per_second: float | None)
         return Doubt(f"{found}; for the hours give --tokens-per-second N or --measure")
     score = score_tokens / tokens_per_second / worker_range(config.score.workers)[1] / 3600
     passes = 4 if config.train.gradient_checkpointing else 3
-    train = passes * train_tokens / tokens_per_second / config.train.workers / 3600
+    train = passes * train_tokens / tokens_per_second / config.train.max_workers / 3600
     hours = f"{score:.2g} h to score, {train:.2g} h to train"
     return f"{found}; at {tokens_per_second:,.0f} tokens a second and worker {hours}"
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from bdpo.config.base import SANDBOX, worker_range
+from bdpo.config.base import SANDBOX, worker_range, workers_label
 from bdpo.config.data import DataConfig
 from bdpo.config.evaluate import EvaluateConfig
 from bdpo.config.experiment import ExperimentConfig
@@ -44,6 +44,7 @@ __all__ = [
     "load_config",
     "parse_config",
     "worker_range",
+    "workers_label",
 ]
 
 

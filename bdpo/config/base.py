@@ -27,6 +27,12 @@ def worker_range(workers: int | list[int]) -> tuple[int, int]:
     return workers[0], workers[1]
 
 
+def workers_label(workers: int | list[int]) -> str:
+    """`n`, or "min to max" where these differ."""
+    low, high = worker_range(workers)
+    return f"{low} to {high}" if low < high else f"{low}"
+
+
 Workers = Annotated[int | list[int], AfterValidator(_one_or_range)]
 
 StallSeconds = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bdpo.config.base import StallSeconds
+from bdpo.config.base import StallSeconds, Workers, worker_range
 from bdpo.section import RUNTIME_ONLY, Fraction, Positive, Section
 
 
@@ -24,7 +24,9 @@ class LoraConfig(Section):
 class TrainConfig(Section):
     """Optimisation, its distribution over workers, and checkpoints."""
 
-    workers: Annotated[Positive, RUNTIME_ONLY] = Field(1, description="processes: ZeRO ranks")
+    workers: Annotated[Workers, RUNTIME_ONLY] = Field(
+        1, description="processes: ZeRO ranks; `[min, max]` follows the cluster"
+    )
     gpus_per_worker: Annotated[float, RUNTIME_ONLY] = Field(
         1.0, ge=0, description="GPUs of one process; 0 trains on the CPU"
     )
@@ -101,6 +103,16 @@ class TrainConfig(Section):
         if self.metric_for_best_model and self.save_steps % self.eval_steps:
             raise ValueError("metric_for_best_model requires save_steps to be a multiple of eval_steps")
         return self
+
+    @property
+    def min_workers(self) -> int:
+        """The least number of workers that train."""
+        return worker_range(self.workers)[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The greatest number of workers that train."""
+        return worker_range(self.workers)[1]
 
     @property
     def best_metric(self) -> str | None:

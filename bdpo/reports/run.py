@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from bdpo.cluster.nodes import versions as package_versions
-from bdpo.config import Config, TuneConfig, parse_config
+from bdpo.config import Config, TuneConfig, parse_config, workers_label
 from bdpo.evaluation.benchmarks.registry import is_main, measure_label
 from bdpo.evaluation.compare import compare
 from bdpo.evaluation.judges.registry import judge_label
@@ -120,7 +120,7 @@ def setup_section(
         ("data", f"{config.data.name} ({config.data.format})"),
         ("training", f"{length}, each batch of {train.global_batch_size} pairs"),
         ("learning rate", f"{rate}, {train.lr_scheduler_type}"),
-        ("workers", f"{train.workers} x ZeRO-{train.zero_stage}"),
+        ("workers", f"{workers_label(train.workers)} x ZeRO-{train.zero_stage}"),
         ("versions" if recorded else "versions that wrote this page", named),
     ]
     rows.append(("judge", judge_label(config)))

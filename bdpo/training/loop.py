@@ -191,6 +191,7 @@ def _resume(
         if newest_first or logged:
             reached = logged[-1]["step"] if logged else 0
             note = {"step": progress.step, "reached": reached, "checkpoint": name, "damaged": damaged}
+            note["workers"] = dist.get_world_size()
             MetricsLog(run.recoveries).append(note)
         log.keep(progress.step)
     return progress

@@ -101,7 +101,7 @@ def model_shape(config: Config) -> tuple[PreTrainedConfig, str | None]:
 
 
 def memory_need(config: Config, shape: PreTrainedConfig) -> MemoryNeed:
-    """The peak memory of one of `train.workers`, in bytes; `gpu` is its own memory if it has no GPU."""
+    """The peak memory of one of the fewest `train.workers`, in bytes; `gpu` is its own memory without one."""
     model = _meta_model(config, shape, shape.num_hidden_layers)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -126,7 +126,7 @@ def _cpu_bytes(train: TrainConfig, weights: int, trainable: int) -> dict[str, in
 
     AdamW's step computes the square root and the quotient of a partition's second moments, in float32.
     """
-    partition = math.ceil(trainable / (train.workers if train.zero_stage else 1))
+    partition = math.ceil(trainable / (train.min_workers if train.zero_stage else 1))
     return {
         "the process": int(PROCESS),
         "weights file, mapped": weights,
@@ -158,7 +158,7 @@ def model_state_bytes(
     train, size = config.train, 2 if config.model.dtype == "bfloat16" else 4
 
     def of(count: int, stage: int, bytes_each: int) -> int:
-        return math.ceil(count * bytes_each / (train.workers if train.zero_stage >= stage else 1))
+        return math.ceil(count * bytes_each / (train.min_workers if train.zero_stage >= stage else 1))
 
     held = {"parameters": of(parameters, 3, size), "gradients, float32": of(trainable, 2, 4)}
     held["optimizer, float32"] = of(trainable, 1, 12 if train.zero_stage else 8)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bdpo.cluster.node_checks import NODE_CHECKS, files_on_nodes
 from bdpo.cluster.nodes import NodeFacts, node_facts
 from bdpo.cluster.preflight import Check, Doubt
-from bdpo.config import Config, worker_range
+from bdpo.config import Config, worker_range, workers_label
 from bdpo.errors import UserError, first_line
 from bdpo.storage.paths import write_text
 from bdpo.storage.run_dir import RunDir
@@ -47,11 +47,10 @@ def room_checks(config: Config, run: RunDir) -> dict[str, Check]:
 def _check_room(stage: str, config: Config, run: RunDir) -> str:
     """The workers of a stage, by its section of the config, fit the cluster."""
     section = getattr(config, stage)
-    low, high = worker_range(section.workers)
+    low, _ = worker_range(section.workers)
     accelerator = getattr(section, "accelerator_type", None)
     require_capacity(stage, low, section.gpus_per_worker, accelerator=accelerator)
-    workers = f"{low} to {high}" if high > low else f"{low}"
-    found = f"{workers} workers x {section.gpus_per_worker:g} GPU"
+    found = f"{workers_label(section.workers)} workers x {section.gpus_per_worker:g} GPU"
     if accelerator:
         found += f" on {accelerator}"
     if cluster_nodes() is None:

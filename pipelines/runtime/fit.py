@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bdpo.config import Config, TrainConfig
+from bdpo.config import Config, TrainConfig, workers_label
 from bdpo.storage.manifests import Fingerprint, finished, write_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import arrow_filesystem, discard
@@ -86,16 +86,19 @@ def _trainer(train: TrainConfig, run: RunDir, arguments: dict[str, Any]) -> Torc
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from pipelines.runtime.elastic import ElasticTrainer
     from pipelines.runtime.recovery import Recovery
 
     filesystem, storage_path = arrow_filesystem(run.train)
     gpus = train.gpus_per_worker
-    return TorchTrainer(
+    is_elastic = train.min_workers < train.max_workers
+    return (ElasticTrainer if is_elastic else TorchTrainer)(
         train_worker,
         train_loop_config=arguments,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
-            num_workers=train.workers,
+            num_workers=(train.min_workers, train.max_workers) if is_elastic else train.min_workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=0,  # type: ignore[call-arg]  # `CheckpointScalingPolicy` says when
             use_gpu=gpus > 0,
             accelerator_type=train.accelerator_type,
             resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
@@ -168,10 +171,11 @@ def _begin(config: Config, run: RunDir, fingerprint: Fingerprint, pairs: int) ->
     if begun is None and MetricsLog(run.metrics).read():
         raise no_intact_checkpoint({})  # nobody knows how the steps that are logged were made
     committed: int | None = begun["committed"] if begun is not None else None
-    if begun and committed and begun["workers"] != config.train.workers:
+    workers = workers_label(config.train.workers)
+    if begun and committed and workers_label(begun["workers"]) != workers:
         console.print(
-            f"[bold]training[/]  was begun with {begun['workers']} workers and resumes with "
-            f"{config.train.workers}: each of them reads the complete checkpoint once; results are equal to "
+            f"[bold]training[/]  was begun with {workers_label(begun['workers'])} workers and resumes with "
+            f"{workers}: each of them reads the complete checkpoint once; results are equal to "
             "rounding",
             soft_wrap=True,
         )
@@ -186,5 +190,6 @@ def recovery_line(note: dict[str, Any]) -> str:
     if "step" not in note:
         return f"[bold]training[/]  {damaged}"
     lost = note["reached"] - note["step"]
-    line = f"[bold]training[/]  resumes from step {note['step']}, {lost} steps are repeated"
+    workers = f" with {note['workers']} workers" if "workers" in note else ""
+    line = f"[bold]training[/]  resumes from step {note['step']}{workers}, {lost} steps are repeated"
     return f"{line} ({damaged})" if damaged else line

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from bdpo.cluster.status import expected_pairs
-from bdpo.config import Config
+from bdpo.config import Config, workers_label
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import plan_without_lengths
 from bdpo.training.memory import (
@@ -47,7 +47,7 @@ def _batch_table(config: Config, pairs: int | None) -> Table:
     train = config.train
     table = Table(title="training", title_justify="left", show_header=False)
     per_worker = f"{train.gpus_per_worker:g} GPU" if train.gpus_per_worker else "1 CPU"
-    table.add_row("workers", f"{train.workers} x {per_worker}, ZeRO stage {train.zero_stage}")
+    table.add_row("workers", f"{workers_label(train.workers)} x {per_worker}, ZeRO stage {train.zero_stage}")
     table.add_row("batch", f"{train.global_batch_size} pairs a step")
     table.add_row("micro-batch", f"{train.tokens_per_micro_batch:,} tokens on each worker")
     if pairs is None:

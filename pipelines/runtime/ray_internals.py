@@ -4,6 +4,9 @@
 checked again before that range grows; `tests/pipelines/test_ray_internals.py` compares each of these with
 what Ray itself does.
 
+Two modules depend on it as well, as they make classes of Ray's: `pipelines.runtime.elastic` (the policy by
+which Ray Train resizes) and `pipelines.runtime.variant_actor`.
+
 Ray is imported inside functions: a command that refuses its config must not wait for it.
 """
 

@@ -229,14 +229,17 @@ def _end_stalled(title: str, watch: WatchHandle, together: bool) -> None:
     import ray
 
     stalls: list[Stall] = ray.get(watch.stalled.remote(), timeout=ANSWER_SECONDS)
-    for stall in stalls[:1] if together else stalls:
-        workers = ray.get(watch.workers.remote(), timeout=ANSWER_SECONDS) if together else [stall.worker]
-        killed = [worker for worker in workers if _kill(worker)]
-        for worker in workers:
-            watch.forget.remote(worker, worker in killed)
-        if killed:  # else it had ended, and Ray knows
+    for stall in stalls:
+        killed = _kill(stall.worker)
+        watch.forget.remote(stall.worker, killed)
+        if killed and together:
+            for worker in ray.get(watch.workers.remote(), timeout=ANSWER_SECONDS):
+                watch.forget.remote(worker, _kill(worker))
+        if killed:  # else it had ended, and Ray knows: it has replaced the whole group meanwhile
             then = "the training is started again" if together else "its work is done again"
             console.print(f"[bold]{title}[/]  {stall.line()}; killed, {then}", soft_wrap=True)
+        if killed and together:
+            return  # the other stalls were those of workers that waited for this one
 
 
 def _kill(worker: Worker) -> bool:

@@ -99,3 +99,8 @@ def test_of_nodes_that_cannot_be_known_the_config_says_it():
     assert concurrent_trials(needing(8, 1.0, 1.0, max_concurrent_trials=3), None) == 3
     with pytest.raises(UserError, match=r"^tune\.max_concurrent_trials: set it"):
         concurrent_trials(needing(8, 1.0, 1.0), None)
+
+
+def test_trainings_beside_each_other_have_a_fixed_number_of_workers():
+    with pytest.raises(UserError, match=r"^train\.workers=\[1, 2\]: the trainings of a search"):
+        concurrent_trials(needing([1, 2]), [(1, {"CPU": 4})])

@@ -124,6 +124,7 @@ def test_what_stops_a_run_is_an_error(values, tmp_path, check, change, damage, n
     [
         ("template", {"data": {"max_length": 48, "max_prompt_length": 47}}, "max_length=48 and may be cut"),
         ("batches", {"train": {"workers": 16}}, "some workers have no work"),
+        ("batches", {"train": {"workers": [1, 16]}}, "a worker if there are 16, 8 if 1: some workers have"),
         ("batches", {"train": {"tokens_per_micro_batch": 64}}, "train.tokens_per_micro_batch=64"),
     ],
 )

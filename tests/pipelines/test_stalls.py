@@ -7,11 +7,14 @@ import time
 
 import psutil
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.runtime.cluster import connect
 from pipelines.runtime.pool import RayPool, ShardWork
-from pipelines.runtime.stalls import IDLE, PAUSED, SLOWER, UNKNOWN, Worker, WorkTimes, end_process
+from pipelines.runtime.stalls import IDLE, PAUSED, SLOWER, UNKNOWN, Worker, WorkTimes, end_process, watching
+from tests.support.ray_nodes import wait_until
 from tests.support.stalling import SHARDS, Stalling
 
 A, B = Worker("node", "host", 1, 0.0), Worker("node", "host", 2, 0.0)
@@ -79,6 +82,31 @@ def test_only_the_very_process_is_killed():
         assert not end_process(process.pid, began)
     finally:
         process.kill()
+
+
+def started():
+    """A process that does nothing, and the same as a worker of this node."""
+    process = subprocess.Popen(["sleep", "600"])
+    began = psutil.Process(process.pid).create_time()
+    node = ray.get_runtime_context().get_node_id()
+    return process, Worker(node, "host", process.pid, began)
+
+
+@pytest.mark.ray
+def test_a_worker_that_died_is_no_reason_to_kill_those_that_replaced_it():
+    connect()
+    (dead, was), (alive, now) = started(), started()
+    dead.kill()
+    dead.wait()
+    try:
+        with watching("training", 0.2, together=True) as watch:
+            watch.begin.remote(was, "step", "an optimizer step")
+            watch.begin.remote(now, PAUSED, "the wait for a decision")
+            wait_until(lambda: ray.get(watch.workers.remote()) == [now], "the dead worker is forgotten", 60)
+        assert alive.poll() is None
+    finally:
+        alive.kill()
+        alive.wait()
 
 
 @pytest.mark.ray

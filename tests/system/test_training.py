@@ -68,7 +68,7 @@ class TestOneCommand:
         code, output = self.train(training_nodes, training_inputs, run, *overrides)
         assert code == 0, output
         assert "checkpoint_half is not used: state/" in " ".join(output.split())
-        assert f"resumes from step {best_step}, {12 - best_step} steps are repeated" in output
+        assert f"resumes from step {best_step} with 2 workers, {12 - best_step} steps are repeated" in output
         assert kept(run) == [best_step, 12]
         assert (run / "model" / "model.safetensors").read_bytes() == weights
         manifest = json.loads((run / "train" / "manifest.json").read_text())
