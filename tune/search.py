@@ -16,7 +16,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from bdpo.cluster.status import StageStatus
 from bdpo.config import Config, TuneConfig
@@ -38,9 +37,8 @@ from bdpo.storage.manifests import Fingerprint, read_manifest, write_manifest
 from bdpo.storage.paths import (
     StoragePath,
     discard,
-    open_parquet,
-    parquet_bytes,
-    write_bytes,
+    read_parquet,
+    write_parquet,
     write_text,
 )
 from bdpo.storage.run_dir import RunDir
@@ -110,7 +108,7 @@ def _base_scores(config: Config, base: RunDir) -> pa.Table:
     if not summary.valid:
         why = "; ".join(invalid_lines("base", summary))
         raise UserError(f"there is nothing to compare trials with: {why}; the same command judges it again")
-    scores = pq.read_table(open_parquet(base.eval("base") / "scores.parquet"))
+    scores = read_parquet(base.eval("base") / "scores.parquet")
     limit = config.tune.rung_limit
     rungs = [
         ("the prompts of the search", None),
@@ -148,7 +146,7 @@ def _finish(sweep: Sweep) -> None:
     run, trials, settings = sweep.run, sweep.trials(), sweep.config.tune
     results, best = results_table(trials, settings), winner(trials, settings)
     _print_failures(trials)
-    write_bytes(run.tune / "results.parquet", parquet_bytes(results))
+    write_parquet(run.tune / "results.parquet", results)
     shown = read_evaluation(run.part("tune", "base", "search").eval("base"))
     for figure, drawn in search_figures(results, settings, shown.summary).items():
         for suffix in ("png", "pdf"):

@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.table import Table
 
 from bdpo.config.derive import part_of
@@ -23,7 +22,7 @@ from bdpo.scoring.selection import training_rows
 from bdpo.search.sweep import Sweep
 from bdpo.search.trials import end_of, is_promoted, rung_steps, winner
 from bdpo.storage.cache import drop_local_copy
-from bdpo.storage.paths import open_parquet, read_bytes
+from bdpo.storage.paths import read_bytes, read_parquet
 from bdpo.training.batches import plan_without_lengths
 from bdpo.training.rungs import Rungs
 from bdpo.variants.ends import End, Failure
@@ -134,7 +133,7 @@ class TrialRunner:
         drop_local_copy(self.trial_run.model)  # the next rung has another
         if not summary.valid:
             raise InvalidEvaluation("; ".join(invalid_lines(name, summary)))
-        scores = pq.read_table(open_parquet(self.trial_run.eval(name) / "scores.parquet"))
+        scores = read_parquet(self.trial_run.eval(name) / "scores.parquet")
         measured = measure(self.settings.tune, scores, self.base_scores)
         seconds = {"train_seconds": trained - started, "evaluate_seconds": time.time() - trained}
         self.sweep.record_rung(self.trial, step, measured, **seconds)

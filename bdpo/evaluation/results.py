@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from bdpo.errors import UserError
 from bdpo.evaluation.judges.registry import NOBODY, JudgeNote
 from bdpo.evaluation.measures import Summary
 from bdpo.storage.manifests import Fingerprint, read_facts, read_manifest
-from bdpo.storage.paths import StoragePath, open_parquet, sorted_glob
+from bdpo.storage.paths import StoragePath, read_parquet, sorted_glob
 from bdpo.storage.run_dir import RunDir
 
 MODEL_NAMES = ("base", "adapter", "trained")
@@ -59,7 +58,7 @@ def read_evaluation(folder: StoragePath) -> Evaluation:
     capability = {file.stem: read_facts(file) for file in sorted_glob(folder / "capability", "*.json")}
     summary = replace(Summary.from_json(manifest), capability=capability)
     valid = [name for name, part in summary.benchmarks.items() if part.valid]
-    scores = pq.read_table(open_parquet(folder / "scores.parquet"))
+    scores = read_parquet(folder / "scores.parquet")
     scores = scores.filter(pc.is_in(scores["benchmark"], pa.array(valid, pa.string())))
     fingerprint = manifest.fingerprint
     judge = JudgeNote(fingerprint.get("evaluate.judge", ""), manifest.get("judge_error", {}))

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from bdpo.config import Config, worker_range
 from bdpo.reports.page import PageTable, Section
 from bdpo.storage.manifests import read_facts, read_manifest
-from bdpo.storage.paths import StoragePath, open_parquet
+from bdpo.storage.paths import StoragePath, read_parquet
 from bdpo.storage.run_dir import RunDir
 
 
@@ -75,7 +74,7 @@ def search_costs(config: Config, run: RunDir) -> list[StageCost]:
         TimedStage(f"search: evaluate {name}", folder / "summary.json", stage_gpus(config.evaluate))
         for name, folder in folders.items()
     ]
-    trials = pq.read_table(open_parquet(file), columns=["train_seconds", "evaluate_seconds"])
+    trials = read_parquet(file).select(["train_seconds", "evaluate_seconds"])
     seconds = {name: float(np.sum(trials[name].to_numpy())) for name in trials.column_names}
     alone = config.evaluate.gpus_per_worker  # a trial evaluates in one process
     return [

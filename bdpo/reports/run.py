@@ -12,7 +12,6 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from bdpo.cluster.nodes import versions as package_versions
 from bdpo.config import Config, TuneConfig, parse_config, workers_label
@@ -37,7 +36,7 @@ from bdpo.scoring.scores import finished_scores
 from bdpo.stats import ENDS, Difference, p_value
 from bdpo.storage.manifests import read_facts, read_manifest
 from bdpo.storage.metrics_log import MetricsLog
-from bdpo.storage.paths import open_parquet, sorted_glob
+from bdpo.storage.paths import read_parquet, sorted_glob
 from bdpo.storage.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -287,7 +286,7 @@ def _search(run: RunDir) -> Section | None:
     if begun is None or not file.is_file():
         return None
     tune = sweep_settings(begun.fingerprint)
-    results = pq.read_table(open_parquet(file))
+    results = read_parquet(file)
     base = read_evaluation(run.part("tune", "base", "search").eval("base")).summary
     figures = search_figures(results, tune, base)
     rows = [

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -202,9 +203,41 @@ def parquet_bytes(table: pa.Table) -> pa.Buffer:
     return buffer.getvalue()
 
 
+_DIGEST_KEY = b"bdpo.digest"
+
+
 def write_parquet(file: StoragePath, table: pa.Table) -> None:
-    """Write a Parquet file, complete or not at all."""
-    write_bytes(file, parquet_bytes(table))
+    """Write a Parquet file with a digest of its rows in its metadata, complete or not at all."""
+    table = table.replace_schema_metadata(None)
+    write_bytes(file, parquet_bytes(table.replace_schema_metadata({_DIGEST_KEY: _rows_digest(table)})))
+
+
+def read_parquet(file: StoragePath) -> pa.Table:
+    """The rows that `write_parquet` wrote.
+
+    Raises:
+        UserError: the file is damaged, or was not written by `write_parquet`.
+        FileNotFoundError: there is no such file.
+    """
+    content = read_bytes(file)
+    try:
+        table = pq.read_table(pa.BufferReader(content))
+        digest, table = (table.schema.metadata or {}).get(_DIGEST_KEY), table.replace_schema_metadata(None)
+        intact = digest == _rows_digest(table)
+    except (pa.ArrowException, OSError, ValueError):
+        intact = False
+    if not intact:
+        raise UserError(
+            f"{file}: damaged, or not written by this version of bdpo; remove it, and the same command that "
+            "made it makes it again"
+        )
+    return table
+
+
+def _rows_digest(table: pa.Table) -> bytes:
+    """Of the values alone: how Arrow and Parquet lay them out changes with their versions."""
+    values = json.dumps(table.to_pydict(), default=str)
+    return hashlib.sha256(values.encode()).hexdigest().encode()
 
 
 def open_parquet(file: StoragePath) -> Any:

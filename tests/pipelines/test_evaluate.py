@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from bdpo.evaluation.measures import SCORE_SCHEMA, summarise
 from bdpo.storage.manifests import write_manifest
+from bdpo.storage.paths import write_parquet
 from bdpo.storage.run_dir import RunDir
 from tests.support.commands import Ended, run_command
 from tests.support.evaluation import (
@@ -106,7 +106,7 @@ def test_two_runs_are_compared_on_the_terminal(tmp_path: Path, monkeypatch: pyte
         run = RunDir(tmp_path / name)
         table = pa.Table.from_pylist([row(n, harm) for n, harm in enumerate(harms)], schema=SCORE_SCHEMA)
         run.eval(model).mkdir(parents=True)
-        pq.write_table(table, run.eval(model) / "scores.parquet")
+        write_parquet(run.eval(model) / "scores.parquet", table)
         write_manifest(run.eval(model) / "summary.json", {"prompts": prompts}, **summarise(table).to_json())
 
     def compare(*names: str) -> Ended:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from bdpo.config.gate import GateConfig
 from bdpo.evaluation.measures import SCORE_SCHEMA, summarise
 from bdpo.storage.manifests import write_manifest
+from bdpo.storage.paths import write_parquet
 from bdpo.storage.run_dir import RunDir
 from pipelines.evaluate import Evaluate
 from pipelines.gate import main
@@ -43,7 +44,7 @@ def evaluation(run, name, harms, refused=(), **marks):
     rows += [xrow(n, no, "ducks", True) | {"partial": False, "cut": False} for n, no in enumerate(refused)]
     table = pa.Table.from_pylist(rows, schema=SCORE_SCHEMA)
     run.eval(name).mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, run.eval(name) / "scores.parquet")
+    write_parquet(run.eval(name) / "scores.parquet", table)
     write_manifest(run.eval(name) / "summary.json", JUDGED_BY | marks, **summarise(table).to_json())
 
 
@@ -154,7 +155,7 @@ def test_what_cannot_be_known_is_not_met(run, tmp_path, break_it, reason):
 def change_score(run):
     file = run.eval("trained") / "scores.parquet"
     rows = pq.read_table(file).to_pylist()
-    pq.write_table(pa.Table.from_pylist([rows[0] | {"harm": 1.0}, *rows[1:]], schema=SCORE_SCHEMA), file)
+    write_parquet(file, pa.Table.from_pylist([rows[0] | {"harm": 1.0}, *rows[1:]], schema=SCORE_SCHEMA))
 
 
 @pytest.mark.parametrize(

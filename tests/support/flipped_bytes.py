@@ -18,12 +18,22 @@ import pyarrow.parquet as pq
 
 from bdpo.data.pairs import PAIR_SCHEMA, pairs_digest
 from bdpo.errors import UserError
+from bdpo.evaluation.answers import RESPONSE_SCHEMA
+from bdpo.evaluation.measures import SCORE_SCHEMA as VERDICT_SCHEMA
+from bdpo.evaluation.measures import summarise
+from bdpo.experiments.arms import Arm, Record
 from bdpo.scoring.scores import SCORE_SCHEMA, checked_pairs_digest, finished_scores, score_store
+from bdpo.search.sweep import Sweep
+from bdpo.stats import Estimate
 from bdpo.storage.digests import sha256
 from bdpo.storage.manifests import read_manifest, write_manifest
 from bdpo.storage.metrics_log import MetricsLog
+from bdpo.storage.paths import read_parquet, write_parquet
 from bdpo.storage.run_dir import RunDir, run_config
+from bdpo.storage.shards import ShardStore
 from bdpo.training.checkpoints import CheckpointPart, TrainProgress, part_defect
+from bdpo.variants.ends import End, Failure
+from bdpo.variants.objective import Measured
 from tests.support.helpers import tiny_config
 
 Reader = Callable[[], Any]
@@ -55,7 +65,48 @@ def small_run(folder: Path) -> RunDir:
         MetricsLog(run.metrics).append({"step": step, "loss": 1 / step})
         MetricsLog(run.recoveries).append({"step": step, "reached": step, "checkpoint": "c", "damaged": {}})
     _checkpoint(run.train / "ray" / "checkpoint_1", workers=2)
+    _evaluate(run)
+    _record_variants(run)
     return run
+
+
+def _evaluate(run: RunDir) -> None:
+    """An evaluation of the base model: answers, verdicts, scores and summary."""
+    verdict = dict.fromkeys(VERDICT_SCHEMA.names) | {"new_tokens": 3}
+    verdict |= {"benchmark": "strongreject", "category": "x", "harm": 0.5}
+    verdict |= {"should_comply": False, "flagged": False}
+    items = [str(number) for number in range(12)]
+    verdicts = pa.Table.from_pylist([verdict | {"item_id": item} for item in items], schema=VERDICT_SCHEMA)
+    answer = {"response": "no", "new_tokens": 3, "cut": False, "finite": True}
+    answers = pa.Table.from_pylist([answer | {"item_id": item} for item in items], schema=RESPONSE_SCHEMA)
+    for first in (0, 6):
+        _answers(run).write(first, answers.slice(first, 6))
+        _verdicts(run).write(first, verdicts.slice(first, 6))
+    write_parquet(run.eval("base") / "scores.parquet", verdicts)
+    write_manifest(run.eval("base") / "summary.json", {}, **summarise(verdicts).to_json())
+
+
+def _answers(run: RunDir) -> ShardStore:
+    return ShardStore(run.responses("base"), RESPONSE_SCHEMA, {"weights": "x"}, mode=0o600)
+
+
+def _verdicts(run: RunDir) -> ShardStore:
+    return ShardStore(run.eval("base") / "shards", VERDICT_SCHEMA, {"judge": "x"})
+
+
+def _record_variants(run: RunDir) -> None:
+    """Two trials of a search, one of which failed, and an experiment with one arm."""
+    sweep = Sweep(run_config(run), run, {"seed": 0})
+    sweep.begin()
+    for name in ("0000", "0001"):
+        file = sweep.folder(name).root / "trial.json"
+        write_manifest(file, sweep.fingerprint, params={"method.beta": 0.1}, begun=1.0)
+    half = Estimate(0.5, 0.4, 0.6, 10, "exact")
+    sweep.record_rung(sweep.trial("0000"), 4, Measured(half, half, 1.0, 0.1), 10.0, 3.0)
+    sweep.record_failure("0001", Failure(End.LOST, "OSError: gone"))
+    write_parquet(run.tune / "results.parquet", pa.table({"trial": ["0000", "0001"], "loss": [0.5, None]}))
+    arms = run.part("experiments", "alpha").root
+    Record(run_config(run), (Arm("dpo", {"method.name": "dpo"}),), notes=("short",)).write(arms)
 
 
 def _checkpoint(folder: Path, workers: int) -> None:
@@ -71,9 +122,13 @@ def _checkpoint(folder: Path, workers: int) -> None:
 def readers(run: RunDir) -> dict[str, Reader]:
     """What later commands read in a run folder, by name; only what is there."""
     found: dict[str, Reader] = {"config": lambda: run_config(run)}
-    for file in sorted(run.root.rglob("*.json")):
-        if file.name in ("manifest.json", "begun.json"):
-            found[str(file)] = lambda file=file: read_manifest(file)
+    for file in _manifests(run):
+        found[str(file)] = lambda file=file: read_manifest(file)
+    for file in _tables(run):
+        found[str(file)] = lambda file=file: read_parquet(file).to_pylist()
+    for store in (_answers(run), _verdicts(run)):
+        if store.folder.exists():
+            found[f"shards {store.folder}"] = lambda store=store: [t.to_pylist() for t in store.tables()]
     if (run.data / "manifest.json").exists():
         found["pairs"] = lambda: checked_pairs_digest(run)
     if (run.scores / "manifest.json").exists():
@@ -84,6 +139,17 @@ def readers(run: RunDir) -> dict[str, Reader]:
     for folder in sorted((run.train / "ray").glob("checkpoint_*")):
         found[str(folder)] = lambda folder=folder: list(_defects(folder))
     return found
+
+
+def _manifests(run: RunDir) -> list[Path]:
+    """The sealed JSON files of a run; those of checkpoints are parts of these."""
+    found = sorted(run.root.rglob("*.json"))
+    return [file for file in found if not any(name.startswith("checkpoint_") for name in file.parts)]
+
+
+def _tables(run: RunDir) -> list[Path]:
+    """The Parquet files that stand alone, with a digest in themselves."""
+    return sorted(file for name in ("scores", "results") for file in run.root.rglob(f"{name}.parquet"))
 
 
 def _defects(folder: Path) -> Iterator[str]:
@@ -97,7 +163,8 @@ def files_read(run: RunDir) -> list[Path]:
     """The files on which the readers depend."""
     named = {run.config, run.metrics, run.recoveries}
     named |= set(run.pairs.glob("*.parquet")) | set(run.scores.glob("*.parquet"))
-    named |= {file for file in run.root.rglob("*.json") if file.name in ("manifest.json", "begun.json")}
+    named |= {*_manifests(run), *_tables(run)}
+    named |= {file for store in (_answers(run), _verdicts(run)) for file in store.folder.glob("*.parquet")}
     named |= {file for file in (run.train / "ray").glob("checkpoint_*/**/*") if file.is_file()}
     return sorted(file for file in named if file.exists() and file.stat().st_size)
 
@@ -115,8 +182,9 @@ def outcome(before: dict[str, Any], found: dict[str, Reader]) -> str:
             return "traceback"
         if now == before[name]:
             continue
-        is_log, is_checkpoint = name.endswith(".jsonl"), "checkpoint_" in name
-        if not (is_checkpoint and now) and not (is_log and all(row in before[name] for row in now)):
+        shortened = name.endswith(".jsonl") or name.startswith("shards ")  # what is left out is made again
+        is_checkpoint = "checkpoint_" in name
+        if not (is_checkpoint and now) and not (shortened and all(row in before[name] for row in now)):
             return "silent"
         worst = "dropped"
     return worst
