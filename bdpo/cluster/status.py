@@ -11,7 +11,7 @@ from typing import Literal
 import pyarrow.parquet as pq
 
 from bdpo.config import Config
-from bdpo.storage.lease import LEASE_SECONDS, read_holder, shows_life
+from bdpo.storage.lease import LEASE_SECONDS, RENEWAL_SECONDS, read_holder, shows_life
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.paths import StoragePath, open_parquet, sorted_glob
 from bdpo.storage.run_dir import RunDir
@@ -85,6 +85,8 @@ def command_line(run: RunDir) -> str | None:
         )
     elif not _exists(holder.pid):
         state = f"dead ({last}); the same command resumes"
+    elif holder.alive > time.time() + RENEWAL_SECONDS:  # the clock was set back: times tell nothing
+        state = "at work" if shows_life(run.root) else "stands still (its last sign of life is in the future)"
     elif time.time() - holder.alive > LEASE_SECONDS:
         state = f"stands still ({last})"
     else:

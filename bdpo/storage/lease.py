@@ -6,9 +6,9 @@ The command that holds a lock shows signs of life: the lease is rewritten, and b
 
 from __future__ import annotations
 
-import _thread
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from filelock import FileLock, Timeout
 from upath import UPath
@@ -32,7 +32,12 @@ LEASE_SECONDS = 30.0
 
 
 LOST = threading.Event()
-"""Set when another command has taken a lease of this process, just before its main thread is interrupted."""
+"""Set when this process has lost a lock of its own, just before its main thread is interrupted."""
+
+
+def interrupt_main() -> None:
+    """Send SIGINT to the main thread: `_thread.interrupt_main` would not end what it waits for."""
+    signal.pthread_kill(cast(int, threading.main_thread().ident), signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,17 @@ class Held(ABC):
         while not self.released.wait(RENEWAL_SECONDS) and self._show_life():
             pass
 
+    def loss(self) -> str | None:
+        """Why this process does not hold the lock any more, in one line; None while it does."""
+        return None
+
+    def _stop(self, loss: str) -> bool:
+        """End the command, whose lock is lost: report it, and interrupt the main thread."""
+        print(f"error: {loss}; stopping", file=sys.stderr)
+        LOST.set()
+        interrupt_main()
+        return False
+
     @abstractmethod
     def _acquire(self) -> None:
         """Take the lock, or raise Timeout."""
@@ -90,23 +106,42 @@ class Held(ABC):
 
 
 class HeldFolder(Held):
-    """A file lock of a local or mounted folder, and signs of life beside it."""
+    """A file lock of a local or mounted folder, and signs of life beside it.
+
+    The lock is that of a file, not of a name: who deletes the file, or the folder, lets another command in.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.file, self.lock = folder / ".holder", FileLock(folder / ".lock")
+        self.folder, self.file, self.lock = folder, folder / ".holder", FileLock(folder / ".lock")
         super().__init__()
+
+    def loss(self) -> str | None:
+        """That the folder, or its lock, was deleted meanwhile."""
+        try:
+            if (self.folder / ".lock").stat().st_ino == self.inode:
+                return None
+        except FileNotFoundError:
+            pass
+        except OSError:  # a mount that does not answer for a moment
+            return None
+        what = self.folder / ".lock" if any(self.folder.glob("*")) else self.folder
+        return f"{what}: was deleted while this command worked there"
 
     def _acquire(self) -> None:
         self.lock.acquire(timeout=0)
+        self.inode = (self.folder / ".lock").stat().st_ino
         self._show_life()
 
     def _show_life(self) -> bool:
-        with suppress(OSError):  # a full disk, a deleted folder: the command itself reports them
+        if (loss := self.loss()) is not None:
+            return self._stop(loss)
+        with suppress(OSError):  # a full disk: the command itself reports it
             self.file.write_text(self.holder.sign_of_life())
         return True
 
     def _give_back(self) -> None:
-        self.file.unlink(missing_ok=True)
+        if self.loss() is None:  # else it is another command's
+            self.file.unlink(missing_ok=True)
         self.lock.release()
 
 
@@ -207,10 +242,7 @@ class Lease(Held):
     def _show_life(self) -> bool:
         with suppress(Exception):  # unavailable for a moment; who watches waits for several renewals
             if not self._is_mine():
-                print(f"error: {self.file}: another command took it over; stopping", file=sys.stderr)
-                LOST.set()
-                _thread.interrupt_main()
-                return False
+                return self._stop(f"{self.file}: another command took it over")
             write_bytes(self.file, self._content())
         return True
 

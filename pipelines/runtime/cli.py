@@ -16,6 +16,7 @@ from bdpo.config import Config, load_config
 from bdpo.errors import StorageUnavailable, UserError, error_line
 from bdpo.models.tokenizer import with_template
 from bdpo.sandbox import with_sandbox_files
+from bdpo.storage.lease import Held
 from bdpo.storage.paths import discard
 from bdpo.storage.run_dir import RunDir
 from pipelines.runtime.progress import printable
@@ -57,7 +58,7 @@ class Command:
                     for stage in self._having(option):
                         getattr(stage(config, run, *chosen), option)()
                     return
-            with run.open(config):
+            with run.open(config) as held, clear_when_lost(held):
                 self._work(config, run, *chosen)
 
     def _work(self, config: Config, run: RunDir, *chosen: str) -> None:
@@ -105,6 +106,21 @@ def clear_when_full(what: str) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UserError(f"{what}: cannot be written ({error_line(error)})") from None
+
+
+@contextmanager
+def clear_when_lost(held: Held) -> Iterator[None]:
+    """Report a deleted run folder, or lock, in one line, whatever the command met first.
+
+    Raises:
+        UserError: the lock is lost.
+    """
+    try:
+        yield
+    except Exception:
+        if (loss := held.loss()) is None:
+            raise
+        raise UserError(f"{loss}; when that is put right the same command resumes") from None
 
 
 @contextmanager

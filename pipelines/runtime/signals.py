@@ -5,7 +5,8 @@ Further signals change nothing, and after `LAST_SECONDS` the process ends wherev
 for its threads. The process ends without Python's exit handlers, in which Ray's threads may abort it; a Ray
 cluster that the command started is killed with it, and on another cluster the command's actors end.
 
-A command whose lease of the run folder was taken by another one ends in the same way, with exit code 2.
+A command that has lost the lock of its run folder (another command took the lease, or the folder or its lock
+was deleted) ends in the same way, with exit code 2.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def interruptible() -> Iterator[None]:
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         if not seen:
-            seen.append(2 if LOST.is_set() else 128 + signum)  # a lost lease has been reported
+            seen.append(2 if LOST.is_set() else 128 + signum)  # a lost lock has been reported
             if not LOST.is_set():
                 print(f"{_WORDS[signum]}: the same command resumes here", file=sys.stderr, flush=True)
             timer = threading.Timer(LAST_SECONDS, _end, seen)

@@ -56,7 +56,7 @@ def test_a_folder_without_a_run(tmp_path):
         run_status(RunDir(tmp_path))
 
 
-def test_a_command_is_at_work_stands_still_or_is_dead(run):
+def test_a_command_is_at_work_stands_still_or_is_dead(run, monkeypatch):
     assert command_line(run) is None
     with run.open(run_config(run)):
         assert re.fullmatch(
@@ -68,6 +68,10 @@ def test_a_command_is_at_work_stands_still_or_is_dead(run):
         long_ago = time.time() - 600
         (run.root / ".holder").write_text(json.dumps(holder | {"alive": long_ago}))
         assert "stands still (last sign of life 60" in command_line(run)
+        in_a_year = time.time() + 365 * 86400  # it was written before the clock was put right
+        monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.2)
+        (run.root / ".holder").write_text(json.dumps(holder | {"alive": in_a_year}))
+        assert "stands still (its last sign of life is in the future)" in command_line(run)
     ended = subprocess.Popen(["true"])
     ended.wait()
     (run.root / ".holder").write_text(json.dumps(holder | {"pid": ended.pid}))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import resource
+import shutil
+import subprocess
+import sys
 
 import pytest
 import ray
@@ -11,6 +14,7 @@ from bdpo.errors import UserError
 from bdpo.storage.manifests import write_manifest
 from pipelines.runtime.cli import Command, command_config
 from pipelines.runtime.stage import Stage
+from tests.support import ROOT
 
 
 class Invented(Stage):
@@ -62,6 +66,58 @@ def test_a_full_disk_is_said_in_one_line_whatever_is_being_written(file, tmp_pat
     assert ended.value.code == 2
     said = f"error: run_dir={tmp_path}/run: cannot be written (File too large)\n"
     assert capsys.readouterr().err.endswith(said)
+
+
+DELETED = {
+    "the folder": (lambda run: shutil.rmtree(run.root), ""),
+    "its lock": (lambda run: (run.root / ".lock").unlink(), "/.lock"),
+    "its lock, and another command began": (lambda run: deleted_and_locked(run), "/.lock"),
+}
+
+
+def deleted_and_locked(run):
+    (run.root / ".lock").unlink()
+    (run.root / ".lock").touch()
+
+
+@pytest.mark.parametrize("how", DELETED)
+def test_what_is_deleted_under_a_command_ends_it_in_one_line(file, tmp_path, monkeypatch, capsys, how):
+    """The command meets the loss by itself, before its signs of life do."""
+    delete, what = DELETED[how]
+
+    def work(run):
+        delete(run)
+        (run.root / "data" / "manifest.json").read_text()
+
+    monkeypatch.setattr(Invented, "work", staticmethod(work))
+    with pytest.raises(SystemExit) as ended:
+        Command("", (Invented,))(["--config", file, f"run_dir={tmp_path}/run"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path}/run{what}: was deleted while this command worked there")
+
+
+@pytest.mark.parametrize("how", ["folder", "lock"])
+def test_a_command_that_only_computes_is_ended_as_well(file, tmp_path, how):
+    """By its signs of life, in seconds: it would write its results where nobody looks for them."""
+    program = f"""if True:
+        import shutil, time
+        from pathlib import Path
+        from bdpo.storage import lease
+        from pipelines.runtime.cli import exit_codes
+        lease.RENEWAL_SECONDS = 0.2
+        folder = Path({str(tmp_path)!r}) / "run"
+        folder.mkdir()
+        (folder / "config.yaml").write_text("")
+        with exit_codes(), lease.lock(folder):
+            shutil.rmtree(folder) if {how == "folder"} else (folder / ".lock").unlink()
+            time.sleep(60)"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("was deleted while this command worked there; stopping")
 
 
 def test_a_node_without_memory_is_reported_in_one_line(file, tmp_path, monkeypatch, capsys):

@@ -294,7 +294,7 @@ class TestLock:
     def test_who_lost_its_lock_stops(self, bucket, tmp_path, monkeypatch):
         stopped = []
         monkeypatch.setattr(lease, "LOST", threading.Event())
-        monkeypatch.setattr(lease._thread, "interrupt_main", lambda: stopped.append(lease.LOST.is_set()))
+        monkeypatch.setattr(lease, "interrupt_main", lambda: stopped.append(lease.LOST.is_set()))
         held = lock(storage_path(f"{bucket}/{tmp_path.name}", "x"))
         write_text(held.file, json.dumps({"token": "another's"}))
         held.renewal.join(60)

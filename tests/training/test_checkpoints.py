@@ -178,6 +178,7 @@ def test_what_saves_memory_may_change_on_the_way(whole, resumed):
 @pytest.mark.parametrize("step", [1, 2, 3, STEPS])
 def test_a_recovery_says_what_was_lost(resumed, step):
     note = recovery(resumed[1] / f"step {step}")
+    assert note.pop("workers") == resumed[0]
     assert note == {"step": step, "reached": STEPS, "checkpoint": str(step), "damaged": {}}
 
 
