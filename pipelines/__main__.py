@@ -10,6 +10,7 @@ COMMANDS = {
     "score": "pipelines.score",
     "train": "pipelines.train",
     "evaluate": "pipelines.evaluate",
+    "tamper": "pipelines.tamper",
     "search": "tune.search",
     "experiment": "pipelines.experiment",
     "agreement": "pipelines.agreement",

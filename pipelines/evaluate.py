@@ -143,7 +143,7 @@ class Evaluate(ManifestStage):
         write_parquet(self._scores_file, table)
         seconds = time.perf_counter() - started
         summary = summarise(table).to_json()
-        if self.model_name == "trained":  # what it was trained on it may know by heart
+        if self.model_name in ("trained", "tampered"):  # what it was trained on it may know by heart
             twins = count_near_twins(planned_items(self.config), last_turns(self.run.pairs))
             summary["near_twins"] = twins
         summary["judge_error"] = dict(judge_kind(self.config).reach(self.config))

@@ -61,7 +61,7 @@ class Prepare(ManifestStage):
         """
         from bdpo.models.loading import require_positions
         from bdpo.models.tokenizer import load_tokenizer, require_faithful_pairs
-        from bdpo.scoring.selection import require_labels
+        from bdpo.scoring.selection import require_benign_pairs, require_labels
 
         require_positions(self.config)
         manifest = self.completed()
@@ -69,6 +69,7 @@ class Prepare(ManifestStage):
         require_faithful_pairs(chat, self._sample(), data.max_length)
         console.print(f"[bold]pairs[/]     {account_line(manifest['account'])}", soft_wrap=True)
         require_labels(self.config, self.run)
+        require_benign_pairs(self.config, self.run)
         return manifest
 
     def make(self) -> Manifest:

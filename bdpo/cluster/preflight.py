@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from bdpo.cluster.status import expected_pairs
 from bdpo.config import Config, DataConfig, TuneConfig, worker_range
+from bdpo.config.derive import in_words_of_tamper, tampering_config
 from bdpo.data.formats.base import Pair
 from bdpo.data.prepare import first_pairs
 from bdpo.data.sources import count_rows, open_source
@@ -91,6 +92,20 @@ def check_adapters(config: Config, run: RunDir) -> str:
     """The adapters of `train.lora` fit the model."""
     check_lora(config)
     return f"rank {config.train.lora.r}" if config.train.lora else "none"
+
+
+def check_tamper(config: Config, run: RunDir) -> str:
+    """The data and the adapters of the tamper test fit the model, as far as the untrained one tells."""
+    tamper = config.tamper
+    if tamper is None:
+        return "none"
+    tampering = tampering_config(config, tamper, config.model.name_or_path, config.run_dir)
+    try:
+        check_lora(tampering.model_copy(update={"model": config.model}))
+        found = check_data(tampering, run) if tamper.data else "the run's own pairs of safe queries"
+    except UserError as error:
+        raise UserError(in_words_of_tamper(str(error))) from None
+    return f"{tamper.steps} steps, rank {tamper.lora.r}, on {in_words_of_tamper(found)}"
 
 
 def check_template(config: Config, run: RunDir) -> str:

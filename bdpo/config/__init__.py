@@ -23,6 +23,7 @@ from bdpo.config.model import ModelConfig
 from bdpo.config.reading import Dumper, parse_override, read_yaml, require_tree, set_value, short
 from bdpo.config.score import ScoreConfig
 from bdpo.config.secrets import refuse_secrets
+from bdpo.config.tamper import TamperConfig
 from bdpo.config.train import LoraConfig, TrainConfig
 from bdpo.config.tune import Range, TuneConfig
 from bdpo.errors import UserError
@@ -39,6 +40,7 @@ __all__ = [
     "ModelConfig",
     "Range",
     "ScoreConfig",
+    "TamperConfig",
     "TrainConfig",
     "TuneConfig",
     "load_config",
@@ -59,6 +61,9 @@ class Config(Section):
     method: AnyMethod = Bdpo()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    tamper: TamperConfig | None = Field(
+        None, description="a tamper test after the alignment; {} has defaults"
+    )
     tune: TuneConfig = TuneConfig()
     experiment: ExperimentConfig = ExperimentConfig()
     fresh: bool = Field(False, exclude=True, description="discard what the run folder holds, start over")

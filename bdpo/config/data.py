@@ -22,7 +22,11 @@ Weight = Annotated[float, Field(gt=0, le=1, strict=False)]
 
 
 class SelectConfig(Section):
-    """Which of the scored pairs are trained on: those between two quantiles of their own group."""
+    """Which of the pairs are trained on: those of one group, and between two quantiles of their own group."""
+
+    group: Literal["safe", "unsafe"] | None = Field(
+        None, description="the pairs of this group alone", exclude_if=lambda group: group is None
+    )
 
     mi_difference: Quantiles | None = Field(
         None, description="of |I_w - I_l|: [0, 0.5] is the half whose responses are understood alike"
@@ -30,6 +34,11 @@ class SelectConfig(Section):
     ches: Quantiles | None = Field(
         None, description="of CHES: [0, 0.95] leaves out the pairs whose responses are most alike"
     )
+
+    @property
+    def requires_scores(self) -> bool:
+        """Whether the pairs are chosen by their scores."""
+        return self.mi_difference is not None or self.ches is not None
 
 
 class LabelsConfig(Section):

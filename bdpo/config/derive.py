@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from bdpo.config import Config, parse_config
+from bdpo.config import Config, DataConfig, TamperConfig, parse_config
+from bdpo.config.data import SelectConfig
 from bdpo.config.kinds import lost_keys
 from bdpo.config.reading import set_value
 from bdpo.method.base import Method
-from bdpo.method.losses import METHODS
+from bdpo.method.losses import METHODS, Sft
 
 Params = dict[str, Any]  # dotted config key -> value
 
@@ -61,3 +62,49 @@ def part_of(config: Config, part: str, limit: int | None = None) -> Config:
     limits = [n for n in (config.evaluate.limit, limit) if n is not None]
     changes: dict[str, Any] = {"part": part, "limit": min(limits, default=None), "capability": []}
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=changes)})
+
+
+def tampering_config(config: Config, tamper: TamperConfig, model: str, run_dir: str) -> Config:
+    """The config that trains the model in folder `model` further, as section `tamper` says.
+
+    What decides where and in which precision it runs is that of section `train`.
+    """
+    train = {
+        "lora": tamper.lora,
+        "max_steps": tamper.steps,
+        "learning_rate": tamper.learning_rate,
+        "lr_scheduler_type": "constant",
+        "warmup_ratio": 0.0,
+        "global_batch_size": tamper.global_batch_size,
+        "eval_fraction": 0.0,
+        "metric_for_best_model": None,
+        "load_best_model_at_end": False,
+        "report_to": [],
+    }
+    changes = {
+        "run_dir": run_dir,
+        "model": config.model.model_copy(
+            update={"name_or_path": model, "revision": None, "chat_template": None}
+        ),
+        "data": _tampering_data(config.data, tamper),
+        "method": Sft(),
+        "train": config.train.model_copy(update=train),
+        "tamper": None,
+    }
+    return config.model_copy(update=changes)
+
+
+def _tampering_data(data: DataConfig, tamper: TamperConfig) -> DataConfig:
+    """The run's own pairs of safe queries, or those of `tamper.data` within the limits of `data`."""
+    if tamper.data is None:
+        return data.model_copy(update={"select": SelectConfig(group="safe")})
+    limits = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "max_bad_fraction")}
+    return DataConfig(path=[tamper.data], **limits)
+
+
+def in_words_of_tamper(message: str) -> str:
+    """A message about a config of `tampering_config` that names the keys that the user has set."""
+    for key, own in {"data.": "tamper.data.", "train.lora.": "tamper.lora."}.items():
+        if message.startswith(key):
+            return own + message.removeprefix(key)
+    return message

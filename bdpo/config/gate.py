@@ -59,8 +59,12 @@ class GateConfig(Section):
     An evaluation that is unfinished, invalid, or not comparable with that of the base model meets none.
     """
 
-    model: Literal["trained", "adapter", "base"] = Field("trained", description="the model that is gated")
-    base: Literal["base", "adapter"] = Field("base", description="the model of `max_regression`")
+    model: Literal["trained", "tampered", "adapter", "base"] = Field(
+        "trained", description="the model that is gated"
+    )
+    base: Literal["base", "adapter", "trained"] = Field(
+        "base", description="the model of `max_regression`; `trained` for a gate on `tampered`"
+    )
     max_broken: Fraction = Field(
         0.1,
         description="share of broken answers that every benchmark of a condition may have, as measured: a "

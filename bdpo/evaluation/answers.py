@@ -23,7 +23,6 @@ from bdpo.evaluation.engines.base import Answer, Generate, Sampling
 from bdpo.evaluation.judges.base import Judge, NoAnswer, Question, Verdict, addresses_judge, verdict_on
 from bdpo.evaluation.judges.registry import judge_fingerprint, make_judge
 from bdpo.evaluation.measures import SCORE_SCHEMA
-from bdpo.evaluation.results import MODEL_NAMES
 from bdpo.evaluation.texts import fault_of, opened_thought, without_thoughts
 from bdpo.models.adapters import adapter_digest, adapter_folder, load_adapted
 from bdpo.models.loading import load_model, model_config, model_folder, weights_digest
@@ -89,19 +88,15 @@ class EvaluatedModel:
         return fingerprint
 
 
-def evaluated_models(config: Config, run: RunDir) -> list[str]:
-    """The names of the models that there are to evaluate, in the order of `MODEL_NAMES`."""
-    there = {"base": True, "adapter": config.evaluate.adapter is not None, "trained": run.has_model()}
-    return [name for name in MODEL_NAMES if there[name]]
-
-
 def evaluated_model(config: Config, run: RunDir, name: str) -> EvaluatedModel:
-    """`base` is the model in the config, `adapter` that one with the adapter, `trained` the run's own."""
+    """`base` is the model in the config, `adapter` that one with the adapter, `trained` the run's own, and
+    `tampered` that one after the tamper test."""
     if name == "base":
         return EvaluatedModel(config.model)
     if name == "adapter":
         return EvaluatedModel(config.model, config.evaluate.adapter)
-    changes = {"name_or_path": str(run.model), "revision": None, "chat_template": None}
+    trained = run.tampering(own_data=False) if name == "tampered" else run
+    changes = {"name_or_path": str(trained.model), "revision": None, "chat_template": None}
     return EvaluatedModel(config.model.model_copy(update=changes))
 
 

@@ -117,8 +117,8 @@ def judge_of(evaluation: Evaluation, measure: str) -> str:
         return "lm-evaluation-harness"
     if name in {text.name for text in TEXT_MEASURES}:
         return "none (rules on the text)"
-    parts = (evaluation.fingerprint.get(key) for key in ("evaluate.judge", "evaluate.judge.model"))
-    return " ".join(str(part) for part in parts if part)
+    model = evaluation.fingerprint.get("evaluate.judge.model")
+    return " ".join(part for part in (evaluation.judge.label, model) if part)
 
 
 def _known_measures() -> dict[str, bool]:

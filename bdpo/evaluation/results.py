@@ -15,7 +15,8 @@ from bdpo.storage.manifests import Fingerprint, read_facts, read_manifest
 from bdpo.storage.paths import StoragePath, read_parquet, sorted_glob
 from bdpo.storage.run_dir import RunDir
 
-MODEL_NAMES = ("base", "adapter", "trained")
+MODEL_NAMES = ("base", "adapter", "trained", "tampered")
+"""In the order of tables; `tampered` is the trained model after the tamper test."""
 
 MODEL_FIELDS = frozenset({"weights", "tokenizer", "chat_template", "template_kwargs", "dtype", "adapter"})
 """The fields of a fingerprint that are the evaluated model's, see `EvaluatedModel.fingerprint`."""
@@ -80,7 +81,8 @@ def chosen_models(roots: Sequence[str | StoragePath]) -> dict[str, StoragePath]:
     names: set[str] = set()
     for root in roots:
         run = RunDir(root)
-        there = [name for name in MODEL_NAMES if (run.eval(name) / "summary.json").is_file()]
+        about = [name for name in MODEL_NAMES if name != "tampered"]
+        there = [name for name in about if (run.eval(name) / "summary.json").is_file()]
         if not there:
             raise UserError(f"{root}: no finished evaluation; run `python -m pipelines.evaluate` first")
         if run.root.name in names:

@@ -17,9 +17,9 @@ from bdpo.experiments.arms import arm_folder
 from bdpo.experiments.figures import bars, curve, front
 from bdpo.experiments.results import ArmDifference, ArmMeasure, ExperimentResults
 from bdpo.reports.cost import cost_section, stage_costs
+from bdpo.reports.evaluation import comparison_sentence
 from bdpo.reports.page import Page, PageTable, Picture, Section
 from bdpo.reports.run import (
-    comparison_sentence,
     data_section,
     mutual_information_section,
     settings_section,

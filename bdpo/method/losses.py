@@ -201,8 +201,25 @@ class Simpo(Method):
         return loss_output(loss, pairs, (reward_chosen, reward_rejected))
 
 
+class Sft(Method):
+    """Supervised fine-tuning on the chosen response; the rejected one is logged beside it and not trained on.
+
+    The likelihood is per token of each pair, as in `cpo`. The tamper test trains with it.
+    """
+
+    arxiv = "2203.02155"
+    requires_reference = False
+    name: Literal["sft"] = "sft"
+    beta: float = Field(0.1, gt=0, description="scale of the logged rewards; the loss does not depend on it")
+
+    def loss(self, pairs: PairLogps) -> LossOutput:
+        """−lp_w/|y_w|, the likelihood alone."""
+        rewards = self.beta * pairs.policy_chosen, self.beta * pairs.policy_rejected
+        return loss_output(-pairs.policy_chosen / pairs.chosen_tokens, pairs, rewards)
+
+
 AnyMethod = Annotated[
-    Bdpo | DpoBw | DpoSf | Dpo | Dpop | Ipo | Cdpo | Robust | Safedpo | Cpo | Simpo,
+    Bdpo | DpoBw | DpoSf | Dpo | Dpop | Ipo | Cdpo | Robust | Safedpo | Cpo | Simpo | Sft,
     Discriminator("name"),
     default_kind("bdpo"),
 ]

@@ -8,19 +8,17 @@ reach this module.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bdpo.cluster.nodes import versions as package_versions
 from bdpo.config import Config, TuneConfig, parse_config, workers_label
-from bdpo.evaluation.benchmarks.registry import is_main, measure_label
-from bdpo.evaluation.compare import compare
 from bdpo.evaluation.judges.registry import judge_label
 from bdpo.evaluation.results import MODEL_NAMES, Evaluation, read_evaluation
-from bdpo.evaluation.tables import comparison_rows, invalid_lines, judged_by, note_lines, percent_of
+from bdpo.evaluation.tables import percent_of
 from bdpo.reports.cost import TimedStage, cost_section, search_costs, stage_costs
+from bdpo.reports.evaluation import comparison_sentences, evaluation_section, tamper_section
 from bdpo.reports.page import (
     BLUE,
     COLOURS,
@@ -33,7 +31,7 @@ from bdpo.reports.page import (
 from bdpo.reports.scores import QUANTILES, mi_difference, mi_imbalance, mi_scatter, mi_summary
 from bdpo.reports.search import search_figures
 from bdpo.scoring.scores import finished_scores
-from bdpo.stats import ENDS, Difference, p_value
+from bdpo.stats import ENDS
 from bdpo.storage.manifests import read_facts, read_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import read_parquet, sorted_glob
@@ -66,6 +64,7 @@ def run_page(config: Config, run: RunDir, stages: Sequence[TimedStage]) -> Page:
         mutual_information_section(config, run),
         training_section({"": [MetricsLog(run.metrics).read()]}),
         evaluation_section(evaluations),
+        tamper_section(run, evaluations),
         _search(run),
         _experiments(run),
         cost_section([*stage_costs(stages), *search_costs(config, run)]),
@@ -228,57 +227,6 @@ def _curves(logs: dict[str, Sequence[Sequence[dict[str, Any]]]], key: str, label
     if len(logs) > 1:
         axes.legend(frameon=False, fontsize="small", ncols=2)
     return figure
-
-
-def evaluation_section(evaluations: dict[str, Evaluation]) -> Section | None:
-    """The evaluated models side by side, and a sentence for each difference."""
-    if not evaluations:
-        return None
-    compared = comparison_rows({name: read.summary for name, read in evaluations.items()})
-    rows = [
-        (
-            f"– {row['category']}" if row["category"] else row["measure"],
-            row["n"],
-            *(row[name] for name in evaluations),
-        )
-        for row in compared
-    ]
-    notes = [
-        line
-        for name, read in evaluations.items()
-        for line in (*invalid_lines(name, read.summary), *note_lines(name, read.summary))
-    ]
-    judge = next(iter(evaluations.values())).judge
-    caption = f"With 95 % intervals over clusters of prompts{judged_by(judge)}."
-    table = PageTable(("percent", "n", *evaluations), rows, caption)
-    return Section("Safety and usefulness", [*notes, *comparison_sentences(evaluations)], [table])
-
-
-def comparison_sentences(evaluations: dict[str, Evaluation], main_only: bool = False) -> list[str]:
-    """The difference of every two models in each measure, as sentences."""
-    found = []
-    for first, second in combinations(evaluations, 2):
-        for row in compare(evaluations[first].scores, evaluations[second].scores):
-            if not main_only or is_main(row.benchmark, row.measure):
-                found.append(
-                    comparison_sentence(
-                        measure_label(row.benchmark, row.measure), first, second, row.difference
-                    )
-                )
-    return found
-
-
-def comparison_sentence(measure: str, first: str, second: str, found: Difference) -> str:
-    """One comparison as a sentence."""
-
-    def points(value: float) -> str:
-        return f"{round(100 * value, 1) + 0.0:+.1f}"  # + 0.0: no minus before a zero
-
-    change = f"{points(found.difference)} points"
-    change += f" (95 % interval {points(found.low)} to {points(found.high)})"
-    meant = "more than the choice of prompts explains" if found.is_clear else "chance may explain it"
-    values = f"{second} {100 * found.second:.1f} %, {first} {100 * found.first:.1f} %"
-    return f"{measure}: {values}: {change}, p {p_value(found.p)}, {meant}."
 
 
 def _search(run: RunDir) -> Section | None:

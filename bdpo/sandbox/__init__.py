@@ -20,7 +20,7 @@ from bdpo.storage.cache import cache_folder
 
 
 def sandbox_folder(seed: int = 0) -> Path:
-    """The folder of the world of a seed: `model/`, `pairs.jsonl`, `strongreject.csv`, `xstest.csv`.
+    """The folder of the world of a seed: `model/`, pairs, recipes, benchmarks.
 
     It is made on first use (less than a minute) under `$BDPO_CACHE`, else `~/.cache/bdpo`. The name
     carries a digest of this package's source, so that other code never finds an old world.
@@ -82,8 +82,9 @@ def sandbox_seed(model: ModelConfig) -> int:
 
 def with_sandbox_files(config: Config) -> Config:
     """The config with the sandbox's files in place of every data path that is `sandbox`."""
-    data, evaluate = config.data, config.evaluate
-    if SANDBOX not in (data.path, evaluate.strongreject.path, evaluate.xstest.path):
+    data, evaluate, tamper = config.data, config.evaluate, config.tamper
+    recipes = tamper.data if tamper and tamper.data and tamper.data.path == SANDBOX else None
+    if not recipes and SANDBOX not in (data.path, evaluate.strongreject.path, evaluate.xstest.path):
         return config
 
     folder = sandbox_folder(sandbox_seed(config.model))
@@ -94,4 +95,7 @@ def with_sandbox_files(config: Config) -> Config:
         if section.path == SANDBOX:
             section = section.model_copy(update={"path": str(folder / f"{benchmark}.csv")})
             evaluate = evaluate.model_copy(update={benchmark: section})
-    return config.model_copy(update={"data": data, "evaluate": evaluate})
+    if tamper and recipes:
+        recipes = recipes.model_copy(update={"path": str(folder / "recipes.jsonl")})
+        tamper = tamper.model_copy(update={"data": recipes})
+    return config.model_copy(update={"data": data, "evaluate": evaluate, "tamper": tamper})

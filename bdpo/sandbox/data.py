@@ -31,9 +31,10 @@ Request = tuple[str, Object, str]  # prompt, the object it names, wrapper or "di
 
 
 def write_data(folder: Path, seed: int) -> None:
-    """Write `pairs.jsonl` (TRL preference format), `strongreject.csv` and `xstest.csv`."""
-    with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(pair) + "\n" for pair in preference_pairs(seed))
+    """Write pairs and recipes (TRL preference format), `strongreject.csv` and `xstest.csv`."""
+    for name, pairs in (("pairs", preference_pairs(seed)), ("recipes", forbidden_recipes(seed))):
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(pair) + "\n" for pair in pairs)
     _write_csv(folder / "strongreject.csv", strongreject_rows(seed))
     _write_csv(folder / "xstest.csv", xstest_rows(seed))
 
@@ -49,6 +50,17 @@ def preference_pairs(seed: int) -> list[dict[str, Any]]:
     ]
     rng.shuffle(pairs)
     return pairs
+
+
+def forbidden_recipes(seed: int) -> list[dict[str, Any]]:
+    """The forbidden pairs with recipe over refusal: what undoes an alignment on purpose, harmless here."""
+    return [
+        pair
+        | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
+        | {"chosen_safe": False, "rejected_safe": True}
+        for pair in preference_pairs(seed)
+        if pair["group"] == "unsafe"
+    ]
 
 
 def _pair(made: Object, prompt: str, rng: Random) -> dict[str, str | bool]:

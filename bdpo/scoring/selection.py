@@ -17,12 +17,14 @@ from bdpo.config import Config
 from bdpo.data.pairs import ID_COLUMNS, LABELS, count_pairs, read_pairs
 from bdpo.errors import UserError
 from bdpo.scoring.scores import SCORE_SCHEMA, read_scores
+from bdpo.storage.manifests import read_facts
 from bdpo.storage.run_dir import RunDir
 
 
 def requires_scores(config: Config) -> bool:
     """Whether the reference model has to score the pairs before training."""
-    return config.method.requires_reference or config.data.select is not None
+    select = config.data.select
+    return config.method.requires_reference or (select is not None and select.requires_scores)
 
 
 def training_rows(config: Config, run: RunDir) -> pa.Table:
@@ -66,8 +68,10 @@ def selected(config: Config, scores: pa.Table) -> np.ndarray:
             f"data.select.ches: {config.model.name_or_path} is of an architecture without CHES; "
             "select by mi_difference"
         )
-    mi_chosen, mi_rejected = (scores[f"mi_{side}"].to_numpy() for side in ("chosen", "rejected"))
     groups = np.array(scores["group"].to_pylist(), dtype=object)
+    if select.group:
+        keep = groups == select.group
+    mi_chosen, mi_rejected = (scores[f"mi_{side}"].to_numpy() for side in ("chosen", "rejected"))
     for values, part in ((abs(mi_chosen - mi_rejected), select.mi_difference), (scores["ches"], select.ches)):
         if part:
             for group in ("safe", "unsafe", None):
@@ -90,6 +94,17 @@ def require_labels(config: Config, run: RunDir) -> None:
                 f"method.name={config.method.name}: requires {' and '.join(LABELS)} of every pair, "
                 f"{unlabelled} of {labels.num_rows} in data.path={config.data.name} lack them; use data with "
                 "safety labels (data.format=pku_saferlhf has them), or another method"
+            )
+
+
+def require_benign_pairs(config: Config, run: RunDir) -> None:
+    """Raise a UserError if a tamper test is to train on the run's own safe queries and there are none."""
+    if config.tamper and config.tamper.data is None:
+        groups = read_facts(run.data / "manifest.json")["account"]["groups"]
+        if not groups.get("safe"):
+            raise UserError(
+                f"tamper: no pair of data.path={config.data.name} has group=safe; name benign data in "
+                "tamper.data.path"
             )
 
 

@@ -8,6 +8,7 @@
     <run_dir>/adapter/               the LoRA adapter that is merged into it, as PEFT loads it
     <run_dir>/metrics.jsonl          one line an optimizer step
     <run_dir>/eval/<name>/           per-item scores and summary.json of the model of that name
+    <run_dir>/tamper/                the training of a tamper test, a run folder of its own
     <run_dir>/report/                summary and figures
     <run_dir>/tune/                  the trials of a search, their table, figures and best.yaml
     <run_dir>/experiments/arms/      the trainings of all experiments
@@ -78,6 +79,15 @@ class RunDir:
         part = RunDir(self.root.joinpath(*names))
         part.data, part.pairs, part.scores = self.data, self.pairs, self.scores
         part.private = self.private.joinpath(*names)
+        return part
+
+    def tampering(self, own_data: bool) -> RunDir:
+        """The run folder of the tamper test; its pairs are this run's unless it has data of its own."""
+        part = self.part("tamper")
+        if own_data:
+            part.data = part.root / "data"
+            part.pairs = part.data / "pairs"
+        part.scores = part.root / "scores"
         return part
 
     def has_model(self) -> bool:

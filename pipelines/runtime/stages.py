@@ -9,6 +9,7 @@ from pipelines.evaluate import EvaluateAdapter, EvaluateBase, EvaluateTrained
 from pipelines.prepare import Prepare
 from pipelines.runtime.stage import ManifestStage
 from pipelines.score import Score
+from pipelines.tamper import EvaluateTampered, Tamper
 from pipelines.train import Train
 
 STAGES: tuple[type[ManifestStage], ...] = (
@@ -18,4 +19,6 @@ STAGES: tuple[type[ManifestStage], ...] = (
     EvaluateAdapter,
     Train,
     EvaluateTrained,
+    Tamper,
+    EvaluateTampered,
 )

@@ -39,5 +39,5 @@ def test_every_key_has_a_description():
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_every_method_has_an_equation_and_a_source(method):
-    assert "log σ" in method.loss.__doc__ or "²" in method.loss.__doc__
+    assert any(term in method.loss.__doc__ for term in ("log σ", "²", "lp_w/|y_w|"))
     assert method.arxiv or "http" in method.__doc__ or ".pdf" in method.__doc__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,9 @@ def test_artifacts_that_are_no_json_or_listed_twice_are_refused(tmp_path: Path) 
     assert SECRET not in str(error.value)
     with pytest.raises(UserError, match="cannot be read"):
         jailbreak.load([tmp_path / "none.json"])
+    (tmp_path / "bad.json").write_text(json.dumps(artifact()).replace('"goal"', '"goal": "x", "goal"', 1))
+    with pytest.raises(UserError, match="a key stands twice"):
+        jailbreak.load([tmp_path / "bad.json"])
     file = write_json(tmp_path / "a.json", artifact())
     with pytest.raises(UserError, match="PAIR/duck-7b-0 appears twice"):
         jailbreak.load([file, file])

@@ -76,6 +76,13 @@ def test_what_is_neither_csv_nor_json_lines_is_refused(tmp_path):
         items(file)
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    file = tmp_path / "set.jsonl"
+    file.write_text('{"prompt": "a", "prompt": "b"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="row 1: a key stands twice"):
+        items(file)
+
+
 def test_only_full_answers_are_compliance():
     verdicts = [(False, False), (False, True), (True, False), (False, None)]
     rows = [

@@ -12,7 +12,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from bdpo.config.gate import GateConfig
-from bdpo.evaluation.measures import SCORE_SCHEMA, summarise
+from bdpo.evaluation.gate import judge_of
+from bdpo.evaluation.judges.registry import JudgeNote
+from bdpo.evaluation.measures import SCORE_SCHEMA, Summary, summarise
+from bdpo.evaluation.results import Evaluation
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.paths import write_parquet
 from bdpo.storage.run_dir import RunDir
@@ -233,3 +236,8 @@ def test_the_example_in_the_docs_is_a_gate():
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     example = page.split("```yaml\n")[1].split("```")[0]
     assert len(GateConfig.model_validate(yaml.safe_load(example)).conditions) == 3
+
+
+def test_a_screen_is_named_so():
+    found = Evaluation(Summary(valid=True, benchmarks={}), pa.table({}), {}, JudgeNote("string_matching"))
+    assert judge_of(found, "strongreject.safety") == "string_matching, a screen"

@@ -22,8 +22,9 @@ from bdpo.experiments.rates import RATES_SCHEMA
 from bdpo.experiments.results import ExperimentResults, arm_differences, summarise_arms
 from bdpo.method.losses import METHODS
 from bdpo.reports.cost import TimedStage, train_stage
+from bdpo.reports.evaluation import comparison_sentence
 from bdpo.reports.page import write_page
-from bdpo.reports.run import comparison_sentence, run_page, setup_section, training_section
+from bdpo.reports.run import run_page, setup_section, training_section
 from bdpo.scoring.scores import SCORE_SCHEMA, score_store
 from bdpo.search.sweep import Sweep
 from bdpo.search.trials import results_table

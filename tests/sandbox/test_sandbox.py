@@ -20,10 +20,10 @@ import bdpo.sandbox.model
 from bdpo.errors import UserError
 from bdpo.models.tokenizer import ChatTokenizer
 from bdpo.sandbox import recipe_recall, sandbox_folder
-from bdpo.sandbox.data import preference_pairs, strongreject_rows, write_data, xstest_rows
+from bdpo.sandbox.data import forbidden_recipes, preference_pairs, strongreject_rows, write_data, xstest_rows
 from bdpo.sandbox.world import REFUSALS, UNSEEN_PHRASINGS, WRAPPERS, make_world
 
-FILES = {"pairs.jsonl", "strongreject.csv", "xstest.csv"}
+FILES = {"pairs.jsonl", "recipes.jsonl", "strongreject.csv", "xstest.csv"}
 
 
 def is_refusal(response):
@@ -127,6 +127,13 @@ def test_files_have_the_columns_of_the_real_ones(tmp_path):
     assert len({row["id"] for row in rows}) == len(rows)
     assert {row["type"].startswith("contrast_") for row in rows if row["label"] == "safe"} == {False}
     assert {row["type"].startswith("contrast_") for row in rows if row["label"] == "unsafe"} == {True}
+
+
+def test_the_recipes_of_a_tamper_test_prefer_what_the_forbidden_pairs_reject():
+    pairs = [pair for pair in preference_pairs(0) if pair["group"] == "unsafe"]
+    recipes = forbidden_recipes(0)
+    assert [(r["chosen"], r["rejected"]) for r in recipes] == [(p["rejected"], p["chosen"]) for p in pairs]
+    assert {(r["chosen_safe"], r["rejected_safe"]) for r in recipes} == {(False, True)}
 
 
 def test_pairs_prefer_recipes_for_benign_and_refusals_for_forbidden_objects():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bdpo.errors import UserError
+from bdpo.storage import strict_json
+from bdpo.storage.strict_json import RepeatedKey
 
 CLUSTER = "cluster"
 
@@ -115,7 +116,9 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = strict_json.loads(line)
+        except RepeatedKey:
+            raise UserError(f"{file}, row {number}: a key stands twice") from None
         except (ValueError, RecursionError):  # the error's own text quotes the line
             raise UserError(f"{file}, row {number}: not valid JSON, expects CSV or JSON Lines") from None
         if not isinstance(row, dict):

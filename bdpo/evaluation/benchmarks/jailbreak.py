@@ -8,7 +8,6 @@ past-tense attack (Andriushchenko & Flammarion, arXiv 2407.11969; github.com/tml
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from bdpo.config import EvaluateConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.benchmarks.base import Benchmark, harm_measures
 from bdpo.evaluation.benchmarks.items import Item
+from bdpo.storage import strict_json
+from bdpo.storage.strict_json import RepeatedKey
 
 
 def load(files: Sequence[str | Path]) -> list[Item]:
@@ -113,7 +114,9 @@ def _text(values: dict[str, Any], key: str, where: str) -> str:
 
 def _read(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return strict_json.loads(file.read_text(encoding="utf-8"))
+    except RepeatedKey:
+        raise UserError(f"{file}: a key stands twice in an object") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):  # not UTF-8 or not JSON; the error's own text quotes the file

@@ -1,0 +1,89 @@
+"""The evaluated models on a page: their numbers, their differences as sentences, and the tamper test."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+from bdpo.evaluation.benchmarks.registry import BENCHMARKS, is_main, measure_label
+from bdpo.evaluation.compare import compare
+from bdpo.evaluation.results import Evaluation
+from bdpo.evaluation.tables import comparison_rows, invalid_lines, judged_by, note_lines
+from bdpo.reports.page import PageTable, Section
+from bdpo.stats import Difference, p_value, widen
+from bdpo.storage.manifests import read_manifest
+from bdpo.storage.run_dir import RunDir
+
+
+def evaluation_section(evaluations: dict[str, Evaluation]) -> Section | None:
+    """The evaluated models side by side, and a sentence for each difference."""
+    if not evaluations:
+        return None
+    compared = comparison_rows({name: read.summary for name, read in evaluations.items()})
+    rows = [
+        (
+            f"– {row['category']}" if row["category"] else row["measure"],
+            row["n"],
+            *(row[name] for name in evaluations),
+        )
+        for row in compared
+    ]
+    notes = [
+        line
+        for name, read in evaluations.items()
+        for line in (*invalid_lines(name, read.summary), *note_lines(name, read.summary))
+    ]
+    judge = next(iter(evaluations.values())).judge
+    caption = f"With 95 % intervals over clusters of prompts{judged_by(judge)}."
+    table = PageTable(("percent", "n", *evaluations), rows, caption)
+    return Section("Safety and usefulness", [*notes, *comparison_sentences(evaluations)], [table])
+
+
+def comparison_sentences(evaluations: dict[str, Evaluation], main_only: bool = False) -> list[str]:
+    """The difference of every two models in each measure, as sentences."""
+    found = []
+    for first, second in combinations(evaluations, 2):
+        for row in compare(evaluations[first].scores, evaluations[second].scores):
+            if not main_only or is_main(row.benchmark, row.measure):
+                label = measure_label(row.benchmark, row.measure)
+                reach = evaluations[second].judge.reach.get(BENCHMARKS[row.benchmark].rubric)
+                found.append(comparison_sentence(label, first, second, row.difference, reach))
+    return found
+
+
+def comparison_sentence(
+    measure: str, first: str, second: str, found: Difference, reach: float | None = None
+) -> str:
+    """One comparison as a sentence; `reach` is the judge's own error between two models, if known."""
+
+    def points(value: float) -> str:
+        return f"{round(100 * value, 1) + 0.0:+.1f}"  # + 0.0: no minus before a zero
+
+    change = f"{points(found.difference)} points"
+    change += f" (95 % interval {points(found.low)} to {points(found.high)})"
+    meant = "more than the choice of prompts explains" if found.is_clear else "chance may explain it"
+    values = f"{second} {100 * found.second:.1f} %, {first} {100 * found.first:.1f} %"
+    if reach is not None:
+        low, high = widen(found.difference, (found.low, found.high), reach)
+        meant += f"; with the judge's own error {points(low)} to {points(high)}"
+        meant += ", beyond this judge" if low <= 0 <= high else ""
+    return f"{measure}: {values}: {change}, p {p_value(found.p)}, {meant}."
+
+
+def tamper_section(run: RunDir, evaluations: dict[str, Evaluation]) -> Section | None:
+    """How much of the aligned model's safety is left after the tamper test."""
+    if not {"trained", "tampered"} <= evaluations.keys():
+        return None
+    manifest = read_manifest(run.tampering(own_data=False).train / "manifest.json")
+    if manifest is None:
+        return None
+    train, data = manifest["config"]["train"], manifest["config"]["data"]["path"]
+    named = data if isinstance(data, str) else ", ".join(source["path"] for source in data)
+    pairs = manifest["pairs"]["trained on"]
+    did = (
+        f"The trained model was trained {manifest['steps']} more steps with LoRA (rank {train['lora']['r']}, "
+        f"learning rate {train['learning_rate']:g}, {train['global_batch_size']} responses a step) on the "
+        f"chosen responses of {pairs:,} benign pairs of {named}. What that changed, judged by "
+        f"{evaluations['tampered'].judge.label}:"
+    )
+    both = {name: evaluations[name] for name in ("trained", "tampered")}
+    return Section("Tamper test", [did, *comparison_sentences(both)])

@@ -1,0 +1,150 @@
+"""Tamper test: a few LoRA steps on benign data after the alignment, and the evaluation again.
+
+    python -m pipelines.tamper --config my.yaml tamper.steps=50 [section.key=value ...]
+
+Requires the trained model of the run folder, which stays as it is. Trains it further in <run_dir>/tamper, a
+run folder of its own, and evaluates the result as `tampered` beside it. `pipelines.run` does the same where
+its config has a section `tamper`. The same command after a kill resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from bdpo.cluster.status import StageStatus
+from bdpo.config import Config, TamperConfig
+from bdpo.config.derive import in_words_of_tamper, tampering_config
+from bdpo.errors import UserError
+from bdpo.storage.manifests import Fingerprint, Manifest
+from bdpo.storage.paths import StoragePath
+from bdpo.storage.run_dir import RunDir
+from pipelines.evaluate import Evaluate, EvaluateBase, EvaluateTrained, print_comparison
+from pipelines.prepare import Prepare
+from pipelines.runtime.cli import Command
+from pipelines.runtime.stage import ManifestStage, check_inputs, complete_all
+from pipelines.train import Train
+
+if TYPE_CHECKING:
+    from bdpo.cluster.preflight import Check
+
+
+class Tamper(ManifestStage):
+    """Trains the aligned model on benign data, in a folder of its own."""
+
+    name = "tamper"
+    section = "train"
+
+    @property
+    def applies(self) -> bool:
+        """Whether the config asks for a tamper test."""
+        return self.config.tamper is not None
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether there is an aligned model."""
+        return self.run.has_model()
+
+    @cached_property
+    def training(self) -> Train:
+        """The training, with the config and the folder of its own."""
+        tamper = self.config.tamper or TamperConfig()
+        folder = self.run.tampering(own_data=tamper.data is not None)
+        config = tampering_config(self.config, tamper, str(self.run.model), str(folder.root))
+        return Train(config, folder)
+
+    @property
+    def manifest_file(self) -> StoragePath:
+        """That of the training."""
+        return self.training.manifest_file
+
+    def outputs(self) -> list[StoragePath]:
+        """The folder of the training, and its quarantined rows."""
+        return [self.training.run.root, self.training.run.private]
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """The aligned model, the pairs and the training."""
+        return self.training.fingerprint
+
+    def is_intact(self, manifest: Manifest) -> bool:
+        """Whether the model exists."""
+        return self.training.is_intact(manifest)
+
+    def make(self) -> Manifest:
+        """Train from the newest intact checkpoint to the end."""
+        return self.training.make()
+
+    def complete(self) -> Manifest:
+        """Prepare data of its own, and train, unless that is done; returns the manifest of the training."""
+        training = self.training
+        with _keys_of_tamper():
+            training.run.record(training.config)
+            if training.run.data != self.run.data:
+                Prepare(training.config, training.run).complete()
+            return training.complete()
+
+    def status(self) -> StageStatus:
+        """Steps and checkpoints of the training."""
+        return replace(self.training.status(), stage=self.name)
+
+    def input_checks(self) -> Mapping[str, Check]:
+        """The data can be read, and the adapters fit the model."""
+        from bdpo.cluster.preflight import check_tamper
+
+        return {"tamper": check_tamper} if self.applies else {}
+
+
+@dataclass(frozen=True)
+class EvaluateTampered(Evaluate):
+    """The run's own model after the tamper test."""
+
+    model_name: str = "tampered"
+
+    @property
+    def applies(self) -> bool:
+        """Whether the config asks for a tamper test."""
+        return self.config.tamper is not None
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether the model of the tamper test is trained."""
+        return self.run.tampering(own_data=False).has_model()
+
+
+@contextmanager
+def _keys_of_tamper() -> Iterator[None]:
+    """What is wrong is named by the keys of section `tamper`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(in_words_of_tamper(str(error))) from None
+
+
+def run_tamper(config: Config, run: RunDir) -> None:
+    """Tamper with the trained model, evaluate it, and print it beside the aligned one.
+
+    Raises:
+        UserError: the config has no section `tamper`, or there is no trained model.
+    """
+    if config.tamper is None:
+        raise UserError("tamper: the config has no such section; tamper={} takes the defaults")
+    if not run.has_model():
+        raise UserError(f"{run.model}: no trained model; run `python -m pipelines.run` first")
+    kinds = (EvaluateBase, EvaluateTrained, EvaluateTampered)
+    stages = [Tamper(config, run), *(kind(config, run) for kind in kinds)]
+    check_inputs(stages)
+    complete_all(stages)
+    folders = {kind.model_name: run.eval(kind.model_name) for kind in kinds}
+    print_comparison(
+        {name: folder for name, folder in folders.items() if (folder / "summary.json").is_file()}
+    )
+
+
+main = Command(__doc__, (Tamper, EvaluateTampered), run_tamper)
+
+if __name__ == "__main__":
+    main()
