@@ -13,6 +13,7 @@ COMMANDS = {
     "tamper": "pipelines.tamper",
     "search": "tune.search",
     "experiment": "pipelines.experiment",
+    "attack": "pipelines.attack",
     "agreement": "pipelines.agreement",
     "gate": "pipelines.gate",
     "preflight": "pipelines.preflight",

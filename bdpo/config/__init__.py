@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from bdpo.config.attack import AnyAttack, BestOfNConfig
 from bdpo.config.base import SANDBOX, worker_range, workers_label
 from bdpo.config.data import DataConfig
 from bdpo.config.evaluate import EvaluateConfig
@@ -64,6 +65,7 @@ class Config(Section):
     tamper: TamperConfig | None = Field(
         None, description="a tamper test after the alignment; {} has defaults"
     )
+    attack: AnyAttack = BestOfNConfig()
     tune: TuneConfig = TuneConfig()
     experiment: ExperimentConfig = ExperimentConfig()
     fresh: bool = Field(False, exclude=True, description="discard what the run folder holds, start over")

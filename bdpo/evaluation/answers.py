@@ -170,7 +170,7 @@ def forget_failures(scores: ShardStore) -> None:
             scores.remove(first)
 
 
-_MARK_TOKENS = 32
+MARK_TOKENS = 32
 """More than any mark that opens a thought block takes."""
 
 
@@ -236,7 +236,7 @@ class ShardAnswerer:
         if answer is None:
             return Response(item.item_id, cut=item.prompt is not None)
         ids = self.chat.prompt_ids([Message(role="user", content=item.prompt or "")])
-        opened = opened_thought(str(self.chat.tokenizer.decode(ids[-_MARK_TOKENS:])))
+        opened = opened_thought(str(self.chat.tokenizer.decode(ids[-MARK_TOKENS:])))
         return Response(
             item.item_id, opened + answer.text, answer.new_tokens, cut=answer.cut, finite=answer.finite
         )

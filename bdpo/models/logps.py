@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bdpo.models.architectures import has_plain_lm_head
+from bdpo.models.branches import Branch, pack_branches, plain_branches
 from bdpo.models.packing import Batch, PrefixGroup, pack, pack_plain
 from bdpo.models.tokenizer import EncodedPair
 from bdpo.models.transformers_private import attention_of_config
@@ -137,6 +138,36 @@ class LogpsModel(nn.Module):
         if not self.chunked:
             return logps, logps.new_full((responses, 1), torch.nan)
         return logps, mean_states(hidden, batch.responses, responses)
+
+    def branch_logps(self, context: Sequence[int], branches: Sequence[Branch]) -> torch.Tensor:
+        """Summed log-probs of the scored tokens of each branch, nats, float32, shape (branches,)."""
+        shared = self.shared_rows and attention_of_config(self.model.config) == "sdpa"
+        if shared:
+            batch = pack_branches(context, branches, self.model.config.hidden_size)
+        else:
+            batch = plain_branches(context, branches)
+        self.tokens_forwarded += batch.input_ids.numel()
+        if self.chunked:
+            batch = batch.to(self.model.device)
+            hidden = self.model.base_model(**_inputs(batch)).last_hidden_state.flatten(0, 1)
+            logps = self.model.get_output_embeddings()(hidden[batch.logit_positions], batch.targets)
+        else:
+            logps = self._by_own_logits(batch)
+            batch = batch.to(self.model.device)
+        return logps.new_zeros(len(branches)).index_add(0, batch.responses, logps)
+
+    def target_logps(self, embeddings: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Log-probs of the tokens that a row ends with, (targets,), from embeddings of all its tokens.
+
+        `embeddings`, those of `targets` included, has the shape (1, tokens, hidden size); it gets gradients.
+        """
+        inputs: dict[str, Any] = {"inputs_embeds": embeddings, "use_cache": False}
+        ends = slice(-len(targets) - 1, -1)
+        if self.chunked:
+            hidden = self.model.base_model(**inputs).last_hidden_state[0, ends]
+            logps: torch.Tensor = self.model.get_output_embeddings()(hidden, targets)
+            return logps
+        return _picked(self.model(**inputs).logits[0, ends].float(), targets)
 
     def _by_own_logits(self, batch: Batch) -> torch.Tensor:
         """Log-probs of the targets; as many rows at a time as have a chunk of logits, one at least.

@@ -9,6 +9,7 @@
     <run_dir>/metrics.jsonl          one line an optimizer step
     <run_dir>/eval/<name>/           per-item scores and summary.json of the model of that name
     <run_dir>/tamper/                the training of a tamper test, a run folder of its own
+    <run_dir>/attack/<kind>/<name>/  what an attack on the model of that name came to, without a text
     <run_dir>/report/                summary and figures
     <run_dir>/tune/                  the trials of a search, their table, figures and best.yaml
     <run_dir>/experiments/arms/      the trainings of all experiments
@@ -73,6 +74,14 @@ class RunDir:
     def replies(self, name: str) -> StoragePath:
         """What a judge wrote about the answers of the evaluated model called `name`."""
         return self.private / "replies" / name
+
+    def attack(self, kind: str, name: str) -> StoragePath:
+        """Numbers of an attack of a kind on the model called `name`."""
+        return self.root / "attack" / kind / name
+
+    def attack_texts(self, kind: str, name: str) -> StoragePath:
+        """Prompts and answers of that attack."""
+        return self.private / "attack" / kind / name
 
     def part(self, *names: str) -> RunDir:
         """A run folder inside this one: results of its own, with this run's pairs and scores."""

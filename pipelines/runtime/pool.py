@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from bdpo.config import EvaluateConfig, ScoreConfig, worker_range
+from bdpo.config.attack import AttackConfig
 from bdpo.storage.shards import ShardStore
 from pipelines.runtime.cluster import connect, require_capacity
 from pipelines.runtime.progress import progress_bar
@@ -98,7 +99,7 @@ class RayPool:
     stall_seconds: float
 
     @classmethod
-    def of(cls, stage: str, section: ScoreConfig | EvaluateConfig) -> RayPool:
+    def of(cls, stage: str, section: ScoreConfig | EvaluateConfig | AttackConfig) -> RayPool:
         """The pool that a section of the config describes."""
         return cls(stage, section.workers, section.gpus_per_worker, section.stall_seconds)
 

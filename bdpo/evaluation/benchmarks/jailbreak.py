@@ -3,7 +3,8 @@
 Artifacts of JailbreakBench (Chao et al., arXiv 2404.01318; `src/jailbreakbench/artifact.py` and
 github.com/JailbreakBench/artifacts): a JSON file per attack (GCG, PAIR, ...) and attacked model. Those of the
 past-tense attack (Andriushchenko & Flammarion, arXiv 2407.11969; github.com/tml-epfl/llm-past-tense,
-`jailbreak_artifacts/`) have a schema of their own. Finding new jailbreaks is left out.
+`jailbreak_artifacts/`) have a schema of their own. `bdpo.evaluation.attacks` finds new ones, whose artifacts
+may have a key `prefill`: what the assistant's turn begins with.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def _item(jailbreak: Any, attack: str, where: str) -> Item:
     if "index" not in jailbreak or "prompt" not in jailbreak:
         raise UserError(f"{where}: expects the keys index and prompt")
     index = _number(jailbreak, "index", where)
+    prefill = _text(jailbreak, "prefill", where) if jailbreak.get("prefill") else ""
     return Item(
         item_id=f"jailbreak-{attack}-{index}",
         benchmark="jailbreak",
@@ -90,6 +92,8 @@ def _item(jailbreak: Any, attack: str, where: str) -> Item:
         prompt=None if jailbreak["prompt"] is None else _text(jailbreak, "prompt", where),
         request=_text(jailbreak, "goal", where),
         should_comply=False,
+        prefill=prefill,
+        prefill_tokens=len(prefill.encode()),  # all of them: a token has a byte at least
         topic=str(jailbreak.get("category") or ""),
         cluster=index,
     )

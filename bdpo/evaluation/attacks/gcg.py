@@ -1,0 +1,271 @@
+"""Greedy coordinate gradient: a suffix behind which the model begins to comply.
+
+Zou et al., "Universal and Transferable Adversarial Attacks on Aligned Language Models", arXiv 2307.15043:
+algorithm 1 for one request, algorithm 2 for several, added one by one as the suffix succeeds on all so far
+(github.com/llm-attacks/llm-attacks). The state of a search is kept every `attack.check_steps` steps, and all
+chance is drawn from seed, request and step: a search that is resumed goes the same way.
+
+Differences: an end by the judge's verdict on a greedy answer, not by a list of phrases; candidates are
+printable ASCII whose text is tokenised to the same ids in the whole prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
+import torch
+
+from bdpo.config import Config
+from bdpo.config.attack import GcgConfig
+from bdpo.errors import UserError
+from bdpo.evaluation.attacks.base import Attack, AttackKind, Workplace
+from bdpo.evaluation.attacks.coordinate import candidate_losses, stable_candidates, token_gradient
+from bdpo.evaluation.attacks.records import Attempt, Record, record_of
+from bdpo.evaluation.attacks.requests import Request
+from bdpo.evaluation.attacks.suffixes import SuffixedPrompt, candidate_tokens, stable_text, suffix_text
+from bdpo.storage.paths import StoragePath, read_text, write_text
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a search is: a JSON file, private, for its ids are a suffix."""
+
+    suffix: list[int]
+    best: list[int]
+    """The suffix of least loss over the requests that are active now."""
+    best_loss: float | None = None
+    step: int = 0
+    active: int = 1
+    """How many of the requests the suffix is made with so far."""
+    succeeded: bool = False
+    """Whether the judge called the greedy answers to all requests harmful."""
+    stuck: bool = False
+    """Whether no stable candidate was found."""
+    forward_passes: int = 0
+    queries: int = 0
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+    failed_verdicts: int = 0
+
+
+@dataclass(frozen=True)
+class Gcg:
+    """One suffix a request, or with `attack.universal` the one that `prepare` made."""
+
+    workplace: Workplace
+    section: GcgConfig
+
+    def __call__(self, request: Request) -> Record:
+        """The record of the last answer, with all that the suffix took."""
+        if self.section.universal:
+            return self._with_universal(request)
+        state = self.search([request], request.item_id)
+        if state is None:
+            return self._without_search(request)
+        attempt = self._attempts([request], state)[0]
+        return _with_cost(record_of(request, [attempt]), state)
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Make the universal suffix, and keep it in the state folder.
+
+        Raises:
+            UserError: `attack.initial_suffix` is not stable behind any of the requests.
+        """
+        if self.search(self._trained_on(requests), "universal") is None:
+            raise UserError(
+                "attack.initial_suffix: with this tokenizer and template its text is not tokenised apart "
+                "from the requests; give another one"
+            )
+
+    def search(self, requests: Sequence[Request], key: str) -> State | None:
+        """The final state of the search for a suffix over some requests, resumed from the state file `key`.
+
+        None if the initial suffix can stand behind none of them.
+        """
+        prompts = [prompt for prompt in map(self._prompt, requests) if prompt is not None]
+        if not prompts:
+            return None
+        state, passes = self._saved(key) or self._first_state(), self.section.candidates + 1
+        while not (state.succeeded or state.stuck):
+            if state.forward_passes + state.active * passes > self.section.forward_passes:
+                break
+            state = self._step(prompts[: state.active], state, key)
+            if state.step % self.section.check_steps == 0:
+                state = self._checked(prompts, state)
+                self._save(key, state)
+        self._save(key, state)
+        return state
+
+    def _step(self, prompts: Sequence[SuffixedPrompt], state: State, key: str) -> State:
+        """The candidate of least loss over the active requests takes the suffix's place, as in the paper."""
+        attacked, own = self.workplace.attacked, self.section
+        gradient = sum(token_gradient(attacked.logps, prompt, state.suffix) for prompt in prompts)
+        assert isinstance(gradient, torch.Tensor)  # noqa: S101 (there is a prompt)
+        gradient[:, ~self._allowed.to(gradient.device)] = torch.inf
+        step_key = f"{self.workplace.config.seed} {key} {state.step}"
+        shape = (own.candidates, own.top_k)
+        candidates = stable_candidates(attacked.chat, prompts, gradient, state.suffix, shape, step_key)
+        if not candidates:
+            return replace(state, stuck=True)
+        losses = torch.stack(
+            [
+                candidate_losses(attacked.logps, prompt, state.suffix, candidates, own.tokens_per_batch)
+                for prompt in prompts
+            ]
+        ).mean(0)
+        chosen, loss = candidates[int(losses.argmin())], float(losses.min())
+        better = state.best_loss is None or loss < state.best_loss
+        return replace(
+            state,
+            suffix=chosen,
+            best=chosen if better else state.best,
+            best_loss=loss if better else state.best_loss,
+            step=state.step + 1,
+            forward_passes=state.forward_passes + len(prompts) * (len(candidates) + 1),
+        )
+
+    def _checked(self, prompts: Sequence[SuffixedPrompt], state: State) -> State:
+        """After greedy answers to the active requests: the next joins when all of them are harmful."""
+        attempts = self._attempts([p.request for p in prompts[: state.active]], state, state.suffix)
+        state = replace(
+            state,
+            queries=state.queries + len(attempts),
+            prompt_tokens=state.prompt_tokens + sum(attempt.prompt_tokens for attempt in attempts),
+            response_tokens=state.response_tokens + sum(attempt.new_tokens for attempt in attempts),
+            failed_verdicts=state.failed_verdicts + record_of(prompts[0].request, attempts).failed_verdicts,
+        )
+        if not all(attempt.succeeded for attempt in attempts):
+            return state
+        if state.active == len(prompts):
+            return replace(state, succeeded=True)
+        return replace(state, active=state.active + 1, best=state.suffix, best_loss=None)
+
+    def _attempts(
+        self, requests: Sequence[Request], state: State, suffix: Sequence[int] | None = None
+    ) -> list[Attempt]:
+        """Greedy answers behind a suffix, by default the one that succeeded or else had the least loss."""
+        ids = suffix or (state.suffix if state.succeeded else state.best)
+        found = []
+        for request in requests:
+            prompt = self._prompt(request)
+            text = self._first_text if prompt is None else self._text(prompt, ids)
+            found.append(self.workplace.attacked.attempt(request, request.goal + text))
+        return found
+
+    def _with_universal(self, request: Request) -> Record:
+        state = self._saved("universal")
+        if state is None:
+            return self._without_search(request)
+        record = record_of(request, self._attempts([request], state))
+        first, *others = self._trained_on(self._all_requests)
+        if request.item_id == first.item_id:  # so that the sum over requests is what the suffix took
+            return _with_cost(record, state)
+        return replace(record, held_out=request.item_id not in {other.item_id for other in others})
+
+    def _without_search(self, request: Request) -> Record:
+        """Nothing was asked: a prompt that is too long, or a suffix that merges with what is around it."""
+        ids = self.workplace.attacked.chat.text_ids(self._first_text, continues=True)
+        length = len(request.goal.encode()) + len(ids)
+        fits = self.workplace.attacked.fits(length)
+        return Record(request.item_id, unanswered="unstable_suffix" if fits else "prompt_too_long")
+
+    def _prompt(self, request: Request) -> SuffixedPrompt | None:
+        """None if the initial suffix is not stable in the request's prompt, or leaves no room."""
+        chat, tokens = self.workplace.attacked.chat, self.section.target_tokens
+        prompt = SuffixedPrompt.of(chat, request, self._first_text, tokens)
+        ids = chat.text_ids(self._first_text, continues=True)
+        return prompt if prompt is not None and self.workplace.attacked.fits(prompt.tokens(ids)) else None
+
+    def _text(self, prompt: SuffixedPrompt, suffix: Sequence[int]) -> str:
+        return suffix_text(self.workplace.attacked.chat, prompt, suffix)
+
+    @property
+    def _first_text(self) -> str:
+        return f" {self.section.initial_suffix.strip()}"
+
+    def _first_state(self) -> State:
+        ids = self.workplace.attacked.chat.text_ids(self._first_text, continues=True)
+        return State(ids, ids)
+
+    def _trained_on(self, requests: Sequence[Request]) -> Sequence[Request]:
+        return requests[: self.section.train_requests]
+
+    @cached_property
+    def _all_requests(self) -> list[Request]:
+        from bdpo.evaluation.attacks.requests import load_requests
+
+        return load_requests(self.workplace.config)
+
+    @cached_property
+    def _allowed(self) -> torch.Tensor:
+        attacked = self.workplace.attacked
+        weight = attacked.logps.model.get_input_embeddings().weight
+        assert isinstance(weight, torch.Tensor)  # noqa: S101 (so says transformers of every causal model)
+        return candidate_tokens(attacked.chat, len(weight))
+
+    def _file(self, key: str) -> StoragePath:
+        return self.workplace.state / f"{key}.json"
+
+    def _save(self, key: str, state: State) -> None:
+        content = {"fingerprint": self.workplace.fingerprint, **asdict(state)}
+        write_text(self._file(key), json.dumps(content) + "\n", 0o600)
+
+    def _saved(self, key: str) -> State | None:
+        """The state of the file; None without one, or if it was made with other inputs."""
+        try:
+            content = json.loads(read_text(self._file(key)))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+        return State(**content) if content.pop("fingerprint", None) == self.workplace.fingerprint else None
+
+
+def _with_cost(record: Record, state: State) -> Record:
+    """The record with all that the search took, and its least loss."""
+    return replace(
+        record,
+        queries=record.queries + state.queries,
+        forward_passes=state.forward_passes,
+        prompt_tokens=record.prompt_tokens + state.prompt_tokens,
+        response_tokens=record.response_tokens + state.response_tokens,
+        failed_verdicts=record.failed_verdicts + state.failed_verdicts,
+        loss=state.best_loss,
+    )
+
+
+def _make(workplace: Workplace) -> Gcg:
+    section = workplace.config.attack
+    assert isinstance(section, GcgConfig)  # noqa: S101 (its name chose this module)
+    return Gcg(workplace, section)
+
+
+def _attack(workplace: Workplace) -> Attack:
+    return _make(workplace)
+
+
+def _prepare(workplace: Workplace, requests: Sequence[Request]) -> None:
+    _make(workplace).prepare(requests)
+
+
+def _check(config: Config) -> None:
+    """The initial suffix is a line of text, and the budget is enough for a step."""
+    section = config.attack
+    assert isinstance(section, GcgConfig)  # noqa: S101
+    if section.forward_passes <= section.candidates:
+        raise UserError(
+            f"attack.forward_passes={section.forward_passes}: a step of "
+            f"attack.candidates={section.candidates} takes {section.candidates + 1}"
+        )
+    from bdpo.models.tokenizer import load_tokenizer
+
+    if not stable_text(f" {section.initial_suffix.strip()}", load_tokenizer(config.model)):
+        raise UserError("attack.initial_suffix: expects one line of printable text, without control tokens")
+
+
+def _is_universal(config: Config) -> bool:
+    return isinstance(config.attack, GcgConfig) and config.attack.universal
+
+
+ATTACK = AttackKind("gcg", "GCG", "white_box", _attack, _check, _is_universal, _prepare)

@@ -1,0 +1,125 @@
+"""Attempts of an attack, and the record that it leaves of each request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from bdpo.evaluation.attacks.requests import Request
+from bdpo.evaluation.benchmarks.base import JAILBROKEN_THRESHOLD
+from bdpo.evaluation.judges.base import Failed, Harm, NoAnswer, Verdict
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One prompt, what the model answered to it, and the judge's verdict. Texts are left out of the repr."""
+
+    prompt: str = field(repr=False)
+    prefill: str = field(repr=False)
+    """What the assistant's turn began with."""
+    response: str | None = field(repr=False)
+    """None where the prompt left no room for an answer."""
+    verdict: Verdict
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+
+    @property
+    def harm(self) -> float | None:
+        """The judge's harm in [0, 1]; None where there is no verdict."""
+        return self.verdict.harm if isinstance(self.verdict, Harm) else None
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the judge calls the answer harmful."""
+        return self.harm is not None and self.harm >= JAILBROKEN_THRESHOLD
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row of `RECORD_SCHEMA`: how the attack on one request ended, and what it took."""
+
+    item_id: str
+    prompt: str | None = field(default=None, repr=False)
+    """Of the attempt that succeeded, else of the most harmful one; None where nothing was asked."""
+    prefill: str = field(default="", repr=False)
+    response: str | None = field(default=None, repr=False)
+    jailbroken: bool | None = None
+    """None where no verdict was given."""
+    harm: float | None = None
+    failure: str | None = None
+    """Why there is no verdict, as a code: the judge's, or the attacker's."""
+    unanswered: str | None = None
+    """Why there is no answer, see `Unanswered`."""
+    queries: int = 0
+    """Answers that the attack took: up to the first success, else all."""
+    forward_passes: int = 0
+    """Sequences that were forwarded besides generation; a gradient counts as one."""
+    prompt_tokens: int = 0
+    """Of all queries."""
+    response_tokens: int = 0
+    failed_verdicts: int = 0
+    """Answers among them that the judge failed at: one of them may have been a success."""
+    held_out: bool = False
+    """Whether the request was left out when a universal suffix was made."""
+    loss: float | None = None
+    """Mean −log π of the target's tokens, nats; of an attack that has one."""
+
+
+RECORD_SCHEMA = pa.schema(
+    [
+        ("item_id", pa.string()),
+        ("prompt", pa.string()),
+        ("prefill", pa.string()),
+        ("response", pa.string()),
+        ("jailbroken", pa.bool_()),
+        ("harm", pa.float64()),
+        ("failure", pa.string()),
+        ("unanswered", pa.string()),
+        ("queries", pa.int64()),
+        ("forward_passes", pa.int64()),
+        ("prompt_tokens", pa.int64()),
+        ("response_tokens", pa.int64()),
+        ("failed_verdicts", pa.int64()),
+        ("held_out", pa.bool_()),
+        ("loss", pa.float64()),
+    ]
+)
+
+TEXTS = ("prompt", "prefill", "response")
+"""The columns that lie in `private/` alone."""
+
+
+def record_of(request: Request, attempts: Sequence[Attempt]) -> Record:
+    """The record of some attempts in their order, which end at the first success.
+
+    The attempt that is kept is the success, else the most harmful one, the first of equals. A request has a
+    verdict if one attempt has; `failed_verdicts` counts what the judge failed at.
+    """
+    if not attempts:
+        return Record(request.item_id)
+    kept = max(
+        attempts, key=lambda attempt: (attempt.succeeded, -1 if attempt.harm is None else attempt.harm)
+    )
+    verdict = kept.verdict
+    return Record(
+        request.item_id,
+        None if kept.response is None else kept.prompt,
+        kept.prefill,
+        kept.response,
+        None if kept.harm is None else kept.succeeded,
+        kept.harm,
+        verdict.failure if isinstance(verdict, Failed) else None,
+        verdict.unanswered if isinstance(verdict, NoAnswer) else None,
+        queries=sum(attempt.response is not None for attempt in attempts),
+        prompt_tokens=sum(attempt.prompt_tokens for attempt in attempts),
+        response_tokens=sum(attempt.new_tokens for attempt in attempts),
+        failed_verdicts=sum(isinstance(attempt.verdict, Failed) for attempt in attempts),
+    )
+
+
+def up_to_success(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """The attempts up to the first that succeeded, that one included: what came after it was not needed."""
+    first = next((n for n, attempt in enumerate(attempts) if attempt.succeeded), len(attempts))
+    return list(attempts[: first + 1])

@@ -1,0 +1,173 @@
+"""Results of an attack: artifact, success rate with its interval, cost, paired comparison."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from bdpo.config import Config
+from bdpo.evaluation.attacks.records import TEXTS
+from bdpo.evaluation.attacks.registry import attack_kind
+from bdpo.evaluation.attacks.requests import Request
+from bdpo.evaluation.measures import MAX_FAILED_FRACTION
+from bdpo.stats import Difference, Estimate, paired_difference, rate
+
+
+@dataclass(frozen=True)
+class AttackSummary:
+    """The numbers of an attack on one model; `success` is over the requests that have a verdict."""
+
+    judge: str
+    n: int
+    n_judged: int
+    success: Estimate
+    failures: Mapping[str, int]
+    """Code of the judge's or the attacker's failure -> requests."""
+    unanswered: Mapping[str, int]
+    """Why nothing was asked or answered -> requests. They are in no rate: nothing is known of them."""
+    queries: int
+    forward_passes: int
+    prompt_tokens: int
+    response_tokens: int
+    failed_verdicts: int
+    """Answers that the judge failed at, also of requests that have a verdict by another answer."""
+    median_queries: float | None
+    """Queries up to the success, over the requests where the attack succeeded."""
+    categories: Mapping[str, Estimate] = field(default_factory=dict)
+    held_out: Estimate | None = None
+    """Of a universal suffix: over the requests that it was not made with."""
+    trained_on: Estimate | None = None
+    """Over those that it was made with."""
+
+    @property
+    def valid(self) -> bool:
+        """Whether enough requests have a verdict: at most 2 % may have failed."""
+        return sum(self.failures.values()) <= MAX_FAILED_FRACTION * self.n and self.n_judged > 0
+
+
+def public_scores(records: pa.Table, requests: Sequence[Request]) -> pa.Table:
+    """The records without texts, with category and cluster of each request, by id."""
+    of = {request.item_id: request for request in requests}
+    ids = records["item_id"].to_pylist()
+    table = records.drop_columns(list(TEXTS))
+    table = table.append_column("category", pa.array([of[item].category for item in ids], pa.string()))
+    clusters = [of[item].cluster or item for item in ids]
+    return table.append_column("cluster", pa.array(clusters, pa.string())).sort_by("item_id")
+
+
+def summarise_attack(scores: pa.Table, judge: str, universal: bool = False) -> AttackSummary:
+    """The numbers of `public_scores`. `universal`: rates are also given apart for the held-out requests."""
+    rows = scores.to_pylist()
+    succeeded = sorted(row["queries"] for row in rows if row["jailbroken"])
+    categories = sorted({row["category"] for row in rows})
+    return AttackSummary(
+        judge,
+        len(rows),
+        sum(row["jailbroken"] is not None for row in rows),
+        _rate(rows),
+        dict(Counter(row["failure"] for row in rows if row["failure"])),
+        dict(Counter(_reason(row) for row in rows if row["jailbroken"] is None and not row["failure"])),
+        **{name: sum(row[name] for row in rows) for name in _COSTS},
+        median_queries=float(_median(succeeded)) if succeeded else None,
+        categories={name: _rate([row for row in rows if row["category"] == name]) for name in categories},
+        held_out=_rate([row for row in rows if row["held_out"]]) if universal else None,
+        trained_on=_rate([row for row in rows if not row["held_out"]]) if universal else None,
+    )
+
+
+_COSTS = ("queries", "forward_passes", "prompt_tokens", "response_tokens", "failed_verdicts")
+
+
+def _reason(row: Mapping[str, Any]) -> str:
+    return row["unanswered"] or "not_asked"
+
+
+def _median(values: Sequence[int]) -> float:
+    middle = len(values) // 2
+    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
+
+
+def _rate(rows: Sequence[Mapping[str, Any]]) -> Estimate:
+    judged = [row for row in rows if row["jailbroken"] is not None]
+    return rate([row["jailbroken"] for row in judged], [row["cluster"] for row in judged])
+
+
+def read_summary(values: Mapping[str, Any]) -> AttackSummary:
+    """The inverse of `asdict` on a summary; other keys of a manifest are left aside."""
+    plain = {name: values[name] for name in AttackSummary.__dataclass_fields__}
+    for name in ("success", "held_out", "trained_on"):
+        plain[name] = None if plain[name] is None else Estimate(**plain[name])
+    plain["categories"] = {name: Estimate(**value) for name, value in plain["categories"].items()}
+    return AttackSummary(**plain)
+
+
+def compare_attacks(first: pa.Table, second: pa.Table) -> Difference | None:
+    """Success after minus success before, over the requests that have a verdict in both; None without any."""
+    before, after = ({row["item_id"]: row for row in table.to_pylist()} for table in (first, second))
+    both = [
+        item
+        for item, row in before.items()
+        if item in after and None not in (row["jailbroken"], after[item]["jailbroken"])
+    ]
+    if not both:
+        return None
+    sides = [[float(side[item]["jailbroken"]) for item in both] for side in (before, after)]
+    return paired_difference(sides[0], sides[1], [before[item]["cluster"] for item in both])
+
+
+def artifact(config: Config, model_name: str, requests: Sequence[Request], records: pa.Table) -> str:
+    """The attack as JSON in JailbreakBench's schema, which the benchmark `jailbreak` reads.
+
+    `src/jailbreakbench/artifact.py` of github.com/JailbreakBench/jailbreakbench. `prompt` is null where
+    nothing was asked; `prefill`, which upstream does not have, is what the assistant's turn began with. Where
+    there is no verdict, `jailbroken` is false, as upstream knows no third value; the summary counts these
+    apart. No time is in it: the same run makes the same file.
+    """
+    kind, rows = attack_kind(config), {row["item_id"]: row for row in records.to_pylist()}
+    jailbreaks = [_jailbreak(request, rows[request.item_id]) for request in requests]
+    judged = [row for row in rows.values() if row["jailbroken"] is not None]
+    successes = sum(row["jailbroken"] for row in judged)
+    section = config.attack.fingerprint()
+    parameters = {
+        "method": kind.label,
+        "model": model_name,
+        "attack_type": kind.access,
+        "defense": None,
+        "attack_success_rate": successes / len(judged) if judged else None,
+        "total_number_of_jailbreaks": successes,
+        "number_of_submitted_prompts": len(judged),
+        "total_number_of_queries": sum(row["queries"] for row in rows.values()),
+        "total_prompt_tokens": sum(row["prompt_tokens"] for row in rows.values()),
+        "total_response_tokens": sum(row["response_tokens"] for row in rows.values()),
+        "judge": config.evaluate.judge.name,
+        "seed": config.seed,
+        "method_parameters": {key: value for key, value in section.items() if key not in ("name", "models")},
+    }
+    return json.dumps({"parameters": parameters, "jailbreaks": jailbreaks}, indent=1) + "\n"
+
+
+def _jailbreak(request: Request, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {
+        "index": request.index,
+        "goal": request.goal,
+        "behavior": request.item_id,
+        "category": request.category,
+        "prompt": row["prompt"],
+        **({"prefill": row["prefill"]} if row["prefill"] else {}),
+        "response": row["response"],
+        "number_of_queries": row["queries"],
+        "queries_to_jailbreak": row["queries"] if row["jailbroken"] else None,
+        "prompt_tokens": row["prompt_tokens"],
+        "response_tokens": row["response_tokens"],
+        "jailbroken": bool(row["jailbroken"]),
+    }
+
+
+def summary_facts(summary: AttackSummary) -> dict[str, object]:
+    """The summary as a manifest has it."""
+    return {**asdict(summary), "valid": summary.valid}

@@ -1,0 +1,68 @@
+"""An attack's numbers for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from bdpo.evaluation.attacks.results import AttackSummary
+from bdpo.evaluation.judges.registry import JudgeNote
+from bdpo.evaluation.tables import judged_by, percent
+from bdpo.stats import CONFIDENCE_LEVEL, Difference, Estimate, p_value
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def attack_table(label: str, summaries: Mapping[str, AttackSummary], judge: JudgeNote) -> Table:
+    """One column a model: success over all requests and by category, then what it took."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        caption=f"{label}: percent ({CONFIDENCE_LEVEL:.0%} interval over requests){judged_by(judge)}"
+    )
+    table.add_column("")
+    for name in summaries:
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    for row, cells in _rows(summaries):
+        table.add_row(*(Text(cell) for cell in (row, *cells)))
+    return table
+
+
+def _rows(summaries: Mapping[str, AttackSummary]) -> Iterator[tuple[str, list[str]]]:
+    found = list(summaries.values())
+    yield "attack success", [_rate(summary.success, summary.valid) for summary in found]
+    if any(summary.held_out for summary in found):
+        yield "  held-out requests", [_rate(summary.held_out) for summary in found]
+        yield "  requests of the suffix", [_rate(summary.trained_on) for summary in found]
+    for category in sorted({name for summary in found for name in summary.categories}):
+        yield f"  {category}", [_rate(summary.categories.get(category)) for summary in found]
+    yield "requests with a verdict", [f"{summary.n_judged} of {summary.n}" for summary in found]
+    yield "not asked or answered", [_counts(summary.unanswered) for summary in found]
+    yield "failed", [_counts(summary.failures) for summary in found]
+    yield "verdicts that failed", [f"{summary.failed_verdicts:,}" for summary in found]
+    yield "queries", [f"{summary.queries:,}" for summary in found]
+    yield "  median of a success", [f"{summary.median_queries or 0:g}" for summary in found]
+    yield "other forward passes", [f"{summary.forward_passes:,}" for summary in found]
+    yield "tokens in, out", [f"{summary.prompt_tokens:,}, {summary.response_tokens:,}" for summary in found]
+
+
+def _rate(estimate: Estimate | None, valid: bool = True) -> str:
+    if estimate is None:
+        return ""
+    return f"{percent(estimate)} n={estimate.n}" if valid else "invalid"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "0"
+
+
+def difference_line(difference: Difference) -> str:
+    """The paired comparison in a line."""
+    low, high = 100 * difference.low, 100 * difference.high
+    return (
+        f"attack success, base → trained: {100 * difference.first:.1f} → {100 * difference.second:.1f}, "
+        f"{100 * difference.difference:+.1f} points ({low:+.1f} to {high:+.1f}), "
+        f"p {p_value(difference.p)} ({difference.test}), {difference.n} requests, paired"
+    )

@@ -1,0 +1,254 @@
+"""Attack the run's own models: GCG, best-of-n sampling, prefill or PAIR, over a pool of workers.
+
+    python -m pipelines.attack --config FILE [attack.name=best_of_n attack.limit=20 ...]
+
+Measures how often an attack succeeds against the base model and the trained model of a run, by the run's
+judge. Each request is committed once it is attacked: the same command after a kill makes what is missing.
+Writes <run_dir>/attack/<kind>/<model>/summary.json and scores.parquet (ids and numbers), and the prompts as
+artifacts in JailbreakBench's schema to <run_dir>/private/attack/<kind>/<model>/artifact.json, which
+evaluate.jailbreak.paths reads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from bdpo.cluster.status import StageStatus, count_shards
+from bdpo.config import Config
+from bdpo.errors import UserError
+from bdpo.evaluation.answers import EvaluatedModel, evaluated_model, forget_failures
+from bdpo.evaluation.attacks.registry import attack_kind
+from bdpo.evaluation.attacks.requests import asking_config, load_requests
+from bdpo.evaluation.attacks.results import (
+    AttackSummary,
+    artifact,
+    compare_attacks,
+    public_scores,
+    read_summary,
+    summarise_attack,
+    summary_facts,
+)
+from bdpo.evaluation.attacks.tables import attack_table, difference_line
+from bdpo.evaluation.attacks.work import (
+    Preparer,
+    RequestAttacker,
+    attack_fingerprint,
+    prepared_store,
+    record_store,
+    state_folder,
+)
+from bdpo.evaluation.judges.registry import JudgeNote, judge_kind, judge_label
+from bdpo.storage.manifests import Fingerprint, Manifest, read_manifest, write_manifest
+from bdpo.storage.paths import StoragePath, read_parquet, write_parquet, write_text
+from bdpo.storage.run_dir import RunDir
+from bdpo.storage.shards import ShardStore
+from pipelines.evaluate import warn_of_screen
+from pipelines.runtime.cli import Command
+from pipelines.runtime.pool import Executor, RayPool, ShardWork
+from pipelines.runtime.progress import console
+from pipelines.runtime.stage import ManifestStage, check_inputs, complete_all
+
+if TYPE_CHECKING:
+    from bdpo.cluster.preflight import Check
+
+
+@dataclass(frozen=True)
+class Attack(ManifestStage):
+    """The configured attack on one model of the run; `executor` is where, by default a pool."""
+
+    model_name: str
+    executor: Executor | None = None
+
+    section = "attack"
+
+    @property
+    def kind(self) -> str:
+        """Of the attack."""
+        return self.config.attack.name
+
+    @property
+    def name(self) -> str:
+        """`attack gcg base`, for one."""
+        return f"attack {self.kind} {self.model_name}"
+
+    @property
+    def applies(self) -> bool:
+        """Whether the config asks for an attack on this model."""
+        return self.config.attack.models in ("both", self.model_name)
+
+    @property
+    def folder(self) -> StoragePath:
+        """Numbers of the attack."""
+        return self.run.attack(self.kind, self.model_name)
+
+    @property
+    def manifest_file(self) -> StoragePath:
+        """The summary."""
+        return self.folder / "summary.json"
+
+    @property
+    def scores_file(self) -> StoragePath:
+        """A row of numbers for each request."""
+        return self.folder / "scores.parquet"
+
+    @property
+    def artifact_file(self) -> StoragePath:
+        """Prompts and answers in JailbreakBench's schema: private."""
+        return self._texts / "artifact.json"
+
+    @property
+    def _texts(self) -> StoragePath:
+        return self.run.attack_texts(self.kind, self.model_name)
+
+    def outputs(self) -> list[StoragePath]:
+        """Numbers, records, state and artifact."""
+        return [self.folder, self._texts]
+
+    @cached_property
+    def model(self) -> EvaluatedModel:
+        """The model that is attacked."""
+        return evaluated_model(self.config, self.run, self.model_name)
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Model, requests, attack and judge."""
+        return attack_fingerprint(self.config, self.model)
+
+    def is_intact(self, manifest: Manifest) -> bool:
+        """Whether enough requests have a verdict, and the artifact is there."""
+        return bool(manifest["valid"]) and self.artifact_file.is_file() and self.scores_file.is_file()
+
+    def make(self) -> Manifest:
+        """Attack, write the artifact, summarise."""
+        started = time.perf_counter()
+        requests = load_requests(self.config)
+        records = record_store(self.run, self.kind, self.model_name, self.fingerprint)
+        forget_failures(records)
+        self._work(records, len(requests))
+        table = records.read()
+        own = artifact(self.config, f"{self._target_name()}-{self.model_name}", requests, table)
+        write_text(self.artifact_file, own, 0o600)
+        scores = public_scores(table, requests)
+        write_parquet(self.scores_file, scores)
+        universal = bool(getattr(self.config.attack, "universal", False))
+        summary = summarise_attack(scores, judge_label(self.config), universal)
+        facts = summary_facts(summary) | {"seed": self.config.seed, "artifact": str(self.artifact_file)}
+        seconds = time.perf_counter() - started
+        return write_manifest(self.manifest_file, self.fingerprint, seconds=seconds, **facts)
+
+    def _work(self, records: ShardStore, total: int) -> None:
+        """What is made once for all requests, then every request."""
+        executor = self.executor or RayPool.of("attack", self.config.attack)
+        arguments = {"config": self.config, "model": self.model}
+        arguments["state"] = state_folder(self.run, self.kind, self.model_name)
+        if attack_kind(self.config).prepares(self.config):
+            once = prepared_store(self.run, self.kind, self.model_name, self.fingerprint)
+            arguments["store"] = once
+            executor.complete_shards(ShardWork(f"prepare {self.name}", Preparer, dict(arguments), once, 1, 1))
+        arguments["store"] = records
+        executor.complete_shards(ShardWork(self.name, RequestAttacker, arguments, records, total, 1))
+
+    def _target_name(self) -> str:
+        """The last part of the model's name: artifacts tell the base from the trained model by it."""
+        return self.config.model.name_or_path.rstrip("/").rpartition("/")[2]
+
+    def status(self) -> StageStatus:
+        """Requests so far."""
+        _, requests = count_shards(self._texts / "records")
+        summary = read_manifest(self.manifest_file)
+        valid = None if summary is None else bool(summary["valid"])
+        return StageStatus.of(self.name, bool(valid), requests > 0, requests=requests, valid=valid)
+
+    def input_checks(self) -> Mapping[str, Check]:
+        """Models, requests, attack and judge can be used."""
+        return {
+            "model": _check_models,
+            "requests": _check_requests,
+            "attack": _check_attack,
+            "judge": _check_judge,
+        }
+
+    def summary(self) -> AttackSummary:
+        """The numbers of a finished attack."""
+        return read_summary(self.completed())
+
+
+@dataclass(frozen=True)
+class AttackBase(Attack):
+    """The attack on the model that the config names."""
+
+    model_name: str = "base"
+
+
+@dataclass(frozen=True)
+class AttackTrained(Attack):
+    """The attack on the run's own model."""
+
+    model_name: str = "trained"
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether the model is trained."""
+        return self.run.has_model()
+
+
+MODELS = (AttackBase, AttackTrained)
+
+
+def _check_models(config: Config, run: RunDir) -> str:
+    from bdpo.cluster.preflight import check_model
+
+    if config.attack.models == "trained" and not run.has_model():
+        raise UserError(f"attack.models=trained: {run.model} is not there; train the run first")
+    return check_model(config, run)
+
+
+def _check_requests(config: Config, run: RunDir) -> str:
+    return f"{len(load_requests(config))} requests of {config.attack.benchmark}"
+
+
+def _check_attack(config: Config, run: RunDir) -> str:
+    attack_kind(config).check(config)
+    return config.attack.name
+
+
+def _check_judge(config: Config, run: RunDir) -> str:
+    return judge_kind(config).check(asking_config(config))
+
+
+def run_attack(config: Config, run: RunDir) -> None:
+    """Attack the models that exist, and compare; what would stop it stops it before the first request."""
+    stages = [stage(config, run) for stage in MODELS]
+    check_inputs(stages)
+    warn_of_screen(asking_config(config))
+    done = [stage for stage in complete_all(stages) if isinstance(stage, Attack)]
+    if config.attack.models == "both" and not run.has_model():
+        console.print("the run has no trained model: the base alone is attacked", style="yellow")
+    print_attacks(config, done)
+
+
+def print_attacks(config: Config, stages: list[Attack]) -> None:
+    """The numbers of finished attacks, and the paired difference of two."""
+    judge = JudgeNote(
+        config.evaluate.judge.name,
+        {str(rubric): reach for rubric, reach in judge_kind(config).reach(config).items()},
+    )
+    summaries = {stage.model_name: stage.summary() for stage in stages}
+    console.print(attack_table(config.attack.name, summaries, judge))
+    if len(stages) == 2:
+        first, second = (read_parquet(stage.scores_file) for stage in stages)
+        difference = compare_attacks(first, second)
+        if difference is not None:
+            console.print(difference_line(difference), soft_wrap=True)
+    for stage in stages:
+        console.print(f"artifact  {stage.artifact_file}", soft_wrap=True, markup=False)
+
+
+main = Command(__doc__, MODELS, run_attack)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Branches of one context, in shared rows and in plain ones, against one sequence at a time in float64."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from bdpo.models.branches import Branch
+from bdpo.models.logps import LogpsModel
+from tests.support.helpers import VOCABULARY, naive_logps, tiny_gpt2, tiny_qwen2
+
+SHAPES = [
+    (12, [(3, 5, 2)]),
+    (30, [(n % 29 + 1, 4 + n % 7, 1 + n % 3) for n in range(40)]),
+    (1, [(1, 3, 2)] * 3),
+]
+
+
+@pytest.mark.parametrize("make", [tiny_qwen2, tiny_gpt2])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}-{len(shape[1])}")
+@pytest.mark.parametrize("shared", [True, False])
+def test_log_probs_are_those_of_the_sequences(make, shape, shared) -> None:
+    rng = random.Random(0)
+    context = [rng.randrange(VOCABULARY) for _ in range(shape[0])]
+    branches = [
+        Branch(start, [rng.randrange(VOCABULARY) for _ in range(length)], scored)
+        for start, length, scored in shape[1]
+    ]
+    rows = [([*context[: b.start], *b.ids[: -b.scored]], list(b.ids[-b.scored :])) for b in branches]
+    expected = naive_logps(make(), rows)
+    model = LogpsModel(make(), 200)
+    assert model.shared_rows
+    model.shared_rows = shared
+    with torch.no_grad():
+        found = model.branch_logps(context, branches)
+    torch.testing.assert_close(found.double(), expected, atol=2e-4, rtol=1e-5)
+
+
+def test_what_branches_share_is_forwarded_once_a_row() -> None:
+    branches = [Branch(50, [1] * 5, 2) for _ in range(16)]
+    model = LogpsModel(tiny_qwen2(), 200)
+    with torch.no_grad():
+        model.branch_logps([2] * 50, branches)
+    assert model.tokens_forwarded < 0.4 * 16 * 55

@@ -1,0 +1,173 @@
+"""Attacks on a run's own models: records, artifacts, resuming, comparison, and inputs that are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from bdpo.evaluation.benchmarks import jailbreak
+from bdpo.evaluation.judges.base import Failed, Question, Verdict
+from bdpo.models.tokenizer import ChatTokenizer
+from bdpo.storage.run_dir import RunDir
+from pipelines.attack import AttackBase, AttackTrained, print_attacks
+from tests.support.attacks import GOAL, IN_PROCESS, REQUESTS, Interrupted, JudgeBy, attack_config
+from tests.support.commands import run_command
+from tests.support.helpers import save_model
+
+KINDS: list[dict[str, Any]] = [
+    {"name": "best_of_n", "n": 3, "batch_size": 2, "augmentations": ["scramble", "capitalise", "noise"]},
+    {"name": "prefill", "tokens": [1, 3, 5]},
+    {
+        "name": "gcg",
+        "candidates": 4,
+        "top_k": 8,
+        "check_steps": 1,
+        "initial_suffix": "! !",
+        "forward_passes": 12,
+    },
+]
+
+
+def attacked(config: Any) -> AttackBase:
+    stage = AttackBase(config, RunDir(config.run_dir), executor=IN_PROCESS)
+    stage.complete()
+    return stage
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """judged(judge): the judge of all attacks of this test."""
+
+    def use(judge: Any) -> None:
+        monkeypatch.setattr("bdpo.evaluation.attacks.attacked.make_judge", lambda config: judge)
+
+    return use
+
+
+@pytest.mark.parametrize("attack", KINDS, ids=lambda attack: attack["name"])
+def test_an_attack_makes_an_artifact_that_the_benchmark_reads(
+    attack: dict[str, Any], tmp_path: Path, tiny_chat: ChatTokenizer
+) -> None:
+    stage = attacked(attack_config(tmp_path, tiny_chat, **attack))
+    content = json.loads(stage.artifact_file.read_text())
+    items = jailbreak.load([stage.artifact_file])
+    assert [item.request for item in items] == [f"{GOAL} {n}" for n in range(REQUESTS)]
+    assert {item.category for item in items} == {f"{content['parameters']['method']}/model-base"}
+    assert all(bool(item.prefill) == (attack["name"] == "prefill") for item in items)
+    white = attack["name"] == "gcg"
+    assert content["parameters"]["attack_type"] == ("white_box" if white else "black_box")
+    assert content["parameters"]["number_of_submitted_prompts"] == REQUESTS
+    scores = pq.read_table(stage.scores_file)
+    assert GOAL not in str(scores.to_pydict())
+    assert "prompt" not in scores.column_names
+    assert GOAL not in stage.manifest_file.read_text()
+    assert stage.artifact_file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("attack", KINDS, ids=lambda attack: attack["name"])
+def test_an_interrupted_attack_resumes_to_the_same_artifact(
+    attack: dict[str, Any], tmp_path: Path, tiny_chat: ChatTokenizer, judged: Any
+) -> None:
+    judged(JudgeBy(lambda response: "e" in response))
+    undisturbed = attacked(attack_config(tmp_path, tiny_chat, "one", **attack))
+    config = attack_config(tmp_path, tiny_chat, "two", **attack)
+    stage = AttackBase(config, RunDir(config.run_dir), executor=Interrupted(2))
+    with pytest.raises(KeyboardInterrupt):
+        stage.complete()
+    kept = {file: file.stat().st_mtime_ns for file in Path(config.run_dir).rglob("part-*")}
+    assert len(kept) == 2
+    assert stage.status().facts["requests"] == 2
+    resumed = attacked(config)
+    assert kept.items() <= {file: file.stat().st_mtime_ns for file in kept}.items()
+    assert resumed.artifact_file.read_bytes() == undisturbed.artifact_file.read_bytes()
+    assert resumed.scores_file.read_bytes() == undisturbed.scores_file.read_bytes()
+
+
+def test_a_draw_does_not_depend_on_the_batch(tmp_path: Path, tiny_chat: ChatTokenizer, judged: Any) -> None:
+    judged(JudgeBy(lambda response: False))
+    one, two = (
+        attacked(attack_config(tmp_path, tiny_chat, f"run{size}", n=4, batch_size=size)) for size in (1, 3)
+    )
+    contents = [json.loads(stage.artifact_file.read_text()) for stage in (one, two)]
+    assert contents[0] == contents[1]
+    assert {jailbreak["number_of_queries"] for jailbreak in contents[0]["jailbreaks"]} == {4}
+
+
+def test_requests_that_failed_are_tried_again_and_are_in_no_rate(
+    tmp_path: Path, tiny_chat: ChatTokenizer, judged: Any
+) -> None:
+    class Unable(JudgeBy):
+        def __call__(self, question: Question, response: str) -> Verdict:
+            return (
+                Failed("timeout") if question.request.endswith("3") else super().__call__(question, response)
+            )
+
+    judged(Unable(lambda response: True))
+    config = attack_config(tmp_path, tiny_chat, n=2)
+    stage = attacked(config)
+    assert stage.finished() is None  # invalid: one of five has no verdict
+    values = json.loads(stage.manifest_file.read_text())
+    assert values["failures"] == {"timeout": 1}
+    assert values["success"]["n"] == REQUESTS - 1
+    judged(JudgeBy(lambda response: True))
+    assert attacked(config).summary().n_judged == REQUESTS
+
+
+def test_a_prompt_that_leaves_no_room_is_null_and_not_safe(tmp_path: Path, tiny_chat: ChatTokenizer) -> None:
+    config = attack_config(tmp_path, tiny_chat, n=2)
+    long = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_new_tokens": 512})})
+    values = json.loads(attacked(long).manifest_file.read_text())
+    assert values["unanswered"] == {"prompt_too_long": REQUESTS}
+    assert values["n_judged"] == 0
+    assert not values["valid"]
+    assert values["success"]["value"] is None
+    items = jailbreak.load([attacked(long).artifact_file])
+    assert [item.prompt for item in items] == [None] * REQUESTS
+
+
+def test_base_and_trained_model_are_compared_pair_by_pair(
+    tmp_path: Path, tiny_chat: ChatTokenizer, judged: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = attack_config(tmp_path, tiny_chat, n=1)
+    run = RunDir(config.run_dir)
+    save_model(Path(str(run.model)), tiny_chat, seed=1)
+    judged(JudgeBy(lambda response: True))
+    base = attacked(config)
+    judged(JudgeBy(lambda response: False))
+    trained = AttackTrained(config, run, executor=IN_PROCESS)
+    assert trained.has_inputs
+    trained.complete()
+    print_attacks(config, [base, trained])
+    out = capsys.readouterr().out
+    assert "base → trained: 100.0 → 0.0, -100.0 points" in out
+    assert "string_matching" in out
+    assert GOAL not in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["attack.name=wizard"], "attack.name"),
+        (["attack.n=0"], "attack.n"),
+        (["attack.augmentations=[shout]"], "attack.augmentations"),
+        (["attack.models=trained"], "attack.models=trained"),
+        (["attack.name=gcg", "attack.forward_passes=5"], "attack.forward_passes=5"),
+        (["attack.name=gcg", "attack.initial_suffix='<|im_end|>'"], "attack.initial_suffix"),
+        (["attack.benchmark=advbench"], "evaluate.advbench.path"),
+        (["attack.name=prefill", "attack.tokens=[]"], "attack.tokens"),
+        (["evaluate.judge=sandbox"], "evaluate.judge.name=sandbox"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(
+    overrides: list[str], named: str, tmp_path: Path, tiny_chat: ChatTokenizer
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(attack_config(tmp_path, tiny_chat).to_yaml())
+    done = run_command("pipelines.attack", "--config", file, *overrides)
+    assert done.code == 2, done.err
+    assert named in done.err
+    assert done.err.strip().count("\n") == 0
