@@ -18,6 +18,7 @@ from bdpo.config import TrainConfig
 from bdpo.method.base import PairLogps
 from bdpo.method.losses import Bdpo
 from bdpo.models.logps import LogpsModel, pair_groups, pair_logps
+from bdpo.models.packing import PairLayout
 from bdpo.models.tokenizer import EncodedPair
 from bdpo.scoring.reference import reference_logps
 from bdpo.training.batches import TrainingPlan
@@ -76,9 +77,9 @@ def micro_batches(pairs: list[EncodedPair]) -> list[list[EncodedPair]]:
     """As the training plan cuts one global batch of all pairs, for one worker."""
     train = TrainConfig(global_batch_size=len(pairs), tokens_per_micro_batch=TOKENS_PER_BATCH)
     lengths = [group.tokens(shared=True) for group in pair_groups(pairs)]
-    return [
-        [pairs[i] for i in batch] for batch in TrainingPlan(lengths, train, seed=0).micro_batches(0, 1)[0]
-    ]
+    layout = PairLayout(make_model().config.hidden_size, shared=True)
+    dealt = TrainingPlan(lengths, train, seed=0).micro_batches(0, 1, layout)
+    return [[pairs[i] for i in batch] for batch in dealt[0]]
 
 
 def our_step(model: LogpsModel, pairs: list[EncodedPair]) -> None:

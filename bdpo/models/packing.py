@@ -66,6 +66,47 @@ def group_tokens(context: int, responses: Sequence[int], shared: bool) -> int:
     return context + sum(responses) if shared else len(responses) * (context + max(responses))
 
 
+@dataclass(frozen=True)
+class PairLayout:
+    """How a model of this width takes pairs: both responses behind one prompt, or a row for each of them."""
+
+    hidden_size: int
+    shared: bool
+
+    def tokens(self, prompt: int, chosen: int, rejected: int) -> int:
+        """What a pair of these lengths takes of a grid: the unit of the lengths below."""
+        return group_tokens(prompt, [chosen, rejected], self.shared)
+
+    def grid(self, lengths: Sequence[int]) -> tuple[int, int]:
+        """(rows, width) of a batch of pairs of these lengths."""
+        if not self.shared:
+            return 2 * len(lengths), max(lengths, default=0) // 2
+        rows = arrange(lengths, 0, self.hidden_size) if lengths else []
+        return len(rows), max((sum(lengths[index] for index in row) for row in rows), default=0)
+
+    def fits(self, lengths: Sequence[int], tokens: int) -> bool:
+        """Whether the grid of a batch has at most so many tokens; one pair always counts as fitting."""
+        # The grid has at most a row a pair, see `arrange`: that is cheap to compute and mostly enough.
+        return (
+            len(lengths) <= 1
+            or len(lengths) * max(lengths) <= tokens
+            or math.prod(self.grid(lengths)) <= tokens
+        )
+
+    def cost(self, lengths: Sequence[int]) -> float:
+        """Operations of the grid of a batch, see `grid_cost`."""
+        return grid_cost(*self.grid(lengths), self.hidden_size)
+
+
+def grid_cost(rows: int, width: int, hidden_size: int) -> float:
+    """Operations of a grid in a transformer of this width, in those of the linear layers for one token.
+
+    A token costs about 24·hidden_size² operations in the linear layers of a block and 4·hidden_size·width in
+    its attention.
+    """
+    return rows * width * (1 + width / (6 * hidden_size))
+
+
 def length_sorted_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     """Indices grouped into batches of similar length, longest first.
 
@@ -87,14 +128,13 @@ def arrange(lengths: Sequence[int], common: int, hidden_size: int) -> list[list[
     """Indices in rows, so that a transformer of this width needs the fewest operations.
 
     Each row has `common` tokens besides. More groups in a row leave less padding and repeat the common
-    tokens less often, but attention costs the square of the row. A token costs about 24·hidden_size²
-    operations in the linear layers of a block and 4·hidden_size·width in its attention. One group a row
-    is among the candidates, so the grid is never larger than the longest group times the groups.
+    tokens less often, but attention costs the square of the row. One group a row is among the candidates,
+    so the grid is never larger than the longest group times the groups.
     """
 
     def cost(rows: list[list[int]]) -> float:
         width = common + max(sum(lengths[index] for index in row) for row in rows)
-        return len(rows) * width * (1 + width / (6 * hidden_size))
+        return grid_cost(len(rows), width, hidden_size)
 
     most = min(len(lengths), MAX_GROUPS_IN_A_ROW)
     row_counts = sorted({math.ceil(len(lengths) / in_a_row) for in_a_row in range(1, most + 1)})

@@ -7,16 +7,25 @@ micro-batches.
 
 from __future__ import annotations
 
+import heapq
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bdpo.config import TrainConfig
 from bdpo.errors import UserError
+
+if TYPE_CHECKING:
+    from bdpo.models.packing import PairLayout
+
+CLOSE_TO_MEAN = 1.01
+"""Costliest micro-batch / mean: once it is so close, more exchanges are not worth their time."""
 
 
 def draw_held_out(pair_ids: Sequence[str], fraction: float, seed: int) -> list[int]:
@@ -45,26 +54,107 @@ def plan_without_lengths(pairs: int, train: TrainConfig, seed: int) -> TrainingP
 
 
 def deal_micro_batches(
-    pairs: Sequence[int], lengths: Sequence[int], budget: int, workers: int
+    pairs: Sequence[int], lengths: Sequence[int], budget: int, workers: int, layout: PairLayout
 ) -> list[list[list[int]]]:
     """[worker][micro-step] -> some of `pairs`, the same number of micro-steps for every worker.
 
-    `lengths` are the tokens of each of `pairs`, `budget` is the greatest number of tokens of a micro-batch.
-    The micro-batches of one micro-step cost about the same, since the workers wait for each other there. A
-    worker without work gets an empty micro-batch: it still takes part in the collectives.
+    `lengths` are the tokens of each of `pairs` in `layout`, `budget` is the greatest number of tokens of the
+    grid of a micro-batch; a longer pair is alone. There are as few micro-steps as the budget allows, since
+    each has a cost of its own. The workers wait for each other in every micro-step, so all micro-batches cost
+    about the same operations. A worker without work gets an empty micro-batch: it still takes part in the
+    collectives.
     """
-    from bdpo.models.packing import length_sorted_batches
+    costs = [round(layout.cost([length])) for length in lengths]  # whole numbers: sums are exact
+    if layout.shared:
+        parts = _balanced_parts(lengths, costs, budget, workers, layout)
+    else:
+        parts = _contiguous_parts(lengths, costs, budget, workers)
+    parts.sort(key=lambda part: -sum(costs[i] for i in part))
+    dealt: list[list[list[int]]] = [[] for _ in range(workers)]
+    for start in range(0, len(parts), workers):
+        of_step = parts[start : start + workers]
+        # In turns from the first and from the last worker, so that no worker has the costliest of each.
+        if start // workers % 2:
+            of_step.reverse()
+        for worker, part in zip(dealt, of_step, strict=True):
+            worker.append([pairs[i] for i in part])
+    return dealt
 
-    batches = length_sorted_batches(lengths, budget)
-    while len(batches) % workers:
-        largest = max(batches, key=len)
-        if len(largest) == 1:
-            batches.append([])
-            continue
-        batches.remove(largest)
-        batches += [largest[::2], largest[1::2]]
-    batches.sort(key=lambda batch: -sum(lengths[i] for i in batch))
-    return [[[pairs[i] for i in batch] for batch in batches[worker::workers]] for worker in range(workers)]
+
+def _balanced_parts(
+    lengths: Sequence[int], costs: Sequence[int], budget: int, workers: int, layout: PairLayout
+) -> list[list[int]]:
+    """Indices in parts of about equal cost that fit the budget; as many for every worker.
+
+    For shared rows, in which pairs of all lengths stand beside each other without padding.
+    """
+    count = workers * max(1, math.ceil(sum(lengths) / (workers * budget)))
+    while True:
+        parts = _exchange(_costliest_to_the_emptiest(costs, count), costs)
+        if all(layout.fits([lengths[i] for i in part], budget) for part in parts):
+            return parts
+        count += workers
+
+
+def _costliest_to_the_emptiest(costs: Sequence[int], count: int) -> list[list[int]]:
+    """Indices in `count` parts: costliest first, each to the part that costs least so far (Graham's rule)."""
+    heap: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(count)]
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        cost, number, part = heap[0]
+        heapq.heapreplace(heap, (cost + costs[index], number, [*part, index]))
+    return [part for _, _, part in heap]
+
+
+def _exchange(parts: list[list[int]], costs: Sequence[int]) -> list[list[int]]:
+    """Let the costliest part exchange an index with another, or give it one, until it is close to the mean.
+
+    Graham's rule alone leaves some 6 % with four indices a part, exchanges 1 %. Each makes the greater one
+    of two costs smaller, so they end.
+    """
+    loads = [sum(costs[i] for i in part) for part in parts]
+    while max(loads) > CLOSE_TO_MEAN * sum(loads) / len(loads):
+        full = loads.index(max(loads))
+        exchanges = [
+            (max(loads[full] - moved, loads[other] + moved), other, given, taken, moved)
+            for other in range(len(parts))
+            for given in parts[full]
+            for taken in [*parts[other], -1]
+            if 0 < (moved := costs[given] - (costs[taken] if taken >= 0 else 0)) < loads[full] - loads[other]
+        ]
+        if not exchanges:
+            break
+        _, other, given, taken, moved = min(exchanges)
+        parts[full].remove(given)
+        parts[other].append(given)
+        if taken >= 0:
+            parts[other].remove(taken)
+            parts[full].append(taken)
+        loads[full] -= moved
+        loads[other] += moved
+    return parts
+
+
+def _contiguous_parts(
+    lengths: Sequence[int], costs: Sequence[int], budget: int, workers: int
+) -> list[list[int]]:
+    """The same for plain rows, which are padded to the longest: pairs of similar length are one part."""
+    order = sorted(range(len(costs)), key=lambda index: -lengths[index])
+
+    def cut(limit: int) -> list[list[int]]:
+        parts: list[list[int]] = []
+        for index in order:
+            first, size = (parts[-1][0], len(parts[-1]) + 1) if parts else (index, 0)
+            if size and size * costs[first] <= limit and size * lengths[first] <= budget:
+                parts[-1].append(index)
+            else:
+                parts.append([index])
+        return parts
+
+    most = len(costs) * max(costs)
+    count = workers * math.ceil(len(cut(most)) / workers)
+    least = bisect_left(range(most), True, key=lambda limit: len(cut(limit)) <= count)
+    parts = cut(least)
+    return parts + [[] for _ in range(count - len(parts))]
 
 
 @dataclass(frozen=True)
@@ -107,12 +197,11 @@ class TrainingPlan:
         start = position * self.train.global_batch_size
         return _permutation(len(self.lengths), self.seed, epoch)[start : start + self.train.global_batch_size]
 
-    def micro_batches(self, step: int, workers: int) -> list[list[list[int]]]:
+    def micro_batches(self, step: int, workers: int, layout: PairLayout) -> list[list[list[int]]]:
         """[worker][micro-step] -> indices of the pairs of a step, see `deal_micro_batches`."""
         pairs = self.global_batch(step)
-        return deal_micro_batches(
-            pairs, [self.lengths[i] for i in pairs], self.train.tokens_per_micro_batch, workers
-        )
+        lengths = [self.lengths[i] for i in pairs]
+        return deal_micro_batches(pairs, lengths, self.train.tokens_per_micro_batch, workers, layout)
 
 
 @lru_cache(maxsize=2)

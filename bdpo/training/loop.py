@@ -127,7 +127,7 @@ def train_step(engine: Any, data: TrainingPairs, plan: TrainingPlan, step: int) 
     rank, workers = dist.get_rank(), dist.get_world_size()
     # LoRA may have dropout. Seeded by the step, a resumed training draws the same as an undisturbed one.
     torch.manual_seed(int(np.random.default_rng([plan.seed, step, rank]).integers(2**63)))
-    micro_batches = plan.micro_batches(step, workers)[rank]
+    micro_batches = plan.micro_batches(step, workers, data.layout)[rank]
     pairs_of_step = plan.global_batch(step)
     learning_rate = engine.get_lr()[0]
     sums: dict[str, torch.Tensor] = {}
@@ -156,9 +156,8 @@ def evaluate(engine: Any, data: TrainingPairs) -> Metrics:
     rank, workers, rows = dist.get_rank(), dist.get_world_size(), list(range(data.table.num_rows))
     sums: dict[str, torch.Tensor] = {}
     engine.eval()
-    for indices in deal_micro_batches(rows, data.lengths, data.config.train.tokens_per_micro_batch, workers)[
-        rank
-    ]:
+    budget = data.config.train.tokens_per_micro_batch
+    for indices in deal_micro_batches(rows, data.lengths, budget, workers, data.layout)[rank]:
         _, output = _loss(engine, data, indices or rows[:1])
         _accumulate(sums, output, bool(indices))
     engine.train()

@@ -15,7 +15,7 @@ from bdpo.data.pairs import ID_COLUMNS, LABELS, count_pairs, encoded_pairs, read
 from bdpo.method.base import PairLogps
 from bdpo.models.loading import model_config
 from bdpo.models.logps import pair_logps, prefix_sharing_obstacle
-from bdpo.models.packing import group_tokens
+from bdpo.models.packing import PairLayout
 from bdpo.models.tokenizer import ChatTokenizer, load_tokenizer
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import draw_held_out
@@ -31,7 +31,7 @@ class TrainingPairs:
     scores: pa.Table
     weight_chosen: torch.Tensor
     weight_rejected: torch.Tensor
-    shared_rows: bool
+    layout: PairLayout
 
     @classmethod
     def load(cls, config: Config, run: RunDir, scores: pa.Table) -> TrainingPairs:
@@ -47,14 +47,16 @@ class TrainingPairs:
             raise RuntimeError(f"{run.scores}: not the scores of the pairs in {run.pairs}")
         table = table.take(rows)
         weights = config.method.weights(_column(scores, "mi_chosen"), _column(scores, "mi_rejected"))
-        plain = prefix_sharing_obstacle(model_config(config.model), config.data.max_length)
-        return cls(config, load_tokenizer(config.model), table, scores, *weights, shared_rows=plain is None)
+        shape = model_config(config.model)
+        plain = prefix_sharing_obstacle(shape, config.data.max_length)
+        layout = PairLayout(shape.get_text_config().hidden_size, shared=plain is None)
+        return cls(config, load_tokenizer(config.model), table, scores, *weights, layout)
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each pair with padding, in the layout of rows that the model takes."""
         parts = (self.scores[f"{part}_tokens"].to_pylist() for part in ("prompt", "chosen", "rejected"))
-        return [group_tokens(p, [c, r], self.shared_rows) for p, c, r in zip(*parts, strict=True)]
+        return [self.layout.tokens(*pair) for pair in zip(*parts, strict=True)]
 
     def tokens(self, indices: Sequence[int]) -> int:
         """Real tokens of some pairs, the prompt counted once."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bdpo.config import TrainConfig
 from bdpo.errors import UserError
+from bdpo.models.packing import PairLayout, PrefixGroup, pack, pack_plain
 from bdpo.training.batches import TrainingPlan, deal_micro_batches, draw_held_out
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=50)
@@ -24,20 +25,74 @@ def test_an_epoch_uses_every_pair_once(lengths, batch_size, seed):
     assert plan.total_steps == 2 * plan.steps_per_epoch
 
 
-@given(LENGTHS, st.integers(1, 20), st.integers(1, 4), st.integers(10, 200))
+PAIRS = st.lists(
+    st.tuples(st.integers(1, 40), st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=50
+)
+
+LAYOUTS = st.builds(PairLayout, st.sampled_from([2, 64, 4096]), st.booleans())
+
+
+def grid_of(batch, pairs, layout):
+    """Tokens of the grid that the model would be given."""
+    groups = [PrefixGroup([i + 2] * pairs[i][0], [[1] * n for n in pairs[i][1:]]) for i in batch]
+    packed = pack(groups, layout.hidden_size) if layout.shared else pack_plain(groups)
+    return packed.input_ids.numel()
+
+
+@given(PAIRS, st.integers(1, 20), st.integers(1, 4), st.integers(10, 400), LAYOUTS)
 @settings(deadline=None)
-def test_workers_share_a_global_batch_in_equally_many_micro_steps(lengths, batch_size, workers, budget):
-    train = TrainConfig(global_batch_size=batch_size, tokens_per_micro_batch=budget)
+def test_workers_share_a_global_batch_in_equally_many_micro_steps(pairs, size, workers, budget, layout):
+    train = TrainConfig(global_batch_size=size, tokens_per_micro_batch=budget)
+    lengths = [layout.tokens(*pair) for pair in pairs]
     plan = TrainingPlan(lengths, train, 0)
-    dealt = plan.micro_batches(0, workers)
+    dealt = plan.micro_batches(0, workers, layout)
+    assert dealt == plan.micro_batches(0, workers, layout)
     assert len(dealt) == workers
     assert len({len(batches) for batches in dealt}) == 1
     assert sorted(i for batches in dealt for batch in batches for i in batch) == sorted(plan.global_batch(0))
     for batch in (batch for batches in dealt for batch in batches):
-        assert len(batch) <= 1 or max(lengths[i] for i in batch) * len(batch) <= budget
-    # Those that wait for each other cost about the same: all that cost more or less are of other micro-steps.
-    costs = [sum(lengths[i] for i in batches[number]) for number in range(len(dealt[0])) for batches in dealt]
-    assert costs == sorted(costs, reverse=True)
+        assert len(batch) <= 1 or grid_of(batch, pairs, layout) <= budget
+
+
+@given(PAIRS, st.integers(1, 5))
+@settings(deadline=None)
+def test_shared_rows_leave_no_worker_far_above_the_mean(pairs, workers):
+    """The costliest could give no pair to the cheapest without making that one as costly as it is itself."""
+    layout = PairLayout(4096, shared=True)
+    costs = [layout.cost([layout.tokens(*pair)]) for pair in pairs]
+    dealt = deal_micro_batches(range(len(pairs)), [sum(pair) for pair in pairs], 10**6, workers, layout)
+    loads = sorted((sum(costs[i] for i in batch), batch) for (batch,) in dealt)
+    least, most = loads[0][0], loads[-1][0]
+    if len(loads[-1][1]) > 1 and most > 1.02 * sum(costs) / workers:
+        assert most - least <= min(costs[i] for i in loads[-1][1]) + len(pairs)
+
+
+def fewest(costs, lengths, parts, budget):
+    """Cost of the costliest of so many contiguous parts, the least of all ways; None if no way fits."""
+    if not lengths:
+        return 0
+    if not parts:
+        return None
+    tried = [
+        max(size * costs[0], rest)
+        for size in range(1, len(lengths) + 1)
+        if size == 1 or size * lengths[0] <= budget
+        if (rest := fewest(costs[size:], lengths[size:], parts - 1, budget)) is not None
+    ]
+    return min(tried, default=None)
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=8), st.integers(1, 3), st.integers(10, 200))
+@settings(deadline=None)
+def test_plain_rows_are_cut_where_the_costliest_part_is_cheapest(lengths, workers, budget):
+    layout = PairLayout(8, shared=False)
+    dealt = deal_micro_batches(range(len(lengths)), lengths, budget, workers, layout)
+    ordered = sorted(lengths, reverse=True)
+    costs = [round(layout.cost([length])) for length in ordered]
+    parts = [[lengths[i] for i in batch] for batches in dealt for batch in batches]
+    found = max(len(part) * round(layout.cost([max(part)])) for part in parts if part)
+    assert found == fewest(costs, ordered, len(parts), budget)
+    assert len(parts) == workers or fewest(costs, ordered, len(parts) - workers, budget) is None
 
 
 def test_the_order_depends_on_seed_and_epoch():
@@ -80,7 +135,14 @@ def test_a_warmup_that_takes_all_steps_is_refused():
     assert TrainingPlan([1], TrainConfig(), 0).warmup_steps == 0
 
 
-def test_a_batch_is_split_in_halves_when_workers_lack_one():
+@pytest.mark.parametrize("shared", [True, False])
+def test_equal_pairs_are_dealt_in_equal_numbers(shared):
     """Workers of one micro-step wait for each other: 7 pairs against 1 would be slow."""
-    (one,), (other,) = deal_micro_batches(range(8), [10] * 8, budget=100, workers=2)
+    (one,), (other,) = deal_micro_batches(range(8), [10] * 8, 100, 2, PairLayout(64, shared))
     assert (len(one), len(other)) == (4, 4)
+
+
+def test_a_long_pair_stands_against_several_short_ones():
+    lengths = [100, 50, 50, 30, 30, 40]
+    dealt = deal_micro_batches(range(6), lengths, 1000, 3, PairLayout(4096, shared=True))
+    assert sorted(sum(lengths[i] for i in batch) for (batch,) in dealt) == [100, 100, 100]

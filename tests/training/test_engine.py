@@ -105,7 +105,7 @@ def plain_loop(config):
     for step in range(plan.total_steps):
         pairs = len(plan.global_batch(step))
         grads, total = [torch.zeros_like(m) for m in masters], 0.0
-        for batch in plan.micro_batches(step, 1)[0]:
+        for batch in plan.micro_batches(step, 1, data.layout)[0]:
             output = config.method.loss(data.logps(policy, batch))
             (output.loss.sum() / pairs).backward()
             total += output.loss.sum().item() / pairs
