@@ -42,5 +42,20 @@ def test_a_broken_link_is_found(tmp_path):
     assert list(broken_links(page)) == ["#two", "missing.md"]
 
 
+def test_the_way_of_a_pair_names_files_and_functions_that_exist():
+    """CONTRIBUTING.md: `file` `name`, `file` `name` in the third column."""
+    rows = re.findall(r"^\| \d+ \|[^|]*\|([^|]*)\|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert len(rows) == 16
+    named = [found for row in rows for found in re.findall(r"`(bdpo/[\w/.]+)`(?: `(\w+)`)?", row)]
+    missing = [
+        (file, name)
+        for file, name in named
+        if not (ROOT / file).exists()
+        or (name and not re.search(rf"^(class|def) {name}\b", (ROOT / file).read_text(), re.MULTILINE))
+    ]
+    assert len(named) >= len(rows)
+    assert missing == []
+
+
 def test_the_first_page_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000

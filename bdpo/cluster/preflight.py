@@ -139,7 +139,7 @@ def _doubts(chat: ChatTokenizer, data: DataConfig, pair: Pair, ids: EncodedPair)
     whole = chat.prompt_ids([*pair.prompt, pair.chosen, {"role": "user", "content": "x"}])
     ours = chat.prompt_ids(pair.prompt) + chat.response_ids(pair.chosen["content"])
     if whole[: len(ours)] != ours:
-        yield "the template writes the answer in another way once the conversation goes on"
+        yield "the template writes the answer in another way once the conversation continues"
 
 
 def _reasons(phrases: Sequence[str]) -> str:

@@ -61,7 +61,7 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """The sections of a config as plain values.
 
     Raises:
-        UserError: one line that names `source`: not valid YAML, no mapping, or not to be written as a tree.
+        UserError: one line that names `source`: not valid YAML, no mapping, or an alias that contains itself.
     """
     values = _load(text, source)
     if values is None:

@@ -142,7 +142,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     begins(Phase.START)
 
     def report_in_background(folder: Path, metrics: dict[str, float]) -> None:
-        # Training goes on while the folder is copied to storage; Ray removes it then.
+        # Training continues while the folder is copied to storage; Ray removes it then.
         checkpoint = Checkpoint.from_directory(folder)
         report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
 

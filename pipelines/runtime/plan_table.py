@@ -24,7 +24,7 @@ def print_plan(config: Config, pairs: int | None = None) -> None:
 
     Raises:
         UserError: the warmup takes all steps, a GPU is known to be too small, or the model's config.json is
-            not to be had.
+            not found.
     """
     if pairs is None:
         pairs = expected_pairs(config, RunDir(config.run_dir))

@@ -131,7 +131,7 @@ def test_a_micro_batch_of_a_training_is_one_forward_of_a_model_of_another_head(m
 
 
 @pytest.mark.parametrize("state", ["meta device", "another random state"])
-def test_what_a_head_says_is_found_out_wherever_the_model_is_made(state):
+def test_a_plain_lm_head_is_recognised_wherever_the_model_is_made(state):
     architectures._has_plain_lm_head.cache_clear()
     before = torch.random.get_rng_state()
     for model_type in ("qwen3_moe", "gemma2"):

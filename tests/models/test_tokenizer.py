@@ -140,7 +140,7 @@ def test_no_template_learns_what_day_it_is(make_chat):
     assert ours == "At 2024-07-26 00:00:00" + fallback
     time.sleep(1.1)
     assert frozen.template.render(question) == ours
-    assert frozen.tokenizer.apply_chat_template(question, tokenize=False) != theirs  # the real clock goes on
+    assert frozen.tokenizer.apply_chat_template(question, tokenize=False) != theirs  # the real clock runs
 
 
 @pytest.mark.parametrize("template", ["\n" + CHATML, "  {% set a = 1 %}\n" + CHATML, "x\n"])

@@ -25,8 +25,8 @@ def account(training_inputs, training_nodes):
     return kill_training(training_nodes, training_inputs / "config.yaml", training_inputs, kills, 0, [])
 
 
-def test_what_was_copied_and_never_committed_is_not_gone_on_from(tmp_path):
-    """A worker dies between the last byte and the commit: training goes on from before, its log with it."""
+def test_a_checkpoint_that_was_copied_and_never_committed_is_not_resumed_from(tmp_path):
+    """A worker dies between the last byte and the commit: training resumes from the one before."""
     from pipelines.runtime.recovery import remove_uncommitted
 
     for name in ("checkpoint_1", "checkpoint_2"):
@@ -50,7 +50,7 @@ def test_a_checkpoint_that_finds_no_room_in_the_run_folder_is_no_reason_to_try_a
     Recovery(tmp_path / "begun.json").after_exception(None, {1: OSError(errno.EIO, "")})
 
 
-def test_steps_of_which_nobody_knows_how_they_were_made_are_not_gone_on_from(training_inputs, tmp_path):
+def test_steps_without_a_record_of_how_they_were_made_are_not_resumed_from(training_inputs, tmp_path):
     """Unlike those of a training that was killed before its first checkpoint, however far it came."""
     config, run = load_config(training_inputs / "config.yaml"), RunDir(tmp_path)
     assert _begin(config, run, {"seed": 0}, 9) is None

@@ -122,7 +122,7 @@ INK_OF = "getComputedStyle(document.querySelector('{}')).color"
 
 
 def contrast(tab, selector, background):
-    """Of the text of an element, after WCAG 2.2: 1 is none, 4.5 is what text wants."""
+    """Of the text of an element, after WCAG 2.2: 1 is none, 4.5 is what text requires."""
 
     def luminance(colour):
         parts = [c / 255 for c in colour]

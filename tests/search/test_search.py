@@ -332,7 +332,7 @@ class TestRungs:
             trial(2, (0.45, 1, 11.0), before=[0, 1]),
         ]
         for order in (trials, trials[::-1]):
-            # the first always goes on; 0.4 < median(0.5); 0.45 >= median(0.5, 0.4)
+            # the first is always promoted; 0.4 < median(0.5); 0.45 >= median(0.5, 0.4)
             assert [is_promoted(t, order, tune) for t in trials] == [True, False, True]
             assert [end_of(t, order, tune) for t in trials] == ["open", "stopped", "open"]
 

@@ -93,7 +93,7 @@ class Tab:
 def browser() -> Iterator[Tab]:
     """A browser of its own; without Chromium the test is skipped, but in CI it fails."""
     if CHROMIUM is None:
-        assert "CI" not in os.environ, "the page wants a look in a browser"
+        assert "CI" not in os.environ, "the test of the page requires a browser"
         warnings.warn("NO CHROMIUM: the page was not looked at in a browser", stacklevel=2)
         pytest.skip("NO CHROMIUM: `apt-get install chromium` to have the page tested in a browser")
     their_ears, our_mouth = os.pipe()

@@ -202,7 +202,7 @@ def disturb(
             driver.wait()
             driver = nodes.command("train", config, run, *overrides)
         while driver.poll() is None and len(rows(run, "train/recoveries.jsonl")) == attempts:
-            time.sleep(0.02)  # the next kill is of a training that goes on
+            time.sleep(0.02)  # the next kill meets a training that has resumed
     output, _ = driver.communicate()
     assert driver.returncode == 0, output
     account.recovered = len(account.kills)

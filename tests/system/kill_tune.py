@@ -56,7 +56,7 @@ def rungs(run: Path) -> dict[str, int]:
 
 
 class Redone:
-    """Optimizer steps done again, as the trainings note it when they go on; a trial that ends is tidied."""
+    """Optimizer steps done again, as the trainings note it when they resume; a trial that ends is tidied."""
 
     def __init__(self) -> None:
         self.notes: dict[str, list[dict[str, Any]]] = {}

@@ -101,7 +101,7 @@ def swept(tmp_path_factory, tiny_chat):
     wait_for(process, trials / "0001" / "rungs" / "000000002.exported")
     kill_a_worker(process)
     wait_for(process, trials / "0001" / "rungs" / "000000002.json")
-    wait_for(process, trials / "0001" / "train" / "recoveries.jsonl")  # the sweep itself goes on
+    wait_for(process, trials / "0001" / "train" / "recoveries.jsonl")  # the sweep itself continues
     kill_with_cluster(process)
     # A model moves on, and checkpoints go with the end of a trial.
     done = [file for file in trials.rglob("*.json") if not {"model", "train"} & set(file.parts)]

@@ -1,4 +1,4 @@
-"""A training that is interrupted ends as one that is not, whatever became of its newest checkpoint.
+"""A training that is interrupted ends as one that is not, whatever happened to its newest checkpoint.
 
 Each of the processes that are started here runs many small trainings, one after the other.
 """
@@ -85,7 +85,7 @@ def resumed(request, scored, whole, tmp_path_factory):
         train = CHANGES["train"] | changes
         config = copied(scored, folder / name, checkpoints, train=train, method=CHANGES["method"])
         if steps:
-            shutil.copy(whole[workers].metrics, folder / name)  # it had gone on for some steps after that
+            shutil.copy(whole[workers].metrics, folder / name)  # it had continued for some steps after that
         if fault:
             (folder / name / "fault.py").write_text(fault)
         return config

@@ -37,7 +37,7 @@ def test_stopped_continued_and_left_alone_it_is_the_same_training(scored, tmp_pa
     handed_over, over = {}, threading.Event()
 
     def judge():
-        """As a trial's driver: looks at the model of each rung, then lets training go on, or ends it."""
+        """As a trial's driver: looks at the model of each rung, then lets training continue, or ends it."""
         for step, answer in ((1, lambda: rungs.promote(1)), (2, rungs.stop)):
             while not rungs.exported(step):
                 if over.wait(0.05):

@@ -74,7 +74,7 @@ def test_every_step_is_there_once_after_a_worker_resumed_and_a_second_command(ru
 
 
 def track_by_two_commands(run, name):
-    """The second goes on from an earlier checkpoint than the first came to."""
+    """The second resumes from an earlier checkpoint than the first had reached."""
     append(run, 1, 2, 3)
     for steps in ((), (3, 4)):
         MetricsLog(run.metrics).keep(3 if not steps else 2)

@@ -229,7 +229,7 @@ def test_the_order_of_the_space_is_a_part_of_the_sweep(tmp_path, tiny_chat):
 
 
 def test_an_actor_that_dies_before_tune_knows_of_a_rung_changes_nothing(tmp_path, tiny_chat):
-    """The next actor finds the rung recorded: it goes on, or it ends, as the sweep's files say."""
+    """The next actor finds the rung recorded: it continues or ends, as the sweep's files record."""
     begun = Begun(sweep_config(tmp_path, tiny_chat), tiny_chat)
     assert [begun.next_rung()["done"] for _ in RUNGS] == [False, True]
     assert begun.status == "completed"

@@ -1,4 +1,4 @@
-"""Prefill attack: the assistant's turn already begins with a compliant answer; does the model go on?
+"""Prefill attack: the assistant's turn already begins with a compliant answer; does the model continue it?
 
 Qi et al., "Safety Alignment Should Be Made More Than Just a Few Tokens Deep", arXiv 2406.05946, section
 2.3: the first k tokens of a harmful answer are put into the assistant's turn, for several k.

@@ -77,7 +77,7 @@ def generate(
 def begun_ids(
     chat: ChatTokenizer, prompts: Sequence[Sequence[Message]], prefills: Sequence[Sequence[int]] | None
 ) -> list[list[int]]:
-    """What is gone on with: each prompt's ids up to the assistant's turn, and those of its prefill."""
+    """What the answers continue: each prompt's ids up to the assistant's turn, and those of its prefill."""
     begun = prefills if prefills is not None else [()] * len(prompts)
     return [[*chat.prompt_ids(prompt), *ids] for prompt, ids in zip(prompts, begun, strict=True)]
 
