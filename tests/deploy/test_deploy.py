@@ -1,7 +1,6 @@
-"""What a cluster is made from: cluster.yaml, the KubeRay manifest, the image, the upload of a job.
+"""What a cluster on AWS is made from: cluster.yaml, the image, the upload of a job, and the page.
 
-The judges are Ray's own reading of a cluster file, Kubernetes' published schemas for pods, and the fields
-that KubeRay 1.5's API reference gives a RayJob; each is seen to refuse a file that is broken.
+The judge is Ray's own reading of a cluster file; it is seen to refuse one that is broken.
 """
 
 from __future__ import annotations
@@ -9,30 +8,21 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shlex
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 
 import jsonschema
-import kubernetes_validate
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from bdpo.config import load_config
-from bdpo.errors import UserError
 from tests.support import ROOT
-
-KUBERNETES = "1.34"
+from tests.support.deploy import configs_of, pinned
 
 
 @pytest.fixture
 def cluster():
     return yaml.safe_load((ROOT / "cluster.yaml").read_text())
-
-
-@pytest.fixture
-def rayjob():
-    return yaml.safe_load((ROOT / "deploy" / "rayjob.yaml").read_text())
 
 
 def check_cluster(config):
@@ -41,15 +31,17 @@ def check_cluster(config):
     validate_config(prepared)
     text = json.dumps(prepared)
     assert "0.0.0.0" not in text
-    assert f"rayproject/ray:{version('ray')}-py311-cu" in prepared["docker"]["image"]
+    assert re.fullmatch(pinned(rf"rayproject/ray:{version('ray')}-py311-cu\d+"), prepared["docker"]["image"])
     options = prepared["docker"]["run_options"]
-    assert "--env RAY_AUTH_MODE=token" in options
+    assert {"--env RAY_AUTH_MODE=token", "--env RAY_USAGE_STATS_ENABLED=0"} <= set(options)
     (scratch,) = (option.rpartition(":")[2] for option in options if option.startswith("--volume"))
     for variable in ("TMPDIR", "BDPO_CACHE", "HF_HOME"):
         assert any(option.startswith(f"--env {variable}={scratch}") for option in options), variable
     assert "~/.ray/auth_token" in prepared["file_mounts"]
     assert any("pip install" in line and "bdpo[s3]" in line for line in prepared["setup_commands"])
-    assert "--dashboard-host=127.0.0.1" in " ".join(prepared["head_start_ray_commands"])
+    start = " ".join(prepared["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in start
+    assert "--disable-usage-stats" in start
     types = prepared["available_node_types"]
     head = types[prepared["head_node_type"]]
     assert head["resources"] == {"CPU": 0}
@@ -69,15 +61,9 @@ def check_cluster(config):
     assert all(node["min_workers"] == 0 for name, node in types.items() if gpus[name])
 
 
-def configs_of(commands):
-    """The config of every command line with `--config`, as the command would read it, overrides and all."""
-    found = []
-    for line in commands.replace("\\\n", " ").replace('"', " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if "--config" in words:
-            file, *rest = words[words.index("--config") + 1 :]
-            found.append(load_config(ROOT / file, [word for word in rest if not word.startswith("--")]))
-    return found
+def patterns(file):
+    lines = (ROOT / file).read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 class TestClusterYaml:
@@ -98,7 +84,9 @@ class TestClusterYaml:
             lambda c: c.pop("head_start_ray_commands"),  # Ray's own listen on every address
             lambda c: c["docker"]["run_options"].remove("--env RAY_AUTH_MODE=token"),
             lambda c: c["docker"]["run_options"].remove("--env BDPO_CACHE=/scratch/bdpo"),
+            lambda c: c["docker"]["run_options"].remove("--env RAY_USAGE_STATS_ENABLED=0"),
             lambda c: c["docker"].update(image="rayproject/ray:latest"),
+            lambda c: c["docker"].update(image=c["docker"]["image"].partition("@")[0]),
             lambda c: c.update(setup_commands=["pip install ~/bdpo"]),  # which cannot read the bucket
         ],
     )
@@ -119,60 +107,20 @@ class TestClusterYaml:
             assert tags
             assert all(tag.startswith(f"{version('ray')}-py311-cu") for tag in tags)
 
+    def test_the_image_is_built_from_a_digest(self):
+        text = (ROOT / "deploy/Dockerfile").read_text()
+        (image,) = re.findall(r"^FROM (\S+)$", text, re.MULTILINE)
+        assert image.endswith("@${RAY_DIGEST}")
+        assert re.search(r"^ARG RAY_DIGEST$", text, re.MULTILINE)  # without a default: a build has to name it
 
-class Template(yaml.SafeLoader):
-    """CloudFormation's YAML: what is behind `!Ref` and its like is read as if they were not there."""
-
-
-Template.add_multi_constructor(
-    "!",
-    lambda loader, _, node: (
-        loader.construct_sequence(node)
-        if isinstance(node, yaml.SequenceNode)
-        else loader.construct_scalar(node)
-    ),
-)
-
-
-class TestAccount:
-    """deploy/aws.yaml: what cluster.yaml names of an account, and no more rights than that."""
-
-    @pytest.fixture
-    def stack(self):
-        return yaml.load((ROOT / "deploy" / "aws.yaml").read_text(), Template)
-
-    def properties(self, stack, kind):
-        return [r["Properties"] for r in stack["Resources"].values() if r["Type"] == f"AWS::{kind}"]
-
-    def test_it_makes_the_profiles_that_the_nodes_want(self, stack, cluster):
-        wanted = {
-            node["node_config"]["IamInstanceProfile"]["Name"]
-            for node in cluster["available_node_types"].values()
-        }
-        made = self.properties(stack, "IAM::InstanceProfile")
-        assert {profile["InstanceProfileName"] for profile in made} == wanted
-        assert all(profile["Roles"][0] in stack["Resources"] for profile in made)
-
-    def test_only_the_nodes_of_this_cluster_are_ended(self, stack, cluster):
-        statements = [
-            statement
-            for role in self.properties(stack, "IAM::Role")
-            for policy in role.get("Policies", [])
-            for statement in policy["PolicyDocument"]["Statement"]
-            if "ec2:TerminateInstances" in statement["Action"]
-        ]
-        tagged = {"StringEquals": {"aws:ResourceTag/ray-cluster-name": cluster["cluster_name"]}}
-        assert [statement["Condition"] for statement in statements] == [tagged]
-
-    def test_nothing_is_open_to_the_world(self, stack):
-        assert "0.0.0.0" not in json.dumps(stack)
-        (bucket,) = self.properties(stack, "S3::Bucket")
-        assert set(bucket["PublicAccessBlockConfiguration"].values()) == {True}
-        (group,) = self.properties(stack, "EC2::SecurityGroup")
-        assert [rule["CidrIp"] for rule in group["SecurityGroupIngress"]] == ["SshFrom"]
-        allowed = stack["Parameters"]["SshFrom"]["AllowedPattern"]
-        assert re.fullmatch(allowed, "203.0.113.7/32")
-        assert not any(re.fullmatch(allowed, wide) for wide in ("0.0.0.0/0", "10.0.0.0/8", "203.0.113.7"))
+    def test_the_image_leaves_out_what_an_upload_leaves_out(self):
+        ignored = set(patterns(".dockerignore"))
+        for pattern in [*patterns(".gitignore"), *patterns(".rayignore")]:
+            plain = pattern.strip("/")
+            anchored = pattern.startswith("/")
+            assert any(
+                fnmatchcase(f"**/{plain}", known) or (anchored and plain == known) for known in ignored
+            ), pattern
 
 
 class TestPage:
@@ -200,129 +148,22 @@ class TestPage:
             for file in (config.evaluate.strongreject.path, config.evaluate.xstest.path):
                 assert file == "sandbox" or re.search(rf"curl .*/{re.escape(file)}$", commands, re.MULTILINE)
 
+    def test_every_start_of_ray_uploads_nothing_about_usage_and_keeps_its_token_to_itself(self):
+        text = (ROOT / "docs" / "cluster.md").read_text()
+        starts = [
+            block
+            for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+            if re.search(r"^ray (start|up)\b", block, re.MULTILINE)
+        ]
+        assert len(starts) == 2
+        for block in starts:
+            before = re.split(r"^ray (?:start|up)\b", block, flags=re.MULTILINE)[0]
+            assert "export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0\n" in before
+            assert "(umask 077; ray get-auth-token --generate" in before
+            assert "chmod 600 ~/.ray/auth_token" in before
+
     def test_every_module_and_file_is_there(self, commands):
         for module in re.findall(r"python -m (\S+)", commands):
             assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
         for file in re.findall(r"\b(?:deploy/)?[\w-]+\.yaml", commands):
             assert (ROOT / file).is_file() or (ROOT / "pipelines" / "configs" / file).is_file(), file
-
-
-def an_object(required, **fields):
-    """A JSON schema that knows these fields alone."""
-    return {"type": "object", "properties": fields, "required": required, "additionalProperties": False}
-
-
-TEXT, NUMBER, FLAG, TEXTS = (
-    {"type": "string"},
-    {"type": "integer", "minimum": 0},
-    {"type": "boolean"},
-    {"type": "object", "additionalProperties": {"type": "string"}},
-)
-
-# Of the API reference of ray.io/v1: the fields that a RayJob of one's own cluster may have. Pods are {}: they
-# have a schema of their own.
-GROUP = {"rayStartParams": TEXTS, "template": {}}
-
-RAYJOB = an_object(
-    ["apiVersion", "kind", "metadata", "spec"],
-    apiVersion={"const": "ray.io/v1"},
-    kind={"const": "RayJob"},
-    metadata={"type": "object"},
-    spec=an_object(
-        ["entrypoint", "rayClusterSpec"],
-        entrypoint=TEXT,
-        runtimeEnvYAML=TEXT,
-        backoffLimit=NUMBER,
-        activeDeadlineSeconds=NUMBER,
-        shutdownAfterJobFinishes=FLAG,
-        ttlSecondsAfterFinished=NUMBER,
-        submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
-        rayClusterSpec=an_object(
-            ["headGroupSpec"],
-            rayVersion=TEXT,
-            authOptions=an_object(["mode"], mode={"enum": ["disabled", "token"]}),
-            enableInTreeAutoscaling=FLAG,
-            autoscalerOptions=an_object(
-                [],
-                version={"enum": ["v1", "v2"]},
-                idleTimeoutSeconds=NUMBER,
-                upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]},
-            ),
-            headGroupSpec=an_object(["template"], serviceType=TEXT, enableIngress=FLAG, **GROUP),
-            workerGroupSpecs={
-                "type": "array",
-                "items": an_object(
-                    ["groupName", "template"],
-                    groupName=TEXT,
-                    replicas=NUMBER,
-                    minReplicas=NUMBER,
-                    maxReplicas=NUMBER,
-                    numOfHosts=NUMBER,
-                    **GROUP,
-                ),
-            },
-        ),
-    ),
-)
-
-
-def check_rayjob(job):
-    """KubeRay's fields, Kubernetes' pods, and what this project asks of both."""
-    jsonschema.validate(job, RAYJOB)
-    cluster = job["spec"]["rayClusterSpec"]
-    groups = {"head": cluster["headGroupSpec"], **{g["groupName"]: g for g in cluster["workerGroupSpecs"]}}
-    for name, group in groups.items():
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, **group["template"]}
-        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
-        volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
-        for container in pod["spec"]["containers"]:
-            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
-            assert not container["securityContext"]["allowPrivilegeEscalation"]
-            limits = container["resources"]["limits"]
-            params = group["rayStartParams"]
-            assert float(params.get("num-gpus", 0)) == float(limits.get("nvidia.com/gpu", 0))
-            assert int(params["num-cpus"]) in (0, int(limits["cpu"]))
-            (scratch,) = (m["mountPath"] for m in container["volumeMounts"] if m["name"] == "scratch")
-            places = {variable["name"]: variable["value"] for variable in container["env"]}
-            assert all(places[name].startswith(scratch) for name in ("TMPDIR", "BDPO_CACHE", "HF_HOME"))
-    assert groups["head"]["rayStartParams"]["num-cpus"] == "0"
-    assert groups["head"]["serviceType"] == "ClusterIP"
-    assert cluster["rayVersion"] == version("ray")
-    assert cluster["authOptions"] == {"mode": "token"}
-    yaml.safe_load(job["spec"]["runtimeEnvYAML"])
-    (training,) = configs_of(job["spec"]["entrypoint"])
-    offered = json.loads(json.loads(groups["train"]["rayStartParams"]["resources"]))
-    assert f"accelerator_type:{training.train.accelerator_type}" in offered
-
-
-class TestRayJob:
-    def test_the_manifest_is_valid(self, rayjob):
-        check_rayjob(rayjob)
-
-    @pytest.mark.parametrize(
-        "damage",
-        [
-            lambda j: j.update(kind="RayCluster"),
-            lambda j: j["spec"].update(entryPoint="x"),
-            lambda j: j["spec"].update(backoffLimit="2"),
-            lambda j: j["spec"]["rayClusterSpec"].pop("headGroupSpec"),
-            lambda j: j["spec"]["rayClusterSpec"].pop("authOptions"),
-            lambda j: j["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}),
-            lambda j: j["spec"]["rayClusterSpec"]["workerGroupSpecs"][0].update(groupname="x"),
-            lambda j: j["spec"].update(entrypoint=j["spec"]["entrypoint"].replace("H100", "A100")),
-            lambda j: j["spec"].update(entrypoint=j["spec"]["entrypoint"].replace("run_dir", "rundir")),
-            lambda j: first_container(j)["env"].pop(1),
-            lambda j: first_container(j).update(comand=["x"]),
-            lambda j: first_container(j)["resources"]["limits"].update({"nvidia.com/gpu": "4"}),
-            lambda j: first_container(j)["env"].append({"name": "X", "values": "1"}),
-        ],
-    )
-    def test_a_broken_one_is_refused(self, rayjob, damage):
-        damage(rayjob)
-        with pytest.raises((AssertionError, KeyError, UserError, jsonschema.ValidationError)):
-            check_rayjob(rayjob)
-
-
-def first_container(job):
-    worker = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
-    return worker["template"]["spec"]["containers"][0]
