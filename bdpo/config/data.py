@@ -17,6 +17,17 @@ def _part(bounds: list[float]) -> list[float]:
 
 Quantiles = Annotated[list[float], AfterValidator(_part)]
 
+
+def _a_column_each(columns: dict[str, str]) -> dict[str, str]:
+    for column in columns.values():
+        names = [name for name, other in columns.items() if other == column]
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)} are the same column {column!r} of the file")
+    return columns
+
+
+Columns = Annotated[dict[str, str], AfterValidator(_a_column_each)]
+
 # A fraction above zero; strict mode would refuse the integer 1.
 Weight = Annotated[float, Field(gt=0, le=1, strict=False)]
 
@@ -55,7 +66,7 @@ class _Reading(Section):
     format: str = Field("auto", description="a format of docs/data.md; auto looks at the first rows")
     split: str = Field("train", description="of a data set on the hub, or saved with its splits")
     limit: Positive | None = Field(None, description="read at most so many rows of a data set")
-    columns: dict[str, str] = Field(
+    columns: Columns = Field(
         {}, description="name in the format -> name in the file: {prompt: question, chosen: good}"
     )
     labels: LabelsConfig = Field(LabelsConfig(), description="labels of rows that have none of their own")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from bdpo.section import Section, Variant, sections_in
 
@@ -16,12 +17,14 @@ _SHOWN = 80  # characters of a wrong value
 # pydantic's names for the branches of a plain union and for the key of a dict
 _TAGS = re.compile(r"int|str|list\[.*|\[key\]|<.*>")
 
+_ITEM = re.compile(r"\.\d+(?=\.|$)")  # the number of an item of a list, in a dotted key
+
 _NEAR, _SIMILAR = 0.75, 0.5  # of difflib: a slip of the keyboard, and another word for the same
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem, unknown keys before all else: a misspelt key is often why another is missing."""
-    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = _innermost(min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"), error)
     key, kinds = _locate(problem["loc"], root)
     context = problem.get("ctx", {})
     if problem["type"] == "extra_forbidden":
@@ -37,6 +40,13 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     given = "" if isinstance(problem["input"], dict | Section) else f", got {shown(problem['input'])}"
     return f"key {key}: {message}{given}"
+
+
+def _innermost(problem: ErrorDetails, error: ValidationError) -> ErrorDetails:
+    """Of a value that may be of several types, pydantic lists what is wrong with each: the closest to any."""
+    place = problem["loc"][:-1] if _TAGS.fullmatch(str(problem["loc"][-1])) else problem["loc"]
+    of_it = [other for other in error.errors() if other["loc"][: len(place)] == place]
+    return max(of_it, key=lambda other: len(other["loc"]))
 
 
 def shown(value: Any) -> str:
@@ -64,7 +74,9 @@ def _locate(loc: Sequence[int | str], root: type[BaseModel]) -> tuple[str, dict[
             kinds[".".join(names)] = of_kind[0]
             sections = list(of_kind)
             continue
-        if _TAGS.fullmatch(str(part)):
+        of_name = [section for section in sections if section.__name__ == part]
+        sections = of_name or sections  # pydantic names the class of a section that stands among other types
+        if of_name or _TAGS.fullmatch(str(part)):
             continue
         names.append(str(part))
         fields = [s.model_fields[str(part)] for s in sections if str(part) in s.model_fields]
@@ -101,8 +113,11 @@ def _kinds_with(name: str, section: str, root: type[BaseModel]) -> list[str]:
 
 def _nearest(key: str, known: Sequence[str]) -> str:
     """`; did you mean …?`: the whole path first, then the last name alone (right key, wrong section)."""
-    close = difflib.get_close_matches(key, known, 1, _NEAR)
-    leaf = key.rpartition(".")[2]
+    section, _, leaf = key.rpartition(".")
+    plain = _ITEM.sub("", key)  # in a list of sections, each item has the same keys
+    close = difflib.get_close_matches(plain, known, 1, _NEAR)
+    if close and plain != key and close[0].rpartition(".")[0] == _ITEM.sub("", section):
+        close = [f"{section}.{close[0].rpartition('.')[2]}"]
     close = close or [k for k in known if k.rpartition(".")[2] == leaf][:1]
     close = close or difflib.get_close_matches(key, known, 1, _SIMILAR)
     return f"; did you mean {close[0]}?" if close else ""

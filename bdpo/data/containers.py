@@ -194,7 +194,7 @@ def _json_line(line: bytes) -> RawRow | Unreadable:
     except RepeatedKey as error:
         reason = _repeated(error)
     except (ValueError, RecursionError):
-        reason = "not JSON"
+        reason = "UTF-16 or UTF-32 without a byte order mark, or damaged" if b"\0" in line else "not JSON"
     return Unreadable(reason, line.decode(errors="backslashreplace"))
 
 

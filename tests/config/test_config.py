@@ -114,6 +114,25 @@ class TestRefusals:
         assert refusal(load_config, file) == f"{file}: unknown key modle; did you mean model?"
 
     @pytest.mark.parametrize(
+        ("data", "line"),
+        [
+            ({"path": [{"path": "F", "weight": 0}]}, "path.0.weight: Input should be greater than 0, got 0"),
+            (
+                {"path": [{"path": "F", "wieght": 1}]},
+                "path.0.wieght; did you mean data.path.0.weight?",
+            ),
+            ({"path": ["A", {"weight": 1}]}, "path.1.path is missing"),
+            (
+                {"path": "A", "columns": {"chosen": "r", "rejected": "r"}},
+                "columns: chosen and rejected are the same column 'r' of the file",
+            ),
+        ],
+    )
+    def test_the_line_names_what_is_wrong_in_one_of_several_data_sets(self, data, line):
+        values = {"run_dir": "x", "model": {"name_or_path": "m"}, "data": data}
+        assert refusal(parse_config, values, "my.yaml").endswith(f"key data.{line}")
+
+    @pytest.mark.parametrize(
         ("method", "override", "said"),
         [
             ("dpo", "method.simpo_gamma=3", "no key simpo_gamma, which belongs to simpo; its keys are beta"),
@@ -194,7 +213,7 @@ class TestRefusals:
             ("score.workers=[1, 2, 3]", "score.workers"),
             ("score.workers=0", "score.workers"),
             ("score.workers=many", "score.workers"),
-            ("score.workers=[a, b]", "score.workers"),
+            ("score.workers=[a, b]", "score.workers.0"),
             ("data.sample={sfe: 1}", "data.sample.sfe"),
             ("data.sample.safe=x", "data.sample.safe"),
             ("data.path=", "data.path"),

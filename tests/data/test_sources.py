@@ -133,6 +133,11 @@ def test_parquet_with_one_text_that_is_not_utf8(tmp_path, prepare_here, quaranti
         ("rows.parquet", b"zebra zebra zebra", "cannot be read"),
         ("rows.jsonl", b'{"my question": "zebra"}', "columns 1 unknown fit no known format"),
         ("rows.jsonl", b"zebra", "no row can be read (row 1: not JSON)"),
+        (
+            "rows.jsonl",
+            "zebra".encode("utf-16-le"),
+            "(row 1: UTF-16 or UTF-32 without a byte order mark, or damaged)",
+        ),
     ],
 )
 def test_useless_files_are_named(tmp_path, prepare_here, name, content, message):
