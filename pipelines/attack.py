@@ -1,4 +1,4 @@
-"""Attack the run's own models: GCG, best-of-n sampling, prefill or PAIR, over a pool of workers.
+"""Attack the run's own models: GCG, best-of-n sampling or prefill, over a pool of workers.
 
     python -m pipelines.attack --config FILE [attack.name=best_of_n attack.limit=20 ...]
 
