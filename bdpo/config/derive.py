@@ -9,7 +9,8 @@ from bdpo.config.data import SelectConfig
 from bdpo.config.kinds import lost_keys
 from bdpo.config.reading import set_value
 from bdpo.method.base import Method
-from bdpo.method.losses import METHODS, Sft
+from bdpo.method.losses import METHODS
+from bdpo.method.reference_free import Sft
 
 Params = dict[str, Any]  # dotted config key -> value
 

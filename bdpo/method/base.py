@@ -83,10 +83,12 @@ class Method(Variant, ABC):
     requires_safety_labels: ClassVar[bool] = False
     """Whether every pair needs `chosen_safe` and `rejected_safe`."""
 
-    product_keys: ClassVar[tuple[str, ...]] = ()
-    """Keys that stand in the loss as their product alone: a search over them searches one number."""
-
     beta: float = Field(0.1, gt=0, description="strength of the reference")
+
+    @property
+    def product_keys(self) -> tuple[str, ...]:
+        """Keys that stand in the loss as their product alone: a search over them searches one number."""
+        return ()
 
     def loss_settings(self) -> Mapping[str, object]:
         """What the gradient depends on, by name: settings with equal values train the same model."""
@@ -113,6 +115,29 @@ class Method(Variant, ABC):
         """(β·Δ_w, β·Δ_l)."""
         delta_chosen, delta_rejected = pairs.deltas
         return self.beta * delta_chosen, self.beta * delta_rejected
+
+
+class Anchored(Method):
+    """A method whose loss may be joined by the likelihood of the chosen response, which anchors it.
+
+    The term is that of "Iterative Reasoning Preference Optimization" (arXiv 2404.19733), weighted as TRL's
+    `rpo_alpha` did; it is per token of each pair, where TRL takes all tokens of a batch together.
+    """
+
+    nll_weight: float = Field(0.0, ge=0, description="weight λ of −lp_w/|y_w|, which is added to the loss")
+
+    def output(
+        self,
+        loss: torch.Tensor,
+        pairs: PairLogps,
+        rewards: tuple[torch.Tensor, torch.Tensor],
+        **more: torch.Tensor,
+    ) -> LossOutput:
+        """`loss_output` of the loss with its anchor; all shapes (pairs,)."""
+        if self.nll_weight:
+            more["nll_loss"] = -pairs.policy_chosen / pairs.chosen_tokens
+            loss = loss + self.nll_weight * more["nll_loss"]
+        return loss_output(loss, pairs, rewards, **more)
 
 
 def log_sigmoid(x: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,19 @@
 """Every preference loss: a class with the keys that the loss looks at, and the loss itself.
 
-A new loss is a class here and its name in `AnyMethod`. The symbols are those of `bdpo.method.base`.
+A new loss is a class here, or in `bdpo.method.reference_free`, and its name in `AnyMethod`. The symbols are
+those of `bdpo.method.base`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Discriminator, Field
 
-from bdpo.method.base import LossOutput, Method, PairLogps, log_sigmoid, loss_output
+from bdpo.method.base import Anchored, LossOutput, Method, PairLogps, log_sigmoid
 from bdpo.method.mi import Balanced
+from bdpo.method.reference_free import Cpo, Orpo, Sft, Simpo
 from bdpo.section import default_kind, sections_in
 
 if TYPE_CHECKING:
@@ -21,9 +24,13 @@ class Bdpo(Balanced):
     """DPO whose two sides are weighed by mutual information, α in all: Balanced DPO."""
 
     arxiv = "2603.22829"
-    product_keys = ("alpha", "beta")
     name: Literal["bdpo"] = "bdpo"
     alpha: float = Field(1.5, gt=0, description="scaling factor: the total of the two weights")
+
+    @property
+    def product_keys(self) -> tuple[str, ...]:
+        """α and β; none where the weights act on the gradients, since α is then no part of the margin."""
+        return ("alpha", "beta") if self.balance_on == "margin" else ()
 
     @property
     def strength(self) -> float:
@@ -31,8 +38,14 @@ class Bdpo(Balanced):
         return self.alpha
 
     def loss(self, pairs: PairLogps) -> LossOutput:
-        """−log σ(β·(a_w·Δ_w − a_l·Δ_l)) with a_w = α·ω_w and a_l = α·ω_l."""
-        return _weighted_dpo(self, pairs, pairs.weight_chosen, pairs.weight_rejected)
+        """−log σ(β·(a_w·Δ_w − a_l·Δ_l)) with a_w = α·ω_w and a_l = α·ω_l.
+
+        With `balance_on` = `gradient` the value is that of plain DPO, −log σ(β·h) with h = Δ_w − Δ_l, and its
+        gradient is −β·σ(−β·h)·(a_w·∇lp_w − a_l·∇lp_l). Both are readings: we do not know which one the paper
+        means.
+        """
+        weights = pairs.weight_chosen, pairs.weight_rejected
+        return _weighted_dpo(self, pairs, weights, on=self.balance_on)
 
 
 class DpoBw(Balanced):
@@ -42,25 +55,36 @@ class DpoBw(Balanced):
     name: Literal["dpo_bw"] = "dpo_bw"
 
     def loss(self, pairs: PairLogps) -> LossOutput:
-        """−log σ(β·(ω_w·Δ_w − ω_l·Δ_l)) with ω_w + ω_l = 1."""
-        return _weighted_dpo(self, pairs, pairs.weight_chosen, pairs.weight_rejected)
+        """−log σ(β·(ω_w·Δ_w − ω_l·Δ_l)) with ω_w + ω_l = 1; `balance_on` is as for `bdpo`."""
+        weights = pairs.weight_chosen, pairs.weight_rejected
+        return _weighted_dpo(self, pairs, weights, on=self.balance_on)
 
 
-class DpoSf(Method):
-    """The ablation "DPO + scaling factor": both weights are α/2, whatever the mutual information."""
+class DpoSf(Anchored):
+    """The ablation "DPO + scaling factor": equal weights, made of α, whatever the mutual information.
+
+    We do not know whether the paper's scaling factor alone gives each response α/2, as `bdpo` does where
+    both are understood alike, or α: `side_weight` has both readings.
+    """
 
     arxiv = "2603.22829"
-    product_keys = ("alpha", "beta")
     name: Literal["dpo_sf"] = "dpo_sf"
-    alpha: float = Field(1.5, gt=0, description="scaling factor: the total of the two weights")
+    alpha: float = Field(1.5, gt=0, description="scaling factor, of which `side_weight` makes the weights")
+    side_weight: Literal["alpha/2", "alpha"] = Field("alpha/2", description="weight a of each response")
+
+    @property
+    def product_keys(self) -> tuple[str, ...]:
+        """α and β."""
+        return ("alpha", "beta")
 
     def loss(self, pairs: PairLogps) -> LossOutput:
-        """−log σ(β·α/2·(Δ_w − Δ_l))."""
-        half = pairs.policy_chosen.new_full(pairs.policy_chosen.shape, self.alpha / 2)
-        return _weighted_dpo(self, pairs, half, half)
+        """−log σ(β·a·(Δ_w − Δ_l)), a = α/2 or α."""
+        weight = self.alpha if self.side_weight == "alpha" else self.alpha / 2
+        weights = pairs.policy_chosen.new_full(pairs.policy_chosen.shape, weight)
+        return _weighted_dpo(self, pairs, (weights, weights))
 
 
-class Dpo(Method):
+class Dpo(Anchored):
     """Plain DPO."""
 
     arxiv = "2305.18290"
@@ -69,10 +93,10 @@ class Dpo(Method):
     def loss(self, pairs: PairLogps) -> LossOutput:
         """−log σ(β·(Δ_w − Δ_l)), equation 7."""
         one = pairs.policy_chosen.new_ones(pairs.policy_chosen.shape)
-        return _weighted_dpo(self, pairs, one, one)
+        return _weighted_dpo(self, pairs, (one, one))
 
 
-class Dpop(Method):
+class Dpop(Anchored):
     """DPO-Positive: a penalty where the chosen response is less likely than under the reference."""
 
     arxiv = "2402.13228"
@@ -85,10 +109,10 @@ class Dpop(Method):
         """−log σ(β·(Δ_w − Δ_l − `dpop_lambda`·max(0, −Δ_w)))."""
         rewards = self.rewards(pairs)
         penalty = self.dpop_lambda * (-rewards[0]).clamp(min=0)
-        return loss_output(-log_sigmoid(rewards[0] - rewards[1] - penalty), pairs, rewards)
+        return self.output(-log_sigmoid(rewards[0] - rewards[1] - penalty), pairs, rewards)
 
 
-class Ipo(Method):
+class Ipo(Anchored):
     """Squared distance of the margin from 1/(2β), per token as in TRL."""
 
     arxiv = "2310.12036"
@@ -98,10 +122,10 @@ class Ipo(Method):
         """(Δ_w/|y_w| − Δ_l/|y_l| − 1/(2β))², equation 17."""
         delta_chosen, delta_rejected = pairs.deltas
         margins = delta_chosen / pairs.chosen_tokens - delta_rejected / pairs.rejected_tokens
-        return loss_output((margins - 1 / (2 * self.beta)) ** 2, pairs, self.rewards(pairs))
+        return self.output((margins - 1 / (2 * self.beta)) ** 2, pairs, self.rewards(pairs))
 
 
-class LabelNoise(Method):
+class LabelNoise(Anchored):
     """A method that takes the label of a pair for wrong with probability `label_smoothing`."""
 
     label_smoothing: float = Field(
@@ -124,7 +148,7 @@ class Cdpo(LabelNoise):
         """−(1−ε)·log σ(βh) − ε·log σ(−βh), h = Δ_w − Δ_l, equation 3."""
         right, wrong = self.both_ways(pairs)
         loss = (1 - self.label_smoothing) * right + self.label_smoothing * wrong
-        return loss_output(loss, pairs, self.rewards(pairs))
+        return self.output(loss, pairs, self.rewards(pairs))
 
 
 class Robust(LabelNoise):
@@ -138,10 +162,10 @@ class Robust(LabelNoise):
         right, wrong = self.both_ways(pairs)
         noise = self.label_smoothing
         loss = ((1 - noise) * right - noise * wrong) / (1 - 2 * noise)
-        return loss_output(loss, pairs, self.rewards(pairs))
+        return self.output(loss, pairs, self.rewards(pairs))
 
 
-class Safedpo(Method):
+class Safedpo(Anchored):
     """DPO with a margin where exactly one response is unsafe.
 
     A pair of which only the rejected response is safe is swapped first, metrics included. A pair of two
@@ -161,65 +185,65 @@ class Safedpo(Method):
         rewards = self.rewards(pairs)
         exactly_one_unsafe = chosen_unsafe ^ rejected_unsafe
         loss = -log_sigmoid(rewards[0] - rewards[1] - exactly_one_unsafe * self.safedpo_delta)
-        return loss_output(loss.where(~(chosen_unsafe & rejected_unsafe), 0.0), pairs, rewards)
+        output = self.output(loss, pairs, rewards)
+        return replace(output, loss=output.loss.where(~(chosen_unsafe & rejected_unsafe), 0.0))
 
 
-class Cpo(Method):
-    """DPO against a uniform reference, plus the likelihood of the chosen response.
+class Bpo(Anchored):
+    """Balanced Preference Optimization: the worse of the two rewards is trained, not their difference."""
 
-    As in TRL the likelihood term is per token; here of each pair, where TRL takes all tokens of a batch
-    together, so that it does not depend on how a batch is split.
+    arxiv = "2506.03557"
+    name: Literal["bpo"] = "bpo"
+    bpo_alpha: float = Field(0.3, gt=0, le=1, description="gap adaptor α: factor of the rejected reward")
+
+    def loss(self, pairs: PairLogps) -> LossOutput:
+        """−log σ(β·min(Δ_w, −`bpo_alpha`·Δ_l)).
+
+        Where both are equal, as before the first update, either response gets half of the gradient, as in
+        the authors' code (sunlin-ai/BPO, `balance_logistic_alpha`, with 0.3).
+        """
+        rewards = self.rewards(pairs)
+        margins = rewards[0].minimum(-self.bpo_alpha * rewards[1])
+        return self.output(-log_sigmoid(margins), pairs, rewards)
+
+
+class CalDpo(Anchored):
+    """Calibrated DPO: the log-ratios of the two responses are also drawn to ±1/(2β) by squared distances.
+
+    The margin has no β, as in the authors' code (Cal-DPO/Cal-DPO, `preference_loss`, with β = 0.1).
     """
 
-    arxiv = "2401.08417"
-    requires_reference = False
-    name: Literal["cpo"] = "cpo"
-    cpo_alpha: float = Field(1.0, ge=0, description="weight of the chosen response's likelihood")
+    arxiv = "2412.14516"
+    name: Literal["cal_dpo"] = "cal_dpo"
+    beta: float = Field(
+        0.1, gt=0, description="the log-ratios are drawn to ±1/(2β); the scale of the rewards"
+    )
 
     def loss(self, pairs: PairLogps) -> LossOutput:
-        """−log σ(β·(lp_w − lp_l)) − `cpo_alpha`·lp_w/|y_w|."""
-        rewards = self.beta * pairs.policy_chosen, self.beta * pairs.policy_rejected
-        nll = -pairs.policy_chosen / pairs.chosen_tokens
-        loss = -log_sigmoid(rewards[0] - rewards[1]) + self.cpo_alpha * nll
-        return loss_output(loss, pairs, rewards, nll_loss=nll)
-
-
-class Simpo(Method):
-    """−log σ of the margin per token beyond a target."""
-
-    arxiv = "2405.14734"
-    requires_reference = False
-    name: Literal["simpo"] = "simpo"
-    beta: float = Field(2.0, gt=0, description="scale of the rewards, which are per token")
-    simpo_gamma: float = Field(0.5, ge=0, description="the margin that rewards are to reach")
-
-    def loss(self, pairs: PairLogps) -> LossOutput:
-        """−log σ(β·(lp_w/|y_w| − lp_l/|y_l|) − `simpo_gamma`), equation 6."""
-        reward_chosen = self.beta * pairs.policy_chosen / pairs.chosen_tokens
-        reward_rejected = self.beta * pairs.policy_rejected / pairs.rejected_tokens
-        loss = -log_sigmoid(reward_chosen - reward_rejected - self.simpo_gamma)
-        return loss_output(loss, pairs, (reward_chosen, reward_rejected))
-
-
-class Sft(Method):
-    """Supervised fine-tuning on the chosen response; the rejected one is logged beside it and not trained on.
-
-    The likelihood is per token of each pair, as in `cpo`. The tamper test trains with it.
-    """
-
-    arxiv = "2203.02155"
-    requires_reference = False
-    name: Literal["sft"] = "sft"
-    beta: float = Field(0.1, gt=0, description="scale of the logged rewards; the loss does not depend on it")
-
-    def loss(self, pairs: PairLogps) -> LossOutput:
-        """−lp_w/|y_w|, the likelihood alone."""
-        rewards = self.beta * pairs.policy_chosen, self.beta * pairs.policy_rejected
-        return loss_output(-pairs.policy_chosen / pairs.chosen_tokens, pairs, rewards)
+        """−log σ(Δ_w − Δ_l) + (Δ_w − 1/(2β))² + (Δ_l + 1/(2β))²; ln 2 + 1/(2β²) before the first update."""
+        delta_chosen, delta_rejected = pairs.deltas
+        target = 1 / (2 * self.beta)
+        calibration = (delta_chosen - target) ** 2 + (delta_rejected + target) ** 2
+        loss = -log_sigmoid(delta_chosen - delta_rejected) + calibration
+        return self.output(loss, pairs, self.rewards(pairs), calibration_loss=calibration)
 
 
 AnyMethod = Annotated[
-    Bdpo | DpoBw | DpoSf | Dpo | Dpop | Ipo | Cdpo | Robust | Safedpo | Cpo | Simpo | Sft,
+    Bdpo
+    | DpoBw
+    | DpoSf
+    | Dpo
+    | Dpop
+    | Ipo
+    | Cdpo
+    | Robust
+    | Safedpo
+    | Bpo
+    | CalDpo
+    | Cpo
+    | Simpo
+    | Orpo
+    | Sft,
     Discriminator("name"),
     default_kind("bdpo"),
 ]
@@ -232,14 +256,29 @@ METHODS: dict[str, type[Method]] = {
 
 
 def _weighted_dpo(
-    method: Method, pairs: PairLogps, weight_chosen: torch.Tensor, weight_rejected: torch.Tensor
+    method: Anchored,
+    pairs: PairLogps,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    on: Literal["margin", "gradient"] = "margin",
 ) -> LossOutput:
-    """-log σ(β·(a_w·Δ_w - a_l·Δ_l))."""
+    """-log σ(β·(a_w·Δ_w - a_l·Δ_l)), or with the weights a on the gradients alone."""
     rewards = method.rewards(pairs)
-    margins = weight_chosen * rewards[0] - weight_rejected * rewards[1]
+    weigh = _weigh if on == "margin" else _weigh_gradient
+    chosen, rejected = (weigh(reward, a) for reward, a in zip(rewards, weights, strict=True))
+    margins = chosen - rejected
     balance = {
-        "balance/weight_chosen": weight_chosen,
-        "balance/weight_rejected": weight_rejected,
+        "balance/weight_chosen": weights[0],
+        "balance/weight_rejected": weights[1],
         "balance/margins": margins,
     }
-    return loss_output(-log_sigmoid(margins), pairs, rewards, **balance)
+    return method.output(-log_sigmoid(margins), pairs, rewards, **balance)
+
+
+def _weigh(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return weight * x
+
+
+def _weigh_gradient(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The value of x exactly, with `weight` times its gradient."""
+    value = x.detach()
+    return value + weight * (x - value)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from bdpo.method.base import Method
+from bdpo.method.base import Anchored, Method
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ def mutual_information(
     return (cond_logps - uncond_logps) / num_tokens
 
 
-class Balanced(Method):
+class Balanced(Anchored):
     """A method that weighs the two responses of a pair by their mutual information."""
 
     balance: Literal["ratio", "softmax", "none"] = Field(
@@ -35,6 +35,9 @@ class Balanced(Method):
     sharpness: float = Field(1.0, description="exponent of the shares; 0 makes them equal")
     mi_floor: float = Field(MI_FLOOR, gt=0, description="nats per token below which MI counts as this")
     min_share: float = Field(0.05, ge=0, le=0.5, description="neither response gets a smaller share")
+    balance_on: Literal["margin", "gradient"] = Field(
+        "margin", description="where the weights act: inside the sigmoid, or on the gradients alone"
+    )
 
     def shares(self, mi_chosen: torch.Tensor, mi_rejected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(ω_w, ω_l) of each pair, ω_w + ω_l = 1; inputs in nats per token, all shapes (pairs,).

@@ -150,8 +150,11 @@ class TestRefusals:
         saved = tmp_path / "saved.yaml"
         saved.write_text(load(method={"name": "bdpo", "alpha": 1.2, "sharpness": 2.0, "beta": 0.3}).to_yaml())
         dpo_sf, simpo = (load_config(saved, [f"method.name={name}"]).method for name in ("dpo_sf", "simpo"))
-        assert dpo_sf.model_dump() == {"name": "dpo_sf", "alpha": 1.2, "beta": 0.3}
-        assert simpo.model_dump() == {"name": "simpo", "beta": 2.0, "simpo_gamma": 0.5}  # its own default
+        assert dpo_sf.model_dump() == {
+            "name": "dpo_sf", "alpha": 1.2, "beta": 0.3, "nll_weight": 0.0, "side_weight": "alpha/2",
+        }  # fmt: skip
+        own = {"name": "simpo", "beta": 2.0, "nll_weight": 0.0, "simpo_gamma": 0.5}
+        assert simpo.model_dump() == own  # its own default
         misspelt = refusal(load, "method.name=dpo", method={"name": "bdpo", "sharpnes": 1})
         assert "sharpnes" in misspelt
 

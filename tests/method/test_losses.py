@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import tensor
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from bdpo.method.base import PairLogps
@@ -28,15 +29,19 @@ WITHOUT_REFERENCE = [name for name, method in METHODS.items() if not method.requ
 
 WITH_REFERENCE = [name for name in METHODS if name not in [*WITHOUT_REFERENCE, "safedpo"]]
 
+ANCHORED = [name for name, method in METHODS.items() if "nll_weight" in method.model_fields]
+
+BALANCED = [name for name, method in METHODS.items() if "balance_on" in method.model_fields]
+
 UNSAFE = [(False, False), (False, True), (True, False), (True, True)]  # chosen, rejected
 
 
 def random_pairs(pairs=8, seed=0):
-    """Log-probs about a few nats apart; every combination of safety labels."""
+    """Log-probs below zero, about a nat apart; every combination of safety labels."""
     generator = torch.Generator().manual_seed(seed)
     columns = {name: torch.randn(pairs, generator=generator, dtype=torch.float64) for name in FIELDS}
-    for name in ("weight_chosen", "weight_rejected"):
-        columns[name] = columns[name].abs()
+    for name in FIELDS:
+        columns[name] = columns[name].abs() if name.startswith("weight") else -columns[name].abs()
     for name in ("chosen_tokens", "rejected_tokens"):
         columns[name] = torch.randint(1, 9, (pairs,), generator=generator).double()
     for side, name in enumerate(("chosen_unsafe", "rejected_unsafe")):
@@ -97,6 +102,24 @@ def simpo(p, m):
     return nll_of_sigmoid(m.beta * per_token - m.simpo_gamma)
 
 
+def log_odds(log_p):
+    return math.log(math.exp(log_p) / (1 - math.exp(log_p)))
+
+
+def orpo(p, m):
+    chosen, rejected = p.policy_chosen / p.chosen_tokens, p.policy_rejected / p.rejected_tokens
+    return -chosen + m.beta * nll_of_sigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def bpo(p, m):
+    return nll_of_sigmoid(m.beta * min(p.delta_w, -m.bpo_alpha * p.delta_l))
+
+
+def cal_dpo(p, m):
+    target = 1 / (2 * m.beta)
+    return nll_of_sigmoid(p.delta_w - p.delta_l) + (p.delta_w - target) ** 2 + (p.delta_l + target) ** 2
+
+
 def sft(p, m):
     return -p.policy_chosen / p.chosen_tokens
 
@@ -111,12 +134,14 @@ def safedpo(p, m):
     }[bool(p.chosen_unsafe), bool(p.rejected_unsafe)]
 
 
+NAMED = (dpop, ipo, cdpo, robust, safedpo, bpo, cal_dpo, cpo, simpo, orpo, sft)
+
 FORMULAS = {
     "dpo": weighted(lambda a, m: 1.0),
     "bdpo": weighted(lambda a, m: a),
     "dpo_bw": weighted(lambda a, m: a),
     "dpo_sf": weighted(lambda a, m: m.alpha / 2),
-} | {formula.__name__: formula for formula in (dpop, ipo, cdpo, robust, cpo, simpo, safedpo, sft)}
+} | {formula.__name__: formula for formula in NAMED}
 
 
 def scalars(pairs, i):
@@ -139,6 +164,7 @@ KEYS = {
     "cpo_alpha": 0.6,
     "dpop_lambda": 0.8,
     "simpo_gamma": 0.7,
+    "bpo_alpha": 0.8,
     "safedpo_delta": 3.0,
 }
 
@@ -152,7 +178,23 @@ def test_formula(name):
     assert loss.tolist() == pytest.approx([FORMULAS[name](scalars(pairs, i), method) for i in range(8)])
 
 
+@pytest.mark.parametrize("name", ANCHORED)
+def test_the_anchor_is_added_to_the_loss(name):
+    """To that of every pair which has a loss: SafeDPO has none for two unsafe responses."""
+    pairs = random_pairs()
+    plain, anchored = METHODS[name]().loss(pairs), METHODS[name](nll_weight=0.7).loss(pairs)
+    for i in range(8):
+        p = scalars(pairs, i)
+        likelihood = -p.policy_chosen / p.chosen_tokens
+        if name == "safedpo" and p.chosen_unsafe:
+            likelihood = 0.0 if p.rejected_unsafe else -p.policy_rejected / p.rejected_tokens
+        assert anchored.loss[i].item() == pytest.approx(plain.loss[i].item() + 0.7 * likelihood)
+    assert "nll_loss" in anchored.metrics
+    assert "nll_loss" not in plain.metrics
+
+
 CHANGED = KEYS | {"balance": "softmax", "sharpness": 3.0, "mi_floor": 0.5, "min_share": 0.4}
+CHANGED |= {"balance_on": "gradient", "side_weight": "alpha", "nll_weight": 0.7}
 
 
 @pytest.mark.parametrize(("name", "key"), [(n, k) for n, m in METHODS.items() for k in m.model_fields])
@@ -203,6 +245,63 @@ def test_balance_margins_are_what_bdpo_trains():
     assert [nll_of_sigmoid(m.item()) for m in output.metrics["balance/margins"]] == pytest.approx(
         output.loss.tolist()
     )
+
+
+@pytest.mark.parametrize("name", BALANCED)
+def test_weights_on_the_gradient_leave_the_loss_that_of_dpo(name):
+    """The gradients are -β·σ(-βh)·a_w and β·σ(-βh)·a_l, h being unweighted."""
+    pairs, method = random_pairs(), METHODS[name](beta=0.3, balance_on="gradient")
+    policy = pairs.policy_chosen.requires_grad_(), pairs.policy_rejected.requires_grad_()
+    output = method.loss(pairs)
+    assert torch.equal(output.loss, METHODS["dpo"](beta=0.3).loss(pairs).loss)
+    assert torch.equal(output.metrics["balance/margins"], output.metrics["rewards/margins"])
+    gradients = torch.autograd.grad(output.loss.sum(), policy)
+    for i in range(8):
+        p = scalars(pairs, i)
+        slope = 0.3 / (1 + math.exp(0.3 * (p.delta_w - p.delta_l)))
+        assert gradients[0][i].item() == pytest.approx(-slope * p.weight_chosen)
+        assert gradients[1][i].item() == pytest.approx(slope * p.weight_rejected)
+
+
+@pytest.mark.parametrize("settings", [{"balance_on": "margin"}, {"balance_on": "gradient"}])
+def test_with_alpha_2_and_equal_shares_bdpo_is_dpo_wherever_the_weights_act(settings):
+    pairs, mi = random_pairs(), torch.rand(2, 8, dtype=torch.float64)
+    bdpo = METHODS["bdpo"](alpha=2.0, balance="none", **settings)
+    chosen, rejected = bdpo.weights(*mi)
+    policy = pairs.policy_chosen.requires_grad_(), pairs.policy_rejected.requires_grad_()
+    losses = (
+        bdpo.loss(replace(pairs, weight_chosen=chosen, weight_rejected=rejected)).loss,
+        METHODS["dpo"]().loss(pairs).loss,
+    )
+    assert torch.equal(*losses)
+    for ours, theirs in zip(*(torch.autograd.grad(loss.sum(), policy) for loss in losses), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_dpo_sf_with_alpha_1_for_each_response_is_dpo():
+    pairs = random_pairs()
+    each = METHODS["dpo_sf"](alpha=1.0, side_weight="alpha").loss(pairs).loss
+    half = METHODS["dpo_sf"](alpha=2.0).loss(pairs).loss
+    dpo = METHODS["dpo"]().loss(pairs).loss
+    assert torch.equal(each, dpo)
+    assert torch.equal(half, dpo)
+
+
+def test_before_training_bpo_gives_either_response_half_of_the_gradient():
+    chosen, rejected = (torch.zeros(1, requires_grad=True) for _ in range(2))
+    pairs = replace(pairs_of(), policy_chosen=chosen, policy_rejected=rejected)
+    loss = METHODS["bpo"](beta=0.2, bpo_alpha=0.3).loss(pairs).loss
+    gradients = torch.autograd.grad(loss.sum(), (chosen, rejected))
+    assert [g.item() for g in gradients] == pytest.approx([-0.2 / 2 / 2, 0.2 * 0.3 / 2 / 2])
+
+
+def test_orpo_is_finite_for_a_response_that_is_certain():
+    """A log-prob that is rounded to zero, of the chosen response and of the rejected one."""
+    for sides in ({"policy_rejected": -3.0}, {"policy_chosen": -3.0}):
+        pairs = pairs_of(**sides)
+        policy = pairs.policy_chosen.requires_grad_(), pairs.policy_rejected.requires_grad_()
+        loss = METHODS["orpo"]().loss(pairs).loss
+        assert torch.isfinite(torch.stack([loss, *torch.autograd.grad(loss.sum(), policy)])).all()
 
 
 def test_safedpo_swaps_a_pair_in_its_metrics_too():
@@ -258,12 +357,14 @@ def test_swapping_the_responses_mirrors_the_margin_of_dpo(margin):
     assert (there.loss - back.loss).item() == pytest.approx(-method.beta * margin, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["bdpo", "dpo", "dpo_bw", "dpo_sf", "dpop", "cdpo", "robust"])
+@pytest.mark.parametrize("name", ["bdpo", "dpo", "dpo_bw", "dpo_sf", "dpop", "cdpo", "robust", "bpo"])
 def test_before_training_the_loss_is_ln_2_whatever_the_weights(name):
     pairs = random_pairs()
     pairs = replace(pairs, policy_chosen=pairs.reference_chosen, policy_rejected=pairs.reference_rejected)
     expected = torch.full((8,), math.log(2), dtype=torch.float64)
     torch.testing.assert_close(METHODS[name]().loss(pairs).loss, expected)
+    if name in BALANCED:
+        torch.testing.assert_close(METHODS[name](balance_on="gradient").loss(pairs).loss, expected)
 
 
 @pytest.mark.parametrize("name", WITHOUT_REFERENCE)
@@ -310,36 +411,42 @@ def batch():
 class TestAgainstTRL:
     """One batch of a tiny model through both."""
 
-    @pytest.mark.parametrize(
-        ("name", "loss_type"), [("dpo", "sigmoid"), ("ipo", "ipo"), ("robust", "robust")]
-    )
-    def test_loss_rewards_and_gradients(self, tmp_path, tiny_chat, batch, name, loss_type):
-        rows = [{f"{part}_ids": ids for part, ids in vars(pair).items()} for pair in batch.encoded]
+    def dpo_trainer(self, tmp_path, tiny_chat, batch, **settings):
         arguments = DPOConfig(
             str(tmp_path),
-            loss_type=loss_type,
-            beta=0.1,
             label_smoothing=0.2,
             bf16=False,
             gradient_checkpointing=False,
             use_cpu=True,
             report_to=[],
+            **settings,
         )
         text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-        trainer = DPOTrainer(
+        return DPOTrainer(
             copy.deepcopy(batch.policy),
             batch.reference,
             arguments,
             train_dataset=text,
             processing_class=copy.deepcopy(tiny_chat.tokenizer),  # TRL gives it a padding token
         )
+
+    def dpo_loss(self, trainer, encoded):
+        rows = [{f"{part}_ids": ids for part, ids in vars(pair).items()} for pair in encoded]
         loss = trainer.compute_loss(trainer.model.train(), DataCollatorForPreference(pad_token_id=0)(rows))
         loss.backward()
+        return loss.squeeze()
+
+    @pytest.mark.parametrize(
+        ("name", "loss_type"), [("dpo", "sigmoid"), ("ipo", "ipo"), ("robust", "robust")]
+    )
+    def test_loss_rewards_and_gradients(self, tmp_path, tiny_chat, batch, name, loss_type):
+        trainer = self.dpo_trainer(tmp_path, tiny_chat, batch, loss_type=loss_type, beta=0.1)
+        loss = self.dpo_loss(trainer, batch.encoded)
 
         output = METHODS[name](**{"label_smoothing": 0.2} if name == "robust" else {}).loss(batch.logps)
         batch.ours.zero_grad()
         output.loss.mean().backward(retain_graph=True)
-        torch.testing.assert_close(output.loss.mean(), loss.squeeze(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(output.loss.mean(), loss, rtol=1e-5, atol=0)
         for metric in (
             "rewards/chosen",
             "rewards/rejected",
@@ -350,6 +457,34 @@ class TestAgainstTRL:
             theirs = trainer._metrics["train"][metric][0]
             assert output.metrics[metric].mean().item() == pytest.approx(theirs, rel=1e-5), metric
         same_gradients(batch.ours, trainer.model)
+
+    def test_nll_weight(self, tmp_path, tiny_chat, batch):
+        """TRL's weighted mixture, a pair at a time: its likelihood is a mean over all tokens of a batch."""
+        mixture = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7], "beta": 0.1}
+        trainer = self.dpo_trainer(tmp_path, tiny_chat, batch, **mixture)
+        output = METHODS["dpo"](nll_weight=0.7).loss(batch.logps)
+        for i, pair in enumerate(batch.encoded):
+            trainer.model.zero_grad()
+            batch.ours.zero_grad()
+            loss = self.dpo_loss(trainer, [pair])
+            output.loss[i].backward(retain_graph=True)
+            torch.testing.assert_close(output.loss[i], loss, rtol=1e-5, atol=0)
+            same_gradients(batch.ours, trainer.model)
+
+    def test_cal_dpo(self, tmp_path, tiny_chat, batch):
+        """The sum of two of TRL's losses: DPO with β = 1, and SPPO's squared distances from ±1/(2β)."""
+        dpo, sppo = (
+            self.dpo_trainer(tmp_path, tiny_chat, batch, loss_type=loss_type, beta=beta)
+            for loss_type, beta in (("sigmoid", 1.0), ("sppo_hard", 0.1))
+        )
+        loss = self.dpo_loss(dpo, batch.encoded) + self.dpo_loss(sppo, batch.encoded)
+        for parameter, other in zip(dpo.model.parameters(), sppo.model.parameters(), strict=True):
+            parameter.grad += other.grad
+        output = METHODS["cal_dpo"]().loss(batch.logps)
+        batch.ours.zero_grad()
+        output.loss.mean().backward(retain_graph=True)
+        torch.testing.assert_close(output.loss.mean(), loss, rtol=1e-5, atol=0)
+        same_gradients(batch.ours, dpo.model)
 
     def cpo_trainer(self, tmp_path, tiny_chat, batch, **settings):
         arguments = CPOConfig(
@@ -368,13 +503,14 @@ class TestAgainstTRL:
         [
             ("cpo", {"loss_type": "sigmoid", "cpo_alpha": 0.7, "beta": 0.1}),
             ("simpo", {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.5, "beta": 2.0}),
+            ("simpo", {"loss_type": "simpo", "cpo_alpha": 0.7, "simpo_gamma": 0.5, "beta": 2.0}),
         ],
     )
     def test_losses_without_reference(self, tmp_path, tiny_chat, batch, name, settings):
         """A pair at a time, since TRL's likelihood term of CPO is a mean over the tokens of a batch."""
         trainer = self.cpo_trainer(tmp_path, tiny_chat, batch, **settings)
-        keys = {"cpo": {"cpo_alpha": 0.7}, "simpo": {}}[name]  # SimPO's are our defaults
-        output = METHODS[name](**keys).loss(batch.logps)
+        likelihood = {"cpo": "cpo_alpha", "simpo": "nll_weight"}[name]  # the others are our defaults
+        output = METHODS[name](**{likelihood: settings["cpo_alpha"]}).loss(batch.logps)
         for i, pair in enumerate(batch.encoded):
             rows = {}
             for side in ("chosen", "rejected"):
@@ -395,6 +531,27 @@ class TestAgainstTRL:
                     assert output.metrics[metric][i].item() == pytest.approx(metrics[metric], rel=1e-5)
             same_gradients(batch.ours, trainer.model)
 
+    def test_orpo(self, tmp_path, tiny_chat, batch):
+        """The odds ratio; TRL's likelihood term is of the prompt too, ours of the response alone."""
+        arguments = ORPOConfig(
+            str(tmp_path), beta=0.3, bf16=False, gradient_checkpointing=False, use_cpu=True, report_to=[]
+        )
+        trainer = ORPOTrainer(
+            copy.deepcopy(batch.policy),
+            arguments,
+            train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+            processing_class=copy.deepcopy(tiny_chat.tokenizer),
+        )
+        p = batch.logps
+        per_token = p.policy_chosen / p.chosen_tokens, p.policy_rejected / p.rejected_tokens
+        weighted_ratio, *rewards, ratio, odds = trainer.odds_ratio_loss(*per_token)
+        output = METHODS["orpo"](beta=0.3).loss(p)
+        torch.testing.assert_close(output.loss + per_token[0], -weighted_ratio)
+        torch.testing.assert_close(output.metrics["rewards/chosen"], rewards[0])
+        torch.testing.assert_close(output.metrics["rewards/rejected"], rewards[1])
+        torch.testing.assert_close(output.metrics["log_odds_ratio"].mean(), ratio)
+        torch.testing.assert_close(output.metrics["log_odds_chosen"].mean(), odds)
+
     def test_cdpo(self, tmp_path, tiny_chat, batch):
         """DPOTrainer smooths the labels of no loss but `robust`; CPOTrainer does, here of our log-ratios."""
         trainer = self.cpo_trainer(tmp_path, tiny_chat, batch, label_smoothing=0.2, beta=0.1)
@@ -414,7 +571,7 @@ def same_gradients(ours, theirs):
         torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-5, atol=1e-5 * scale, msg=name)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.product_keys])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method().product_keys])
 @given(factor=st.floats(0.1, 10), seed=st.integers(0, 99))
 def test_keys_that_count_as_their_product_train_the_same_model(name, factor, seed):
     """The weights are made anew from the mutual information, as a training makes them."""
@@ -433,4 +590,8 @@ def test_settings_of_the_loss_tell_other_losses_apart():
     assert bdpo(alpha=1.0, beta=0.2).loss_settings() == bdpo(alpha=2.0, beta=0.1).loss_settings()
     assert bdpo(alpha=1.0, beta=0.2).loss_settings() != bdpo(alpha=2.0, beta=0.2).loss_settings()
     assert bdpo(sharpness=2.0).loss_settings() != bdpo().loss_settings()
+    on_gradient = [
+        bdpo(alpha=a, beta=b, balance_on="gradient").loss_settings() for a, b in ((1, 0.2), (2, 0.1))
+    ]
+    assert on_gradient[0] != on_gradient[1]
     assert METHODS["dpo"](beta=0.2).loss_settings()["beta"] == 0.2
