@@ -44,7 +44,11 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
 
 def _innermost(problem: ErrorDetails, error: ValidationError) -> ErrorDetails:
     """Of a value that may be of several types, pydantic lists what is wrong with each: the closest to any."""
-    place = problem["loc"][:-1] if _TAGS.fullmatch(str(problem["loc"][-1])) else problem["loc"]
+    place = problem["loc"]
+    if not place:  # of the config as a whole
+        return problem
+    if _TAGS.fullmatch(str(place[-1])):
+        place = place[:-1]
     of_it = [other for other in error.errors() if other["loc"][: len(place)] == place]
     return max(of_it, key=lambda other: len(other["loc"]))
 
