@@ -170,7 +170,7 @@ def change_score(run):
         (safety(), "expects exactly one of at_least, at_most, max_regression, got 0"),
         (safety(at_least=0.5, max_regression=0.1), "expects exactly one of"),
         (safety(at_least=80), "less than or equal to 1"),
-        (safety(atleast=0.5), "did you mean conditions.at_least?"),
+        (safety(atleast=0.5), "did you mean conditions.0.at_least?"),
         ({"measure": "gsm8k.accuracy", "max_regression": 0.1}, "has no single items"),
     ],
 )
