@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 import pyarrow as pa
@@ -73,7 +74,7 @@ def summarise_attack(scores: pa.Table, judge: str, universal: bool = False) -> A
         dict(Counter(row["failure"] for row in rows if row["failure"])),
         dict(Counter(_reason(row) for row in rows if row["jailbroken"] is None and not row["failure"])),
         **{name: sum(row[name] for row in rows) for name in _COSTS},
-        median_queries=float(_median(succeeded)) if succeeded else None,
+        median_queries=float(median(succeeded)) if succeeded else None,
         categories={name: _rate([row for row in rows if row["category"] == name]) for name in categories},
         held_out=_rate([row for row in rows if row["held_out"]]) if universal else None,
         trained_on=_rate([row for row in rows if not row["held_out"]]) if universal else None,
@@ -85,11 +86,6 @@ _COSTS = ("queries", "forward_passes", "prompt_tokens", "response_tokens", "fail
 
 def _reason(row: Mapping[str, Any]) -> str:
     return row["unanswered"] or "not_asked"
-
-
-def _median(values: Sequence[int]) -> float:
-    middle = len(values) // 2
-    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
 
 
 def _rate(rows: Sequence[Mapping[str, Any]]) -> Estimate:
