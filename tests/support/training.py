@@ -39,9 +39,10 @@ def score(folder, chat, tied=False, dtype="float32"):
     return config
 
 
-def launch(configs, workers=1, rungs=()):
+def launch(configs, workers=1, rungs=(), may_stop=False):
     """Train in processes of their own, all exit codes being 0; `rungs` are steps to stand still at.
 
+    Only a test that expects a training to stop with an error says `may_stop`, and reads its `errors`.
     The workers find each other by a file: a port that was free a moment ago may be another process's. When
     one of them fails, the others, which wait for it, are ended.
     """
@@ -71,6 +72,9 @@ def launch(configs, workers=1, rungs=()):
         meeting.unlink(missing_ok=True)
     codes = [process.exitcode for process in processes]
     assert codes == [0] * workers, "\n".join(log.read_text() for log in logs)
+    if not may_stop:
+        stopped = {config.run_dir: errors(Path(config.run_dir)) for config in configs}
+        assert not any(stopped.values()), stopped
 
 
 def copied(scored, folder, checkpoints=(), **changes):
@@ -88,7 +92,6 @@ def copied(scored, folder, checkpoints=(), **changes):
 def trained(scored, folder, workers=1, checkpoints=(), **changes):
     """Train a copy of the scored run with a changed config, in processes of its own; returns its folder."""
     launch([copied(scored, folder, checkpoints, **changes)], workers)
-    assert not errors(folder)
     return RunDir(folder)
 
 

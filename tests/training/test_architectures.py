@@ -65,7 +65,7 @@ def scored(folder, chat, model_type):
 def runs(tmp_path_factory, tiny_chat):
     folder = tmp_path_factory.mktemp("runs")
     configs = {name: scored(folder / name, tiny_chat, name) for name in [*TRAINED, *NOT_TRAINED]}
-    launch(list(configs.values()), workers=2)
+    launch(list(configs.values()), workers=2, may_stop=True)
     return configs
 
 

@@ -105,7 +105,7 @@ def resumed(request, scored, whole, tmp_path_factory):
     configs.append(interrupted("best", save_steps=2, **best))
     stopped = {"full disk": FULL_DISK, "infinite gradient": INFINITE_GRADIENT, "nan": NAN_LOGPS}
     configs += [interrupted(name, 2, fault=fault) for name, fault in stopped.items()]
-    launch(configs, workers)
+    launch(configs, workers, may_stop=True)
     return workers, folder
 
 

@@ -79,7 +79,7 @@ def distances(tmp_path_factory, tiny_chat):
         (run / "fault.py").write_text(WATCH)
     configs["wrong"] = copied(scored["float32"], folder / "wrong", train={"max_steps": 1})
     (folder / "wrong" / "fault.py").write_text(WRONG)
-    launch(list(configs.values()), workers=2)
+    launch(list(configs.values()), workers=2, may_stop=True)
     return folder
 
 

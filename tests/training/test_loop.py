@@ -81,7 +81,7 @@ def test_a_partitioned_tied_head_trains_as_a_whole_one(tmp_path, tiny_chat):
 
 def test_scores_of_another_model_stop_the_run_before_its_first_update(scored, tmp_path, tiny_chat):
     other = save_model(tmp_path / "other", tiny_chat, seed=7)
-    launch([copied(scored, tmp_path / "run", model={"name_or_path": str(other)})])
+    launch([copied(scored, tmp_path / "run", model={"name_or_path": str(other)})], may_stop=True)
     (error,) = errors(tmp_path / "run")
     assert "policy and reference differ" in error
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
