@@ -21,6 +21,7 @@ from bdpo.models.loading import (
     require_finite,
     some_names,
 )
+from bdpo.storage.checksums import require_checksums
 from bdpo.storage.digests import files_digest
 
 if TYPE_CHECKING:
@@ -36,13 +37,15 @@ def adapter_folder(name: str, key: str) -> Path:
     """The local folder of an adapter: as named, or the hub's snapshot; `key` is what errors name.
 
     Raises:
-        UserError: there is none, or it has no `adapter_config.json` and `adapter_model.safetensors`.
+        UserError: there is none, it has no `adapter_config.json` and `adapter_model.safetensors`, or it was
+            exported here and is not as it was exported.
     """
     folder = Path(name).expanduser()
     folder = folder if folder.is_dir() else hub_snapshot(name, None, key)
     for file in (_CONFIG, _WEIGHTS):
         if not (folder / file).is_file():
             raise UserError(f"{key}={name}: the folder has no {file}")
+    require_checksums(folder)
     return folder.resolve()
 
 

@@ -20,6 +20,7 @@ from bdpo.errors import UserError, first_line
 from bdpo.models.transformers_private import set_attention, supports_sdpa
 from bdpo.sandbox import sandbox_seed
 from bdpo.storage.cache import cached_copy
+from bdpo.storage.checksums import require_checksums
 from bdpo.storage.digests import cached_sha256, files_digest
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def model_folder(model: ModelConfig) -> Path:
     """The local folder of a model: the sandbox's, a folder as named, or the cached one of a URL or the hub.
 
     Raises:
-        UserError: nothing is found under the name, or its safetensors weights are missing or damaged.
+        UserError: nothing is found under the name, its safetensors weights are missing or damaged, or a model
+            that was exported here is not as it was exported.
     """
     if model.name_or_path == SANDBOX:
         from bdpo.sandbox import sandbox_folder
@@ -64,6 +66,7 @@ def model_folder(model: ModelConfig) -> Path:
     for file in weights:
         _require_intact(file)
     _require_shards(folder)
+    require_checksums(folder)
     return folder.resolve()
 
 

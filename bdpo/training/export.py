@@ -15,6 +15,7 @@ from bdpo.models.adapters import export_merged
 from bdpo.models.loading import load_model
 from bdpo.models.logps import ROUNDING, LogpsModel
 from bdpo.storage.cache import local_copy
+from bdpo.storage.checksums import write_checksums
 from bdpo.storage.paths import atomic_folder
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.engine import export
@@ -43,11 +44,14 @@ def export_model(engine: Any, data: TrainingPairs, run: RunDir, probe: bool = Tr
         export(engine, data.chat, folder)
         if probe and first and not lora:
             _require_same(trained, folder, data, probes)
+        if first:
+            write_checksums(folder)
     if lora and first:
         with atomic_folder(run.model) as folder:
             export_merged(data.config.model, local_copy(run.adapter), data.chat, folder)
             if probe:
                 _require_same(trained, folder, data, probes)
+            write_checksums(folder)
 
 
 def _shortest(data: TrainingPairs) -> list[int]:

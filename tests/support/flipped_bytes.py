@@ -13,18 +13,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors.numpy import save_file
 
+from bdpo.config import ModelConfig
 from bdpo.data.pairs import PAIR_SCHEMA, pairs_digest
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import RESPONSE_SCHEMA
 from bdpo.evaluation.measures import SCORE_SCHEMA as VERDICT_SCHEMA
 from bdpo.evaluation.measures import summarise
 from bdpo.experiments.arms import Arm, Record
+from bdpo.models.loading import model_folder
 from bdpo.scoring.scores import SCORE_SCHEMA, checked_pairs_digest, finished_scores, score_store
 from bdpo.search.sweep import Sweep
 from bdpo.stats import Estimate
+from bdpo.storage.checksums import write_checksums
 from bdpo.storage.digests import sha256
 from bdpo.storage.manifests import read_manifest, write_manifest
 from bdpo.storage.metrics_log import MetricsLog
@@ -65,9 +70,19 @@ def small_run(folder: Path) -> RunDir:
         MetricsLog(run.metrics).append({"step": step, "loss": 1 / step})
         MetricsLog(run.recoveries).append({"step": step, "reached": step, "checkpoint": "c", "damaged": {}})
     _checkpoint(run.train / "ray" / "checkpoint_1", workers=2)
+    _export(run)
     _evaluate(run)
     _record_variants(run)
     return run
+
+
+def _export(run: RunDir) -> None:
+    """A folder that passes for the trained model."""
+    run.model.mkdir()
+    (run.model / "config.json").write_text('{"model_type": "qwen2"}')
+    (run.model / "chat_template.jinja").write_text("{{ messages }}")
+    save_file({"weight": np.arange(9, dtype=np.float32)}, run.model / "model.safetensors")
+    write_checksums(run.model)
 
 
 def _evaluate(run: RunDir) -> None:
@@ -136,15 +151,22 @@ def readers(run: RunDir) -> dict[str, Reader]:
     for log in (run.metrics, run.recoveries):
         if log.exists():
             found[str(log)] = lambda log=log: MetricsLog(log).read()
+    if run.has_model():
+        found["model"] = lambda: _content(model_folder(ModelConfig(name_or_path=str(run.model))))
     for folder in sorted((run.train / "ray").glob("checkpoint_*")):
         found[str(folder)] = lambda folder=folder: list(_defects(folder))
     return found
 
 
 def _manifests(run: RunDir) -> list[Path]:
-    """The sealed JSON files of a run; those of checkpoints are parts of these."""
+    """The sealed JSON files of a run; those of checkpoints and models are parts of these."""
     found = sorted(run.root.rglob("*.json"))
+    found = [file for file in found if run.model not in file.parents]
     return [file for file in found if not any(name.startswith("checkpoint_") for name in file.parts)]
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
 def _tables(run: RunDir) -> list[Path]:
@@ -163,7 +185,7 @@ def files_read(run: RunDir) -> list[Path]:
     """The files on which the readers depend."""
     named = {run.config, run.metrics, run.recoveries}
     named |= set(run.pairs.glob("*.parquet")) | set(run.scores.glob("*.parquet"))
-    named |= {*_manifests(run), *_tables(run)}
+    named |= {*_manifests(run), *_tables(run), *run.model.glob("*")}
     named |= {file for store in (_answers(run), _verdicts(run)) for file in store.folder.glob("*.parquet")}
     named |= {file for file in (run.train / "ray").glob("checkpoint_*/**/*") if file.is_file()}
     return sorted(file for file in named if file.exists() and file.stat().st_size)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bdpo.scoring.scores import SCORE_SCHEMA
+from bdpo.storage.checksums import CHECKSUMS
 from tests.support.helpers import save_model
 from tests.support.training import copied, errors, launch, metrics, score, trained, weights
 
@@ -34,6 +35,7 @@ def test_the_export_loads_and_differs_from_the_base(scored, uninterrupted):
     assert base.keys() == exported.keys()
     assert all((base[name] != exported[name]).any() for name in base)
     assert AutoTokenizer.from_pretrained(uninterrupted.model).chat_template
+    assert (uninterrupted.model / CHECKSUMS).is_file()
 
 
 def test_metrics_are_those_of_the_design(uninterrupted):

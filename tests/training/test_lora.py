@@ -17,6 +17,7 @@ from bdpo.errors import UserError
 from bdpo.models.adapters import adapter_folder, add_lora, base_of, check_lora, load_adapted
 from bdpo.models.loading import load_model, model_folder
 from bdpo.models.logps import LogpsModel
+from bdpo.storage.checksums import CHECKSUMS
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.loop import evaluate
 from bdpo.training.pairs import TrainingPairs
@@ -65,6 +66,8 @@ def test_the_adapter_over_the_base_says_what_the_merged_model_says(scored, whole
     torch.testing.assert_close(merged / scale, expected / scale, rtol=0, atol=1e-5)
     assert (merged - before).abs().max() > 0.01 * scale
     assert base_of(adapter) == scored.model.name_or_path
+    assert (whole.adapter / CHECKSUMS).is_file()
+    assert (whole.model / CHECKSUMS).is_file()
 
 
 def test_only_what_is_adapted_is_trained(scored, whole):
