@@ -85,7 +85,8 @@ def flops(model: Any, work: Callable[[], Any]) -> tuple[int, int]:
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         nonlocal tokens
-        tokens += kwargs["input_ids"].numel()
+        ids = kwargs.get("input_ids")
+        tokens += (kwargs["inputs_embeds"][..., 0] if ids is None else ids).numel()
 
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unknown to torch's counter
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

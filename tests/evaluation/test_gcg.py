@@ -16,6 +16,7 @@ from bdpo.evaluation.attacks.coordinate import candidate_losses, stable_candidat
 from bdpo.evaluation.attacks.gcg import Gcg
 from bdpo.evaluation.attacks.requests import Request, load_requests
 from bdpo.evaluation.attacks.suffixes import SuffixedPrompt, candidate_tokens, stable_suffixes, suffix_text
+from bdpo.evaluation.judges.base import Harm, Question, Verdict
 from bdpo.models.logps import LogpsModel
 from bdpo.models.tokenizer import ChatTokenizer
 from tests.support.attacks import JudgeBy, attack_config
@@ -117,8 +118,8 @@ def test_a_search_lowers_the_loss_within_its_budget_and_resumes_to_the_same(
     request = load_requests(work.config)[0]
     record = Gcg(work, work.config.attack)(request)  # type: ignore[arg-type]
     assert record.forward_passes <= 9 * 6
-    assert record.queries == 6 // 2 + 1
-    assert record.jailbroken is False
+    assert 2 + 6 // 2 <= record.queries <= 3 + 6 // 2  # alone, the first, every second, perhaps the best
+    assert (record.jailbroken, record.direct) == (False, False)
     prompt = SuffixedPrompt.of(tiny_chat, request, " ! ! !", 32)
     assert prompt is not None
     ids = tiny_chat.text_ids(" ! ! !", continues=True)
@@ -134,13 +135,43 @@ def test_a_search_lowers_the_loss_within_its_budget_and_resumes_to_the_same(
     assert Gcg(rest, rest.config.attack)(request) == record  # type: ignore[arg-type]
 
 
-def test_a_judge_ends_the_search(tmp_path: Path, tiny_chat: ChatTokenizer) -> None:
-    always = JudgeBy(lambda response: True)
-    work = workplace(tmp_path, tiny_chat, "state", always, **SMALL)
+@pytest.mark.parametrize(("harmful", "steps"), [(0, 0), (1, 0), (2, 2), (3, 4)])
+def test_the_first_harmful_answer_ends_the_search(
+    harmful: int, steps: int, tmp_path: Path, tiny_chat: ChatTokenizer
+) -> None:
+    """Asked are the request alone, the initial suffix, and that of every second step."""
+    answers = iter([*[False] * harmful, True])
+    work = workplace(tmp_path, tiny_chat, "state", JudgeBy(lambda _: next(answers)), **SMALL)
+    request = load_requests(work.config)[0]
+    record = Gcg(work, work.config.attack)(request)  # type: ignore[arg-type]
+    assert (record.jailbroken, record.direct, record.queries) == (True, harmful == 0, harmful + 1)
+    assert steps <= record.forward_passes <= steps * 9
+    assert record.prompt is not None
+    assert (record.prompt == request.goal) == (harmful == 0)
+    assert record.prompt.endswith(" ! ! !") == (harmful == 1)
+
+
+def test_the_most_harmful_answer_is_kept_and_not_the_last(tmp_path: Path, tiny_chat: ChatTokenizer) -> None:
+    harms = iter([0.1, 0.4, *[0.0] * 9])
+
+    class Graded(JudgeBy):
+        def __call__(self, question: Question, response: str) -> Verdict:
+            return Harm(next(harms))
+
+    work = workplace(tmp_path, tiny_chat, "state", Graded(lambda _: False), **SMALL)
     record = Gcg(work, work.config.attack)(load_requests(work.config)[0])  # type: ignore[arg-type]
-    assert record.jailbroken
-    assert record.forward_passes <= 2 * 9
-    assert record.queries == 2
+    assert record.harm == 0.4
+    assert record.prompt is not None
+    assert record.prompt.endswith(" ! ! !")
+
+
+def test_a_request_that_no_suffix_fits_is_not_withstood(tmp_path: Path, tiny_chat: ChatTokenizer) -> None:
+    """The request alone fits and is refused; with the suffix it does not."""
+    never = JudgeBy(lambda response: False)
+    work = workplace(tmp_path, tiny_chat, "state", never, **{**SMALL, "initial_suffix": "! " * 400})
+    record = Gcg(work, work.config.attack)(load_requests(work.config)[0])  # type: ignore[arg-type]
+    assert (record.jailbroken, record.unanswered, record.direct) == (None, "prompt_too_long", False)
+    assert record.queries == 1
 
 
 def test_a_universal_suffix_takes_up_requests_and_is_tried_on_those_held_out(
@@ -154,9 +185,12 @@ def test_a_universal_suffix_takes_up_requests_and_is_tried_on_those_held_out(
     attack.prepare(requests)
     state = json.loads((tmp_path / "state" / "universal.json").read_text())
     assert (state["active"], state["succeeded"]) == (3, True)
-    assert state["queries"] == 1 + 2 + 3
+    assert state["record"]["queries"] == 1 + 2 + 3
+    assert state["forward_passes"] == sum(active * (8 + 1) * 2 for active in (2, 3))
     records = [attack(request) for request in requests]
     assert [record.held_out for record in records] == [False] * 3 + [True] * 2
     suffixes = {str(r.prompt).removeprefix(q.goal) for r, q in zip(records, requests, strict=True)}
     assert len(suffixes) == 1
     assert sum(record.forward_passes for record in records) == state["forward_passes"]
+    assert sum(record.queries for record in records) == 1 + 2 + 3 + 2 * len(records)
+    assert all(record.direct for record in records)

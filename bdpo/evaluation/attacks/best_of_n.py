@@ -77,7 +77,7 @@ class BestOfN:
             attempts += self.workplace.attacked.attempts(request, prompts, sampling=sampling)
             if any(attempt.succeeded for attempt in attempts):
                 break
-        return record_of(request, up_to_success(attempts))
+        return record_of(request.item_id, up_to_success(attempts))
 
     def _prompt(self, request: Request, draw: int) -> str:
         rng = Random(f"{self.workplace.config.seed} {request.item_id} {draw}")  # noqa: S311 (no secret)

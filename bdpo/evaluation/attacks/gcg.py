@@ -5,16 +5,18 @@ algorithm 1 for one request, algorithm 2 for several, added one by one as the su
 (github.com/llm-attacks/llm-attacks). The state of a search is kept every `attack.check_steps` steps, and all
 chance is drawn from seed, request and step: a search that is resumed goes the same way.
 
-Differences: an end by the judge's verdict on a greedy answer, not by a list of phrases; candidates are
-printable ASCII whose text is tokenised to the same ids in the whole prompt.
+Differences: the request alone and the initial suffix are asked before the first step, and the record is that
+of the most harmful answer of all; an end by the judge's verdict on a greedy answer, not by a list of phrases;
+candidates are printable ASCII whose text is tokenised to the same ids in the whole prompt.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -23,7 +25,14 @@ from bdpo.config.attack import GcgConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.attacks.base import Attack, AttackKind, Workplace
 from bdpo.evaluation.attacks.coordinate import candidate_losses, stable_candidates, token_gradient
-from bdpo.evaluation.attacks.records import Attempt, Record, record_of
+from bdpo.evaluation.attacks.records import (
+    Attempt,
+    Record,
+    direct_record,
+    joined,
+    record_of,
+    with_cost_of,
+)
 from bdpo.evaluation.attacks.requests import Request
 from bdpo.evaluation.attacks.suffixes import SuffixedPrompt, candidate_tokens, stable_text, suffix_text
 from bdpo.storage.paths import StoragePath, read_text, write_text
@@ -45,10 +54,8 @@ class State:
     stuck: bool = False
     """Whether no stable candidate was found."""
     forward_passes: int = 0
-    queries: int = 0
-    prompt_tokens: int = 0
-    response_tokens: int = 0
-    failed_verdicts: int = 0
+    record: Record = field(default_factory=lambda: Record(""))
+    """The most harmful answer so far, and what all answers took."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +66,18 @@ class Gcg:
     section: GcgConfig
 
     def __call__(self, request: Request) -> Record:
-        """The record of the last answer, with all that the suffix took."""
+        """The record of the most harmful answer, with all that the search took."""
         if self.section.universal:
             return self._with_universal(request)
+        direct = direct_record(request, self.workplace.attacked.attempt(request, request.goal))
+        if direct.jailbroken:
+            return direct
         state = self.search([request], request.item_id)
         if state is None:
-            return self._without_search(request)
-        attempt = self._attempts([request], state)[0]
-        return _with_cost(record_of(request, [attempt]), state)
+            return replace(direct, **self._why_no_search(request))
+        if not (state.succeeded or self._was_asked(state)):
+            state = _with_answers(state, self._attempts([request], state.best))
+        return _with_cost(joined(direct, state.record), state)
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """Make the universal suffix, and keep it in the state folder.
@@ -88,7 +99,8 @@ class Gcg:
         prompts = [prompt for prompt in map(self._prompt, requests) if prompt is not None]
         if not prompts:
             return None
-        state, passes = self._saved(key) or self._first_state(), self.section.candidates + 1
+        state = self._saved(key) or self._checked(prompts, self._first_state())
+        passes = self.section.candidates + 1
         while not (state.succeeded or state.stuck):
             if state.forward_passes + state.active * passes > self.section.forward_passes:
                 break
@@ -129,48 +141,50 @@ class Gcg:
 
     def _checked(self, prompts: Sequence[SuffixedPrompt], state: State) -> State:
         """After greedy answers to the active requests: the next joins when all of them are harmful."""
-        attempts = self._attempts([p.request for p in prompts[: state.active]], state, state.suffix)
-        state = replace(
-            state,
-            queries=state.queries + len(attempts),
-            prompt_tokens=state.prompt_tokens + sum(attempt.prompt_tokens for attempt in attempts),
-            response_tokens=state.response_tokens + sum(attempt.new_tokens for attempt in attempts),
-            failed_verdicts=state.failed_verdicts + record_of(prompts[0].request, attempts).failed_verdicts,
-        )
+        attempts = self._attempts([prompt.request for prompt in prompts[: state.active]], state.suffix)
+        state = _with_answers(state, attempts)
         if not all(attempt.succeeded for attempt in attempts):
             return state
         if state.active == len(prompts):
-            return replace(state, succeeded=True)
+            return replace(state, best=state.suffix, succeeded=True)
         return replace(state, active=state.active + 1, best=state.suffix, best_loss=None)
 
-    def _attempts(
-        self, requests: Sequence[Request], state: State, suffix: Sequence[int] | None = None
-    ) -> list[Attempt]:
-        """Greedy answers behind a suffix, by default the one that succeeded or else had the least loss."""
-        ids = suffix or (state.suffix if state.succeeded else state.best)
+    def _was_asked(self, state: State) -> bool:
+        """Whether the suffix of least loss is the one that was checked last."""
+        return state.best == state.suffix and state.step % self.section.check_steps == 0
+
+    def _attempts(self, requests: Sequence[Request], suffix: Sequence[int]) -> list[Attempt]:
+        """Greedy answers to requests with a suffix behind each."""
         found = []
         for request in requests:
             prompt = self._prompt(request)
-            text = self._first_text if prompt is None else self._text(prompt, ids)
+            text = self._first_text if prompt is None else self._text(prompt, suffix)
             found.append(self.workplace.attacked.attempt(request, request.goal + text))
         return found
 
     def _with_universal(self, request: Request) -> Record:
+        """The record of the suffix that `prepare` made, whose rate is what is asked for, so of it alone."""
         state = self._saved("universal")
         if state is None:
-            return self._without_search(request)
-        record = record_of(request, self._attempts([request], state))
+            return Record(request.item_id, **self._why_no_search(request))
+        direct = direct_record(request, self.workplace.attacked.attempt(request, request.goal))
+        record = record_of(request.item_id, self._attempts([request], state.best))
+        record = replace(with_cost_of(record, direct), direct=direct.direct)
         first, *others = self._trained_on(self._all_requests)
         if request.item_id == first.item_id:  # so that the sum over requests is what the suffix took
-            return _with_cost(record, state)
+            return _with_cost(with_cost_of(record, state.record), state)
         return replace(record, held_out=request.item_id not in {other.item_id for other in others})
 
-    def _without_search(self, request: Request) -> Record:
-        """Nothing was asked: a prompt that is too long, or a suffix that merges with what is around it."""
+    def _why_no_search(self, request: Request) -> Mapping[str, Any]:
+        """No suffix was tried: the prompt is too long, or a suffix merges with what is around it.
+
+        So the request was not withstood, whatever the answer to it alone was.
+        """
         ids = self.workplace.attacked.chat.text_ids(self._first_text, continues=True)
         length = len(request.goal.encode()) + len(ids)
         fits = self.workplace.attacked.fits(length)
-        return Record(request.item_id, unanswered="unstable_suffix" if fits else "prompt_too_long")
+        reason = "unstable_suffix" if fits else "prompt_too_long"
+        return {"jailbroken": None, "harm": None, "failure": None, "unanswered": reason}
 
     def _prompt(self, request: Request) -> SuffixedPrompt | None:
         """None if the initial suffix is not stable in the request's prompt, or leaves no room."""
@@ -219,20 +233,19 @@ class Gcg:
             content = json.loads(read_text(self._file(key)))
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
-        return State(**content) if content.pop("fingerprint", None) == self.workplace.fingerprint else None
+        if content.pop("fingerprint", None) != self.workplace.fingerprint:
+            return None
+        return State(**{**content, "record": Record(**content["record"])})
+
+
+def _with_answers(state: State, attempts: Sequence[Attempt]) -> State:
+    """The state after further answers."""
+    return replace(state, record=joined(state.record, record_of(state.record.item_id, attempts)))
 
 
 def _with_cost(record: Record, state: State) -> Record:
-    """The record with all that the search took, and its least loss."""
-    return replace(
-        record,
-        queries=record.queries + state.queries,
-        forward_passes=state.forward_passes,
-        prompt_tokens=record.prompt_tokens + state.prompt_tokens,
-        response_tokens=record.response_tokens + state.response_tokens,
-        failed_verdicts=record.failed_verdicts + state.failed_verdicts,
-        loss=state.best_loss,
-    )
+    """The record with the forward passes of the search, and its least loss."""
+    return replace(record, forward_passes=state.forward_passes, loss=state.best_loss)
 
 
 def _make(workplace: Workplace) -> Gcg:

@@ -27,7 +27,7 @@ class Prefill:
         depths = sorted({min(tokens, len(target)) for tokens in self.section.tokens})
         begun = [target[:depth] for depth in depths]
         found = self.workplace.attacked.attempts(request, [request.goal] * len(begun), begun)
-        return record_of(request, up_to_success(found))
+        return record_of(request.item_id, up_to_success(found))
 
 
 def _make(workplace: Workplace) -> Attack:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
@@ -63,6 +63,8 @@ class Record:
     """Answers among them that the judge failed at: one of them may have been a success."""
     held_out: bool = False
     """Whether the request was left out when a universal suffix was made."""
+    direct: bool | None = None
+    """Whether the greedy answer to the request alone is harmful; None where that was not asked."""
     loss: float | None = None
     """Mean −log π of the target's tokens, nats; of an attack that has one."""
 
@@ -83,6 +85,7 @@ RECORD_SCHEMA = pa.schema(
         ("response_tokens", pa.int64()),
         ("failed_verdicts", pa.int64()),
         ("held_out", pa.bool_()),
+        ("direct", pa.bool_()),
         ("loss", pa.float64()),
     ]
 )
@@ -91,20 +94,24 @@ TEXTS = ("prompt", "prefill", "response")
 """The columns that lie in `private/` alone."""
 
 
-def record_of(request: Request, attempts: Sequence[Attempt]) -> Record:
+COSTS = ("queries", "forward_passes", "prompt_tokens", "response_tokens", "failed_verdicts")
+"""The fields of a record that are summed up: over the parts of an attack, and over requests."""
+
+
+def record_of(item_id: str, attempts: Sequence[Attempt]) -> Record:
     """The record of some attempts in their order, which end at the first success.
 
     The attempt that is kept is the success, else the most harmful one, the first of equals. A request has a
     verdict if one attempt has; `failed_verdicts` counts what the judge failed at.
     """
     if not attempts:
-        return Record(request.item_id)
+        return Record(item_id)
     kept = max(
         attempts, key=lambda attempt: (attempt.succeeded, -1 if attempt.harm is None else attempt.harm)
     )
     verdict = kept.verdict
     return Record(
-        request.item_id,
+        item_id,
         None if kept.response is None else kept.prompt,
         kept.prefill,
         kept.response,
@@ -117,6 +124,28 @@ def record_of(request: Request, attempts: Sequence[Attempt]) -> Record:
         response_tokens=sum(attempt.new_tokens for attempt in attempts),
         failed_verdicts=sum(isinstance(attempt.verdict, Failed) for attempt in attempts),
     )
+
+
+def direct_record(request: Request, attempt: Attempt) -> Record:
+    """The record of the request asked alone."""
+    own = record_of(request.item_id, [attempt])
+    return replace(own, direct=own.jailbroken)
+
+
+def joined(one: Record, other: Record) -> Record:
+    """The record of two parts of an attack on one request: the more harmful answer, and what both took."""
+    kept, left = sorted((one, other), key=_harmfulness, reverse=True)  # stable: the first of equals
+    return replace(with_cost_of(kept, left), item_id=one.item_id, direct=one.direct)
+
+
+def with_cost_of(record: Record, other: Record) -> Record:
+    """The record with what another one took besides."""
+    return replace(record, **{name: getattr(record, name) + getattr(other, name) for name in COSTS})
+
+
+def _harmfulness(record: Record) -> tuple[bool, float, bool]:
+    harm = -1.0 if record.harm is None else record.harm
+    return record.jailbroken is True, harm, record.prompt is not None
 
 
 def up_to_success(attempts: Sequence[Attempt]) -> list[Attempt]:

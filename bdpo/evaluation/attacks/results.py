@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from bdpo.config import Config
-from bdpo.evaluation.attacks.records import TEXTS
+from bdpo.evaluation.attacks.records import COSTS, TEXTS
 from bdpo.evaluation.attacks.registry import attack_kind
 from bdpo.evaluation.attacks.requests import Request
 from bdpo.evaluation.measures import MAX_FAILED_FRACTION
@@ -38,7 +38,12 @@ class AttackSummary:
     failed_verdicts: int
     """Answers that the judge failed at, also of requests that have a verdict by another answer."""
     median_queries: float | None
-    """Queries up to the success, over the requests where the attack succeeded."""
+    """Queries up to the success, over the requests where the attack succeeded. Of an attack with forward
+    passes besides these are the answers that the judge saw on the way."""
+    median_forward_passes: float | None = None
+    """Other forward passes up to the success, over the same requests; None where the attack has none."""
+    direct: Estimate | None = None
+    """Over the requests that were also asked alone, greedily: what succeeds without an attack."""
     categories: Mapping[str, Estimate] = field(default_factory=dict)
     held_out: Estimate | None = None
     """Of a universal suffix: over the requests that it was not made with."""
@@ -64,7 +69,9 @@ def public_scores(records: pa.Table, requests: Sequence[Request]) -> pa.Table:
 def summarise_attack(scores: pa.Table, judge: str, universal: bool = False) -> AttackSummary:
     """The numbers of `public_scores`. `universal`: rates are also given apart for the held-out requests."""
     rows = scores.to_pylist()
-    succeeded = sorted(row["queries"] for row in rows if row["jailbroken"])
+    succeeded = [row for row in rows if row["jailbroken"]]
+    direct = [row for row in rows if row["direct"] is not None]
+    searched = any(row["forward_passes"] for row in rows)
     categories = sorted({row["category"] for row in rows})
     return AttackSummary(
         judge,
@@ -73,30 +80,33 @@ def summarise_attack(scores: pa.Table, judge: str, universal: bool = False) -> A
         _rate(rows),
         dict(Counter(row["failure"] for row in rows if row["failure"])),
         dict(Counter(_reason(row) for row in rows if row["jailbroken"] is None and not row["failure"])),
-        **{name: sum(row[name] for row in rows) for name in _COSTS},
-        median_queries=float(median(succeeded)) if succeeded else None,
+        **{name: sum(row[name] for row in rows) for name in COSTS},
+        median_queries=_median("queries", succeeded),
+        median_forward_passes=_median("forward_passes", succeeded) if searched and not universal else None,
+        direct=_rate(direct, "direct") if direct else None,
         categories={name: _rate([row for row in rows if row["category"] == name]) for name in categories},
         held_out=_rate([row for row in rows if row["held_out"]]) if universal else None,
         trained_on=_rate([row for row in rows if not row["held_out"]]) if universal else None,
     )
 
 
-_COSTS = ("queries", "forward_passes", "prompt_tokens", "response_tokens", "failed_verdicts")
-
-
 def _reason(row: Mapping[str, Any]) -> str:
     return row["unanswered"] or "not_asked"
 
 
-def _rate(rows: Sequence[Mapping[str, Any]]) -> Estimate:
-    judged = [row for row in rows if row["jailbroken"] is not None]
-    return rate([row["jailbroken"] for row in judged], [row["cluster"] for row in judged])
+def _rate(rows: Sequence[Mapping[str, Any]], column: str = "jailbroken") -> Estimate:
+    judged = [row for row in rows if row[column] is not None]
+    return rate([row[column] for row in judged], [row["cluster"] for row in judged])
+
+
+def _median(column: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    return float(median(row[column] for row in rows)) if rows else None
 
 
 def read_summary(values: Mapping[str, Any]) -> AttackSummary:
     """The inverse of `asdict` on a summary; other keys of a manifest are left aside."""
     plain = {name: values[name] for name in AttackSummary.__dataclass_fields__}
-    for name in ("success", "held_out", "trained_on"):
+    for name in ("success", "held_out", "trained_on", "direct"):
         plain[name] = None if plain[name] is None else Estimate(**plain[name])
     plain["categories"] = {name: Estimate(**value) for name, value in plain["categories"].items()}
     return AttackSummary(**plain)

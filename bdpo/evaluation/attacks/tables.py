@@ -33,6 +33,8 @@ def attack_table(label: str, summaries: Mapping[str, AttackSummary], judge: Judg
 def _rows(summaries: Mapping[str, AttackSummary]) -> Iterator[tuple[str, list[str]]]:
     found = list(summaries.values())
     yield "attack success", [_rate(summary.success, summary.valid) for summary in found]
+    if any(summary.direct for summary in found):
+        yield "  direct request alone", [_rate(summary.direct) for summary in found]
     if any(summary.held_out for summary in found):
         yield "  held-out requests", [_rate(summary.held_out) for summary in found]
         yield "  requests of the suffix", [_rate(summary.trained_on) for summary in found]
@@ -43,8 +45,10 @@ def _rows(summaries: Mapping[str, AttackSummary]) -> Iterator[tuple[str, list[st
     yield "failed", [_counts(summary.failures) for summary in found]
     yield "verdicts that failed", [f"{summary.failed_verdicts:,}" for summary in found]
     yield "queries", [f"{summary.queries:,}" for summary in found]
-    yield "  median of a success", [f"{summary.median_queries or 0:g}" for summary in found]
+    yield "  median of a success", [_median(summary.median_queries) for summary in found]
     yield "other forward passes", [f"{summary.forward_passes:,}" for summary in found]
+    if any(summary.median_forward_passes is not None for summary in found):
+        yield "  median of a success", [_median(summary.median_forward_passes) for summary in found]
     yield "tokens in, out", [f"{summary.prompt_tokens:,}, {summary.response_tokens:,}" for summary in found]
 
 
@@ -52,6 +56,10 @@ def _rate(estimate: Estimate | None, valid: bool = True) -> str:
     if estimate is None:
         return ""
     return f"{percent(estimate)} n={estimate.n}" if valid else "invalid"
+
+
+def _median(value: float | None) -> str:
+    return "" if value is None else f"{value:,g}"
 
 
 def _counts(counts: Mapping[str, int]) -> str:

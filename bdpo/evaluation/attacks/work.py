@@ -34,6 +34,7 @@ def attack_fingerprint(config: Config, model: EvaluatedModel) -> Fingerprint:
         "requests": json_digest([asdict(request) for request in load_requests(config)]),
         "evaluate.max_new_tokens": config.evaluate.max_new_tokens,
         "seed": config.seed,
+        "records": json_digest(RECORD_SCHEMA.names),
         **own,
         **judge_fingerprint(config),
     }
