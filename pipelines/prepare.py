@@ -125,5 +125,11 @@ def account_line(account: dict[str, Any]) -> str:
         parts.append(f"{sum(account[fate].values())} {fate}" + (f" ({reasons})" if reasons else ""))
     if account["not_sampled"]:
         parts.append(f"{account['not_sampled']} not sampled")
-    unread = ", ".join(account.get("unread_columns", []))
-    return " + ".join(parts) + (f"; columns not read: {unread}" if unread else "")
+    notes = [
+        f"; {kind} not read: {', '.join(names)}"
+        for kind in ("columns", "files")
+        if (names := account.get(f"unread_{kind}"))
+    ]
+    if changed := account.get("changed_by_template"):
+        notes.append(f"; the chat template changed the text of {changed} kept rows")
+    return "".join([" + ".join(parts), *notes])

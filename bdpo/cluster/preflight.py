@@ -26,7 +26,7 @@ from bdpo.evaluation.benchmarks.registry import load_items
 from bdpo.evaluation.judges.registry import judge_kind
 from bdpo.models.adapters import check_lora
 from bdpo.models.architectures import has_plain_lm_head
-from bdpo.models.loading import model_config, require_complete_weights
+from bdpo.models.loading import model_config, newer_than_installed, require_complete_weights
 from bdpo.models.tokenizer import ChatTokenizer, EncodedPair, load_tokenizer
 from bdpo.search.space import check_space
 from bdpo.storage.manifests import read_manifest
@@ -73,7 +73,9 @@ def check_model(config: Config, run: RunDir) -> str:
     kind = shape.model_type
     if config.data.select and config.data.select.ches and not has_plain_lm_head(shape):
         raise UserError(f"data.select.ches: {kind} models have no CHES; select by mi_difference")
-    return f"{config.model.name_or_path}: {kind}, {config.model.dtype}"
+    found = f"{config.model.name_or_path}: {kind}, {config.model.dtype}"
+    note = newer_than_installed(shape)
+    return Doubt(f"{found}; {note}") if note else found
 
 
 def check_data(config: Config, run: RunDir) -> str:

@@ -18,6 +18,8 @@ class SourceCounts(TypedDict):
     excluded: dict[str, int]
     not_sampled: int
     unread_columns: list[str]
+    unread_files: list[str]
+    changed_by_template: int
 
 
 class Counts(SourceCounts):
@@ -29,7 +31,11 @@ class Counts(SourceCounts):
 
 @dataclass
 class SourceAccount:
-    """What happened to the rows of one data set; `unread` are columns and message keys without effect."""
+    """What happened to the rows of one data set; `unread` are columns and message keys without effect.
+
+    `changed_by_template` counts kept rows with a text that the chat template cuts or rewrites; the spaces
+    that it trims at both ends do not count.
+    """
 
     source: str
     format: str
@@ -38,8 +44,10 @@ class SourceAccount:
     quarantined: Counter[str] = field(default_factory=Counter)
     excluded: Counter[str] = field(default_factory=Counter)
     not_sampled: int = 0
-    first_bad: int = 0  # its number
+    first_bad: str = ""  # where it stands
     unread: set[str] = field(default_factory=set)
+    unread_files: set[str] = field(default_factory=set)
+    changed_by_template: int = 0
 
     def check(self) -> None:
         """Raise a RuntimeError if a row was lost: a mistake of this program."""
@@ -58,6 +66,8 @@ class SourceAccount:
             "excluded": dict(self.excluded),
             "not_sampled": self.not_sampled,
             "unread_columns": sorted(self.unread),
+            "unread_files": sorted(self.unread_files),
+            "changed_by_template": self.changed_by_template,
         }
 
 
@@ -110,6 +120,8 @@ class Account:
             "excluded": dict(self.excluded),
             "not_sampled": self.not_sampled,
             "unread_columns": sorted({name for part in parts for name in part["unread_columns"]}),
+            "unread_files": sorted({name for part in parts for name in part["unread_files"]}),
+            "changed_by_template": sum(part["changed_by_template"] for part in parts),
             "groups": dict(self.groups),
         }
         if len(parts) > 1:

@@ -31,7 +31,7 @@ from bdpo.data.formats import read_pair
 from bdpo.data.formats.base import BadRow, Excluded, Format, Pair
 from bdpo.data.formats.columns import COMMON_COLUMNS
 from bdpo.data.pairs import ID_COLUMNS, PAIR_SCHEMA
-from bdpo.data.rendering import encode_pairs
+from bdpo.data.rendering import Rendered, encode_pairs
 from bdpo.data.sources import DETECT_ROWS, Source, open_source
 from bdpo.errors import UserError, printable
 from bdpo.models.tokenizer import ChatTokenizer, EncodedPair
@@ -50,10 +50,11 @@ class _Usable:
     """A pair that passed every check, its token ids, and where its row stands."""
 
     account: SourceAccount
-    row: int
+    row: str  # where it stands, for a message
     pair_id: str
     pair: Pair
     ids: tuple[np.ndarray, np.ndarray, np.ndarray]  # of prompt, chosen, rejected; int32
+    changed: bool  # whether the chat template writes other texts than those of its messages
 
 
 def prepare(
@@ -167,7 +168,7 @@ class _Examiner:
         account: SourceAccount,
         row: int,
         pair: Pair,
-        encoded: tuple[EncodedPair, set[str]] | BadRow,
+        encoded: tuple[EncodedPair, Rendered] | BadRow,
     ) -> _Usable | BadRow | None:
         pair_id = json_digest(_identity(pair))
         if (key := bytes.fromhex(pair_id)[:16]) in self.seen:
@@ -175,12 +176,13 @@ class _Examiner:
         if isinstance(encoded, BadRow):
             return encoded
         self.seen.add(key)
-        ids, unwritten = encoded
-        account.unread |= unwritten
+        ids, rendered = encoded
+        account.unread |= rendered.unwritten
         if source.config.weight < 1 and _draw(self.seed, pair_id) >= source.config.weight * 2**256:
             return None
         arrays = (np.array(part, dtype=np.int32) for part in (ids.prompt, ids.chosen, ids.rejected))
-        return _Usable(account, row, pair_id, pair, tuple(arrays))  # type: ignore[arg-type]
+        place = source.reader.place(row)
+        return _Usable(account, place, pair_id, pair, tuple(arrays), rendered.changed)  # type: ignore[arg-type]
 
 
 def _identity(pair: Pair) -> list[Any]:
@@ -234,17 +236,18 @@ def _usable(
     progress: Callable[[int], None],
 ) -> Iterator[_Usable]:
     known = frozenset({*source.format.columns, *COMMON_COLUMNS})
-    account.unread |= {shown_name(name) for name in source.declared if name not in known}
     while batch := list(islice(source.rows, BATCH_ROWS)):
         for (number, row), outcome in examine(source, account, batch):
             account.rows += 1
             if not isinstance(row, Unreadable) and not row.keys() <= known:
                 account.unread |= {shown_name(name) for name in row.keys() - known}
             if isinstance(outcome, BadRow):
-                account.first_bad = account.first_bad or number
+                account.first_bad = account.first_bad or source.reader.place(number)
                 account.quarantined[str(outcome)] += 1
                 raw = row.raw if isinstance(row, Unreadable) else row
-                line = {**note, "row": number, "reason": str(outcome), "raw": raw}
+                file, number = source.reader.locate(number)
+                place = {"file": file, "row": number} if file else {"row": number}
+                line = {**note, **place, "reason": str(outcome), "raw": raw}
                 bad.write(json.dumps(line, default=str) + "\n")
             elif isinstance(outcome, Excluded):
                 account.excluded[str(outcome)] += 1
@@ -253,6 +256,8 @@ def _usable(
             else:
                 yield outcome
         progress(len(batch))
+    account.unread |= {shown_name(name) for name in source.reader.declared if name not in known}
+    account.unread_files |= set(source.reader.unread_files)
 
 
 def _refuse_mostly_bad(config: DataConfig, account: SourceAccount, bad_rows: StoragePath) -> None:
@@ -261,7 +266,7 @@ def _refuse_mostly_bad(config: DataConfig, account: SourceAccount, bad_rows: Sto
         raise UserError(
             f"data.path={printable(account.source)}: {account.quarantined.total()} of {account.rows} rows "
             f"read as {account.format} are bad, more than data.max_bad_fraction={config.max_bad_fraction} "
-            f"({_reasons(account.quarantined)}); the first is row {account.first_bad}, all are in {bad_rows}"
+            f"({_reasons(account.quarantined)}); the first is {account.first_bad}, all are in {bad_rows}"
         )
 
 
@@ -283,7 +288,7 @@ def _sample(pairs: Iterable[_Usable], config: DataConfig, seed: int) -> Iterator
         group = usable.pair.group
         if group is None:
             raise UserError(
-                f"data.sample: row {usable.row} of data.path={printable(usable.account.source)} has no group"
+                f"data.sample: {usable.row} of data.path={printable(usable.account.source)} has no group"
             )
         found[group] += 1
         heapq.heappush(drawn[group], (-_draw(seed, usable.pair_id), number, usable))
@@ -304,6 +309,7 @@ def _write(pairs: Iterator[_Usable], folder: Path, account: Account, config: Dat
     while batch := list(islice(pairs, PART_ROWS)):
         for usable in batch:
             usable.account.kept += 1
+            usable.account.changed_by_template += usable.changed
             account.groups[usable.pair.group or "none"] += 1
         with (folder / f"part-{part:05d}.parquet").open("wb") as file:
             pq.write_table(_table(batch), file, row_group_size=ROW_GROUP)

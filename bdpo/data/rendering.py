@@ -47,12 +47,13 @@ class Rendered:
     chosen: str
     rejected: str
     unwritten: set[str] = field(default_factory=set)  # message keys without effect
+    changed: bool = False  # whether a text is written in part or in other words, beyond trimming at both ends
 
 
 def encode_pairs(
     chat: ChatTokenizer, pairs: Sequence[Pair], data: DataConfig
-) -> list[tuple[EncodedPair, set[str]] | BadRow]:
-    """Token ids of each pair and its unwritten message keys, or why it cannot be used.
+) -> list[tuple[EncodedPair, Rendered] | BadRow]:
+    """Token ids of each pair and what they are of, or why it cannot be used.
 
     A response is cut on the right to what `max_length` leaves; a cut one has no end-of-turn token.
     """
@@ -64,14 +65,14 @@ def encode_pairs(
     return [
         one
         if isinstance(one, BadRow)
-        else _within_lengths(chat, EncodedPair(next(prompts), next(ids), next(ids)), data, one.unwritten)
+        else _within_lengths(chat, EncodedPair(next(prompts), next(ids), next(ids)), data, one)
         for one in rendered
     ]
 
 
 def _within_lengths(
-    chat: ChatTokenizer, ids: EncodedPair, data: DataConfig, unwritten: set[str]
-) -> tuple[EncodedPair, set[str]] | BadRow:
+    chat: ChatTokenizer, ids: EncodedPair, data: DataConfig, rendered: Rendered
+) -> tuple[EncodedPair, Rendered] | BadRow:
     if len(ids.prompt) > data.max_prompt_length:
         return BadRow("prompt: longer than max_prompt_length")
     if ids.chosen == ids.rejected:
@@ -80,7 +81,7 @@ def _within_lengths(
     chosen, rejected = ([*side, chat.end_of_turn_id][:room] for side in (ids.chosen, ids.rejected))
     if chosen == rejected:
         return BadRow("chosen equals rejected within max_length")
-    return EncodedPair(ids.prompt, chosen, rejected), unwritten
+    return EncodedPair(ids.prompt, chosen, rejected), rendered
 
 
 def _render_or_reason(chat: ChatTokenizer, pair: Pair) -> Rendered | BadRow:
@@ -131,11 +132,29 @@ class _Rendering:
                 without = self._render(_without(self.pair.prompt, index, key))
                 self._note("prompt", key, self.prompt != without)
         chosen, rejected = self._response("chosen"), self._response("rejected")
-        return Rendered(self.prompt, chosen, rejected, self.unwritten)
+        written = self._writes(self.pair.chosen, chosen) and self._writes(self.pair.rejected, rejected)
+        return Rendered(self.prompt, chosen, rejected, self.unwritten, not written or self._changes_prompt())
+
+    def _writes(self, message: Message, response: str) -> bool:
+        """Whether the text of a response is what stands there; beside it may be tool calls or thoughts."""
+        text = self.template.guarded(message["content"]).strip()
+        return text in response if message.keys() - _PLAIN else text == response.strip()
+
+    def _changes_prompt(self) -> bool:
+        """Whether a turn is not found as it is: one behind the other, a system turn in any place."""
+        position = 0
+        for message in self.pair.prompt:
+            text = self.template.guarded(message["content"]).strip()
+            found = self.prompt.find(text, 0 if message["role"] == "system" else position)
+            if found < 0:
+                return True
+            if message["role"] != "system":
+                position = found + len(text)
+        return False
 
     def _check_turn(self, index: int, message: Message) -> None:
         """Make sure that a turn is in what the template writes; it may write an assistant's in part alone."""
-        text = message["content"].strip()
+        text = self.template.guarded(message["content"]).strip()
         if message["role"] == "assistant" or not text or text in self.prompt:
             return
         turns = list(self.pair.prompt)

@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,16 @@ import pyarrow as pa
 
 from bdpo.config.data import DataConfig, SourceConfig
 from bdpo.data.containers import (
-    ARROW_ROWS,
     DataFile,
     NumberedRow,
     RawRow,
     Read,
     Unreadable,
-    arrow_rows,
     kind_of,
     read_file,
+    shown_name,
 )
+from bdpo.data.folders import data_files, read_datasets
 from bdpo.data.formats import KNOWN_COLUMNS, detect, format_named
 from bdpo.data.formats.base import Format
 from bdpo.errors import UserError, error_line, first_line, printable
@@ -41,12 +42,12 @@ DETECT_ROWS = 100
 
 @dataclass(frozen=True)
 class Source:
-    """An opened data set: its format, its numbered rows, and the columns that it declares for all of them."""
+    """An opened data set: its format, its numbered rows, and the reader that they come from."""
 
     config: SourceConfig
     format: Format
     rows: Iterator[NumberedRow]
-    declared: tuple[str, ...]
+    reader: Reader
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -61,18 +62,34 @@ def open_source(config: SourceConfig) -> Source:
     configured = None if config.format == "auto" else format_named(config.format)
     for name in config.columns.keys() - KNOWN_COLUMNS:
         raise UserError(f"data.columns.{printable(name)}: no format reads a column of this name")
-    read = _Reader(config)
-    rows = islice(read, config.limit)
+    reader = Reader(config)
+    rows = islice(reader, config.limit)
     head = list(islice(rows, DETECT_ROWS))
     readable = [row for _, row in head if not isinstance(row, Unreadable)]
     if not readable:
         reason = head[0][1].reason if isinstance(head[0][1], Unreadable) else ""
-        raise UserError(f"{_name(config)}: no row can be read (row {head[0][0]}: {reason})")
+        raise UserError(f"{_name(config)}: no row can be read ({reader.place(head[0][0])}: {reason})")
     for name, column in config.columns.items():
         if not any(name in row for row in readable):
             raise UserError(f"data.columns.{name}={printable(column)}: {_name(config)} has no such column")
-    form = configured or detect(readable, _name(config))
-    return Source(config, form, chain(head, rows), read.declared)
+    return Source(config, configured or _detected(config, reader, head), chain(head, rows), reader)
+
+
+def _detected(config: SourceConfig, reader: Reader, head: list[NumberedRow]) -> Format:
+    """The one format of the first rows, in whichever files of a folder they are."""
+    by_file: dict[str, list[RawRow]] = {}
+    for number, row in head:
+        if not isinstance(row, Unreadable):
+            by_file.setdefault(reader.locate(number)[0], []).append(row)
+    found = {file: detect(rows, f"{_name(config)}{file and ', '}{file}") for file, rows in by_file.items()}
+    (first, form), *others = found.items()
+    for file, other in others:
+        if other is not form:
+            raise UserError(
+                f"{_name(config)}: {first} is {form.name}, {file} is {other.name}; name the files in a list, "
+                "or set data.format to read all of them alike"
+            )
+    return form
 
 
 def count_rows(config: DataConfig) -> int:
@@ -80,26 +97,70 @@ def count_rows(config: DataConfig) -> int:
     return sum(1 for source in config.sources() for _ in open_source(source).rows)
 
 
-class _Reader:
-    """Iterates over the rows of a data set, with the columns renamed; `declared` holds their names then."""
+class Reader:
+    """Iterates over the rows of a data set, with the columns renamed, and remembers where they stand.
+
+    Rows are numbered through all files of a folder. `declared` are the columns that the files read so far
+    declare for all of their rows; `unread_files` are data files of a folder that belong to no split.
+    """
 
     def __init__(self, config: SourceConfig) -> None:
         self.config = config
-        self.declared: tuple[str, ...] = ()
+        self.declared: set[str] = set()
+        self.unread_files: list[str] = []
+        self._begun: list[tuple[int, str]] = []  # (the number of rows before a file, its name in the folder)
+
+    def locate(self, number: int) -> tuple[str, int]:
+        """The file of a folder in which a row stands (else ""), and the number of the row there."""
+        before, file = next(begun for begun in reversed(self._begun) if begun[0] < number)
+        return file, number - before
+
+    def place(self, number: int) -> str:
+        """The same for a message."""
+        file, row = self.locate(number)
+        return f"row {row} of {file}" if file else f"row {row}"
 
     def __iter__(self) -> Iterator[NumberedRow]:
         number = 0
         try:
-            rows, declared = _open(local_source(self.config), self.config)
-            self.declared = tuple(_renaming(self.config)(dict.fromkeys(declared, "")))
-            change = _change(self.config)
-            for number, row in rows:
-                yield number, row if isinstance(row, Unreadable) or change is None else change(row)
+            for file, read in self._files(local_source(self.config)):
+                self._begun.append((before := number, file))
+                rows, declared = read()
+                self.declared |= _renaming(self.config)(dict.fromkeys(declared, "")).keys()
+                change = _change(self.config, file)
+                for row_number, row in rows:
+                    number = before + row_number
+                    yield number, row if isinstance(row, Unreadable) or change is None else change(row)
         except (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
+            before, file = self._begun[-1] if self._begun else (0, "")
+            place = f"row {number - before}" + (f" of {file}" if file else "")
             reason = getattr(error, "strerror", None) or first_line(error)
-            raise UserError(f"{_name(self.config)}: cannot be read after row {number} ({reason})") from None
+            raise UserError(f"{_name(self.config)}: cannot be read after {place} ({reason})") from None
         if not number:
             raise UserError(f"{_name(self.config)}: is empty, there are no rows")
+
+    def _files(self, path: Path) -> Iterator[tuple[str, Callable[[], Read]]]:
+        """What is to be read in turn: the files of a folder with their names, else one without a name."""
+        config, name = self.config, _name(self.config)
+        columns = frozenset({*KNOWN_COLUMNS, *config.columns.values()})
+        try:
+            is_file, exists = path.is_file(), path.exists()
+        except ValueError as error:  # a NUL in the name
+            raise UserError(f"{name}: {first_line(error)}") from None
+        if exists and not is_file and not path.is_dir():
+            raise UserError(f"{name}: is neither a file nor a folder")
+        if not exists and (kind_of(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.path)):
+            raise UserError(f"{name}: no such file or folder")
+        if is_file:
+            yield "", partial(read_file, DataFile(path, f"data.path={printable(str(path))}", columns))
+        elif path.is_dir() and (found := data_files(path, config.split, name)):
+            root = path.resolve()
+            self.unread_files = [shown_name(file.relative_to(root)) for file in found.others]
+            for file in found.files:
+                opened = DataFile(file, f"data.path={printable(str(file))}", columns)
+                yield printable(str(file.relative_to(root))), partial(read_file, opened)
+        else:
+            yield "", partial(read_datasets, path, config.split, name, columns)
 
 
 def _name(config: SourceConfig) -> str:
@@ -140,61 +201,10 @@ def _fingerprint(source: SourceConfig) -> Fingerprint:
     return {"data.path": content, **{f"data.{name}": value for name, value in keys.items()}}
 
 
-def _open(path: Path, config: SourceConfig) -> Read:
-    columns = frozenset({*KNOWN_COLUMNS, *config.columns.values()})
-    try:
-        is_file, exists = path.is_file(), path.exists()
-    except ValueError as error:  # a NUL in the name
-        raise UserError(f"{_name(config)}: {first_line(error)}") from None
-    if is_file:
-        return read_file(DataFile(path, f"data.path={printable(str(path))}", columns))
-    if exists and not path.is_dir():
-        raise UserError(f"{_name(config)}: is neither a file nor a folder")
-    if exists or (kind_of(path) is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.path)):
-        return _datasets(path, config, columns)
-    raise UserError(f"{_name(config)}: no such file or folder")
-
-
-def _datasets(path: Path, config: SourceConfig, columns: frozenset[str]) -> Read:
-    """A folder written by `save_to_disk`, else whatever `load_dataset` finds under that name."""
-    import datasets
-
-    try:
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            data = datasets.load_from_disk(str(path))
-            data = data if isinstance(data, datasets.Dataset) else data[config.split]
-        else:
-            data = datasets.load_dataset(str(path), split=config.split)
-    except KeyError:
-        raise UserError(f"data.split={config.split}: {_name(config)} has only {', '.join(data)}") from None
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        beginning = "" if path.is_dir() else "no such file, and "
-        raise UserError(
-            f"{_name(config)}: {beginning}as a data set of split {config.split} it cannot be loaded "
-            f"({_why_not_loaded(error)})"
-        ) from None
-    declared = tuple(data.column_names)
-    data = data.select_columns([name for name in declared if name in columns])
-    tables = data.with_format("arrow").iter(batch_size=ARROW_ROWS)
-    return arrow_rows(batch for table in tables for batch in table.to_batches()), declared
-
-
-def _why_not_loaded(error: Exception) -> str:
-    """The reason in a line, without what the messages of Arrow quote: the row that it cannot parse."""
-    from datasets.exceptions import DatasetGenerationError
-    from datasets.table import CastError
-
-    if isinstance(error, DatasetGenerationError) and (cause := error.__cause__) is not None:
-        if isinstance(cause, CastError):
-            return "its files do not have the same columns"
-        return f"{type(cause).__name__} in one of its files"
-    return type(error).__name__ if isinstance(error, pa.ArrowInvalid) else first_line(error)
-
-
-def _change(config: SourceConfig) -> Callable[[RawRow], RawRow] | None:
-    """What is done to every row before its format reads it; None for nothing."""
+def _change(config: SourceConfig, file: str) -> Callable[[RawRow], RawRow] | None:
+    """What is done to every row of a file before its format reads it; None for nothing."""
     rename = _renaming(config) if config.columns else None
-    if kind_of(Path(config.path)) != ".csv":
+    if kind_of(Path(file or config.path)) != ".csv":
         return rename
     return (lambda row: _typed(rename(row))) if rename else _typed
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.metadata import version as _version
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from packaging.version import InvalidVersion, Version
+
 from bdpo.config import SANDBOX, Config, ModelConfig
-from bdpo.errors import UserError, first_line
+from bdpo.errors import UserError, first_line, printable
 from bdpo.models.transformers_private import set_attention, supports_sdpa
 from bdpo.sandbox import sandbox_seed
 from bdpo.storage.cache import cached_copy
@@ -138,6 +140,22 @@ def _log_once(message: str) -> None:
     log.warning(message)
 
 
+def newer_than_installed(shape: PreTrainedConfig) -> str | None:
+    """What to look at if a newer transformers wrote config.json, which transformers reads without a word.
+
+    A type that the installed one does not know is refused; a type that has changed since may compute
+    something else.
+    """
+    written, installed = shape.transformers_version or "", _version("transformers")
+    with suppress(InvalidVersion):
+        if Version(written).release[:2] > Version(installed).release[:2]:
+            return (
+                f"config.json is of transformers {printable(written)}, installed is {installed}: a newer "
+                f"{shape.model_type} may compute something else"
+            )
+    return None
+
+
 def _not_loaded(folder: Path, error: Exception) -> UserError:
     """What is wrong with a folder, in one line: transformers' own errors have a page of advice."""
     text = str(error)
@@ -209,8 +227,10 @@ def require_complete_weights(model: ModelConfig) -> None:
         UserError: they are not; the tensors are named.
     """
     folder = model_folder(model)
-    _, report = _from_pretrained(folder, model, device_map="meta", ignore_mismatched_sizes=True)
+    loaded, report = _from_pretrained(folder, model, device_map="meta", ignore_mismatched_sizes=True)
     _refuse_incomplete(folder, report)
+    if note := newer_than_installed(loaded.config):
+        _log_once(f"{folder}: {note}")
 
 
 def _from_pretrained(folder: Path, model: ModelConfig, **settings: Any) -> tuple[Any, dict[str, Any]]:

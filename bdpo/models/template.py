@@ -81,7 +81,7 @@ class ChatTemplate:
         Raises:
             TemplateError: the template refuses the conversation.
         """
-        guarded = [{**m, "content": self._guarded(m["content"])} for m in messages]
+        guarded = [{**m, "content": self.guarded(m["content"])} for m in messages]
         return self._render(guarded, generate, arguments or {})
 
     def _render(
@@ -116,7 +116,7 @@ class ChatTemplate:
 
     def prefill_text(self, text: str) -> str:
         """The beginning of an answer: behind what the template writes before one, and not trimmed."""
-        return self.assistant_turn.header + self._guarded(text)
+        return self.assistant_turn.header + self.guarded(text)
 
     @cached_property
     def assistant_turn(self) -> AssistantTurn:
@@ -192,8 +192,11 @@ class ChatTemplate:
         """Whether a text spells a token that structures a conversation."""
         return self._control_tokens.search(text) is not None
 
-    def _guarded(self, text: str) -> str:
-        """Guards on both sides of every character, so that no neighbour completes another control token."""
+    def guarded(self, text: str) -> str:
+        """The text with its control tokens taken apart.
+
+        A guard stands on both sides of each of their characters, so that no neighbour completes another.
+        """
         if not any(start in text for start in self._control_starts):
             return text
         return self._control_tokens.sub(lambda found: GUARD.join(["", *found[0], ""]), text)

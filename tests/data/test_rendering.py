@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bdpo.data.formats.base import BadRow, Pair, answer, question
-from bdpo.data.rendering import encode_pairs
+from bdpo.data.rendering import encode_pairs, render_pair
 from bdpo.models.tokenizer import ChatTokenizer
 from tests.support.chats import CHATML, byte_tokenizer
 
@@ -50,3 +50,46 @@ def test_a_pair_that_cannot_be_rendered_takes_no_other_with_it():
     first, refused, last = encode_pairs(chat, pairs, data)
     assert isinstance(refused, BadRow)
     assert [one[0].prompt for one in (first, last)] == [chat.prompt_ids(pairs[i].prompt) for i in (0, 2)]
+
+
+THINKS = CHATML.replace(
+    "m.content", "(m.content.split('</think>')[-1] if m.role == 'assistant' else m.content)"
+)
+
+OWN_TOKENS = "the token <|im_end|> ends a turn"
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "chosen", "changed"),
+    [
+        (CHATML, ["q", "a", "q"], " b\n", False),
+        (CHATML, ["q", OWN_TOKENS, "q"], OWN_TOKENS, False),
+        (TRIMS, [" q ", "a\n", "q"], " b ", False),
+        (THINKS, ["q", "a", "q"], "b", False),
+        (THINKS, ["q", "<think>hm</think>a", "q"], "b", True),
+        (THINKS, ["q"], "<think>hm</think>b", True),
+        (CHATML.replace("m.content", "m.content[:12]"), ["q" * 13], "b", True),
+        (CHATML.replace("m.content", "m.content.replace('bad', '***')"), ["q", "bad", "q"], "b", True),
+        (
+            CHATML.replace("m.content", "(m.content if m.content != 'c' or m.role == 'user')"),
+            ["c", "c", "q"],
+            "b",
+            True,
+        ),
+    ],
+)
+def test_texts_that_the_template_writes_otherwise_are_noticed(template, prompt, chosen, changed):
+    """All but the spaces at both ends."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(prompt)]
+    pair = Pair(messages, answer(chosen), answer("no"))
+    assert render_pair(chat_of(template), pair).changed == changed
+
+
+def test_a_system_turn_may_stand_in_the_last_question():
+    """So it does in Mistral's template."""
+    system = "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n{% endif %}"
+    template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    template = template.replace("{{ m.content }}", system + "{{ m.content }}")
+    prompt = [{"role": "system", "content": "Be kind."}, question("q"), answer("a"), question("r")]
+    rendered = render_pair(chat_of(template), Pair(prompt, answer("b"), answer("c")))
+    assert (rendered.changed, rendered.prompt.count("Be kind.\nr<|im_end|>")) == (False, 1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3TextConfig, LlamaConfig
 
@@ -237,6 +239,27 @@ def test_a_complete_model_is_loaded(tmp_path, tied):
         loaded, expected = load_model(tmp_path, model).state_dict(), tiny_qwen2(tied=tied).state_dict()
         assert all(torch.equal(loaded[name], value) for name, value in expected.items())
         save_file(expected | {"lm_head.weight": expected["lm_head.weight"].clone()}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("written", "is_newer"),
+    [
+        ("99.1.0", True),
+        ("5.99.0.dev0", True),
+        ("5.20.0", False),
+        ("4.1", False),
+        (None, False),
+        ("new", False),
+    ],
+)
+def test_a_config_of_a_newer_transformers_is_noted_once(damaged, caplog, written, is_newer):
+    model = damaged(untouched)
+    file = Path(model.name_or_path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"transformers_version": written}))
+    for _ in range(2):
+        require_complete_weights(model)
+    note = f"config.json is of transformers {written}, installed is {transformers.__version__}: a newer qwen2"
+    assert [note in record.message for record in caplog.records] == [True] * is_newer
 
 
 def folder_of(tmp_path, config, *files):

@@ -211,7 +211,10 @@ def sound(*overrides):
 
 OTHER_FAULTS = {
     "a column of numbers": (misread_parquet, "prompt: wrong type"),
-    "files of other columns": (folder_of_other_columns, "its files do not have the same columns"),
+    "files of other columns": (
+        folder_of_other_columns,
+        "data, b.jsonl: columns 1 unknown fit no known format",
+    ),
     "a folder without data": (folder_without_data, "as a data set of split train it cannot be loaded"),
     "a pipe": (pipe, "pipe.jsonl: is neither a file nor a folder"),
     "no byte can be read": (unreadable_bytes, "data.path=/proc/self/mem: cannot be read"),

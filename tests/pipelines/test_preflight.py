@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -134,6 +135,14 @@ def test_what_may_be_meant_is_a_warning(values, check, change, named):
     found = local(values)[check]
     assert found.level == "warning", found
     assert named in found.text
+
+
+def test_a_model_of_a_newer_transformers_is_a_warning(values, tmp_path):
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"transformers_version": "99.0"}))
+    found = local(values)["model"]
+    assert found.level == "warning"
+    assert "config.json is of transformers 99.0, installed is " in found.text
 
 
 def test_a_judge_that_does_not_answer_stops_the_run(values):

@@ -1,0 +1,108 @@
+"""Data sets that are more than one file: folders of data files, and what the library `datasets` reads.
+
+Which files of a folder make a split is decided as `datasets.load_dataset` decides it. Our own readers read
+them, so that each row is read, counted and named as one of a single file is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from bdpo.data.containers import ARROW_ROWS, Read, arrow_rows, kind_of
+from bdpo.errors import UserError, first_line
+
+_INFOS = {"dataset_info.json", "dataset_infos.json"}  # of the library itself
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The data files of a split of a folder, in order; `others` are data files that belong to no split."""
+
+    files: list[Path]
+    others: list[Path]
+
+
+def data_files(folder: Path, split: str, name: str) -> DataFiles | None:
+    """The data files of a folder; None if only `datasets` can read it. `name` is what an error calls it.
+
+    Raises:
+        UserError: the folder has no data files, or none of this split.
+    """
+    import datasets
+
+    if is_saved(folder) or not re.fullmatch(r"\w+", split):  # train[:10%] is a slice
+        return None
+    with _library_errors(name, split, is_folder=True):
+        found = datasets.load_dataset_builder(str(folder)).config.data_files or {}
+    splits = {str(key): [Path(file) for file in files] for key, files in found.items()}
+    files = {file for of_split in splits.values() for file in of_split}
+    if not files or not all(file.is_file() and kind_of(file) for file in files):
+        return None
+    if split not in splits:
+        raise UserError(f"data.split={split}: {name} has only {', '.join(splits)}")
+    root = Path(os.path.commonpath([file.parent for file in files]))
+    beside = {file for file in root.rglob("*.*") if kind_of(file) and file.name not in _INFOS}
+    return DataFiles(splits[split], sorted(beside - files))
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+
+
+def read_datasets(path: Path, split: str, name: str, columns: frozenset[str]) -> Read:
+    """A folder written by `save_to_disk`, else whatever `load_dataset` finds under that name.
+
+    Raises:
+        UserError: it cannot be loaded, or has no such split.
+    """
+    import datasets
+
+    data: Any = {}
+    try:
+        with _library_errors(name, split, path.is_dir()):
+            if is_saved(path):
+                data = datasets.load_from_disk(str(path))
+                data = data if isinstance(data, datasets.Dataset) else data[split]
+            else:
+                data = datasets.load_dataset(str(path), split=split)
+    except KeyError:
+        raise UserError(f"data.split={split}: {name} has only {', '.join(data)}") from None
+    declared = tuple(data.column_names)
+    data = data.select_columns([column for column in declared if column in columns])
+    tables = data.with_format("arrow").iter(batch_size=ARROW_ROWS)
+    return arrow_rows(batch for table in tables for batch in table.to_batches()), declared
+
+
+@contextmanager
+def _library_errors(name: str, split: str, is_folder: bool) -> Iterator[None]:
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (OSError, ValueError, DatasetsError) as error:
+        beginning = "" if is_folder else "no such file, and "
+        raise UserError(
+            f"{name}: {beginning}as a data set of split {split} it cannot be loaded "
+            f"({_why_not_loaded(error)})"
+        ) from None
+
+
+def _why_not_loaded(error: Exception) -> str:
+    """The reason in a line, without what the messages of Arrow quote: the row that it cannot parse."""
+    from datasets.exceptions import DatasetGenerationError
+    from datasets.table import CastError
+
+    if isinstance(error, DatasetGenerationError) and (cause := error.__cause__) is not None:
+        if isinstance(cause, CastError):
+            return "its files do not have the same columns"
+        return f"{type(cause).__name__} in one of its files"
+    return type(error).__name__ if isinstance(error, pa.ArrowInvalid) else first_line(error)
