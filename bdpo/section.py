@@ -64,9 +64,14 @@ class Variant(Section):
 
 
 def default_kind(name: str) -> BeforeValidator:
-    """Makes `name` the kind of a section whose config does not give one."""
+    """Makes `name` the kind of a section whose config does not give one; a text is the kind in short.
+
+    `judge: rubric` is short for `judge: {name: rubric}`.
+    """
 
     def named(values: Any) -> Any:
+        if isinstance(values, str):
+            return {"name": values}
         return {"name": name, **values} if isinstance(values, dict) else values
 
     return BeforeValidator(named)

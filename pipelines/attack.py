@@ -174,7 +174,7 @@ class Attack(ManifestStage):
 
     def summary(self) -> AttackSummary:
         """The numbers of a finished attack."""
-        return read_summary(self.completed())
+        return read_summary(self.ensure_manifest())
 
 
 @dataclass(frozen=True)

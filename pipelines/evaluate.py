@@ -120,7 +120,7 @@ class Evaluate(ManifestStage):
         """Evaluate the model unless that is done and valid; returns its summary, capability included."""
         if self.config.evaluate.capability:
             harness_version()  # before the hours of everything else
-        manifest = self.completed()
+        manifest = self.ensure_manifest()
         return replace(Summary.from_json(manifest), capability=self._capability())
 
     def make(self) -> Manifest:

@@ -64,7 +64,7 @@ class Prepare(ManifestStage):
         from bdpo.scoring.selection import require_benign_pairs, require_labels
 
         require_positions(self.config)
-        manifest = self.completed()
+        manifest = self.ensure_manifest()
         chat, data = load_tokenizer(self.config.model), self.config.data
         require_faithful_pairs(chat, self._sample(), data.max_length)
         console.print(f"[bold]pairs[/]     {account_line(manifest['account'])}", soft_wrap=True)

@@ -3,8 +3,8 @@
     python -m pipelines.run --config pipelines/configs/sandbox.yaml [section.key=value ...]
 
 Every stage resumes where it stopped and is skipped when it is done. The result is a table on the
-terminal, and a page: <run_dir>/report/report.html. Methods without a reference (cpo, simpo) have nothing to
-score.
+terminal, and a page: <run_dir>/report/report.html. Methods without a reference (cpo, simpo,
+orpo, sft) have nothing to score.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class Score(ManifestStage):
 
     def complete(self) -> Manifest:
         """Score the prepared pairs unless that is done; returns the manifest of the scores."""
-        manifest = self.completed()
+        manifest = self.ensure_manifest()
         console.print(f"[bold]scores[/]    {manifest['rows']} pairs")
         return manifest
 

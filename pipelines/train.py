@@ -4,9 +4,9 @@
 
 Reads <run_dir>/data/pairs and <run_dir>/scores, writes <run_dir>/metrics.jsonl, checkpoints under
 <run_dir>/train and the trained model to <run_dir>/model; with train.lora the adapter to <run_dir>/adapter as
-well. The same command after a kill resumes from the last checkpoint. Methods without a reference (cpo, simpo)
-require no scores: they begin with the data. --dry-run prints what each GPU would need, without a GPU, weights
-or data.
+well. The same command after a kill resumes from the last checkpoint. Methods without a reference (cpo, simpo,
+orpo, sft) require no scores: they begin with the data. --dry-run prints what each GPU would need, without a
+GPU, weights or data.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Train(ManifestStage):
         """Train unless that is done; returns the manifest of the training."""
         if not requires_scores(self.config) and prepared_pairs(self.run) is None:
             Prepare(self.config, self.run).complete()
-        manifest = self.completed()
+        manifest = self.ensure_manifest()
         last = manifest["last"]
         console.print(
             f"[bold]training[/]  {manifest['steps']} steps: loss {last['loss']:.3f}, "

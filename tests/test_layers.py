@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 
@@ -63,6 +64,14 @@ def test_nothing_imports_against_the_flow(package):
 def test_every_room_has_its_place():
     rooms = {path.stem for path in (ROOT / "bdpo").iterdir() if path.name[0] not in "._"}
     assert rooms == set(ROOMS)
+
+
+def test_the_table_of_rooms_has_their_order():
+    """CONTRIBUTING.md lists the rooms from the top down, too."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = page.partition("\n| room |")[2].partition("\n\n")[0]
+    cells = (row.split("|")[1] for row in table.splitlines()[2:])
+    assert tuple(name for cell in cells for name in re.findall(r"`(\w+)`", cell)) == ROOMS
 
 
 @pytest.mark.parametrize("room", ROOMS)

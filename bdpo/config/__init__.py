@@ -19,7 +19,7 @@ from bdpo.config.data import DataConfig
 from bdpo.config.evaluate import EvaluateConfig
 from bdpo.config.experiment import ExperimentConfig
 from bdpo.config.explain import explain
-from bdpo.config.kinds import change_kind
+from bdpo.config.kinds import change_kind, written_out
 from bdpo.config.model import ModelConfig
 from bdpo.config.reading import Dumper, parse_override, read_yaml, require_tree, set_value, short
 from bdpo.config.score import ScoreConfig
@@ -103,6 +103,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _lay_over(values: dict[str, Any], override: str) -> None:
     """Lay one override over plain values, in place; a changed `method.name` takes out its former keys."""
     key, value = parse_override(override)
+    key = written_out(values, key, value, Config)
     *path, leaf = key.split(".")
     if leaf == "name":
         change_kind(values, path, value, Config)

@@ -6,9 +6,9 @@ A new judge is a kind here, in `AnyJudge`, and its module in `bdpo.evaluation.ju
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, model_validator
+from pydantic import Discriminator, Field, model_validator
 
 from bdpo.section import Positive, Variant, default_kind, sections_in
 
@@ -122,11 +122,6 @@ class SandboxJudgeConfig(Variant):
     name: Literal["sandbox"] = "sandbox"
 
 
-def _named(value: Any) -> Any:
-    """`judge: rubric` is short for `judge: {name: rubric}`."""
-    return {"name": value} if isinstance(value, str) else value
-
-
 AnyJudge = Annotated[
     StringMatchingConfig
     | RubricConfig
@@ -138,7 +133,6 @@ AnyJudge = Annotated[
     | SandboxJudgeConfig,
     Discriminator("name"),
     default_kind("string_matching"),
-    BeforeValidator(_named),
 ]
 """The section `evaluate.judge`; each kind is a module of `bdpo.evaluation.judges` of its name."""
 

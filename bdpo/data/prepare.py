@@ -151,7 +151,7 @@ class _Examiner:
         encoded = iter(encode_pairs(self.chat, pairs, self.config))
         for numbered, pair in zip(rows, read, strict=True):
             if isinstance(pair, Pair):
-                yield numbered, self._judge(source, account, numbered[0], pair, next(encoded))
+                yield numbered, self._examine(source, account, numbered[0], pair, next(encoded))
             else:
                 yield numbered, pair
 
@@ -162,7 +162,7 @@ class _Examiner:
         except (BadRow, Excluded) as reason:
             return reason
 
-    def _judge(
+    def _examine(
         self,
         source: Source,
         account: SourceAccount,

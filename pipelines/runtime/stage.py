@@ -115,14 +115,14 @@ class ManifestStage(Stage):
         manifest = finished(self.manifest_file, self.fingerprint)
         return manifest if manifest is not None and self.is_intact(manifest) else None
 
-    def completed(self) -> Manifest:
+    def ensure_manifest(self) -> Manifest:
         """The manifest; what is missing is done first."""
         manifest = self.finished()
         return self.make() if manifest is None else manifest
 
     def complete(self) -> Any:
         """Do what is missing; returns the manifest, unless a stage says otherwise."""
-        return self.completed()
+        return self.ensure_manifest()
 
     def timed(self) -> TimedStage:
         """Where its seconds are recorded, and the most GPUs that it holds at a time."""

@@ -158,6 +158,18 @@ class TestRefusals:
         misspelt = refusal(load, "method.name=dpo", method={"name": "bdpo", "sharpnes": 1})
         assert "sharpnes" in misspelt
 
+    def test_the_short_form_of_a_kind_takes_further_keys(self, load):
+        config = load("evaluate.judge=fitted", "evaluate.judge.path=judge.joblib")
+        assert config.evaluate.judge.model_dump() == {"name": "fitted", "path": "judge.joblib"}
+        config = load("evaluate.judge.path=judge.joblib", evaluate={"judge": "fitted"})
+        assert config.evaluate.judge.path == "judge.joblib"
+        config = load("method=dpo", "method.beta=0.2", method={"name": "bdpo", "alpha": 1.2})
+        assert config.method.model_dump() == {"name": "dpo", "beta": 0.2, "nll_weight": 0.0}
+
+    def test_a_key_that_the_kind_in_short_form_does_not_have_is_refused(self, load):
+        message = refusal(load, "evaluate.judge.path=x", evaluate={"judge": "string_matching"})
+        assert "evaluate.judge.name=string_matching has no key path" in message
+
     @pytest.mark.parametrize(("override", "key"), [("name=x", "name"), ("method.name=[dpo]", "method")])
     def test_a_name_that_chooses_no_method_is_refused(self, load, override, key):
         message = refusal(load, override, method={"name": "bdpo"})

@@ -101,7 +101,7 @@ def test_a_file(tmp_path, text, said):
         ("a" * 5000 + "=1", "override " + "a" * 100 + "…: a key: 5,000 characters"),
         ("tr\x1bain=1", r"override tr\x1bain: a key: holds the character '\x1b'"),
         ("train=5", "override train: key train: expects a section with keys, got 5"),
-        ("method=dpo", "override method: key method: expects a section with keys, got 'dpo'"),
+        ("method=3", "override method: key method: expects a section with keys, got 3"),
         ("method.name=[dpo]", "override method.name: key method.name: expects one of bdpo, "),
         ("seed.deep=1", "override seed.deep: key seed: Input should be a valid integer"),
         (
