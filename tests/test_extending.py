@@ -90,6 +90,14 @@ def test_the_tests_that_the_page_adds_pass(extended):
     run(extended, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", new, *sorted(files))
 
 
+@pytest.mark.system
+def test_the_checks_of_every_section_pass(extended):
+    """The line below "To check:" of each, in one run of pytest."""
+    checks = [re.search("^    python -m pytest (.+)$", section(title), re.MULTILINE)[1] for title in TITLES]
+    files = sorted({file for check in checks for file in check.split()})
+    run(extended, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not system", *files)
+
+
 def test_the_examples_are_formatted_and_clean(extended):
     files = sorted({file for title in TITLES for file, _, _ in steps(title) if file.endswith(".py")})
     run(extended, "-m", "ruff", "format", "--check", *files)

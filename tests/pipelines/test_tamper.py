@@ -8,14 +8,9 @@ import pytest
 
 from bdpo.config import load_config
 from bdpo.config.derive import tampering_config
-from bdpo.storage.digests import files_digest
-from bdpo.storage.manifests import read_manifest
-from bdpo.storage.run_dir import RunDir
-from pipelines.prepare import Prepare
-from pipelines.tamper import Tamper
 from tests.support.commands import run_command
 from tests.support.helpers import invented_pairs, save_model, write_jsonl
-from tests.support.pipeline import PAIRS, pipeline_inputs
+from tests.support.pipeline import pipeline_inputs
 
 STEPS = 3
 
@@ -34,16 +29,6 @@ def tamper(inputs, folder, *overrides):
     )
 
 
-def aligned_run(inputs, folder, *overrides):
-    """A run folder as after its training: prepared pairs and an aligned model."""
-    config = load_config(inputs / "config.yaml", [f"run_dir={folder}", *overrides])
-    run = RunDir(config.run_dir)
-    with run.open(config):
-        Prepare(config, run).complete()
-    shutil.copytree(inputs / "aligned", run.model)
-    return config, run
-
-
 SETTINGS = (
     f"tamper.steps={STEPS}",
     "tamper.learning_rate=0.01",
@@ -51,28 +36,6 @@ SETTINGS = (
     "train.workers=1",
     "evaluate.benchmarks=[strongreject]",
 )
-
-
-@pytest.mark.ray
-def test_the_tampered_model_is_evaluated_beside_the_aligned_one(inputs, tmp_path):
-    config, run = aligned_run(inputs, tmp_path / "run", *SETTINGS)
-    before = files_digest(sorted(run.model.iterdir()), run.model)
-    done = tamper(inputs, run.root, *SETTINGS)
-    assert done.code == 0, done.err
-    assert "tampered" in done.out
-    assert "judged by string_matching, a screen" in " ".join(done.out.split())
-    assert files_digest(sorted(run.model.iterdir()), run.model) == before
-    training = Tamper(config, run).training
-    manifest = read_manifest(training.manifest_file)
-    assert manifest["steps"] == STEPS
-    assert manifest["pairs"] == {"prepared": PAIRS, "trained on": PAIRS // 2, "trained on, safe": PAIRS // 2}
-    assert training.run.has_adapter()
-    assert run_command("pipelines.report", run.root).code == 0
-    page = (run.report / "report.html").read_text()
-    assert f"{STEPS} more steps with LoRA" in page
-    again = tamper(inputs, run.root, *SETTINGS)
-    assert again.code == 0
-    assert read_manifest(training.manifest_file) == manifest
 
 
 def test_its_training_is_that_of_the_section(inputs, tmp_path):

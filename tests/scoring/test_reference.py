@@ -6,26 +6,21 @@ import copy
 import json
 import os
 import re
-import resource
 import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.exceptions import RayError
 
-from bdpo.data.pairs import ID_COLUMNS, PAIR_SCHEMA, pair_ids, pairs_digest, read_pairs
+from bdpo.data.pairs import pair_ids, read_pairs
 from bdpo.errors import UserError
 from bdpo.models.logps import LogpsModel
 from bdpo.models.packing import PrefixGroup, length_sorted_batches
-from bdpo.models.tokenizer import load_tokenizer
 from bdpo.scoring import shard_scorer
 from bdpo.scoring.reference import ReferenceScorer, reference_logps
 from bdpo.scoring.scores import (
@@ -38,14 +33,11 @@ from bdpo.scoring.scores import (
     unscorable_error,
 )
 from bdpo.scoring.shard_scorer import ShardScorer, score_with_bisection
-from bdpo.storage.manifests import write_manifest
 from bdpo.storage.run_dir import RunDir
-from pipelines import prepare, score
+from pipelines import score
 from pipelines.prepare import Prepare
 from pipelines.runtime import cluster, pool
-from tests.support import ROOT
 from tests.support.helpers import (
-    PEAK,
     encoded_pairs,
     invented_pairs,
     naive_logps,
@@ -78,27 +70,6 @@ class UnluckyScorer(ShardScorer):
             os._exit(9)
         if self.raising in seen:
             raise IndexError("the text of a prompt")
-
-
-class FullDiskScorer(ShardScorer):
-    """Its files may have no more bytes than a shard needs at least: the system refuses the write."""
-
-    def __call__(self, shard):
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        try:
-            return super().__call__(shard)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-class StillbornScorer(ShardScorer):
-    """Its process ends before it is made."""
-
-    def __init__(self, *_, run, **__):
-        with (run.root / "births").open("a") as births:
-            births.write("x")
-        os._exit(9)
 
 
 @pytest.fixture
@@ -169,30 +140,6 @@ def test_pairs_that_cannot_be_scored_are_named_when_all_others_are_scored(
     for column in ("ref_chosen_logps", "uncond_rejected_logps", "mi_chosen"):
         ours, theirs = (torch.tensor(t[column].to_pylist()) for t in (recovered, uninterrupted))
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.ray
-def test_a_full_disk_is_said_and_the_rerun_completes(sent_by_value, make_run, monkeypatch):
-    config, run = make_run(invented_pairs(20))
-    monkeypatch.setattr(shard_scorer, "ShardScorer", FullDiskScorer)
-    with pytest.raises(UserError, match=rf"run_dir={run.root}: cannot be .* written \(File too large\)"):
-        run_score(config, run)
-    assert not list(run.scores.iterdir())  # what was half written gives its space back
-    monkeypatch.setattr(shard_scorer, "ShardScorer", ShardScorer)
-    score_here(config, run)
-    assert finish_scores(run, score_fingerprint(config, run), 1.0)["rows"] == 20
-
-
-@pytest.mark.ray
-def test_actors_that_die_at_birth_end_the_run(sent_by_value, make_run, monkeypatch):
-    """Ray alone would make new ones for ever."""
-    config, run = make_run(invented_pairs(20))
-    monkeypatch.setattr(shard_scorer, "ShardScorer", StillbornScorer)
-    monkeypatch.setattr(pool, "RESTARTS", 1)
-    monkeypatch.setattr(pool, "STILLBORN", 1)
-    with pytest.raises(RayError):
-        run_score(config, run)
-    assert (run.root / "births").read_text() == "xx" * 2
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
@@ -405,43 +352,6 @@ def test_a_pair_that_fits_in_no_batch_is_named_and_the_others_are_scored(make_ru
     assert score_store(run, score_fingerprint(config, run)).missing(9, 9) == [(4, 1)]
 
 
-SCORE_IN_LITTLE_MEMORY = """
-import resource
-import torch
-from tests.support.helpers import encoded_pairs, tiny_qwen2
-from bdpo.models.logps import LogpsModel
-from bdpo.scoring import reference
-model, pairs = LogpsModel(tiny_qwen2(), 512), encoded_pairs([(100, 200, 200)] * 64)
-reference.reference_logps(model, pairs[:1], [1], 500)
-halved = []
-really = reference._replanned_with_half_the_tokens
-reference._replanned_with_half_the_tokens = lambda *args: halved.append(1) or really(*args)
-expected, _ = reference.reference_logps(model, pairs, [1], 1000)
-assert not halved
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, resource.RLIM_INFINITY))
-ours, _ = reference.reference_logps(model, pairs, [1], 64 * 500)
-resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-for name in expected:
-    torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-4)
-print(len(halved))
-"""
-
-
-def test_memory_of_this_machine_that_really_runs_out():
-    """A limit on the address space: the allocator's own error."""
-    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCORE_IN_LITTLE_MEMORY],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 1
-
-
 def test_the_manifest_says_who_did_how_much(make_run):
     config, run = make_run(invented_pairs(20))
     score_here(config, run)
@@ -569,73 +479,3 @@ def test_scores_of_other_inputs_are_refused_by_the_fields_name(
     (run.scores / "manifest.json").unlink()
     with pytest.raises(UserError, match=rf"made with {field}="):
         score_store(run, now).missing(12, 8)
-
-
-RESUME = """
-import sys
-
-from bdpo.config import load_config
-from bdpo.storage.run_dir import RunDir
-from bdpo.storage.manifests import write_manifest
-from pipelines import prepare, score
-from pipelines.runtime import cluster
-config = load_config(sys.argv[1])
-cluster.connect()
-import ray.data, torch, transformers
-started = peak()
-run = RunDir(config.run_dir)
-prepare.Prepare(config, run).complete()
-manifest = score.Score(config, run).complete()
-print("peak", manifest["rows"], started, peak())
-"""
-
-
-@pytest.mark.ray
-def test_the_drivers_memory_does_not_grow_with_the_pairs(tmp_path, model):
-    """100,000 pairs whose texts alone are 480 MB: planned, resumed and checked within 1 GiB."""
-    count, part_rows, text = 100_000, 20_000, "fern " * 480
-    data = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "", "chosen": text, "rejected": text}])
-    config = tiny_config(tmp_path / "run", model, data, score={"shard_rows": 512})
-    run = RunDir(config.run_dir)
-    run.open(config).release()
-    run.pairs.mkdir(parents=True)
-    chat, compared = load_tokenizer(config.model), count // prepare.FAITHFUL_PAIRS
-    for first in range(0, count, part_rows):
-        ids = [f"{row:032d}" for row in range(first, first + part_rows)]
-        prompts = [[{"role": "user", "content": pair_id}] for pair_id in ids]
-        texts = {
-            "pair_id": ids,
-            "prompt": prompts,
-            "chosen": [text] * part_rows,
-            "rejected": ["no"] * part_rows,
-        }
-        others = {name: [None] * part_rows for name in ("group", "chosen_safe", "rejected_safe", "context")}
-        others |= {name: [[1] * 240] * part_rows for name in ID_COLUMNS}
-        for row in range(-first % compared, part_rows, compared):  # these are compared with their texts
-            prompt = chat.prompt_ids(prompts[row])
-            responses = (
-                chat.response_ids(response)[: config.data.max_length - len(prompt)]
-                for response in (text, "no")
-            )
-            for name, tokens in zip(ID_COLUMNS, (prompt, *responses), strict=True):
-                others[name] = [*others[name][:row], tokens, *others[name][row + 1 :]]
-        table = pa.table(texts | others, schema=PAIR_SCHEMA)
-        pq.write_table(table, run.pairs / f"part-{first // part_rows:05d}.parquet", row_group_size=512)
-    account = {"rows": count, "kept": count, "quarantined": {}, "excluded": {}, "not_sampled": 0}
-    manifest = {"account": account | {"format": "preference"}, "pairs_digest": pairs_digest(run.pairs)}
-    write_manifest(run.data / "manifest.json", prepare.Prepare(config, run).fingerprint, **manifest)
-    store = score_store(run, score_fingerprint(config, run))
-    work = {"worker": "a", "seconds": 1, "tokens": 1, "tokens_forwarded": 1}
-    for first, rows in store.missing(count, 512)[:-1]:
-        columns = {name: [1] * rows for name in SCORE_SCHEMA.names}
-        columns |= {"pair_id": [f"{row:032d}" for row in range(first, first + rows)], "group": [None] * rows}
-        table = pa.table(columns, schema=SCORE_SCHEMA)
-        store.write(first, table.replace_schema_metadata({"bdpo.work": json.dumps(work)}))
-    (tmp_path / "config.yaml").write_text(config.to_yaml())
-    arguments = [sys.executable, "-c", PEAK + RESUME, str(tmp_path / "config.yaml")]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows, started, peak = (float(number) for number in done.stdout.splitlines()[-1].split()[1:])
-    assert rows == count
-    assert peak < 1
-    assert peak - started < 0.2, (started, peak)
