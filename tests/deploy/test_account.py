@@ -10,7 +10,6 @@ import re
 
 import pytest
 import yaml
-from cfnlint.api import lint_all
 
 from tests.support import ROOT
 from tests.support.iam import is_allowed
@@ -59,11 +58,21 @@ def head(stack):
     return own + [s for policy in managed for s in policy["PolicyDocument"]["Statement"]]
 
 
-def test_cfn_lint_finds_no_fault():
+@pytest.fixture
+def lint_all():
+    """cfn-lint, which takes ten seconds to read the schemas of AWS."""
+    from cfnlint.api import lint_all
+
+    return lint_all
+
+
+@pytest.mark.system
+def test_cfn_lint_finds_no_fault(lint_all):
     assert [match for match in lint_all(TEMPLATE.read_text()) if match.rule.id[0] in "EW"] == []
 
 
-def test_cfn_lint_finds_a_planted_one():
+@pytest.mark.system
+def test_cfn_lint_finds_a_planted_one(lint_all):
     broken = TEMPLATE.read_text().replace("BlockPublicAcls: true", "BlockPublicAcl: true", 1)
     assert [match for match in lint_all(broken) if match.rule.id[0] == "E"]
 

@@ -25,7 +25,7 @@ from tests.support.architectures import NOT_TRAINED, OWN_LOGITS, PLAIN_ROWS, tin
 from tests.support.helpers import invented_pairs, tiny_config, write_jsonl
 from tests.support.training import errors, launch, metrics, weights
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.system]
 
 EACH_KIND = ["cohere", "falcon", "gemma2", "gpt2", "llama", "mamba", "mixtral", "opt", "starcoder2"]
 

@@ -74,7 +74,7 @@ def whole(scored, tmp_path_factory):
     return runs
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.system), 2])
 def resumed(request, scored, whole, tmp_path_factory):
     """(number of workers, folder in which trainings that were interrupted in many ways were resumed)."""
     folder, workers = tmp_path_factory.mktemp("resumed"), request.param

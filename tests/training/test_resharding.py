@@ -50,6 +50,7 @@ def runs(tmp_path_factory, tiny_chat):
     return {kind: (RunDir(folder / f"{kind} 0"), run) for kind, run in before.items()}
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("kind", KINDS)
 def test_1_2_3_and_1_workers_train_as_one(runs, kind):
     undisturbed, changed = runs[kind]
