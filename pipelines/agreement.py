@@ -157,7 +157,7 @@ def opinions(
     for name, kind in kinds.items():
         if rubric not in kind.rubrics:
             raise UserError(f"--judges {name}: these labels are about {rubric}, which it cannot judge")
-        if kind.name != SANDBOX:  # whose check looks at the prompts of a run
+        if not kind.sandbox_only:  # its check looks at the prompts of a run
             kind.check(configs[name])
     found = []
     for name, kind in kinds.items():

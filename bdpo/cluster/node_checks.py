@@ -8,7 +8,6 @@ from pathlib import Path
 from bdpo.cluster.nodes import NodeFacts
 from bdpo.cluster.preflight import Check, Doubt
 from bdpo.config import Config, TrainConfig
-from bdpo.config.judges import RubricConfig
 from bdpo.errors import UserError
 from bdpo.storage.cache import cache_folder
 from bdpo.storage.run_dir import RunDir
@@ -84,8 +83,7 @@ def check_files(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
 
 def check_key(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
     """Where a judge requires a key, the nodes have it."""
-    judge = config.evaluate.judge
-    name = judge.api_key_env if isinstance(judge, RubricConfig) else None
+    name = config.evaluate.judge.key_variable
     if name is None:
         return "none is asked for"
     without = [node.address for node in nodes if name not in node.variables]
@@ -105,7 +103,7 @@ def check_scratch(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> st
         if node.scratch_gib < need:
             return Doubt(
                 f"node {node.address}: {node.scratch_gib:.1f} GiB free in its temporary folder, where a "
-                f"checkpoint may want {need:.1f}; set TMPDIR to a larger disk there"
+                f"checkpoint may need {need:.1f}; set TMPDIR to a larger disk there"
             )
     free = min(node.scratch_gib for node in nodes)
     return (

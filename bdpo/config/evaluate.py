@@ -12,7 +12,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, Field, model_validator
 
 from bdpo.config.base import StallSeconds, Workers
-from bdpo.config.judges import AnyJudge, FinetunedConfig, FittedConfig, GuardConfig, StringMatchingConfig
+from bdpo.config.judges import AnyJudge, StringMatchingConfig
 from bdpo.section import Fraction, Positive, Section
 
 Value = TypeVar("Value")
@@ -243,10 +243,7 @@ class EvaluateConfig(Section):
 
     def files(self) -> list[str]:
         """Every file or folder that benchmarks, adapter and judge name, in a folder, a bucket or on a hub."""
-        judge = self.judge
-        named = [self.adapter, judge.model if isinstance(judge, FinetunedConfig | GuardConfig) else None]
-        named += [judge.path] if isinstance(judge, FittedConfig) else []
-        return [*(name for name in named if name), *self._benchmark_files()]
+        return [*([self.adapter] if self.adapter else []), *self.judge.files(), *self._benchmark_files()]
 
     def _benchmark_files(self) -> Iterator[str]:
         for section in vars(self).values():

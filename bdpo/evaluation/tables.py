@@ -9,7 +9,7 @@ from bdpo.config import Config
 from bdpo.evaluation.benchmarks.base import Measure
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS, measure_label
 from bdpo.evaluation.compare import Comparison
-from bdpo.evaluation.judges.registry import NOBODY, JudgeNote, judge_kind
+from bdpo.evaluation.judges.registry import JUDGES, NOBODY, JudgeNote, judge_kind
 from bdpo.evaluation.measures import BenchmarkSummary, Summary
 from bdpo.stats import CONFIDENCE_LEVEL, Estimate, p_value, widen
 
@@ -62,10 +62,15 @@ def screen_warning(config: Config) -> str | None:
     judge = judge_kind(config)
     if not judge.screen or all(BENCHMARKS[name].rubric != "harm" for name in config.evaluate.benchmarks):
         return None
+    *others, last = (
+        name
+        for name, kind in JUDGES.items()
+        if "harm" in kind.rubrics and not (kind.screen or kind.sandbox_only)
+    )
     return (
         f"evaluate.judge.name={judge.name} is a screen: it looks for phrases of refusal and cannot tell "
-        "whether an answer helps; its error between two models is in docs/judges.md. Choose rubric, "
-        "finetuned, harmbench, llama_guard, wildguard or fitted for numbers to decide by"
+        "whether an answer helps; its error between two models is in docs/judges.md. Choose "
+        f"{', '.join(others)} or {last} for numbers to decide by"
     )
 
 

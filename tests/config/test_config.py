@@ -166,6 +166,21 @@ class TestRefusals:
         config = load("method=dpo", "method.beta=0.2", method={"name": "bdpo", "alpha": 1.2})
         assert config.method.model_dump() == {"name": "dpo", "beta": 0.2, "nll_weight": 0.0}
 
+    @pytest.mark.parametrize(
+        ("judge", "files", "variable"),
+        [
+            ({"name": "string_matching"}, [], None),
+            ({"name": "rubric", "base_url": "http://h/v1", "model": "m", "api_key_env": "KEY"}, [], "KEY"),
+            ({"name": "finetuned", "model": "tuned"}, ["tuned"], None),
+            ({"name": "wildguard", "model": "guard"}, ["guard"], None),
+            ({"name": "fitted", "path": "judge.json"}, ["judge.json"], None),
+        ],
+    )
+    def test_what_a_judge_requires_of_the_nodes(self, load, judge, files, variable):
+        evaluate = load(evaluate={"judge": judge, "adapter": "lora"}).evaluate
+        assert evaluate.files()[: 1 + len(files)] == ["lora", *files]
+        assert evaluate.judge.key_variable == variable
+
     def test_a_key_that_the_kind_in_short_form_does_not_have_is_refused(self, load):
         message = refusal(load, "evaluate.judge.path=x", evaluate={"judge": "string_matching"})
         assert "evaluate.judge.name=string_matching has no key path" in message

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from bdpo.config import Config
+from bdpo.config.judges import JudgeConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.texts import without_thoughts
 from bdpo.storage.manifests import Fingerprint
@@ -161,6 +162,23 @@ class JudgeKind:
     """Whether it is a local model: it then runs on the pool of workers, else in the driver."""
     screen: bool = False
     """Whether it looks at phrases alone: its numbers are shown as those of a screen."""
+    sandbox_only: bool = False
+    """Whether it knows nothing but the sandbox's invented world."""
+
+
+AnySection = TypeVar("AnySection", bound=JudgeConfig)
+
+
+def judge_section(config: Config, kind: type[AnySection]) -> AnySection:
+    """The section of the configured judge, with the type that its name stands for.
+
+    Raises:
+        TypeError: another judge is configured, so the module that asks was not to be used.
+    """
+    section = config.evaluate.judge
+    if not isinstance(section, kind):
+        raise TypeError(f"evaluate.judge.name={section.name} is no {kind.__name__}")
+    return section
 
 
 _ADDRESSES_JUDGE = re.compile(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from bdpo.config import Config, ModelConfig
 from bdpo.config.judges import FinetunedConfig
 from bdpo.errors import UserError
-from bdpo.evaluation.judges.base import Harm, JudgeKind, Question, Verdict
+from bdpo.evaluation.judges.base import Harm, JudgeKind, Question, Verdict, judge_section
 from bdpo.evaluation.judges.string_matching import StringMatching
 from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint
@@ -146,9 +146,7 @@ def load_finetuned_judge(name: str, on_gpu: bool) -> FinetunedJudge:
 
 
 def _name(config: Config) -> str:
-    judge = config.evaluate.judge
-    assert isinstance(judge, FinetunedConfig)  # noqa: S101 (its name chose this module)
-    return judge.model
+    return judge_section(config, FinetunedConfig).model
 
 
 def _fingerprint(config: Config) -> Fingerprint:

@@ -18,7 +18,15 @@ import numpy as np
 from bdpo.config import Config
 from bdpo.config.judges import FittedConfig
 from bdpo.errors import UserError
-from bdpo.evaluation.judges.base import Harm, JudgeKind, Question, Refusal, RubricName, Verdict
+from bdpo.evaluation.judges.base import (
+    Harm,
+    JudgeKind,
+    Question,
+    Refusal,
+    RubricName,
+    Verdict,
+    judge_section,
+)
 from bdpo.evaluation.judges.string_matching import StringMatching
 from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint
@@ -167,9 +175,7 @@ class FittedJudge:
 
 
 def _classifier(config: Config) -> Classifier:
-    judge = config.evaluate.judge
-    assert isinstance(judge, FittedConfig)  # noqa: S101 (its name chose this module)
-    return read_classifier(judge.path)
+    return read_classifier(judge_section(config, FittedConfig).path)
 
 
 def _fingerprint(config: Config) -> Fingerprint:

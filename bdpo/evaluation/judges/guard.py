@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from bdpo.config import Config, ModelConfig
 from bdpo.config.judges import GuardConfig
 from bdpo.errors import UserError
-from bdpo.evaluation.judges.base import Failed, JudgeKind, Question, RubricName, Verdict
+from bdpo.evaluation.judges.base import Failed, JudgeKind, Question, RubricName, Verdict, judge_section
 from bdpo.models.loading import load_model, model_folder, require_complete_weights, weights_digest
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer
@@ -138,7 +138,5 @@ def guard_kind(guard: Guard) -> JudgeKind:
 
 
 def _model(config: Config) -> ModelConfig:
-    judge = config.evaluate.judge
-    assert isinstance(judge, GuardConfig)  # noqa: S101 (its name chose this module)
     dtype = "bfloat16" if config.evaluate.gpus_per_worker else "float32"
-    return ModelConfig(name_or_path=judge.model, dtype=dtype)  # type: ignore[arg-type]
+    return ModelConfig(name_or_path=judge_section(config, GuardConfig).model, dtype=dtype)  # type: ignore[arg-type]

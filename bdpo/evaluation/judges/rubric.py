@@ -25,7 +25,17 @@ from dataclasses import dataclass, field, replace
 
 from bdpo.config import Config
 from bdpo.config.judges import RubricConfig
-from bdpo.evaluation.judges.base import Failed, Grade, Harm, JudgeKind, Question, Refusal, RubricName, Verdict
+from bdpo.evaluation.judges.base import (
+    Failed,
+    Grade,
+    Harm,
+    JudgeKind,
+    Question,
+    Refusal,
+    RubricName,
+    Verdict,
+    judge_section,
+)
 from bdpo.evaluation.judges.endpoint import Endpoint, Fault
 from bdpo.storage import strict_json
 from bdpo.storage.digests import json_digest
@@ -247,14 +257,8 @@ class RubricJudge:
             return self.endpoint.chat(again)
 
 
-def _section(config: Config) -> RubricConfig:
-    judge = config.evaluate.judge
-    assert isinstance(judge, RubricConfig)  # noqa: S101 (its name chose this module)
-    return judge
-
-
 def _make(config: Config) -> RubricJudge:
-    section = _section(config)
+    section = judge_section(config, RubricConfig)
     endpoint = Endpoint(
         base_url=section.base_url,
         model=section.model,
@@ -270,7 +274,7 @@ def _rubrics(section: RubricConfig) -> dict[RubricName, Rubric]:
 
 
 def _fingerprint(config: Config) -> Fingerprint:
-    section = _section(config)
+    section = judge_section(config, RubricConfig)
     return {"evaluate.judge.model": section.model, "rubrics": rubrics_digest(_rubrics(section))}
 
 

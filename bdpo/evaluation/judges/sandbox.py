@@ -56,4 +56,5 @@ JUDGE = JudgeKind(
     make=_make,
     fingerprint=lambda config: {},
     check=_check,
+    sandbox_only=True,
 )
