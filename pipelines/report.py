@@ -26,7 +26,7 @@ from bdpo.reports.cost import TimedStage, stage_costs
 from bdpo.scoring.scores import read_scores
 from bdpo.scoring.selection import requires_scores
 from bdpo.storage.manifests import read_facts, read_manifest
-from bdpo.storage.paths import StoragePath, write_text
+from bdpo.storage.paths import StoragePath, update
 from bdpo.storage.run_dir import RunDir, run_config
 from pipelines.evaluate import print_comparison
 from pipelines.prepare import account_line
@@ -37,7 +37,7 @@ from pipelines.runtime.stages import STAGES
 
 
 class Report(Stage):
-    """Sums a run up: tables on the terminal, summary.json, and the page. It is made anew each time."""
+    """Sums a run up: tables on the terminal, summary.json, and the page; what stays the same is left."""
 
     name = "report"
 
@@ -59,7 +59,7 @@ class Report(Stage):
         seconds = self._seconds()
         evaluations = {name: _recorded(run.eval(name)) for name in evaluated}
         summary = {"data": account, "mi": mi, "seconds": seconds, "evaluations": evaluations}
-        write_text(run.report / "summary.json", json.dumps(summary, indent=2) + "\n")
+        update(run.report / "summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
         console.print()
         print_comparison({name: run.eval(name) for name in evaluated})
         if mi:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from bdpo.storage.paths import StoragePath, write_bytes, write_text
+from bdpo.storage.paths import StoragePath, update
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,7 +97,10 @@ def legend_below(axes: Axes) -> None:
 
 
 def write_page(page: Page, file: StoragePath) -> None:
-    """Write the page, and beside it each picture as PNG and each table with headings as CSV."""
+    """Write the page, and beside it each picture as PNG and each table with headings as CSV.
+
+    Files whose content would stay the same are left alone.
+    """
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -109,8 +112,8 @@ def write_page(page: Page, file: StoragePath) -> None:
         for table in section.tables:
             if any(table.headings):
                 name = re.sub(r"\W+", "-", section.heading.lower(), flags=re.ASCII).strip("-")
-                write_text(file.parent / f"{name}.csv", _csv(table))
-    write_text(file, template.render(page=page, pictures=pictures))
+                update(file.parent / f"{name}.csv", _csv(table).encode())
+    update(file, template.render(page=page, pictures=pictures).encode())
 
 
 def _csv(table: PageTable) -> str:
@@ -123,7 +126,7 @@ def write_figure(figure: Figure, file: StoragePath) -> None:
     """Write a figure in the format of the file's suffix."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=_DPI, format=file.suffix[1:])
-    write_bytes(file, drawn.getvalue())
+    update(file, drawn.getvalue())
 
 
 def _svg(picture: Picture) -> Any:

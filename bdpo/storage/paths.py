@@ -72,6 +72,12 @@ def read_bytes(file: StoragePath) -> bytes:
     return file.read_bytes() if isinstance(file, Path) else bytes(file.fs.cat_file(file.path))
 
 
+def update(file: StoragePath, content: bytes) -> None:
+    """Write a file as `write_bytes` does, unless it has this content: a repeated command leaves it alone."""
+    if not (file.is_file() and read_bytes(file) == content):
+        write_bytes(file, content)
+
+
 def write_text(file: StoragePath, text: str, mode: int = 0o644) -> None:
     """Write a text file, complete or not at all; see `write_bytes`."""
     write_bytes(file, text.encode(), mode)

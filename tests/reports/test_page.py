@@ -118,6 +118,19 @@ def test_the_same_page_twice_is_the_same_file(tmp_path):
     assert (tmp_path / "first/page.html").read_bytes() == (tmp_path / "second/page.html").read_bytes()
 
 
+def test_files_that_stay_the_same_are_not_written_again(tmp_path):
+    def write(cell):
+        table = PageTable(("", "n"), [("rows", cell)])
+        parts = [Section("One", tables=[table]), Section("Two", pictures=[Picture("p", drawing())])]
+        write_page(Page("Title", [], parts), tmp_path / "page.html")
+        return {file.name: file.stat().st_ino for file in tmp_path.iterdir()}
+
+    first = write("1")
+    assert first.keys() == {"page.html", "one.csv", "p.png"}
+    assert write("1") == first
+    assert {name for name, inode in write("2").items() if inode != first[name]} == {"page.html", "one.csv"}
+
+
 INK_OF = "getComputedStyle(document.querySelector('{}')).color"
 
 
