@@ -16,8 +16,9 @@ class StorageUnavailable(OSError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error: enough for one line of ours."""
-    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+    """The first line of a library's error, with the next where it ends in a colon: enough for one of ours."""
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return printable(f"{first} {others[0].strip()}" if first.endswith(":") and others else first)
 
 
 def printable(text: str) -> str:

@@ -7,6 +7,7 @@ import re
 from bdpo.data.formats.base import BadRow, Pair
 from bdpo.data.formats.stringified import is_stringified
 from bdpo.data.formats.transcript import is_transcript
+from bdpo.models.template import GUARD
 
 # The control tokens of the chat templates of Llama 2 to 4, Mistral, Qwen, Gemma, Phi, Command-R, DeepSeek,
 # gpt-oss, Zephyr and Nemotron. A text that holds one was rendered before, or forges a turn.
@@ -42,6 +43,8 @@ def check_pair(pair: Pair) -> None:
 
 
 def _check_text(text: str, column: str) -> None:
+    if GUARD in text:  # it would be taken out again
+        raise BadRow(f"{column}: holds the noncharacters U+FDD0 and U+FDD1")
     if ("<" in text or "[" in text) and _TEMPLATE_TOKEN.search(text):
         remedy = "set data.format=chatml" if _CHATML.match(text) else "give the messages themselves"
         raise BadRow(f"{column}: holds control tokens of a chat template; {remedy}")

@@ -14,6 +14,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -216,6 +217,8 @@ def _csv(file: DataFile) -> Read:
     csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 131,072 characters
     reader = csv.DictReader(io.StringIO(file.text(), newline=""), strict=True)
     columns = tuple(reader.fieldnames or ())
+    if len(columns) == 1 and (other := re.search(r"[;\t|]", columns[0])):
+        raise UserError(f"{file.name}: its columns are separated by {other[0]!r}; a comma is expected")
     _refuse_repeated(file, columns)
     return _csv_rows(file, reader), columns
 

@@ -60,6 +60,8 @@ def open_source(config: SourceConfig) -> Source:
             the rows are read: it is damaged further on.
     """
     configured = None if config.format == "auto" else format_named(config.format)
+    if not config.path.strip():
+        raise UserError("data.path: is empty; it names a file, a folder or a data set on the hub")
     for name in config.columns.keys() - KNOWN_COLUMNS:
         raise UserError(f"data.columns.{printable(name)}: no format reads a column of this name")
     reader = Reader(config)

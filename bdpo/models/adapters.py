@@ -19,8 +19,8 @@ from bdpo.models.loading import (
     model_config,
     model_folder,
     require_finite,
-    some_names,
 )
+from bdpo.models.weight_files import some_names
 from bdpo.storage.checksums import require_checksums
 from bdpo.storage.digests import files_digest
 

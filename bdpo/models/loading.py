@@ -5,7 +5,6 @@ Only safetensors are read; code from a model folder runs only with `model.trust_
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from packaging.version import InvalidVersion, Version
 from bdpo.config import SANDBOX, Config, ModelConfig
 from bdpo.errors import UserError, first_line, printable
 from bdpo.models.transformers_private import set_attention, supports_sdpa
+from bdpo.models.weight_files import UNQUANTISED, require_weight_files, some_names
 from bdpo.sandbox import sandbox_seed
 from bdpo.storage.cache import cached_copy
 from bdpo.storage.checksums import require_checksums
@@ -59,46 +59,9 @@ def model_folder(model: ModelConfig) -> Path:
         if (folder / "adapter_config.json").is_file():
             what = "holds an adapter without its base; merge the two (evaluate.adapter evaluates one)"
         raise UserError(f"model.name_or_path={model.name_or_path}: the folder {what}")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        others = "; other formats are not read" if _has_other_weights(folder) else ""
-        raise UserError(
-            f"model.name_or_path={model.name_or_path}: the folder has no *.safetensors weights{others}"
-        )
-    for file in weights:
-        _require_intact(file)
-    _require_shards(folder)
+    require_weight_files(folder, f"model.name_or_path={model.name_or_path}")
     require_checksums(folder)
     return folder.resolve()
-
-
-def _has_other_weights(folder: Path) -> bool:
-    return any(any(folder.glob(f"*.{suffix}")) for suffix in ("gguf", "bin", "pt", "pth", "ckpt"))
-
-
-def _require_intact(file: Path) -> None:
-    """The header of a safetensors file says how long it is: a truncated one is found without reading it."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy"):
-            pass
-    except SafetensorError as error:
-        raise UserError(f"{file}: damaged weights ({first_line(error)})") from None
-
-
-def _require_shards(folder: Path) -> None:
-    """Make sure that the files are there that an index of sharded weights names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(name for name in shards if not (folder / name).is_file())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: is no index of weights") from None
-    if missing:
-        raise UserError(f"{index}: names files that are missing ({some_names(missing)})")
 
 
 def model_config(model: ModelConfig) -> PreTrainedConfig:
@@ -118,6 +81,8 @@ def architecture(folder: Path, model: ModelConfig) -> PreTrainedConfig:
         shape = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # of a class that validates what a file of somebody else holds
         raise _not_loaded(folder, error) from None
+    if getattr(shape, "quantization_config", None):
+        raise UserError(f"{folder}: config.json is of quantised weights, which are not read; {UNQUANTISED}")
     set_attention(shape, plain_attention(model, shape))
     return shape
 
@@ -166,7 +131,7 @@ def _not_loaded(folder: Path, error: Exception) -> UserError:
         )
     if "does not recognize this architecture" in text or "Unrecognized model in" in text:
         return UserError(f"{folder}: transformers {_version('transformers')} knows no model of this type")
-    reason = first_line(error)
+    reason = f"unknown value {error}" if isinstance(error, KeyError) else first_line(error)
     return UserError(f"{folder}: cannot be loaded as a causal language model ({reason})")
 
 
@@ -249,7 +214,7 @@ def _from_pretrained(folder: Path, model: ModelConfig, **settings: Any) -> tuple
                 output_loading_info=True,
                 **settings,
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # as in `architecture`
         if out_of_memory(error):
             raise
         raise _not_loaded(folder, error) from None
@@ -306,11 +271,6 @@ def require_finite(model: PreTrainedModel, folder: Path) -> None:
         bad = sorted(set(chain(*parts)))
     if bad:
         raise UserError(f"{folder}: NaN or infinite weights in {len(bad)} tensors ({some_names(bad)})")
-
-
-def some_names(names: list[str]) -> str:
-    """The first of them, for a message."""
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _partitioned() -> bool:

@@ -240,6 +240,11 @@ class TestHh:
         chosen = HH["chosen"] + said
         assert read("hh_rlhf", {**HH, "chosen": chosen}).chosen["content"].endswith(said)
 
+    def test_a_name_behind_one_line_break_is_no_turn_where_blank_lines_part_them(self):
+        said = "I heard:\nHuman: hi\nAssistant: ho"
+        chosen = HH["chosen"] + said
+        assert read("hh_rlhf", {**HH, "chosen": chosen}).chosen["content"].endswith(said)
+
 
 @pytest.mark.parametrize("name", SOUND)
 def test_every_needed_column_is_missed_by_name(name):

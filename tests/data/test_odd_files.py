@@ -54,7 +54,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abab\nsize 123456
         ("rows.parquet.gz", gzip.compress(b"PAR1", mtime=0), "unknown suffix"),
         ("rows.tsv", b"prompt\tchosen\n", "unknown suffix"),
         ("rows.json", b"nonsense", "not valid JSON"),
-        ("rows.csv", b"a;b\n1;2\n", "fit no known format"),
+        ("rows.csv", b"a;b\n1;2\n", "its columns are separated by ';'; a comma is expected"),
+        ("rows.csv", b"prompt\tchosen\n1\t2\n", "its columns are separated by '\\t'"),
     ],
 )
 def test_a_useless_file_is_named_and_leaves_nothing(tmp_path, prepare_here, name, content, message):

@@ -83,6 +83,7 @@ ROW_FAULTS = {
         rows_of(lambda row: {key: json.dumps(turns("q", row[key])) for key in ("chosen", "rejected")}),
         "set data.format=stringified",
     ),
+    "noncharacters": (changed(chosen="a\ufdd0\ufdd1b"), "chosen: holds the noncharacters U+FDD0 and U+FDD1"),
     "an unknown role": (changed(prompt=[{"role": "narrator", "content": "q"}]), "prompt: "),
     "a turn without content": (changed(prompt=[{"role": "user"}]), "prompt: "),
     "no turns": (changed(prompt=[]), "prompt: "),
@@ -162,6 +163,7 @@ FILE_FAULTS = {
     "plain.jsonl.zst": (LINES, "cannot be read after row 0"),
     "magic.parquet": (b"PAR1", "cannot be read after row 0"),
     "archive.zip": (b"PK\x03\x04", "unknown suffix"),
+    "tabs.csv": (b"prompt\tchosen\trejected\nq\ta\tb\n", r"its columns are separated by '\t'"),
     "sheet.xlsx": (b"PK\x03\x04", "unknown suffix"),
     "control\x1b[2J.jsonl": (b"", r"key data.path: holds the character '\x1b'"),
     "right\u202eleft.jsonl": (b"", "is empty"),
@@ -220,6 +222,7 @@ OTHER_FAULTS = {
     "no byte can be read": (unreadable_bytes, "data.path=/proc/self/mem: cannot be read"),
     "too few of a group": (too_few_of_a_group, "data.sample.safe=9: "),
     "no group to sample by": (no_group_to_sample, "has no group"),
+    "a path of nothing": (lambda folder: ["data.path=''"], "data.path: is empty"),
     "no file": (lambda folder: [f"data.path={folder}/none.jsonl"], "none.jsonl: no such file or folder"),
     "a directory of no such name": (sound("model.name_or_path=/no/such"), "/no/such: no such folder"),
     "a column that is not there": (sound("data.columns={prompt: question}"), "question: data.path="),
@@ -266,6 +269,22 @@ def cut_weights(model):
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def folder_for_weights(model):
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").mkdir()
+
+
+def link_for_weights(model):
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").symlink_to("/no/such/model.safetensors")
+
+
+def weights_of_8_bits(model):
+    """transformers takes them for numbers, without the scales that make them weights."""
+    file = model / "model.safetensors"
+    save_file({name: one.to(torch.int8) for name, one in load_file(file).items()}, file, {"format": "pt"})
+
+
 def without_a_shard(model):
     weights = load_file(model / "model.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model-00002-of-00002.safetensors")}
@@ -286,6 +305,21 @@ MODEL_FAULTS = {
     "an adapter": (only_an_adapter, "holds an adapter without its base"),
     "a config that is no JSON": (edited("config.json", b"{"), "cannot be loaded"),
     "an unknown type": (config_with(model_type="nonesuch"), "knows no model of this type"),
+    "a generation config of another type": (edited("generation_config.json", b"[1]"), "cannot be loaded"),
+    "a tokenizer config of another type": (
+        edited("tokenizer_config.json", b"[]"),
+        "no tokenizer can be loaded",
+    ),
+    "a tokenizer of another type": (edited("tokenizer.json", b"[]"), "no tokenizer can be loaded"),
+    "weights that are a folder": (folder_for_weights, "model.safetensors: damaged weights"),
+    "weights that lie elsewhere": (link_for_weights, "model.safetensors: damaged weights"),
+    "a rope of no kind": (config_with(rope_scaling={"rope_type": "spiral"}), "unknown value 'spiral'"),
+    "a vocabulary of words": (config_with(vocab_size="many"), "Validation error for field 'vocab_size': "),
+    "quantised weights": (
+        config_with(quantization_config={"quant_method": "fp8"}),
+        "config.json is of quantised weights, which are not read",
+    ),
+    "weights of 8 bits": (weights_of_8_bits, "quantised weights are not read (lm_head.weight is I8)"),
     "no weights": (edited("model.safetensors", None), "no *.safetensors weights"),
     "weights that are no weights": (edited("model.safetensors", b"x" * 99), "damaged weights"),
     "cut weights": (cut_weights, "damaged weights"),
