@@ -49,7 +49,7 @@ from bdpo.evaluation.tables import (
     screen_warning,
 )
 from bdpo.evaluation.twins import count_near_twins
-from bdpo.storage.manifests import Fingerprint, Manifest, finished, read_manifest, write_manifest
+from bdpo.storage.manifests import Fingerprint, Manifest, finished, read_facts, read_manifest, write_manifest
 from bdpo.storage.paths import StoragePath, write_parquet
 from bdpo.storage.run_dir import RunDir
 from pipelines.runtime.cli import Command, exit_codes
@@ -112,7 +112,7 @@ class Evaluate(ManifestStage):
         """Model, prompts, how they are answered, and the judge."""
         return score_store(self.config, self.run, self.model_name, self._answers).fingerprint
 
-    def is_intact(self, manifest: Manifest) -> bool:
+    def has_results(self, manifest: Manifest) -> bool:
         """Whether enough verdicts were given; else the judge is asked again for those that are missing."""
         return bool(manifest["valid"]) and self._scores_file.is_file()
 
@@ -153,20 +153,30 @@ class Evaluate(ManifestStage):
         """Answers and verdicts so far."""
         _, answers = count_shards(self.run.responses(self.model_name))
         _, verdicts = count_shards(self.folder / "shards")
-        summary = read_manifest(self.manifest_file)
-        valid = None if summary is None else bool(summary["valid"])
+        valid = read_facts(self.manifest_file).get("valid")
+        done = self.recorded() is not None and not self._capability_missing()
         begun = answers + verdicts > 0
-        return StageStatus.of(self.name, bool(valid), begun, answers=answers, verdicts=verdicts, valid=valid)
+        return StageStatus.of(self.name, done, begun, answers=answers, verdicts=verdicts, valid=valid)
 
     def input_checks(self) -> Mapping[str, Check]:
         """The model can be read, every configured benchmark has its prompts, and the judge can judge them."""
         from bdpo.cluster.preflight import check_benchmarks, check_judge, check_model
 
         checks: dict[str, Check] = {"model": check_model, "benchmarks": check_benchmarks}
-        summary = read_manifest(self.manifest_file)
-        if summary is None or not summary["valid"]:  # of what is done nobody is asked again
+        if self.recorded() is None:  # of what is done nobody is asked again
             checks["judge"] = check_judge
         return checks
+
+    @property
+    def _capability_files(self) -> dict[str, StoragePath]:
+        """Benchmark -> its result."""
+        folder = self.folder / "capability"
+        return {name: folder / f"{name}.json" for name in self.config.evaluate.capability}
+
+    def _capability_missing(self) -> list[str]:
+        """The capability benchmarks without a result, whatever the inputs."""
+        results = {name: read_manifest(file) for name, file in self._capability_files.items()}
+        return [name for name, result in results.items() if result is None or NOT_RUN in result]
 
     def _capability(self) -> dict[str, Manifest]:
         """Each capability benchmark, run unless that is done; one that was not run is tried again."""
@@ -174,9 +184,7 @@ class Evaluate(ManifestStage):
         if not evaluate.capability:
             return {}
         fingerprint = capability_fingerprint(self._answers, evaluate.limit, evaluate.capability_files)
-        files: dict[str, StoragePath] = {
-            benchmark: self.folder / "capability" / f"{benchmark}.json" for benchmark in evaluate.capability
-        }
+        files = self._capability_files
         found = {name: finished(file, fingerprint) for name, file in files.items()}
         done = {name: result for name, result in found.items() if result and NOT_RUN not in result}
         missing = [benchmark for benchmark in files if benchmark not in done]

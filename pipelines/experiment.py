@@ -26,7 +26,7 @@ from bdpo.storage.paths import StoragePath, sorted_glob
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.ends import End, Failure
 from bdpo.variants.objective import check_measures
-from pipelines.evaluate import EvaluateBase
+from pipelines.evaluate import EvaluateBase, EvaluateTrained
 from pipelines.prepare import Prepare
 from pipelines.runtime.arms import Arms
 from pipelines.runtime.cli import Command
@@ -219,7 +219,7 @@ class Experiment(Stage):
         """How many trainings of all experiments are begun, trained and evaluated."""
         begun = self._trainings
         trained = sum(run.has_model() for run in begun)
-        evaluated = sum((run.eval("trained") / "summary.json").is_file() for run in begun)
+        evaluated = sum(EvaluateTrained(self.config, run).recorded() is not None for run in begun)
         counts = {"trainings": len(begun), "trained": trained, "evaluated": evaluated}
         return StageStatus.of(self.name, evaluated == len(begun), bool(begun), **counts)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bdpo.cluster.status import StageStatus
 from bdpo.data.pairs import PAIR_SCHEMA, count_pairs, pairs_digest, read_pairs
-from bdpo.storage.manifests import Fingerprint, Manifest, read_manifest, write_manifest
+from bdpo.storage.manifests import Fingerprint, Manifest, write_manifest
 from bdpo.storage.paths import StoragePath
 from pipelines.runtime.progress import console, progress_bar
 from pipelines.runtime.stage import ManifestStage
@@ -49,6 +49,10 @@ class Prepare(ManifestStage):
             **tokenizer_fingerprint(self.config.model),
         }
 
+    def has_results(self, manifest: Manifest) -> bool:
+        """Whether so many pairs are there as were kept."""
+        return count_pairs(self.run.pairs) == int(manifest["account"]["kept"])
+
     def is_intact(self, manifest: Manifest) -> bool:
         """Whether the pairs are those that were written."""
         return bool(manifest["pairs_digest"] == pairs_digest(self.run.pairs))
@@ -88,9 +92,9 @@ class Prepare(ManifestStage):
 
     def status(self) -> StageStatus:
         """Rows that were read, pairs that were kept, rows that are quarantined."""
-        manifest = read_manifest(self.manifest_file)
+        manifest = self.recorded()
         if manifest is None:
-            return StageStatus.of(self.name, done=False, begun=False)
+            return StageStatus.of(self.name, done=False, begun=self.manifest_file.is_file())
         account = manifest["account"]
         facts = {"rows": account["rows"], "pairs": account["kept"]}
         quarantined = sum(account["quarantined"].values())

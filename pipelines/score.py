@@ -29,7 +29,7 @@ from bdpo.scoring.scores import (
     unscorable_error,
 )
 from bdpo.scoring.selection import requires_scores
-from bdpo.storage.manifests import Fingerprint, Manifest, read_manifest
+from bdpo.storage.manifests import Fingerprint, Manifest
 from bdpo.storage.paths import StoragePath, discard
 from pipelines.prepare import Prepare
 from pipelines.runtime.cli import Command
@@ -76,6 +76,10 @@ class Score(ManifestStage):
     def _missing(self, shard_rows: int, given_up: Mapping[int, str] | None = None) -> Shards:
         return score_store(self.run, self.fingerprint).missing(self._pairs, shard_rows, given_up or {})
 
+    def has_results(self, manifest: Manifest) -> bool:
+        """Whether every pair has a row of scores."""
+        return count_shards(self.run.scores)[1] == self._pairs
+
     def is_intact(self, manifest: Manifest) -> bool:
         """Whether no shard was lost or damaged since."""
         return not self._missing(self.config.score.shard_rows)
@@ -96,7 +100,7 @@ class Score(ManifestStage):
     def status(self) -> StageStatus:
         """Rows and shards of scores."""
         pairs, (shards, rows) = prepared_pairs(self.run), count_shards(self.run.scores)
-        done = read_manifest(self.manifest_file) is not None and rows == pairs
+        done = self.recorded() is not None
         return StageStatus.of(self.name, done, begun=shards > 0, rows=rows, of=pairs, shards=shards)
 
     def input_checks(self) -> Mapping[str, Check]:

@@ -70,9 +70,9 @@ class Tamper(ManifestStage):
         """The aligned model, the pairs and the training."""
         return self.training.fingerprint
 
-    def is_intact(self, manifest: Manifest) -> bool:
+    def has_results(self, manifest: Manifest) -> bool:
         """Whether the model exists."""
-        return self.training.is_intact(manifest)
+        return self.training.has_results(manifest)
 
     def make(self) -> Manifest:
         """Train from the newest intact checkpoint to the end."""

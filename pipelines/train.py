@@ -26,7 +26,7 @@ from bdpo.data.pairs import count_pairs
 from bdpo.scoring.scores import score_fingerprint
 from bdpo.scoring.selection import pairs_account, requires_scores, safety_account, training_rows
 from bdpo.storage.digests import json_digest
-from bdpo.storage.manifests import Fingerprint, Manifest, read_facts, read_manifest, write_manifest
+from bdpo.storage.manifests import Fingerprint, Manifest, read_facts, write_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import StoragePath, sorted_glob
 from bdpo.storage.run_dir import RunDir
@@ -63,7 +63,7 @@ class Train(ManifestStage):
         """Scores, method, selection and training; how the training runs is not in it."""
         return train_fingerprint(self.config, self.run)
 
-    def is_intact(self, manifest: Manifest) -> bool:
+    def has_results(self, manifest: Manifest) -> bool:
         """Whether model and adapter exist; what was lost is exported again from the last checkpoint."""
         return self.run.has_model() and (self.config.train.lora is None or self.run.has_adapter())
 
@@ -108,7 +108,7 @@ class Train(ManifestStage):
         pairs = begun.get("pairs") or prepared_pairs(run)
         return StageStatus.of(
             self.name,
-            done=read_manifest(self.manifest_file) is not None and run.has_model(),
+            done=self.recorded() is not None,
             begun=bool(metrics),
             steps=int(last.get("step", 0)),
             of=plan_without_lengths(pairs, config.train, config.seed).total_steps if pairs else None,

@@ -38,16 +38,6 @@ class StageCost:
         return self.gpus * self.seconds / 3600
 
 
-def score_stage(config: Config, run: RunDir, name: str = "score") -> TimedStage:
-    """The scoring of a run's pairs."""
-    return TimedStage(name, run.scores / "manifest.json", stage_gpus(config.score))
-
-
-def train_stage(config: Config, run: RunDir, name: str = "train") -> TimedStage:
-    """The training in a run folder."""
-    return TimedStage(name, run.train / "manifest.json", stage_gpus(config.train))
-
-
 def stage_costs(stages: Sequence[TimedStage]) -> list[StageCost]:
     """The cost of each stage that is finished."""
     manifests = [(stage, read_facts(stage.manifest)) for stage in stages]

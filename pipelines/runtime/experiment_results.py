@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from bdpo.config.derive import part_of
 from bdpo.errors import UserError
@@ -14,11 +15,14 @@ from bdpo.experiments.jobs import Job, jobs_of, rate_jobs
 from bdpo.experiments.page import arms_table, csv_bytes, experiment_page
 from bdpo.experiments.rates import rates_table
 from bdpo.experiments.results import BASE, ExperimentResults, arm_differences, summarise_arms
-from bdpo.reports.cost import TimedStage, score_stage, stage_gpus, train_stage
+from bdpo.reports.cost import TimedStage
 from bdpo.reports.page import write_page
 from bdpo.storage.paths import StoragePath, discard, sorted_glob, write_bytes
 from bdpo.storage.run_dir import RunDir
+from pipelines.evaluate import EvaluateBase, EvaluateTrained
 from pipelines.runtime.progress import console
+from pipelines.score import Score
+from pipelines.train import Train
 
 
 def write_results(run: RunDir, name: str) -> None:
@@ -91,18 +95,18 @@ def _stages(run: RunDir, record: Record, jobs: Sequence[Job], rescores: bool) ->
     bases = {"evaluate base": base_run(config, run)} if jobs else {}
     if trials:
         bases["evaluate base, search"] = base_run(part_of(config, "search"), run)
-    stages = [score_stage(config, run)]
+    stages = [Score(config, run).timed()]
     contexts = {str(job.run.scores): job for job in jobs if job.run.scores != run.scores}
     stages += [
-        score_stage(j.config, j.run, f"score, {j.config.score.unconditional}") for j in contexts.values()
+        Score(j.config, j.run).timed(f"score, {j.config.score.unconditional}") for j in contexts.values()
     ]
     for named, base in bases.items():
-        stages.append(TimedStage(named, base.eval("base") / "summary.json", stage_gpus(config.evaluate)))
+        stages.append(EvaluateBase(config, base).timed(named))
     for job in [*trials, *jobs]:
-        stages.append(train_stage(job.config, job.run, f"{job.name}: train"))
+        stages.append(Train(job.config, job.run).timed(f"{job.name}: train"))
+        evaluation = EvaluateTrained(job.config, job.run).timed(f"{job.name}: evaluate")
         alone = config.evaluate.gpus_per_worker  # an arm is evaluated in one process
-        summary = job.run.eval("trained") / "summary.json"
-        stages.append(TimedStage(f"{job.name}: evaluate", summary, alone))
+        stages.append(replace(evaluation, gpus=alone))
         if rescores:
-            stages.append(score_stage(*rescored(job.config, job.run), f"{job.name}: score again"))
+            stages.append(Score(*rescored(job.config, job.run)).timed(f"{job.name}: score again"))
     return stages

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from bdpo.cluster.status import StageStatus
 from bdpo.config import Config
 from bdpo.reports.cost import TimedStage, stage_gpus
-from bdpo.storage.manifests import Fingerprint, Manifest, finished
+from bdpo.storage.manifests import Fingerprint, Manifest, finished, read_manifest
 from bdpo.storage.paths import StoragePath
 from bdpo.storage.run_dir import RunDir
 
@@ -102,9 +102,21 @@ class ManifestStage(Stage):
     def make(self) -> Manifest:
         """Do what is missing, then write the manifest; returns it."""
 
-    def is_intact(self, manifest: Manifest) -> bool:
-        """Whether the results that the manifest stands for are all there, and valid."""
+    def has_results(self, manifest: Manifest) -> bool:
+        """Whether the results of the manifest are there and valid, as far as the run folder tells at once."""
         return True
+
+    def is_intact(self, manifest: Manifest) -> bool:
+        """Whether they are unharmed as well; a stage that compares more than `has_results` overrides it."""
+        return self.has_results(manifest)
+
+    def recorded(self) -> Manifest | None:
+        """The manifest if the stage is done, with whatever inputs: what `status` reports, and reads no input.
+
+        Wherever `finished` returns a manifest, this does.
+        """
+        manifest = read_manifest(self.manifest_file)
+        return manifest if manifest is not None and self.has_results(manifest) else None
 
     def finished(self) -> Manifest | None:
         """The manifest if the stage is done with these inputs, None if it is not done.
@@ -124,10 +136,10 @@ class ManifestStage(Stage):
         """Do what is missing; returns the manifest, unless a stage says otherwise."""
         return self.ensure_manifest()
 
-    def timed(self) -> TimedStage:
-        """Where its seconds are recorded, and the most GPUs that it holds at a time."""
+    def timed(self, name: str | None = None) -> TimedStage:
+        """Where its seconds are recorded, and the most GPUs that it holds at a time; `name` for tables."""
         section = getattr(self.config, self.section) if self.section else None
-        return TimedStage(self.name, self.manifest_file, stage_gpus(section) if section else 0.0)
+        return TimedStage(name or self.name, self.manifest_file, stage_gpus(section) if section else 0.0)
 
 
 def complete_all(stages: Iterable[Stage]) -> list[Stage]:

@@ -10,11 +10,13 @@ import subprocess
 import time
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bdpo.cluster import status
 from bdpo.cluster.status import command_line
 from bdpo.errors import UserError
+from bdpo.evaluation.capability import NOT_RUN
 from bdpo.evaluation.measures import SCORE_SCHEMA
 from bdpo.scoring.scores import SCORE_SCHEMA as MI_SCHEMA
 from bdpo.storage import lease
@@ -22,6 +24,7 @@ from bdpo.storage.manifests import write_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir, run_config
 from bdpo.storage.shards import ShardStore
+from pipelines.runtime.registry import PIPELINE
 from pipelines.status import run_status
 from tests.support.commands import run_command
 from tests.support.helpers import tiny_config
@@ -47,6 +50,8 @@ def empty_rows(schema, count):
 
 
 def prepare(run):
+    run.pairs.mkdir(parents=True)
+    pq.write_table(pa.table({"pair_id": [""] * PAIRS}), run.pairs / "part-00000.parquet")
     account = {"rows": 23, "kept": PAIRS, "quarantined": {"chosen: empty": 2, "duplicate": 1}}
     write_manifest(run.data / "manifest.json", {}, account=account, pairs_digest="x")
 
@@ -94,8 +99,9 @@ def test_a_command_on_another_host_is_watched_for_a_sign_of_life(run, monkeypatc
 
 def test_a_run_that_has_not_begun(run):
     stages = run_status(run)
-    evaluated = "evaluate base", "train", "evaluate trained"
-    assert [stage.stage for stage in stages] == ["prepare", "score", *evaluated, "report"]
+    declared = [kind(run_config(run), run) for kind in PIPELINE]
+    assert [stage.stage for stage in stages] == [stage.name for stage in declared if stage.applies]
+    assert len(stages) >= 6
     assert {stage.state for stage in stages} == {"not begun"}
 
 
@@ -114,6 +120,25 @@ def test_scoring_half_way(run):
     assert stage(run, "score")["state"] == "done"
     next(run.scores.glob("part-*")).unlink()
     assert stage(run, "score")["state"] == "begun"
+
+
+def test_pairs_that_are_gone_are_not_done(run):
+    prepare(run)
+    next(run.pairs.glob("part-*")).unlink()
+    assert stage(run, "prepare") == {"stage": "prepare", "state": "begun"}
+
+
+def test_a_capability_benchmark_that_was_not_run_is_open(tmp_path):
+    evaluate = {"capability": ["hhh"]}
+    run = RunDir(tmp_path)
+    run.record(tiny_config(tmp_path, tmp_path / "model", tmp_path / "pairs", evaluate=evaluate))
+    write_manifest(run.eval("base") / "summary.json", {}, valid=True)
+    (run.eval("base") / "scores.parquet").touch()
+    ShardStore(run.eval("base") / "shards", SCORE_SCHEMA, {}).write(0, empty_rows(SCORE_SCHEMA, 3))
+    result = run.eval("base") / "capability" / "hhh.json"
+    for facts, state in [({NOT_RUN: "no data"}, "begun"), ({"accuracy": {}}, "done")]:
+        write_manifest(result, {}, **facts)
+        assert stage(run, "evaluate base")["state"] == state
 
 
 def test_training_half_way(run):
@@ -142,6 +167,8 @@ def test_evaluation_half_way(run):
     write_manifest(run.eval("base") / "summary.json", {}, valid=False)
     assert stage(run, "evaluate base")["state"] == "begun"
     write_manifest(run.eval("base") / "summary.json", {}, valid=True)
+    assert stage(run, "evaluate base")["state"] == "begun"  # the same command collects the verdicts again
+    (run.eval("base") / "scores.parquet").touch()
     assert stage(run, "evaluate base")["state"] == "done"
     assert stage(run, "evaluate trained")["state"] == "not begun"
 
@@ -167,13 +194,15 @@ def test_trainings_of_experiments_are_counted(tmp_path):
     run.record(config)
     assert all(stage.stage != "experiments" for stage in run_status(run))
     for seed, files in enumerate(
-        [[], ["model/config.json"], ["model/config.json", "eval/trained/summary.json"]]
+        [[], ["model/config.json"], ["model/config.json", "eval/trained/scores.parquet"]]
     ):
         folder = run.root / "experiments" / "arms" / "dpo" / f"seed-{seed}"
         folder.mkdir(parents=True)
         for file in files:
             (folder / file).parent.mkdir(parents=True)
             (folder / file).write_text("{}")
+        if seed == 2:
+            write_manifest(folder / "eval" / "trained" / "summary.json", {}, valid=True)
     counts = {"state": "begun", "trainings": 3, "trained": 2, "evaluated": 1}
     [found] = run_status(run)  # the stages of the pipeline are not begun
     assert found.as_json() == {"stage": "experiments"} | counts

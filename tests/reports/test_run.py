@@ -21,7 +21,7 @@ from bdpo.experiments.page import csv_bytes, experiment_page
 from bdpo.experiments.rates import RATES_SCHEMA
 from bdpo.experiments.results import ExperimentResults, arm_differences, summarise_arms
 from bdpo.method.losses import METHODS
-from bdpo.reports.cost import TimedStage, train_stage
+from bdpo.reports.cost import TimedStage
 from bdpo.reports.evaluation import comparison_sentence
 from bdpo.reports.page import write_page
 from bdpo.reports.run import run_page, setup_section, training_section
@@ -257,7 +257,7 @@ def test_the_page_of_an_experiment(run, name):
         )
     notes = ["Not done is this and that."]
     stages = [TimedStage("score", folder.scores / "manifest.json", 2.0)]
-    stages += [train_stage(job.config, job.run, f"{job.arm}: train") for job in done]
+    stages += [TimedStage(f"{job.arm}: train", job.run.train / "manifest.json", 1.0) for job in done]
     page = page_of(name, run, done, notes=notes, measures=measures, stages=stages)
     write_page(page, folder.root / "experiments" / name / "report.html")
     html = (folder.root / "experiments" / name / "report.html").read_text()
