@@ -26,6 +26,7 @@ from bdpo.storage.checksums import require_checksums
 from bdpo.storage.digests import cached_sha256, files_digest
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -260,7 +261,7 @@ def require_finite(model: PreTrainedModel, folder: Path) -> None:
 
     bad = []
     for name, parameter in model.named_parameters():
-        values = getattr(parameter, "ds_tensor", parameter).detach()
+        values = _own_values(parameter)
         if values.numel() and values.is_floating_point():
             extremes = torch.stack(values.aminmax())  # one pass, in which what is no number stays
             if not extremes.isfinite().all():
@@ -271,6 +272,21 @@ def require_finite(model: PreTrainedModel, folder: Path) -> None:
         bad = sorted(set(chain(*parts)))
     if bad:
         raise UserError(f"{folder}: NaN or infinite weights in {len(bad)} tensors ({some_names(bad)})")
+
+
+def _own_values(parameter: Any) -> torch.Tensor:
+    """The values of a parameter; under ZeRO-3 this worker's part of them.
+
+    DeepSpeed cuts a parameter into parts of one length, and leaves uninitialised memory in the padding of
+    the last ones.
+    """
+    import torch
+
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach()
+    part: torch.Tensor = parameter.ds_tensor.detach()
+    first = torch.distributed.get_rank() * part.numel()
+    return part[: max(0, parameter.ds_numel - first)]
 
 
 def _partitioned() -> bool:

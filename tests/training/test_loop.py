@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bdpo.scoring.scores import SCORE_SCHEMA
 from bdpo.storage.checksums import CHECKSUMS
+from bdpo.storage.run_dir import RunDir
 from tests.support.helpers import save_model
 from tests.support.training import copied, errors, launch, metrics, score, trained, weights
 
@@ -66,6 +69,33 @@ def test_two_workers_train_as_one(scored, uninterrupted, tmp_path):
         assert metrics(run, name) == pytest.approx(metrics(uninterrupted, name), rel=1e-5, abs=1e-6), name
     for name, value in weights(uninterrupted).items():
         torch.testing.assert_close(weights(run)[name], value, rtol=1e-4, atol=1e-5)
+
+
+# torch.empty is NaN then, and with it the padding of every partition; 2 divides the sizes, 3 does not.
+UNINITIALISED = "torch.use_deterministic_algorithms(True, warn_only=True)"
+
+
+def test_three_workers_train_as_one_whatever_lies_in_the_padding_of_their_partitions(
+    scored, uninterrupted, tmp_path
+):
+    config = copied(scored, tmp_path / "run", method={"name": "dpo"})
+    (tmp_path / "run" / "fault.py").write_text(UNINITIALISED)
+    launch([config], workers=3)
+    run = RunDir(config.run_dir)
+    for name in ("loss", "rewards/margins", "grad_norm"):
+        assert metrics(run, name) == pytest.approx(metrics(uninterrupted, name), rel=1e-5, abs=1e-6), name
+
+
+def test_a_weight_that_is_no_number_is_found_in_the_last_partition(scored, tmp_path):
+    shutil.copytree(scored.model.name_or_path, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"][-1] = torch.nan
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    config = copied(scored, tmp_path / "run", model={"name_or_path": str(tmp_path / "model")})
+    launch([config], workers=3, may_stop=True)
+    found = errors(tmp_path / "run")
+    assert len(found) == 3
+    assert all("NaN or infinite weights in 1 tensors (model.norm.weight)" in error for error in found)
 
 
 def test_a_partitioned_tied_head_trains_as_a_whole_one(tmp_path, tiny_chat):
