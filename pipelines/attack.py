@@ -1,4 +1,4 @@
-"""Attack the run's own models: GCG, best-of-n sampling or prefill, over a pool of workers.
+"""Attack the run's own models: GCG, PAIR, best-of-n sampling or prefill, over a pool of workers.
 
     python -m pipelines.attack --config FILE [attack.name=best_of_n attack.limit=20 ...]
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from bdpo.cluster.status import StageStatus, count_shards
+from bdpo.cluster.status import StageStatus, attack_status
 from bdpo.config import Config
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import EvaluatedModel, evaluated_model, forget_failures
@@ -42,7 +42,7 @@ from bdpo.evaluation.attacks.work import (
     state_folder,
 )
 from bdpo.evaluation.judges.registry import JudgeNote, judge_kind, judge_label
-from bdpo.storage.manifests import Fingerprint, Manifest, read_manifest, write_manifest
+from bdpo.storage.manifests import Fingerprint, Manifest, write_manifest
 from bdpo.storage.paths import StoragePath, read_parquet, write_parquet, write_text
 from bdpo.storage.run_dir import RunDir
 from bdpo.storage.shards import ShardStore
@@ -158,19 +158,11 @@ class Attack(ManifestStage):
 
     def status(self) -> StageStatus:
         """Requests so far."""
-        _, requests = count_shards(self._texts / "records")
-        summary = read_manifest(self.manifest_file)
-        valid = None if summary is None else bool(summary["valid"])
-        return StageStatus.of(self.name, bool(valid), requests > 0, requests=requests, valid=valid)
+        return attack_status(self.run, self.kind, self.model_name)
 
     def input_checks(self) -> Mapping[str, Check]:
         """Models, requests, attack and judge can be used."""
-        return {
-            "model": _check_models,
-            "requests": _check_requests,
-            "attack": _check_attack,
-            "judge": _check_judge,
-        }
+        return {"model": _check_models, "attack": check_attack}
 
     def summary(self) -> AttackSummary:
         """The numbers of a finished attack."""
@@ -207,17 +199,12 @@ def _check_models(config: Config, run: RunDir) -> str:
     return check_model(config, run)
 
 
-def _check_requests(config: Config, run: RunDir) -> str:
-    return f"{len(load_requests(config))} requests of {config.attack.benchmark}"
-
-
-def _check_attack(config: Config, run: RunDir) -> str:
+def check_attack(config: Config, run: RunDir) -> str:
+    """Requests can be read, the attack can be made, and the judge can judge them."""
+    requests = load_requests(config)
     attack_kind(config).check(config)
-    return config.attack.name
-
-
-def _check_judge(config: Config, run: RunDir) -> str:
-    return judge_kind(config).check(asking_config(config))
+    judge_kind(config).check(asking_config(config))
+    return f"{config.attack.name} on {len(requests)} requests of {config.attack.benchmark}"
 
 
 def run_attack(config: Config, run: RunDir) -> None:

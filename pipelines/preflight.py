@@ -3,9 +3,10 @@
     python -m pipelines.preflight --config my.yaml [section.key=value ...] [--tokens-per-second N | --measure]
     python -m pipelines.preflight --upload FOLDER
 
-The first looks at model, data, benchmarks, chat template, batches, storage, judge, and asks every node of the
-cluster what it is; exit 2 if a run would fail. The hours are told for a stated throughput of scoring, in
-tokens a second of one worker, or for one measured for 20 seconds on a worker of the cluster.
+The first looks at model, data, benchmarks, chat template, batches, storage, judge, at an attack if the config
+has one, and asks every node of the cluster what it is; exit 2 if a run would fail. The hours are told for a
+stated throughput of scoring, in tokens a second of one worker, or for one measured for 20 seconds on a worker
+of the cluster.
 The second tells what `ray job submit --working-dir FOLDER` would upload.
 """
 
@@ -66,7 +67,16 @@ def local_checks(config: Config, run: RunDir) -> dict[str, Check]:
     """What the stages ask of their inputs, and of the run folder: it needs no cluster."""
     stages = [stage(config, run) for stage in PIPELINE + STUDIES]
     further = {name: check for stage in stages for name, check in stage.further_checks().items()}
+    if "attack" in config.model_fields_set:
+        further["attack"] = _attack
     return {**input_checks(stages), **further, "storage": check_storage}
+
+
+def _attack(config: Config, run: RunDir) -> str:
+    """Imported here, for attacks import torch, which other checks may do without."""
+    from pipelines.attack import check_attack
+
+    return check_attack(config, run)
 
 
 def _time(config: Config, run: RunDir, throughput: float | None, measure: bool) -> str:

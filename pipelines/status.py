@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from bdpo.cluster.status import StageStatus, command_line
+from bdpo.cluster.status import StageStatus, attack_statuses, command_line
 from bdpo.storage.run_dir import RunDir, run_config
 from pipelines.runtime.cli import exit_codes
 from pipelines.runtime.progress import console
@@ -25,7 +25,7 @@ _COLOURS = {"done": "green", "begun": "yellow", "not begun": "dim"}
 
 
 def run_status(run: RunDir) -> list[StageStatus]:
-    """The stages of a run folder in their order, those of the pipeline first.
+    """The stages of a run folder in their order, those of the pipeline first, attacks last.
 
     A folder with a search or an experiment may have no training of its own: a stage of the pipeline that is
     not begun is left out there.
@@ -38,7 +38,8 @@ def run_status(run: RunDir) -> list[StageStatus]:
         [stage.status() for stage in (kind(config, run) for kind in kinds) if stage.applies]
         for kinds in (PIPELINE, STUDIES)
     )
-    return [status for status in pipeline if status.state != "not begun" or not studies] + studies
+    pipeline = [status for status in pipeline if status.state != "not begun" or not studies]
+    return pipeline + studies + attack_statuses(run)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -82,17 +82,20 @@ def check_files(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
 
 
 def check_key(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
-    """Where a judge requires a key, the nodes have it."""
-    name = config.evaluate.judge.key_variable
-    if name is None:
-        return "none is asked for"
-    without = [node.address for node in nodes if name not in node.variables]
-    if without:
-        raise UserError(
-            f"evaluate.judge.api_key_env: the environment variable {name} is not set on "
-            f"{', '.join(without)}; set it there before Ray starts"
-        )
-    return f"{name} is set on every node"
+    """Where a judge or an attacker requires a key, the nodes have it."""
+    keys = {
+        "evaluate.judge": config.evaluate.judge.key_variable,
+        "attack.attacker": config.attack.key_variable,
+    }
+    for section, name in keys.items():
+        without = [node.address for node in nodes if name and name not in node.variables]
+        if without:
+            raise UserError(
+                f"{section}.api_key_env: the environment variable {name} is not set on "
+                f"{', '.join(without)}; set it there before Ray starts"
+            )
+    found = ", ".join(dict.fromkeys(name for name in keys.values() if name))
+    return f"{found}: set on every node" if found else "none is asked for"
 
 
 def check_scratch(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:

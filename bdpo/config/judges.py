@@ -5,12 +5,12 @@ A new judge is a kind here, in `AnyJudge`, and its module in `bdpo.evaluation.ju
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, model_validator
+from pydantic import Discriminator, Field
 
-from bdpo.section import Positive, Variant, default_kind, sections_in
+from bdpo.config.endpoint import EndpointConfig
+from bdpo.section import Variant, default_kind, sections_in
 
 
 class JudgeConfig(Variant):
@@ -36,7 +36,7 @@ class StringMatchingConfig(JudgeConfig):
     name: Literal["string_matching"] = "string_matching"
 
 
-class RubricConfig(JudgeConfig):
+class RubricConfig(EndpointConfig, JudgeConfig):
     """A chat model behind an OpenAI-compatible endpoint; vLLM and llama.cpp serve one.
 
     Harm = (1 − refusal)·(convincingness + specificity − 2)/8; XSTest's three classes; SimpleQA's A/B/C. The
@@ -44,31 +44,9 @@ class RubricConfig(JudgeConfig):
     """
 
     name: Literal["rubric"] = "rubric"
-    base_url: str = Field(description="of the endpoint, as http://host:8000/v1")
-    model: str = Field(description="what the endpoint calls the judge")
-    api_key_env: str | None = Field(None, description="NAME of the environment variable with the key")
-    timeout: float = Field(60.0, gt=0, description="seconds for one reply, first byte sent to last received")
-    retries: int = Field(5, ge=0, description="of connection errors, 429 and 5xx, with backoff")
-    concurrency: Positive = Field(8, description="requests at the endpoint at a time")
     verdict: Literal["graded", "binary"] = Field(
         "graded", description="of harm. binary: safe or unsafe, as the B-DPO paper counts StrongReject"
     )
-
-    @model_validator(mode="after")
-    def _no_secret(self) -> RubricConfig:
-        """Checked here and not field by field, so that no message quotes a key or a URL with a password."""
-        if not re.fullmatch(r"https?://[^\s@?#]+", self.base_url):
-            raise ValueError("base_url expects http(s)://host[:port]/path, without user, password or query")
-        if not re.fullmatch(r"[A-Z][A-Z0-9_]*|", self.api_key_env or ""):
-            raise ValueError(
-                "api_key_env expects the NAME of an environment variable, in capitals, not the key itself"
-            )
-        return self
-
-    @property
-    def key_variable(self) -> str | None:
-        """What `api_key_env` names."""
-        return self.api_key_env or None
 
 
 class FinetunedConfig(JudgeConfig):

@@ -17,8 +17,8 @@ import yaml
 
 from bdpo.config import Config, load_config
 from bdpo.errors import UserError
+from bdpo.evaluation.endpoint import Endpoint, retry_after
 from bdpo.evaluation.judges.base import Failed, Grade, Harm, Question, Refusal, Verdict, addresses_judge
-from bdpo.evaluation.judges.endpoint import Endpoint, retry_after
 from bdpo.evaluation.judges.registry import JUDGES
 from bdpo.evaluation.judges.rubric import BINARY, RUBRICS, RubricJudge, rubrics_digest, strongreject_harm
 from tests.support.fake_endpoint import (
@@ -41,7 +41,15 @@ FACT = Question("grade", "How many?", "Fifty-one")
 
 
 def judge(url: str, **changes: Any) -> RubricJudge:
-    values = {"base_url": url, "model": "m", "timeout": 20.0, "retries": 1, "backoff": 0.0, **changes}
+    values = {
+        "base_url": url,
+        "model": "m",
+        "section": "evaluate.judge",
+        "timeout": 20.0,
+        "retries": 1,
+        "backoff": 0.0,
+        **changes,
+    }
     return RubricJudge(Endpoint(**values))
 
 
@@ -313,9 +321,9 @@ def test_the_timeout_holds_whatever_trickles(script: Script) -> None:
 
 def test_an_endpoint_is_reached_before_anything_else_is_done() -> None:
     with fake_endpoint() as endpoint:
-        Endpoint(endpoint.url, "m").require_reachable()
+        Endpoint(endpoint.url, "m", "evaluate.judge").require_reachable()
     with pytest.raises(UserError, match=r"judge\.base_url=.*no answer"):
-        Endpoint(endpoint.url, "m").require_reachable()  # which is closed now
+        Endpoint(endpoint.url, "m", "evaluate.judge").require_reachable()  # which is closed now
 
 
 # --------------------------------------------------------------------------------------------- asked again
@@ -379,7 +387,9 @@ def test_a_second_reply_out_of_the_format_is_a_fault(changes: dict[str, Any], co
 @pytest.mark.parametrize(("said", "harm"), [("safe", 0.0), ("unsafe", 1.0)])
 def test_harm_as_yes_or_no(said: str, harm: float) -> None:
     with fake_endpoint(honest(verdict=said, **FINE)) as endpoint:
-        binary = RubricJudge(Endpoint(endpoint.url, "m"), rubrics={**RUBRICS, "harm": BINARY})
+        binary = RubricJudge(
+            Endpoint(endpoint.url, "m", "evaluate.judge"), rubrics={**RUBRICS, "harm": BINARY}
+        )
         assert binary(HARMFUL, "Cross.") == Harm(harm)
         assert binary(XSTEST, "Cross.") == Refusal(False, partial=False)
     assert take_apart(endpoint.bodies[0]).fields == ["verdict"]

@@ -14,8 +14,19 @@ from bdpo.evaluation.judges.base import Failed, Question, Verdict
 from bdpo.models.tokenizer import ChatTokenizer
 from bdpo.storage.run_dir import RunDir
 from pipelines.attack import AttackBase, AttackTrained, print_attacks
-from tests.support.attacks import GOAL, IN_PROCESS, REQUESTS, Interrupted, JudgeBy, attack_config
+from pipelines.status import run_status
+from tests.support.attacks import (
+    GOAL,
+    IN_PROCESS,
+    REQUESTS,
+    Interrupted,
+    JudgeBy,
+    attack_config,
+    attacker_reply,
+    attacker_section,
+)
 from tests.support.commands import run_command
+from tests.support.fake_endpoint import completion, fake_endpoint, reply
 from tests.support.helpers import save_model
 
 KINDS: list[dict[str, Any]] = [
@@ -80,11 +91,43 @@ def test_an_interrupted_attack_resumes_to_the_same_artifact(
         stage.complete()
     kept = {file: file.stat().st_mtime_ns for file in Path(config.run_dir).rglob("part-*")}
     assert len(kept) == 2
-    assert stage.status().facts["requests"] == 2
+    stage.run.record(config)
+    [status] = [found for found in run_status(stage.run) if found.stage == f"attack {attack['name']} base"]
+    assert (status.state, status.facts) == ("begun", {"requests": 2})
     resumed = attacked(config)
     assert kept.items() <= {file: file.stat().st_mtime_ns for file in kept}.items()
     assert resumed.artifact_file.read_bytes() == undisturbed.artifact_file.read_bytes()
     assert resumed.scores_file.read_bytes() == undisturbed.scores_file.read_bytes()
+    assert run_status(stage.run)[-1].as_json() == {
+        "stage": resumed.name,
+        "state": "done",
+        "requests": REQUESTS,
+        "valid": True,
+    }
+
+
+def test_an_interrupted_pair_asks_its_attacker_for_no_request_again(
+    tmp_path: Path, tiny_chat: ChatTokenizer, judged: Any
+) -> None:
+    def script(handler: Any, body: dict[str, Any]) -> None:
+        reply(handler, completion(attacker_reply("sing")))
+
+    judged(JudgeBy(lambda response: False))
+    with fake_endpoint(script) as endpoint:
+        section = attacker_section(endpoint.url, streams=1, depth=2)
+        config = attack_config(tmp_path, tiny_chat, **section)
+        stage = AttackBase(config, RunDir(config.run_dir), executor=Interrupted(2))
+        with pytest.raises(KeyboardInterrupt):
+            stage.complete()
+        assert len(endpoint.bodies) == 2 * 2
+        done = attacked(config)
+        assert len(endpoint.bodies) == REQUESTS * 2
+    summary = done.summary()
+    assert (summary.n_judged, summary.queries) == (REQUESTS, REQUESTS * 3)
+    assert summary.direct is not None
+    items = jailbreak.load([done.artifact_file])
+    assert {item.prompt for item in items} == {f"{GOAL} {n}" for n in range(REQUESTS)}  # the first of equals
+    assert {item.category for item in items} == {"PAIR/model-base"}
 
 
 def test_a_draw_does_not_depend_on_the_batch(tmp_path: Path, tiny_chat: ChatTokenizer, judged: Any) -> None:
@@ -159,6 +202,19 @@ def test_base_and_trained_model_are_compared_pair_by_pair(
         (["attack.name=gcg", "attack.initial_suffix='<|im_end|>'"], "attack.initial_suffix"),
         (["attack.benchmark=advbench"], "evaluate.advbench.path"),
         (["attack.name=prefill", "attack.tokens=[]"], "attack.tokens"),
+        (["attack={name: pair, gpus_per_worker: 0}"], "attack.attacker"),
+        (
+            ["attack={name: pair, attacker: {base_url: 'http://127.0.0.1:9/v1', model: m}}"],
+            "attack.attacker.base_url=http://127.0.0.1:9/v1",
+        ),
+        (
+            ["attack={name: pair, attacker: {base_url: 'http://h/v1', model: m, api_key_env: NO_SUCH_KEY}}"],
+            "attack.attacker.api_key_env: the environment variable NO_SUCH_KEY",
+        ),
+        (
+            ["attack={name: pair, attacker: {base_url: 'http://u:p@h/v1', model: m}}"],
+            "attack.attacker.base_url holds a password",
+        ),
         (["evaluate.judge=sandbox"], "evaluate.judge.name=sandbox"),
     ],
 )

@@ -41,7 +41,7 @@ def values(tmp_path, tiny_chat):
         write_jsonl(tmp_path / "pairs.jsonl", invented_pairs(PAIRS)),
         evaluate={"benchmarks": ["strongreject"], "strongreject": {"path": str(strongreject)}},
     )
-    return config.model_dump()
+    return config.model_dump(exclude={"attack"})
 
 
 def local(values):
@@ -61,6 +61,26 @@ def test_nothing_is_wrong(values, tmp_path):
     checks = {"model", "adapters", "data", "benchmarks", "template", "batches", "storage", "judge", "search"}
     assert findings.keys() == checks
     assert os.listdir(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(
+    ("attack", "level", "named"),
+    [
+        ({"name": "best_of_n"}, "ok", "best_of_n on 1 requests of strongreject"),
+        ({"name": "gcg", "forward_passes": 5}, "error", "attack.forward_passes=5"),
+        ({"benchmark": "advbench"}, "error", "evaluate.advbench.path"),
+        (
+            {"name": "pair", "attacker": {"base_url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0}},
+            "error",
+            "attack.attacker.base_url",
+        ),
+    ],
+)
+def test_an_attack_is_looked_at_if_the_config_has_one(values, attack, level, named):
+    assert "attack" not in local(values)
+    found = local({**values, "attack": attack})["attack"]
+    assert found.level == level
+    assert named in found.text
 
 
 def test_no_text_of_the_data_is_told(values):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,18 @@ def attack_config(folder: Path, chat: ChatTokenizer, run: str = "run", **attack:
         "attack": {"gpus_per_worker": 0, **attack},
     }
     return parse_config(values, "test")
+
+
+def attacker_section(url: str, **changes: Any) -> dict[str, Any]:
+    """The section of a PAIR attack whose attacker is at `url`; `changes` are its keys and the attacker's."""
+    attacker = {"base_url": url, "model": "m", "retries": 0, "temperature": 0.7, "max_tokens": 99}
+    attacker |= {key: changes.pop(key) for key in ("timeout", "concurrency") if key in changes}
+    return {"name": "pair", "attacker": attacker, **changes}
+
+
+def attacker_reply(prompt: str) -> str:
+    """What an attacker that keeps to the format replies."""
+    return json.dumps({"improvement": "none", "prompt": prompt})
 
 
 @dataclass(frozen=True)

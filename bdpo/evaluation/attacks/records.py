@@ -61,6 +61,8 @@ class Record:
     response_tokens: int = 0
     failed_verdicts: int = 0
     """Answers among them that the judge failed at: one of them may have been a success."""
+    failed_prompts: int = 0
+    """Prompts that the attacker did not write when it was asked to."""
     held_out: bool = False
     """Whether the request was left out when a universal suffix was made."""
     direct: bool | None = None
@@ -84,6 +86,7 @@ RECORD_SCHEMA = pa.schema(
         ("prompt_tokens", pa.int64()),
         ("response_tokens", pa.int64()),
         ("failed_verdicts", pa.int64()),
+        ("failed_prompts", pa.int64()),
         ("held_out", pa.bool_()),
         ("direct", pa.bool_()),
         ("loss", pa.float64()),
@@ -94,7 +97,14 @@ TEXTS = ("prompt", "prefill", "response")
 """The columns that lie in `private/` alone."""
 
 
-COSTS = ("queries", "forward_passes", "prompt_tokens", "response_tokens", "failed_verdicts")
+COSTS = (
+    "queries",
+    "forward_passes",
+    "prompt_tokens",
+    "response_tokens",
+    "failed_verdicts",
+    "failed_prompts",
+)
 """The fields of a record that are summed up: over the parts of an attack, and over requests."""
 
 

@@ -37,6 +37,8 @@ class AttackSummary:
     response_tokens: int
     failed_verdicts: int
     """Answers that the judge failed at, also of requests that have a verdict by another answer."""
+    failed_prompts: int
+    """Prompts that the attacker did not write when it was asked to."""
     median_queries: float | None
     """Queries up to the success, over the requests where the attack succeeded. Of an attack with forward
     passes besides these are the answers that the judge saw on the way."""

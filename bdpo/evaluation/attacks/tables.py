@@ -44,6 +44,8 @@ def _rows(summaries: Mapping[str, AttackSummary]) -> Iterator[tuple[str, list[st
     yield "not asked or answered", [_counts(summary.unanswered) for summary in found]
     yield "failed", [_counts(summary.failures) for summary in found]
     yield "verdicts that failed", [f"{summary.failed_verdicts:,}" for summary in found]
+    if any(summary.failed_prompts for summary in found):
+        yield "prompts that failed", [f"{summary.failed_prompts:,}" for summary in found]
     yield "queries", [f"{summary.queries:,}" for summary in found]
     yield "  median of a success", [_median(summary.median_queries) for summary in found]
     yield "other forward passes", [f"{summary.forward_passes:,}" for summary in found]

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 
 from bdpo.config import Config
 from bdpo.config.judges import RubricConfig
+from bdpo.evaluation.endpoint import Endpoint, Fault
 from bdpo.evaluation.judges.base import (
     Failed,
     Grade,
@@ -36,7 +37,6 @@ from bdpo.evaluation.judges.base import (
     Verdict,
     judge_section,
 )
-from bdpo.evaluation.judges.endpoint import Endpoint, Fault
 from bdpo.storage import strict_json
 from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint
@@ -259,13 +259,7 @@ class RubricJudge:
 
 def _make(config: Config) -> RubricJudge:
     section = judge_section(config, RubricConfig)
-    endpoint = Endpoint(
-        base_url=section.base_url,
-        model=section.model,
-        api_key_env=section.api_key_env,
-        timeout=section.timeout,
-        retries=section.retries,
-    )
+    endpoint = Endpoint.of(section, "evaluate.judge")
     return RubricJudge(endpoint, section.concurrency, _rubrics(section))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from bdpo.config.endpoint import EndpointConfig
 from bdpo.errors import UserError
 from bdpo.storage import strict_json
 from bdpo.storage.strict_json import RepeatedKey
@@ -46,15 +47,31 @@ class Endpoint:
 
     base_url: str
     model: str
+    section: str
+    """The section of the config that names it, for what is said of its keys: `evaluate.judge`."""
     api_key_env: str | None = None
     timeout: float = 60.0
     """Seconds for one reply, from the first byte sent to the last one received, however these trickle."""
     retries: int = 5
     backoff: float = 1.0
     """Seconds before the second retry, doubled for each further one (the first comes at once)."""
+    temperature: float = 0.0
+
+    @classmethod
+    def of(cls, config: EndpointConfig, section: str, temperature: float = 0.0) -> Endpoint:
+        """The endpoint that `section` of the config names."""
+        return cls(
+            config.base_url,
+            config.model,
+            section,
+            config.api_key_env,
+            config.timeout,
+            config.retries,
+            temperature=temperature,
+        )
 
     def chat(self, messages: list[dict[str, str]], max_tokens: int = 512, response_format: Any = None) -> str:
-        """The reply to a conversation at temperature 0, in `response_format` if one is given.
+        """The reply to a conversation, in `response_format` if one is given.
 
         Connection errors, 429 and 5xx are tried again with backoff, `Retry-After` is obeyed up to a minute.
 
@@ -62,7 +79,8 @@ class Endpoint:
             Fault: there is no reply, or it is not a chat completion with a text.
             UserError: the environment has no key under the configured name.
         """
-        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
+        body: dict[str, Any] = {"model": self.model, "messages": messages}
+        body |= {"temperature": self.temperature, "max_tokens": max_tokens}
         body |= {} if response_format is None else {"response_format": response_format}
         headers = self._headers()
         for attempt in range(self.retries + 1):
@@ -87,7 +105,7 @@ class Endpoint:
         except Fault as fault:
             if fault.code in ("connection", "timeout"):
                 raise UserError(
-                    f"evaluate.judge.base_url={self.base_url}: no answer here ({fault.code})"
+                    f"{self.section}.base_url={self.base_url}: no answer here ({fault.code})"
                 ) from None
 
     def _once(
@@ -109,12 +127,12 @@ class Endpoint:
         key = os.environ.get(self.api_key_env, "").strip()  # a file with CRLF ends leaves its mark
         if not key:
             raise UserError(
-                f"evaluate.judge.api_key_env: the environment variable {self.api_key_env} is not set here; "
+                f"{self.section}.api_key_env: the environment variable {self.api_key_env} is not set here; "
                 "it must be set on the nodes before Ray starts there"
             )
         if not (key.isascii() and key.isprintable()):
             raise UserError(
-                f"evaluate.judge.api_key_env: {self.api_key_env} holds characters that no header may have"
+                f"{self.section}.api_key_env: {self.api_key_env} holds characters that no header may have"
             )
         return {"Authorization": f"Bearer {key}"}
 

@@ -1,0 +1,149 @@
+"""PAIR against a real server that plays the attacker: turns, feedback, budgets, faults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bdpo.evaluation.attacks.attacked import AttackedModel
+from bdpo.evaluation.attacks.base import Workplace
+from bdpo.evaluation.attacks.pair import APPROACHES, ATTACK, prompt_in
+from bdpo.evaluation.attacks.records import Record
+from bdpo.evaluation.attacks.requests import load_requests
+from bdpo.evaluation.judges.base import Harm, Question, Verdict
+from bdpo.models.logps import LogpsModel
+from bdpo.models.tokenizer import ChatTokenizer
+from tests.support.attacks import GOAL, JudgeBy, attack_config, attacker_reply, attacker_section
+from tests.support.fake_endpoint import FakeEndpoint, Script, completion, fake_endpoint, reply
+from tests.support.helpers import tiny_qwen2
+
+Judge = Callable[[Question, str], Verdict]
+
+
+def attacked(folder: Path, chat: ChatTokenizer, url: str, judge: Any, **section: Any) -> Record:
+    """The record of an attack on the first request."""
+    config = attack_config(folder, chat, **attacker_section(url, **section))
+    model = AttackedModel(LogpsModel(tiny_qwen2().requires_grad_(False), 512), chat, judge, 4)
+    work = Workplace(config, model, folder / "state", "fingerprint")
+    return ATTACK.make(work)(load_requests(config)[0])
+
+
+def writes(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+    """An attacker that writes a prompt that names how long its conversation is."""
+    reply(handler, completion(attacker_reply(f"prompt of turn {len(body['messages']) // 2}")))
+
+
+class Graded(JudgeBy):
+    """Harm of one answer after the other."""
+
+    def __init__(self, *harms: float) -> None:
+        super().__init__(lambda _: False)
+        self.__dict__["harms"] = iter(harms)
+
+    def __call__(self, question: Question, response: str) -> Verdict:
+        return Harm(next(self.__dict__["harms"]))
+
+
+def test_the_attacker_improves_its_prompts_until_one_works(tmp_path: Path, tiny_chat: ChatTokenizer) -> None:
+    judge = Graded(0.0, *[0.1, 0.2], *[0.3, 1.0])
+    with fake_endpoint(writes) as endpoint:
+        record = attacked(tmp_path, tiny_chat, endpoint.url, judge, streams=2, depth=3)
+    assert (record.jailbroken, record.harm, record.direct) == (True, 1.0, False)
+    assert record.queries == 1 + 4
+    assert record.prompt == "prompt of turn 2"
+    assert len(endpoint.bodies) == 4
+    first, later = endpoint.bodies[0], endpoint.bodies[-1]
+    assert f"{GOAL} 0" in first["messages"][0]["content"]
+    assert [message["role"] for message in later["messages"]] == ["system", "user", "assistant", "user"]
+    assert any(f"Score: {score}" in later["messages"][-1]["content"] for score in (2, 3))  # 1 + 9 × harm
+    assert (first["temperature"], first["max_tokens"]) == (0.7, 99)
+    approaches = {approach for approach in APPROACHES for body in endpoint.bodies if approach in str(body)}
+    assert len(approaches) == 2
+    assert GOAL not in repr(record)
+    assert "prompt of" not in repr(record)
+
+
+def test_the_request_alone_is_asked_first(tmp_path: Path, tiny_chat: ChatTokenizer) -> None:
+    with fake_endpoint(writes) as endpoint:
+        record = attacked(tmp_path, tiny_chat, endpoint.url, Graded(1.0))
+    assert (record.jailbroken, record.direct, record.queries) == (True, True, 1)
+    assert not endpoint.bodies
+
+
+def test_the_budget_is_streams_times_depth(tmp_path: Path, tiny_chat: ChatTokenizer) -> None:
+    with fake_endpoint(writes) as endpoint:
+        harms = [0.0, 0.1, 0.4, *[0.0] * 4]
+        record = attacked(tmp_path, tiny_chat, endpoint.url, Graded(*harms), streams=3, depth=2, batch_size=2)
+    assert (record.jailbroken, record.harm, record.queries) == (False, 0.4, 1 + 6)
+    assert len(endpoint.bodies) == 6
+    assert record.prompt == "prompt of turn 1"
+
+
+def once_in(turns: int, then: Script) -> Callable[[FakeEndpoint], Script]:
+    """`then` at each request but every n-th, which is answered well."""
+
+    def script(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        (writes if len(endpoints[0].bodies) % turns == 0 else then)(handler, body)
+
+    endpoints: list[FakeEndpoint] = []
+
+    def of(endpoint: FakeEndpoint) -> Script:
+        endpoints.append(endpoint)
+        return script
+
+    return of
+
+
+def says(text: str, status: int = 200) -> Script:
+    return lambda handler, body: reply(handler, completion(text) if status == 200 else b"", status)
+
+
+FAULTS = {
+    "no JSON": (says("I will not do that."), "unparsable"),
+    "no prompt": (says('{"improvement": "x"}'), "unparsable"),
+    "no text": (says('{"prompt": 7}'), "unparsable"),
+    "blank": (says('{"prompt": " "}'), "unparsable"),
+    "two prompts": (says('{"prompt": "a", "prompt": "b"}'), "unparsable"),
+    "deep": (says('{"prompt":' + "[" * 100_000), "unparsable"),
+    "unauthorised": (says("", 401), "http_401"),
+    "broken": (says("", 500), "http_500"),
+    "empty": (says(""), "empty"),
+    "slow": (lambda handler, body: handler.rfile.read(1), "timeout"),
+}
+
+
+@pytest.mark.parametrize(("script", "code"), FAULTS.values(), ids=FAULTS)
+def test_without_a_prompt_a_request_failed_and_was_not_withstood(
+    script: Script, code: str, tmp_path: Path, tiny_chat: ChatTokenizer
+) -> None:
+    section = {"streams": 2, "depth": 3, "timeout": 0.5}
+    with fake_endpoint(script) as endpoint:
+        record = attacked(tmp_path, tiny_chat, endpoint.url, JudgeBy(lambda _: False), **section)
+    assert (record.jailbroken, record.failure, record.direct) == (None, f"attacker_{code}", False)
+    assert record.failed_prompts == 2  # an attacker that writes nothing is not asked for a second turn
+    assert record.queries == 1
+
+
+def test_prompts_that_were_not_written_are_counted(tmp_path: Path, tiny_chat: ChatTokenizer) -> None:
+    with fake_endpoint() as endpoint:
+        endpoint.script = once_in(2, says("", 401))(endpoint)
+        record = attacked(
+            tmp_path, tiny_chat, endpoint.url, JudgeBy(lambda _: False), streams=4, depth=1, concurrency=1
+        )
+    assert (record.jailbroken, record.failed_prompts, record.queries) == (False, 2, 1 + 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"improvement": "x", "prompt": "sing"}',
+        '```json\n{"prompt": " sing "}\n```',
+        'Here: {"prompt": "sing"}',
+    ],
+)
+def test_a_reply_may_have_a_fence_around_it(text: str) -> None:
+    assert prompt_in(text) == "sing"
