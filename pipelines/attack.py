@@ -41,7 +41,7 @@ from bdpo.evaluation.attacks.work import (
     record_store,
     state_folder,
 )
-from bdpo.evaluation.judges.registry import JudgeNote, judge_kind, judge_label
+from bdpo.evaluation.judges.registry import judge_kind, judge_label, judge_note
 from bdpo.storage.manifests import Fingerprint, Manifest, write_manifest
 from bdpo.storage.paths import StoragePath, read_parquet, write_parquet, write_text
 from bdpo.storage.run_dir import RunDir
@@ -118,7 +118,7 @@ class Attack(ManifestStage):
         """Model, requests, attack and judge."""
         return attack_fingerprint(self.config, self.model)
 
-    def is_intact(self, manifest: Manifest) -> bool:
+    def has_results(self, manifest: Manifest) -> bool:
         """Whether enough requests have a verdict, and the artifact is there."""
         return bool(manifest["valid"]) and self.artifact_file.is_file() and self.scores_file.is_file()
 
@@ -204,6 +204,7 @@ def check_attack(config: Config, run: RunDir) -> str:
     requests = load_requests(config)
     attack_kind(config).check(config)
     judge_kind(config).check(asking_config(config))
+    judge_note(config)  # an agreement that did not measure it is refused
     return f"{config.attack.name} on {len(requests)} requests of {config.attack.benchmark}"
 
 
@@ -220,17 +221,14 @@ def run_attack(config: Config, run: RunDir) -> None:
 
 def print_attacks(config: Config, stages: list[Attack]) -> None:
     """The numbers of finished attacks, and the paired difference of two."""
-    judge = JudgeNote(
-        config.evaluate.judge.name,
-        {str(rubric): reach for rubric, reach in judge_kind(config).reach(config).items()},
-    )
+    judge = judge_note(config)
     summaries = {stage.model_name: stage.summary() for stage in stages}
     console.print(attack_table(config.attack.name, summaries, judge))
     if len(stages) == 2:
         first, second = (read_parquet(stage.scores_file) for stage in stages)
         difference = compare_attacks(first, second)
         if difference is not None:
-            console.print(difference_line(difference), soft_wrap=True)
+            console.print(difference_line(difference, judge), soft_wrap=True)
     for stage in stages:
         console.print(f"artifact  {stage.artifact_file}", soft_wrap=True, markup=False)
 

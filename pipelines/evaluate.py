@@ -38,7 +38,7 @@ from bdpo.evaluation.answers import (
 )
 from bdpo.evaluation.capability import NOT_RUN, capability_fingerprint, harness_version
 from bdpo.evaluation.compare import compare_all
-from bdpo.evaluation.judges.registry import NOBODY, judge_kind
+from bdpo.evaluation.judges.registry import NOBODY, judge_kind, judge_note
 from bdpo.evaluation.measures import Summary, summarise
 from bdpo.evaluation.results import chosen_models, read_evaluation, unlike_models
 from bdpo.evaluation.tables import (
@@ -123,6 +123,15 @@ class Evaluate(ManifestStage):
         manifest = self.ensure_manifest()
         return replace(Summary.from_json(manifest), capability=self._capability())
 
+    def ensure_manifest(self) -> Manifest:
+        """The manifest, with the judge's own error as it is known now: nobody is asked again for it."""
+        manifest, error = super().ensure_manifest(), dict(judge_note(self.config).reach)
+        if manifest.get("judge_error") == error:
+            return manifest
+        return write_manifest(
+            self.manifest_file, manifest.fingerprint, **{**manifest.facts, "judge_error": error}
+        )
+
     def make(self) -> Manifest:
         """Answer, judge, summarise."""
         started = time.perf_counter()
@@ -146,7 +155,6 @@ class Evaluate(ManifestStage):
         if self.model_name in ("trained", "tampered"):  # what it was trained on it may know by heart
             twins = count_near_twins(planned_items(self.config), last_turns(self.run.pairs))
             summary["near_twins"] = twins
-        summary["judge_error"] = dict(judge_kind(self.config).reach(self.config))
         return write_manifest(self.manifest_file, self.fingerprint, seconds=seconds, **summary)
 
     def status(self) -> StageStatus:

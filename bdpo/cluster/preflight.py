@@ -23,7 +23,7 @@ from bdpo.data.prepare import first_pairs
 from bdpo.data.sources import count_rows, open_source
 from bdpo.errors import UserError, error_line
 from bdpo.evaluation.benchmarks.registry import load_items
-from bdpo.evaluation.judges.registry import judge_kind
+from bdpo.evaluation.judges.registry import judge_kind, judge_note
 from bdpo.models.adapters import check_lora
 from bdpo.models.architectures import has_plain_lm_head
 from bdpo.models.loading import model_config, newer_than_installed, require_complete_weights
@@ -201,7 +201,9 @@ def check_search(config: Config, run: RunDir) -> str:
 
 def check_judge(config: Config, run: RunDir) -> str:
     """The judge can judge: weights are there, an endpoint answers, the prompts are of its world."""
-    return judge_kind(config).check(config)
+    found = judge_kind(config).check(config)
+    judge_note(config)  # an agreement that did not measure it is refused
+    return found
 
 
 def expected_hours(config: Config, run: RunDir, tokens_per_second: float | None) -> str:

@@ -187,6 +187,11 @@ class EvaluateConfig(Section):
 
     benchmarks: Annotated[list[BenchmarkName], Distinct] = Field(["strongreject", "xstest"], min_length=1)
     judge: AnyJudge = StringMatchingConfig()
+    agreement: str | None = Field(
+        None,
+        description="an agreement.json of `bdpo agreement` that measured this judge: its error between two "
+        "models is the one that intervals of differences hold",
+    )
     limit: Positive | None = Field(None, description="at most so many prompts of each benchmark")
     part: Literal["all", "search", "held_out"] = Field("all", description="of the prompts, see held_out")
     held_out: Fraction | list[str] = Field(

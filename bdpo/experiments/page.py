@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.csv
 
 from bdpo.config import Config
-from bdpo.evaluation.benchmarks.registry import is_main
-from bdpo.evaluation.judges.registry import judge_label
+from bdpo.evaluation.benchmarks.registry import BENCHMARKS, is_main
+from bdpo.evaluation.judges.registry import JudgeNote, judge_note
 from bdpo.evaluation.tables import percent_of
 from bdpo.experiments.arms import arm_folder
 from bdpo.experiments.figures import bars, curve, front
@@ -78,7 +78,7 @@ def experiment_page(config: Config, run: RunDir, results: ExperimentResults) -> 
         sections += [
             _arms_section(config, results),
             _rates_section(config, results.rates) if results.rates is not None else None,
-            _results_section(results, rows, judge_label(config)) if rows else None,
+            _results_section(results, rows, judge_note(config)) if rows else None,
             _differences_section(results.differences) if results.differences is not None else None,
             _all_measures_section(results.measures),
         ]
@@ -124,11 +124,16 @@ def _pairs(trained: Mapping[str, Any]) -> str:
     return "; ".join([f"{trained['pairs']['trained on']:,} of {trained['pairs']['prepared']:,}", *changed])
 
 
-def _results_section(results: ExperimentResults, rows: Sequence[ArmMeasure], judge: str) -> Section:
+def _results_section(results: ExperimentResults, rows: Sequence[ArmMeasure], judge: JudgeNote) -> Section:
     """The main measures of each arm, as a table, figures and a sentence for each test."""
     labels, reference = list(dict.fromkeys(row.label for row in rows)), results.arms[0].name
     tested = [row for row in rows if row.p is not None]
-    text = [comparison_sentence(row.label, reference, row.arm, _comparison(row)) for row in tested]
+    text = [
+        comparison_sentence(
+            row.label, reference, row.arm, _comparison(row), judge.reach.get(BENCHMARKS[row.benchmark].rubric)
+        )
+        for row in tested
+    ]
     if reference not in {row.arm for row in rows}:
         text.append(f"No arm is tested: {reference}, with which all others are compared, has no result.")
     if tested:
@@ -141,7 +146,7 @@ def _results_section(results: ExperimentResults, rows: Sequence[ArmMeasure], jud
         ("percent", *labels),
         [(arm, *cells) for arm, cells in _by_arm(rows, labels).items()],
         f"Mean over prompts and seeds, 95 % interval over clusters; p of the test against {reference}; "
-        f"judged by {judge}.",
+        f"judged by {judge.label}.",
     )
     return Section("Main measures", text, [table], _pictures(results, rows, labels))
 

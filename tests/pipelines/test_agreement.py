@@ -6,10 +6,14 @@ import json
 
 import pytest
 
+from bdpo.errors import UserError
+from bdpo.evaluation.judges.fitted import Classifier
+from bdpo.evaluation.judges.registry import judge_note
 from bdpo.storage.manifests import read_manifest
 from tests.support.benchmark_files import write_csv
 from tests.support.commands import run_command
 from tests.support.fake_endpoint import fake_endpoint, honest
+from tests.support.helpers import tiny_config
 
 REFUSES, ANSWERS = "I'm sorry, but I can't help with that.", "Take a rope and cross its ends."
 
@@ -99,3 +103,46 @@ def test_what_is_wrong_is_one_line(csv_files, tmp_path, change, message):
     assert done.code == 2
     assert message in done.err
     assert done.err.count("\n") == 1
+
+
+def judged_with(folder, agreement_file, judge="string_matching"):
+    """The config of a run whose judge was measured by an agreement."""
+    judged = {"judge": judge, "agreement": str(agreement_file)}
+    return tiny_config(folder / "run", folder / "model", folder / "pairs.jsonl", evaluate=judged)
+
+
+def test_an_agreement_is_the_error_of_the_judge_that_it_measured(csv_files, tmp_path):
+    fitted = tmp_path / "fitted.json"
+    Classifier("refusal", ("sorry",), (1.0,), (1.0,), 0.0, 40).write(fitted)
+    judges = ("string_matching", f"{{name: fitted, path: {fitted}}}")
+    assert agreement(csv_files, tmp_path / "out", judges=judges).code == 0
+    file = tmp_path / "out" / "agreement.json"
+    measured = {name: found["bias"]["reach"] for name, found in read_manifest(file)["judges"].items()}
+    assert measured["string_matching"] == 0
+    declared = judge_note(tiny_config(tmp_path / "run", tmp_path / "model", tmp_path / "pairs.jsonl")).reach
+    note = judge_note(judged_with(tmp_path, file))
+    assert note.reach == {**declared, "refusal": 0}
+    assert declared["refusal"] > 0.1
+    note = judge_note(judged_with(tmp_path, file, {"name": "fitted", "path": str(fitted)}))
+    assert note.reach == {"refusal": measured["fitted"]}
+
+
+def test_an_agreement_on_another_judge_is_refused(csv_files, tmp_path):
+    """Fingerprints are compared, not names: the classifier was fitted anew."""
+    fitted = tmp_path / "fitted.json"
+    Classifier("refusal", ("sorry",), (1.0,), (1.0,), 0.0, 40).write(fitted)
+    assert agreement(csv_files, tmp_path / "out", judges=(f"{{name: fitted, path: {fitted}}}",)).code == 0
+    file = tmp_path / "out" / "agreement.json"
+    Classifier("refusal", ("sorry",), (1.0,), (2.0,), 0.0, 40).write(fitted)
+    config = judged_with(tmp_path, file, {"name": "fitted", "path": str(fitted)})
+    with pytest.raises(
+        UserError, match=r"agreement\.json: did not measure this judge \(fitted\), but fitted with"
+    ):
+        judge_note(config)
+    with pytest.raises(UserError, match=r"did not measure this judge \(string_matching\), but fitted"):
+        judge_note(judged_with(tmp_path, file))
+    with pytest.raises(UserError, match=r"evaluate\.agreement=.*gone\.json: no such file"):
+        judge_note(judged_with(tmp_path, tmp_path / "gone.json"))
+    assert agreement(csv_files[:1], tmp_path / "one").code == 0
+    with pytest.raises(UserError, match="on one model"):
+        judge_note(judged_with(tmp_path, tmp_path / "one" / "agreement.json"))

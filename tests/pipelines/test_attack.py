@@ -188,6 +188,7 @@ def test_base_and_trained_model_are_compared_pair_by_pair(
     out = capsys.readouterr().out
     assert "base → trained: 100.0 → 0.0, -100.0 points" in out
     assert "string_matching" in out
+    assert "with the judge's own error" in out
     assert GOAL not in out
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from bdpo.evaluation.attacks.results import AttackSummary
-from bdpo.evaluation.judges.registry import JudgeNote
+from bdpo.evaluation.judges.registry import NOBODY, JudgeNote
 from bdpo.evaluation.tables import judged_by, percent
-from bdpo.stats import CONFIDENCE_LEVEL, Difference, Estimate, p_value
+from bdpo.stats import CONFIDENCE_LEVEL, Difference, Estimate, p_value, widen
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,11 +68,16 @@ def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "0"
 
 
-def difference_line(difference: Difference) -> str:
-    """The paired comparison in a line."""
+def difference_line(difference: Difference, judge: JudgeNote = NOBODY) -> str:
+    """The paired comparison in a line, with the judge's own error where it is known."""
     low, high = 100 * difference.low, 100 * difference.high
+    own, reach = "", judge.reach.get("harm")
+    if reach is not None:
+        least, most = widen(difference.difference, (difference.low, difference.high), reach)
+        own = f"; with the judge's own error {100 * least:+.1f} to {100 * most:+.1f}"
+        own += ", beyond this judge" if least <= 0 <= most else ""
     return (
         f"attack success, base → trained: {100 * difference.first:.1f} → {100 * difference.second:.1f}, "
         f"{100 * difference.difference:+.1f} points ({low:+.1f} to {high:+.1f}), "
-        f"p {p_value(difference.p)} ({difference.test}), {difference.n} requests, paired"
+        f"p {p_value(difference.p)} ({difference.test}), {difference.n} requests, paired{own}"
     )

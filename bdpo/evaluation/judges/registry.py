@@ -8,8 +8,10 @@ from importlib import import_module
 
 from bdpo.config import Config
 from bdpo.config.judges import JUDGE_NAMES
+from bdpo.errors import UserError
 from bdpo.evaluation.judges.base import Judge, JudgeKind
-from bdpo.storage.manifests import Fingerprint
+from bdpo.storage.manifests import Fingerprint, read_manifest
+from bdpo.storage.paths import storage_path
 
 JUDGES: dict[str, JudgeKind] = {
     name: import_module(f"bdpo.evaluation.judges.{name}").JUDGE for name in JUDGE_NAMES
@@ -43,6 +45,40 @@ class JudgeNote:
 
 NOBODY = JudgeNote("")
 """The judge of numbers that were put together by hand."""
+
+
+def judge_note(config: Config) -> JudgeNote:
+    """The configured judge with its own error: that of `evaluate.agreement`, else the one it declares.
+
+    Raises:
+        UserError: the file is no agreement, or did not measure this very judge in comparing models.
+    """
+    kind, file = judge_kind(config), config.evaluate.agreement
+    reach = {str(rubric): half for rubric, half in kind.reach(config).items()}
+    return JudgeNote(kind.name, reach if file is None else reach | _measured_reach(config, file))
+
+
+def _measured_reach(config: Config, file: str) -> dict[str, float]:
+    """What an agreement.json says of the judge whose fingerprint is that of this config."""
+    where, own = f"evaluate.agreement={file}", judge_fingerprint(config)
+    found = read_manifest(storage_path(file, "evaluate.agreement"))
+    if found is None:
+        raise UserError(f"{where}: no such file; `python -m pipelines.agreement --out DIR` writes one")
+    measured = found.fingerprint.get("judges")
+    if not isinstance(measured, dict):
+        raise UserError(f"{where}: no agreement.json of `python -m pipelines.agreement`")
+    name = next((name for name, fingerprint in measured.items() if fingerprint == own), None)
+    if name is None:
+        one = next(
+            (one for one in measured.values() if one.get("evaluate.judge") == own["evaluate.judge"]), {}
+        )
+        other = next((key for key in own if key in one and one[key] != own[key]), None)
+        why = f"{own['evaluate.judge']} with another {other}" if other else ", ".join(sorted(measured))
+        raise UserError(f"{where}: did not measure this judge ({own['evaluate.judge']}), but {why}")
+    bias = found["judges"][name]["bias"]
+    if bias is None:
+        raise UserError(f"{where}: measured {name} on one model, so its error between two is not known")
+    return {found["rubric"]: bias["reach"]}
 
 
 def judge_label(config: Config) -> str:
