@@ -69,12 +69,11 @@ def _measured_reach(config: Config, file: str) -> dict[str, float]:
         raise UserError(f"{where}: no agreement.json of `python -m pipelines.agreement`")
     name = next((name for name, fingerprint in measured.items() if fingerprint == own), None)
     if name is None:
-        one = next(
-            (one for one in measured.values() if one.get("evaluate.judge") == own["evaluate.judge"]), {}
-        )
-        other = next((key for key in own if key in one and one[key] != own[key]), None)
-        why = f"{own['evaluate.judge']} with another {other}" if other else ", ".join(sorted(measured))
-        raise UserError(f"{where}: did not measure this judge ({own['evaluate.judge']}), but {why}")
+        judge = own["evaluate.judge"]
+        of_its_name = [one for one in measured.values() if one.get("evaluate.judge") == judge]
+        other = next((key for one in of_its_name for key in own if one.get(key) != own[key]), None)
+        why = f"{judge} with another {other}" if other else ", ".join(sorted(measured))
+        raise UserError(f"{where}: did not measure this judge ({judge}), but {why}")
     bias = found["judges"][name]["bias"]
     if bias is None:
         raise UserError(f"{where}: measured {name} on one model, so its error between two is not known")
