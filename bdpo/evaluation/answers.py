@@ -25,7 +25,7 @@ from bdpo.evaluation.judges.registry import judge_fingerprint, make_judge
 from bdpo.evaluation.measures import SCORE_SCHEMA
 from bdpo.evaluation.texts import fault_of, opened_thought, without_thoughts
 from bdpo.models.adapters import adapter_digest, adapter_folder, load_adapted
-from bdpo.models.loading import load_model, model_config, model_folder, weights_digest
+from bdpo.models.loading import has_positions, load_model, model_config, model_folder, weights_digest
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer, load_tokenizer, tokenizer_fingerprint
 from bdpo.storage.digests import json_digest
@@ -170,8 +170,13 @@ def forget_failures(scores: ShardStore) -> None:
             scores.remove(first)
 
 
-MARK_TOKENS = 32
+_MARK_TOKENS = 32
 """More than any mark that opens a thought block takes."""
+
+
+def opened_by(chat: ChatTokenizer, prompt_ids: Sequence[int]) -> str:
+    """The mark of a thought block that a prompt ends with, inside of which the answer begins; else empty."""
+    return opened_thought(chat.decode(prompt_ids[-_MARK_TOKENS:]))
 
 
 class ShardAnswerer:
@@ -218,14 +223,13 @@ class ShardAnswerer:
 
         An item is asked if it has a prompt that leaves room for an answer: one that is too long fails alone.
         """
-        positions = getattr(model_config(self.model.model).get_text_config(), "max_position_embeddings", None)
-        room = None if positions is None else positions - self.config.evaluate.max_new_tokens
+        shape, new = model_config(self.model.model), self.config.evaluate.max_new_tokens
         asked, prompts, prefills = [], [], []
         for item in items:
             if item.prompt is None:
                 continue
             prompt, prefill = [Message(role="user", content=item.prompt)], prefill_ids(self.chat, item)
-            if room is None or len(self.chat.prompt_ids(prompt)) + len(prefill) <= room:
+            if has_positions(shape, len(self.chat.prompt_ids(prompt)) + len(prefill) + new):
                 asked.append(item)
                 prompts.append(prompt)
                 prefills.append(prefill)
@@ -236,10 +240,8 @@ class ShardAnswerer:
         if answer is None:
             return Response(item.item_id, cut=item.prompt is not None)
         ids = self.chat.prompt_ids([Message(role="user", content=item.prompt or "")])
-        opened = opened_thought(str(self.chat.tokenizer.decode(ids[-MARK_TOKENS:])))
-        return Response(
-            item.item_id, opened + answer.text, answer.new_tokens, cut=answer.cut, finite=answer.finite
-        )
+        text = opened_by(self.chat, ids) + answer.text
+        return Response(item.item_id, text, answer.new_tokens, cut=answer.cut, finite=answer.finite)
 
 
 def measure_capability(

@@ -23,7 +23,11 @@ LENGTH = 5
 """Characters of an n-gram."""
 
 SIMILAR = 0.6
-"""Jaccard similarity of the n-gram sets from which two prompts are near twins."""
+"""Jaccard similarity of the n-gram sets from which two prompts are near twins.
+
+The largest multiple of 0.05 at which 99 % of small edits are found, by `python -m benchmarks.twins`. One in nine
+of XSTest's unsafe prompts is then taken for a safe one that is worded alike; paraphrases are mostly missed.
+"""
 
 _LONGEST = 4000
 """Characters of a prompt that are looked at."""
@@ -63,6 +67,13 @@ def near_twins(prompts: Sequence[str], others: Iterable[str]) -> list[bool]:
         union = sizes[shared.row] + other_sizes[shared.col] - shared.data
         found[shared.row[shared.data >= SIMILAR * union]] = True
     return found.tolist()
+
+
+def similarity(one: str, other: str) -> float:
+    """Jaccard similarity of the n-gram sets of two prompts, in [0, 1]."""
+    first, second = _ngrams(one), _ngrams(other)
+    shared = len(np.intersect1d(first, second, assume_unique=True))
+    return shared / (len(first) + len(second) - shared)
 
 
 def _ngrams(text: str) -> np.ndarray:

@@ -136,6 +136,18 @@ def _not_loaded(folder: Path, error: Exception) -> UserError:
     return UserError(f"{folder}: cannot be loaded as a causal language model ({reason})")
 
 
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """How many positions a model has; None where its config names no limit."""
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions
+
+
+def has_positions(config: PreTrainedConfig, tokens: int) -> bool:
+    """Whether a model has positions for so many tokens: those of a prompt and of the answer behind it."""
+    positions = positions_of(config)
+    return positions is None or tokens <= positions
+
+
 def require_positions(config: Config) -> None:
     """Make sure that the model has a position for each of `data.max_length` tokens, always the same one.
 
@@ -143,7 +155,7 @@ def require_positions(config: Config) -> None:
         UserError: it has fewer, or a long row would change what positions mean to all rows beside it.
     """
     shape, wanted = model_config(config.model).get_text_config(), config.data.max_length
-    positions = getattr(shape, "max_position_embeddings", None)
+    positions = positions_of(shape)
     rope = getattr(shape, "rope_parameters", None) or {}
     for of_layers in [rope, *(each for each in rope.values() if isinstance(each, dict))]:
         # Of these transformers asks the longest row of a batch.

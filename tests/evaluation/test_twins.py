@@ -9,7 +9,7 @@ import pytest
 from bdpo.evaluation.benchmarks.items import Item
 from bdpo.evaluation.measures import Summary, summarise
 from bdpo.evaluation.tables import note_lines
-from bdpo.evaluation.twins import LENGTH, SIMILAR, count_near_twins, near_twins
+from bdpo.evaluation.twins import LENGTH, SIMILAR, count_near_twins, near_twins, similarity
 from tests.support.score_rows import row
 
 WORDS = ["amber", "basil", "cedar", "delta", "ember", "fern", "grass", "holly", "iris", "juniper"]
@@ -43,6 +43,11 @@ def test_the_index_finds_what_a_comparison_of_every_two_finds():
 )
 def test_small_changes_make_a_twin_and_other_questions_do_not(one, other, twin):
     assert near_twins([one], [other]) == [twin]
+
+
+def test_similarity_is_that_of_the_sets():
+    for one, other in (("amber basil cedar", "amber basil fern"), ("amber", "amber"), ("amber", "fern")):
+        assert similarity(one, other) == pytest.approx(naive(one, other))
 
 
 def test_nothing_has_no_twin():

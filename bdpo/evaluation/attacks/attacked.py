@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from bdpo.config import Config
-from bdpo.evaluation.answers import MARK_TOKENS, EvaluatedModel
+from bdpo.evaluation.answers import EvaluatedModel, opened_by
 from bdpo.evaluation.attacks.records import Attempt
 from bdpo.evaluation.attacks.requests import Request
 from bdpo.evaluation.engines.base import Answer, Sampling
 from bdpo.evaluation.engines.hf import generate
 from bdpo.evaluation.judges.base import Judge, NoAnswer, Question, Verdict, verdict_on
 from bdpo.evaluation.judges.registry import make_judge
-from bdpo.evaluation.texts import opened_thought
+from bdpo.models.loading import has_positions, positions_of
 from bdpo.models.logps import LogpsModel
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer, load_tokenizer
@@ -36,8 +36,7 @@ class AttackedModel:
     def load(cls, config: Config, model: EvaluatedModel, device: str) -> AttackedModel:
         """The model of a run, and its judge."""
         loaded = model.load().to(device).requires_grad_(False)  # type: ignore[arg-type]
-        positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-        logps = LogpsModel(loaded, positions or config.data.max_length)
+        logps = LogpsModel(loaded, positions_of(loaded.config) or config.data.max_length)
         return cls(logps, load_tokenizer(model.model), make_judge(config), config.evaluate.max_new_tokens)
 
     def attempts(
@@ -69,7 +68,7 @@ class AttackedModel:
         )
         answers: dict[int, Answer] = dict(zip(asked, found, strict=True))
         with ThreadPoolExecutor(self.judge.concurrency) as pool:
-            opened = [opened_thought(self.chat.decode(own[-MARK_TOKENS:])) for own in ids]
+            opened = [opened_by(self.chat, own) for own in ids]
             verdicts = list(
                 pool.map(lambda n: self._verdict(request, answers.get(n), opened[n]), range(len(prompts)))
             )
@@ -91,8 +90,7 @@ class AttackedModel:
 
     def fits(self, tokens: int) -> bool:
         """Whether a prompt of so many tokens leaves room for an answer."""
-        positions = getattr(self.logps.model.config.get_text_config(), "max_position_embeddings", None)
-        return positions is None or tokens + self.max_new_tokens <= positions
+        return has_positions(self.logps.model.config, tokens + self.max_new_tokens)
 
     def _verdict(self, request: Request, answer: Answer | None, opened: str) -> Verdict:
         if answer is None:

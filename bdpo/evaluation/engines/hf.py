@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bdpo.errors import UserError
 from bdpo.evaluation.engines.base import Answer, Sampling
+from bdpo.models.loading import has_positions, positions_of
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer
 
@@ -133,12 +134,11 @@ def needed_positions(config: PreTrainedConfig, prompt_ids: list[list[int]], max_
     Raises:
         UserError: the model has fewer: no prompt is cut, no rotary position runs past training.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, prompt_ids), default=0)
-    if positions is not None and longest + max_new_tokens > positions:
+    if not has_positions(config, longest + max_new_tokens):
         raise UserError(
             f"a prompt of {longest} tokens and evaluate.max_new_tokens={max_new_tokens} exceed "
-            f"the {positions} positions of the model"
+            f"the {positions_of(config)} positions of the model"
         )
     return longest + max_new_tokens
 

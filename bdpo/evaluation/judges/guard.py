@@ -15,7 +15,13 @@ from bdpo.config import Config, ModelConfig
 from bdpo.config.judges import GuardConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.judges.base import Failed, JudgeKind, Question, RubricName, Verdict, judge_section
-from bdpo.models.loading import load_model, model_folder, require_complete_weights, weights_digest
+from bdpo.models.loading import (
+    has_positions,
+    load_model,
+    model_folder,
+    require_complete_weights,
+    weights_digest,
+)
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer
 from bdpo.storage.digests import files_digest, json_digest
@@ -53,8 +59,7 @@ class GuardJudge:
     def __call__(self, question: Question, response: str) -> Verdict:
         """The verdict of the classifier; `too_long` where prompt and reply exceed its positions."""
         ids = self.prompt_ids(question.request, response)
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        if positions is not None and len(ids) + self.guard.max_new_tokens > positions:
+        if not has_positions(self.model.config, len(ids) + self.guard.max_new_tokens):
             return Failed("too_long")
         return self.guard.parse(question.rubric, self.reply(ids))
 
