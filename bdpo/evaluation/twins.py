@@ -25,8 +25,8 @@ LENGTH = 5
 SIMILAR = 0.6
 """Jaccard similarity of the n-gram sets from which two prompts are near twins.
 
-The largest multiple of 0.05 at which 99 % of small edits are found, by `python -m benchmarks.twins`. One in nine
-of XSTest's unsafe prompts is then taken for a safe one that is worded alike; paraphrases are mostly missed.
+The largest multiple of 0.05 at which 99 % of small edits are found, by `python -m benchmarks.twins`. One in
+nine of XSTest's unsafe prompts is then taken for a safe one worded alike; paraphrases are mostly missed.
 """
 
 _LONGEST = 4000
