@@ -17,6 +17,9 @@ _TEMPLATE_TOKEN = re.compile(
     r"|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|<extra_id_1>|<｜(?:User|Assistant|end▁of▁sentence)｜>"
 )
 
+# What a prompt ends with that was rendered as Vicuna's or Alpaca's template writes it, in words alone.
+_ANSWER_HEADERS = ("ASSISTANT:", "### Response:", "### Assistant:")
+
 _CHATML = re.compile(r"\s*<\|im_start\|>|.*<\|im_end\|>\s*\Z", re.DOTALL)
 
 
@@ -34,10 +37,16 @@ def check_pair(pair: Pair) -> None:
         if not message["content"].strip() and message.keys() <= {"role", "content"}:
             raise BadRow(f"{side}: empty")
         _check_text(message["content"], side)
+        if message["content"].rstrip().endswith("</s>") and "<s>" not in message["content"]:
+            raise BadRow(f"{side}: ends with </s>, the end of a rendered answer; give the text without it")
     if pair.chosen == pair.rejected:
         raise BadRow("chosen equals rejected")
     for message in pair.prompt:
         _check_text(message["content"], "prompt")
+    if pair.prompt[-1]["content"].rstrip().endswith(_ANSWER_HEADERS):
+        raise BadRow(
+            "prompt: ends where an answer begins, as a rendered one does; give the messages themselves"
+        )
     if is_transcript(pair.prompt[0]["content"]):
         raise BadRow("prompt: a transcript of Human: and Assistant:; set data.format=hh_rlhf")
 

@@ -332,6 +332,29 @@ def test_control_tokens_of_any_template_are_recognised(prepare_here, text):
     assert set(account.quarantined) == reasons
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": f"USER: {ASK} ASSISTANT:"}, "prompt: ends where an answer begins"),
+        ({"prompt": f"### Instruction:\n{ASK}\n\n### Response:\n"}, "prompt: ends where an answer begins"),
+        ({"chosen": f"{GOOD}</s>\n"}, "chosen: ends with </s>"),
+        ({"rejected": f"{BAD}</s>"}, "rejected: ends with </s>"),
+        ({"rejected": "It is <s>not</s>"}, None),
+        ({"prompt": "What is </s>"}, None),
+    ],
+)
+def test_text_that_was_rendered_in_words_alone_is_recognised(prepare_here, row, reason):
+    account = prepare_here([pair_row(0), pair_row(1) | row])
+    assert (
+        [name.startswith(reason) for name in account.quarantined] == [True] if reason else account.kept == 2
+    )
+
+
+def test_two_texts_of_a_rendered_conversation_are_recognised(prepare_here):
+    row = {side: f"USER: {ASK} ASSISTANT: {text}" for side, text in (("chosen", GOOD), ("rejected", BAD))}
+    assert "prompt: ends where an answer begins" in refusal(prepare_here, [row])
+
+
 COMPRESSORS = {
     ".gz": gzip.compress,
     ".xz": lzma.compress,
