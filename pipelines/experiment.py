@@ -24,7 +24,7 @@ from bdpo.experiments.rates import RATE, best_trial, measured_trials, rate_trial
 from bdpo.scoring.selection import require_labels, requires_scores
 from bdpo.storage.paths import StoragePath, sorted_glob
 from bdpo.storage.run_dir import RunDir
-from bdpo.variants.ends import End, Failure
+from bdpo.variants.ends import Cause, End, Failure
 from bdpo.variants.objective import check_measures
 from pipelines.evaluate import EvaluateBase, EvaluateTrained
 from pipelines.prepare import Prepare
@@ -34,7 +34,7 @@ from pipelines.runtime.pool import ATTEMPTS
 from pipelines.runtime.progress import console
 from pipelines.runtime.stage import Stage, check_inputs
 from pipelines.runtime.variant_protocol import Limits
-from pipelines.runtime.variants import require_room, run_variants
+from pipelines.runtime.variants import print_failures, require_room, run_variants
 from pipelines.score import Score
 
 
@@ -66,7 +66,7 @@ def run_experiment(config: Config, run: RunDir, name: str) -> None:
     failures = _run_jobs(work, concurrent, folder)
     if experiment.rescores:
         failures |= _rescore(work.jobs)
-    _print_failures(failures)
+    print_failures("arm", failures)
     write_results(run, name)
     _raise(failures)
 
@@ -117,8 +117,8 @@ def _with_best_rates(
     search, work = part_of(config, "search"), Arms.of(rate_jobs(config, run, trials))
     concurrent = _make_ready(search, run, work)
     failures = _run_jobs(work, concurrent, run.part("experiments", "arms-search").root)
-    _print_failures(failures)
-    _raise({job: f for job, f in failures.items() if not (f.diverged or f.end == End.INVALID)})
+    print_failures("arm", failures)
+    _raise({job: f for job, f in failures.items() if f.retried and f.end != End.INVALID})
     measured = measured_trials(config, run, trials)
     chosen, notes = [], []
     for arm in arms:
@@ -169,20 +169,15 @@ def _rescore(jobs: Sequence[Job]) -> dict[str, Failure]:
             if job.done:
                 Score(*rescored(job.config, job.run)).complete()
         except Exception as error:  # the other arms still get their page
-            failures[job.name] = Failure(End.FAILED, in_a_line(error))
+            failures[job.name] = Failure(End.FAILED, in_a_line(error), Cause.of(error))
     return failures
-
-
-def _print_failures(failures: Mapping[str, Failure]) -> None:
-    for name, failure in failures.items():
-        console.print(f"arm {name}: {failure.end}: {failure.error}", style="red", markup=False)
 
 
 def _raise(failures: Mapping[str, Failure]) -> None:
     """End the command if an arm has no result, if possible with a fault that the user can mend."""
     for name, failure in failures.items():
-        if failure.is_for_user:
-            raise UserError(f"arm {name}: {failure.message}")
+        if failure.cause == Cause.USER:
+            raise UserError(f"arm {name}: {failure.error.removeprefix('UserError: ')}")
     if failures:
         raise RuntimeError(
             f"{len(failures)} arms have no result; the same command tries those again that may succeed"

@@ -42,7 +42,7 @@ from bdpo.storage.paths import (
     write_text,
 )
 from bdpo.storage.run_dir import RunDir
-from bdpo.variants.ends import RETRIED, End
+from bdpo.variants.ends import End
 from bdpo.variants.objective import check_held_out, check_measured, check_measures
 from pipelines.evaluate import EvaluateBase, EvaluateTrained, print_comparison, warn_of_screen
 from pipelines.prepare import Prepare
@@ -50,7 +50,7 @@ from pipelines.runtime.cli import Command
 from pipelines.runtime.progress import console
 from pipelines.runtime.stage import Stage, check_inputs
 from pipelines.runtime.variant_protocol import Limits
-from pipelines.runtime.variants import require_room, run_variants
+from pipelines.runtime.variants import print_failures, require_room, run_variants
 from pipelines.score import Score
 from pipelines.train import train_fingerprint
 from tune.trial import Trials
@@ -145,7 +145,7 @@ def _finish(sweep: Sweep) -> None:
     """Evaluate the best trial and the base model on the held-out prompts; write table, figures, best.yaml."""
     run, trials, settings = sweep.run, sweep.trials(), sweep.config.tune
     results, best = results_table(trials, settings), winner(trials, settings)
-    _print_failures(trials)
+    print_failures("trial", {trial.name: trial.failure for trial in trials if trial.failure})
     write_parquet(run.tune / "results.parquet", results)
     shown = read_evaluation(run.part("tune", "base", "search").eval("base"))
     for figure, drawn in search_figures(results, settings, shown.summary).items():
@@ -200,14 +200,6 @@ def _why_none(trials: Sequence[Trial], settings: TuneConfig) -> str:
         bound = settings.max_over_refusal
         return f"none of the {ends[End.COMPLETED]} completed trials is within tune.max_over_refusal={bound}"
     return f"no trial was completed: {', '.join(f'{count} {end}' for end, count in ends.items())}"
-
-
-def _print_failures(trials: Sequence[Trial]) -> None:
-    for trial in trials:
-        if trial.failure is not None:
-            line = f"trial {trial.name} {trial.failure.end}: {trial.failure.error}"
-            again = "; the same command tries it again" if trial.failure.end in RETRIED else ""
-            console.print(line + again, style="red", soft_wrap=True, markup=False)
 
 
 def _best_config(sweep: Sweep, best: Trial) -> Config:

@@ -29,7 +29,7 @@ from bdpo.search.trials import Rung, Trial, end_of
 from bdpo.storage.manifests import Fingerprint, finished, read_facts, write_manifest
 from bdpo.storage.paths import discard, sorted_glob
 from bdpo.storage.run_dir import RunDir
-from bdpo.variants.ends import RETRIED, End, Failure, forget_failure, read_failure, write_failure
+from bdpo.variants.ends import End, Failure, forget_failure, read_failure, write_failure
 from bdpo.variants.objective import Measured
 
 
@@ -93,9 +93,8 @@ class Sweep:
 
     def todo(self) -> int:
         """How many trials are missing, open, or tried again by this command."""
-        trials = self.trials()
-        ends = [end_of(trial, trials, self.config.tune) for trial in trials]
-        return self.missing() + sum(end in (End.OPEN, *RETRIED) for end in ends)
+        again = [trial for trial in self.trials() if trial.failure is not None and trial.failure.retried]
+        return self.missing() + len(self.open_trials()) + len(again)
 
     def suggest(self) -> Trial:
         """The next trial; its parameters are on disk before anything is done for it."""
@@ -126,18 +125,16 @@ class Sweep:
         write_failure(self.folder(name).root, self.fingerprint, failure)
 
     def reopen(self) -> None:
-        """Forget failures that are not the trial's own: it resumes from its last checkpoint and its answers.
-
-        A trial that failed by a fault of its own stays failed: the searcher has learned from it.
-        """
+        """Forget failures that are retried: such a trial resumes from its last checkpoint and its answers."""
         for trial in self.trials():
-            if trial.failure is not None and trial.failure.end in RETRIED:
+            if trial.failure is not None and trial.failure.retried:
                 forget_failure(self.folder(trial.name).root)
 
     def tidy(self, name: str) -> None:
         """Remove what an ended trial no longer requires: its checkpoints, and the model if it cannot win."""
-        end = self.end_of(self.trial(name))
-        self._discard(name, end, model=end in (End.STOPPED, End.FAILED))
+        trial = self.trial(name)
+        end = self.end_of(trial)
+        self._discard(trial, end, model=end != End.COMPLETED)
 
     def tidy_all(self, best: Trial | None) -> None:
         """Tidy every trial, also those whose process died; with a best trial, no other keeps its model."""
@@ -145,11 +142,12 @@ class Sweep:
         for trial in trials:
             end = end_of(trial, trials, self.config.tune)
             beaten = best is not None and trial.name != best.name
-            self._discard(trial.name, end, model=beaten or end != End.COMPLETED)
+            self._discard(trial, end, model=beaten or end != End.COMPLETED)
 
-    def _discard(self, name: str, end: End, model: bool) -> None:
-        run = self.folder(name)
-        if end in (End.COMPLETED, End.STOPPED, End.FAILED):
+    def _discard(self, trial: Trial, end: End, model: bool) -> None:
+        """Remove checkpoints, and the model if asked, of a trial that no command resumes."""
+        run, retried = self.folder(trial.name), trial.failure is not None and trial.failure.retried
+        if end != End.OPEN and (end == End.COMPLETED or not retried):
             discard(run.train, *([run.model, run.adapter] if model else []))
 
 

@@ -22,8 +22,7 @@ class End(StrEnum):
     STOPPED = "stopped"
     """Stopped early, because others did better after as many steps."""
     FAILED = "failed"
-    """By a fault of its own, which the same config would meet again: a loss that is not finite, too little
-    memory, values that do not go together."""
+    """By a fault of its own: a loss that is not finite, too little memory, values that do not go together."""
     INVALID = "invalid"
     """Trained, but too many of its answers have no verdict; the same command asks for the missing ones."""
     LOST = "lost"
@@ -31,8 +30,22 @@ class End(StrEnum):
     resumes it."""
 
 
-RETRIED = (End.INVALID, End.LOST)
-"""Ends that are not the fault of the variant: the same command tries it again."""
+class Cause(StrEnum):
+    """What made a variant end without a result, as far as that decides what is done about it."""
+
+    NOT_FINITE = "not finite"
+    """A number of the training that is not finite: it would take as many hours to get there again."""
+    USER = "user"
+    """A UserError: its message says what the user can mend."""
+    OTHER = "other"
+    """Memory, a process, a node, the storage, verdicts that are missing."""
+
+    @classmethod
+    def of(cls, error: BaseException) -> Cause:
+        """The cause that an error is."""
+        if isinstance(error, FloatingPointError):
+            return cls.NOT_FINITE
+        return cls.USER if isinstance(error, UserError) else cls.OTHER
 
 
 @dataclass(frozen=True)
@@ -43,26 +56,17 @@ class Failure:
     """FAILED, INVALID or LOST."""
     error: str
     """One line without text of the data: the class of the error and its message."""
+    cause: Cause = Cause.OTHER
 
     @property
-    def is_for_user(self) -> bool:
-        """Whether the user can mend it: the error is a UserError."""
-        return self.error.startswith(f"{UserError.__name__}: ")
-
-    @property
-    def message(self) -> str:
-        """The error without its class."""
-        return self.error.partition(": ")[2]
-
-    @property
-    def diverged(self) -> bool:
-        """Whether a number that is not finite ended the training: it would again, after as many hours."""
-        return self.error.startswith(FloatingPointError.__name__)
+    def retried(self) -> bool:
+        """Whether the same command tries the variant again: it may end in another way."""
+        return self.cause != Cause.NOT_FINITE
 
 
 def write_failure(folder: StoragePath, fingerprint: Fingerprint, failure: Failure) -> None:
     """Record in the folder of a variant why it has no result."""
-    write_manifest(folder / _FILE, fingerprint, kind=failure.end, error=failure.error)
+    write_manifest(folder / _FILE, fingerprint, kind=failure.end, error=failure.error, cause=failure.cause)
 
 
 def read_failure(folder: StoragePath, fingerprint: Fingerprint | None = None) -> Failure | None:
@@ -70,7 +74,7 @@ def read_failure(folder: StoragePath, fingerprint: Fingerprint | None = None) ->
     record = read_manifest(folder / _FILE)
     if record is None or fingerprint not in (None, record.fingerprint):
         return None
-    return Failure(End(record["kind"]), record["error"])
+    return Failure(End(record["kind"]), record["error"], Cause(record.get("cause", Cause.OTHER)))
 
 
 def forget_failure(folder: StoragePath) -> None:

@@ -35,10 +35,7 @@ class Arms:
 
     @classmethod
     def of(cls, jobs: Sequence[Job]) -> Arms:
-        """The jobs, of which those that failed are open again, unless they would fail in the same way.
-
-        A training whose loss is not finite would take as many hours to get there again. All other faults may
-        be mended: an input, a node, a judge, too little memory.
+        """The jobs, of which those that failed are open again if they are retried, see `Failure`.
 
         Raises:
             UserError: a job was begun or evaluated with another config; the message names the first
@@ -49,7 +46,7 @@ class Arms:
             refuse_other(job, arms.fingerprints[job.name])
         for job in jobs:
             failure = read_failure(job.run.root, arms.fingerprints[job.name])
-            if failure is None or not failure.diverged:
+            if failure is None or failure.retried:
                 forget_failure(job.run.root)
         return arms
 

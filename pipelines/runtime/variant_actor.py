@@ -22,7 +22,7 @@ from ray.tune import (
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from bdpo.variants.ends import End, Failure
+from bdpo.variants.ends import Cause, End, Failure
 from bdpo.variants.objective import InvalidEvaluation
 from pipelines.runtime.faults import in_a_line, own_fault
 from pipelines.runtime.ray_internals import HEAD_NODE
@@ -96,7 +96,7 @@ class VariantActor(tune.Trainable):
                 if self.runner is not None:
                     self.runner.stop_training()
                 raise
-            self.variants.record_failure(self.name, Failure(End.FAILED, in_a_line(fault)))
+            self.variants.record_failure(self.name, Failure(End.FAILED, in_a_line(fault), Cause.of(fault)))
         return {"variant": self.name, "done": True}
 
     def cleanup(self) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.live import Live
 
 from bdpo.cluster.placement import max_concurrent
 from bdpo.storage.paths import StoragePath, arrow_filesystem, discard
+from bdpo.variants.ends import Failure
 from pipelines.runtime.cluster import cluster_nodes, connect
 from pipelines.runtime.progress import console
 from pipelines.runtime.variant_protocol import Limits, Variants
@@ -35,6 +37,14 @@ def require_room(config: Config, run: RunDir, todo: int, key: str, share: float 
     require_memory(config)
     refuse_what_does_not_fit(config, run)
     return max_concurrent(config, cluster_nodes(), todo, key, share)
+
+
+def print_failures(kind: str, failures: Mapping[str, Failure]) -> None:
+    """A line for each variant without a result; `kind` is what a variant is called, `arm` or `trial`."""
+    for name, failure in failures.items():
+        again = "; the same command tries it again" if failure.retried else ""
+        line = f"{kind} {name}: {failure.end}: {failure.error}{again}"
+        console.print(line, style="red", soft_wrap=True, markup=False)
 
 
 def run_variants(variants: Variants, folder: StoragePath, todo: int, limits: Limits) -> None:

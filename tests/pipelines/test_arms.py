@@ -14,7 +14,7 @@ from bdpo.experiments.definitions import EXPERIMENTS
 from bdpo.experiments.jobs import jobs_of
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.run_dir import RunDir
-from bdpo.variants.ends import End, Failure
+from bdpo.variants.ends import Cause, End, Failure
 from bdpo.variants.objective import InvalidEvaluation
 from pipelines.experiment import _raise, _usable
 from pipelines.prepare import Prepare
@@ -73,14 +73,14 @@ def test_an_invalid_evaluation_of_an_arm_is_a_fault(monkeypatch, prepared):
         ArmRunner(job).next_rung()
 
 
-DIVERGED = Failure(End.FAILED, "FloatingPointError: the loss is not finite: pairs a, b")
+DIVERGED = Failure(End.FAILED, "FloatingPointError: not finite: pairs a, b", Cause.NOT_FINITE)
 
 
 def test_the_same_command_runs_again_what_failed_but_not_what_diverged(prepared):
     found = jobs(*prepared, count=5)
     failures = [
         DIVERGED,
-        Failure(End.FAILED, "UserError: the disk is full"),
+        Failure(End.FAILED, "UserError: the disk is full", Cause.USER),
         Failure(End.INVALID, "3 of 4 unjudged"),
         Failure(End.LOST, "3 times, at last OSError: gone"),
     ]
@@ -105,7 +105,8 @@ def test_what_diverged_with_another_config_is_run(prepared):
 
 
 def test_the_command_ends_with_what_the_user_can_mend():
-    failures = {"a, seed 0": DIVERGED, "b, seed 0": Failure(End.FAILED, "UserError: train.lora: none fits")}
+    wrong = Failure(End.FAILED, "UserError: train.lora: none fits", Cause.USER)
+    failures = {"a, seed 0": DIVERGED, "b, seed 0": wrong}
     with pytest.raises(UserError, match=r"^arm b, seed 0: train\.lora: none fits$"):
         _raise(failures)
     del failures["b, seed 0"]

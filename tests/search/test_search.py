@@ -34,12 +34,13 @@ from bdpo.search.trials import (
     winner,
 )
 from bdpo.storage.run_dir import RunDir
-from bdpo.variants.ends import End, Failure
+from bdpo.variants.ends import Cause, End, Failure
 from bdpo.variants.objective import InvalidEvaluation, check_measured, check_measures, measure
 from tests.support.score_rows import row, xrow
 from tests.support.sweeps import ALPHA, BETA, configured, measured
 
-NAN = Failure(End.FAILED, "FloatingPointError: NaN")
+NAN = Failure(End.FAILED, "FloatingPointError: NaN", Cause.NOT_FINITE)
+NO_MEMORY = Failure(End.FAILED, "OutOfMemoryError: of CUDA")
 
 
 def trial(number, *rungs, params=None, failure=None, before=()):
@@ -546,26 +547,35 @@ class TestSweepFolder:
         with pytest.raises(UserError, match="offload=cpu requires zero_stage"):
             sweep.config_of(made)
 
-    def test_failures_of_its_own_stay_and_the_others_are_tried_again(self, tmp_path):
+    def test_what_diverged_stays_failed_and_the_others_are_tried_again(self, tmp_path):
         sweep = self.sweep(tmp_path)
-        nan, invalid, lost = (sweep.suggest() for _ in range(3))
-        sweep.record_failure(nan.name, Failure(End("failed"), "FloatingPointError: NaN"))
+        nan, invalid, lost, large = (sweep.suggest() for _ in range(4))
+        sweep.record_failure(nan.name, NAN)
         sweep.record_failure(invalid.name, Failure(End("invalid"), "12 of 40 unjudged"))
         sweep.record_failure(lost.name, Failure(End("lost"), "3 times, at last OSError"))
-        assert [sweep.end_of(t) for t in sweep.trials()] == ["failed", "invalid", "lost"]
+        sweep.record_failure(large.name, NO_MEMORY)
+        assert [sweep.end_of(t) for t in sweep.trials()] == ["failed", "invalid", "lost", "failed"]
         assert sweep.open_trials() == []
-        assert sweep.todo() == sweep.missing() + 2
+        assert sweep.todo() == sweep.missing() + 3
         sweep.reopen()
-        assert [t.name for t in sweep.open_trials()] == [invalid.name, lost.name]
-        assert sweep.todo() == sweep.missing() + 2
+        assert [t.name for t in sweep.open_trials()] == [invalid.name, lost.name, large.name]
+        assert sweep.todo() == sweep.missing() + 3
 
-    @pytest.mark.parametrize(("kind", "kept"), [("failed", False), ("invalid", True), ("lost", True)])
-    def test_checkpoints_of_a_trial_that_is_tried_again_stay(self, tmp_path, kind, kept):
+    @pytest.mark.parametrize(
+        ("failure", "kept"),
+        [
+            (NAN, False),
+            (NO_MEMORY, True),
+            (Failure(End.INVALID, "why"), True),
+            (Failure(End.LOST, "why"), True),
+        ],
+    )
+    def test_checkpoints_of_a_trial_that_is_tried_again_stay(self, tmp_path, failure, kept):
         sweep = self.sweep(tmp_path)
         folder = sweep.folder(sweep.suggest().name)
         for path in (folder.train, folder.model):
             path.mkdir(parents=True)
-        sweep.record_failure("0000", Failure(End(kind), "why"))
+        sweep.record_failure("0000", failure)
         sweep.tidy("0000")
         assert (folder.train.exists(), folder.model.exists()) == (kept, kept)
 
@@ -594,7 +604,7 @@ class TestSweepFolder:
             for step in (8, 16)[:steps]:
                 sweep.record_rung(sweep.trial(at.name), step, measured(safety))
         sweep.record_failure("0003", Failure(End("lost"), "why"))
-        sweep.record_failure("0004", Failure(End("failed"), "why"))
+        sweep.record_failure("0004", NAN)
         trials = sweep.trials()
         assert [sweep.end_of(t) for t in trials] == ["completed", "completed", "stopped", "lost", "failed"]
         sweep.tidy_all(best and trials[best])

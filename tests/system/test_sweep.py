@@ -111,7 +111,7 @@ def swept(tmp_path_factory, tiny_chat):
     blocked = block(trials / "0001", 3)
     code, out, err = command(folder, "tune.max_failures=1")
     assert code == 1, err
-    assert "trial 0001 lost: 2 times, at last IsADirectoryError" in out
+    assert "trial 0001: lost: 2 times, at last IsADirectoryError" in out
     assert (trials / "0001" / "train" / "ray").is_dir(), "its checkpoints are gone"
     blocked.rmdir()
     code, out, err = command(folder)
@@ -141,7 +141,7 @@ class TestSweep:
         folder, out = swept
         rows = pq.read_table(folder / "run" / "tune" / "results.parquet").to_pylist()
         assert rows[0]["error"].startswith("FloatingPointError: the loss is not finite: pairs ")
-        assert "trial 0000 failed: FloatingPointError" in out
+        assert "trial 0000: failed: FloatingPointError" in out
 
     def test_the_reference_model_is_asked_by_the_scoring_alone(self, swept):
         folder, _ = swept

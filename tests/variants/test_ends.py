@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bdpo.errors import UserError
-from bdpo.variants.ends import End, Failure, forget_failure, read_failure, write_failure
+from bdpo.variants.ends import Cause, End, Failure, forget_failure, read_failure, write_failure
 
 LOST = Failure(End.LOST, "3 times, at last OSError: gone")
 
@@ -20,14 +20,14 @@ def test_a_failure_is_read_as_it_was_written_and_is_none_of_another_fingerprint(
 
 
 @pytest.mark.parametrize(
-    ("error", "diverged", "is_for_user"),
+    ("error", "cause", "retried"),
     [
-        ("FloatingPointError: the loss is not finite", True, False),
-        (f"{UserError.__name__}: train.lora: none fits", False, True),
-        ("OutOfMemoryError: CUDA out of memory", False, False),
+        (FloatingPointError("the loss is not finite"), Cause.NOT_FINITE, False),
+        (UserError("train.lora: none fits"), Cause.USER, True),
+        (MemoryError("out of memory"), Cause.OTHER, True),
     ],
 )
-def test_the_class_of_the_error_says_who_can_mend_it(error, diverged, is_for_user):
-    failure = Failure(End.FAILED, error)
-    assert (failure.diverged, failure.is_for_user) == (diverged, is_for_user)
-    assert failure.message == error.partition(": ")[2]
+def test_what_may_end_in_another_way_is_retried(tmp_path, error, cause, retried):
+    write_failure(tmp_path, {}, Failure(End.FAILED, "a line", Cause.of(error)))
+    failure = read_failure(tmp_path)
+    assert (failure.cause, failure.retried) == (cause, retried)
