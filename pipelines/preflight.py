@@ -44,6 +44,7 @@ from pipelines.runtime.registry import PIPELINE, STUDIES
 from pipelines.runtime.stage import input_checks
 
 MAX_UPLOAD_MIB = 100  # Ray's own limit is 512
+MEASURE_SECONDS = 1800.0  # for a worker of `score`: a node that is started, a model that is downloaded
 _SHOWN = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[bold red]error[/]"}
 
 
@@ -86,7 +87,12 @@ def _time(config: Config, run: RunDir, throughput: float | None, measure: bool) 
         gpus = config.score.gpus_per_worker
         task = ray.remote(num_cpus=1, num_gpus=gpus)(measure_throughput)
         console.print("measuring for 20 seconds ...")
-        throughput = ray.get(task.remote(config, "cuda" if gpus else "cpu"))
+        try:
+            throughput = ray.get(task.remote(config, "cuda" if gpus else "cpu"), timeout=MEASURE_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            raise UserError(
+                f"no worker has measured within {MEASURE_SECONDS / 60:.0f} minutes; is one free?"
+            ) from None
     return expected_hours(config, run, throughput)
 
 

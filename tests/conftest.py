@@ -17,7 +17,7 @@ from bdpo.models.tokenizer import ChatTokenizer
 from tests.support.browser import browser
 from tests.support.chats import CHATML, MakeChat, byte_tokenizer
 from tests.support.data_files import write_jsonl
-from tests.support.evaluation import KEY
+from tests.support.evaluation import SECRETS
 from tests.support.killed_training import training_inputs, training_nodes  # noqa: F401
 from tests.support.ray_nodes import session_node
 from tests.support.s3_server import s3_bucket, s3_server
@@ -25,6 +25,8 @@ from tests.support.s3_server import s3_bucket, s3_server
 os.environ["RAY_ADDRESS"] = "local"  # no test joins another cluster of this machine
 # Ray reads these when it is first imported, whatever test that is, and never again.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+# Ray's workers would wait for every other process of the machine: for the other tests that run at the time.
+os.environ |= {"RAY_worker_niceness": "0"}
 
 # Two test files run at a time, on as few as two cores: more threads of a process only wait for each other.
 torch.set_num_threads(1)
@@ -50,7 +52,7 @@ def ray_session() -> Iterator[Path]:
     """The folder of a Ray cluster on this machine, which every command of the session joins."""
     import ray
 
-    node = session_node(JUDGE_KEY=KEY)  # a key that the evaluation must not leak
+    node = session_node(**SECRETS)  # which no command may leak
     with node as (address, folder), pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_ADDRESS", address)
         yield folder

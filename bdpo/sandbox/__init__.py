@@ -11,12 +11,10 @@ import re
 import shutil
 from pathlib import Path
 
-from filelock import FileLock
-
 from bdpo.config import SANDBOX, Config, ModelConfig
 from bdpo.errors import UserError
 from bdpo.sandbox.world import make_world
-from bdpo.storage.cache import cache_folder
+from bdpo.storage.cache import cache_folder, machine_lock
 
 
 def sandbox_folder(seed: int = 0) -> Path:
@@ -34,7 +32,7 @@ def sandbox_folder(seed: int = 0) -> Path:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"BDPO_CACHE: {root} cannot be made ({error.strerror})") from None
-    with FileLock(f"{folder}.lock"):
+    with machine_lock(folder.with_name(f"{folder.name}.lock")):
         if not folder.exists():
             partial = folder.with_name(f"{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed

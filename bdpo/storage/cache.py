@@ -5,14 +5,40 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from upath import UPath
 
 from bdpo.errors import UserError, error_line
 from bdpo.storage.paths import StoragePath, atomic_folder, discard, storage_path
+
+LOCK_SECONDS = 3600.0
+"""How long a process waits for another one of its machine that makes or downloads the same."""
+
+
+@contextmanager
+def machine_lock(file: Path) -> Iterator[None]:
+    """One process of this machine at a time; the kernel releases the lock of a process that has ended.
+
+    Raises:
+        UserError: another process has held the lock for `LOCK_SECONDS`: it stands still.
+    """
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise UserError(
+            f"{file}: another process has held this lock for {LOCK_SECONDS / 60:.0f} minutes; end that "
+            "process (`fuser -v FILE` lists it), and the same command resumes"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def cached_copy(url: str, key: str) -> Path:
@@ -56,7 +82,7 @@ def local_copy(path: StoragePath) -> Path:
     copies = _copies(path)
     copy = copies / _digest(json.dumps(versions))
     copies.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{copies}.lock"):
+    with machine_lock(copies.with_name(f"{copies.name}.lock")):
         if not copy.is_dir():
             discard(*copies.iterdir())
             with atomic_folder(copy) as folder:

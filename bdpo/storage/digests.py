@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from bdpo.storage.cache import cache_folder
+from bdpo.storage.cache import LOCK_SECONDS, cache_folder
 from bdpo.storage.paths import StoragePath, write_text
 
 # File systems have coarse clocks: a file that changed just now could change again with the same time stamp.
@@ -57,12 +57,12 @@ def cached_sha256(file: Path) -> str:
 
 @contextmanager
 def _one_process_at_a_time(kept: Path) -> Iterator[None]:
-    """The actors of a node start together: one reads the file and the others wait, if a lock can be made."""
+    """The actors of a node start together: one reads the file and the others wait, if there is a lock."""
     with ExitStack() as held:
         with suppress(OSError):
             lock = kept.parents[1] / "locks" / kept.name
             lock.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(lock))
+            held.enter_context(FileLock(lock, timeout=LOCK_SECONDS))
         yield
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from bdpo.config import Config, TrainConfig
 from bdpo.errors import UserError
@@ -24,7 +23,7 @@ from bdpo.models.attention import attention_of
 from bdpo.models.loading import load_model, model_config, model_folder, require_complete_weights
 from bdpo.models.logps import LogpsModel
 from bdpo.models.tokenizer import ChatTokenizer
-from bdpo.storage.cache import cache_folder
+from bdpo.storage.cache import cache_folder, machine_lock
 from bdpo.storage.digests import json_digest
 from bdpo.training.deepspeed_internals import (
     ClippingAdamW,
@@ -208,7 +207,7 @@ def _choose_accelerator(train: TrainConfig) -> None:
     folder = cache_folder() / "torch_extensions" / json_digest(built_by)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "build.lock"):
+    with machine_lock(folder / "build.lock"):
         for stale in folder.rglob("lock"):
             stale.unlink()
         build_shared_memory_op()

@@ -10,10 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +28,9 @@ from bdpo.storage.paths import atomic_folder, discard, read_text, write_text
 from bdpo.storage.run_dir import RunDir
 
 log = logging.getLogger(__name__)
+
+TRACKER_SECONDS = 120.0
+"""How long a tracker may take for one call; its library may try again for as long as it likes."""
 
 
 class Tracker(Protocol):
@@ -165,10 +171,34 @@ class Tracking:
         """A tracker that fails is dropped with a warning; the training continues and logs all metrics."""
         for name, tracker in list(self.trackers.items()):
             try:
-                do(tracker)
+                _within(TRACKER_SECONDS, partial(do, tracker))
             except Exception as error:  # every library has its own
                 del self.trackers[name]
                 log.warning("%s failed and gets no more metrics (%s)", name, first_line(error))
+
+
+def _within(seconds: float, call: Callable[[], object]) -> None:
+    """Call in a thread that is left behind if it takes longer than that.
+
+    Raises:
+        TimeoutError: it does.
+    """
+    done: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            call()
+            done.set_result(None)
+        except Exception as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        done.result(seconds)
+    except TimeoutError:
+        if done.done():  # its own
+            raise
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
 
 
 def _run_id(run: RunDir, name: str, create: Callable[[], str]) -> str:

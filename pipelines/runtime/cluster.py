@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import tempfile
+from contextlib import suppress
+from pathlib import Path
 
 from bdpo.config.reading import read_yaml
 from bdpo.config.secrets import refuse_secrets
@@ -15,7 +19,7 @@ from pipelines.runtime.signals import keep_handlers
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS or a running `ray start` names, else start one on this machine.
 
-    Token authentication is on everywhere; a local cluster makes its own token.
+    Token authentication is on everywhere; a local cluster gets a token of its own, see `protect_token`.
 
     Raises:
         UserError: this driver is a job whose runtime_env holds a secret.
@@ -25,14 +29,37 @@ def connect() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the run is on the dashboard's Train page
+    # Checkpoints are committed, and dead workers noticed, when the controller looks: by default every 2 s.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Workers of a training and trials stay in the folder where all the paths of a config begin.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     import ray
 
+    protect_token()
     if not ray.is_initialized():
         # What workers print stays in their log files: the terminal is for progress.
         keep_handlers(lambda: ray.init(logging_level=logging.WARNING, log_to_driver=False))
     refuse_secrets(dict(ray.get_runtime_context().runtime_env), "runtime_env")
+
+
+def protect_token() -> None:
+    """Let nobody else on this machine read the token of Ray's clusters, which admits to all of them.
+
+    Ray itself makes the file readable for everybody. So it is made here, before Ray does, if this command may
+    start a cluster; one that exists loses the permissions of others.
+    """
+    if os.environ["RAY_AUTH_MODE"] != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    if not file.exists() and os.environ.get("RAY_ADDRESS", "local") == "local":
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent) as made:  # of mode 0600
+            made.write(secrets.token_hex(32))
+            made.flush()
+            with suppress(FileExistsError):  # another command was faster
+                os.link(made.name, file)
+    with suppress(FileNotFoundError, PermissionError):  # a mounted secret may be read-only
+        file.chmod(file.stat().st_mode & 0o700)
 
 
 def require_capacity(

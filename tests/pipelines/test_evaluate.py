@@ -22,6 +22,7 @@ from tests.support.evaluation import (
     JUDGED,
     KEY,
     PROMPT,
+    SECRETS,
     answers,
     canary_files,
     leaks,
@@ -62,7 +63,8 @@ def test_no_text_and_no_key_leaves_the_private_folder(
         reply(handler, json.dumps([JUDGED, body, handler.headers["Authorization"]]).encode(), status)
 
     run = tmp_path / "run"
-    monkeypatch.setenv("JUDGE_KEY", KEY)  # as in the environment of the cluster's node
+    for name, value in SECRETS.items():  # as in the environment of the cluster's node
+        monkeypatch.setenv(name, value)
     with fake_endpoint(quoting) as endpoint:
         config = write_config(run, parrot, endpoint.url, files)
         printed = evaluate(config)

@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -18,8 +20,8 @@ from upath import UPath
 
 from bdpo.errors import UserError
 from bdpo.models.loading import load_model, model_folder, weights_digest
-from bdpo.storage import lease, paths
-from bdpo.storage.cache import drop_local_copy, local_copy
+from bdpo.storage import cache, lease, paths
+from bdpo.storage.cache import drop_local_copy, local_copy, machine_lock
 from bdpo.storage.lease import lock
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import (
@@ -231,6 +233,16 @@ class TestFetch:
             model_folder(config.model)
 
 
+def test_a_lock_of_the_machine_that_nobody_releases_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "LOCK_SECONDS", 0.2)
+    file = tmp_path / "lock"
+    held_too_long = pytest.raises(UserError, match=rf"{file}: another process has held this lock")
+    with machine_lock(file), held_too_long, machine_lock(file):
+        raise AssertionError
+    with machine_lock(file):
+        pass
+
+
 class TestLock:
     @pytest.fixture(autouse=True)
     def fast(self, monkeypatch):
@@ -276,7 +288,18 @@ class TestLock:
         with lock(folder):
             pass
 
-    def test_a_holder_shows_life_until_it_stands_still(self, folder):
+    def test_a_holder_shows_life_until_it_stands_still(self, folder, monkeypatch):
+        """By a clock that stands still while a renewal is on its way, however long that takes."""
+        clock, renewals = [0.0], []
+
+        def sleep(seconds):
+            clock[0] += seconds
+            for renew in renewals:
+                renew()
+
+        monkeypatch.setattr(
+            lease, "time", SimpleNamespace(time=time.time, monotonic=lambda: clock[0], sleep=sleep)
+        )
         assert lease.read_holder(folder) is None
         assert not lease.shows_life(folder)
         with lock(folder) as held:
@@ -284,9 +307,11 @@ class TestLock:
                 socket.gethostname(),
                 os.getpid(),
             )
-            assert lease.shows_life(folder)
-            held.released.set()  # it renews no more
+            held.released.set()  # it renews no more but when the clock moves
             held.renewal.join()
+            renewals.append(held._show_life)
+            assert lease.shows_life(folder)
+            renewals.clear()
             assert not lease.shows_life(folder)
             assert lease.read_holder(folder) is not None
         assert lease.read_holder(folder) is None

@@ -23,7 +23,15 @@ PROMPT, ANSWER, JUDGED, KEY = (
     "sk-canary-51d0",
 )
 
-CANARIES = (PROMPT, ANSWER, JUDGED, KEY)
+SECRETS = {
+    "JUDGE_KEY": KEY,
+    "WANDB_API_KEY": "c0ffee51d0c0ffee51d0c0ffee51d0c0ffee51d0",
+    "MLFLOW_TRACKING_TOKEN": "canary-token-6b1d",
+    "MLFLOW_TRACKING_PASSWORD": "canary-password-a9e3",
+}
+"""Environment variables of nodes and commands, whose values appear nowhere."""
+
+CANARIES = (PROMPT, ANSWER, JUDGED, *SECRETS.values())
 
 
 def train_parrot(folder: Path) -> Path:

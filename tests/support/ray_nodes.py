@@ -201,7 +201,7 @@ def session_node(cpus: int = 4, **variables: str) -> Iterator[tuple[str, Path]]:
     """
     with _short_folder() as folder:
         port, log = free_ports(1)[0], folder / "start.log"
-        environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+        environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
         # Ray kills workers when the machine runs out of memory, whoever took it.
         environment |= {"RAY_memory_monitor_refresh_ms": "0", **variables}
         head = ["--head", f"--port={port}", "--include-dashboard=false", f"--num-cpus={cpus}"]

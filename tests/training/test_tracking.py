@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 
 import pytest
 import wandb
@@ -15,7 +16,9 @@ from bdpo.config import parse_config
 from bdpo.errors import UserError
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
+from bdpo.training import tracking as module
 from bdpo.training.tracking import Tracking
+from tests.support.evaluation import SECRETS
 
 
 @pytest.fixture
@@ -132,6 +135,32 @@ def sent(file):
         record.ParseFromString(content[at + 7 : at + 7 + length])
         yield record
         at += 7 + length
+
+
+def test_no_secret_of_a_tracker_is_kept(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    tracking = Tracking(config_of(run, "wandb", "mlflow"), run)
+    append(run, 1, 2)
+    tracking.close()
+    wandb.teardown()
+    kept = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert any(b"rewards/margins" in content for content in kept.values())
+    assert [file for file, content in kept.items() for v in SECRETS.values() if v.encode() in content] == []
+
+
+def test_a_tracker_that_does_not_answer_stops_nothing(run, monkeypatch, caplog):
+    never = threading.Event()
+    monkeypatch.setattr(module, "TRACKER_SECONDS", 0.2)
+    tracking = Tracking(config_of(run, "tensorboard"), run)
+    monkeypatch.setattr(tracking.trackers["tensorboard"], "log", lambda *_: never.wait())
+    append(run, 1)
+    assert len(tracking.follow()) == 1
+    assert "tensorboard failed and gets no more metrics (no answer within 0.2 s)" in caplog.text
+    assert tracking.trackers == {}
+    never.set()
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])

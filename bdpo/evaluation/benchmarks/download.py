@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from filelock import FileLock
-
 from bdpo.errors import UserError, first_line
-from bdpo.storage.cache import cache_folder
+from bdpo.storage.cache import cache_folder, machine_lock
 from bdpo.storage.limits import storage_options
 from bdpo.storage.paths import write_bytes
 
@@ -30,7 +28,7 @@ def pinned_file(path: str, sha256: str | None) -> Path:
         raise UserError(f"{path}: a URL expects the sha256 of its content, so that the prompts stay the same")
     cached = cache_folder() / "benchmarks" / f"{sha256}.csv"
     cached.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{cached}.lock"):
+    with machine_lock(cached.with_name(f"{cached.name}.lock")):
         if not cached.exists():
             content = _download(path)
             _check(path, content, sha256)
