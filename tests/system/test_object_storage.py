@@ -15,18 +15,17 @@ import pytest
 
 from bdpo.data.pairs import read_pairs
 from bdpo.scoring.reference import ReferenceScorer
+from bdpo.scoring.scores import read_scores
 from bdpo.storage import paths
 from bdpo.storage.cache import local_copy
 from bdpo.storage.metrics_log import MetricsLog
-from bdpo.storage.paths import (
-    write_bytes,
-    write_text,
-)
+from bdpo.storage.paths import write_bytes
 from bdpo.storage.run_dir import RunDir
 from tests.support import ROOT
 from tests.support.commands import kill_with_cluster
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
 from tests.support.s3_server import SECRET
+from tests.support.training import launch
 
 PAIRS = 40
 
@@ -100,7 +99,7 @@ def objects(run):
 def test_the_whole_pipeline_on_object_storage(inputs, bucket, tmp_path):
     """Killed in scoring, a shard damaged, killed in training, run to the end, run again; an experiment on it.
 
-    Judges: a scorer in this process, and a training of the same scores in a local folder, never killed.
+    Judges: a scorer in this process, and a training of the same scores in a local folder, without Ray.
     """
     remote, local = RunDir(f"{bucket}/{tmp_path.name}/run"), RunDir(tmp_path / "run")
     file = tmp_path / "remote.yaml"
@@ -147,9 +146,9 @@ def test_the_whole_pipeline_on_object_storage(inputs, bucket, tmp_path):
 
     for part in ("data", "scores"):
         shutil.copytree(local_copy(remote.root / part), local.root / part)
-    (tmp_path / "local.yaml").write_text(config_of(local.root, inputs).to_yaml())
-    write_text(local.config, (tmp_path / "local.yaml").read_text())
-    command("train", tmp_path / "local.yaml")
+    alone = config_of(local.root, inputs)
+    pq.write_table(read_scores(alone, local), local.root / "scores.parquet")
+    launch([alone], alone.train.workers)
     weights = "model.safetensors"
     assert (remote.model / weights).read_bytes() == (local.model / weights).read_bytes()
     assert steps(remote) == steps(local)
