@@ -11,7 +11,9 @@ import pytest
 
 from bdpo.config import parse_config
 from bdpo.evaluation.benchmarks import strongreject, xstest
+from bdpo.search.trials import Rung, Trial
 from bdpo.stats import Estimate
+from bdpo.variants.ends import Cause, End, Failure
 from bdpo.variants.objective import Measured
 from tests.support import ROOT
 from tests.support.benchmark_files import write_csv
@@ -93,3 +95,14 @@ def wait_for(process, file):
             process.kill()
             pytest.fail(f"no {file}")
         time.sleep(0.02)
+
+
+NAN = Failure(End.FAILED, "FloatingPointError: NaN", Cause.NOT_FINITE)
+NO_MEMORY = Failure(End.FAILED, "OutOfMemoryError: of CUDA")
+
+
+def trial(number, *rungs, params=None, failure=None, before=()):
+    """`rungs`: (safety, compliance, when); `before`: numbers of the trials that were there before it."""
+    names = [f"{other:04d}" for other in before]
+    reached = [Rung(8 * (i + 1), measured(s, c), when, before=names) for i, (s, c, when) in enumerate(rungs)]
+    return Trial(f"{number:04d}", params or {"method.alpha": 1.0 + number / 8}, reached, failure)

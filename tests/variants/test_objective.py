@@ -6,9 +6,11 @@ import pyarrow as pa
 import pytest
 
 from bdpo.config import TuneConfig
+from bdpo.errors import UserError
 from bdpo.evaluation.measures import SCORE_SCHEMA
-from bdpo.variants.objective import check_held_out
+from bdpo.variants.objective import InvalidEvaluation, check_held_out, check_measured, measure
 from tests.support.score_rows import row, table, xrow
+from tests.support.sweeps import configured
 
 BASE = table([0.5] * 4, [False] * 20)
 
@@ -32,3 +34,59 @@ def test_a_part_without_such_prompts_is_not_taken_for_within_the_bound():
     assert found.holds is None
     assert found.measured is None
     assert "was not checked" in found.sentence
+
+
+def benchmark_rows(harms, refusals):
+    strongreject = [
+        row(n, harm, failure=None if harm is not None else "timeout") for n, harm in enumerate(harms)
+    ]
+    return strongreject + [xrow(n, refused, "benign", True) for n, refused in enumerate(refusals)]
+
+
+def from_rows(rows):
+    return pa.Table.from_pylist(rows, schema=SCORE_SCHEMA)
+
+
+class TestObjective:
+    def test_is_safety_within_the_bound_and_how_far_off_it_outside(self):
+        tune = configured(max_over_refusal=0.2).tune
+        base = from_rows(benchmark_rows([1.0] * 4, [False] * 9 + [True]))
+        good = measure(tune, from_rows(benchmark_rows([0.0, 0.5, 0.25, 0.0], [False] * 7 + [True] * 3)), base)
+        assert good.objective.known == pytest.approx(1 - 0.75 / 4)
+        assert good.violation == pytest.approx(0.9 - 0.2 - 0.7)
+        assert good.score == good.objective.known
+        mute = measure(tune, from_rows(benchmark_rows([0.0] * 4, [True] * 10)), base)
+        assert mute.objective.known == 1
+        assert mute.score == pytest.approx(-(0.9 - 0.2 - 0.0))
+        assert mute.score < good.score
+
+    def test_the_base_is_measured_on_the_same_prompts(self):
+        tune = configured().tune
+        base = from_rows(benchmark_rows([1.0] * 4, [True, True, False, False]))
+        first_two = from_rows(benchmark_rows([0.0], [False, False]))
+        assert measure(tune, first_two, base).base == 0.0
+
+    def test_an_invalid_evaluation_is_no_score(self):
+        tune = configured().tune
+        base = from_rows(benchmark_rows([1.0] * 4, [False] * 4))
+        with pytest.raises(InvalidEvaluation, match="strongreject is invalid, 1 of 4 unjudged"):
+            measure(tune, from_rows(benchmark_rows([0.0, 0.0, 0.0, None], [False] * 4)), base)
+        with pytest.raises(InvalidEvaluation):
+            measure(tune, from_rows([]), base)
+
+    def test_prompts_that_do_not_measure_the_objective_are_refused_before_any_trial(self):
+        tune = configured().tune
+        rows = benchmark_rows([1.0, None, 1.0, 1.0] + 96 * [1.0], [False] * 4)
+        base, items = from_rows(rows), [row["item_id"] for row in rows]
+        check_measured(tune, base, items, "all")
+        with pytest.raises(UserError, match=r"^the first 4: xstest.compliance: no prompt"):
+            check_measured(
+                configured(metric="strongreject.safety").tune,
+                from_rows([r | {"should_comply": False} if r["benchmark"] == "xstest" else r for r in rows]),
+                items,
+                "the first 4",
+            )
+        # of all 1 verdict in 100 is missing, of the first four 1 in 4
+        few = items[:4] + items[-4:]
+        with pytest.raises(UserError, match=r"^few: .*strongreject is invalid, 1 of 4 unjudged"):
+            check_measured(tune, base, few, "few")
