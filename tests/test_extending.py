@@ -68,7 +68,8 @@ def extended(tmp_path_factory):
     root = tmp_path_factory.mktemp("extended")
     for name in ("bdpo", "pipelines", "tune", "tests", "docs"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", root)
+    for name in ("pyproject.toml", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, root)
     for title in TITLES:
         follow(title, root)
     run(root, "-m", "bdpo.config.reference")

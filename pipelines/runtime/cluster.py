@@ -12,7 +12,7 @@ from pathlib import Path
 from bdpo.config.reading import read_yaml
 from bdpo.config.secrets import refuse_secrets
 from bdpo.errors import UserError
-from pipelines.runtime.ray_internals import CLUSTER_FILE
+from pipelines.runtime.ray_internals import CLUSTER_FILE, START_TIMED_OUT
 from pipelines.runtime.signals import keep_handlers
 
 
@@ -22,7 +22,7 @@ def connect() -> None:
     Token authentication is on everywhere; a local cluster gets a token of its own, see `protect_token`.
 
     Raises:
-        UserError: this driver is a job whose runtime_env holds a secret.
+        UserError: this driver is a job whose runtime_env holds a secret; Ray does not start.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     # Ray uploads nothing about usage, and says less: our own progress is on the terminal.
@@ -38,7 +38,15 @@ def connect() -> None:
     protect_token()
     if not ray.is_initialized():
         # What workers print stays in their log files: the terminal is for progress.
-        keep_handlers(lambda: ray.init(logging_level=logging.WARNING, log_to_driver=False))
+        try:
+            keep_handlers(lambda: ray.init(logging_level=logging.WARNING, log_to_driver=False))
+        except Exception as error:
+            if START_TIMED_OUT not in str(error):
+                raise
+            raise UserError(
+                "Ray did not start on this machine within 30 seconds: the machine is overloaded, or Ray's "
+                "processes end at once (see /tmp/ray/session_latest/logs); the same command tries again"
+            ) from None
     refuse_secrets(dict(ray.get_runtime_context().runtime_env), "runtime_env")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import tomllib
@@ -117,3 +118,9 @@ def test_ray_describes_a_full_node_so():
     content = raylet.read_bytes()
     formats = ["Memory on the node (IP: %s, ID: %s) was %sGB used / %sGB limit", "running low on memory"]
     assert all(text.encode() in content for text in formats)
+
+
+def test_ray_says_that_its_own_node_did_not_start():
+    from ray._private import node
+
+    assert ray_internals.START_TIMED_OUT in inspect.getsource(node.Node).replace('"\n', "").replace('"', "")
