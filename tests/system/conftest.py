@@ -10,3 +10,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker("system")
+            item.add_marker(pytest.mark.timeout(3600))  # whole pipelines, maybe beside other work
