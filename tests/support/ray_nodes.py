@@ -205,13 +205,21 @@ def session_node(cpus: int = 4, **variables: str) -> Iterator[tuple[str, Path]]:
         # Ray kills workers when the machine runs out of memory, whoever took it.
         environment |= {"RAY_memory_monitor_refresh_ms": "0", **variables}
         head = ["--head", f"--port={port}", "--include-dashboard=false", f"--num-cpus={cpus}"]
-        node = start_node(*head, f"--temp-dir={folder}", environment=environment, log=log)
+        node = _started_node(*head, f"--temp-dir={folder}", environment=environment, log=log)
         try:
-            wait_until(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None, "Ray")
-            assert node.poll() is None, log.read_text()
             yield f"127.0.0.1:{port}", folder
         finally:
             end_node(node)
+
+
+def _started_node(*arguments: str, environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """A node that has started; Ray gives up after 30 seconds, which a busy machine may need, so thrice."""
+    for _ in range(3):
+        node = start_node(*arguments, environment=environment, log=log)
+        wait_until(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None, "Ray")  # noqa: B023
+        if node.poll() is None:
+            return node
+    raise AssertionError(log.read_text())
 
 
 @contextmanager
