@@ -120,7 +120,7 @@ FAULTS = {
 def test_without_a_prompt_a_request_failed_and_was_not_withstood(
     script: Script, code: str, tmp_path: Path, tiny_chat: ChatTokenizer
 ) -> None:
-    section = {"streams": 2, "depth": 3, "timeout": 0.5}
+    section = {"streams": 2, "depth": 3, "timeout": 0.5 if code == "timeout" else 60}
     with fake_endpoint(script) as endpoint:
         record = attacked(tmp_path, tiny_chat, endpoint.url, JudgeBy(lambda _: False), **section)
     assert (record.jailbroken, record.failure, record.direct) == (None, f"attacker_{code}", False)
