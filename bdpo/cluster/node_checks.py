@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from bdpo.cluster.nodes import NodeFacts
 from bdpo.cluster.preflight import Check, Doubt
 from bdpo.config import Config, TrainConfig
 from bdpo.errors import UserError
 from bdpo.storage.cache import cache_folder
+from bdpo.storage.paths import local_path
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.memory import (
     GIB,
@@ -30,7 +30,7 @@ def files_on_nodes(config: Config) -> list[str]:
     What lies in the cache folder a node makes for itself.
     """
     named = [config.model.name_or_path, *config.evaluate.files()]
-    here = {name: Path(name).expanduser() for name in named}
+    here = {name: local_path(name) for name in named}
     cache = cache_folder().resolve()
     return [n for n, path in here.items() if path.exists() and not path.resolve().is_relative_to(cache)]
 

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from bdpo.errors import error_line
-from bdpo.storage.paths import read_text
+from bdpo.storage.paths import local_path, read_text
 from bdpo.storage.run_dir import RunDir
 
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "pyarrow")
@@ -49,7 +49,7 @@ def node_facts(address: str, run_dir: str | None, nonce: str, files: Sequence[st
         shutil.disk_usage(tempfile.gettempdir()).free / 2**30,
         _memory_gib(),
         _gpu_gib(),
-        tuple(file for file in files if not Path(file).expanduser().exists()),
+        tuple(file for file in files if not local_path(file).exists()),
         _storage_error(RunDir(run_dir), nonce) if run_dir else "was not asked",
     )
 

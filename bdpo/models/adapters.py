@@ -23,6 +23,7 @@ from bdpo.models.loading import (
 from bdpo.models.weight_files import some_names
 from bdpo.storage.checksums import require_checksums
 from bdpo.storage.digests import files_digest
+from bdpo.storage.paths import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +41,7 @@ def adapter_folder(name: str, key: str) -> Path:
         UserError: there is none, it has no `adapter_config.json` and `adapter_model.safetensors`, or it was
             exported here and is not as it was exported.
     """
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     folder = folder if folder.is_dir() else hub_snapshot(name, None, key)
     for file in (_CONFIG, _WEIGHTS):
         if not (folder / file).is_file():
@@ -137,7 +138,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, base: ModelConfig, seed: 
         )
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise UserError(f"train.lora.target_modules={lora.target_modules}: the output head cannot be adapted")
-    if base.name_or_path != SANDBOX and not Path(base.name_or_path).expanduser().is_dir():
+    if base.name_or_path != SANDBOX and not local_path(base.name_or_path).is_dir():
         # From the hub: the adapter is of that model, not of its snapshot on this machine.
         config.base_model_name_or_path, config.revision = base.name_or_path, base.revision
 

@@ -24,6 +24,7 @@ from bdpo.sandbox import sandbox_seed
 from bdpo.storage.cache import cached_copy
 from bdpo.storage.checksums import require_checksums
 from bdpo.storage.digests import cached_sha256, files_digest
+from bdpo.storage.paths import local_path
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ def model_folder(model: ModelConfig) -> Path:
         from bdpo.sandbox import sandbox_folder
 
         return sandbox_folder(sandbox_seed(model)) / "model"
-    folder = Path(model.name_or_path).expanduser()
+    folder = local_path(model.name_or_path)
     if "://" in model.name_or_path:
         folder = cached_copy(model.name_or_path, "model.name_or_path")
     elif model.name_or_path.lower().endswith(".gguf"):

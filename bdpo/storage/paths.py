@@ -38,18 +38,27 @@ MARKERS = ("manifest.json", "config.json", "adapter_config.json")
 """Files that mark their folder as complete: uploaded last, removed first."""
 
 
+def local_path(name: str) -> Path:
+    """A path of this machine; `~` is the home folder, while the `~name` of no user stays a name."""
+    return Path(os.path.expanduser(name))
+
+
 def storage_path(name: str | StoragePath, key: str) -> StoragePath:
     """The path of a folder or URL; errors name the config key `key`.
 
     Raises:
-        UserError: the URL's protocol is unknown or requires a package; the URL contains a password, or a
-            character that fsspec would take for a pattern, so that it would not find files below it.
+        UserError: no user has the name of `~name`; the URL's protocol is unknown or requires a package; the
+            URL contains a password, or a character that fsspec would take for a pattern, so that it would
+            not find files below it.
     """
     if isinstance(name, UPath) and not isinstance(name, Path):
         return name
     protocol, separator, rest = str(name).partition("://")
     if not separator or protocol == "file":
-        return Path(rest if separator else name).expanduser().resolve()
+        local = local_path(rest if separator else str(name))
+        if str(local).startswith("~"):
+            raise UserError(f"{key}={name}: no user of this machine has this name")
+        return local.resolve()
     if urlsplit(str(name)).password is not None:
         raise UserError(f"{key}: no credentials in a URL, they come from the environment")
     if protocol not in ("http", "https") and set(rest) & set("[]*?"):  # a web page's address may have a query

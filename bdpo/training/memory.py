@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +23,7 @@ from bdpo.models.loading import model_config, plain_attention
 from bdpo.models.logps import CHUNK_ELEMENTS, LogpsModel, prefix_sharing_obstacle
 from bdpo.models.packing import PrefixGroup
 from bdpo.models.transformers_private import attention_of_config, set_attention
+from bdpo.storage.paths import local_path
 from bdpo.training.deepspeed_internals import MAX_LIVE_PARAMETERS, REDUCE_BUCKET
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def model_shape(config: Config) -> tuple[PreTrainedConfig, str | None]:
     from transformers import AutoConfig
 
     model = config.model
-    local = (Path(model.name_or_path).expanduser() / "config.json").is_file()
+    local = (local_path(model.name_or_path) / "config.json").is_file()
     if local or model.name_or_path == SANDBOX or "://" in model.name_or_path:
         return model_config(model), None
     try:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 from bdpo.config import Config, load_config
@@ -17,7 +16,7 @@ from bdpo.errors import StorageUnavailable, UserError, error_line
 from bdpo.models.tokenizer import with_template
 from bdpo.sandbox import with_sandbox_files
 from bdpo.storage.lease import Held
-from bdpo.storage.paths import discard
+from bdpo.storage.paths import discard, local_path
 from bdpo.storage.run_dir import RunDir
 from pipelines.runtime.progress import printable
 from pipelines.runtime.ray_internals import JOB_VARIABLE, full_node_line, storage_unavailable
@@ -162,7 +161,7 @@ def command_config(file: str, overrides: Sequence[str]) -> Config:
         UserError: it is wrong; or this is a job of a cluster, and its results would go with the job's folder.
     """
     config = load_config(file, overrides)
-    lasts = "://" in config.run_dir or Path(config.run_dir).expanduser().is_absolute()
+    lasts = "://" in config.run_dir or local_path(config.run_dir).is_absolute()
     if JOB_VARIABLE in os.environ and not lasts:
         raise UserError(
             f"run_dir={config.run_dir}: a job runs in a folder of its own, which does not last; give an "
