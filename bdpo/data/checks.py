@@ -6,19 +6,24 @@ import re
 
 from bdpo.data.formats.base import BadRow, Pair
 from bdpo.data.formats.stringified import is_stringified
-from bdpo.data.formats.transcript import is_transcript
+from bdpo.data.formats.transcript import holds_turns, is_other_transcript, is_transcript
 from bdpo.models.template import GUARD
 
 # The control tokens of the chat templates of Llama 2 to 4, Mistral, Qwen, Gemma, Phi, Command-R, DeepSeek,
-# gpt-oss, Zephyr and Nemotron. A text that holds one was rendered before, or forges a turn.
+# gpt-oss, Zephyr, Nemotron, Granite and OpenChat. A text with one was rendered before, or forges a turn.
 _TEMPLATE_TOKEN = re.compile(
     r"<\|(?:im_start|im_end|start_header_id|end_header_id|header_start|header_end|begin_of_text|eot_id|eot"
-    r"|system|user|assistant|end|endoftext|start|message|channel|START_OF_TURN_TOKEN|END_OF_TURN_TOKEN)\|>"
+    r"|system|user|assistant|end|endoftext|start|message|channel|START_OF_TURN_TOKEN|END_OF_TURN_TOKEN"
+    r"|start_of_role|end_of_role|end_of_text|end_of_turn)\|>|</s><s>|<eos><bos>"
     r"|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|<extra_id_1>|<｜(?:User|Assistant|end▁of▁sentence)｜>"
 )
 
 # What a prompt ends with that was rendered as Vicuna's or Alpaca's template writes it, in words alone.
-_ANSWER_HEADERS = ("ASSISTANT:", "### Response:", "### Assistant:")
+_ANSWER_HEADERS = ("ASSISTANT:", "GPT4 Correct Assistant:", "### Response:", "### Assistant:")
+
+_SPEAKER = re.compile(r"\s*(?:GPT4 Correct (?:User|Assistant)|Assistant|ASSISTANT):")
+
+_ENDS = ("</s>", "<eos>")
 
 _CHATML = re.compile(r"\s*<\|im_start\|>|.*<\|im_end\|>\s*\Z", re.DOTALL)
 
@@ -37,8 +42,7 @@ def check_pair(pair: Pair) -> None:
         if not message["content"].strip() and message.keys() <= {"role", "content"}:
             raise BadRow(f"{side}: empty")
         _check_text(message["content"], side)
-        if message["content"].rstrip().endswith("</s>") and "<s>" not in message["content"]:
-            raise BadRow(f"{side}: ends with </s>, the end of a rendered answer; give the text without it")
+        _check_answer(message["content"], side)
     if pair.chosen == pair.rejected:
         raise BadRow("chosen equals rejected")
     for message in pair.prompt:
@@ -47,8 +51,31 @@ def check_pair(pair: Pair) -> None:
         raise BadRow(
             "prompt: ends where an answer begins, as a rendered one does; give the messages themselves"
         )
-    if is_transcript(pair.prompt[0]["content"]):
+    for message in pair.prompt:
+        if message["role"] == "user":
+            _check_question(message["content"])
+
+
+def _check_question(text: str) -> None:
+    if is_transcript(text):
         raise BadRow("prompt: a transcript of Human: and Assistant:; set data.format=hh_rlhf")
+    if is_other_transcript(text) or text.lstrip().startswith("GPT4 Correct User:"):
+        raise BadRow("prompt: a transcript of two speakers; give the messages themselves")
+
+
+def _check_answer(text: str, side: str) -> None:
+    for end in _ENDS:
+        if text.rstrip().endswith(end) and "<s>" not in text:
+            raise BadRow(f"{side}: ends with {end}, the end of a rendered answer; give the text without it")
+    if is_transcript(text) or holds_turns(text):
+        raise BadRow(
+            f"{side}: holds turns of Human: and Assistant:; give the answer alone, "
+            "or two whole transcripts with data.format=hh_rlhf"
+        )
+    if is_other_transcript(text):
+        raise BadRow(f"{side}: a transcript of two speakers; give the answer alone")
+    if _SPEAKER.match(text):
+        raise BadRow(f"{side}: begins with the name of a speaker; give the text without it")
 
 
 def _check_text(text: str, column: str) -> None:
@@ -57,5 +84,5 @@ def _check_text(text: str, column: str) -> None:
     if ("<" in text or "[" in text) and _TEMPLATE_TOKEN.search(text):
         remedy = "set data.format=chatml" if _CHATML.match(text) else "give the messages themselves"
         raise BadRow(f"{column}: holds control tokens of a chat template; {remedy}")
-    if text.startswith("[") and is_stringified(text):
-        raise BadRow(f"{column}: the text of a list of messages; set data.format=stringified")
+    if is_stringified(text):
+        raise BadRow(f"{column}: the text of a list of messages, or of one; set data.format=stringified")

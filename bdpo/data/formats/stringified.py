@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from typing import Any
 
 from bdpo.data.formats import preference
 from bdpo.data.formats.base import BadRow, Format, Pair, Row
 
 _COLUMNS = ("prompt", "chosen", "rejected")
+
+_LIST = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']""")
+
+_MESSAGE = re.compile(r"""\s*\{\s*["'](?:role|content)["']\s*:""")
+
+# JSON of something else may have a key `role`, or a key `content`: a message has both.
+_ROLE = re.compile(r"""["']role["']\s*:\s*["'](?:system|developer|user|assistant|tool)["']""")
+_CONTENT = re.compile(r"""["']content["']\s*:""")
 
 _LONGEST = 1_000_000  # characters; Python's parser takes memory out of proportion for more
 
@@ -20,9 +29,10 @@ def read(row: Row) -> Pair:
 
 
 def is_stringified(text: str) -> bool:
-    """Whether a text is a list of messages, written as JSON or as Python writes it."""
-    begins = text.lstrip()[:64].replace(" ", "")
-    return begins.startswith(('[{"role"', "[{'role'", '[{"content"', "[{'content'"))
+    """Whether a text is a list of messages or one message, written as JSON or as Python writes it."""
+    if _MESSAGE.match(text):
+        return text.rstrip().endswith("}") and bool(_ROLE.search(text) and _CONTENT.search(text))
+    return bool(_LIST.match(text))
 
 
 def _parsed(value: Any, column: str) -> Any:
@@ -32,7 +42,8 @@ def _parsed(value: Any, column: str) -> Any:
         raise BadRow(f"{column}: a list of messages of more than {_LONGEST} characters")
     for parse in (json.loads, ast.literal_eval):
         try:
-            return parse(value)
+            parsed = parse(value.strip())
+            return [parsed] if isinstance(parsed, dict) else parsed
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     raise BadRow(f"{column}: neither JSON nor a Python list of messages")
@@ -43,5 +54,5 @@ FORMAT = Format(
     read=read,
     fits=lambda row: False,  # set explicitly, where a row of the preference format was refused
     columns=_COLUMNS,
-    expects="prompt,chosen,rejected, each as the text of a list of messages",
+    expects="prompt,chosen,rejected, each as the text of a list of messages, or of one",
 )

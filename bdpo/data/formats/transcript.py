@@ -11,7 +11,18 @@ _SPEAKERS = {"System": "system", "Human": "user", "Assistant": "assistant"}
 
 _FIRST = re.compile(r"\s*(System|Human|Assistant):")
 
-_BEGINS = re.compile(r"\s*(?:System:.*?\s)?Human:.*?\sAssistant:", re.DOTALL)
+# A first turn, and the reply to search for behind it: one pattern of both takes time that grows with the
+# square of a long text.
+_HUMAN = re.compile(r"\s*(?:System:.*?\s)?Human:", re.DOTALL)
+_ASSISTANT = re.compile(r"\sAssistant:")
+
+# The names of speakers in transcripts that no format reads. Blanks alone part a turn from the next only where
+# both names are in capitals, as in Vicuna's template.
+_USER = re.compile(r"\s*(?:(?:System|SYSTEM):.*?\n)?(?:Human|HUMAN|User|USER):", re.DOTALL)
+_REPLY = re.compile(r"\n(?:Assistant|Bot|BOT):|\sASSISTANT:")
+
+# A blank line and one of these names begin a turn wherever they stand in a text.
+_USER_WITHIN = re.compile(r"\n\r?\n(?:Human|HUMAN):")
 
 # A system turn can only be the first; the same word later is text.
 _TURN = re.compile(r"(?:\A\s*(System|Human|Assistant)|\n\n(Human|Assistant)):")
@@ -21,7 +32,20 @@ _TURN_OF_ONE_LINE_BREAK = re.compile(r"(?:\A\s*(System|Human|Assistant)|\n(Human
 
 def is_transcript(text: object) -> bool:
     """Whether a value is a text that begins with a turn of Human: which one of Assistant: follows."""
-    return isinstance(text, str) and bool(_BEGINS.match(text))
+    human = isinstance(text, str) and _HUMAN.match(text)
+    return bool(human and _ASSISTANT.search(human.string, human.end()))
+
+
+def is_other_transcript(text: str) -> bool:
+    """Whether a text begins with turns of User: and Assistant:, User: and Bot:, or the like."""
+    user = _USER.match(text)
+    return bool(user and _REPLY.search(text, user.end()))
+
+
+def holds_turns(text: str) -> bool:
+    """Whether turns of Human: and Assistant: follow somewhere in a text, after a blank line."""
+    user = _USER_WITHIN.search(text)
+    return bool(user and (not text[user.end() :].strip() or _REPLY.search(text, user.end())))
 
 
 def begins_with_speaker(text: object) -> bool:

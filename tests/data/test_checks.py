@@ -1,0 +1,139 @@
+"""Texts that are conversations already are read right or refused with a reason, and plain texts are kept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bdpo.data.checks import check_pair
+from bdpo.data.formats import FORMATS, detect, read_pair
+from bdpo.data.formats.base import BadRow
+
+ASK, GOOD, BAD = "How do I water a fern?", "A little, once a week.", "Never at all."
+
+SIDES = (("chosen", GOOD), ("rejected", BAD))
+
+BEGIN = f"\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: {ASK}\n\nAssistant:"
+
+WHOLE = {side: f"\n\nHuman: {ASK}\n\nAssistant: {text}" for side, text in SIDES}
+
+RENDERED = {
+    "Granite": f"<|start_of_role|>user<|end_of_role|>{ASK}<|end_of_text|>",
+    "OpenChat": f"GPT4 Correct User: {ASK}<|end_of_turn|>GPT4 Correct Assistant: {GOOD}",
+    "OpenChat without tokens": f"GPT4 Correct User: {ASK} GPT4 Correct Assistant:",
+    "User and Assistant": f"User: {ASK}\n\nAssistant: {GOOD}",
+    "after a system turn": f"System: Be brief.\n\nUser: {ASK}\n\nAssistant: {GOOD}",
+    "capitals": f"HUMAN: {ASK}\nASSISTANT: {GOOD}",
+    "Vicuna": f"USER: {ASK} ASSISTANT: {GOOD}",
+    "User and Bot": f"User: {ASK}\nBot: {GOOD}",
+    "Human and Assistant": f"\n\nHuman: {ASK}\n\nAssistant: {GOOD}",
+    "sentences between tokens": f"{ASK}</s><s>{GOOD}",
+    "a list behind a line break": f'\n [\n {{\n "role": "user", "content": "{ASK}"}}]',
+    "one message": json.dumps({"role": "assistant", "content": GOOD}),
+    "one message of Python": "\n " + str({"content": GOOD, "role": "assistant"}),
+}
+
+RENDERED_ANSWERS = {
+    "the name of a speaker": f"Assistant: {GOOD}",
+    "the name in capitals": f" ASSISTANT: {GOOD}",
+    "OpenChat's name": f"GPT4 Correct Assistant: {GOOD}",
+    "the end of a sentence": f"{GOOD}<eos>",
+    "another turn": f"{GOOD}\n\nHuman: And then?\n\nAssistant: Wait.",
+    "the beginning of another turn": f"{GOOD}\n\nHuman:",
+}
+
+PLAIN = (
+    "Human: is that a word?",
+    "The human asked.\nHuman: hi\nAssistant: ho",
+    "Minutes.\n\nAssistant: Ms. Fern\n\nHuman resources: none",
+    "User: root. Assistant: none",
+    "Use <s>water</s> <s>milk</s>, and <eos> ends a sentence.",
+    "Assistant managers water ferns.",
+    "Bot: a program",
+    '{"role": "admin", "content": "all"}',
+    '{"role": "user", "rights": []}',
+    "[1, 2]",
+    "</s> is a tag",
+)
+
+
+def outcome(row, form):
+    """What a row is refused for, or the turns and answers that it becomes."""
+    try:
+        pair = read_pair(FORMATS[form], row)
+        check_pair(pair)
+    except BadRow as error:
+        return str(error)
+    turns = [message["content"] for message in pair.prompt]
+    return turns, pair.chosen["content"], pair.rejected["content"]
+
+
+@pytest.mark.parametrize("prompt", [f"\n\nHuman: {ASK}\n\nAssistant:", f"Human: {ASK}\nAssistant:", ASK])
+def test_a_prompt_beside_whole_transcripts_repeats_their_begin(prompt):
+    assert outcome({"prompt": prompt, **WHOLE}, "hh_rlhf") == ([ASK], GOOD, BAD)
+
+
+def test_a_prompt_of_several_turns_beside_whole_transcripts():
+    row = {"prompt": BEGIN, **{side: f"{BEGIN} {text}" for side, text in SIDES}}
+    assert detect([row], "rows").name == "hh_rlhf"
+    assert outcome(row, "hh_rlhf") == (["Hi", "Yes?", ASK], GOOD, BAD)
+
+
+@pytest.mark.parametrize("prompt", [BEGIN, "\n\nHuman: Other\n\nAssistant:", "Other"])
+def test_whole_transcripts_of_another_prompt_are_refused(prompt):
+    row = {"prompt": prompt, **WHOLE}
+    assert outcome(row, "hh_rlhf") == "prompt: differs from what chosen and rejected begin with"
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_whole_transcript_on_one_side_is_refused(side):
+    row = {"prompt": f"\n\nHuman: {ASK}\n\nAssistant:", **dict(SIDES), side: WHOLE[side]}
+    assert outcome(row, "hh_rlhf").startswith(f"{side}: holds turns of Human: and Assistant:")
+
+
+def test_transcripts_beside_a_plain_prompt_name_the_format_that_reads_them():
+    assert outcome({"prompt": ASK, **WHOLE}, "preference") == (
+        "chosen: holds turns of Human: and Assistant:; give the answer alone, "
+        "or two whole transcripts with data.format=hh_rlhf"
+    )
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize("name", RENDERED)
+def test_a_rendered_text_is_refused_by_its_column(name, column):
+    row = {"prompt": ASK, **dict(SIDES), column: RENDERED[name]}
+    reason = outcome(row, "preference")
+    assert isinstance(reason, str)
+    assert reason.startswith(f"{column}: ")
+
+
+@pytest.mark.parametrize("column", ["chosen", "rejected"])
+@pytest.mark.parametrize("name", RENDERED_ANSWERS)
+def test_a_rendered_answer_is_refused_by_its_column(name, column):
+    reason = outcome({"prompt": ASK, **dict(SIDES), column: RENDERED_ANSWERS[name]}, "preference")
+    assert isinstance(reason, str)
+    assert reason.startswith(f"{column}: ")
+
+
+def test_a_later_turn_of_the_user_is_looked_at_too():
+    prompt = [("user", "Hi"), ("assistant", "Yes?"), ("user", RENDERED["User and Bot"])]
+    turns = [{"role": role, "content": content} for role, content in prompt]
+    assert outcome({"prompt": turns, **dict(SIDES)}, "preference").startswith("prompt: a transcript")
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_a_plain_text_is_kept(text):
+    for column in ("prompt", "chosen", "rejected"):
+        row = {"prompt": ASK, **dict(SIDES), column: text}
+        assert outcome(row, "preference") == ([row["prompt"]], row["chosen"], row["rejected"])
+
+
+@pytest.mark.parametrize("written", [json.dumps, str])
+def test_one_stringified_message_is_read(written):
+    row = {
+        "prompt": f"\n {written({'role': 'user', 'content': ASK})}",
+        **{side: f"\n {written({'content': text, 'role': 'assistant'})}" for side, text in SIDES},
+    }
+    assert outcome(row, "preference").endswith("set data.format=stringified")
+    assert outcome(row, "stringified") == ([ASK], GOOD, BAD)
