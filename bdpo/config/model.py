@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
 from bdpo.section import Section
 
-_RESERVED_TEMPLATE_KWARGS = frozenset((
+RESERVED_TEMPLATE_KWARGS = frozenset((
     "messages", "conversation", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt",
     "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
-    "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now", "raise_exception",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now", "raise_exception", "bos_token",
+    "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 ))  # fmt: skip
 """What every rendering decides by itself: a key of that name would contradict it."""
 
@@ -47,7 +49,12 @@ class ModelConfig(Section):
 
     @field_validator("template_kwargs")
     @classmethod
-    def _free_names(cls, kwargs: dict[str, Any]) -> Any:
-        if reserved := sorted(_RESERVED_TEMPLATE_KWARGS & kwargs.keys()):
+    def _free_names_and_finite_values(cls, kwargs: dict[str, Any]) -> Any:
+        if reserved := sorted(RESERVED_TEMPLATE_KWARGS & kwargs.keys()):
             raise ValueError(f"{reserved[0]} is no variable of a template; every rendering decides it itself")
+        for name, value in kwargs.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError):
+                raise ValueError(f"{name} expects a value that JSON can hold, with finite numbers") from None
         return kwargs

@@ -177,7 +177,7 @@ class _Examiner:
             return encoded
         self.seen.add(key)
         ids, rendered = encoded
-        account.unread |= rendered.unwritten
+        account.unread |= rendered.unwritten | {shown_name(name) for name in pair.unread}
         if source.config.weight < 1 and _draw(self.seed, pair_id) >= source.config.weight * 2**256:
             return None
         arrays = (np.array(part, dtype=np.int32) for part in (ids.prompt, ids.chosen, ids.rejected))

@@ -36,8 +36,6 @@ _MEANING = {
     "video",
 }
 
-_RESERVED = {"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"}
-
 
 @dataclass(frozen=True)
 class Rendered:
@@ -110,9 +108,8 @@ class _Rendering:
         self.template = chat.template
         self.pair = pair
         self._refuse_control_tokens()
-        for name in pair.template_kwargs:
-            if name in _RESERVED or name not in chat.tokenizer.get_chat_template():
-                raise BadRow("chat_template_kwargs: holds an argument that the chat template does not read")
+        if not pair.template_kwargs.keys() <= self.template.free_variables:
+            raise BadRow("chat_template_kwargs: holds an argument that the chat template does not read")
         self.arguments = dict(pair.template_kwargs) | ({"tools": pair.tools} if pair.tools else {})
         self.prompt = self._render(pair.prompt)
         self.unwritten: set[str] = set()

@@ -15,8 +15,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from jinja2 import TemplateError
+from jinja2.meta import find_undeclared_variables
 
+from bdpo.config.model import RESERVED_TEMPLATE_KWARGS
 from bdpo.errors import UserError
+from bdpo.models.transformers_private import parsed_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,6 +158,16 @@ class ChatTemplate:
     @cached_property
     def _template(self) -> str:
         return _CLOCK + self.tokenizer.get_chat_template()
+
+    @cached_property
+    def free_variables(self) -> frozenset[str]:
+        """The names that the template reads and that no rendering decides: what `template_kwargs` may set.
+
+        Raises:
+            TemplateError: the template is not Jinja.
+        """
+        decided = RESERVED_TEMPLATE_KWARGS | self.tokenizer.special_tokens_map.keys()
+        return frozenset(find_undeclared_variables(parsed_template(self._template)) - decided)
 
     @cached_property
     def question(self) -> str:

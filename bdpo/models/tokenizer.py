@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jinja2 import TemplateError
 
 from bdpo.config import Config, ModelConfig
-from bdpo.errors import UserError, first_line
+from bdpo.errors import UserError, first_line, printable
 from bdpo.models.loading import model_config, model_folder
 from bdpo.models.template import GUARD, PROBE, QUESTION, ChatTemplate, Message, quoted
 from bdpo.storage.digests import files_digest, json_digest
@@ -154,8 +155,8 @@ def load_tokenizer(model: ModelConfig) -> ChatTokenizer:
     """Load the tokenizer of a model and make sure that it has a chat template that can be used.
 
     Raises:
-        UserError: it cannot be loaded, its chat template is useless, or it has none and
-            `model.chat_template` names none.
+        UserError: it cannot be loaded, its chat template is useless or does not read one of
+            `model.template_kwargs`, or it has none and `model.chat_template` names none.
     """
     from transformers import AutoTokenizer
 
@@ -175,6 +176,7 @@ def load_tokenizer(model: ModelConfig) -> ChatTokenizer:
         )
     chat = ChatTokenizer(tokenizer, model.template_kwargs)
     try:
+        _require_read(chat.template, model.template_kwargs)
         require_faithful_template(chat)
     except TemplateError as error:
         raise UserError(f"{folder}: the chat template cannot be rendered ({first_line(error)})") from None
@@ -223,6 +225,24 @@ def require_faithful_pairs(chat: ChatTokenizer, pairs: Iterable[Mapping[str, Any
                     f"pair {pair['pair_id']}, {side}: the prepared token ids are not those of its text; "
                     "prepare the pairs again with fresh=true"
                 )
+
+
+def _require_read(template: ChatTemplate, kwargs: Mapping[str, Any]) -> None:
+    """Make sure that the template reads each of `model.template_kwargs`: another would have no effect.
+
+    Raises:
+        TemplateError: the template is not Jinja.
+        UserError: it does not; the nearest name that it reads is named.
+    """
+    for name in kwargs:
+        read = sorted(template.free_variables)
+        if name in read:
+            continue
+        near = get_close_matches(name, read, 1)
+        hint = f"did you mean {near[0]}?" if near else f"it reads {', '.join(read) or 'no variables'}"
+        raise UserError(
+            f"model.template_kwargs.{printable(name)}: the chat template does not read it; {hint}"
+        )
 
 
 def _require_embedded(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from jinja2.nodes import Template
     from transformers import PreTrainedConfig
 
 
@@ -26,3 +27,15 @@ def attention_of_config(shape: PreTrainedConfig) -> str | None:
 def set_attention(shape: PreTrainedConfig, attention: str) -> None:
     """Have models of this config built with an attention."""
     shape._attn_implementation = attention
+
+
+def parsed_template(template: str) -> Template:
+    """A chat template as `apply_chat_template` parses it: its Jinja knows more statements than others.
+
+    Raises:
+        TemplateError: the template is not Jinja.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    environment: Any = _compile_jinja_template(template).environment
+    return cast("Template", environment.parse(template))

@@ -211,6 +211,7 @@ class TestPku:
             ({"better_response_id": True}, "better_response_id: wrong type"),
             ({"better_response_id": "0"}, "better_response_id: wrong type"),
             ({"response_1": 4}, "response_1: wrong type"),
+            ({"is_response_0_safe": False, "better_response_id": 2}, "better_response_id: neither 0 nor 1"),
         ],
     )
     def test_bad_values(self, changes, reason):

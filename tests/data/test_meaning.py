@@ -163,6 +163,43 @@ def test_arguments_of_a_row_reach_the_template(prepare_with):
     assert [prompt.endswith("assistant\n!") for prompt, _, _ in kept] == [True, False]
 
 
+@pytest.mark.parametrize("name", ["role", "add_gen", "thinking", "bos_token", "content", "messages"])
+def test_an_argument_is_a_variable_that_the_template_reads(prepare_with, name):
+    """Parts of names, attributes, local variables and what every rendering decides are none."""
+    template = "{{ bos_token }}{% set content = '' %}{{ content }}{{ '!' if enable_thinking }}" + CHATML
+    rows = [
+        conversation(chat_template_kwargs={name: True}),
+        conversation(chat_template_kwargs={"enable_thinking": 1}),
+    ]
+    account, kept = prepare_with(template, rows)
+    assert dict(account.quarantined) == {
+        "chat_template_kwargs: holds an argument that the chat template does not read": 1
+    }
+    assert ["!" in prompt for prompt, _, _ in kept] == [True]
+
+
+@pytest.mark.parametrize("text", ["First?", " Second?\n", ""])
+def test_a_prompt_that_repeats_a_turn_is_redundant(prepare_here, kept_pairs, text):
+    shared = [user("First?"), assistant("Well."), user("Second?")]
+    row = {"chosen": [*shared, assistant("yes")], "rejected": [*shared, assistant("no")]}
+    prepare_here([row | {"prompt": text}])
+    assert [turn["content"] for turn in kept_pairs()[0]["prompt"]] == ["First?", "Well.", "Second?"]
+
+
+def test_what_stands_in_the_input_of_openai_is_read_or_named(prepare_here, kept_pairs):
+    given = {"messages": [user()], "system": "Be brief.", "response_format": {"type": "json"}, "seed": None}
+    account = prepare_here(
+        [{"input": given, "preferred_output": [assistant("a")], "non_preferred_output": [assistant("b")]}]
+    )
+    assert [turn["content"] for turn in kept_pairs()[0]["prompt"]] == ["Be brief.", "q"]
+    assert account.sources[0].unread == {"input.response_format"}
+
+
+def test_keys_of_ranked_answers_without_effect_are_named(prepare_here):
+    answers = [{"answer": "a", "rank": 1, "model": "m", "images": []}, {"answer": "b", "rank": 2}]
+    assert prepare_here([{"prompt": "q", "answers": answers}]).sources[0].unread == {"answers[].model"}
+
+
 def test_a_turn_that_the_template_drops_is_a_reason(prepare_with):
     template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
     account, _ = prepare_with(template, [pair_row(0, system="Be brief.")])

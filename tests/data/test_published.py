@@ -251,6 +251,29 @@ def test_a_published_row_survives_parquet(tmp_path, prepare_here, kept_pairs, na
             "preference_strength: null",
         ),
         ("openai", PUBLISHED["OpenAI"][1] | {"input": "x"}, "input: not an object"),
+        (
+            "openai",
+            PUBLISHED["OpenAI"][1] | {"input": {"messages": [user()], "images": ["a.png"]}},
+            "input.images: not empty, and only text is read",
+        ),
+        (
+            "openai",
+            PUBLISHED["OpenAI"][1] | {"input": {"messages": [user()], "tools": {"name": "f"}}},
+            "input.tools: wrong type",
+        ),
+        (
+            "ranked",
+            {
+                "prompt": ASK,
+                "answers": [{"answer": GOOD, "rank": 1}, {"answer": BAD, "rank": 2, "images": ["a"]}],
+            },
+            "answers.images: not empty, and only text is read",
+        ),
+        (
+            "preference",
+            {"prompt": "You are a pirate.", **WHOLE},
+            "prompt: a text that is no turn of the conversations",
+        ),
         ("openai", PUBLISHED["OpenAI"][1] | {"preferred_output": []}, "preferred_output: not exactly one"),
         (
             "instruction",

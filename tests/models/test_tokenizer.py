@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import numpy as np
@@ -240,7 +241,25 @@ class TestLoadTokenizer:
         assert "template_kwargs" not in without
         assert having.keys() == without.keys() | {"template_kwargs"}
 
-    @pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "tools", "strftime_now"])
+    @pytest.mark.parametrize(
+        ("name", "hint"),
+        [("modd", "did you mean mood?"), ("x", "it reads mood"), ("ood", "did you mean mood?")],
+    )
+    def test_a_variable_that_the_template_does_not_read_is_refused(self, folder, make_chat, name, hint):
+        make_chat("{{ mood }}" + CHATML).tokenizer.save_pretrained(folder)
+        reason = f"model.template_kwargs.{name}: the chat template does not read it; {hint}"
+        with pytest.raises(UserError, match=re.escape(reason)) as caught:
+            load_tokenizer(ModelConfig(name_or_path=str(folder), template_kwargs={name: 1}))
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("value", [float("nan"), [float("inf")], {"a": {"b": float("-inf")}}, {1, 2}])
+    def test_a_variable_that_is_not_finite_is_refused(self, value):
+        with pytest.raises(ValueError, match="mood expects a value that JSON can hold, with finite numbers"):
+            ModelConfig(name_or_path="m", template_kwargs={"mood": value})
+
+    @pytest.mark.parametrize(
+        "name", ["messages", "add_generation_prompt", "tools", "strftime_now", "bos_token"]
+    )
     def test_a_variable_that_every_rendering_decides_is_refused(self, name):
         with pytest.raises(ValueError, match=f"{name} is no variable of a template"):
             ModelConfig(name_or_path="m", template_kwargs={name: 1})

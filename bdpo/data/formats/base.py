@@ -7,7 +7,7 @@ may be harmful text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ class Pair:
     rejected_safe: bool | None = None
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # of this row alone
+    unread: frozenset[str] = frozenset()  # keys inside columns that the format does not look at
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,12 @@ def checked_number(value: object, column: str) -> float:
     if value != value or value in (float("inf"), float("-inf")):
         raise BadRow(f"{column}: not finite")
     return float(value)
+
+
+def unread_keys(place: str, given: Mapping[str, Any], known: Collection[str]) -> frozenset[str]:
+    """The keys of an object that hold something and are not known, each behind its place, for the account."""
+    unread = {key for key, value in given.items() if value not in (None, "", [], {})} - {*known}
+    return frozenset(f"{place}.{key}" for key in unread)
 
 
 def without_nulls(value: Any) -> Any:

@@ -30,9 +30,7 @@ def with_common_columns(pair: Pair, row: Row) -> Pair:
     """
     if row.keys().isdisjoint(COMMON_COLUMNS):  # most rows: the common case costs one look
         return pair
-    for column in MEDIA:
-        if row.get(column):
-            raise BadRow(f"{column}: not empty, and only text is read")
+    refuse_media(row)
     changes: dict[str, Any] = {"prompt": _with_system(pair.prompt, row)}
     if tools := _tools(row):
         if pair.tools and pair.tools != tools:
@@ -46,6 +44,13 @@ def with_common_columns(pair: Pair, row: Row) -> Pair:
         if row.get(column) is not None:
             changes[column] = boolean_cell(row, column)
     return replace(pair, **changes)
+
+
+def refuse_media(given: Row, place: str = "") -> None:
+    """Make sure that a row, or an object in it whose `place` is named, holds no images, videos or sounds."""
+    for key in MEDIA:
+        if given.get(key):
+            raise BadRow(f"{place}{key}: not empty, and only text is read")
 
 
 def _with_system(prompt: list[Message], row: Row) -> list[Message]:

@@ -23,9 +23,10 @@ def read(row: Row) -> Pair:
 
     Exactly one response safe: an unsafe query, the safe response is chosen. Both safe: a safe query,
     `better_response_id` is chosen. A version without the labels: `better_response_id` is chosen, and the
-    group is unknown.
+    group is unknown. An id that is given is 0 or 1, even where the labels decide.
 
     Raises:
+        BadRow: a cell is malformed.
         Excluded: both responses are unsafe, so there is nothing to prefer.
     """
     prompt = [question(text_cell(row, "prompt"))]
@@ -34,6 +35,8 @@ def read(row: Row) -> Pair:
         better = id_cell(row, "better_response_id")
         return Pair(prompt, answer(responses[better]), answer(responses[1 - better]))
     safe = [boolean_cell(row, column) for column in _SAFE]
+    if row.get("better_response_id") is not None:
+        id_cell(row, "better_response_id")  # a value that is no id is refused even where the labels decide
     if not any(safe):
         raise Excluded("both responses unsafe")
     better = id_cell(row, "better_response_id") if all(safe) else safe.index(True)

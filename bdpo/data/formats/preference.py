@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bdpo.data.formats.base import BadRow, Format, Pair, Row, list_cell
+from bdpo.data.formats.base import BadRow, Format, Pair, Row, list_cell, text_cell
 from bdpo.data.formats.messages import (
     prompt_cell,
     read_messages,
@@ -10,6 +10,7 @@ from bdpo.data.formats.messages import (
     split_conversations,
 )
 from bdpo.data.formats.transcript import is_transcript
+from bdpo.models.template import Message
 
 _SIDES = ("chosen", "rejected")
 
@@ -19,16 +20,28 @@ def read(row: Row) -> Pair:
 
     Explicit: `prompt` and both responses are each a text or a list of messages; a response is exactly one
     assistant message. Implicit: `chosen` and `rejected` are whole conversations that share all but the last
-    turn. As TRL reads it, a `prompt` in plain text beside two conversations repeats what these say, and they
+    turn. As TRL reads it, a `prompt` in plain text beside two conversations repeats a turn of these, and they
     hold the prompt.
+
+    Raises:
+        BadRow: a cell is malformed, or such a `prompt` says something that the conversations do not.
     """
-    repeated = isinstance(row.get("prompt"), str) and all(_is_conversation(row.get(side)) for side in _SIDES)
-    if "prompt" in row and not repeated:
+    repeats = isinstance(row.get("prompt"), str) and all(_is_conversation(row.get(side)) for side in _SIDES)
+    if "prompt" in row and not repeats:
         return Pair(prompt_cell(row), response_cell(row, "chosen"), response_cell(row, "rejected"))
     if isinstance(row.get("chosen"), str):
         raise BadRow("prompt: missing")
     chosen, rejected = (read_messages(list_cell(row, side), side) for side in _SIDES)
-    return Pair(*split_conversations(chosen, rejected))
+    prompt, *answers = split_conversations(chosen, rejected)
+    if repeats:
+        _require_turn(text_cell(row, "prompt"), prompt)
+    return Pair(prompt, answers[0], answers[1])
+
+
+def _require_turn(text: str, turns: list[Message]) -> None:
+    """Make sure that a text, unless it is empty, is one of the turns: dropping it then loses nothing."""
+    if text.strip() not in {"", *(turn["content"].strip() for turn in turns)}:
+        raise BadRow("prompt: a text that is no turn of the conversations in chosen and rejected")
 
 
 def _is_conversation(value: object) -> bool:

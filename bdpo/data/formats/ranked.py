@@ -18,13 +18,17 @@ from bdpo.data.formats.base import (
     checked_number,
     checked_text,
     list_cell,
+    unread_keys,
 )
+from bdpo.data.formats.columns import refuse_media
 from bdpo.data.formats.hh_rlhf import prompt_of_transcript
 from bdpo.data.formats.messages import prompt_cell
 from bdpo.data.formats.transcript import is_transcript
 from bdpo.models.template import Message
 
 Rated = list[tuple[float, str]]
+
+_OBJECTS = {"answers": ("rank", "answer"), "completions": ("overall_score", "response")}  # rating and text
 
 
 def read(row: Row) -> Pair:
@@ -40,7 +44,7 @@ def read(row: Row) -> Pair:
         raise Excluded("no answer is rated better than another")
     best = max(rated, key=lambda pair: pair[0])
     worst = min(rated, key=lambda pair: pair[0])
-    return Pair(_prompt(row), answer(best[1]), answer(worst[1]))
+    return Pair(_prompt(row), answer(best[1]), answer(worst[1]), unread=_unread(row))
 
 
 def _prompt(row: Row) -> list[Message]:
@@ -50,11 +54,19 @@ def _prompt(row: Row) -> list[Message]:
     return prompt_cell(row, column)
 
 
+def _unread(row: Row) -> frozenset[str]:
+    """The keys of rated answers that are not looked at, such as the model that gave them."""
+    for column, keys in _OBJECTS.items():
+        if column in row:
+            return frozenset().union(*(unread_keys(f"{column}[]", given, keys) for given in row[column]))
+    return frozenset()
+
+
 def _rated(row: Row) -> Rated:
     if "answers" in row:
-        return [(-rank, text) for rank, text in _objects(row, "answers", "rank", "answer")]
+        return [(-rank, text) for rank, text in _objects(row, "answers")]
     if "completions" in row:
-        return _objects(row, "completions", "overall_score", "response")
+        return _objects(row, "completions")
     column = "ratings" if "ratings" in row else "rating"
     texts, ratings = list_cell(row, "generations"), list_cell(row, column)
     if len(texts) != len(ratings):
@@ -67,10 +79,13 @@ def _rated(row: Row) -> Rated:
     ]
 
 
-def _objects(row: Row, column: str, rating: str, text: str) -> Rated:
+def _objects(row: Row, column: str) -> Rated:
+    rating, text = _OBJECTS[column]
     answers: list[Any] = list_cell(row, column)
     if not all(isinstance(given, dict) for given in answers):
         raise BadRow(f"{column}: wrong type")
+    for given in answers:
+        refuse_media(given, f"{column}.")
     return [
         (checked_number(given[rating], f"{column}.{rating}"), checked_text(given.get(text), column))
         for given in answers
@@ -81,9 +96,9 @@ def _objects(row: Row, column: str, rating: str, text: str) -> Rated:
 def _fits(row: Row) -> bool:
     if "chosen" in row or row.keys().isdisjoint(("prompt", "instruction")):
         return False
-    for column, key in (("answers", "rank"), ("completions", "overall_score")):
+    for column, (rating, _) in _OBJECTS.items():
         answers = row.get(column)
-        if isinstance(answers, list) and answers and isinstance(answers[0], dict) and key in answers[0]:
+        if isinstance(answers, list) and answers and isinstance(answers[0], dict) and rating in answers[0]:
             return True
     return "generations" in row and not row.keys().isdisjoint(("ratings", "rating"))
 
