@@ -7,7 +7,7 @@ be true is refused with what it renders.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from jinja2 import TemplateError
 from jinja2.meta import find_undeclared_variables
+from jinja2.nodes import Assign, Name, Node
 
 from bdpo.config.model import RESERVED_TEMPLATE_KWARGS
 from bdpo.errors import UserError
@@ -167,7 +168,13 @@ class ChatTemplate:
             TemplateError: the template is not Jinja.
         """
         decided = RESERVED_TEMPLATE_KWARGS | self.tokenizer.special_tokens_map.keys()
-        return frozenset(find_undeclared_variables(parsed_template(self._template)) - decided)
+        tree = parsed_template(self._template)
+        first: dict[str, str] = {}
+        for name in _names(tree):
+            first.setdefault(name.name, name.ctx)
+        # Jinja also reports a name that every branch assigns before it is read: Gemma's `role`, for one.
+        free = {name for name in find_undeclared_variables(tree) if first.get(name) == "load"}
+        return frozenset(free - decided)
 
     @cached_property
     def question(self) -> str:
@@ -213,6 +220,15 @@ class ChatTemplate:
         if not any(start in text for start in self._control_starts):
             return text
         return self._control_tokens.sub(lambda found: GUARD.join(["", *found[0], ""]), text)
+
+
+def _names(node: Node) -> Iterator[Name]:
+    """The names in a template, in the order in which they are read or assigned."""
+    if isinstance(node, Name):
+        yield node
+    children = [node.node, node.target] if isinstance(node, Assign) else node.iter_child_nodes()
+    for child in children:
+        yield from _names(child)
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

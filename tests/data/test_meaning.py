@@ -166,7 +166,11 @@ def test_arguments_of_a_row_reach_the_template(prepare_with):
 @pytest.mark.parametrize("name", ["role", "add_gen", "thinking", "bos_token", "content", "messages"])
 def test_an_argument_is_a_variable_that_the_template_reads(prepare_with, name):
     """Parts of names, attributes, local variables and what every rendering decides are none."""
-    template = "{{ bos_token }}{% set content = '' %}{{ content }}{{ '!' if enable_thinking }}" + CHATML
+    template = (
+        "{{ bos_token }}{% set enable_thinking = enable_thinking or false %}{{ '!' if enable_thinking }}"
+        "{% if messages %}{% set content = '' %}{% else %}{% set content = '' %}{% endif %}{{ content }}"
+        + CHATML
+    )
     rows = [
         conversation(chat_template_kwargs={name: True}),
         conversation(chat_template_kwargs={"enable_thinking": 1}),
