@@ -10,9 +10,7 @@ from bdpo.config import load_config
 from bdpo.config.derive import tampering_config
 from tests.support.commands import run_command
 from tests.support.helpers import invented_pairs, save_model, write_jsonl
-from tests.support.pipeline import pipeline_inputs
-
-STEPS = 3
+from tests.support.pipeline import TAMPER_SETTINGS, TAMPER_STEPS, pipeline_inputs
 
 
 @pytest.fixture(scope="module")
@@ -29,26 +27,17 @@ def tamper(inputs, folder, *overrides):
     )
 
 
-SETTINGS = (
-    f"tamper.steps={STEPS}",
-    "tamper.learning_rate=0.01",
-    "tamper.global_batch_size=4",
-    "train.workers=1",
-    "evaluate.benchmarks=[strongreject]",
-)
-
-
 def test_its_training_is_that_of_the_section(inputs, tmp_path):
     overrides = [
         f"run_dir={tmp_path / 'run'}",
-        *SETTINGS,
+        *TAMPER_SETTINGS,
         "train.eval_fraction=0.5",
         "train.warmup_ratio=0.5",
     ]
     config = load_config(inputs / "config.yaml", [*overrides, "data.select.ches=[0,0.5]"])
     made = tampering_config(config, config.tamper, "aligned", "folder")
     assert (made.method.name, made.model.name_or_path, made.run_dir) == ("sft", "aligned", "folder")
-    assert (made.train.max_steps, made.train.learning_rate, made.train.lora.r) == (STEPS, 0.01, 16)
+    assert (made.train.max_steps, made.train.learning_rate, made.train.lora.r) == (TAMPER_STEPS, 0.01, 16)
     assert (made.train.eval_fraction, made.train.warmup_ratio) == (0, 0)
     assert made.data.select.model_dump() == {"group": "safe", "mi_difference": None, "ches": None}
     named = config.model_copy(update={"tamper": config.tamper.model_validate({"data": {"path": "other"}})})

@@ -18,7 +18,7 @@ from bdpo.search.trials import (
     results_table,
 )
 from tests.support.score_rows import row, xrow
-from tests.support.sweeps import ALPHA, BETA, NAN, configured, trial
+from tests.support.sweeps import ALPHA, BETA, configured, seven_trials_and_a_failed_one, trial
 
 
 class TestFigures:
@@ -26,17 +26,7 @@ class TestFigures:
 
     @pytest.fixture
     def trials(self):
-        rng = np.random.default_rng(0)
-        done = [
-            trial(
-                n,
-                *[(0.3 + 0.08 * n, 1 - 0.02 * n, 10.0 * n + r) for r in range(3)],
-                params={"method.alpha": 0.5 + n / 4, "method.beta": float(0.02 * 25 ** rng.random())},
-            )
-            for n in range(7)
-        ]
-        failed = trial(7, params={"method.alpha": 3.0, "method.beta": 0.5}, failure=NAN)
-        return [*done, failed]
+        return seven_trials_and_a_failed_one()
 
     @pytest.mark.parametrize("space", [{"method.alpha": ALPHA, "method.beta": BETA}, {"method.alpha": ALPHA}])
     def test_figures(self, trials, tmp_path, space):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +18,7 @@ from bdpo.search.trials import (
     rung_steps,
     winner,
 )
-from tests.support.sweeps import NAN, configured, trial
+from tests.support.sweeps import NAN, configured, seven_trials_and_a_failed_one, trial
 
 
 class TestRungs:
@@ -88,17 +87,7 @@ def test_the_winner_is_feasible_safest_then_most_compliant_then_first():
 
 @pytest.fixture
 def trials():
-    rng = np.random.default_rng(0)
-    done = [
-        trial(
-            n,
-            *[(0.3 + 0.08 * n, 1 - 0.02 * n, 10.0 * n + r) for r in range(3)],
-            params={"method.alpha": 0.5 + n / 4, "method.beta": float(0.02 * 25 ** rng.random())},
-        )
-        for n in range(7)
-    ]
-    failed = trial(7, params={"method.alpha": 3.0, "method.beta": 0.5}, failure=NAN)
-    return [*done, failed]
+    return seven_trials_and_a_failed_one()
 
 
 def test_a_row_a_trial(trials):

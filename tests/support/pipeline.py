@@ -10,6 +10,16 @@ from tests.support.helpers import invented_pairs, save_model, tiny_config, write
 
 PAIRS = 22
 
+TAMPER_STEPS = 3
+
+TAMPER_SETTINGS = (
+    f"tamper.steps={TAMPER_STEPS}",
+    "tamper.learning_rate=0.01",
+    "tamper.global_batch_size=4",
+    "train.workers=1",
+    "evaluate.benchmarks=[strongreject]",
+)
+
 
 def pipeline_inputs(folder: Path, chat: ChatTokenizer) -> Path:
     """A model folder, pairs, one of them bad, two benchmarks, and `config.yaml` that names them."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from bdpo.config import parse_config
@@ -106,3 +107,17 @@ def trial(number, *rungs, params=None, failure=None, before=()):
     names = [f"{other:04d}" for other in before]
     reached = [Rung(8 * (i + 1), measured(s, c), when, before=names) for i, (s, c, when) in enumerate(rungs)]
     return Trial(f"{number:04d}", params or {"method.alpha": 1.0 + number / 8}, reached, failure)
+
+
+def seven_trials_and_a_failed_one():
+    rng = np.random.default_rng(0)
+    done = [
+        trial(
+            n,
+            *[(0.3 + 0.08 * n, 1 - 0.02 * n, 10.0 * n + r) for r in range(3)],
+            params={"method.alpha": 0.5 + n / 4, "method.beta": float(0.02 * 25 ** rng.random())},
+        )
+        for n in range(7)
+    ]
+    failed = trial(7, params={"method.alpha": 3.0, "method.beta": 0.5}, failure=NAN)
+    return [*done, failed]

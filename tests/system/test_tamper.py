@@ -14,22 +14,12 @@ from pipelines.prepare import Prepare
 from pipelines.tamper import Tamper
 from tests.support.commands import run_command
 from tests.support.helpers import save_model
-from tests.support.pipeline import PAIRS, pipeline_inputs
-
-STEPS = 3
-
-SETTINGS = (
-    f"tamper.steps={STEPS}",
-    "tamper.learning_rate=0.01",
-    "tamper.global_batch_size=4",
-    "train.workers=1",
-    "evaluate.benchmarks=[strongreject]",
-)
+from tests.support.pipeline import PAIRS, TAMPER_SETTINGS, TAMPER_STEPS, pipeline_inputs
 
 
 def aligned_run(inputs, folder):
     """A run folder as after its training: prepared pairs and an aligned model."""
-    config = load_config(inputs / "config.yaml", [f"run_dir={folder}", *SETTINGS])
+    config = load_config(inputs / "config.yaml", [f"run_dir={folder}", *TAMPER_SETTINGS])
     run = RunDir(config.run_dir)
     with run.open(config):
         Prepare(config, run).complete()
@@ -43,7 +33,7 @@ def test_the_tampered_model_is_evaluated_beside_the_aligned_one(tmp_path, tiny_c
     save_model(inputs / "aligned", tiny_chat, seed=1)
     config, run = aligned_run(inputs, tmp_path / "run")
     before = files_digest(sorted(run.model.iterdir()), run.model)
-    command = "pipelines.tamper", "--config", inputs / "config.yaml", f"run_dir={run.root}", *SETTINGS
+    command = "pipelines.tamper", "--config", inputs / "config.yaml", f"run_dir={run.root}", *TAMPER_SETTINGS
     done = run_command(*command)
     assert done.code == 0, done.err
     assert "tampered" in done.out
@@ -51,12 +41,12 @@ def test_the_tampered_model_is_evaluated_beside_the_aligned_one(tmp_path, tiny_c
     assert files_digest(sorted(run.model.iterdir()), run.model) == before
     training = Tamper(config, run).training
     manifest = read_manifest(training.manifest_file)
-    assert manifest["steps"] == STEPS
+    assert manifest["steps"] == TAMPER_STEPS
     assert manifest["pairs"] == {"prepared": PAIRS, "trained on": PAIRS // 2, "trained on, safe": PAIRS // 2}
     assert training.run.has_adapter()
     assert run_command("pipelines.report", run.root).code == 0
     page = (run.report / "report.html").read_text()
-    assert f"{STEPS} more steps with LoRA" in page
+    assert f"{TAMPER_STEPS} more steps with LoRA" in page
     again = run_command(*command)
     assert again.code == 0
     assert read_manifest(training.manifest_file) == manifest
