@@ -74,6 +74,7 @@ class Evaluate(ManifestStage):
     executor: Executor | None = None
 
     section = "evaluate"
+    trained_on_pairs = False
 
     @property
     def name(self) -> str:
@@ -152,7 +153,7 @@ class Evaluate(ManifestStage):
         write_parquet(self._scores_file, table)
         seconds = time.perf_counter() - started
         summary = summarise(table).to_json()
-        if self.model_name in ("trained", "tampered"):  # what it was trained on it may know by heart
+        if self.trained_on_pairs:  # what it was trained on it may know by heart
             twins = count_near_twins(planned_items(self.config), last_turns(self.run.pairs))
             summary["near_twins"] = twins
         return write_manifest(self.manifest_file, self.fingerprint, seconds=seconds, **summary)
@@ -235,6 +236,7 @@ class EvaluateTrained(Evaluate):
     """The run's own model."""
 
     model_name: str = "trained"
+    trained_on_pairs = True
 
     @property
     def has_inputs(self) -> bool:

@@ -103,6 +103,7 @@ class EvaluateTampered(Evaluate):
     """The run's own model after the tamper test."""
 
     model_name: str = "tampered"
+    trained_on_pairs = True
 
     @property
     def applies(self) -> bool:

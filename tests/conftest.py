@@ -59,6 +59,19 @@ def ray_session() -> Iterator[Path]:
         ray.shutdown()
 
 
+@pytest.fixture
+def sent_by_value(ray_session: Path, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Workers of the cluster are sent the classes of the test's module, which they cannot import."""
+    import ray
+
+    from pipelines.runtime.cluster import connect
+
+    connect()
+    ray.cloudpickle.register_pickle_by_value(request.module)
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(request.module)
+
+
 @pytest.fixture(scope="session")
 def make_chat() -> MakeChat:
     """make_chat(template, merges=()): a byte-level tokenizer behind a chat template of one's own."""

@@ -98,7 +98,7 @@ def check_key(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
     return f"{found}: set on every node" if found else "none is asked for"
 
 
-def check_scratch(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
+def check_scratch(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str | Doubt:
     """Room for a checkpoint on its way to the run folder, on each node for the part of its workers."""
     checkpoint = checkpoint_bytes(config, model_shape(config)[0]) / GIB
     for node in nodes:
@@ -121,7 +121,7 @@ def _share(train: TrainConfig, node: NodeFacts) -> float:
     return min(1.0, len(node.gpu_gib) / train.gpus_per_worker / train.min_workers)
 
 
-def check_memory(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
+def check_memory(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str | Doubt:
     """The training fits `train.gpu_memory`, or the smallest GPU of the nodes that are up."""
     train = config.train
     if train.gpus_per_worker == 0:
@@ -142,7 +142,7 @@ def check_memory(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str
     return f"{found}, which has {known / GIB:.0f}"
 
 
-def check_host(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str:
+def check_host(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str | Doubt:
     """What is offloaded to the memory of the nodes fits there, for all workers that a node's GPUs take."""
     train = config.train
     if train.offload != "cpu":

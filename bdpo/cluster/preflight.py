@@ -38,8 +38,11 @@ from bdpo.variants.objective import check_measures
 AUDITED_PAIRS = 10
 
 
-class Doubt(str):
+@dataclass(frozen=True)
+class Doubt:
     """What was found and what to look at: it stops no run."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -51,21 +54,24 @@ class Finding:
     text: str
 
 
-Check = Callable[..., str]
+Check = Callable[..., str | Doubt]
 
 
 def examine(checks: Mapping[str, Check], *arguments: Any) -> Iterator[Finding]:
     """Every check's finding; a UserError is one."""
     for name, check in checks.items():
         try:
-            text = check(*arguments)
+            found = check(*arguments)
         except UserError as error:
             yield Finding(name, "error", str(error))
         else:
-            yield Finding(name, "warning" if isinstance(text, Doubt) else "ok", text)
+            if isinstance(found, Doubt):
+                yield Finding(name, "warning", found.text)
+            else:
+                yield Finding(name, "ok", found)
 
 
-def check_model(config: Config, run: RunDir) -> str:
+def check_model(config: Config, run: RunDir) -> str | Doubt:
     """Tokenizer and template can be used, and the weights are complete."""
     load_tokenizer(config.model)
     require_complete_weights(config.model)
@@ -110,7 +116,7 @@ def check_tamper(config: Config, run: RunDir) -> str:
     return f"{tamper.steps} steps, rank {tamper.lora.r}, on {in_words_of_tamper(found)}"
 
 
-def check_template(config: Config, run: RunDir) -> str:
+def check_template(config: Config, run: RunDir) -> str | Doubt:
     """BOS once, the end of the turn once and last, the conversation as the template itself would write it."""
     chat, data = load_tokenizer(config.model), config.data
     audited, bad = first_pairs(data, chat, AUDITED_PAIRS)
@@ -148,7 +154,7 @@ def _reasons(phrases: Sequence[str]) -> str:
     return "; ".join(f"{phrase} ×{count}" for phrase, count in Counter(phrases).most_common())
 
 
-def check_batches(config: Config, run: RunDir) -> str:
+def check_batches(config: Config, run: RunDir) -> str | Doubt:
     """Workers, global batch and micro-batches fit one another."""
     train, data = config.train, config.data
     share = train.global_batch_size / train.max_workers
@@ -206,7 +212,7 @@ def check_judge(config: Config, run: RunDir) -> str:
     return found
 
 
-def expected_hours(config: Config, run: RunDir, tokens_per_second: float | None) -> str:
+def expected_hours(config: Config, run: RunDir, tokens_per_second: float | None) -> str | Doubt:
     """Tokens of scoring and training, and how long they take at a scoring throughput of one worker.
 
     A trained token costs three times a scored one, forward and backward; four times if activations are

@@ -79,7 +79,7 @@ def arm_run(config: Config, run: RunDir, arm: Arm, seed: int) -> tuple[Config, R
     folder = run.part("experiments", _on_part("arms", config), arm_folder(config, arm), f"seed-{seed}")
     settings = trial_config(config, arm.params, str(folder.root), f"arm {arm.name}")
     if settings.score.unconditional != config.score.unconditional:
-        folder.scores = context_scores(run, settings.score.unconditional)
+        folder = folder.with_scores(context_scores(run, settings.score.unconditional))
     return settings.model_copy(update={"seed": seed}), folder
 
 
@@ -120,7 +120,7 @@ def run_at(root: StoragePath) -> RunDir:
     part = run.part(around.name, *names)
     context = run_config(part).score.unconditional
     if context != run_config(run).score.unconditional:
-        part.scores = context_scores(run, context)
+        return part.with_scores(context_scores(run, context))
     return part
 
 
@@ -144,6 +144,5 @@ def experiment_results(run: RunDir, name: str) -> list[StoragePath]:
 
 def rescored(config: Config, run: RunDir) -> tuple[Config, RunDir]:
     """The config and the folder with which the trained model of an arm scores the pairs of the run."""
-    folder = run.part()
-    folder.scores = run.root / "rescored"
-    return config.model_copy(update={"model": evaluated_model(config, run, "trained").model}), folder
+    trained = evaluated_model(config, run, "trained").model
+    return config.model_copy(update={"model": trained}), run.with_scores(run.root / "rescored")

@@ -98,12 +98,13 @@ def plain_attention(model: ModelConfig, shape: PreTrainedConfig) -> str:
         return model.attn_implementation
     if supports_sdpa(shape):
         return "sdpa"
-    _log_once(f"attention: eager, since transformers has no SDPA for {shape.model_type} models")
+    warn_once(f"attention: eager, since transformers has no SDPA for {shape.model_type} models")
     return "eager"
 
 
 @lru_cache
-def _log_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Log a warning, unless this process has logged it before."""
     log.warning(message)
 
 
@@ -209,7 +210,7 @@ def require_complete_weights(model: ModelConfig) -> None:
     loaded, report = _from_pretrained(folder, model, device_map="meta", ignore_mismatched_sizes=True)
     _refuse_incomplete(folder, report)
     if note := newer_than_installed(loaded.config):
-        _log_once(f"{folder}: {note}")
+        warn_once(f"{folder}: {note}")
 
 
 def _from_pretrained(folder: Path, model: ModelConfig, **settings: Any) -> tuple[Any, dict[str, Any]]:

@@ -9,10 +9,8 @@ token's loss to bfloat16 (torch 2.13).
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +19,7 @@ from torch import nn
 
 from bdpo.models.architectures import has_plain_lm_head
 from bdpo.models.branches import Branch, pack_branches, plain_branches
+from bdpo.models.loading import warn_once
 from bdpo.models.packing import Batch, PrefixGroup, pack, pack_plain
 from bdpo.models.tokenizer import EncodedPair
 from bdpo.models.transformers_private import attention_of_config
@@ -29,15 +28,6 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedConfig, PreTrainedModel
 
-
-def mean_states(hidden: torch.Tensor, response_of: torch.Tensor, responses: int) -> torch.Tensor:
-    """(tokens, hidden size) -> (responses, hidden size), float32: the mean of the states of each response."""
-    sums = hidden.new_zeros(responses, hidden.shape[1], dtype=torch.float32)
-    sums.index_add_(0, response_of, hidden.float())
-    return sums / response_of.bincount(minlength=responses)[:, None]
-
-
-log = logging.getLogger(__name__)
 
 # Logits that exist at one time: 128 MiB in float32.
 CHUNK_ELEMENTS = 2**25
@@ -52,6 +42,13 @@ ROUNDING = {"float32": 1e-3, "bfloat16": 0.5}
 SHARED_ROW_MODELS = frozenset(
     ["gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"]
 )
+
+
+def mean_states(hidden: torch.Tensor, response_of: torch.Tensor, responses: int) -> torch.Tensor:
+    """(tokens, hidden size) -> (responses, hidden size), float32: the mean of the states of each response."""
+    sums = hidden.new_zeros(responses, hidden.shape[1], dtype=torch.float32)
+    sums.index_add_(0, response_of, hidden.float())
+    return sums / response_of.bincount(minlength=responses)[:, None]
 
 
 def pair_logps(model: Any, pairs: Sequence[EncodedPair]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +106,7 @@ class LogpsModel(nn.Module):
         if self.chunked:
             model.set_output_embeddings(LogpsHead(model.get_output_embeddings()))
         if why:
-            _say_once(f"a row for each response instead of one for both: {why}")
+            warn_once(f"a row for each response instead of one for both: {why}")
 
     def forward(
         self, groups: Sequence[PrefixGroup], means: bool = False
@@ -293,8 +290,3 @@ def _chunks(tokens: int, vocabulary: int) -> list[slice]:
 
 def _like(grad: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor | None:
     return None if grad is None else grad.to(parameter.dtype)
-
-
-@lru_cache
-def _say_once(message: str) -> None:
-    log.warning(message)

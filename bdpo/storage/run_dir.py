@@ -46,14 +46,20 @@ _DIGEST_LINE = "# digest: "
 
 
 class RunDir:
-    """Paths inside one run folder."""
+    """Paths inside one run folder; pairs, scores and private files may be another run's."""
 
-    def __init__(self, root: str | StoragePath) -> None:
+    def __init__(
+        self,
+        root: str | StoragePath,
+        data: StoragePath | None = None,
+        scores: StoragePath | None = None,
+        private: StoragePath | None = None,
+    ) -> None:
         self.root = storage_path(root, "run_dir")
         self.config = self.root / "config.yaml"
-        self.data = self.root / "data"
+        self.data = data or self.root / "data"
         self.pairs = self.data / "pairs"
-        self.scores = self.root / "scores"
+        self.scores = scores or self.root / "scores"
         self.train = self.root / "train"
         self.model = self.root / "model"
         self.recoveries = self.train / "recoveries.jsonl"
@@ -61,7 +67,7 @@ class RunDir:
         self.metrics = self.root / "metrics.jsonl"
         self.report = self.root / "report"
         self.tune = self.root / "tune"
-        self.private = self.root / "private"
+        self.private = private or self.root / "private"
 
     def eval(self, name: str) -> StoragePath:
         """Results of the evaluated model called `name`."""
@@ -85,19 +91,16 @@ class RunDir:
 
     def part(self, *names: str) -> RunDir:
         """A run folder inside this one: results of its own, with this run's pairs and scores."""
-        part = RunDir(self.root.joinpath(*names))
-        part.data, part.pairs, part.scores = self.data, self.pairs, self.scores
-        part.private = self.private.joinpath(*names)
-        return part
+        return RunDir(self.root.joinpath(*names), self.data, self.scores, self.private.joinpath(*names))
+
+    def with_scores(self, scores: StoragePath) -> RunDir:
+        """This run folder with the scores of another folder."""
+        return RunDir(self.root, self.data, scores, self.private)
 
     def tampering(self, own_data: bool) -> RunDir:
         """The run folder of the tamper test; its pairs are this run's unless it has data of its own."""
-        part = self.part("tamper")
-        if own_data:
-            part.data = part.root / "data"
-            part.pairs = part.data / "pairs"
-        part.scores = part.root / "scores"
-        return part
+        root = self.root / "tamper"
+        return RunDir(root, root / "data" if own_data else self.data, private=self.private / "tamper")
 
     def has_model(self) -> bool:
         """Whether the trained model is there; it is whole then."""

@@ -44,7 +44,7 @@ def room_checks(config: Config, run: RunDir) -> dict[str, Check]:
     return {section: partial(_check_room, section) for section in sections}
 
 
-def _check_room(stage: str, config: Config, run: RunDir) -> str:
+def _check_room(stage: str, config: Config, run: RunDir) -> str | Doubt:
     """The workers of a stage, by its section of the config, fit the cluster."""
     section = getattr(config, stage)
     low, _ = worker_range(section.workers)

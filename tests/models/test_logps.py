@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import bdpo.models.logps
+from bdpo.models.loading import warn_once
 from bdpo.models.logps import LogpsHead, LogpsModel, pair_groups, pair_logps, prefix_sharing_obstacle
 from bdpo.models.packing import PrefixGroup
 from bdpo.models.tokenizer import EncodedPair
@@ -299,11 +300,11 @@ def test_a_narrow_sliding_window_is_scored_right_and_said_once(caplog):
     )  # fmt: skip
     torch.manual_seed(0)
     model, pairs = MistralForCausalLM(config).eval(), encoded_pairs([(20, 12, 5), (3, 4, 30)])
-    bdpo.models.logps._say_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING), torch.no_grad():
         ours = pair_logps(shared(model), pairs)
         shared(model)
-    assert [record.message for record in caplog.records if record.name == "bdpo.models.logps"] == [
+    assert [record.message for record in caplog.records if record.name == "bdpo.models.loading"] == [
         "a row for each response instead of one for both: the sliding window of 8 tokens is shorter than "
         "data.max_length=128"
     ]

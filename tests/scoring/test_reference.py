@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from bdpo.scoring.shard_scorer import ShardScorer, score_with_bisection
 from bdpo.storage.run_dir import RunDir
 from pipelines import score
 from pipelines.prepare import Prepare
-from pipelines.runtime import cluster, pool
+from pipelines.runtime import pool
 from tests.support.helpers import (
     encoded_pairs,
     invented_pairs,
@@ -70,18 +69,6 @@ class UnluckyScorer(ShardScorer):
             os._exit(9)
         if self.raising in seen:
             raise IndexError("the text of a prompt")
-
-
-@pytest.fixture
-def sent_by_value(ray_session):
-    """Workers of the cluster are sent the classes of this module."""
-    import ray
-
-    module = sys.modules[__name__]
-    cluster.connect()
-    ray.cloudpickle.register_pickle_by_value(module)
-    yield
-    ray.cloudpickle.unregister_pickle_by_value(module)
 
 
 @pytest.fixture(scope="module")

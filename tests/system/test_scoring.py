@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import sys
 
 import pytest
 from ray.exceptions import RayError
@@ -15,7 +14,7 @@ from bdpo.scoring.scores import finish_scores, score_fingerprint
 from bdpo.scoring.shard_scorer import ShardScorer
 from pipelines import score
 from pipelines.prepare import Prepare
-from pipelines.runtime import cluster, pool
+from pipelines.runtime import pool
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
 from tests.support.scored_run import prepared_run, score_here
 
@@ -39,18 +38,6 @@ class StillbornScorer(ShardScorer):
         with (run.root / "births").open("a") as births:
             births.write("x")
         os._exit(9)
-
-
-@pytest.fixture
-def sent_by_value(ray_session):
-    """Workers of the cluster are sent the classes of this module."""
-    import ray
-
-    module = sys.modules[__name__]
-    cluster.connect()
-    ray.cloudpickle.register_pickle_by_value(module)
-    yield
-    ray.cloudpickle.unregister_pickle_by_value(module)
 
 
 @pytest.fixture

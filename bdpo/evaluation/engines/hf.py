@@ -52,7 +52,7 @@ def generate(
     if not prompts:
         return []
     prompt_ids = begun_ids(chat, prompts, prefills)
-    needed_positions(model.config, prompt_ids, max_new_tokens)
+    require_positions(model.config, prompt_ids, max_new_tokens)
     stops = stop_ids(model.generation_config, chat)
     pad = chat.end_of_turn_id  # masked; a tokenizer's pad token may be missing, or beyond the embedding
     input_ids, attention_mask = _left_padded(prompt_ids, pad)
@@ -128,7 +128,7 @@ class _GumbelNoise:
         return scores / self.temperature - noise.log()
 
 
-def needed_positions(config: PreTrainedConfig, prompt_ids: list[list[int]], max_new_tokens: int) -> int:
+def require_positions(config: PreTrainedConfig, prompt_ids: list[list[int]], max_new_tokens: int) -> int:
     """What the longest prompt and its answer take.
 
     Raises:

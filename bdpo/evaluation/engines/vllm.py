@@ -23,7 +23,7 @@ from bdpo.evaluation.engines.base import Answer, Sampling
 from bdpo.evaluation.engines.hf import (
     answer,
     begun_ids,
-    needed_positions,
+    require_positions,
     shipped_generation_config,
     stop_ids,
 )
@@ -51,7 +51,7 @@ class VLLMEngine:
             UserError: vLLM cannot be imported, or a prompt and its answer need more positions than there are.
         """
         config = model_config(model)
-        positions = needed_positions(config, prompt_ids, max_new_tokens)
+        positions = require_positions(config, prompt_ids, max_new_tokens)
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # as for Ray: nothing about usage is uploaded
         try:
             from vllm import LLM, SamplingParams
