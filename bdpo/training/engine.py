@@ -30,6 +30,7 @@ from bdpo.training.deepspeed_internals import (
     async_io_builder,
     build_shared_memory_op,
     full_shape,
+    import_deepspeed,
     trained_weights,
 )
 
@@ -72,7 +73,7 @@ def build_engine(config: Config, total_steps: int, warmup_steps: int) -> Any:
             complete; the architecture computes something else in training.
     """
     _choose_accelerator(config.train)
-    import deepspeed
+    deepspeed = import_deepspeed()
     import torch._dynamo  # imported first under zero.Init, which patches tensor creation, it fails
 
     if config.train.offload:

@@ -15,6 +15,9 @@ from bdpo.errors import UserError
 from pipelines.runtime.ray_internals import CLUSTER_FILE, START_TIMED_OUT
 from pipelines.runtime.signals import keep_handlers
 
+STATE_TRACKING = "RAY_TRAIN_ENABLE_STATE_TRACKING"
+"""The environment variable with which the dashboard's Train page shows a training."""
+
 
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS or a running `ray start` names, else start one on this machine.
@@ -28,7 +31,6 @@ def connect() -> None:
     # Ray uploads nothing about usage, and says less: our own progress is on the terminal.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the run is on the dashboard's Train page
     # Checkpoints are committed, and dead workers noticed, when the controller looks: by default every 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Workers of a training and trials stay in the folder where all the paths of a config begin.
@@ -37,9 +39,8 @@ def connect() -> None:
 
     protect_token()
     if not ray.is_initialized():
-        # What workers print stays in their log files: the terminal is for progress.
         try:
-            keep_handlers(lambda: ray.init(logging_level=logging.WARNING, log_to_driver=False))
+            keep_handlers(_join_or_start)
         except Exception as error:
             if START_TIMED_OUT not in str(error):
                 raise
@@ -47,7 +48,20 @@ def connect() -> None:
                 "Ray did not start on this machine within 30 seconds: the machine is overloaded, or Ray's "
                 "processes end at once (see /tmp/ray/session_latest/logs); the same command tries again"
             ) from None
+    os.environ.setdefault(STATE_TRACKING, "1")
     refuse_secrets(dict(ray.get_runtime_context().runtime_env), "runtime_env")
+
+
+def _join_or_start() -> None:
+    """A cluster that starts here has no dashboard: its eleven processes would end with this command."""
+    import ray
+
+    given = os.environ.get(STATE_TRACKING)
+    os.environ.setdefault(STATE_TRACKING, "0")  # which the workers of a cluster that starts here inherit
+    # What workers print stays in their log files: the terminal is for progress.
+    context = ray.init(logging_level=logging.WARNING, log_to_driver=False, include_dashboard=False)
+    if given is None and context.dashboard_url:
+        os.environ[STATE_TRACKING] = "1"
 
 
 def protect_token() -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import requests
 
 from bdpo.storage.cache import cache_folder
+from pipelines.runtime.cluster import STATE_TRACKING
 from tests.support import ROOT
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -203,7 +204,7 @@ def session_node(cpus: int = 4, **variables: str) -> Iterator[tuple[str, Path]]:
         port, log = free_ports(1)[0], folder / "start.log"
         environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
         # Ray kills workers when the machine runs out of memory, whoever took it.
-        environment |= {"RAY_memory_monitor_refresh_ms": "0", **variables}
+        environment |= {"RAY_memory_monitor_refresh_ms": "0", STATE_TRACKING: "0", **variables}
         head = ["--head", f"--port={port}", "--include-dashboard=false", f"--num-cpus={cpus}"]
         node = _started_node(*head, f"--temp-dir={folder}", environment=environment, log=log)
         try:

@@ -17,7 +17,6 @@ from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # which DeepSpeed reads when it is imported
 
-import deepspeed  # noqa: F401
 import pyarrow.parquet as pq
 import torch
 import torch._dynamo
@@ -26,9 +25,12 @@ from bdpo.config import load_config
 from bdpo.errors import UserError
 from bdpo.storage.run_dir import RunDir
 from bdpo.training import loop as training
+from bdpo.training.deepspeed_internals import import_deepspeed
 from bdpo.training.rungs import Rungs
 
 NO_LIMIT = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+
+import_deepspeed()
 
 build_engine = training.build_engine
 

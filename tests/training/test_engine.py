@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import subprocess
+import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +24,7 @@ from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import TrainingPlan
 from bdpo.training.engine import cores_of_a_worker, learning_rates
 from bdpo.training.pairs import TrainingPairs
+from tests.support import ROOT
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
 from tests.support.training import launch, results
 
@@ -126,6 +129,20 @@ def plain_loop(config):
             p.data.copy_(master)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     return losses, norms, {n.removeprefix("module."): p for n, p in weights.items()}
+
+
+def test_a_worker_does_not_wait_for_the_mlflow_of_deepspeeds_autotuner():
+    code = """
+import importlib.util, sys
+from bdpo.training.deepspeed_internals import import_deepspeed
+
+assert import_deepspeed().initialize and "deepspeed.autotuning" in sys.modules
+assert "mlflow" not in sys.modules
+assert importlib.util.find_spec("mlflow")  # a tracker can import it later
+"""
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"}
+    )
 
 
 @pytest.mark.parametrize(
