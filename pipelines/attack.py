@@ -53,7 +53,7 @@ from pipelines.runtime.progress import console
 from pipelines.runtime.stage import ManifestStage, check_inputs, complete_all
 
 if TYPE_CHECKING:
-    from bdpo.cluster.preflight import Check
+    from bdpo.cluster.preflight import Check, Doubt
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class AttackTrained(Attack):
 MODELS = (AttackBase, AttackTrained)
 
 
-def _check_models(config: Config, run: RunDir) -> str:
+def _check_models(config: Config, run: RunDir) -> str | Doubt:
     from bdpo.cluster.preflight import check_model
 
     if config.attack.models == "trained" and not run.has_model():

@@ -23,6 +23,7 @@ from rich.table import Table
 from bdpo.cluster.node_checks import NODE_CHECKS
 from bdpo.cluster.preflight import (
     Check,
+    Doubt,
     Finding,
     check_storage,
     examine,
@@ -80,7 +81,7 @@ def _attack(config: Config, run: RunDir) -> str:
     return check_attack(config, run)
 
 
-def _time(config: Config, run: RunDir, throughput: float | None, measure: bool) -> str:
+def _time(config: Config, run: RunDir, throughput: float | None, measure: bool) -> str | Doubt:
     if measure:
         import ray
 
