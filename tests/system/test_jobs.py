@@ -30,7 +30,7 @@ from tests.support.s3_server import SECRET
 
 HARM = "plantedharmfultext"
 
-PAIRS, STEPS, ITEMS = 240, 32, 48
+PAIRS, STEPS, ITEMS = 160, 24, 32
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def finished(cluster, config):
             now = state(run_dir)
             return job.poll() is not None or (now and reached(now))
 
-        wait_until(seen, "progress")
+        wait_until(seen, "progress", seconds=1800)
         assert job.poll() is None, job.stdout.read()
 
     first = cluster.add(cpus=2)

@@ -47,7 +47,7 @@ def config_of(run_dir, inputs):
         inputs / "model",
         inputs / "pairs.jsonl",
         score={"shard_rows": 2},
-        train={"save_steps": 5, "num_train_epochs": 8},
+        train={"save_steps": 5, "num_train_epochs": 4},
         evaluate={
             "strongreject": {"path": str(inputs / "strongreject.csv")},
             "xstest": {"path": str(inputs / "xstest.csv")},
