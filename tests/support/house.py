@@ -95,13 +95,13 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def functions(modules: dict[str, Path]) -> list[Function]:
-    """All functions and methods; `self` and `cls` are no parameters."""
+    """All functions and methods; `self`, `cls` and `**settings` are no parameters."""
     found = []
     for module, file in modules.items():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-                arguments += [argument for argument in (node.args.vararg, node.args.kwarg) if argument]
+                arguments += [node.args.vararg] if node.args.vararg else []
                 own = sum(argument.arg not in ("self", "cls") for argument in arguments)
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
                 returns = ast.unparse(node.returns) if node.returns else ""
