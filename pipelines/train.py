@@ -72,11 +72,7 @@ class Train(ManifestStage):
         if not requires_scores(self.config) and prepared_pairs(self.run) is None:
             Prepare(self.config, self.run).complete()
         manifest = self.ensure_manifest()
-        last = manifest["last"]
-        console.print(
-            f"[bold]training[/]  {manifest['steps']} steps: loss {last['loss']:.3f}, "
-            f"reward margin {last['rewards/margins']:.2f}, accuracy {last['rewards/accuracies']:.0%}"
-        )
+        console.print(f"[bold]training[/]  {manifest['steps']} steps: {_losses(manifest['last'])}")
         return manifest
 
     def make(self) -> Manifest:
@@ -220,12 +216,19 @@ def _progress(run: RunDir, tracking: Tracking, total_steps: int) -> Iterator[Non
             tracking.close()
 
 
-def _progress_note(row: dict[str, float]) -> str:
-    held_out = f"  eval loss {row['eval_loss']:.3f}" if "eval_loss" in row else ""
-    return (
-        f"loss {row['loss']:.3f}  margin {row['rewards/margins']:.2f}  "
-        f"accuracy {row['rewards/accuracies']:.0%}  {row['tokens_per_second']:,.0f} tokens/s{held_out}"
-    )
+def _progress_note(row: Mapping[str, float]) -> str:
+    return f"{_losses(row)}, {row['tokens_per_second']:,.0f} tokens/s"
+
+
+def _losses(row: Mapping[str, float]) -> str:
+    """Loss of a step, and its rewards and that of held-out pairs where the row has them."""
+    found = [f"loss {row['loss']:.3f}"]
+    if "rewards/margins" in row:
+        found.append(f"margin {row['rewards/margins']:.2f}")
+        found.append(f"accuracy {row['rewards/accuracies']:.0%}")
+    if "eval_loss" in row:
+        found.append(f"eval loss {row['eval_loss']:.3f}")
+    return ", ".join(found)
 
 
 main = Command(__doc__, (Train,))

@@ -87,7 +87,7 @@ def methods_page() -> str:
             f"Source: {_paper(method)}. Requires {_requires(method)}."
             if method.arxiv
             else f"Requires {_requires(method)}.",
-            _table(method, "method.", keys),
+            _table(method, "method.", keys) if keys else "It has no keys.",
         ]
     return "\n\n".join(lines) + "\n"
 

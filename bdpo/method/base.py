@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,12 +21,14 @@ from bdpo.section import Variant
 if TYPE_CHECKING:
     import torch
 
+Side = Literal["chosen", "rejected"]
+
 
 @dataclass(frozen=True)
 class PairLogps:
     """What a loss may look at, each of shape (pairs,): log-probs in nats, counts, weights, labels.
 
-    What the method does not use may be NaN: the reference's log-probs and the weights were never computed.
+    What the method does not use may be NaN: log-probs and weights that were never computed.
     """
 
     policy_chosen: torch.Tensor
@@ -45,6 +47,11 @@ class PairLogps:
         """(Δ_w, Δ_l)."""
         return self.policy_chosen - self.reference_chosen, self.policy_rejected - self.reference_rejected
 
+    @property
+    def mean_logps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(lp_w/|y_w|, lp_l/|y_l|), nats per token."""
+        return self.policy_chosen / self.chosen_tokens, self.policy_rejected / self.rejected_tokens
+
     def swapped(self, which: torch.Tensor) -> PairLogps:
         """Chosen and rejected exchanged where `which`, a bool of shape (pairs,), is true."""
         columns: dict[str, torch.Tensor] = {}
@@ -60,7 +67,7 @@ class LossOutput:
     """The loss of each pair and what is logged of it, every tensor of shape (pairs,).
 
     Rewards are β·Δ whatever the weights, so that curves of all methods compare; without a reference they
-    are what TRL's are, β·lp (CPO) and β·lp/|y| (SimPO).
+    are what TRL's are, β·lp (CPO) and β·lp/|y| (SimPO). A method that compares no responses has none.
     """
 
     loss: torch.Tensor
@@ -83,7 +90,8 @@ class Method(Variant, ABC):
     requires_safety_labels: ClassVar[bool] = False
     """Whether every pair needs `chosen_safe` and `rejected_safe`."""
 
-    beta: float = Field(0.1, gt=0, description="strength of the reference")
+    responses: ClassVar[tuple[Side, ...]] = ("chosen", "rejected")
+    """The responses of a pair that the loss looks at; the policy forwards no other."""
 
     @property
     def product_keys(self) -> tuple[str, ...]:
@@ -111,13 +119,19 @@ class Method(Variant, ABC):
         unknown = mi_chosen.new_full(mi_chosen.shape, float("nan"))
         return unknown, unknown
 
+
+class Preference(Method):
+    """A method that compares the two responses of a pair."""
+
+    beta: float = Field(0.1, gt=0, description="strength of the reference")
+
     def rewards(self, pairs: PairLogps) -> tuple[torch.Tensor, torch.Tensor]:
         """(β·Δ_w, β·Δ_l)."""
         delta_chosen, delta_rejected = pairs.deltas
         return self.beta * delta_chosen, self.beta * delta_rejected
 
 
-class Anchored(Method):
+class Anchored(Preference):
     """A method whose loss may be joined by the likelihood of the chosen response, which anchors it.
 
     The term is that of "Iterative Reasoning Preference Optimization" (arXiv 2404.19733), weighted as TRL's
@@ -135,7 +149,7 @@ class Anchored(Method):
     ) -> LossOutput:
         """`loss_output` of the loss with its anchor; all shapes (pairs,)."""
         if self.nll_weight:
-            more["nll_loss"] = -pairs.policy_chosen / pairs.chosen_tokens
+            more["nll_loss"] = -pairs.mean_logps[0]
             loss = loss + self.nll_weight * more["nll_loss"]
         return loss_output(loss, pairs, rewards, **more)
 

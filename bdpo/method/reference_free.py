@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from bdpo.method.base import Anchored, LossOutput, Method, PairLogps, log_sigmoid, loss_output
+from bdpo.method.base import (
+    Anchored,
+    LossOutput,
+    Method,
+    PairLogps,
+    Preference,
+    Side,
+    log_sigmoid,
+    loss_output,
+)
 
 if TYPE_CHECKING:
     import torch
 
 
-class Cpo(Method):
+class Cpo(Preference):
     """DPO against a uniform reference, plus the likelihood of the chosen response.
 
     As in TRL the likelihood term is per token; here of each pair, where TRL takes all tokens of a batch
@@ -27,7 +36,7 @@ class Cpo(Method):
     def loss(self, pairs: PairLogps) -> LossOutput:
         """−log σ(β·(lp_w − lp_l)) − `cpo_alpha`·lp_w/|y_w|."""
         rewards = self.beta * pairs.policy_chosen, self.beta * pairs.policy_rejected
-        nll = -pairs.policy_chosen / pairs.chosen_tokens
+        nll = -pairs.mean_logps[0]
         loss = -log_sigmoid(rewards[0] - rewards[1]) + self.cpo_alpha * nll
         return loss_output(loss, pairs, rewards, nll_loss=nll)
 
@@ -43,30 +52,29 @@ class Simpo(Anchored):
 
     def loss(self, pairs: PairLogps) -> LossOutput:
         """−log σ(β·(lp_w/|y_w| − lp_l/|y_l|) − `simpo_gamma`), equation 6."""
-        reward_chosen = self.beta * pairs.policy_chosen / pairs.chosen_tokens
-        reward_rejected = self.beta * pairs.policy_rejected / pairs.rejected_tokens
+        chosen, rejected = pairs.mean_logps
+        reward_chosen, reward_rejected = self.beta * chosen, self.beta * rejected
         loss = -log_sigmoid(reward_chosen - reward_rejected - self.simpo_gamma)
         return self.output(loss, pairs, (reward_chosen, reward_rejected))
 
 
 class Sft(Method):
-    """Supervised fine-tuning on the chosen response; the rejected one is logged beside it and not trained on.
+    """Supervised fine-tuning on the chosen response; the rejected one is not forwarded.
 
     The likelihood is per token of each pair, as in `cpo`. The tamper test trains with it.
     """
 
     arxiv = "2203.02155"
     requires_reference = False
+    responses: ClassVar[tuple[Side, ...]] = ("chosen",)
     name: Literal["sft"] = "sft"
-    beta: float = Field(0.1, gt=0, description="scale of the logged rewards; the loss does not depend on it")
 
     def loss(self, pairs: PairLogps) -> LossOutput:
         """−lp_w/|y_w|, the likelihood alone."""
-        rewards = self.beta * pairs.policy_chosen, self.beta * pairs.policy_rejected
-        return loss_output(-pairs.policy_chosen / pairs.chosen_tokens, pairs, rewards)
+        return LossOutput(-pairs.mean_logps[0], {"logps/chosen": pairs.policy_chosen.detach()})
 
 
-class Orpo(Method):
+class Orpo(Preference):
     """Likelihood of the chosen response, and the odds of the two responses against each other, in one loss.
 
     As in TRL the probability p of a response is the geometric mean over its tokens. The likelihood term is
@@ -80,10 +88,7 @@ class Orpo(Method):
 
     def loss(self, pairs: PairLogps) -> LossOutput:
         """−lp_w/|y_w| − β·log σ(log odds(y_w) − log odds(y_l)), odds = p/(1 − p), p = exp(lp/|y|)."""
-        chosen, rejected = (
-            pairs.policy_chosen / pairs.chosen_tokens,
-            pairs.policy_rejected / pairs.rejected_tokens,
-        )
+        chosen, rejected = pairs.mean_logps
         log_odds = _log_odds(chosen) - _log_odds(rejected)
         log_ratio = log_sigmoid(log_odds)
         rewards = self.beta * chosen, self.beta * rejected

@@ -43,6 +43,8 @@ SHARED_ROW_MODELS = frozenset(
     ["gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"]
 )
 
+BOTH = ("chosen", "rejected")
+
 
 def mean_states(hidden: torch.Tensor, response_of: torch.Tensor, responses: int) -> torch.Tensor:
     """(tokens, hidden size) -> (responses, hidden size), float32: the mean of the states of each response."""
@@ -51,18 +53,23 @@ def mean_states(hidden: torch.Tensor, response_of: torch.Tensor, responses: int)
     return sums / response_of.bincount(minlength=responses)[:, None]
 
 
-def pair_logps(model: Any, pairs: Sequence[EncodedPair]) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_logps(
+    model: Any, pairs: Sequence[EncodedPair], responses: Sequence[str] = BOTH
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(chosen, rejected): summed log π(y | c(x)) in nats, float32, both shape (pairs,).
 
-    `model` is a LogpsModel or an engine around one.
+    `model` is a LogpsModel or an engine around one. The response that is not among `responses` is not
+    forwarded: its log-probs are NaN.
     """
-    chosen, rejected = model(pair_groups(pairs)).view(-1, 2).unbind(1)
-    return chosen, rejected
+    logps = model(pair_groups(pairs, responses)).view(len(pairs), -1)
+    found = dict(zip(responses, logps.unbind(1), strict=True))
+    unknown = logps.new_full((len(pairs),), torch.nan)
+    return found.get("chosen", unknown), found.get("rejected", unknown)
 
 
-def pair_groups(pairs: Sequence[EncodedPair]) -> list[PrefixGroup]:
-    """`[c(x) | y_w | y_l]` of every pair."""
-    return [PrefixGroup(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
+def pair_groups(pairs: Sequence[EncodedPair], responses: Sequence[str] = BOTH) -> list[PrefixGroup]:
+    """`[c(x) | y_w | y_l]` of every pair, or with some of the responses alone."""
+    return [PrefixGroup(pair.prompt, [getattr(pair, side) for side in responses]) for pair in pairs]
 
 
 def prefix_sharing_obstacle(config: PreTrainedConfig, max_length: int) -> str | None:

@@ -68,19 +68,21 @@ def group_tokens(context: int, responses: Sequence[int], shared: bool) -> int:
 
 @dataclass(frozen=True)
 class PairLayout:
-    """How a model of this width takes pairs: both responses behind one prompt, or a row for each of them."""
+    """How a model of this width takes pairs: all responses behind one prompt, or a row for each of them."""
 
     hidden_size: int
     shared: bool
+    responses: int = 2
+    """Of each pair are forwarded."""
 
-    def tokens(self, prompt: int, chosen: int, rejected: int) -> int:
+    def tokens(self, prompt: int, *responses: int) -> int:
         """What a pair of these lengths takes of a grid: the unit of the lengths below."""
-        return group_tokens(prompt, [chosen, rejected], self.shared)
+        return group_tokens(prompt, responses, self.shared)
 
     def grid(self, lengths: Sequence[int]) -> tuple[int, int]:
         """(rows, width) of a batch of pairs of these lengths."""
         if not self.shared:
-            return 2 * len(lengths), max(lengths, default=0) // 2
+            return self.responses * len(lengths), max(lengths, default=0) // self.responses
         rows = arrange(lengths, 0, self.hidden_size) if lengths else []
         return len(rows), max((sum(lengths[index] for index in row) for row in rows), default=0)
 

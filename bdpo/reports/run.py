@@ -112,7 +112,7 @@ def setup_section(
     rows = [("model", f"{config.model.name_or_path} ({config.model.dtype})")]
     if not arms:
         how = ", ".join(f"{key} {value}" for key, value in method.model_dump(exclude={"name"}).items())
-        rows.append(("method", f"{method.name}: {how}"))
+        rows.append(("method", f"{method.name}: {how}" if how else method.name))
     length = f"steps: {train.max_steps}" if train.max_steps else f"epochs: {train.num_train_epochs:g}"
     rows += [
         ("data", f"{config.data.name} ({config.data.format})"),
@@ -194,7 +194,10 @@ def mutual_information_section(config: Config, run: RunDir) -> Section | None:
 
 
 def training_section(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Section | None:
-    """Curves of one or more trainings: name -> a log for each seed; a single training is named ""."""
+    """Curves of one or more trainings: name -> a log for each seed; a single training is named "".
+
+    A method that compares no responses has no curve of rewards.
+    """
     logs = {name: [log for log in seeds if log] for name, seeds in logs.items()}
     logs = {name: seeds for name, seeds in logs.items() if seeds}
     if not logs:
@@ -202,11 +205,13 @@ def training_section(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> 
     rows = []
     for name, seeds in logs.items():
         last = [log[-1] for log in seeds]
-        numbers = (f"{np.mean([row[key] for row in last]):.3f}" for key in _CURVES)
+        numbers = (f"{np.mean([row[key] for row in last]):.3f}" if key in last[0] else "" for key in _CURVES)
         rows.append((name or "last step", str(int(last[0]["step"])), *numbers))
+    having = {key: {name: of for name, of in logs.items() if key in of[0][-1]} for key in _CURVES}
     pictures = [
-        Picture(f"curve-{key.replace('/', '-')}", _curves(logs, key, label), f"{label}, by step.")
+        Picture(f"curve-{key.replace('/', '-')}", _curves(having[key], key, label), f"{label}, by step.")
         for key, label in _CURVES.items()
+        if having[key]
     ]
     return Section("Training", tables=[PageTable(("", "steps", *_CURVES.values()), rows)], pictures=pictures)
 

@@ -248,12 +248,13 @@ def _longest_pairs(config: Config, shape: PreTrainedConfig) -> list[PrefixGroup]
     """Pairs of the greatest length that fill a micro-batch, or a single pair that exceeds it."""
     data, budget = config.data, config.train.tokens_per_micro_batch
     prompt, response = data.max_prompt_length, data.max_length - data.max_prompt_length
-    full_pair = PrefixGroup(range(prompt), [range(response)] * 2)
+    responses = len(config.method.responses)
+    full_pair = PrefixGroup(range(prompt), [range(response)] * responses)
     longest = full_pair.tokens(prefix_sharing_obstacle(shape, data.max_length) is None)
     pairs = math.ceil(budget / longest)
     part = min(1.0, budget / pairs / longest) if pairs > 1 else 1.0
     lengths = max(1, int(prompt * part)), max(1, int(response * part))
-    return [PrefixGroup([number + 1] * lengths[0], [[1] * lengths[1]] * 2) for number in range(pairs)]
+    return [PrefixGroup([number + 1] * lengths[0], [[1] * lengths[1]] * responses) for number in range(pairs)]
 
 
 def _saved(model: Any, config: Config, groups: list[PrefixGroup]) -> int:

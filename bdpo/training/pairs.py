@@ -49,19 +49,24 @@ class TrainingPairs:
         weights = config.method.weights(_column(scores, "mi_chosen"), _column(scores, "mi_rejected"))
         shape = model_config(config.model)
         plain = prefix_sharing_obstacle(shape, config.data.max_length)
-        layout = PairLayout(shape.get_text_config().hidden_size, shared=plain is None)
+        width, responses = shape.get_text_config().hidden_size, len(config.method.responses)
+        layout = PairLayout(width, plain is None, responses)
         return cls(config, load_tokenizer(config.model), table, scores, *weights, layout)
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each pair with padding, in the layout of rows that the model takes."""
-        parts = (self.scores[f"{part}_tokens"].to_pylist() for part in ("prompt", "chosen", "rejected"))
+        parts = (self.scores[f"{part}_tokens"].to_pylist() for part in self._forwarded)
         return [self.layout.tokens(*pair) for pair in zip(*parts, strict=True)]
 
     def tokens(self, indices: Sequence[int]) -> int:
-        """Real tokens of some pairs, the prompt counted once."""
+        """Real tokens that are forwarded of some pairs, the prompt counted once."""
         rows = self.scores.take(indices)
-        return sum(sum(rows[f"{part}_tokens"].to_pylist()) for part in ("prompt", "chosen", "rejected"))
+        return sum(sum(rows[f"{part}_tokens"].to_pylist()) for part in self._forwarded)
+
+    @property
+    def _forwarded(self) -> tuple[str, ...]:
+        return "prompt", *self.config.method.responses
 
     def names(self, indices: Sequence[int]) -> str:
         """Ids of some pairs, for a message."""
@@ -85,7 +90,8 @@ class TrainingPairs:
     def logps(self, model: Any, indices: Sequence[int]) -> PairLogps:
         """Forward the policy over some pairs; returns its log-probs together with those of the reference."""
         pairs = self.table.take(indices)
-        policy_chosen, policy_rejected = pair_logps(model, encoded_pairs(pairs))
+        responses = self.config.method.responses
+        policy_chosen, policy_rejected = pair_logps(model, encoded_pairs(pairs), responses)
         scores, device = self.scores.take(indices), policy_chosen.device
         unsafe = {
             side: torch.tensor([safe is False for safe in pairs[f"{side}_safe"].to_pylist()])

@@ -207,7 +207,7 @@ def test_every_key_of_a_method_changes_its_loss(name, key):
         weights = dict(zip(("weight_chosen", "weight_rejected"), method.weights(*mi), strict=True))
         return method.loss(replace(random_pairs(), **weights)).loss
 
-    if key != "name" and (name, key) != ("sft", "beta"):  # which is of the logged rewards alone
+    if key != "name":
         assert not torch.allclose(loss(METHODS[name](**{key: CHANGED[key]})), loss(METHODS[name]()))
 
 
@@ -223,6 +223,18 @@ def test_rewards_are_those_of_dpo_whatever_the_method(name):
         assert metrics["rewards/accuracies"][i].item() == (p.delta_w > p.delta_l)
         assert metrics["logps/chosen"][i].item() == p.policy_chosen
         assert metrics["logps/rejected"][i].item() == p.policy_rejected
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_looks_at_the_responses_that_it_names(name, side):
+    """The other response is not forwarded, so its log-probs are NaN."""
+    pairs, method = random_pairs(), METHODS[name]()
+    unknown = replace(pairs, **{f"policy_{side}": torch.full((8,), math.nan, dtype=torch.float64)})
+    output, without = method.loss(pairs), method.loss(unknown)
+    looked_at = side in method.responses
+    assert torch.equal(output.loss, without.loss) != looked_at
+    assert any(values.isnan().any() for values in without.metrics.values()) == looked_at
 
 
 @pytest.mark.parametrize("name", METHODS)

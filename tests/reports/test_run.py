@@ -306,6 +306,16 @@ def test_training_curves_are_means_over_seeds_from_the_first_step_to_the_last():
     assert figures["curve-rewards-margins"].get_ylabel() == "reward margin"
 
 
+def test_a_training_without_rewards_has_no_curve_of_them():
+    log = [{"step": n + 1, "loss": 2.0 - n, "logps/chosen": -9.0 + n} for n in range(2)]
+    alone = training_section({"": [log]})
+    assert [picture.name for picture in alone.pictures] == ["curve-loss", "curve-logps-chosen"]
+    assert alone.tables[0].rows == [("last step", "2", "1.000", "", "", "-8.000")]
+    beside = training_section({"sft": [log]} | curves(dpo=[[5, 4]]))
+    figures = {picture.name: picture.figure.axes[0] for picture in beside.pictures}
+    assert [len(figures[f"curve-{key}"].lines) for key in ("loss", "rewards-margins")] == [2, 1]
+
+
 def outcome(config, folder, name, harms, refused):
     """(page, results by arm and measure) of an experiment, its arms at two seeds as given."""
     arms = [*(arm.name for arm in arms_of(name, config)), "base"]

@@ -29,12 +29,13 @@ PAIRS = st.lists(
     st.tuples(st.integers(1, 40), st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=50
 )
 
-LAYOUTS = st.builds(PairLayout, st.sampled_from([2, 64, 4096]), st.booleans())
+LAYOUTS = st.builds(PairLayout, st.sampled_from([2, 64, 4096]), st.booleans(), st.sampled_from([1, 2]))
 
 
 def grid_of(batch, pairs, layout):
     """Tokens of the grid that the model would be given."""
-    groups = [PrefixGroup([i + 2] * pairs[i][0], [[1] * n for n in pairs[i][1:]]) for i in batch]
+    last = 1 + layout.responses
+    groups = [PrefixGroup([i + 2] * pairs[i][0], [[1] * n for n in pairs[i][1:last]]) for i in batch]
     packed = pack(groups, layout.hidden_size) if layout.shared else pack_plain(groups)
     return packed.input_ids.numel()
 
@@ -43,7 +44,7 @@ def grid_of(batch, pairs, layout):
 @settings(deadline=None)
 def test_workers_share_a_global_batch_in_equally_many_micro_steps(pairs, size, workers, budget, layout):
     train = TrainConfig(global_batch_size=size, tokens_per_micro_batch=budget)
-    lengths = [layout.tokens(*pair) for pair in pairs]
+    lengths = [layout.tokens(*pair[: 1 + layout.responses]) for pair in pairs]
     plan = TrainingPlan(lengths, train, 0)
     dealt = plan.micro_batches(0, workers, layout)
     assert dealt == plan.micro_batches(0, workers, layout)
