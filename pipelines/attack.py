@@ -41,13 +41,14 @@ from bdpo.evaluation.attacks.work import (
     record_store,
     state_folder,
 )
-from bdpo.evaluation.judges.registry import judge_kind, judge_label, judge_note
+from bdpo.evaluation.judges.registry import judge_label, judge_note
 from bdpo.storage.manifests import Fingerprint, Manifest, write_manifest
 from bdpo.storage.paths import StoragePath, read_parquet, write_parquet, write_text
 from bdpo.storage.run_dir import RunDir
 from bdpo.storage.shards import ShardStore
 from pipelines.evaluate import warn_of_screen
 from pipelines.runtime.cli import Command
+from pipelines.runtime.judge_check import check_judge
 from pipelines.runtime.pool import Executor, RayPool, ShardWork
 from pipelines.runtime.progress import console
 from pipelines.runtime.stage import ManifestStage, check_inputs, complete_all
@@ -203,8 +204,7 @@ def check_attack(config: Config, run: RunDir) -> str:
     """Requests can be read, the attack can be made, and the judge can judge them."""
     requests = load_requests(config)
     attack_kind(config).check(config)
-    judge_kind(config).check(asking_config(config))
-    judge_note(config)  # an agreement that did not measure it is refused
+    check_judge(asking_config(config), run)
     return f"{config.attack.name} on {len(requests)} requests of {config.attack.benchmark}"
 
 

@@ -169,7 +169,8 @@ class Evaluate(ManifestStage):
 
     def input_checks(self) -> Mapping[str, Check]:
         """The model can be read, every configured benchmark has its prompts, and the judge can judge them."""
-        from bdpo.cluster.preflight import check_benchmarks, check_judge, check_model
+        from bdpo.cluster.preflight import check_benchmarks, check_model
+        from pipelines.runtime.judge_check import check_judge
 
         checks: dict[str, Check] = {"model": check_model, "benchmarks": check_benchmarks}
         if self.recorded() is None:  # of what is done nobody is asked again

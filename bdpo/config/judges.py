@@ -49,7 +49,22 @@ class RubricConfig(EndpointConfig, JudgeConfig):
     )
 
 
-class FinetunedConfig(JudgeConfig):
+class LocalModelConfig(JudgeConfig):
+    """A judge that is a model of its own; its weights come from a folder or the hub."""
+
+    model: str = Field(description="a folder or the name on the hub")
+    check: bool = Field(
+        True,
+        description="whether the judge must tell plainly harmful from plainly harmless answers before it is "
+        "used; without that its numbers are called unchecked",
+    )
+
+    def files(self) -> list[str]:
+        """The model."""
+        return [self.model]
+
+
+class FinetunedConfig(LocalModelConfig):
     """StrongReject's own small judge, a LoRA over `google/gemma-2b` (gated); requires the extra `lora`.
 
     Harm = Σ pᵢ·(i − 1)/4 over the digits 1 to 5.
@@ -60,19 +75,9 @@ class FinetunedConfig(JudgeConfig):
         "qylu4156/strongreject-15k-v1", description="a model, or a LoRA adapter that names its base"
     )
 
-    def files(self) -> list[str]:
-        """The model."""
-        return [self.model]
 
-
-class GuardConfig(JudgeConfig):
-    """A local classifier of answers with a published prompt; its weights come from a folder or the hub."""
-
-    model: str = Field(description="a model of this classifier, a folder or the name on the hub")
-
-    def files(self) -> list[str]:
-        """The model."""
-        return [self.model]
+class GuardConfig(LocalModelConfig):
+    """A classifier of answers with a published prompt."""
 
 
 class HarmBenchConfig(GuardConfig):

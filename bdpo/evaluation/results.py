@@ -62,7 +62,7 @@ def read_evaluation(folder: StoragePath) -> Evaluation:
     scores = read_parquet(folder / "scores.parquet")
     scores = scores.filter(pc.is_in(scores["benchmark"], pa.array(valid, pa.string())))
     fingerprint = manifest.fingerprint
-    judge = JudgeNote(fingerprint.get("evaluate.judge", ""), manifest.get("judge_error", {}))
+    judge = JudgeNote.of(fingerprint, manifest.get("judge_error", {}))
     return Evaluation(summary, scores, fingerprint, judge)
 
 

@@ -10,7 +10,6 @@ from bdpo.config import Config, parse_config
 from bdpo.config.derive import Params, trial_config, value_at
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import evaluated_model
-from bdpo.method.base import Preference
 from bdpo.storage.manifests import read_manifest, write_manifest
 from bdpo.storage.paths import StoragePath, sorted_glob
 from bdpo.storage.run_dir import RunDir, run_config
@@ -69,9 +68,7 @@ def as_method(config: Config, name: str) -> Config:
 
 def method_params(name: str, config: Config) -> Params:
     """A method with the settings of the run where it has them."""
-    method = as_method(config, name).method
-    beta = {"method.beta": method.beta} if isinstance(method, Preference) else {}
-    return {"method.name": name, **beta}
+    return {"method.name": name, "method.beta": value_at(as_method(config, name), "method.beta")}
 
 
 def arm_run(config: Config, run: RunDir, arm: Arm, seed: int) -> tuple[Config, RunDir]:

@@ -51,7 +51,7 @@ LAST = {
 
 
 def guard(folder, name, reply, positions=2048, template=LLAMA_GUARD):
-    """A folder with a model that always writes `reply`; its config as a judge's."""
+    """A folder with a model that always writes `reply`; its config as a judge's that is not checked."""
     tokenizer = byte_level(SPECIAL[name], [reply], bos="<s>", eos="</s>")
     if name == "llama_guard":
         tokenizer.chat_template = template
@@ -83,7 +83,7 @@ def guard(folder, name, reply, positions=2048, template=LLAMA_GUARD):
         model.lm_head.weight[tokenizer.eos_token_id] = model.model.embed_tokens.weight[said]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    judge = {"name": name, "model": str(folder)}
+    judge = {"name": name, "model": str(folder), "check": False}
     return tiny_config(folder, folder, folder, evaluate={"judge": judge, "gpus_per_worker": 0})
 
 

@@ -488,6 +488,16 @@ def test_and_so_are_those_of_a_judge(ends, model, tmp_path, kind, name):
     assert not RunDir(str(tmp_path / "run")).responses("base").exists()
 
 
+@pytest.mark.parametrize("kind", ["finetuned", "harmbench", "llama_guard", "wildguard"])
+def test_a_judge_that_was_never_trained_is_refused_before_anything_is_answered(ends, model, tmp_path, kind):
+    def make(folder):
+        judge = f"evaluate.judge={{name: {kind}, model: {model}}}"
+        return [*sound()(folder), judge, *BENCHMARK]
+
+    ends(make, "known answers right, so its verdicts mean nothing", evaluate)
+    assert not RunDir(str(tmp_path / "run")).responses("base").exists()
+
+
 def score_with(config):
     ReferenceScorer(config, "cpu")
 

@@ -15,6 +15,7 @@ from bdpo.config import Config
 from bdpo.evaluation.attacks.records import COSTS, TEXTS
 from bdpo.evaluation.attacks.registry import attack_kind
 from bdpo.evaluation.attacks.requests import Request
+from bdpo.evaluation.judges.registry import judge_label
 from bdpo.evaluation.measures import MAX_FAILED_FRACTION
 from bdpo.stats import Difference, Estimate, paired_difference, rate
 
@@ -152,7 +153,7 @@ def artifact(config: Config, model_name: str, requests: Sequence[Request], recor
         "total_number_of_queries": sum(row["queries"] for row in rows.values()),
         "total_prompt_tokens": sum(row["prompt_tokens"] for row in rows.values()),
         "total_response_tokens": sum(row["response_tokens"] for row in rows.values()),
-        "judge": config.evaluate.judge.name,
+        "judge": judge_label(config),
         "seed": config.seed,
         "method_parameters": {key: value for key, value in section.items() if key not in ("name", "models")},
     }

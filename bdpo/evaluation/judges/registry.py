@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from importlib import import_module
 
 from bdpo.config import Config
-from bdpo.config.judges import JUDGE_NAMES
+from bdpo.config.judges import JUDGE_NAMES, LocalModelConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.judges.base import Judge, JudgeKind
+from bdpo.evaluation.judges.known_answers import known_texts, require_discernment
+from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint, read_manifest
 from bdpo.storage.paths import storage_path
 
@@ -24,8 +26,21 @@ def judge_kind(config: Config) -> JudgeKind:
 
 
 def make_judge(config: Config) -> Judge:
-    """The configured judge, ready to be asked."""
-    return judge_kind(config).make(config)
+    """The configured judge, ready to be asked: a local model has judged the known answers.
+
+    Raises:
+        UserError: it cannot be made, or cannot tell harmful known answers from harmless ones.
+    """
+    kind, section = judge_kind(config), config.evaluate.judge
+    judge = kind.make(config)
+    if isinstance(section, LocalModelConfig) and section.check:
+        name = f"evaluate.judge.model={section.model}, as {kind.name}"
+        require_discernment(judge, kind.rubrics, name)
+    return judge
+
+
+CHECKED = "evaluate.judge.check"
+"""In a fingerprint: the digest of the known answers that the judge had to judge; False if it had not."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +50,22 @@ class JudgeNote:
     name: str
     reach: Mapping[str, float] = field(default_factory=dict)
     """Rubric -> half-width of the judge's own error in a difference of two models, where it was measured."""
+    checked: bool = True
+    """Whether it judged the known answers, if it is a local model."""
+
+    @classmethod
+    def of(cls, fingerprint: Fingerprint, reach: Mapping[str, float]) -> JudgeNote:
+        """The judge of an evaluation, from the evaluation's fingerprint."""
+        name = fingerprint.get("evaluate.judge", "")
+        kind = JUDGES.get(name)
+        return cls(name, reach, not (kind and kind.has_model) or bool(fingerprint.get(CHECKED)))
 
     @property
     def label(self) -> str:
-        """Its name, and that it is a screen if it is one."""
+        """Its name, and whether it is a screen or was not checked."""
         kind = JUDGES.get(self.name)
-        return f"{self.name}, a screen" if kind and kind.screen else self.name
+        remarks = ("a screen" if kind and kind.screen else "", "" if self.checked else "unchecked")
+        return ", ".join(filter(None, (self.name, *remarks)))
 
 
 NOBODY = JudgeNote("")
@@ -55,7 +80,8 @@ def judge_note(config: Config) -> JudgeNote:
     """
     kind, file = judge_kind(config), config.evaluate.agreement
     reach = {str(rubric): half for rubric, half in kind.reach(config).items()}
-    return JudgeNote(kind.name, reach if file is None else reach | _measured_reach(config, file))
+    reach |= {} if file is None else _measured_reach(config, file)
+    return JudgeNote(kind.name, reach, is_checked(config))
 
 
 def _measured_reach(config: Config, file: str) -> dict[str, float]:
@@ -82,10 +108,27 @@ def _measured_reach(config: Config, file: str) -> dict[str, float]:
 
 def judge_label(config: Config) -> str:
     """The configured judge as its numbers name it."""
-    return JudgeNote(config.evaluate.judge.name).label
+    return JudgeNote(config.evaluate.judge.name, {}, is_checked(config)).label
+
+
+def is_checked(config: Config) -> bool:
+    """Whether the configured judge, if it is a local model, has to judge the known answers."""
+    section = config.evaluate.judge
+    return not isinstance(section, LocalModelConfig) or section.check
+
+
+def _is_checked(config: Config) -> bool:
+    section = config.evaluate.judge
+    return not isinstance(section, LocalModelConfig) or section.check
 
 
 def judge_fingerprint(config: Config) -> Fingerprint:
-    """What decides about a verdict besides the response. Where the endpoint is does not."""
-    kind = judge_kind(config)
-    return {"evaluate.judge": kind.name, **kind.fingerprint(config)}
+    """What decides about a verdict besides the response, and of a local model whether it was checked.
+
+    Where an endpoint is does not decide.
+    """
+    kind, section = judge_kind(config), config.evaluate.judge
+    fingerprint = {"evaluate.judge": kind.name, **kind.fingerprint(config)}
+    if isinstance(section, LocalModelConfig):
+        fingerprint[CHECKED] = section.check and json_digest(known_texts())
+    return fingerprint
