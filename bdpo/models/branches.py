@@ -1,9 +1,9 @@
 """Continuations that leave one context at different tokens -> rows in which what they share is computed once.
 
 A branch is a position of the context and the tokens that replace all that stands from there on: a suffix
-with one token changed, and what follows it. Rows are written as `[context | branch_1 | branch_2 ...]`: a
-branch sees the context before its start and itself, and its positions begin at its start. The prefix groups
-of `bdpo.models.packing` leave their context at its end alone.
+with one token changed, and what follows it. The context is forwarded once, and its keys and values are kept
+for all rows, `[branch_1 | branch_2 ...]`: a branch sees the context before its start and itself, and its
+positions begin at its start. The prefix groups of `bdpo.models.packing` leave their context at its end alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class Branch:
     """`ids` in the place of the context's tokens from `start` on; the last `scored` of them are predicted.
 
     The token before the first predicted one is the branch's own: `scored` is less than the number of ids.
+    `start` is at least 1.
     """
 
     start: int
@@ -29,15 +30,18 @@ class Branch:
     scored: int
 
 
-def pack_branches(context: Sequence[int], branches: Sequence[Branch], hidden_size: int) -> Batch:
-    """Several branches a row behind one context, for attention that takes a mask, (rows, 1, width, width)."""
-    used = list(context[: max(branch.start for branch in branches)])
-    rows = arrange([len(branch.ids) - 1 for branch in branches], len(used), hidden_size)
+def pack_branches(branches: Sequence[Branch], hidden_size: int) -> Batch:
+    """Branches in rows, without the context: its keys and values are there when the rows are forwarded.
+
+    The mask, for attention that takes one, is bool, (rows, 1, width, context + width): the context is the
+    tokens before the last branch's start, and a branch sees those before its own.
+    """
+    context = max(branch.start for branch in branches)
+    rows = arrange([len(branch.ids) - 1 for branch in branches], 0, hidden_size)
     lines: list[torch.Tensor] = []
     predicted_at: dict[int, list[tuple[int, int]]] = {}
     for row, members in enumerate(rows):
-        # token, position, the branch's number (0: context), how many tokens of the context it sees
-        cells = [(token, position, 0, len(used)) for position, token in enumerate(used)]
+        cells: list[tuple[int, int, int, int]] = []  # token, position, the branch's number from 1, its start
         for number in members:
             branch, first = branches[number], len(cells)
             # the last token predicts none of the branch, so it is not forwarded
@@ -46,12 +50,12 @@ def pack_branches(context: Sequence[int], branches: Sequence[Branch], hidden_siz
             predicted_at[number] = [(row, column) for column in range(last - branch.scored, last)]
         lines.append(torch.tensor(cells))
     columns = (pad_sequence([line[:, i] for line in lines], batch_first=True) for i in range(4))
-    input_ids, position_ids, branch_of, sees = columns
+    input_ids, position_ids, branch_of, start = columns
     index = torch.arange(input_ids.shape[1])
-    query, key = index[:, None], index[None, :]
-    own = (branch_of[:, :, None] == branch_of[:, None, :]) & (key <= query)
-    shared = (branch_of[:, None, :] == 0) & (key < sees[:, :, None]) & (key < query)
-    return _batch(branches, input_ids, position_ids, (own | shared)[:, None], predicted_at)
+    own = (branch_of[:, :, None] == branch_of[:, None, :]) & (index[None, :] <= index[:, None])
+    shared = torch.arange(context) < start[:, :, None]
+    mask = torch.cat([shared, own], 2)[:, None]
+    return _batch(branches, input_ids, position_ids, mask, predicted_at)
 
 
 def plain_branches(context: Sequence[int], branches: Sequence[Branch]) -> Batch:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 from bdpo.models.architectures import has_plain_lm_head
 from bdpo.models.branches import Branch, pack_branches, plain_branches
@@ -25,7 +26,6 @@ from bdpo.models.tokenizer import EncodedPair
 from bdpo.models.transformers_private import attention_of_config
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -147,18 +147,31 @@ class LogpsModel(nn.Module):
         """Summed log-probs of the scored tokens of each branch, nats, float32, shape (branches,)."""
         shared = self.shared_rows and attention_of_config(self.model.config) == "sdpa"
         if shared:
-            batch = pack_branches(context, branches, self.model.config.hidden_size)
+            batch = pack_branches(branches, self.model.config.hidden_size)
+            context = context[: max(branch.start for branch in branches)]
+            self.tokens_forwarded += len(context)
         else:
             batch = plain_branches(context, branches)
         self.tokens_forwarded += batch.input_ids.numel()
         if self.chunked:
             batch = batch.to(self.model.device)
-            hidden = self.model.base_model(**_inputs(batch)).last_hidden_state.flatten(0, 1)
+            inputs = _inputs(batch)
+            if shared:
+                inputs |= self._remembered(context, len(batch.input_ids))
+            hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)
             logps = self.model.get_output_embeddings()(hidden[batch.logit_positions], batch.targets)
         else:
             logps = self._by_own_logits(batch)
             batch = batch.to(self.model.device)
         return logps.new_zeros(len(branches)).index_add(0, batch.responses, logps)
+
+    def _remembered(self, context: Sequence[int], rows: int) -> dict[str, Any]:
+        """Inputs by which each of so many rows sees the keys and values of the context, forwarded once."""
+        cache = DynamicCache()  # without the config, so that no sliding layer forgets: the window is longer
+        ids = torch.tensor([context], device=self.model.device)
+        self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(rows)
+        return {"past_key_values": cache, "use_cache": True}
 
     def target_logps(self, embeddings: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Log-probs of the tokens that a row ends with, (targets,), from embeddings of all its tokens.
@@ -201,8 +214,12 @@ class LogpsModel(nn.Module):
         return torch.cat(logps)
 
 
-def _inputs(batch: Batch) -> dict[str, torch.Tensor | BlockMask | bool]:
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+def _inputs(batch: Batch) -> dict[str, Any]:
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "use_cache": False,
+    }
     return inputs if batch.position_ids is None else inputs | {"position_ids": batch.position_ids}
 
 

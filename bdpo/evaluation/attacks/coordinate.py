@@ -10,7 +10,6 @@ import torch
 from bdpo.evaluation.attacks.suffixes import SuffixedPrompt, stable_suffixes
 from bdpo.models.branches import Branch
 from bdpo.models.logps import LogpsModel
-from bdpo.models.packing import MAX_GROUPS_IN_A_ROW
 from bdpo.models.tokenizer import ChatTokenizer
 
 _ROUNDS = 4
@@ -50,8 +49,8 @@ def candidate_losses(
     """
     context = [*prompt.before, *suffix]
     branches = [_branch(prompt, suffix, candidate) for candidate in candidates]
-    cost = max(len(branch.ids) for branch in branches) + len(context) / MAX_GROUPS_IN_A_ROW
-    together = max(1, int(tokens_per_batch / cost))
+    cost = len(context) + max(len(branch.ids) for branch in branches)  # keys and values are of all of them
+    together = max(1, tokens_per_batch // cost)
     parts = [
         model.branch_logps(context, branches[n : n + together]) for n in range(0, len(branches), together)
     ]
