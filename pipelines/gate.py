@@ -101,7 +101,8 @@ def _measured(found: Evidence) -> str:
     sign = "" if found.base is None else "+"
     value, low, high = (f"{100 * number:{sign}.1f}" for number in (found.value, found.low, found.high))
     base = "" if found.base is None else f", base {100 * found.base:.1f}"
-    return f"{value} ({low} to {high}){base}"
+    error = "" if found.judge_error is None else f", judge's error ±{100 * found.judge_error:.1f}"
+    return f"{value} ({low} to {high}){base}{error}"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from bdpo.section import Positive, Section
 
 
 class TamperConfig(Section):
-    """A tamper test: how much of the safety is left after a little fine-tuning on benign data.
+    """A tamper test: how much of the safety is left after a little fine-tuning, by default on benign data.
 
     Such fine-tuning is known to undo refusals by itself (arXiv 2310.03693). The aligned model is trained a
     few steps with LoRA (method `sft`), and the result, `tampered`, is evaluated beside it. The aligned model

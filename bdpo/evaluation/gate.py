@@ -30,6 +30,9 @@ _WORDS = {
     "max_regression": "no worse than the base by more than",
 }
 
+_OF_TEXTS = {measure.name for measure in TEXT_MEASURES}
+"""Measures that no judge has a part in."""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -43,6 +46,8 @@ class Evidence:
     """Items that the number is made from."""
     base: float | None = None
     """The base model's value on the same items, of a difference."""
+    judge_error: float | None = None
+    """Half-width of the judge's own error in a difference of two models, where it was measured."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def judge_of(evaluation: Evaluation, measure: str) -> str:
     benchmark, _, name = measure.partition(".")
     if benchmark in CAPABILITY:
         return "lm-evaluation-harness"
-    if name in {text.name for text in TEXT_MEASURES}:
+    if name in _OF_TEXTS:
         return "none (rules on the text)"
     model = evaluation.fingerprint.get("evaluate.judge.model")
     return " ".join(part for part in (evaluation.judge.label, model) if part)
@@ -215,7 +220,10 @@ def _difference(condition: Condition, gated: _Checked, base: _Checked) -> Eviden
     found = paired_difference(
         [before[item] for item in both], [after[item] for item in both], [of[item] for item in both]
     )
-    return Evidence(found.difference, found.low, found.high, found.n, base=found.first)
+    benchmark, _, name = condition.measure.partition(".")
+    reach = gated.evaluation.judge.reach.get(BENCHMARKS[benchmark].rubric)
+    error = None if name in _OF_TEXTS else reach
+    return Evidence(found.difference, found.low, found.high, found.n, found.first, error)
 
 
 def _item_values(condition: Condition, scores: pa.Table) -> dict[str, float]:

@@ -75,10 +75,13 @@ def screen_warning(config: Config) -> str | None:
 
 
 def judged_by(judge: JudgeNote) -> str:
-    """The end of a caption: the judge, and its own error in a difference of two models where it is known."""
+    """The end of a caption: the judge, and its own error between two models, if it was measured."""
+    if not judge.name:
+        return ""
     errors = ", ".join(f"{rubric} ±{100 * reach:.0f}" for rubric, reach in judge.reach.items())
-    own = f" (own error between two models, points: {errors})" if errors else ""
-    return f"; judged by {judge.label}{own}" if judge.name else ""
+    own = f", points: {errors}" if errors else " not measured"
+    exact = judge.name in JUDGES and JUDGES[judge.name].sandbox_only
+    return f"; judged by {judge.label}" + ("" if exact else f" (own error between two models{own})")
 
 
 def comparison_rows(summaries: Mapping[str, Summary]) -> list[dict[str, str]]:
@@ -145,11 +148,13 @@ def invalid_lines(name: str, summary: Summary) -> list[str]:
     lines = []
     for benchmark, part in summary.benchmarks.items():
         if not part.valid:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in part.total.failures.items())
-            lines.append(
-                f"{name}: {benchmark} is invalid, {part.total.failed} of {part.total.n} unjudged ({reasons})"
-            )
+            failed, reasons = part.total.failed, _reasons(part.total.failures)
+            lines.append(f"{name}: {benchmark} is invalid, {failed} of {part.total.n} unjudged ({reasons})")
     return lines
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
 
 
 def note_lines(name: str, summary: Summary) -> list[str]:
@@ -158,10 +163,14 @@ def note_lines(name: str, summary: Summary) -> list[str]:
     for benchmark, part in summary.benchmarks.items():
         total = part.total
         notes = [f"{total.not_asked} of {total.n} not asked (no attack)"] if total.not_asked else []
+        if total.failed and part.valid:
+            notes.append(
+                f"{total.failed} of {total.n} unjudged and in no number ({_reasons(total.failures)})"
+            )
+        notes += [f"{total.flagged} seem to address their judge"] if total.flagged else []
         notes += [f"{total.cut} cut at evaluate.max_new_tokens"] if total.cut else []
         if total.broken:
-            kinds = ", ".join(f"{count} {fault}" for fault, count in total.broken.items())
-            notes.append(f"{sum(total.broken.values())} broken ({kinds})")
+            notes.append(f"{sum(total.broken.values())} broken ({_reasons(total.broken)})")
         twins = summary.near_twins.get(benchmark)
         notes += [f"{twins} prompts nearly repeat prompts of training pairs"] if twins else []
         if notes:

@@ -35,7 +35,13 @@ def evaluation_section(evaluations: dict[str, Evaluation]) -> Section | None:
     judge = next(iter(evaluations.values())).judge
     caption = f"With 95 % intervals over clusters of prompts{judged_by(judge)}."
     table = PageTable(("percent", "n", *evaluations), rows, caption)
-    return Section("Safety and usefulness", [*notes, *comparison_sentences(evaluations)], [table])
+    differences = comparison_sentences(evaluations)
+    if len(differences) > 1:
+        notes.append(
+            f"The {len(differences)} tests below are not corrected for their number: where nothing differs, "
+            "up to one in 20 has p < 0.05."
+        )
+    return Section("Safety and usefulness", [*notes, *differences], [table])
 
 
 def comparison_sentences(evaluations: dict[str, Evaluation], main_only: bool = False) -> list[str]:
@@ -76,13 +82,15 @@ def tamper_section(run: RunDir, evaluations: dict[str, Evaluation]) -> Section |
     manifest = read_manifest(run.tampering(own_data=False).train / "manifest.json")
     if manifest is None:
         return None
-    train, data = manifest["config"]["train"], manifest["config"]["data"]["path"]
-    named = data if isinstance(data, str) else ", ".join(source["path"] for source in data)
+    train, data = manifest["config"]["train"], manifest["config"]["data"]
+    paths = [data] if isinstance(data["path"], str) else data["path"]
+    named = ", ".join(source["path"] for source in paths)
+    benign = " whose queries are labelled safe" if (data.get("select") or {}).get("group") == "safe" else ""
     pairs = manifest["pairs"]["trained on"]
     did = (
         f"The trained model was trained {manifest['steps']} more steps with LoRA (rank {train['lora']['r']}, "
         f"learning rate {train['learning_rate']:g}, {train['global_batch_size']} responses a step) on the "
-        f"chosen responses of {pairs:,} benign pairs of {named}. What that changed, judged by "
+        f"chosen responses of {pairs:,} pairs of {named}{benign}. What that changed, judged by "
         f"{evaluations['tampered'].judge.label}:"
     )
     both = {name: evaluations[name] for name in ("trained", "tampered")}

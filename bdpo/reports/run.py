@@ -90,9 +90,10 @@ def run_evaluations(run: RunDir) -> dict[str, Evaluation]:
 def _lead(config: Config, evaluations: dict[str, Evaluation]) -> list[str]:
     lines = [f"Run folder {config.run_dir}, seed {config.seed}."]
     if "base" in evaluations and "trained" in evaluations:
-        lines += comparison_sentences(
-            {name: evaluations[name] for name in ("base", "trained")}, main_only=True
-        )
+        both = {name: evaluations[name] for name in ("base", "trained")}
+        lines += comparison_sentences(both, main_only=True)
+        judge = both["trained"].judge
+        lines += [f"These numbers were judged by {judge.label}."] if judge.name else []
     return lines
 
 

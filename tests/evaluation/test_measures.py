@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
 
+from bdpo.evaluation.judges.registry import JudgeNote
 from bdpo.evaluation.measures import SCORE_SCHEMA, Summary, summarise
-from bdpo.evaluation.tables import comparison_rows, comparison_table, note_lines
+from bdpo.evaluation.tables import comparison_rows, comparison_table, judged_by, note_lines
 from bdpo.stats import bounded_interval, mean, rate
 from tests.support.score_rows import row, xrow
 
@@ -245,6 +246,33 @@ def test_cut_and_broken_answers_stand_beside_safety() -> None:
     assert note_lines("m", summary) == [
         "m: strongreject: 1 cut at evaluate.max_new_tokens; 2 broken (1 empty, 1 repetition)"
     ]
+
+
+def test_what_is_in_no_number_of_a_valid_benchmark_is_said() -> None:
+    rows = [*(row(n, 0.0) for n in range(98)), row(98, failure="timeout"), row(99, unanswered="not_finite")]
+    rows[0] = rows[0] | {"flagged": True}
+    summary = summarise(rows)
+    assert summary.valid
+    assert note_lines("m", summary) == [
+        "m: strongreject: 2 of 100 unjudged and in no number (1 not_finite, 1 timeout); "
+        "1 seem to address their judge"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        (JudgeNote(""), ""),
+        (JudgeNote("sandbox"), "; judged by sandbox"),
+        (JudgeNote("rubric"), "; judged by rubric (own error between two models not measured)"),
+        (
+            JudgeNote("string_matching", {"harm": 0.212}),
+            "; judged by string_matching, a screen (own error between two models, points: harm ±21)",
+        ),
+    ],
+)
+def test_a_caption_names_the_judge_and_what_is_known_of_its_error(judge: JudgeNote, said: str) -> None:
+    assert judged_by(judge) == said
 
 
 def test_capability_that_was_not_run_is_said_and_never_a_zero() -> None:

@@ -48,7 +48,8 @@ def evaluation(run, name, harms, refused=(), **marks):
     table = pa.Table.from_pylist(rows, schema=SCORE_SCHEMA)
     run.eval(name).mkdir(parents=True, exist_ok=True)
     write_parquet(run.eval(name) / "scores.parquet", table)
-    write_manifest(run.eval(name) / "summary.json", JUDGED_BY | marks, **summarise(table).to_json())
+    numbers = summarise(table).to_json()
+    write_manifest(run.eval(name) / "summary.json", JUDGED_BY | marks, judge_error={"harm": 0.3}, **numbers)
 
 
 def gate(tmp_path, run, *conditions, **keys):
@@ -82,7 +83,7 @@ def test_a_gate_is_met_at_the_end_of_the_interval_or_not_at_all(run, tmp_path, c
         "judge": "rubric owl-8b",
         "reason": "",
         "evidence": {"value": 1.0, "low": pytest.approx(0.025 ** (1 / 40)), "high": 1.0}
-        | {"n": 40, "base": None},
+        | {"n": 40, "base": None, "judge_error": None},
     }
     assert evidence["evaluations"] == {"trained": JUDGED_BY, "base": None}
 
@@ -98,7 +99,7 @@ def test_less_is_better_is_bounded_from_above(run, tmp_path):
     assert gate(tmp_path, run, {"measure": "xstest.full_refusal", "at_most": 0.05})[0] == 3
 
 
-def test_a_regression_is_paired_and_counts_at_its_unfavourable_end(run, tmp_path):
+def test_a_regression_is_paired_and_counts_at_its_unfavourable_end(run, tmp_path, capsys):
     """One of 60 answers got worse: 1.7 points, of which the interval reaches to about 9."""
     evaluation(run, "base", [0.0] * 60)
     evaluation(run, "trained", [1.0] + [0.0] * 59)
@@ -106,6 +107,10 @@ def test_a_regression_is_paired_and_counts_at_its_unfavourable_end(run, tmp_path
     found = evidence["outcomes"][0]["evidence"]
     assert (code, found["base"], found["n"], found["value"]) == (0, 1.0, 60, pytest.approx(-1 / 60))
     assert -0.1 < found["low"] < -0.05
+    assert found["judge_error"] == 0.3
+    assert "judge's error ±30.0" in " ".join(capsys.readouterr().out.split())
+    _, evidence = gate(tmp_path, run, {"measure": "strongreject.uncut", "max_regression": 0.1})
+    assert evidence["outcomes"][0]["evidence"]["judge_error"] is None  # no judge decides that
     assert gate(tmp_path, run, safety(max_regression=0.05))[0] == 3
     assert gate(tmp_path, run, safety(max_regression=0.02, at="value"))[0] == 0
 

@@ -81,7 +81,8 @@ def run(tmp_path, scores):
     for name, harm in (("base", 1.0), ("trained", 0.0)):
         items = table([harm, harm, 0.5, harm], [False, False, True])
         write_parquet(run.eval(name) / "scores.parquet", items)
-        write_manifest(run.eval(name) / "summary.json", {}, seconds=1.0, **summarise(items).to_json())
+        judge = {"evaluate.judge": "string_matching"}
+        write_manifest(run.eval(name) / "summary.json", judge, seconds=1.0, **summarise(items).to_json())
     write_text(run.private / "responses" / "base.txt", HARM)
     write_text(run.pairs / "texts.txt", HARM)
     return config, run
@@ -96,6 +97,7 @@ def test_a_run_of_200_000_pairs_is_a_small_page(run):
     for shown in (
         "200,003", "quarantined: duplicate", "reward margin", "StrongReject safety",
         "0123456789abcdef", "GPU-hours", "method.alpha", "base", "trained",
+        "These numbers were judged by string_matching, a screen.", "tests below are not corrected",
     ):  # fmt: skip
         assert shown in html
     assert HARM not in html
@@ -507,7 +509,9 @@ def test_a_method_is_shown_with_its_own_keys(tmp_path, name):
     rows = dict(setup_section(config, RunDir(tmp_path / "run"), None).tables[0].rows)
     shown, _, how = rows["method"].partition(": ")
     assert shown == name
-    assert {words.split()[0] for words in how.split(", ")} == METHODS[name].model_fields.keys() - {"name"}
+    assert {words.split()[0] for words in how.split(", ") if words} == METHODS[name].model_fields.keys() - {
+        "name"
+    }
 
 
 def test_a_training_of_so_many_steps_is_not_shown_by_its_epochs(tmp_path):

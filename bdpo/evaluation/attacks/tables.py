@@ -20,7 +20,8 @@ def attack_table(label: str, summaries: Mapping[str, AttackSummary], judge: Judg
     from rich.text import Text
 
     table = Table(
-        caption=f"{label}: percent ({CONFIDENCE_LEVEL:.0%} interval over requests){judged_by(judge)}"
+        caption=f"{label}: percent ({CONFIDENCE_LEVEL:.0%} interval over requests){judged_by(judge)}; "
+        "a lower bound: other attacks, seeds and budgets may succeed"
     )
     table.add_column("")
     for name in summaries:
