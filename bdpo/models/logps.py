@@ -9,7 +9,7 @@ token's loss to bfloat16 (torch 2.13).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -155,17 +155,15 @@ class LogpsModel(nn.Module):
         self.tokens_forwarded += batch.input_ids.numel()
         if self.chunked:
             batch = batch.to(self.model.device)
-            inputs = _inputs(batch)
-            if shared:
-                inputs |= self._remembered(context, len(batch.input_ids))
-            hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)
+            remembered = self._remembered(context, len(batch.input_ids)) if shared else {}
+            hidden = self.model.base_model(**{**_inputs(batch), **remembered}).last_hidden_state.flatten(0, 1)
             logps = self.model.get_output_embeddings()(hidden[batch.logit_positions], batch.targets)
         else:
             logps = self._by_own_logits(batch)
             batch = batch.to(self.model.device)
         return logps.new_zeros(len(branches)).index_add(0, batch.responses, logps)
 
-    def _remembered(self, context: Sequence[int], rows: int) -> dict[str, Any]:
+    def _remembered(self, context: Sequence[int], rows: int) -> Mapping[str, Any]:
         """Inputs by which each of so many rows sees the keys and values of the context, forwarded once."""
         cache = DynamicCache()  # without the config, so that no sliding layer forgets: the window is longer
         ids = torch.tensor([context], device=self.model.device)
@@ -214,8 +212,8 @@ class LogpsModel(nn.Module):
         return torch.cat(logps)
 
 
-def _inputs(batch: Batch) -> dict[str, Any]:
-    inputs: dict[str, Any] = {
+def _inputs(batch: Batch) -> Mapping[str, Any]:
+    inputs = {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
         "use_cache": False,
