@@ -24,6 +24,9 @@ STORAGE_SECONDS = 60.0
 SLOWEST = 2**18
 """Bytes per second: what a request transfers may take this long on top of the limit."""
 
+AT_ONCE = 32
+"""Requests that are on their way at one time."""
+
 _PAGES = 60  # a web page's size is not known before: it may take so many times the limit in all
 
 
