@@ -3,13 +3,14 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bdpo.config import TrainConfig
 from bdpo.errors import UserError
-from bdpo.models.packing import PairLayout, PrefixGroup, pack, pack_plain
+from bdpo.models.packing import PrefixGroups, RowLayout
 from bdpo.training.batches import TrainingPlan, deal_micro_batches, draw_held_out
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=50)
@@ -29,22 +30,21 @@ PAIRS = st.lists(
     st.tuples(st.integers(1, 40), st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=50
 )
 
-LAYOUTS = st.builds(PairLayout, st.sampled_from([2, 64, 4096]), st.booleans(), st.sampled_from([1, 2]))
+LAYOUTS = st.builds(RowLayout, st.sampled_from([2, 64, 4096]), st.booleans(), st.sampled_from([1, 2]))
 
 
 def grid_of(batch, pairs, layout):
     """Tokens of the grid that the model would be given."""
     last = 1 + layout.responses
-    groups = [PrefixGroup([i + 2] * pairs[i][0], [[1] * n for n in pairs[i][1:last]]) for i in batch]
-    packed = pack(groups, layout.hidden_size) if layout.shared else pack_plain(groups)
-    return packed.input_ids.numel()
+    groups = PrefixGroups.of([[i + 2] * pairs[i][0], *([1] * n for n in pairs[i][1:last])] for i in batch)
+    return layout.pack(groups).input_ids.numel()
 
 
 @given(PAIRS, st.integers(1, 20), st.integers(1, 4), st.integers(10, 400), LAYOUTS)
 @settings(deadline=None)
 def test_workers_share_a_global_batch_in_equally_many_micro_steps(pairs, size, workers, budget, layout):
     train = TrainConfig(global_batch_size=size, tokens_per_micro_batch=budget)
-    lengths = [layout.tokens(*pair[: 1 + layout.responses]) for pair in pairs]
+    lengths = layout.tokens(np.array(pairs)[:, : 1 + layout.responses]).tolist()
     plan = TrainingPlan(lengths, train, 0)
     dealt = plan.micro_batches(0, workers, layout)
     assert dealt == plan.micro_batches(0, workers, layout)
@@ -59,8 +59,8 @@ def test_workers_share_a_global_batch_in_equally_many_micro_steps(pairs, size, w
 @settings(deadline=None)
 def test_shared_rows_leave_no_worker_far_above_the_mean(pairs, workers):
     """The costliest could give no pair to the cheapest without making that one as costly as it is itself."""
-    layout = PairLayout(4096, shared=True)
-    costs = [layout.cost([layout.tokens(*pair)]) for pair in pairs]
+    layout = RowLayout(4096, shared=True)
+    costs = [layout.cost([length]) for length in layout.tokens(np.array(pairs)).tolist()]
     dealt = deal_micro_batches(range(len(pairs)), [sum(pair) for pair in pairs], 10**6, workers, layout)
     loads = sorted((sum(costs[i] for i in batch), batch) for (batch,) in dealt)
     least, most = loads[0][0], loads[-1][0]
@@ -86,7 +86,7 @@ def fewest(costs, lengths, parts, budget):
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=8), st.integers(1, 3), st.integers(10, 200))
 @settings(deadline=None)
 def test_plain_rows_are_cut_where_the_costliest_part_is_cheapest(lengths, workers, budget):
-    layout = PairLayout(8, shared=False)
+    layout = RowLayout(8, shared=False)
     dealt = deal_micro_batches(range(len(lengths)), lengths, budget, workers, layout)
     ordered = sorted(lengths, reverse=True)
     costs = [round(layout.cost([length])) for length in ordered]
@@ -139,11 +139,11 @@ def test_a_warmup_that_takes_all_steps_is_refused():
 @pytest.mark.parametrize("shared", [True, False])
 def test_equal_pairs_are_dealt_in_equal_numbers(shared):
     """Workers of one micro-step wait for each other: 7 pairs against 1 would be slow."""
-    (one,), (other,) = deal_micro_batches(range(8), [10] * 8, 100, 2, PairLayout(64, shared))
+    (one,), (other,) = deal_micro_batches(range(8), [10] * 8, 100, 2, RowLayout(64, shared))
     assert (len(one), len(other)) == (4, 4)
 
 
 def test_a_long_pair_stands_against_several_short_ones():
     lengths = [100, 50, 50, 30, 30, 40]
-    dealt = deal_micro_batches(range(6), lengths, 1000, 3, PairLayout(4096, shared=True))
+    dealt = deal_micro_batches(range(6), lengths, 1000, 3, RowLayout(4096, shared=True))
     assert sorted(sum(lengths[i] for i in batch) for (batch,) in dealt) == [100, 100, 100]
