@@ -57,6 +57,7 @@ from pipelines.runtime.cluster import connect, require_capacity
 from pipelines.runtime.pool import Executor, InProcess, RayPool, ShardWork
 from pipelines.runtime.progress import console, progress_bar
 from pipelines.runtime.stage import ManifestStage, check_inputs, complete_all
+from pipelines.runtime.stalls import watched_tasks
 
 if TYPE_CHECKING:
     from bdpo.cluster.preflight import Check
@@ -200,15 +201,14 @@ class Evaluate(ManifestStage):
         missing = [benchmark for benchmark in files if benchmark not in done]
         if missing:
             connect()
-            import ray
-
-            require_capacity("evaluate", 1, evaluate.gpus_per_worker)
-            device = "cuda" if evaluate.gpus_per_worker else "cpu"
-            task = ray.remote(num_cpus=1, num_gpus=evaluate.gpus_per_worker)(measure_capability)
-            pending = {name: task.remote(self.config, self.model, name, device) for name in missing}
-            with progress_bar(f"capability {self.model_name}", len(missing)) as advance:
-                for benchmark, result in pending.items():
-                    done[benchmark] = write_manifest(files[benchmark], fingerprint, **asdict(ray.get(result)))
+            gpus = evaluate.gpus_per_worker
+            require_capacity("evaluate", 1, gpus)
+            title, device = f"capability {self.model_name}", "cuda" if gpus else "cpu"
+            calls = {name: (self.config, self.model, name, device) for name in missing}
+            tasks = watched_tasks(title, measure_capability, calls, gpus, evaluate.stall_seconds)
+            with progress_bar(title, len(missing)) as advance:
+                for benchmark, result in tasks:
+                    done[benchmark] = write_manifest(files[benchmark], fingerprint, **asdict(result))
                     advance(1, benchmark)
         return done
 

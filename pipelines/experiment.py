@@ -154,7 +154,9 @@ def _make_ready(config: Config, run: RunDir, arms: Arms) -> int:
 def _run_jobs(arms: Arms, concurrent: int, folder: StoragePath) -> dict[str, Failure]:
     """Run the jobs that are left to do; returns the failures of now and before, by the name of the job."""
     if concurrent:
-        run_variants(arms, folder, len(arms.todo), Limits(concurrent, max_failures=ATTEMPTS - 1))
+        shortest = arms.jobs[0].config.evaluate.stall_seconds
+        limits = Limits(concurrent, max_failures=ATTEMPTS - 1, stall_seconds=shortest)
+        run_variants(arms, folder, len(arms.todo), limits)
         console.print(arms.table())
     return arms.failures
 

@@ -82,7 +82,9 @@ def run_search(config: Config, run: RunDir) -> None:
     sweep.reopen()
     trials = Trials(sweep, _base_scores(config, run.part("tune", "base", "search")))
     if todo:
-        run_variants(trials, run.tune, todo, Limits(concurrent, config.tune.max_failures, share))
+        stall_seconds = config.evaluate.stall_seconds
+        limits = Limits(concurrent, config.tune.max_failures, share, stall_seconds)
+        run_variants(trials, run.tune, todo, limits)
     console.print(trials.table())
     _finish(sweep)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -55,9 +56,9 @@ class Trials:
         """The name of the next trial; its parameters are on disk."""
         return self.sweep.suggest().name
 
-    def runner(self, name: str) -> TrialRunner:
+    def runner(self, name: str, begins: Callable[[str, str], None]) -> TrialRunner:
         """What runs the trial of this name."""
-        return TrialRunner(self.sweep, name, self.base_scores)
+        return TrialRunner(self.sweep, name, self.base_scores, begins)
 
     def is_promoted(self, name: str) -> bool:
         """Whether ASHA promotes the trial from the rung that it has reached."""
@@ -97,8 +98,10 @@ class Trials:
 class TrialRunner:
     """A trial in the process that runs it, rung by rung."""
 
-    def __init__(self, sweep: Sweep, name: str, base_scores: pa.Table) -> None:
-        self.sweep, self.name, self.base_scores = sweep, name, base_scores
+    def __init__(
+        self, sweep: Sweep, name: str, base_scores: pa.Table, begins: Callable[[str, str], None]
+    ) -> None:
+        self.sweep, self.name, self.base_scores, self.begins = sweep, name, base_scores, begins
         self.trial = sweep.trial(name)
         self.trial_run, self.settings = sweep.folder(name), sweep.config_of(self.trial)
         self.trial_run.record(self.settings)
@@ -128,7 +131,7 @@ class TrialRunner:
         trained = time.time()
         limit = None if last else self.settings.tune.rung_limit
         settings, name = part_of(self.settings, "search", limit), f"rung-{step}"
-        here = InProcess(settings.evaluate.gpus_per_worker)
+        here = InProcess(settings.evaluate.gpus_per_worker, self.begins)
         summary = Evaluate(settings, self.trial_run, name, here).complete()
         drop_local_copy(self.trial_run.model)  # the next rung has another
         if not summary.valid:

@@ -7,7 +7,7 @@ again; a batch of verdicts is made again only if the judge failed at one of them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -245,12 +245,21 @@ class ShardAnswerer:
 
 
 def measure_capability(
-    config: Config, model: EvaluatedModel, benchmark: str, device: str
+    config: Config,
+    model: EvaluatedModel,
+    benchmark: str,
+    device: str,
+    begins: Callable[[str, str], None] = lambda kind, what: None,
 ) -> Accuracies | NotRun:
-    """The result of one capability benchmark, see `run_capability`: a task that loads the model itself."""
+    """The result of one capability benchmark, see `run_capability`: a task that loads the model itself.
+
+    `begins(kind, what)` is called for the start, with the reading of the data, and for every forward.
+    """
     from bdpo.evaluation.capability import run_capability
 
+    begins("start", f"the start of {benchmark}")
     loaded = model.load().to(device)  # type: ignore[arg-type]
+    loaded.register_forward_pre_hook(lambda *_: begins("forward", f"a forward of {benchmark}"))
     evaluate = config.evaluate
     tokenizer = load_tokenizer(model.model).tokenizer
     file = getattr(evaluate.capability_files, benchmark, None)

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from bdpo.models.arrangement import arrange
-from bdpo.models.packing import Batch
+from bdpo.models.packing import Batch, arrange
 
 
 @dataclass(frozen=True)

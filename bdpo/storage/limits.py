@@ -1,7 +1,8 @@
 """How long a request to object storage may take, for each protocol in the words of its fsspec library.
 
 S3 has a filesystem of its own, `bdpo.storage.s3`, which keeps to the limit whatever the server does. The
-other libraries have timeouts for connecting and for each answer.
+other libraries have timeouts for connecting and for each silence, and make several attempts: each of them
+gets its share of the limit.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 
 from bdpo.errors import UserError
+
+if TYPE_CHECKING:
+    from aiohttp import ClientTimeout
 
 VARIABLE = "BDPO_STORAGE_SECONDS"
 """The environment variable that sets the limit on a node."""
@@ -24,10 +28,10 @@ STORAGE_SECONDS = 60.0
 SLOWEST = 2**18
 """Bytes per second: what a request transfers may take this long on top of the limit."""
 
-AT_ONCE = 32
-"""Requests that are on their way at one time."""
+_FILES = 60  # the size of a file is not known before: it may take so many times the limit in all
 
-_PAGES = 60  # a web page's size is not known before: it may take so many times the limit in all
+_ATTEMPTS = {"gs": 6, "gcs": 6, "az": 4, "abfs": 4, "abfss": 4}
+"""Of gcsfs (`GCSFileSystem.retries`) and of the Azure SDK (`retry_total` 3): neither can be set."""
 
 
 def storage_seconds() -> float:
@@ -55,16 +59,21 @@ def storage_options(protocol: str) -> Mapping[str, Any]:
 
 
 def _timeouts(protocol: str, seconds: float) -> Mapping[str, Any]:
+    silence = seconds / _ATTEMPTS.get(protocol, 1)
     if protocol in ("http", "https"):
-        from aiohttp import ClientTimeout
-
-        timeout = ClientTimeout(seconds * _PAGES, sock_connect=seconds, sock_read=seconds)
-        return {"client_kwargs": {"timeout": timeout}}
+        return {"client_kwargs": {"timeout": _aiohttp_timeout(seconds, silence)}}
     if protocol in ("gs", "gcs"):
-        return {"requests_timeout": seconds}
+        # aiohttp would take a number for the limit of the complete file, and None for no limit at all.
+        return {"requests_timeout": _aiohttp_timeout(seconds, silence)}
     if protocol in ("az", "abfs", "abfss"):
-        return {"connection_timeout": math.ceil(seconds), "read_timeout": math.ceil(seconds)}
+        return {"connection_timeout": math.ceil(silence), "read_timeout": math.ceil(silence)}
     return {}
+
+
+def _aiohttp_timeout(seconds: float, silence: float) -> ClientTimeout:
+    from aiohttp import ClientTimeout
+
+    return ClientTimeout(seconds * _FILES, sock_connect=silence, sock_read=silence)
 
 
 for _protocol in ("s3", "s3a"):  # a name: the library is imported by who opens such a URL

@@ -64,7 +64,7 @@ def _probe(model: Any, data: TrainingPairs, indices: list[int]) -> torch.Tensor:
     training = model.training
     model.eval()
     with torch.no_grad():
-        logps = data.packed(indices).logps(model)
+        logps = data.logps(model, indices)
     model.train(training)
     scaled = (
         logps.policy_chosen / logps.chosen_tokens.sqrt(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from bdpo.variants.ends import Failure, forget_failure, read_failure, write_fail
 from bdpo.variants.objective import InvalidEvaluation
 from pipelines.evaluate import EvaluateTrained
 from pipelines.runtime.pool import InProcess
+from pipelines.runtime.stalls import watched_tasks
 from pipelines.train import Train, train_fingerprint
 
 if TYPE_CHECKING:
@@ -73,9 +74,9 @@ class Arms:
         """There is no further job."""
         raise NotImplementedError
 
-    def runner(self, name: str) -> Runner:
+    def runner(self, name: str, begins: Callable[[str, str], None]) -> Runner:
         """What runs the job of this name."""
-        return ArmRunner(self._job(name))
+        return ArmRunner(self._job(name), begins)
 
     def is_promoted(self, name: str) -> bool:
         """No arm is stopped early."""
@@ -115,8 +116,8 @@ class ArmRunner:
     This process holds no GPU itself, so a training may take all GPUs of the cluster.
     """
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.name = job, job.name
+    def __init__(self, job: Job, begins: Callable[[str, str], None]) -> None:
+        self.job, self.name, self.begins = job, job.name, begins
 
     def next_rung(self) -> bool:
         """Train the arm and evaluate it; what is done already is not done again.
@@ -128,7 +129,7 @@ class ArmRunner:
         job.run.record(job.config)
         Train(job.config, job.run).complete()
         gpus = job.config.evaluate.gpus_per_worker
-        summary = _evaluate_on_gpu(gpus, job) if gpus else _evaluate(job)
+        summary = _evaluate_on_gpu(gpus, job) if gpus else _evaluate(job, self.begins)
         if not summary.valid:
             raise InvalidEvaluation("; ".join(invalid_lines("trained", summary)))
         return True
@@ -140,8 +141,8 @@ class ArmRunner:
         """An arm keeps its checkpoints and its model."""
 
 
-def _evaluate(job: Job) -> Summary:
-    here = InProcess(job.config.evaluate.gpus_per_worker)
+def _evaluate(job: Job, begins: Callable[[str, str], None]) -> Summary:
+    here = InProcess(job.config.evaluate.gpus_per_worker, begins)
     summary = EvaluateTrained(job.config, job.run, executor=here).complete()
     drop_local_copy(job.run.model)  # the next job has another
     return summary
@@ -149,11 +150,6 @@ def _evaluate(job: Job) -> Summary:
 
 def _evaluate_on_gpu(gpus: float, job: Job) -> Summary:
     """Evaluate in a process that holds a GPU as long as that takes; if it dies, Ray runs it again."""
-    import ray
-    from ray.exceptions import RayTaskError
-
-    try:
-        summary: Summary = ray.get(ray.remote(num_cpus=1, num_gpus=gpus)(_evaluate).remote(job))
-    except RayTaskError as error:
-        raise error.cause from None
+    title, shortest = f"evaluate {job.name}", job.config.evaluate.stall_seconds
+    [(_, summary)] = watched_tasks(title, _evaluate, {job.name: [job]}, gpus, shortest)
     return summary

@@ -22,6 +22,7 @@ from pipelines.runtime.progress import printable
 from pipelines.runtime.ray_internals import JOB_VARIABLE, full_node_line, storage_unavailable
 from pipelines.runtime.signals import interruptible
 from pipelines.runtime.stage import Stage, check_inputs, complete_all, outputs_of
+from pipelines.runtime.stalls import NoRoom
 
 _OPTIONS = {
     "inspect": "show the finished results, run nothing",
@@ -126,12 +127,13 @@ def clear_when_lost(held: Held) -> Iterator[None]:
 def exit_codes() -> Iterator[None]:
     """End the command with 2 and one line if the user can correct what is wrong, or as a signal requires.
 
-    Object storage that gives no answer ends it with 2, a node whose memory was full with 1: one line as well.
+    Object storage that gives no answer and a cluster without room end it with 2, a node whose memory was full
+    with 1: one line as well.
     """
     with interruptible():
         try:
             yield
-        except (UserError, StorageUnavailable) as error:
+        except (UserError, StorageUnavailable, NoRoom) as error:
             _refuse(error)
         except Exception as error:
             unavailable = storage_unavailable(error) if "ray" in sys.modules else None

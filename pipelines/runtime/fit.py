@@ -17,8 +17,8 @@ from bdpo.training.rungs import Rungs
 from pipelines.runtime.cluster import cluster_nodes
 from pipelines.runtime.progress import console
 from pipelines.runtime.ray_internals import full_node_line
-from pipelines.runtime.signals import in_thread
-from pipelines.runtime.stalls import PAUSED, Reporter, watching
+from pipelines.runtime.stalls import Reporter, watching
+from pipelines.runtime.work_times import PAUSED
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,6 +38,7 @@ def fit(
         FloatingPointError: a loss or a gradient is not finite.
         TrainingFailedError: workers failed more than `train.max_failures` times.
         RayActorError: Ray Train's controller died more often than that.
+        NoRoom: the cluster had no room for the workers within the limit.
     """
     from ray.exceptions import RayActorError
 
@@ -72,9 +73,10 @@ def _fit_from(committed: int | None, config: Config, run: RunDir, arguments: dic
         MetricsLog(run.recoveries).append(note)
         console.print(recovery_line(note))
     try:
-        with watching("training", config.train.stall_seconds, together=True) as watch:
-            trainer = _trainer(config.train, run, {**arguments, "resumes": whole > 0, "watch": watch})
-            in_thread(trainer.fit)  # which puts a handler of SIGINT in the main thread, and never removes it
+        with watching("training", config.train.stall_seconds, together=True) as watched:
+            given = {**arguments, "resumes": whole > 0, "watch": watched.watch}
+            # `fit` would put a handler of SIGINT in the main thread, and never removes it.
+            watched.wait(_trainer(config.train, run, given).fit)
     except TrainingFailedError as error:
         raise final_cause(error) from None
     # What a worker that died had half copied: Ray's rotation does not know it.

@@ -18,7 +18,8 @@ from bdpo.storage.shards import ShardStore
 from pipelines.runtime.cluster import connect, require_capacity
 from pipelines.runtime.progress import progress_bar
 from pipelines.runtime.ray_internals import user_error_in
-from pipelines.runtime.stalls import WatchedActor, watching
+from pipelines.runtime.stalls import WatchedActor, shard_name, watching
+from pipelines.runtime.work_times import PAUSED
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -64,26 +65,37 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class InProcess:
-    """Every shard in this process, on its GPU if it has `gpus`; the GPU's memory is freed afterwards."""
+    """Every shard in this process, on its GPU if it has `gpus`; the GPU's memory is freed afterwards.
+
+    `begins(kind, what)` is called when it begins something, for whoever watches this process.
+    """
 
     gpus: float = 0
+    begins: Callable[[str, str], None] = lambda kind, what: None
 
     def complete_shards(self, work: ShardWork) -> None:
         """Make the shards that are missing, one after the other."""
         missing = work.missing()
         if not missing:
             return
+        try:
+            self._make_shards(work, missing)
+        finally:
+            self.begins(PAUSED, "its work between shards")
+        if self.gpus:
+            import torch
+
+            torch.cuda.empty_cache()
+
+    def _make_shards(self, work: ShardWork, missing: Shards) -> None:
+        self.begins(f"start of {work.title}", "its start")
         make_shard = work.actor(**work.arguments, device="cuda" if self.gpus else "cpu")
         done = work.total - sum(rows for _, rows in missing)
         with progress_bar(work.title, work.total, done) as advance:
             for first, rows in missing:
+                self.begins(work.title, shard_name(first, rows))
                 make_shard({"first": first, "rows": rows})
                 advance(rows)
-        if self.gpus:
-            import torch
-
-            del make_shard
-            torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -130,11 +142,13 @@ class RayPool:
         Raises:
             UserError: the cluster can never hold the smallest such pool; or an actor raised one.
             RayError: more shards failed.
+            NoRoom: the cluster had no room for an actor within the limit.
         """
         dataset = shard_dataset(shards, may_fail)
-        with watching(work.title, self.stall_seconds) as watch:
-            arguments = {**work.arguments, "actor": work.actor, "watch": watch}
-            consume(self.map(dataset, WatchedActor, arguments, queue), work, shards, each)
+        with watching(work.title, self.stall_seconds) as watched:
+            arguments = {**work.arguments, "actor": work.actor, "watch": watched.watch}
+            made = self.map(dataset, WatchedActor, arguments, queue)
+            watched.wait(lambda: consume(made, work, shards, each))
 
     def map(self, dataset: Dataset, actor: type, arguments: dict[str, Any], queue: int = 2) -> Dataset:
         """Run every shard of `shard_dataset` through the actors.

@@ -16,10 +16,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from bdpo.storage.lease import LOST
 
@@ -104,8 +104,11 @@ def keep_handlers(call: Callable[[], T]) -> T:
             signal.signal(signum, handler)
 
 
-def in_thread(call: Callable[[], T]) -> T:
-    """Call what would set handlers of its own in the main thread; a signal ends the wait for it."""
+def in_thread(call: Callable[[], T], unless: Future[NoReturn] | None = None) -> T:
+    """Call what would set handlers of its own in the main thread; a signal ends the wait for it.
+
+    So does `unless`, whose exception is raised then; the thread is left to end with the process.
+    """
     outcome: Future[T] = Future()
 
     def work() -> None:
@@ -115,4 +118,6 @@ def in_thread(call: Callable[[], T]) -> T:
             outcome.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    return outcome.result()
+    futures: list[Future[Any]] = [outcome] if unless is None else [outcome, unless]
+    wait(futures, return_when=FIRST_COMPLETED)
+    return outcome.result() if unless is None or outcome.done() else unless.result()

@@ -1,147 +1,49 @@
-"""Workers that stand still: noticed within a limit, named in one line, killed, and replaced by Ray.
+"""Workers that stand still, or never begin: noticed within a limit, and named in one line.
 
 Ray notices a process that ends. It does not notice one that exists and does nothing: a stopped process, a
 CUDA call that never returns, a lock that nobody releases. So each worker reports what it begins to a `Watch`,
-an actor beside the driver, and the driver looks for work that takes too long. A killed worker is one more
-process that ended: Ray starts another, which makes the lost work again.
+an actor beside the driver, and the driver looks for work that takes too long (`WorkTimes`). A killed worker
+is one more process that ended: Ray starts another, which makes the lost work again.
 
-How long work may take grows with what such work took so far (`WorkTimes.limit`). A worker that was only slow
-and was killed raises the limit as well, so that its successor has three times as long.
+While no worker is at work at all, the work waits for room on the cluster: for a node that comes, or for
+others to end. That wait has a limit as well, after which the command ends (`NoRoom`).
 """
 
 from __future__ import annotations
 
-import os
-import socket
+import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 from pipelines.runtime.progress import console
+from pipelines.runtime.signals import in_thread
+from pipelines.runtime.work_times import IDLE, ROOM_SECONDS, RoomWait, Stall, Worker, WorkTimes
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     WatchHandle: TypeAlias = "ActorHandle[Watch]"
 
-SLOWER = 3
-"""How many times as long as the slowest so far a piece of work may take."""
-
-UNKNOWN = 10
-"""How many times the shortest limit a piece of work may take before the first of its kind has ended."""
-
-IDLE = ""
-"""The kind of work of a worker that waits for work."""
-
-PAUSED = "waiting for a decision"
-"""The kind of work of a worker that may wait as long as it likes."""
+T = TypeVar("T")
 
 ANSWER_SECONDS = 30.0
 """How long a call of Ray's may take here: work never waits longer for its watch."""
 
 
-@dataclass(frozen=True)
-class Worker:
-    """A process that works, wherever it runs. `began` is its start time, as pids are used again."""
-
-    node: str
-    host: str
-    pid: int
-    began: float
-
-    @classmethod
-    def here(cls) -> Worker:
-        """This process."""
-        import psutil
-        import ray
-
-        node = ray.get_runtime_context().get_node_id()
-        return cls(node, socket.gethostname(), os.getpid(), psutil.Process().create_time())
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a worker does since the moment `since` (seconds); how long it may take depends on its kind."""
-
-    kind: str
-    what: str
-    since: float
-
-
-@dataclass(frozen=True)
-class Stall:
-    """A worker whose work has taken `seconds`, more than its limit; `slowest` is None if it is the first."""
-
-    worker: Worker
-    what: str
-    seconds: float
-    limit: float
-    slowest: float | None
-
-    def line(self) -> str:
-        """The line that the user sees."""
-        so_far = "the first of its kind" if self.slowest is None else f"slowest so far {self.slowest:.2g} s"
-        return (
-            f"worker {self.worker.pid} on {self.worker.host} stands still: {self.what} has taken "
-            f"{self.seconds:.3g} s (limit {self.limit:.3g} s, {so_far})"
-        )
-
-
-class WorkTimes:
-    """What every worker does, and how long work of each kind took; `shortest` (seconds) is the least limit.
-
-    The caller gives the time, so that all times are of one clock.
-    """
-
-    def __init__(self, shortest: float) -> None:
-        self.shortest = shortest
-        self.doing: dict[Worker, Work] = {}
-        self.slowest: dict[str, float] = {}
-
-    def begin(self, worker: Worker, kind: str, what: str, now: float) -> None:
-        """The worker has ended what it did before, and begins this."""
-        self._took(worker, now)
-        self.doing[worker] = Work(kind, what, now)
-
-    def forget(self, worker: Worker, now: float, stalled: bool) -> None:
-        """The worker is gone. If it was killed because it stalled, its work took that long at least."""
-        if stalled:
-            self._took(worker, now)
-        self.doing.pop(worker, None)
-
-    def limit(self, kind: str) -> float:
-        """Seconds that work of a kind may take; a worker may wait for work as long as any work may take."""
-        slowest = max(self.slowest.values(), default=None) if kind == IDLE else self.slowest.get(kind)
-        return self.shortest * UNKNOWN if slowest is None else max(self.shortest, SLOWER * slowest)
-
-    def stalled(self, now: float) -> list[Stall]:
-        """The workers that stand still, the first that began first.
-
-        A worker that waits for work is one of them only if all do: then one was given work and did not begin.
-        """
-        all_wait = all(work.kind == IDLE for work in self.doing.values())
-        found = []
-        for worker, work in sorted(self.doing.items(), key=lambda item: item[1].since):
-            may_wait = work.kind == PAUSED or (work.kind == IDLE and not all_wait)
-            seconds, limit = now - work.since, self.limit(work.kind)
-            if seconds > limit and not may_wait:
-                found.append(Stall(worker, work.what, seconds, limit, self.slowest.get(work.kind)))
-        return found
-
-    def _took(self, worker: Worker, now: float) -> None:
-        work = self.doing.get(worker)
-        if work is not None and work.kind not in (IDLE, PAUSED):
-            self.slowest[work.kind] = max(now - work.since, self.slowest.get(work.kind, 0.0))
+class NoRoom(Exception):
+    """No worker could begin within the limit; the message is one line. A later try may find room."""
 
 
 class Watch:
     """An actor to which workers report what they do; the time is that of its own process."""
 
-    def __init__(self, shortest: float) -> None:
-        self.times = WorkTimes(shortest)
+    def __init__(self, shortest: float, room: float) -> None:
+        self.times = WorkTimes(shortest, room, time.monotonic())
 
     def begin(self, worker: Worker, kind: str, what: str) -> None:
         """See `WorkTimes.begin`."""
@@ -155,16 +57,28 @@ class Watch:
         """See `WorkTimes.stalled`."""
         return self.times.stalled(time.monotonic())
 
+    def room_wait(self) -> RoomWait:
+        """See `WorkTimes.room_wait`."""
+        return self.times.room_wait(time.monotonic())
+
     def workers(self) -> list[Worker]:
         """All workers that have reported and are not gone."""
         return list(self.times.doing)
 
 
 class Reporter:
-    """The connection of this process to its watch. A watch that does not answer stops no work."""
+    """The connection of a process to its watch. A watch that does not answer stops no work.
+
+    It may be made in one process and used in another, which is the one that is watched.
+    """
 
     def __init__(self, watch: WatchHandle) -> None:
-        self.watch, self.worker = watch, Worker.here()
+        self.watch = watch
+
+    @functools.cached_property
+    def worker(self) -> Worker:
+        """The process that reports."""
+        return Worker.here()
 
     def begin(self, kind: str, what: str) -> None:
         """Report what this process begins, and do not wait: what it did before is watched until then."""
@@ -176,6 +90,10 @@ class Reporter:
 
         with suppress(ray.exceptions.RayError):
             ray.get(self.watch.begin.remote(self.worker, kind, what), timeout=ANSWER_SECONDS)
+
+    def leave(self) -> None:
+        """Report that this process has ended its work, and is not to be watched any more."""
+        self.watch.forget.remote(self.worker, False)
 
 
 class WatchedActor:
@@ -190,38 +108,128 @@ class WatchedActor:
     def __call__(self, shard: Any) -> Any:
         """What the actor makes of the shard."""
         first, rows = int(shard["first"]), int(shard["rows"])
-        self.reporter.begin_and_wait("shard", f"the shard of rows {first} to {first + rows - 1}")
+        self.reporter.begin_and_wait("shard", shard_name(first, rows))
         try:
             return self.actor(shard)
         finally:
             self.reporter.begin(IDLE, "its wait for work")
 
 
+def shard_name(first: int, rows: int) -> str:
+    """What a shard is called in the line about a worker."""
+    return f"the shard of rows {first} to {first + rows - 1}"
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Work that is watched: where its workers report, and when it is given up for want of room."""
+
+    watch: WatchHandle
+    given_up: Future[NoReturn]
+
+    def wait(self, call: Callable[[], T]) -> T:
+        """Call what waits for the workers, in a thread of its own.
+
+        Raises:
+            NoRoom: no worker has begun within the limit; the call is left behind.
+        """
+        return in_thread(call, self.given_up)
+
+
 @contextmanager
-def watching(title: str, shortest: float, together: bool = False) -> Iterator[WatchHandle]:
+def watching(
+    title: str, shortest: float, together: bool = False, room: float = ROOM_SECONDS
+) -> Iterator[Watched]:
     """Kill workers that stand still while the block runs; yields the watch to which they report.
 
-    `shortest` is the least limit in seconds. Workers that work `together` are all killed when one of them
-    stands still: the others wait for it, and cannot be told from it.
+    `shortest` is the least limit in seconds, `room` that of a wait for room on the cluster. Workers that work
+    `together` are all killed when one of them stands still: the others wait for it, and cannot be told from
+    it.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    watch: Any = ray.remote(num_cpus=0)(Watch).options(scheduling_strategy=here).remote(shortest)
-    ended = threading.Event()
+    watch: Any = ray.remote(num_cpus=0)(Watch).options(scheduling_strategy=here).remote(shortest, room)
+    ended, watched = threading.Event(), Watched(watch, Future())
 
     def look() -> None:
+        named = False  # of one wait for room a line is enough
         while not ended.wait(min(5.0, shortest / 10)):
             with suppress(ray.exceptions.RayError):  # of the watch; without it nothing is noticed, or harmed
                 _end_stalled(title, watch, together)
+                wait: RoomWait = ray.get(watch.room_wait.remote(), timeout=ANSWER_SECONDS)
+                if wait.seconds > shortest and not named:
+                    _name_room_wait(title, wait)
+                named = wait.seconds > shortest
+                if wait.seconds > wait.limit and not watched.given_up.done():
+                    watched.given_up.set_exception(_no_room(title, wait))
 
     threading.Thread(target=look, daemon=True).start()
     try:
-        yield watch
+        yield watched
     finally:
         ended.set()
         ray.kill(watch)
+
+
+def watched_tasks(
+    title: str, function: Callable[..., T], calls: Mapping[str, Sequence[Any]], gpus: float, shortest: float
+) -> Iterator[tuple[str, T]]:
+    """A Ray task, `function(*arguments, begins)`, for each of `calls`; yields their names and results.
+
+    A task calls `begins(kind, what)` whenever it begins something. One that stands still is killed, and Ray
+    runs it again, three times at most.
+
+    Raises:
+        Exception: what a task raised.
+        NoRoom: the cluster has no room for a task.
+        RayError: a task was killed, or lost with its node, too often.
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+
+    with watching(title, shortest) as watched:
+        task: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_reporting)
+        pending = {name: task.remote(function, watched.watch, calls[name]) for name in calls}
+        for name, result in pending.items():
+            try:
+                yield name, watched.wait(functools.partial(_result, result))
+            except RayTaskError as error:
+                raise error.cause from None
+
+
+def _result(task: Any) -> Any:
+    import ray
+
+    return ray.get(task)
+
+
+def _reporting(function: Callable[..., T], watch: WatchHandle, arguments: Sequence[Any]) -> T:
+    """What a task of `watched_tasks` runs."""
+    reporter = Reporter(watch)
+    reporter.begin_and_wait("start", "its start")
+    try:
+        return function(*arguments, reporter.begin)
+    finally:
+        reporter.leave()
+
+
+def _name_room_wait(title: str, wait: RoomWait) -> None:
+    """The line that the user sees while no worker is at work."""
+    console.print(
+        f"[bold]{title}[/]  no worker has begun for {wait.seconds:.3g} s: the cluster has no room, or starts "
+        f"processes slowly; given up after {wait.limit / 60:.3g} minutes",
+        soft_wrap=True,
+    )
+
+
+def _no_room(title: str, wait: RoomWait) -> NoRoom:
+    return NoRoom(
+        f"{title}: no worker has begun within {wait.limit / 60:.3g} minutes: the cluster has no room for one "
+        "(`ray status` shows what is requested and what is free); with fewer or smaller workers, or when "
+        "there is room, the same command resumes"
+    )
 
 
 def _end_stalled(title: str, watch: WatchHandle, together: bool) -> None:

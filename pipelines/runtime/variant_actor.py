@@ -6,6 +6,7 @@ that is begun again gives Tune the variants that are still open, and new ones af
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +27,25 @@ from bdpo.variants.ends import Cause, End, Failure
 from bdpo.variants.objective import InvalidEvaluation
 from pipelines.runtime.faults import in_a_line, own_fault
 from pipelines.runtime.ray_internals import HEAD_NODE
+from pipelines.runtime.stalls import Reporter
 from pipelines.runtime.tune_secrets import keep_secrets
+from pipelines.runtime.work_times import PAUSED
 
 if TYPE_CHECKING:
+    from pipelines.runtime.stalls import WatchHandle
     from pipelines.runtime.variant_protocol import Limits, Runner, Variants
 
 
-def tuner_of(variants: Variants, storage: tuple[Any, str], todo: int, limits: Limits) -> Tuner:
-    """Tune's runner of `todo` variants; `storage` is the file system and folder of Tune's own files."""
+def tuner_of(
+    variants: Variants, storage: tuple[Any, str], todo: int, limits: Limits, watch: WatchHandle
+) -> Tuner:
+    """Tune's runner of `todo` variants; `storage` is the file system and folder of Tune's own files.
+
+    The processes of the variants report to `watch`.
+    """
     keep_secrets()
     filesystem, storage_path = storage
-    actor = tune.with_parameters(VariantActor, variants=variants)
+    actor = tune.with_parameters(VariantActor, variants=variants, begins=Reporter(watch).begin)
     return Tuner(
         tune.with_resources(actor, PlacementGroupFactory([actor_resources(limits.gpus)])),
         tune_config=TuneConfig(
@@ -69,9 +78,12 @@ def actor_resources(gpus: float) -> dict[str, float]:
 class VariantActor(tune.Trainable):
     """Runs variants one after the other; `config` is `{"variant": its name}`, one `step` is one rung."""
 
-    def setup(self, config: dict[str, Any], variants: Variants) -> None:  # type: ignore[override]
+    def setup(  # type: ignore[override]
+        self, config: dict[str, Any], variants: Variants, begins: Callable[[str, str], None]
+    ) -> None:
         """Called once for each actor. Tune retries nothing that fails in here or in `reset_config`."""
-        self.variants = variants
+        self.variants, self.begins = variants, begins
+        self.begins(PAUSED, "its trainings")  # which have a watch of their own
         self.name: str = config["variant"]
         self.runner: Runner | None = None
 
@@ -109,7 +121,7 @@ class VariantActor(tune.Trainable):
             if self.runner is not None:
                 self.runner.end()
             self.runner = None  # an error from here on is not the fault of the variant before
-            self.runner = self.variants.runner(self.name)
+            self.runner = self.variants.runner(self.name, self.begins)
         return self.runner
 
 

@@ -6,6 +6,7 @@ the next one: that is their `Variants`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -49,8 +50,11 @@ class Variants(Protocol):
     def next_name(self) -> str:
         """The name of a new variant."""
 
-    def runner(self, name: str) -> Runner:
-        """What runs the variant of this name; called in the process that runs it."""
+    def runner(self, name: str, begins: Callable[[str, str], None]) -> Runner:
+        """What runs the variant of this name; called in the process that runs it.
+
+        It calls `begins(kind, what)` whenever it begins something, as the process is watched.
+        """
 
     def is_promoted(self, name: str) -> bool:
         """Whether a variant continues after the rung that it has reached, or is stopped early."""
@@ -72,3 +76,5 @@ class Limits:
     """Retries of a variant after faults that are not its own."""
     gpus: float = 0.0
     """The share of a GPU that the process of a variant holds as long as it runs, to evaluate with."""
+    stall_seconds: float = 60.0
+    """The least limit of what such a process does, see `pipelines.runtime.stalls`."""

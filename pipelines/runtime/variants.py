@@ -18,6 +18,7 @@ from bdpo.storage.paths import StoragePath, arrow_filesystem, discard
 from bdpo.variants.ends import Failure
 from pipelines.runtime.cluster import cluster_nodes, connect
 from pipelines.runtime.progress import console
+from pipelines.runtime.stalls import watching
 from pipelines.runtime.variant_protocol import Limits, Variants
 
 if TYPE_CHECKING:
@@ -51,7 +52,11 @@ def run_variants(variants: Variants, folder: StoragePath, todo: int, limits: Lim
     """Run `todo` variants; each is at its end afterwards, or its failure is recorded.
 
     `folder` is for Tune's own files, which are removed at the end: a resumed command reads those of the
-    variants alone.
+    variants alone. A process of a variant that stands still while it evaluates is killed, and its variant is
+    run again like any whose process died.
+
+    Raises:
+        NoRoom: the cluster had no room for the process of a variant within the limit.
     """
     connect()
     from pipelines.runtime.variant_actor import tuner_of
@@ -64,7 +69,10 @@ def run_variants(variants: Variants, folder: StoragePath, todo: int, limits: Lim
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     discard(folder / "ray")
     console.print(f"[bold]{variants.title:<9}[/] {todo} to do, {limits.concurrent} at the same time")
-    tuner = tuner_of(variants, arrow_filesystem(folder), todo, limits)
-    with Live(get_renderable=variants.table, console=console, refresh_per_second=1, transient=True):
-        tuner.fit()
+    with (
+        Live(get_renderable=variants.table, console=console, refresh_per_second=1, transient=True),
+        watching(variants.title, limits.stall_seconds) as watched,
+    ):
+        tuner = tuner_of(variants, arrow_filesystem(folder), todo, limits, watched.watch)
+        watched.wait(tuner.fit)
     discard(folder / "ray")

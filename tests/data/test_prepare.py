@@ -144,6 +144,12 @@ class TestSample:
         assert self.drawn(prepare_here, kept_pairs, random.Random(1).sample(self.rows, 90)) == first
         assert self.drawn(prepare_here, kept_pairs, self.rows, seed=1) != first
 
+    def test_pairs_stay_in_the_order_of_the_rows(self, prepare_here, kept_pairs):
+        self.drawn(prepare_here, kept_pairs, self.rows)
+        row_of = {row["prompt"]: number for number, row in enumerate(self.rows)}
+        rows = [row_of[pair["prompt"][-1]["content"]] for pair in kept_pairs()]
+        assert rows == sorted(rows)
+
     def test_a_group_that_is_not_asked_for_is_left_out(self, prepare_here):
         account = prepare_here(list(self.rows), sample={"unsafe": 4})
         assert (account.groups, account.not_sampled) == ({"unsafe": 4}, 86)

@@ -102,6 +102,7 @@ def check_pod(template):
     volumes = {volume["name"] for volume in spec["volumes"]}
     for container in spec["containers"]:
         check_container(container, volumes)
+        assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}  # Ray's sessions
         assert re.fullmatch(pinned("REGISTRY/bdpo"), container["image"])
         assert TOKEN not in {mount["mountPath"] for mount in container["volumeMounts"]}
 
@@ -174,6 +175,7 @@ class TestRayJob:
             lambda j: first_container(j)["env"].pop(1),
             lambda j: first_container(j).update(comand=["x"]),
             lambda j: first_container(j).update(image="REGISTRY/bdpo:0.1.0"),
+            lambda j: first_container(j)["volumeMounts"].pop(0),
             lambda j: first_container(j)["volumeMounts"].pop(1),
             lambda j: first_container(j)["securityContext"].pop("readOnlyRootFilesystem"),
             lambda j: first_worker(j)["spec"].pop("automountServiceAccountToken"),

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
+import torch
 
 from bdpo.evaluation.answers import (
     RESPONSE_SCHEMA,
@@ -15,6 +17,7 @@ from bdpo.evaluation.answers import (
     ShardAnswerer,
     ShardJudge,
     answer_store,
+    measure_capability,
     planned_items,
     prompts_fingerprint,
     reply_store,
@@ -110,3 +113,24 @@ def test_the_fields_of_a_model_are_no_others(tmp_path: Path) -> None:
     assert own <= MODEL_FIELDS
     assert not MODEL_FIELDS & {**prompts_fingerprint(config), **judge_fingerprint(config)}.keys()
     assert {"rubric", "fitted", "string_matching"} <= JUDGES.keys()
+
+
+def test_a_capability_task_reports_its_start_and_every_forward(
+    tmp_path: Path, tiny_chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that one that stands still is noticed long before a benchmark would have ended."""
+
+    def two_forwards(benchmark: str, model: Any, *arguments: Any) -> str:
+        begun.append(("run", benchmark))
+        for _ in range(2):
+            model(torch.tensor([[1, 2]]))
+        return "result"
+
+    begun: list[tuple[str, str]] = []
+    monkeypatch.setattr("bdpo.evaluation.capability.run_capability", two_forwards)
+    config = tiny_config(tmp_path, save_model(tmp_path / "model", tiny_chat), tmp_path / "pairs")
+    model = EvaluatedModel(config.model)
+    found: Any = measure_capability(config, model, "gsm8k", "cpu", lambda *what: begun.append(what))
+    assert found == "result"
+    forward = ("forward", "a forward of gsm8k")
+    assert begun == [("start", "the start of gsm8k"), ("run", "gsm8k"), forward, forward]

@@ -84,6 +84,17 @@ def test_items_are_joined_by_id_and_measures_kept_apart() -> None:
     assert found["xstest", "compliance"].difference == 1
 
 
+def test_measures_of_the_same_values_are_one_test() -> None:
+    """Under a judge of yes and no `safe_rate` is `safety`."""
+    first, second = table([row(1, 1.0), row(2, 0.0)]), table([row(1, 0.0), row(2, 0.0)])
+    assert [line.measure for line in compare(first, second)] == ["safety"]
+
+
+def test_models_without_a_common_item_are_not_compared() -> None:
+    assert compare(table([row(1, 1.0)]), table([row(2, 1.0)])) == []
+    assert compare(table([row(1, 1.0)]), table([row(1, None)])) == []
+
+
 def test_every_two_models_are_compared_and_shown() -> None:
     models = {
         name: table([row(n, harm) for n in range(6)])

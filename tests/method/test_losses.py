@@ -20,8 +20,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from bdpo.method.base import PairLogps
 from bdpo.method.losses import METHODS
-from bdpo.models.logps import LogpsModel
-from tests.support.helpers import encoded_pairs, logps_of, tiny_qwen2
+from bdpo.models.logps import LogpsModel, pair_logps
+from tests.support.helpers import encoded_pairs, tiny_qwen2
 
 FIELDS = list(PairLogps.__dataclass_fields__)
 
@@ -247,6 +247,16 @@ def test_metrics_require_no_gradient(name):
     assert not [metric for metric, values in output.metrics.items() if values.requires_grad]
 
 
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [("orpo", {}), *((name, {"nll_weight": 0.5}) for name in ANCHORED if name != "safedpo")],  # which swaps
+)
+def test_the_logged_likelihood_is_a_loss_per_token(name, keys):
+    pairs = random_pairs()
+    logged = METHODS[name](**keys).loss(pairs).metrics["nll_loss"]
+    assert logged.tolist() == pytest.approx((-pairs.policy_chosen / pairs.chosen_tokens).tolist())
+
+
 def test_equal_rewards_are_not_accurate():
     assert METHODS["dpo"]().loss(pairs_of()).metrics["rewards/accuracies"] == 0
 
@@ -408,7 +418,7 @@ def batch():
     ours = copy.deepcopy(policy)
 
     def logps(model, who):
-        sides = logps_of(LogpsModel(model, max_length=128), pairs)
+        sides = pair_logps(LogpsModel(model, max_length=128), pairs)
         return {f"{who}_{side}": v for side, v in zip(("chosen", "rejected"), sides, strict=True)}
 
     with torch.no_grad():
@@ -443,7 +453,7 @@ class TestAgainstTRL:
         )
 
     def dpo_loss(self, trainer, encoded):
-        rows = [{f"{part}_ids": ids for part, ids in pair._asdict().items()} for pair in encoded]
+        rows = [{f"{part}_ids": ids for part, ids in vars(pair).items()} for pair in encoded]
         loss = trainer.compute_loss(trainer.model.train(), DataCollatorForPreference(pad_token_id=0)(rows))
         loss.backward()
         return loss.squeeze()

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bdpo.method.losses import Bdpo
-from bdpo.method.mi import mutual_information
+from bdpo.method.losses import METHODS, Bdpo
+from bdpo.method.mi import MI_FLOOR, mi_floor_of, mutual_information
 
 MI = st.floats(-5, 5, allow_nan=False, width=32)
 
@@ -64,3 +64,13 @@ def test_weights_sum_to_alpha_and_swap_with_the_responses(chosen, rejected, rule
 def test_more_mutual_information_never_gives_more_weight(low, high, other, rule):
     low, high = sorted((low, high))
     assert weights(high, other, balance=rule)[0] <= weights(low, other, balance=rule)[0]
+
+
+def test_balance_weights_alone_sum_to_one():
+    pair = torch.tensor([0.6]), torch.tensor([0.2])
+    assert sum(weight.item() for weight in METHODS["dpo_bw"]().weights(*pair)) == pytest.approx(1)
+
+
+def test_the_floor_of_a_report_is_that_of_the_method_if_it_has_one():
+    assert mi_floor_of(Bdpo(mi_floor=0.2)) == 0.2
+    assert mi_floor_of(METHODS["dpo"]()) == MI_FLOOR

@@ -70,7 +70,7 @@ def test_an_invalid_evaluation_of_an_arm_is_a_fault(monkeypatch, prepared):
     monkeypatch.setattr(arms.EvaluateTrained, "complete", lambda stage: unjudged)
     [job] = jobs(*prepared)
     with pytest.raises(InvalidEvaluation, match="3 of 4 unjudged"):
-        ArmRunner(job).next_rung()
+        ArmRunner(job, lambda kind, what: None).next_rung()
 
 
 DIVERGED = Failure(End.FAILED, "FloatingPointError: not finite: pairs a, b", Cause.NOT_FINITE)

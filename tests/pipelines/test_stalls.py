@@ -3,72 +3,19 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 import time
 
 import psutil
 import pytest
 import ray
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipelines.runtime.cluster import connect
-from pipelines.runtime.pool import RayPool, ShardWork
-from pipelines.runtime.stalls import IDLE, PAUSED, SLOWER, UNKNOWN, Worker, WorkTimes, end_process, watching
+from pipelines.runtime.pool import InProcess, RayPool, ShardWork
+from pipelines.runtime.stalls import NoRoom, end_process, watched_tasks, watching
+from pipelines.runtime.work_times import PAUSED, Worker
 from tests.support.ray_nodes import wait_until
-from tests.support.stalling import SHARDS, Stalling
-
-A, B = Worker("node", "host", 1, 0.0), Worker("node", "host", 2, 0.0)
-
-
-def test_the_limit_grows_with_the_slowest_work_of_its_kind():
-    times = WorkTimes(60)
-    assert times.limit("shard") == 60 * UNKNOWN
-    times.begin(A, "shard", "", 0)
-    times.begin(A, IDLE, "", 5)
-    assert times.limit("shard") == 60
-    assert times.limit("step") == 60 * UNKNOWN
-    times.begin(A, "shard", "", 10)
-    times.begin(A, "shard", "", 60)
-    assert times.limit("shard") == SLOWER * 50
-
-
-@given(st.lists(st.floats(0.01, 1e5), min_size=1, max_size=9), st.floats(0.1, 1e3))
-def test_work_is_stalled_exactly_beyond_the_limit(durations, shortest):
-    times, now = WorkTimes(shortest), 0.0
-    for duration in durations:
-        times.begin(A, "shard", "rows", now)
-        now += duration
-    times.begin(A, "shard", "rows", now)
-    limit = max(shortest, 3 * max(durations))
-    assert times.limit("shard") == pytest.approx(limit)
-    assert not times.stalled(now + limit * 0.99)
-    (stall,) = times.stalled(now + limit * 1.01)
-    assert (stall.worker, stall.what) == (A, "rows")
-    assert stall.seconds > stall.limit == pytest.approx(limit)
-
-
-def test_a_worker_that_was_only_slow_gets_three_times_as_long():
-    times = WorkTimes(1)
-    times.begin(A, "shard", "", 0)
-    assert times.stalled(11)
-    times.forget(A, 11, stalled=True)
-    assert not times.stalled(12)
-    assert times.limit("shard") == 33
-    times.begin(B, "shard", "", 12)
-    times.forget(B, 9999, stalled=False)  # it crashed, and was noticed late
-    assert times.limit("shard") == 33
-
-
-def test_waiting_is_no_stall_unless_all_workers_wait_for_work():
-    times = WorkTimes(60)
-    times.begin(A, "shard", "", 0)
-    times.begin(A, IDLE, "", 10)
-    times.begin(B, "shard", "", 10)
-    assert not times.stalled(11 + 59)
-    times.begin(B, IDLE, "", 71)
-    assert [stall.worker for stall in times.stalled(73 + SLOWER * 61)] == [A, B]
-    times.begin(B, PAUSED, "", 80)
-    assert not times.stalled(1e9)
+from tests.support.stalling import SHARDS, Stalling, stalls_once
 
 
 def test_only_the_very_process_is_killed():
@@ -99,7 +46,8 @@ def test_a_worker_that_died_is_no_reason_to_kill_those_that_replaced_it():
     dead.kill()
     dead.wait()
     try:
-        with watching("training", 0.2, together=True) as watch:
+        with watching("training", 0.2, together=True) as watched:
+            watch = watched.watch
             watch.begin.remote(was, "step", "an optimizer step")
             watch.begin.remote(now, PAUSED, "the wait for a decision")
             wait_until(lambda: ray.get(watch.workers.remote()) == [now], "the dead worker is forgotten", 60)
@@ -127,3 +75,72 @@ def test_a_pool_replaces_an_actor_that_stands_still(tmp_path, capsys, way, at):
         assert "stands still" in shown
         assert not psutil.pid_exists(stalled) or psutil.Process(stalled).status() == psutil.STATUS_ZOMBIE
     assert time.monotonic() - begun < 120
+
+
+@pytest.mark.ray
+def test_a_task_that_stands_still_is_killed_and_run_again(tmp_path, capsys):
+    connect()
+    calls = {name: (tmp_path / name, "stop" if name == "second" else "") for name in ("first", "second")}
+    for folder, _ in calls.values():
+        folder.mkdir()
+    found = dict(watched_tasks("capability base", stalls_once, calls, 0, 0.5))
+    shown = capsys.readouterr().out
+    stalled = int((tmp_path / "second" / "stalled").read_text())
+    assert f"worker {stalled} on " in shown
+    assert "stands still: a forward of it has taken" in shown
+    assert found == {"first": "done", "second": "done"}
+
+
+@pytest.mark.ray
+def test_what_a_task_raises_is_raised():
+    connect()
+    with pytest.raises(ZeroDivisionError):
+        list(watched_tasks("capability base", raises, {"one": ()}, 0, 60))
+
+
+def raises(begins):
+    begins("start", "its start")
+    raise ZeroDivisionError
+
+
+@pytest.mark.ray
+def test_work_for_which_there_is_no_room_is_given_up(capsys):
+    """Named after the shortest limit, given up after that of a wait for room: nothing waits for ever."""
+    connect()
+    never = threading.Event()
+    with (
+        pytest.raises(NoRoom, match=r"^score: no worker has begun within 0\.0167 minutes: .* resumes$"),
+        watching("score", 0.2, room=1.0) as watched,
+    ):
+        watched.wait(never.wait)
+    never.set()
+    shown = capsys.readouterr().out
+    assert shown.count("score  no worker has begun for") == 1
+    assert "given up after 0.0167 minutes" in shown
+
+
+def test_a_process_reports_every_shard_that_it_makes_and_pauses_between():
+    begun = []
+
+    class Actor:
+        def __init__(self, device):
+            begun.append("made")
+
+        def __call__(self, shard):
+            if shard["first"] == 4:
+                raise ZeroDivisionError
+
+    class Store:
+        def missing(self, total, rows):
+            return [(0, 4), (4, 2)]
+
+    here = InProcess(0, lambda kind, what: begun.append((kind, what)))
+    with pytest.raises(ZeroDivisionError):
+        here.complete_shards(ShardWork("answer trained", Actor, {}, Store(), 6, 4))
+    assert begun == [
+        ("start of answer trained", "its start"),
+        "made",
+        ("answer trained", "the shard of rows 0 to 3"),
+        ("answer trained", "the shard of rows 4 to 5"),
+        (PAUSED, "its work between shards"),
+    ]

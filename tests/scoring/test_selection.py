@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,7 @@ from bdpo.method.base import PairLogps
 from bdpo.method.losses import METHODS
 from bdpo.models.tokenizer import load_tokenizer
 from bdpo.scoring.reference import ReferenceScorer
-from bdpo.scoring.scores import finish_scores, score_fingerprint, score_store
+from bdpo.scoring.scores import SCORE_SCHEMA, finish_scores, score_fingerprint, score_store
 from bdpo.scoring.selection import (
     count_tokens,
     require_labels,
@@ -115,7 +116,7 @@ def test_safedpo_trains_on_pairs_with_a_safe_response_alone(tmp_path, tiny_chat)
     assert safety_account(config, run) == {"kept": 12, "swapped": 6, "dropped": 6}
 
     data = TrainingPairs.load(config, run, rows)
-    assert data.ids.to_pylist() == usable
+    assert data.table["pair_id"].to_pylist() == usable
     plan = TrainingPlan(data.lengths, config.train, config.seed)
     assert plan.steps_per_epoch == 3, "18 pairs in batches of 8"
     pq.write_table(rows, run.root / "scores.parquet")
@@ -196,6 +197,34 @@ def test_two_halves_share_no_pair_and_leave_none_in_any_group(tmp_path, tiny_cha
             )
             assert abs(len(lower) - len(upper)) <= 1
             assert max(lower) <= min(upper)
+
+
+@pytest.mark.parametrize("key", ["mi_difference", "ches"])
+def test_pairs_without_a_group_are_ranked_among_themselves(tmp_path, key):
+    """Data without groups is selected from, too; beside groups they are a group of their own."""
+    config = tiny_config(tmp_path, tmp_path, tmp_path)
+    values = [0.9, 0.1, 0.8, 0.3, 0.2, 0.7, 0.4, 0.6]
+    for groups, lower in ([None] * 8, [1, 3, 4, 6]), ([None, None, "safe", "safe"] * 2, [1, 3, 4, 6]):
+        scores = score_rows(groups, values)
+        for bounds, expected in (([0.0, 0.5], lower), ([0.5, 1.0], sorted({*range(8)} - {*lower}))):
+            keep = selected(with_select(config, {key: bounds}), scores)
+            assert np.flatnonzero(keep).tolist() == expected
+
+
+def test_of_equal_pairs_the_first_rows_are_the_lower_ones(tmp_path):
+    """Whatever sorts them: two halves are complements on every machine."""
+    config = tiny_config(tmp_path, tmp_path, tmp_path)
+    scores = score_rows([None] * 100, [0.5] * 100)
+    keep = selected(with_select(config, {"mi_difference": [0.0, 0.3]}), scores)
+    assert np.flatnonzero(keep).tolist() == list(range(30))
+
+
+def score_rows(groups, values):
+    """Rows of scores with these groups, differences in mutual information and CHES."""
+    of = {"group": groups, "mi_chosen": [0.0] * len(values), "mi_rejected": values, "ches": values}
+    return pa.table({name: of.get(name) or pa.nulls(len(values)) for name in SCORE_SCHEMA.names}).cast(
+        SCORE_SCHEMA
+    )
 
 
 def test_a_selection_is_of_all_pairs_whatever_else_the_method_leaves_out(tmp_path, tiny_chat):

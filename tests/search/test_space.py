@@ -8,7 +8,7 @@ from bdpo.config import load_config, parse_config
 from bdpo.config.derive import trial_config
 from bdpo.errors import UserError
 from bdpo.method.losses import METHODS
-from bdpo.search.space import check_space
+from bdpo.search.space import check_space, product_keys
 from bdpo.variants.objective import check_measures
 from tests.support.sweeps import ALPHA, configured
 
@@ -70,6 +70,18 @@ class TestSpace:
     def test_empty_and_inverted_is_refused(self, tune, named):
         with pytest.raises(UserError, match=named):
             configured(**tune)
+
+    def test_values_that_do_not_go_together_are_refused_in_a_grid(self):
+        space = {"train.zero_stage": [0, 1], "train.offload": ["cpu"]}
+        values = configured(space=space, searcher="grid").model_dump()
+        values["model"]["dtype"] = "float32"  # in which stage 0 can train
+        with pytest.raises(UserError, match="offload=cpu requires zero_stage=1, 2 or 3"):
+            check_space(parse_config(values, "test"))
+
+    def test_keys_are_named_as_a_product_if_both_are_searched(self):
+        keys = {"method.alpha": ALPHA, "method.beta": [0.1, 0.2]}
+        assert product_keys(configured(space=keys)) == ["method.alpha", "method.beta"]
+        assert product_keys(configured(space={"method.beta": [0.1, 0.2]})) == []
 
     def test_overrides_reach_into_the_space(self, tmp_path):
         file = tmp_path / "c.yaml"

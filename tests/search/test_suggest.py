@@ -85,8 +85,9 @@ class TestSuggestions:
         trials = []
         for number in range(40):
             alpha = suggest(config, number, trials)["method.alpha"]
-            seen = (alpha / 3, 0.99 if alpha < 2 else 0.5, float(number))
-            trials.append(trial(number, seen, seen, seen, params={"method.alpha": alpha}))
+            early = (alpha / 3, 1.0, float(number))  # the bound is broken at the last rung alone
+            last = (alpha / 3, 0.99 if alpha < 2 else 0.5, float(number))
+            trials.append(trial(number, early, early, last, params={"method.alpha": alpha}))
         late = [t.params["method.alpha"] for t in trials[20:]]
         assert sum(1.5 < alpha < 2 for alpha in late) > len(late) / 2
         assert 1.8 < winner(trials, config.tune).params["method.alpha"] < 2

@@ -85,6 +85,24 @@ def test_the_winner_is_feasible_safest_then_most_compliant_then_first():
     assert winner([refuses_all, stopped], tune) is None
 
 
+def test_a_trial_exactly_at_the_bound_may_win():
+    """1 − 0.05 of the base model's compliance: a violation of 0 is none."""
+    tune = configured().tune
+    at, beyond = trial(0, *[(0.8, 0.95, 0.0)] * 3), trial(1, *[(0.9, 0.949, 1.0)] * 3)
+    assert winner([at, beyond], tune) is at
+    rows = results_table([at, beyond], tune).to_pylist()
+    assert [row["feasible"] for row in rows] == [True, False]
+    assert [row["least"] for row in rows] == [0.95, 0.95]
+    assert [row["step"] for row in rows] == [24, 24]  # of the last of three rungs
+
+
+def test_the_last_rung_decides_who_wins():
+    tune = configured().tune
+    early = trial(0, (0.2, 1.0, 0.0), (0.9, 1.0, 1.0), (0.5, 1.0, 2.0))
+    late = trial(1, (0.1, 1.0, 0.0), (0.3, 0.5, 1.0), (0.6, 1.0, 2.0))
+    assert winner([early, late], tune) is late
+
+
 @pytest.fixture
 def trials():
     return seven_trials_and_a_failed_one()

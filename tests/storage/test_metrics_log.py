@@ -8,6 +8,7 @@ import random
 import pytest
 
 from bdpo.storage.metrics_log import MetricsLog
+from bdpo.storage.paths import storage_path
 
 
 @pytest.fixture
@@ -78,3 +79,21 @@ def test_no_flipped_byte_is_taken_for_a_row(log):
         damaged[rng.randrange(len(content))] ^= rng.randrange(1, 256)
         log.file.write_bytes(damaged)
         assert all(row in rows for row in log.read()), bytes(damaged)
+
+
+def test_the_folder_of_a_log_is_made(tmp_path):
+    log = MetricsLog(tmp_path / "train" / "recoveries.jsonl")
+    log.append({"step": 1})
+    assert steps(log) == [1]
+
+
+def test_on_object_storage_another_writer_adds_to_the_rows(tmp_path):
+    """Rows are kept until they are flushed, and those of the writer before stay."""
+    file = storage_path(f"memory://{tmp_path.name}/metrics.jsonl", "run_dir")
+    first, second = MetricsLog(file), MetricsLog(file)
+    for step in (1, 2, 3):
+        first.append({"step": step})
+    assert steps(first) == [1]  # the others are written every ten seconds
+    first.flush()
+    second.append({"step": 4})
+    assert steps(second) == [1, 2, 3, 4]

@@ -154,8 +154,18 @@ def test_a_limit_that_is_none_is_refused(monkeypatch, given):
 
 
 def test_every_protocol_gets_its_limit(monkeypatch):
-    monkeypatch.setenv(VARIABLE, "7.5")
-    assert storage_options("gs")["requests_timeout"] == 7.5
-    assert storage_options("az")["read_timeout"] == 8
-    assert storage_options("https")["client_kwargs"]["timeout"].sock_read == 7.5
+    """The options are those of gcsfs 2026.10 and adlfs 2026.8: each attempt has its share of the limit."""
+    monkeypatch.setenv(VARIABLE, "90")
+    for protocol, attempts in (("gs", 6), ("gcs", 6), ("https", 1), ("http", 1)):
+        options = storage_options(protocol)
+        timeout = options.get("requests_timeout") or options["client_kwargs"]["timeout"]
+        assert timeout.sock_connect == timeout.sock_read == 90 / attempts
+        assert timeout.total == 60 * 90  # a large file takes longer than any request
+    for protocol in ("az", "abfs", "abfss"):
+        options = storage_options(protocol)
+        assert options["connection_timeout"] == options["read_timeout"] == 23  # whole seconds
+        assert isinstance(options["read_timeout"], int)
+    for protocol in ("gs", "az", "https", "memory"):
+        assert storage_options(protocol)["use_listings_cache"] is False
     assert storage_options("memory") == {"use_listings_cache": False}
+    assert pickle.loads(pickle.dumps(storage_options("gs"))) == storage_options("gs")

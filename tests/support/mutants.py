@@ -1,11 +1,12 @@
 """Small changes to the code, and whether the tests of the changed module notice them.
 
-    python -m tests.support.mutants bdpo/training/batches.py [MODULE ...] [--count 20] [--seed 0]
+    python -m tests.support.mutants [bdpo/training/batches.py ...] [--count 6] [--seed 0]
 
 A mutant is a module in which one operator, condition, number or statement is changed. pytest collects the
 tests of the module once; each mutant is a forked process, in which the functions of the module get the
 changed code before the tests run until the first of them fails. A mutant is `caught` if a test fails, `hung`
-if the tests take longer than --seconds, and `survived` otherwise. Commands that a test starts have the
+if the tests take a minute and five times as long as without a change, and `survived` otherwise, or
+`explained` if `EXPLAINED` says why no test can, or has to, notice it. Commands that a test starts have the
 unchanged code.
 """
 
@@ -33,19 +34,42 @@ import pytest
 from _pytest.main import pytest_runtestloop as run_tests
 
 from tests.support import ROOT
+from tests.support.explained_mutants import EXPLAINED
 
 TESTS = {
-    "bdpo/method": "tests/method",
-    "bdpo/scoring": "tests/scoring",
+    "bdpo/evaluation/answers": "tests/evaluation/test_answers.py tests/evaluation/test_samples.py",
+    "bdpo/evaluation/capability": "tests/evaluation/test_capability.py",
+    "bdpo/evaluation/compare": "tests/evaluation/test_compare.py",
+    "bdpo/evaluation/gate": "tests/pipelines/test_gate.py",
+    "bdpo/evaluation/measures": "tests/evaluation/test_measures.py tests/evaluation/test_compare.py",
+    "bdpo/evaluation/tables": "tests/evaluation/test_measures.py tests/evaluation/test_compare.py "
+    "tests/evaluation/test_twins.py",
+    "bdpo/evaluation/texts": "tests/evaluation/test_texts.py",
+    "bdpo/evaluation/twins": "tests/evaluation/test_twins.py",
+    "bdpo/method/base": "tests/method/test_losses.py",
+    "bdpo/method/ches": "tests/method/test_ches.py",
+    "bdpo/method/losses": "tests/method/test_losses.py",
+    "bdpo/method/mi": "tests/method/test_mi.py",
+    "bdpo/method/reference_free": "tests/method/test_losses.py",
     "bdpo/scoring/reference": "tests/scoring/test_reference.py tests/models/test_logps.py",
+    "bdpo/scoring/scores": "tests/scoring/test_scores.py tests/scoring/test_reference.py",
+    "bdpo/scoring/selection": "tests/scoring/test_selection.py",
     "bdpo/scoring/shard_scorer": "tests/scoring/test_reference.py tests/storage/test_shards.py",
+    "bdpo/search/space": "tests/search/test_space.py tests/search/test_suggest.py tests/search/test_sweep.py",
+    "bdpo/search/suggest": "tests/search/test_suggest.py",
+    "bdpo/search/sweep": "tests/search/test_sweep.py",
+    "bdpo/search/trials": "tests/search/test_trials.py tests/search/test_sweep.py "
+    "tests/pipelines/test_variants.py",
+    "bdpo/storage/cache": "tests/storage/test_paths.py",
     "bdpo/storage/checksums": "tests/storage/test_checksums.py",
     "bdpo/storage/digests": "tests/storage/test_run_dir.py tests/models/test_loading.py",
     "bdpo/storage/lease": "tests/storage/test_paths.py",
     "bdpo/storage/limits": "tests/storage/test_s3.py",
     "bdpo/storage/manifests": "tests/storage/test_run_dir.py tests/storage/test_flipped_bytes.py",
     "bdpo/storage/metrics_log": "tests/storage/test_metrics_log.py tests/storage/test_flipped_bytes.py",
+    "bdpo/storage/paths": "tests/storage/test_paths.py",
     "bdpo/storage/run_dir": "tests/storage/test_run_dir.py tests/storage/test_paths.py",
+    "bdpo/storage/s3": "tests/storage/test_s3.py",
     "bdpo/storage/sealed": "tests/storage/test_sealed.py",
     "bdpo/storage/shards": "tests/storage/test_shards.py",
     "bdpo/training/batches": "tests/training/test_batches.py",
@@ -57,16 +81,19 @@ TESTS = {
     "tests/training/test_checkpoints.py tests/training/test_lora.py tests/training/test_rungs.py",
     "bdpo/training/memory": "tests/training/test_memory.py",
     "bdpo/training/resharding": "tests/training/test_resharding.py",
-    "bdpo/training/rungs": "tests/training/test_rungs.py tests/search",
-    "pipelines/runtime": "tests/pipelines",
+    "bdpo/training/rungs": "tests/training/test_rungs.py",
     "pipelines/runtime/elastic": "tests/pipelines/test_elastic.py",
     "pipelines/runtime/faults": "tests/pipelines/test_faults.py tests/pipelines/test_ray_internals.py",
     "pipelines/runtime/ray_internals": "tests/pipelines/test_ray_internals.py tests/pipelines/test_faults.py",
     "pipelines/runtime/recovery": "tests/pipelines/test_recovery.py tests/pipelines/test_ray_internals.py",
     "pipelines/runtime/signals": "tests/pipelines/test_signals.py",
     "pipelines/runtime/stalls": "tests/pipelines/test_stalls.py",
+    "pipelines/runtime/work_times": "tests/pipelines/test_work_times.py",
 }
-"""The tests of a module: those of its longest prefix."""
+"""The tests of each module that is tried: those that are quick and closest to it."""
+
+_LONGEST = 600.0
+"""Seconds that the tests of a module may take."""
 
 Change = Callable[[ast.AST], None]
 
@@ -79,6 +106,8 @@ _OTHER: dict[type[ast.AST], type[ast.AST]] = {
 }  # fmt: skip
 
 _PLAIN = (int, float, str, tuple, dict, list)
+
+_SMALL = (ast.Constant, ast.Name, ast.UnaryOp)
 
 _NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
@@ -100,25 +129,42 @@ class Mutant:
 def mutants(module: Path) -> Iterator[Mutant]:
     """Every mutant of a module of the project."""
     text = (ROOT / module).read_text(encoding="utf-8")
-    original = ast.parse(text)
-    silent = {id(node) for part in ast.walk(original) if _is_left_alone(part) for node in ast.walk(part)}
-    for number, node in enumerate(ast.walk(original)):
+    original = list(ast.walk(ast.parse(text)))
+    numbers = {id(node): number for number, node in enumerate(original)}
+    around = {
+        numbers[id(child)]: i for i, node in enumerate(original) for child in ast.iter_child_nodes(node)
+    }
+    types_of = (getattr(part, "annotation", None) or getattr(part, "returns", None) for part in original)
+    left_alone = [*filter(_is_left_alone, original), *filter(None, types_of)]
+    silent = {id(node) for part in left_alone for node in ast.walk(part)}
+    for number, node in enumerate(original):
         if id(node) in silent:
             continue
+        shown = number  # of a number alone nobody could tell which of the line it is
+        while isinstance(original[shown], _SMALL) and isinstance(
+            original[around[shown]], ast.expr | ast.stmt
+        ):
+            shown = around[shown]
         for change in _changes(node):
             tree = ast.parse(text)
-            changed = list(ast.walk(tree))[number]
-            before = ast.unparse(changed)
-            change(changed)
+            changed = list(ast.walk(tree))
+            before = ast.unparse(changed[shown])
+            change(changed[number])
             ast.fix_missing_locations(tree)
-            line = getattr(node, "lineno", 0)
-            yield Mutant(module, line, _short(before), _short(ast.unparse(changed)), ast.unparse(tree))
+            line, after = getattr(node, "lineno", 0), ast.unparse(changed[shown])
+            yield Mutant(module, line, _short(before), _short(after), ast.unparse(tree))
 
 
 def _is_left_alone(node: ast.AST) -> bool:
-    """Messages, annotations and what only a type checker reads decide nothing."""
+    """Messages, annotations, what only a type checker reads, and guards against our own faults.
+
+    The constraints of a pydantic field and the columns of a schema are left alone as well: they have been
+    made by then.
+    """
     checked_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    return isinstance(node, ast.JoinedStr | ast.arg) or checked_only
+    is_strict = isinstance(node, ast.keyword) and node.arg == "strict"
+    is_field = isinstance(node, ast.Call) and ast.unparse(node.func) in ("Field", "pa.schema")
+    return isinstance(node, ast.JoinedStr | ast.arg) or checked_only or is_strict or is_field
 
 
 def _changes(node: ast.AST) -> Iterator[Change]:
@@ -158,11 +204,10 @@ def _short(code: str) -> str:
     return line if len(line) <= 90 else f"{line[:90]}…"
 
 
-def tests_of(module: Path) -> list[str]:
-    """The tests that should notice a change of the module."""
-    name = str(module.with_suffix(""))
-    prefix = max((prefix for prefix in TESTS if name == prefix or name.startswith(f"{prefix}/")), key=len)
-    return TESTS[prefix].split()
+def explanation(mutant: Mutant) -> str | None:
+    """Why no test has to notice a mutant, if that is known."""
+    of_module = EXPLAINED.get(str(mutant.module), {})
+    return of_module.get(f"{mutant.before}  ->  {mutant.after}")
 
 
 def apply(mutant: Mutant) -> None:
@@ -203,8 +248,9 @@ def _function(member: Any) -> types.FunctionType | None:
 class EveryMutant:
     """A plugin of pytest that runs the collected tests for each mutant instead of once."""
 
-    def __init__(self, mutants: list[Mutant], seconds: float) -> None:
-        self.mutants, self.seconds, self.counts = mutants, seconds, Counter[str]()
+    def __init__(self, mutants: list[Mutant]) -> None:
+        self.mutants, self.counts = mutants, Counter[str]()
+        self.seconds = _LONGEST
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -214,8 +260,12 @@ class EveryMutant:
         for mutant in (None, *self.mutants):
             begun = time.monotonic()
             what = self.outcome(session, mutant)
+            if what != "caught" and mutant is not None and explanation(mutant):
+                what = "explained"
             self.counts[what] += mutant is not None
             seconds = time.monotonic() - begun
+            if mutant is None:
+                self.seconds = min(_LONGEST, 60 + 5 * seconds)
             print(f"{what:9}{seconds:5.0f} s  {mutant or 'no change'}", file=sys.stderr, flush=True)
             if mutant is None and what != "survived":
                 self.counts["not tried"] += 1
@@ -257,28 +307,29 @@ def try_module(module: Path, arguments: argparse.Namespace) -> Counter[str]:
     """Every drawn mutant of a module; outcome -> number."""
     found = [each for each in mutants(module) if arguments.line in (None, each.line)]
     drawn = random.Random(arguments.seed).sample(found, min(arguments.count, len(found)))
-    every = EveryMutant(sorted(drawn, key=lambda each: each.line), arguments.seconds)
+    every = EveryMutant(sorted(drawn, key=lambda each: each.line))
     options = ["-x", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
     marks = ["-m", "not ray and not system"]
-    pytest.main([*options, *marks, *tests_of(module)], plugins=[every])
+    pytest.main([*options, *marks, *TESTS[str(module.with_suffix(""))].split()], plugins=[every])
     return every.counts
 
 
 def main() -> int:
     """Print what came of each mutant, and the counts; 1 if the tests of a module fail without a change."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("modules", nargs="+", type=Path)
-    parser.add_argument("--count", type=int, default=20, help="mutants of each module, drawn by --seed")
+    parser.add_argument("modules", nargs="*", type=Path, help="by default every one that `TESTS` names")
+    parser.add_argument("--count", type=int, default=6, help="mutants of each module, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--line", type=int, help="the mutants of this line alone")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     counts = Counter[str]()
-    for module in arguments.modules:
+    for module in arguments.modules or [Path(f"{name}.py") for name in TESTS]:
         counts += try_module(module, arguments)
-    print(", ".join(f"{what}: {number}" for what, number in sorted(counts.items())))
+    tried = sum(counts.values()) - counts["not tried"]
+    found = ", ".join(f"{what}: {number}" for what, number in sorted(counts.items()))
+    print(f"{tried} mutants, {found}")
     return int(counts["not tried"] > 0)
 
 

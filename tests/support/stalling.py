@@ -1,4 +1,4 @@
-"""An actor of a pool that stands still at the first attempt of a shard, in one of several ways."""
+"""Actors of a pool and tasks that stand still at their first attempt, in one of several ways."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from bdpo.storage.shards import Shard
@@ -28,6 +30,21 @@ def stop_later() -> None:
     threading.Timer(0.2, stop).start()
 
 
+WAYS = {"stop": stop, "hang": hang, "stop_later": stop_later}
+
+
+def stalls_once(folder: Path, way: str, begins: Callable[[str, str], None]) -> str:
+    """A task that reports its work; if there is a `way`, it stands still at its first attempt."""
+    begins("forward", "a forward of it")
+    time.sleep(0.1)
+    begins("forward", "a forward of it")
+    once = folder / "stalled"
+    if way and not once.exists():
+        once.write_text(str(os.getpid()))
+        WAYS[way]()
+    return "done"
+
+
 class Stalling:
     """Stands still at shard `at` (-1: in its start), once; `folder` records that, and each finished shard."""
 
@@ -47,4 +64,65 @@ class Stalling:
         once = self.folder / "stalled"
         if here == self.at and not once.exists():
             once.write_text(str(os.getpid()))
-            {"stop": stop, "hang": hang, "stop_later": stop_later}[self.way]()
+            WAYS[self.way]()
+
+
+@dataclass(frozen=True)
+class StallingVariants:
+    """Two variants of `pipelines.runtime.variants` without a training, of which the first one stops once."""
+
+    folder: Path
+
+    title = "trials"
+
+    def open_names(self) -> list[str]:
+        """Those that are not done."""
+        return [name for name in ("first", "second") if not (self.folder / f"{name}.done").exists()]
+
+    def missing(self) -> int:
+        """There are no others."""
+        return 0
+
+    def next_name(self) -> str:
+        """There is no other."""
+        raise NotImplementedError
+
+    def runner(self, name: str, begins: Callable[[str, str], None]) -> StallingRunner:
+        """What evaluates the variant."""
+        return StallingRunner(self.folder, name, begins)
+
+    def is_promoted(self, name: str) -> bool:
+        """There is one rung."""
+        return True
+
+    def record_failure(self, name: str, failure: object) -> None:
+        """Which none should have."""
+        (self.folder / f"{name}.failed").write_text(str(failure))
+
+    def table(self) -> str:
+        """For the terminal."""
+        return ""
+
+
+@dataclass(frozen=True)
+class StallingRunner:
+    """A variant in the process that evaluates it."""
+
+    folder: Path
+    name: str
+    begins: Callable[[str, str], None]
+
+    def next_rung(self) -> bool:
+        """Evaluate; at the first attempt the process stops."""
+        stalls_once(self.folder, "stop" if self.name == "first" else "", self._begins)
+        (self.folder / f"{self.name}.done").touch()
+        return True
+
+    def _begins(self, kind: str, what: str) -> None:
+        self.begins("answer trained", "the shard of rows 0 to 7")
+
+    def stop_training(self) -> None:
+        """There is none."""
+
+    def end(self) -> None:
+        """Nothing is left behind."""

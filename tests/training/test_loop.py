@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bdpo.method.base import LossOutput
 from bdpo.scoring.scores import SCORE_SCHEMA
 from bdpo.storage.checksums import CHECKSUMS
 from bdpo.storage.run_dir import RunDir
+from bdpo.training.loop import _accumulate
 from tests.support.helpers import save_model
 from tests.support.training import copied, errors, launch, metrics, score, trained, weights
 
@@ -39,6 +41,16 @@ def test_the_export_loads_and_differs_from_the_base(scored, uninterrupted):
     assert all((base[name] != exported[name]).any() for name in base)
     assert AutoTokenizer.from_pretrained(uninterrupted.model).chat_template
     assert (uninterrupted.model / CHECKSUMS).is_file()
+
+
+def test_sums_of_metrics_hold_no_graph():
+    """Else the activations of every micro-batch would live until the step ends."""
+    loss = torch.ones(3, requires_grad=True) * 2
+    sums = {}
+    for counts in (True, False, True):
+        _accumulate(sums, LossOutput(loss, {"rewards/chosen": torch.full((3,), 4.0)}), counts)
+    assert {name: value.item() for name, value in sums.items()} == {"loss": 12, "rewards/chosen": 24}
+    assert not any(value.requires_grad for value in sums.values())
 
 
 def test_metrics_are_those_of_the_design(uninterrupted):

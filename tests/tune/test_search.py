@@ -74,13 +74,18 @@ class Begun:
         fingerprint = score_fingerprint(config, run)
         ShardScorer(config, run, fingerprint, "cpu")({"first": 0, "rows": count_pairs(run.pairs)})
         finish_scores(run, fingerprint, 0)
+        self.begun = []
+
+    def begins(self, kind, what):
+        """What the actor reports."""
+        self.begun.append(kind)
 
     def actor(self, name=None):
         """One that begins a trial, this one if no other is named."""
         from pipelines.runtime.variant_actor import VariantActor
 
         actor = object.__new__(VariantActor)  # its own Ray bookkeeping is of no interest here
-        actor.setup({"variant": name or self.name}, Trials(self.sweep, self.base))
+        actor.setup({"variant": name or self.name}, Trials(self.sweep, self.base), self.begins)
         return actor
 
     def next_rung(self):

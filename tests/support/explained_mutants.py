@@ -1,0 +1,41 @@
+"""Mutants that no test notices, and why none has to: most of them change nothing that a caller can see.
+
+The keys are the lines that `tests.support.mutants` prints, without the number of the line.
+"""
+
+from __future__ import annotations
+
+BY_EYE = "a threshold that was chosen by eye: at exactly this value either is right"
+
+SAME = "the same result"
+
+EXPLAINED: dict[str, dict[str, str]] = {
+    "bdpo/evaluation/texts.py": {
+        "count > 0.05 * scripts.total()  ->  count >= 0.05 * scripts.total()": BY_EYE,
+        "len(set(sequences)) < 0.3 * len(sequences)  ->  len(set(sequences)) <= 0.3 * len(sequences)": BY_EYE,
+        "len(words) < 10  ->  len(words) < 11": BY_EYE,
+        "scripts.most_common(1)  ->  scripts.most_common(2)": f"{SAME}: the first of them is taken",
+    },
+    "bdpo/evaluation/twins.py": {
+        "_LONGEST = 4000  ->  _LONGEST = 4001": BY_EYE,
+        "_BATCH = 1024  ->  _BATCH = 1025": f"{SAME}: how many texts are compared at a time",
+        "np.intersect1d(first, second, assume_unique=True)  ->  "
+        "np.intersect1d(first, second, assume_unique=False)": f"{SAME}, in more time",
+    },
+    "bdpo/method/ches.py": {
+        "((rejected - chosen) * chosen).sum(-1)  ->  ((rejected - chosen) * chosen).sum(--1)": (
+            f"{SAME}: the tensors have two dimensions"
+        ),
+    },
+    "bdpo/search/suggest.py": {
+        "(10, 200)  ->  (11, 200)": f"{BY_EYE}: how many draws TPE has to find a new setting",
+        "np.random.SeedSequence(seeds).generate_state(1)  ->  "
+        "np.random.SeedSequence(seeds).generate_state(2)": (f"{SAME}: the first word is taken"),
+    },
+    "bdpo/training/batches.py": {
+        "max(loads) > CLOSE_TO_MEAN * sum(loads) / len(loads)  ->  "
+        "max(loads) >= CLOSE_TO_MEAN * sum(loads) / len(loads)": BY_EYE,
+        "(0, number, [])  ->  (1, number, [])": f"{SAME}: all parts cost one more, their order stays",
+    },
+}
+"""Module -> "before  ->  after" -> why."""
