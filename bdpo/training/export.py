@@ -60,16 +60,17 @@ def _shortest(data: TrainingPairs) -> list[int]:
 
 
 def _probe(model: Any, data: TrainingPairs, indices: list[int]) -> torch.Tensor:
-    """Log-probs over the root of the tokens, shape (2 pairs,), on the CPU; every worker must call this."""
+    """Log-probs of the responses that the method looks at, over the root of their tokens: on the CPU, one
+    dimension. Every worker must call this."""
     training = model.training
     model.eval()
     with torch.no_grad():
         logps = data.logps(model, indices)
     model.train(training)
-    scaled = (
-        logps.policy_chosen / logps.chosen_tokens.sqrt(),
-        logps.policy_rejected / logps.rejected_tokens.sqrt(),
-    )
+    scaled = [
+        getattr(logps, f"policy_{side}") / getattr(logps, f"{side}_tokens").sqrt()
+        for side in data.config.method.responses
+    ]
     return torch.cat(scaled).double().cpu()
 
 

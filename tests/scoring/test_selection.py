@@ -78,11 +78,13 @@ def test_a_method_without_reference_requires_token_counts_alone(tmp_path, tiny_c
     assert all(rows[column].null_count == PAIRS for column in set(rows.column_names) - set(known))
 
 
-def test_training_without_scores_is_simpo_from_its_first_step(tmp_path, tiny_chat):
+def test_trainings_without_scores_are_simpo_and_sft_from_their_first_step(tmp_path, tiny_chat):
     """Before the first update the policy is what the reference scorer would have scored with."""
-    config, run = prepared(tmp_path, tiny_chat, labelled_pairs(), "simpo")
-    pq.write_table(count_tokens(run), run.root / "scores.parquet")
-    launch([config])
+    made = {name: prepared(tmp_path / name, tiny_chat, labelled_pairs(), name) for name in ("simpo", "sft")}
+    for _, run in made.values():
+        pq.write_table(count_tokens(run), run.root / "scores.parquet")
+    launch([config for config, _ in made.values()])
+    config, run = made["simpo"]
     data = TrainingPairs.load(config, run, training_rows(config, run))
     batch = TrainingPlan(data.lengths, config.train, config.seed).global_batch(0)
     scores = ReferenceScorer(config, "cpu").score(read_pairs(run.pairs, 0, PAIRS).take(batch)).to_pylist()
@@ -99,6 +101,10 @@ def test_training_without_scores_is_simpo_from_its_first_step(tmp_path, tiny_cha
     assert metrics(run)[0] == pytest.approx(sum(losses) / 8, rel=1e-5)
     assert len(metrics(run)) == 3
     assert run.model.is_dir()
+    sft = made["sft"][1]
+    likelihoods = [-row["ref_chosen_logps"] / row["chosen_tokens"] for row in scores]
+    assert metrics(sft)[0] == pytest.approx(sum(likelihoods) / 8, rel=1e-5)
+    assert sft.model.is_dir()
 
 
 def test_safedpo_trains_on_pairs_with_a_safe_response_alone(tmp_path, tiny_chat):
