@@ -63,6 +63,7 @@ def _fit_from(committed: int | None, config: Config, run: RunDir, arguments: dic
     Raises:
         RayActorError: Ray Train's controller died, and its workers with it.
     """
+    from ray.exceptions import RayActorError
     from ray.train import TrainingFailedError
 
     from pipelines.runtime.recovery import final_cause, incomplete_checkpoints, rebuild_checkpoint_list
@@ -75,8 +76,11 @@ def _fit_from(committed: int | None, config: Config, run: RunDir, arguments: dic
     try:
         with watching("training", config.train.stall_seconds, together=True) as watched:
             given = {**arguments, "resumes": whole > 0, "watch": watched.watch}
-            # `fit` would put a handler of SIGINT in the main thread, and never removes it.
-            watched.wait(_trainer(config.train, run, given).fit)
+            try:  # in a thread: `fit` would put a handler of SIGINT in the main one, and never remove it
+                watched.wait(_trainer(config.train, run, given).fit)
+            except RayActorError:
+                watched.release()
+                raise
     except TrainingFailedError as error:
         raise final_cause(error) from None
     # What a worker that died had half copied: Ray's rotation does not know it.
@@ -137,6 +141,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     from pipelines.runtime.recovery import remove_uncommitted
 
     reporter = Reporter(arguments["watch"])
+    reporter.hold_placement_group()
 
     def begins(phase: Phase) -> None:
         reporter.begin(PAUSED if phase is Phase.DECISION else phase.value, phase.value)

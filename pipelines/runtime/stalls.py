@@ -26,6 +26,7 @@ from pipelines.runtime.work_times import IDLE, ROOM_SECONDS, RoomWait, Stall, Wo
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
+    from ray.util.placement_group import PlacementGroup
 
     WatchHandle: TypeAlias = "ActorHandle[Watch]"
 
@@ -44,6 +45,7 @@ class Watch:
 
     def __init__(self, shortest: float, room: float) -> None:
         self.times = WorkTimes(shortest, room, time.monotonic())
+        self.placement_groups: list[PlacementGroup] = []
 
     def begin(self, worker: Worker, kind: str, what: str) -> None:
         """See `WorkTimes.begin`."""
@@ -64,6 +66,15 @@ class Watch:
     def workers(self) -> list[Worker]:
         """All workers that have reported and are not gone."""
         return list(self.times.doing)
+
+    def hold(self, group: PlacementGroup) -> None:
+        """A worker runs in this placement group."""
+        if group not in self.placement_groups:
+            self.placement_groups.append(group)
+
+    def held(self) -> list[PlacementGroup]:
+        """All placement groups in which workers ran."""
+        return self.placement_groups
 
 
 class Reporter:
@@ -90,6 +101,12 @@ class Reporter:
 
         with suppress(ray.exceptions.RayError):
             ray.get(self.watch.begin.remote(self.worker, kind, what), timeout=ANSWER_SECONDS)
+
+    def hold_placement_group(self) -> None:
+        """Report the placement group of this process, see `Watched.release`."""
+        from ray.util import get_current_placement_group
+
+        self.watch.hold.remote(get_current_placement_group())
 
     def leave(self) -> None:
         """Report that this process has ended its work, and is not to be watched any more."""
@@ -134,6 +151,19 @@ class Watched:
             NoRoom: no worker has begun within the limit; the call is left behind.
         """
         return in_thread(call, self.given_up)
+
+    def release(self) -> None:
+        """Give back the room of a training whose controller died, in which the next one is to run.
+
+        Ray Train has an actor of its own for that. It asks the dashboard whether the controller is alive, so
+        where there is no dashboard it gives nothing back.
+        """
+        import ray
+        from ray.util import remove_placement_group
+
+        groups: list[PlacementGroup] = ray.get(self.watch.held.remote(), timeout=ANSWER_SECONDS)
+        for group in groups:
+            remove_placement_group(group)
 
 
 @contextmanager

@@ -9,10 +9,11 @@ import time
 import psutil
 import pytest
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipelines.runtime.cluster import connect
 from pipelines.runtime.pool import InProcess, RayPool, ShardWork
-from pipelines.runtime.stalls import NoRoom, end_process, watched_tasks, watching
+from pipelines.runtime.stalls import NoRoom, Reporter, end_process, watched_tasks, watching
 from pipelines.runtime.work_times import PAUSED, Worker
 from tests.support.ray_nodes import wait_until
 from tests.support.stalling import SHARDS, Stalling, stalls_once
@@ -117,6 +118,21 @@ def test_work_for_which_there_is_no_room_is_given_up(capsys):
     shown = capsys.readouterr().out
     assert shown.count("score  no worker has begun for") == 1
     assert "given up after 0.0167 minutes" in shown
+
+
+@pytest.mark.ray
+def test_the_room_of_a_training_whose_controller_died_is_given_back():
+    """A placement group outlives the actor that made it, and nobody else ends it without a dashboard."""
+    connect()
+    with watching("training", 60, together=True) as watched:
+        group = ray.util.placement_group([{"CPU": 1}])
+        inside = PlacementGroupSchedulingStrategy(placement_group=group)
+        report = ray.remote(num_cpus=1)(Reporter.hold_placement_group).options(scheduling_strategy=inside)
+        ray.get(report.remote(Reporter(watched.watch)))
+        wait_until(lambda: ray.get(watched.watch.held.remote()) == [group], "the report", 60)
+        watched.release()
+        wait_until(lambda: ray.util.placement_group_table(group)["state"] == "REMOVED", "the room", 60)
+        watched.release()  # of what is given back nothing is left
 
 
 def test_a_process_reports_every_shard_that_it_makes_and_pauses_between():
