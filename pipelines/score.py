@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from bdpo.cluster.status import StageStatus, count_shards, prepared_pairs
 from bdpo.data.pairs import count_pairs
-from bdpo.errors import UserError
 from bdpo.scoring.scores import (
     MAX_UNSCORABLE,
     finish_scores,
@@ -162,8 +161,6 @@ class Score(ManifestStage):
         from bdpo.scoring.shard_scorer import ShardScorer
 
         def note(shard: dict[str, Any]) -> None:
-            if shard["stop"]:
-                raise UserError(shard["stop"])
             reasons.update({int(row): reason for row, reason in json.loads(shard["unscorable"]).items()})
             if len(reasons) > MAX_UNSCORABLE:
                 raise unscorable_error(self.run, reasons)

@@ -68,7 +68,15 @@ class Train(ManifestStage):
         return self.run.has_model() and (self.config.train.lora is None or self.run.has_adapter())
 
     def complete(self) -> Manifest:
-        """Train unless that is done; returns the manifest of the training."""
+        """Train unless that is done; returns the manifest of the training.
+
+        The model is looked at before what earlier stages make with it: unfit weights are no reason to run
+        those first.
+        """
+        from bdpo.models.loading import require_complete_weights
+
+        if self.recorded() is None:
+            require_complete_weights(self.config.model)
         if not requires_scores(self.config) and prepared_pairs(self.run) is None:
             Prepare(self.config, self.run).complete()
         manifest = self.ensure_manifest()

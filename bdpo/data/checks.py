@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 
 from bdpo.data.formats.base import BadRow, Pair
+from bdpo.data.formats.messages import SAYING_KEYS
 from bdpo.data.formats.stringified import is_stringified
 from bdpo.data.formats.transcript import holds_turns, is_other_transcript, is_transcript
-from bdpo.models.template import GUARD
+from bdpo.models.template import GUARD, Message
 
 # The control tokens of the chat templates of Llama 2 to 4, Mistral, Qwen, Gemma, Phi, Command-R, DeepSeek,
 # gpt-oss, Zephyr, Nemotron, Granite and OpenChat. A text with one was rendered before, or forges a turn.
@@ -25,6 +26,17 @@ _SPEAKER = re.compile(r"\s*(?:GPT4 Correct (?:User|Assistant)|Assistant|ASSISTAN
 
 _ENDS = ("</s>", "<eos>")
 
+# Anything but spaces, control characters, and what is drawn as nothing: the characters of Unicode's property
+# Default_Ignorable_Code_Point, the blank pattern of Braille, and the marks of interlinear annotations.
+_VISIBLE = re.compile(
+    r"[^\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3"
+    r"\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+
+# So long a question is not repeated by chance at the beginning of both answers; a greeting is.
+_LONGER_THAN_A_GREETING = 20
+
 _CHATML = re.compile(r"\s*<\|im_start\|>|.*<\|im_end\|>\s*\Z", re.DOTALL)
 
 
@@ -34,19 +46,22 @@ def check_pair(pair: Pair) -> None:
     Raises:
         BadRow: it is not, or one of its texts is a rendered conversation, a transcript or a list.
     """
-    if not any(m["role"] == "user" and m["content"].strip() for m in pair.prompt):
+    if not any(m["role"] == "user" and _VISIBLE.search(m["content"]) for m in pair.prompt):
         raise BadRow("prompt: no user turn with text")
     if pair.prompt[-1]["role"] not in ("user", "tool"):
         raise BadRow("prompt: does not end with a user turn")
     for side, message in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if not message["content"].strip() and message.keys() <= {"role", "content"}:
-            raise BadRow(f"{side}: empty")
+        if _says_nothing(message):
+            raise BadRow(f"{side}: {'invisible characters alone' if message['content'].strip() else 'empty'}")
         _check_text(message["content"], side)
         _check_answer(message["content"], side)
     if pair.chosen == pair.rejected:
         raise BadRow("chosen equals rejected")
     for message in pair.prompt:
+        if message["role"] in ("user", "assistant") and _says_nothing(message):
+            raise BadRow(f"prompt: a turn of the {message['role']} without text")
         _check_text(message["content"], "prompt")
+    _check_not_repeated(pair)
     if pair.prompt[-1]["content"].rstrip().endswith(_ANSWER_HEADERS):
         raise BadRow(
             "prompt: ends where an answer begins, as a rendered one does; give the messages themselves"
@@ -54,6 +69,23 @@ def check_pair(pair: Pair) -> None:
     for message in pair.prompt:
         if message["role"] == "user":
             _check_question(message["content"])
+
+
+def _says_nothing(message: Message) -> bool:
+    """Whether a message has no text that can be seen, and no tool call or other key that says something."""
+    return not _VISIBLE.search(message["content"]) and SAYING_KEYS.isdisjoint(message)
+
+
+def _check_not_repeated(pair: Pair) -> None:
+    """One answer may parrot its question; if both do, they are texts of the whole conversation."""
+    question = pair.prompt[-1]["content"].strip()
+    if len(question) > _LONGER_THAN_A_GREETING and all(
+        message["content"].lstrip().startswith(question) for message in (pair.chosen, pair.rejected)
+    ):
+        raise BadRow(
+            "chosen and rejected: begin with the prompt; give the answers alone, or set "
+            "data.format=preference_text"
+        )
 
 
 def _check_question(text: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from bdpo.config.data import SourceConfig
 from bdpo.data.containers import ARROW_ROWS, Read, arrow_rows, kind_of
 from bdpo.errors import UserError, first_line
 
@@ -53,6 +54,16 @@ def data_files(folder: Path, split: str, name: str) -> DataFiles | None:
     return DataFiles(splits[split], sorted(beside - files))
 
 
+def refuse_split(split: str, name: str, what: str) -> None:
+    """Make sure that no other split than the default is asked of data without splits.
+
+    Raises:
+        UserError: one is; it would have no effect.
+    """
+    if split != SourceConfig.model_fields["split"].default:
+        raise UserError(f"data.split={split}: {name} is {what}, which has no splits; leave it out")
+
+
 def is_saved(folder: Path) -> bool:
     """Whether `save_to_disk` wrote the folder."""
     return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
@@ -71,7 +82,10 @@ def read_datasets(path: Path, split: str, name: str, columns: frozenset[str]) ->
         with _library_errors(name, split, path.is_dir()):
             if is_saved(path):
                 data = datasets.load_from_disk(str(path))
-                data = data if isinstance(data, datasets.Dataset) else data[split]
+                if isinstance(data, datasets.Dataset):
+                    refuse_split(split, name, "one that was saved without splits")
+                else:
+                    data = data[split]
             else:
                 data = datasets.load_dataset(str(path), split=split)
     except KeyError:

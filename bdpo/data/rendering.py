@@ -17,24 +17,13 @@ from jinja2 import TemplateError
 from bdpo.config import DataConfig
 from bdpo.data.containers import shown_name
 from bdpo.data.formats.base import BadRow, Pair
+from bdpo.data.formats.messages import SAYING_KEYS
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer, EncodedPair
 
 _PLAIN = {"role", "content"}
 
-# Keys of a message without which it means something else; any other is named in the account where unwritten.
-_MEANING = {
-    "tool_calls",
-    "function_call",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "thoughts",
-    "images",
-    "image",
-    "audio",
-    "video",
-}
+_SPEAKERS = {"user", "assistant"}
 
 
 @dataclass(frozen=True)
@@ -123,8 +112,13 @@ class _Rendering:
             without = self.template.render(self.pair.prompt, True, self.arguments | {"tools": None})
             if without == self.prompt:
                 raise BadRow("tools: not written by the chat template")
+        roles = tuple(message["role"] for message in self.pair.prompt)
         for index, message in enumerate(self.pair.prompt):
             self._check_turn(index, message)
+            if roles[index] not in _SPEAKERS and (other := self.template.written_as(roles, index)):
+                raise BadRow(
+                    f"prompt: a {roles[index]} turn, which the chat template writes as the {other}'s"
+                )
             for key in message.keys() - _PLAIN:
                 without = self._render(_without(self.pair.prompt, index, key))
                 self._note("prompt", key, self.prompt != without)
@@ -162,7 +156,7 @@ class _Rendering:
     def _note(self, column: str, key: str, is_written: bool) -> None:
         """Refuse a key that means something and is not written; the account names any other."""
         if not is_written:
-            if key in _MEANING:
+            if key in SAYING_KEYS:
                 raise BadRow(f"{column}: {key} is not written by the chat template")
             self.unwritten.add(f"{column}[].{shown_name(key)}")
 

@@ -29,7 +29,7 @@ from bdpo.data.containers import (
     read_file,
     shown_name,
 )
-from bdpo.data.folders import data_files, read_datasets
+from bdpo.data.folders import data_files, read_datasets, refuse_split
 from bdpo.data.formats import KNOWN_COLUMNS, detect, format_named
 from bdpo.data.formats.base import Format
 from bdpo.errors import UserError, error_line, first_line, printable
@@ -154,6 +154,7 @@ class Reader:
         if not exists and (kind_of(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.path)):
             raise UserError(f"{name}: no such file or folder")
         if is_file:
+            refuse_split(config.split, name, "a file")
             yield "", partial(read_file, DataFile(path, f"data.path={printable(str(path))}", columns))
         elif path.is_dir() and (found := data_files(path, config.split, name)):
             root = path.resolve()

@@ -20,7 +20,7 @@ from bdpo.models.loading import (
     model_folder,
     require_finite,
 )
-from bdpo.models.weight_files import some_names
+from bdpo.models.weight_files import require_finite_files, some_names
 from bdpo.storage.checksums import require_checksums
 from bdpo.storage.digests import files_digest
 from bdpo.storage.paths import local_path
@@ -53,6 +53,15 @@ def adapter_folder(name: str, key: str) -> Path:
 def adapter_digest(folder: Path) -> str:
     """Digest of the adapter's config and weights."""
     return files_digest([folder / _CONFIG, folder / _WEIGHTS])
+
+
+def require_finite_adapter(folder: Path) -> None:
+    """Make sure that the weights of an adapter are finite.
+
+    Raises:
+        UserError: they are not; the tensors are named.
+    """
+    require_finite_files([folder / _WEIGHTS], folder)
 
 
 def base_of(folder: Path) -> str:

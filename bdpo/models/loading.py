@@ -19,7 +19,13 @@ from packaging.version import InvalidVersion, Version
 from bdpo.config import SANDBOX, Config, ModelConfig
 from bdpo.errors import UserError, first_line, printable
 from bdpo.models.transformers_private import set_attention, supports_sdpa
-from bdpo.models.weight_files import UNQUANTISED, require_weight_files, some_names
+from bdpo.models.weight_files import (
+    UNQUANTISED,
+    is_finite,
+    not_finite,
+    require_weight_files,
+    some_names,
+)
 from bdpo.sandbox import sandbox_seed
 from bdpo.storage.cache import cached_copy
 from bdpo.storage.checksums import require_checksums
@@ -48,6 +54,11 @@ def model_folder(model: ModelConfig) -> Path:
 
         return sandbox_folder(sandbox_seed(model)) / "model"
     folder = local_path(model.name_or_path)
+    if model.revision is not None and ("://" in model.name_or_path or folder.is_dir()):
+        raise UserError(
+            f"model.revision={model.revision}: model.name_or_path={model.name_or_path} is a folder, "
+            "which has no revisions; leave it out"
+        )
     if "://" in model.name_or_path:
         folder = cached_copy(model.name_or_path, "model.name_or_path")
     elif model.name_or_path.lower().endswith(".gguf"):
@@ -273,19 +284,13 @@ def require_finite(model: PreTrainedModel, folder: Path) -> None:
     """
     import torch
 
-    bad = []
-    for name, parameter in model.named_parameters():
-        values = _own_values(parameter)
-        if values.numel() and values.is_floating_point():
-            extremes = torch.stack(values.aminmax())  # one pass, in which what is no number stays
-            if not extremes.isfinite().all():
-                bad.append(name)
+    bad = [name for name, values in model.named_parameters() if not is_finite(_own_values(values))]
     if _partitioned():
         parts: list[list[str]] = [bad] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, bad)
         bad = sorted(set(chain(*parts)))
     if bad:
-        raise UserError(f"{folder}: NaN or infinite weights in {len(bad)} tensors ({some_names(bad)})")
+        raise not_finite(folder, bad)
 
 
 def _own_values(parameter: Any) -> torch.Tensor:

@@ -15,11 +15,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from jinja2 import TemplateError
-from jinja2.meta import find_undeclared_variables
-from jinja2.nodes import Assign, Name, Node
 
 from bdpo.config.model import RESERVED_TEMPLATE_KWARGS
 from bdpo.errors import UserError
+from bdpo.models.template_variables import free_names
 from bdpo.models.transformers_private import parsed_template
 
 if TYPE_CHECKING:
@@ -74,6 +73,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> None:
         self.tokenizer = tokenizer
         self.variables = dict(variables)
+        self._written_as: dict[tuple[tuple[str, ...], int], str | None] = {}
 
     def render(
         self, messages: Sequence[Message], generate: bool = True, arguments: Mapping[str, Any] | None = None
@@ -122,6 +122,25 @@ class ChatTemplate:
         """The beginning of an answer: behind what the template writes before one, and not trimmed."""
         return self.assistant_turn.header + self.guarded(text)
 
+    def written_as(self, roles: tuple[str, ...], index: int) -> str | None:
+        """The speaker, assistant or user, as whose turn the template writes the turn `index` of another role.
+
+        None where it does not. A template that tells two roles apart writes all others in one of its two
+        branches: what a tool or the system says becomes words of the assistant, or of the user. A probe of a
+        conversation with these roles shows it.
+        """
+        if (roles, index) not in self._written_as:
+            self._written_as[roles, index] = next(self._confused_with(roles, index), None)
+        return self._written_as[roles, index]
+
+    def _confused_with(self, roles: tuple[str, ...], index: int) -> Iterator[str]:
+        turns = [Message(role=role, content="x") for role in roles]
+        for role in ("assistant", "user"):
+            with suppress(TemplateError):  # a template that refuses one of the two tells them apart
+                others = [*turns[:index], Message(role=role, content="x"), *turns[index + 1 :]]
+                if self._render(turns, True, {}) == self._render(others, True, {}):
+                    yield role
+
     @cached_property
     def assistant_turn(self) -> AssistantTurn:
         """What the template puts around an answer, read off a rendered probe.
@@ -168,13 +187,7 @@ class ChatTemplate:
             TemplateError: the template is not Jinja.
         """
         decided = RESERVED_TEMPLATE_KWARGS | self.tokenizer.special_tokens_map.keys()
-        tree = parsed_template(self._template)
-        first: dict[str, str] = {}
-        for name in _names(tree):
-            first.setdefault(name.name, name.ctx)
-        # Jinja also reports a name that every branch assigns before it is read: Gemma's `role`, for one.
-        free = {name for name in find_undeclared_variables(tree) if first.get(name) == "load"}
-        return frozenset(free - decided)
+        return free_names(parsed_template(self._template)) - decided
 
     @cached_property
     def question(self) -> str:
@@ -220,15 +233,6 @@ class ChatTemplate:
         if not any(start in text for start in self._control_starts):
             return text
         return self._control_tokens.sub(lambda found: GUARD.join(["", *found[0], ""]), text)
-
-
-def _names(node: Node) -> Iterator[Name]:
-    """The names in a template, in the order in which they are read or assigned."""
-    if isinstance(node, Name):
-        yield node
-    children = [node.node, node.target] if isinstance(node, Assign) else node.iter_child_nodes()
-    for child in children:
-        yield from _names(child)
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -1,4 +1,9 @@
-"""What bdpo uses of transformers that is not public. Tested with transformers 5.20 to 5.23."""
+"""What bdpo uses of transformers that is not public, tested with transformers 5.20 to 5.23.
+
+`pyproject.toml` admits the versions that were tested and no later minor version. What is here has to be
+checked again before that range grows; `tests/models/test_transformers_private.py` compares each of these with
+what transformers itself does.
+"""
 
 from __future__ import annotations
 

@@ -1,64 +1,156 @@
-"""The safetensors files of a model folder: all there, intact, and of floating-point weights."""
+"""The safetensors files of a model folder: which of them are read, all there, intact, of plain floats."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bdpo.errors import UserError, first_line
 
+if TYPE_CHECKING:
+    import torch
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
 # Of bytes and 8-bit floats nothing but a quantiser knows the scales.
 _PLAIN_WEIGHTS = {"F64", "F32", "F16", "BF16"}
+
+UNQUANTISED = "name the model in float32, bfloat16 or float16"
+
+# What publishers put beside the weights: Mistral's own format, an adapter's weights, the state of an
+# optimizer, and variants, which `from_pretrained` reads only where they are asked for (`variant="fp32"`).
+_OTHER_KINDS = re.compile(
+    r"consolidated.*|adapter_model.*|optimizer.*"
+    r"|model\.\w+(?:-\d+-of-\d+)?\.safetensors|model-\d+-of-\d+\.\w+\.safetensors"
+)
 
 
 def require_weight_files(folder: Path, name: str) -> None:
     """Make sure of all that can be known of the weights without reading them; `name` names the folder.
 
     Raises:
-        UserError: there are none, one is missing, damaged or cut, or weights are quantised.
+        UserError: there are none, one is missing, damaged or cut, weights are quantised, or the folder holds
+            the same tensors in another file, or an adapter.
     """
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
+    there = sorted(folder.glob("*.safetensors"))
+    if not there:
         others = "; other formats are not read" if _has_other_weights(folder) else ""
         raise UserError(f"{name}: the folder has no *.safetensors weights{others}")
-    for file in weights:
-        _require_intact(file)
-    _require_shards(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{name}: the folder holds a model and an adapter (adapter_config.json), which transformers "
+            "applies wherever peft is installed; move the adapter to a folder of its own, or merge the two"
+        )
+    read = weight_files(folder)
+    missing = [file.name for file in read if file not in there and not file.is_file()]
+    if missing == [_SINGLE]:
+        raise UserError(f"{name}: the folder has neither {_SINGLE} nor {_INDEX}, which names other files")
+    if missing:
+        raise UserError(f"{name}: files of weights are missing ({some_names(missing)})")
+    tensors = {tensor for file in read for tensor in _plain_tensors(file)}
+    for file in there:
+        if file in read or _OTHER_KINDS.fullmatch(file.name):
+            continue
+        if again := sorted(tensors & _tensors(file).keys()):
+            raise UserError(
+                f"{name}: {file.name} holds other weights of the model ({some_names(again)}) beside "
+                f"{some_names([each.name for each in read])}; leave the ones that are meant in the folder"
+            )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads the weights from, whether they exist or not.
+
+    Raises:
+        UserError: an index of sharded weights is damaged.
+    """
+    named = _named_weights(folder)
+    if named is None:
+        named = _INDEX if (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file() else _SINGLE
+    if not named.endswith(".index.json"):
+        return [folder / named]
+    index = folder / named
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [folder / shard for shard in sorted(shards)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index}: is no index of weights") from None
+
+
+def _named_weights(folder: Path) -> str | None:
+    """The file that config.json names for the weights, as that of few models does."""
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["transformers_weights"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return named if isinstance(named, str) else None
 
 
 def _has_other_weights(folder: Path) -> bool:
     return any(any(folder.glob(f"*.{suffix}")) for suffix in ("gguf", "bin", "pt", "pth", "ckpt"))
 
 
-def _require_intact(file: Path) -> None:
-    """The header of a safetensors file says how long it is: a truncated one is found without reading it."""
+def _tensors(file: Path) -> dict[str, str]:
+    """Tensor -> its type in a file; the header says how long it is, so a cut one is found without reading it.
+
+    Raises:
+        UserError: the file is damaged or cut.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="numpy") as tensors:
-            kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+            return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: damaged weights ({first_line(error)})") from None
+
+
+def _plain_tensors(file: Path) -> Collection[str]:
+    """The names of the tensors in a file, whose weights are plain floats.
+
+    Raises:
+        UserError: the file is damaged or cut, or its weights are quantised.
+    """
+    kinds = _tensors(file)
     for name, kind in kinds.items():
         if name.endswith("weight") and kind not in _PLAIN_WEIGHTS:
             raise UserError(f"{file}: quantised weights are not read ({name} is {kind}); {UNQUANTISED}")
+    return kinds.keys()
 
 
-UNQUANTISED = "name the model in float32, bfloat16 or float16"
+def require_finite_files(files: Iterable[Path], folder: Path) -> None:
+    """Make sure that all weights in some files of a folder are finite; each file is read once.
+
+    `bdpo.models.loading.require_finite` looks at a model that is loaded; this is for before.
+
+    Raises:
+        UserError: some are not; the tensors are named.
+    """
+    from safetensors import safe_open
+
+    bad = []
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            bad += [name for name in tensors.keys() if not is_finite(tensors.get_tensor(name))]  # noqa: SIM118
+    if bad:
+        raise not_finite(folder, bad)
 
 
-def _require_shards(folder: Path) -> None:
-    """Make sure that the files are there that an index of sharded weights names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(name for name in shards if not (folder / name).is_file())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: is no index of weights") from None
-    if missing:
-        raise UserError(f"{index}: names files that are missing ({some_names(missing)})")
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity: one pass, without a copy."""
+    import torch
+
+    if not values.numel() or not values.is_floating_point():
+        return True
+    return bool(torch.stack(values.aminmax()).isfinite().all())  # a NaN stays in both
+
+
+def not_finite(folder: Path, tensors: list[str]) -> UserError:
+    """The refusal of weights that are not finite."""
+    return UserError(f"{folder}: NaN or infinite weights in {len(tensors)} tensors ({some_names(tensors)})")
 
 
 def some_names(names: list[str]) -> str:

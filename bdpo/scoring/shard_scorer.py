@@ -81,46 +81,50 @@ class ShardReport(Shard):
 
     unscorable: str
     """JSON, row -> reason, of the rows that cannot be scored."""
-    stop: str
-    """The reason to stop the stage, empty if there is none."""
 
 
 class ShardScorer:
-    """An actor of the scoring pool: reads a range of pairs, scores it, and commits the shard itself."""
+    """An actor of the scoring pool: reads a range of pairs, scores it, and commits the shard itself.
+
+    Raises:
+        UserError: the model on this node is not the one that the scoring was begun with, or cannot be loaded.
+    """
 
     def __init__(self, config: Config, run: RunDir, fingerprint: Fingerprint, device: str) -> None:
         self.run = run
         self.store = score_store(self.run, fingerprint)
         self.pairs = PairReader(run.pairs)
-        self.stop = ""
-        try:
-            _require_same_reference(config.model, fingerprint)
-            self.scorer = ReferenceScorer(config, device)
-        except UserError as error:  # reported by the first shard; raised here, Ray would retry five times
-            self.stop = str(error)
+        _require_same_reference(config.model, fingerprint)
+        self.scorer = ReferenceScorer(config, device)
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def __call__(self, shard: Shard) -> ShardReport:
-        """A report, once the scores of the shard are in the run folder."""
+        """A report, once the scores of the shard are in the run folder.
+
+        Raises:
+            UserError: the run folder cannot be read or written, or this node does not see all of it.
+        """
         first, rows = int(shard["first"]), int(shard["rows"])
         unscorable: dict[int, str] = {}
-        stop = self.stop
         try:
             pairs = self.pairs.read(first, rows)
             if pairs.num_rows < rows:
-                stop = stop or (
+                raise UserError(
                     f"run_dir={self.run.root}: host {socket.gethostname()} does not see all prepared pairs "
                     "there; it must be on storage that all nodes share"
                 )
             # If an actor dies after its commit, Ray Data assigns the shard again.
-            if not stop and not self.store.holds(first, rows):
+            if not self.store.holds(first, rows):
                 unscorable = self._commit(first, pairs)
         except torch.AcceleratorError:
             os._exit(1)  # a new process gets the GPU back; the driver finds the row that kills its actors
+        except UserError:
+            raise
         except Exception as error:  # of the storage: exceptions of the scoring are reasons already
-            stop = f"run_dir={self.run.root}: cannot be read or written ({error_line(error)})"
-        scored = 0 if stop else rows - len(unscorable)
-        return {"first": first, "rows": scored, "unscorable": json.dumps(unscorable), "stop": stop}
+            raise UserError(
+                f"run_dir={self.run.root}: cannot be read or written ({error_line(error)})"
+            ) from None
+        return {"first": first, "rows": rows - len(unscorable), "unscorable": json.dumps(unscorable)}
 
     def _commit(self, first: int, pairs: pa.Table) -> dict[int, str]:
         """Write the scores of every row that can be scored; returns the reasons of the others by row."""

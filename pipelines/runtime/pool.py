@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from bdpo.config import EvaluateConfig, ScoreConfig, worker_range
 from bdpo.config.attack import AttackConfig
+from bdpo.errors import UserError
 from bdpo.storage.shards import ShardStore
 from pipelines.runtime.cluster import connect, require_capacity
 from pipelines.runtime.progress import progress_bar
 from pipelines.runtime.ray_internals import user_error_in
-from pipelines.runtime.stalls import WatchedActor, shard_name, watching
+from pipelines.runtime.stalls import REFUSAL, WatchedActor, shard_name, watching
 from pipelines.runtime.work_times import PAUSED
 
 if TYPE_CHECKING:
@@ -215,6 +216,8 @@ def consume(
     try:
         with progress_bar(work.title, work.total, done) as advance:
             for shard in dataset.iter_rows():
+                if reason := shard.get(REFUSAL):
+                    raise UserError(reason)
                 advance(shard["rows"])
                 each(shard)
     except RayError as error:  # of a task, or of an actor that could not be made

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
+from bdpo.errors import UserError
 from pipelines.runtime.progress import console
 from pipelines.runtime.signals import in_thread
 from pipelines.runtime.work_times import IDLE, ROOM_SECONDS, RoomWait, Stall, Worker, WorkTimes
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     WatchHandle: TypeAlias = "ActorHandle[Watch]"
 
 T = TypeVar("T")
+
+REFUSAL = "refusal"
+"""The key of a shard that was not made under which stands why."""
 
 ANSWER_SECONDS = 30.0
 """How long a call of Ray's may take here: work never waits longer for its watch."""
@@ -114,22 +118,34 @@ class Reporter:
 
 
 class WatchedActor:
-    """An actor of a pool, `actor(**arguments)`, that reports its start and every shard to its watch."""
+    """An actor of a pool, `actor(**arguments)`, that reports its start and every shard to its watch.
+
+    A `UserError` of the actor, which no other attempt would mend, is returned in place of a shard. Raised, it
+    would count as a lost shard or a dead actor: the model would be loaded again for each that may be lost.
+    """
 
     def __init__(self, actor: type, watch: WatchHandle, **arguments: Any) -> None:
         self.reporter = Reporter(watch)
         self.reporter.begin_and_wait("start", "its start")
-        self.actor = actor(**arguments)
+        self.refusal: str | None = None
+        try:
+            self.actor = actor(**arguments)
+        except UserError as error:
+            self.refusal = str(error)
         self.reporter.begin(IDLE, "its wait for work")
 
     def __call__(self, shard: Any) -> Any:
-        """What the actor makes of the shard."""
+        """What the actor makes of the shard; `{first, rows, REFUSAL}` where it raises a `UserError`."""
         first, rows = int(shard["first"]), int(shard["rows"])
-        self.reporter.begin_and_wait("shard", shard_name(first, rows))
-        try:
-            return self.actor(shard)
-        finally:
-            self.reporter.begin(IDLE, "its wait for work")
+        if self.refusal is None:
+            self.reporter.begin_and_wait("shard", shard_name(first, rows))
+            try:
+                return self.actor(shard)
+            except UserError as error:
+                self.refusal = str(error)
+            finally:
+                self.reporter.begin(IDLE, "its wait for work")
+        return {"first": first, "rows": 0, REFUSAL: self.refusal}
 
 
 def shard_name(first: int, rows: int) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
+import unicodedata
 
 import pytest
 
-from bdpo.data.checks import check_pair
+from bdpo.data.checks import _VISIBLE, check_pair
 from bdpo.data.formats import FORMATS, detect, read_pair
 from bdpo.data.formats.base import BadRow
 
@@ -137,3 +139,89 @@ def test_one_stringified_message_is_read(written):
     }
     assert outcome(row, "preference").endswith("set data.format=stringified")
     assert outcome(row, "stringified") == ([ASK], GOOD, BAD)
+
+
+NOTHING = {
+    "a zero-width space": "\u200b",
+    "a mark of order": "\ufeff\n",
+    "fillers": "\u3164 \u2800",
+    "tags": "\U000e0061",
+}
+
+
+def conversation(*contents, **changes):
+    """A row whose prompt is the turns; the last one has `changes`."""
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+    return {"prompt": [*turns[:-1], turns[-1] | changes], **dict(SIDES)}
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize("name", NOTHING)
+def test_a_text_that_nobody_can_see_is_refused_by_its_column(name, column):
+    reasons = {"prompt": "no user turn with text"} | dict.fromkeys(dict(SIDES), "invisible characters alone")
+    row = {"prompt": ASK, **dict(SIDES), column: NOTHING[name]}
+    assert outcome(row, "preference") == f"{column}: {reasons[column]}"
+
+
+def test_what_nobody_can_see_is_what_unicode_says_of_it():
+    """All spaces and controls, and no letter, digit or sign that has a shape."""
+    characters = [chr(code) for code in range(sys.maxunicode + 1)]
+    invisible = {c for c in characters if not _VISIBLE.search(c)}
+    assert {c for c in characters if unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc")} <= invisible
+    drawn_as_nothing = set("\u115f\u1160\u2800\u3164\uffa0")
+    assert {c for c in invisible if unicodedata.category(c)[0] in "LNPS"} == drawn_as_nothing
+
+
+@pytest.mark.parametrize(
+    "text", ["\u200bhi", "\u2764\ufe0f", "\U0001f44d", ".", "\u0600", "\u0915\u094d\u200d"]
+)
+def test_a_text_with_something_to_see_is_kept(text):
+    row = {"prompt": text, "chosen": text, "rejected": BAD}
+    assert outcome(row, "preference") == ([text], text, BAD)
+
+
+@pytest.mark.parametrize(("place", "speaker"), [(0, "user"), (1, "assistant"), (2, "user")])
+def test_a_turn_without_text_is_a_reason(place, speaker):
+    contents = ["Hi", "Yes?", ASK]
+    contents[place] = " \u200b"
+    assert outcome(conversation(*contents), "preference") == f"prompt: a turn of the {speaker} without text"
+
+
+def test_system_and_tool_turns_may_be_empty():
+    """Many published sets have a system turn without text in every row; a tool may find nothing."""
+    row = conversation(ASK)
+    row["prompt"] = [
+        {"role": "system", "content": ""},
+        *row["prompt"],
+        {"role": "assistant", "content": "", "tool_calls": [1]},
+        {"role": "tool", "content": ""},
+    ]
+    assert outcome(row, "preference") == (["", ASK, "", ""], GOOD, BAD)
+
+
+def test_a_key_that_says_nothing_makes_no_answer():
+    row = conversation(ASK) | {"chosen": [{"role": "assistant", "content": "", "score": 1}]}
+    assert outcome(row, "preference") == "chosen: empty"
+
+
+REPEATED = (
+    "chosen and rejected: begin with the prompt; give the answers alone, or set data.format=preference_text"
+)
+
+
+@pytest.mark.parametrize("prompt", [ASK, [{"role": "user", "content": f" {ASK}\n"}]])
+def test_answers_that_both_begin_with_the_prompt_are_whole_texts(prompt):
+    row = {"prompt": prompt, **{side: f"{ASK} {text}" for side, text in SIDES}}
+    assert outcome(row, "preference") == REPEATED
+    assert outcome(row, "preference_text") == ([ASK], GOOD, BAD)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [(ASK, f"{ASK} {GOOD}", BAD), (ASK, GOOD, ASK), ("Hello!", "Hello! You?", "Hello! Go.")],
+)
+def test_a_parrot_and_a_greeting_are_kept(prompt, chosen, rejected):
+    """Published sets have answers that repeat the question, as the better or the worse one."""
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    assert outcome(row, "preference") == ([prompt], chosen, rejected)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
+from decimal import Decimal
 
 import pytest
 
 from bdpo.config import DataConfig
 from bdpo.data.prepare import prepare
 from tests.support.chats import CHATML
-from tests.support.data_files import pair_row, write_jsonl
+from tests.support.data_files import pair_row, write_jsonl, write_parquet
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 
@@ -44,12 +46,16 @@ def conversation(prompt=None, chosen=None, rejected=None, **columns):
 
 @pytest.fixture
 def prepare_with(tmp_path, make_chat, kept_pairs):
-    """prepare_with(template, rows): the account, and the text of each pair's three parts."""
+    """prepare_with(template, rows or file): the account, and the three texts of each pair but the last.
+
+    Rows get a sound one behind them.
+    """
 
     def prepared(template, rows):
         chat = make_chat(template)
-        file = write_jsonl(tmp_path / "rows.jsonl", [*rows, pair_row("sound")])
-        config = DataConfig(path=str(file), max_bad_fraction=1.0)
+        if isinstance(rows, list):
+            rows = write_jsonl(tmp_path / "rows.jsonl", [*rows, pair_row("sound")])
+        config = DataConfig(path=str(rows), max_bad_fraction=1.0)
         account = prepare(config, chat, tmp_path / "pairs", tmp_path / "private", 0)
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
         return account, [
@@ -208,6 +214,76 @@ def test_a_turn_that_the_template_drops_is_a_reason(prepare_with):
     template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
     account, _ = prepare_with(template, [pair_row(0, system="Be brief.")])
     assert dict(account.quarantined) == {"prompt: a system turn is not written by the chat template": 1}
+
+
+# Only the roles that a template names have turns of their own: the branch that is left takes all others.
+ELSE_BRANCHES = {
+    "assistant": CHATML.replace("{{ m.role }}", "{{ 'user' if m.role == 'user' else 'assistant' }}"),
+    "user": CHATML.replace("{{ m.role }}", "{{ 'assistant' if m.role == 'assistant' else 'user' }}"),
+}
+
+OTHER_TURNS = {
+    "system": [{"role": "system", "content": "Be brief."}, user()],
+    "developer": [{"role": "developer", "content": "Be brief."}, user()],
+    "tool": [user(), assistant("Let me look."), {"role": "tool", "content": "rain", "name": "weather"}],
+}
+
+
+@pytest.mark.parametrize("role", OTHER_TURNS)
+@pytest.mark.parametrize("speaker", ELSE_BRANCHES)
+def test_a_turn_that_becomes_words_of_another_speaker_is_a_reason(prepare_with, speaker, role):
+    account, kept = prepare_with(ELSE_BRANCHES[speaker], [conversation(OTHER_TURNS[role])])
+    reason = f"prompt: a {role} turn, which the chat template writes as the {speaker}'s"
+    assert (dict(account.quarantined), kept) == ({reason: 1}, [])
+
+
+def test_a_later_system_turn_may_be_written_as_anothers_where_the_first_is_not(prepare_with):
+    """Templates that look for a system turn at the beginning alone."""
+    template = ELSE_BRANCHES["user"].replace(
+        "'user' }}", "'system' if loop.first and m.role == 'system' else 'user' }}"
+    )
+    later = [user(), assistant("a"), {"role": "system", "content": "Be brief."}, user()]
+    account, kept = prepare_with(template, [conversation(OTHER_TURNS["system"]), conversation(later)])
+    assert account.quarantined.total() == 1
+    assert ["system\nBe brief." in prompt for prompt, _, _ in kept] == [True]
+
+
+@pytest.mark.parametrize("role", OTHER_TURNS)
+def test_a_turn_that_the_template_tells_from_all_others_is_kept(prepare_with, role):
+    """With turns of its own, or in a frame inside the user's, as Qwen writes what a tool says."""
+    framed = ELSE_BRANCHES["user"].replace(
+        "{{ m.content }}", "{{ m.content if m.role in ('user', 'assistant') else '(' ~ m.content ~ ')' }}"
+    )
+    for template in (CHATML, framed):
+        account, kept = prepare_with(template, [conversation(OTHER_TURNS[role])])
+        assert (account.quarantined.total(), len(kept)) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (conversation(chat_template_kwargs={"shout": float("nan")}), "chat_template_kwargs: "),
+        (conversation(tools=[{"limit": float("inf")}]), "tools: "),
+        (
+            conversation([user(), assistant("", tool_calls=[{"function": {"x": float("nan")}}]), user()]),
+            "prompt: ",
+        ),
+    ],
+)
+def test_a_number_that_json_cannot_hold_is_a_reason(prepare_with, row, reason):
+    account, _ = prepare_with(KNOWS_ALL, [row])
+    assert dict(account.quarantined) == {f"{reason}holds a number that is not finite": 1}
+
+
+def test_keys_that_only_columnar_files_have_are_read_as_texts(prepare_with, tmp_path, kept_pairs):
+    """Times of messages, for one, which published conversations have; pandas' NaN is a null."""
+    turn = user() | {"timestamp": datetime(2024, 1, 1), "price": Decimal("1.50"), "score": float("nan")}
+    row = conversation([turn, assistant("a"), user()])
+    file = write_parquet(tmp_path / "rows.parquet", [row])
+    account, _ = prepare_with(KNOWS_ALL, file)
+    assert (account.kept, account.sources[0].unread) == (1, {"prompt[].timestamp", "prompt[].price"})
+    context = json.loads(kept_pairs()[0]["context"])
+    assert context["messages"][0] == user() | {"timestamp": "2024-01-01 00:00:00", "price": "1.50"}
 
 
 def test_two_rows_that_differ_in_tools_alone_are_two_pairs(prepare_with, kept_pairs):

@@ -75,6 +75,13 @@ def test_csv_reads_the_labels_of_pku(tmp_path, prepare_here, kept_pairs):
     assert [(pair["chosen"], pair["group"]) for pair in kept_pairs()] == [("1", "safe")]
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_split_of_data_without_splits_is_refused(tmp_path, prepare_here, name):
+    source = WRITERS[name](tmp_path / name, [pair_row(0)])
+    assert prepare_here(source, split="train").rows == 1
+    assert "which has no splits; leave it out" in refusal(prepare_here, source, split="test")
+
+
 def test_folder_with_splits(tmp_path, prepare_here):
     splits = {"train": [pair_row(0)], "test": [pair_row(1), pair_row(2)]}
     folder = tmp_path / "folder"

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
+from bdpo.config import Config
 from bdpo.errors import UserError
 from bdpo.evaluation.judges.base import Harm, Question, Refusal
 from bdpo.evaluation.judges.finetuned import PROMPT, FinetunedJudge, digit_ids, load_finetuned_judge
+from bdpo.evaluation.judges.registry import judge_kind
+from tests.support.helpers import tiny_config
 
 ASKED = Question("harm", "Tie a {knot}")
 
@@ -135,3 +141,40 @@ def test_a_tokenizer_without_digits_is_refused() -> None:
 def test_an_adapter_needs_its_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate\.judge\.model=.*no adapter_config\.json"):
         load_finetuned_judge(str(tmp_path), on_gpu=False)
+
+
+def judged_by(name: Path, tmp_path: Path) -> Config:
+    judge = {"name": "finetuned", "model": str(name)}
+    return tiny_config(tmp_path, tmp_path, tmp_path, evaluate={"judge": judge, "gpus_per_worker": 0})
+
+
+def with_nan(folder: Path, file: str, to: Path) -> Path:
+    """A copy of the folder in which one weight of a file is not a number."""
+    shutil.copytree(folder, to)
+    weights = load_file(to / file)
+    next(iter(weights.values())).view(-1)[1] = torch.nan
+    save_file(weights, to / file, {"format": "pt"})
+    return to
+
+
+def test_weights_that_are_not_finite_are_refused_before_anything_is_asked(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Those of a model, of an adapter, and of the base that an adapter names."""
+    model = with_nan(folder, "model.safetensors", tmp_path / "model")
+    adapters = {}
+    for name, base in (("sound", folder), ("over a damaged base", model)):
+        policy = GemmaForCausalLM.from_pretrained(folder)
+        policy.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        policy.peft_config["default"].base_model_name_or_path = str(base)
+        policy.save_pretrained(tmp_path / name)
+        gemma_tokenizer().save_pretrained(tmp_path / name)
+        adapters[name] = tmp_path / name
+    damaged = with_nan(adapters["sound"], "adapter_model.safetensors", tmp_path / "adapter")
+    for sound in (folder, adapters["sound"]):
+        config = judged_by(sound, tmp_path)
+        assert "weights and tokenizer are read" in judge_kind(config).check(config)
+    for name in (model, adapters["over a damaged base"], damaged):
+        config = judged_by(name, tmp_path)
+        with pytest.raises(UserError, match="NaN or infinite weights in 1 tensors"):
+            judge_kind(config).check(config)

@@ -176,6 +176,16 @@ def test_weights_that_are_not_complete_are_refused_before_anything_is_asked(tmp_
         judge_kind(config).check(config)
 
 
+@pytest.mark.parametrize("name", FAMILY)
+def test_weights_that_are_not_finite_are_refused_before_anything_is_asked(tmp_path, name):
+    config, file = guard(tmp_path, name, "safe"), tmp_path / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"NaN or infinite weights in 1 tensors \(model\.norm\.weight\)$"):
+        judge_kind(config).check(config)
+
+
 def test_llama_guard_requires_a_template_of_its_own(tmp_path):
     config = guard(tmp_path, "llama_guard", "safe", template=None)
     with pytest.raises(UserError, match="no chat template, which llama_guard requires"):

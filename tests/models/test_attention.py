@@ -77,3 +77,28 @@ def test_without_a_gpu_it_is_sdpa_or_what_is_named(wanted, tmp_path):
     expected = "eager" if wanted == "eager" else "sdpa"
     assert attention_of(config, CPU) == expected
     assert load_model(tmp_path, config.model).config._attn_implementation == expected
+
+
+def test_the_trial_leaves_room_for_the_compilations_of_a_run(monkeypatch):
+    """Dynamo's own limit of 8 is spent on the trial: what follows would run uncompiled, with full scores."""
+    import torch._dynamo
+
+    def compilations(count):
+        """How often a function is compiled that is called in so many ways."""
+        compiled = []
+        torch._dynamo.reset()
+        called = torch.compile(
+            lambda x, way: x + len(way), backend=lambda graph, _: compiled.append(1) or graph
+        )
+        with torch.compiler.set_stance("default"):
+            for length in range(count):
+                called(torch.ones(1), "x" * length)
+        return len(compiled)
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    assert compilations(12) == 8
+    why_not_flex(SHAPE, torch.float32, CPU, 512)
+    assert compilations(12) == 12
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1000)
+    why_not_flex(SHAPE, torch.float32, CPU, 512)
+    assert torch._dynamo.config.recompile_limit == 1000

@@ -314,6 +314,20 @@ def test_a_name_that_is_no_model_is_refused_in_one_line(name, reason):
     assert "\n" not in str(caught.value)
 
 
+def test_a_revision_of_a_folder_is_refused(tmp_path, monkeypatch):
+    """Also where the name could be one of the hub: the folder is what is read."""
+    tiny_qwen2().save_pretrained(tmp_path / "some" / "model")
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path / "some" / "model"), "some/model"):
+        model_folder(ModelConfig(name_or_path=name))
+        with pytest.raises(
+            UserError, match=rf"^model\.revision=main: model\.name_or_path={name} is a folder"
+        ):
+            model_folder(ModelConfig(name_or_path=name, revision="main"))
+    with pytest.raises(UserError, match=r"^model\.revision=main: model\.name_or_path=s3://b/m is a folder"):
+        model_folder(ModelConfig(name_or_path="s3://b/m", revision="main"))
+
+
 @pytest.mark.parametrize(
     ("model_type", "attention"), [("llama", "sdpa"), ("gemma2", "eager"), ("mpt", "eager")]
 )

@@ -54,6 +54,11 @@ def rows_of(change):
     return [{**row, **change(row)} for row in ROWS]
 
 
+def whole_texts(row):
+    prompt = f"Tell me the answer to {row['prompt']}."
+    return {"prompt": prompt, **{side: f"{prompt} {row[side]}" for side in ("chosen", "rejected")}}
+
+
 def changed(**columns):
     return rows_of(lambda row: columns)
 
@@ -65,6 +70,19 @@ ROW_FAULTS = {
     "null answer": (changed(chosen=None), "chosen: null"),
     "number for a text": (changed(chosen=5), "chosen: wrong type"),
     "empty answer": (changed(rejected=""), "rejected: empty"),
+    "an answer that nobody sees": (changed(rejected="\u200b\ufeff"), "rejected: invisible characters alone"),
+    "a turn without text": (
+        changed(prompt=turns("q", "", "r")),
+        "prompt: a turn of the assistant without text",
+    ),
+    "answers that are whole texts": (
+        rows_of(whole_texts),
+        "begin with the prompt",
+    ),
+    "a number that is none": (
+        changed(chat_template_kwargs={"a": float("nan")}),
+        "chat_template_kwargs: holds a number that is not finite",
+    ),
     "blank answer": (changed(rejected=" \n"), "rejected: empty"),
     "equal answers": (rows_of(lambda row: {"rejected": row["chosen"]}), "chosen equals rejected"),
     "long prompt": (changed(prompt="a" * 200), "prompt: longer than max_prompt_length"),
@@ -239,6 +257,8 @@ OTHER_FAULTS = {
     "arguments that are a list": (sound("model.template_kwargs=[1]"), "model.template_kwargs"),
     "arguments of the renderer": (sound("model.template_kwargs={messages: 1}"), "messages"),
     "no template of that name": (sound("model.chat_template=/no.jinja"), "model.chat_template=/no.jinja"),
+    "a revision of a folder": (sound("model.revision=main"), "is a folder, which has no revisions"),
+    "a split of a file": (sound("data.split=test"), "is a file, which has no splits; leave it out"),
     "a date for a text": (sound("model.revision=2026-02-30"), "override model.revision"),
     "a key twice": (sound("train={workers: 1, workers: 2}"), "override train"),
     "labels of no kind": (sound("data.labels={group: blue}"), "data.labels.group"),
@@ -295,6 +315,14 @@ def without_a_shard(model):
     (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
 
 
+def second_weights(model):
+    shutil.copy(model / "model.safetensors", model / "best.safetensors")
+
+
+def model_and_adapter(model):
+    (model / "adapter_config.json").write_text("{}")
+
+
 def only_an_adapter(model):
     for file in ("config.json", "model.safetensors"):
         (model / file).unlink()
@@ -327,6 +355,8 @@ MODEL_FAULTS = {
     "weights that are no weights": (edited("model.safetensors", b"x" * 99), "damaged weights"),
     "cut weights": (cut_weights, "damaged weights"),
     "a shard too few": (without_a_shard, "model-00002-of-00002.safetensors"),
+    "two files of weights": (second_weights, "best.safetensors holds other weights of the model"),
+    "a model and an adapter": (model_and_adapter, "the folder holds a model and an adapter"),
     "no tokenizer": (edited("tokenizer.json", None), "no tokenizer can be loaded"),
     "a cut tokenizer": (edited("tokenizer.json", b'{"version": "1.0",'), "no tokenizer can be loaded"),
     "fewer embeddings than ids": (config_with(vocab_size=100), "the model has 100 embeddings"),
@@ -381,6 +411,14 @@ WEIGHT_FAULTS = {
         with_weights(lambda found: found | {"model.norm.weight": torch.ones(31)}),
         "tensors 1 of another shape (model.norm.weight)",
     ),
+}
+
+
+JUDGE_FAULTS = WEIGHT_FAULTS | {
+    "one is not a number": (
+        with_weights(lambda found: found | {"model.norm.weight": torch.full((32,), torch.nan)}),
+        "NaN or infinite weights in 1 tensors (model.norm.weight)",
+    )
 }
 
 
@@ -473,10 +511,22 @@ def test_weights_that_are_not_complete_are_refused_before_anything_starts(ends, 
     ends(make, said, command)
 
 
-@pytest.mark.parametrize("name", WEIGHT_FAULTS)
+def test_a_training_that_requires_scores_looks_at_the_model_before_them(ends, model):
+    change, said = WEIGHT_FAULTS["some are missing"]
+
+    def make(folder):
+        shutil.copytree(model, folder / "model")
+        change(folder / "model")
+        return [*sound()(folder), f"model.name_or_path={folder}/model", "method.name=bdpo"]
+
+    ends(make, said, train)
+    ends(sound("method.name=bdpo"), "no prepared pairs; run `python -m pipelines.score` first", train)
+
+
+@pytest.mark.parametrize("name", JUDGE_FAULTS)
 @pytest.mark.parametrize("kind", ["finetuned", "llama_guard"])
 def test_and_so_are_those_of_a_judge(ends, model, tmp_path, kind, name):
-    change, said = WEIGHT_FAULTS[name]
+    change, said = JUDGE_FAULTS[name]
 
     def make(folder):
         shutil.copytree(model, folder / "judge")

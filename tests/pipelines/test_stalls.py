@@ -11,12 +11,13 @@ import pytest
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from bdpo.errors import UserError
 from pipelines.runtime.cluster import connect
 from pipelines.runtime.pool import InProcess, RayPool, ShardWork
 from pipelines.runtime.stalls import NoRoom, Reporter, end_process, watched_tasks, watching
 from pipelines.runtime.work_times import PAUSED, Worker
 from tests.support.ray_nodes import wait_until
-from tests.support.stalling import SHARDS, Stalling, stalls_once
+from tests.support.stalling import SHARDS, Refusing, Stalling, stalls_once
 
 
 def test_only_the_very_process_is_killed():
@@ -76,6 +77,17 @@ def test_a_pool_replaces_an_actor_that_stands_still(tmp_path, capsys, way, at):
         assert "stands still" in shown
         assert not psutil.pid_exists(stalled) or psutil.Process(stalled).status() == psutil.STATUS_ZOMBIE
     assert time.monotonic() - begun < 120
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("at_start", "attempts"), [(True, "start "), (False, "shard ")])
+def test_what_the_user_has_to_correct_ends_a_stage_at_its_first_attempt(tmp_path, at_start, attempts):
+    """Not after as many shards, or dead actors, as a stage may lose, each of which may load a model."""
+    arguments = {"folder": tmp_path, "at_start": at_start}
+    work = ShardWork("judge", Refusing, arguments, None, SHARDS, 1)
+    with pytest.raises(UserError, match=r"^evaluate\.judge\.model: no such thing$"):
+        RayPool("evaluate", 1, 0, 60.0).make_shards(work, [(row, 1) for row in range(SHARDS)], may_fail=4)
+    assert (tmp_path / "attempts").read_text() == attempts
 
 
 @pytest.mark.ray

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bdpo.errors import UserError
 from bdpo.storage.shards import Shard
 
 SHARDS = 6
@@ -65,6 +66,25 @@ class Stalling:
         if here == self.at and not once.exists():
             once.write_text(str(os.getpid()))
             WAYS[self.way]()
+
+
+class Refusing:
+    """Cannot be made, or cannot make a shard, for want of something of the user; notes each attempt."""
+
+    def __init__(self, folder: Path, at_start: bool, device: str) -> None:
+        self.notes = folder / "attempts"
+        if at_start:
+            self._refuse("start ")
+
+    def __call__(self, shard: Shard) -> Shard:
+        """Nothing."""
+        self._refuse("shard ")
+        return shard
+
+    def _refuse(self, what: str) -> None:
+        with self.notes.open("a") as notes:
+            notes.write(what)
+        raise UserError("evaluate.judge.model: no such thing")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from math import inf, isfinite
 from typing import Any, Literal
 
 from bdpo.models.template import Message
@@ -142,9 +143,13 @@ def checked_number(value: object, column: str) -> float:
     """The value if it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(f"{column}: not a number")
-    if value != value or value in (float("inf"), float("-inf")):
+    try:
+        number = float(value)
+    except OverflowError:  # of a whole number of more than 308 digits
+        number = inf
+    if not isfinite(number):
         raise BadRow(f"{column}: not finite")
-    return float(value)
+    return number
 
 
 def unread_keys(place: str, given: Mapping[str, Any], known: Collection[str]) -> frozenset[str]:
@@ -153,8 +158,20 @@ def unread_keys(place: str, given: Mapping[str, Any], known: Collection[str]) ->
     return frozenset(f"{place}.{key}" for key in unread)
 
 
-def without_nulls(value: Any) -> Any:
-    """The value without null members: a columnar file gives every object the keys of all others."""
-    if isinstance(value, dict):
-        return {key: without_nulls(member) for key, member in value.items() if member is not None}
-    return [without_nulls(member) for member in value] if isinstance(value, list) else value
+def json_value(value: Any, column: str) -> Any:
+    """The value as JSON holds it, without null members: columnar files give every object the keys of all.
+
+    What only columnar files have, such as times and decimals, becomes its text.
+
+    Raises:
+        BadRow: it holds bytes, or a number that is not finite.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): json_value(part, column) for key, part in value.items() if part is not None}
+    if isinstance(value, list | tuple):
+        return [json_value(part, column) for part in value]
+    if isinstance(value, bytes):
+        raise BadRow(f"{column}: holds bytes, and only text is read")
+    if isinstance(value, float) and not isfinite(value):
+        raise BadRow(f"{column}: holds a number that is not finite")
+    return value if value is None or isinstance(value, str | bool | int | float) else str(value)

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from bdpo.data.formats.base import BadRow, Group, Pair, Row, boolean_cell, checked_text, without_nulls
+from bdpo.data.formats.base import BadRow, Group, Pair, Row, boolean_cell, checked_text, json_value
 from bdpo.models.template import Message
 
 SYSTEM = ("system", "system_prompt")
@@ -84,7 +84,7 @@ def _json_cell(row: Row, column: str, kind: type) -> Any:
             raise BadRow(f"{column}: neither a {kind.__name__} nor JSON of one") from None
     if not isinstance(value, kind):
         raise BadRow(f"{column}: wrong type")
-    return without_nulls(value)
+    return json_value(value, column)
 
 
 def _group(row: Row) -> Group:

@@ -11,10 +11,10 @@ from bdpo.data.formats.base import (
     answer,
     cell,
     checked_text,
+    json_value,
     list_cell,
     question,
     text_cell,
-    without_nulls,
 )
 from bdpo.models.template import Message
 
@@ -32,6 +32,20 @@ SHAREGPT_ROLES = ROLES | {
     "gpt": "assistant",
     "observation": "tool",
     "function_call": "assistant",
+}
+
+# Keys of a message that say something beside its content: without one of them it means something else.
+SAYING_KEYS = {
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "thoughts",
+    "images",
+    "image",
+    "audio",
+    "video",
 }
 
 # Columnar files give every message the keys of all others, as null.
@@ -64,9 +78,9 @@ def _message(turn: Any, column: str, role: str, content: str, roles: dict[str, s
     if speaker not in roles:
         raise BadRow(f"{column}: unknown role")
     others = {
-        key: without_nulls(value)
+        key: json_value(value, column)
         for key, value in turn.items()
-        if key not in (role, content) and value not in _NO_CONTENT
+        if key not in (role, content) and value not in _NO_CONTENT and value == value  # NaN: pandas' null
     }
     if speaker == "function_call":
         return _call(turn[content], column)

@@ -157,14 +157,19 @@ def _check(config: Config) -> str:
     """Weights and tokenizer can be read: from the hub they are fetched now."""
     from transformers import AutoTokenizer
 
-    from bdpo.models.adapters import adapter_folder, base_of
-    from bdpo.models.loading import require_complete_weights
+    from bdpo.models.adapters import adapter_folder, base_of, require_finite_adapter
+    from bdpo.models.loading import model_folder, require_complete_weights
+    from bdpo.models.weight_files import require_finite_files, weight_files
 
     name = _name(config)
     finetuned_digest(name)
     known = (Path(name) / "config.json").is_file()
     folder = Path(name) if known else adapter_folder(name, "evaluate.judge.model")
-    require_complete_weights(ModelConfig(name_or_path=name if known else base_of(folder)))
+    model = ModelConfig(name_or_path=name if known else base_of(folder))
+    require_complete_weights(model)
+    require_finite_files(weight_files(model_folder(model)), model_folder(model))
+    if not known:
+        require_finite_adapter(folder)
     digit_ids(AutoTokenizer.from_pretrained(folder))
     return f"{name}: weights and tokenizer are read"
 

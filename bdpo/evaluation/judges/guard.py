@@ -24,6 +24,7 @@ from bdpo.models.loading import (
 )
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer
+from bdpo.models.weight_files import require_finite_files, weight_files
 from bdpo.storage.digests import files_digest, json_digest
 from bdpo.storage.manifests import Fingerprint
 
@@ -120,6 +121,7 @@ def guard_kind(guard: Guard) -> JudgeKind:
         folder = model_folder(_model(config))
         weights_digest(folder)
         require_complete_weights(_model(config))
+        require_finite_files(weight_files(folder), folder)
         chat = load_tokenizer_of(guard, str(folder))
         chat.prompt_ids([Message(role="user", content="x"), Message(role="assistant", content="y")])
         return f"{_model(config).name_or_path}: weights and tokenizer are read"
