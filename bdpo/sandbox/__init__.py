@@ -26,12 +26,7 @@ def sandbox_folder(seed: int = 0) -> Path:
     Raises:
         UserError: the cache folder cannot be made.
     """
-    root = cache_folder()
-    folder = root / f"sandbox-{seed}-{_source_digest()}"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"BDPO_CACHE: {root} cannot be made ({error.strerror})") from None
+    folder = cache_folder() / f"sandbox-{seed}-{_source_digest()}"
     with machine_lock(folder.with_name(f"{folder.name}.lock")):
         if not folder.exists():
             partial = folder.with_name(f"{folder.name}.partial")

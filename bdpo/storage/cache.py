@@ -24,17 +24,23 @@ LOCK_SECONDS = 3600.0
 def machine_lock(file: Path) -> Iterator[None]:
     """One process of this machine at a time; the kernel releases the lock of a process that has ended.
 
+    The folder of the lock's file is made.
+
     Raises:
-        UserError: another process has held the lock for `LOCK_SECONDS`: it stands still.
+        UserError: another process has held the lock for `LOCK_SECONDS`: it stands still; or the folder
+            cannot be made, or be written.
     """
     lock = FileLock(file)
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout:
         raise UserError(
             f"{file}: another process has held this lock for {LOCK_SECONDS / 60:.0f} minutes; end that "
             "process (`fuser -v FILE` lists it), and the same command resumes"
         ) from None
+    except OSError as error:
+        raise UserError(f"BDPO_CACHE: {file.parent} cannot be written ({error_line(error)})") from None
     try:
         yield
     finally:
@@ -56,8 +62,15 @@ def cached_copy(url: str, key: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """The folder for what is made once on a machine: `$BDPO_CACHE`, else `~/.cache/bdpo`."""
-    return Path(os.environ.get("BDPO_CACHE") or Path.home() / ".cache" / "bdpo")
+    """The folder for what is made once on a machine: `$BDPO_CACHE`, else `~/.cache/bdpo`.
+
+    Raises:
+        UserError: the first is not set, and the user has no home.
+    """
+    try:
+        return Path(os.environ.get("BDPO_CACHE") or Path.home() / ".cache" / "bdpo")
+    except RuntimeError:  # a container may run as a user that it does not know
+        raise UserError("BDPO_CACHE: is not set, and the user has no home folder; set it") from None
 
 
 def local_copy(path: StoragePath) -> Path:
@@ -81,8 +94,8 @@ def local_copy(path: StoragePath) -> Path:
     versions = sorted((names[name], info["size"], _version(info)) for name, info in found.items())
     copies = _copies(path)
     copy = copies / _digest(json.dumps(versions))
-    copies.mkdir(parents=True, exist_ok=True)
     with machine_lock(copies.with_name(f"{copies.name}.lock")):
+        copies.mkdir(exist_ok=True)
         if not copy.is_dir():
             discard(*copies.iterdir())
             with atomic_folder(copy) as folder:

@@ -207,7 +207,6 @@ def _choose_accelerator(train: TrainConfig) -> None:
     built_by = [sys.prefix, torch.__version__, shutil.which("ninja")]
     folder = cache_folder() / "torch_extensions" / json_digest(built_by)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     with machine_lock(folder / "build.lock"):
         for stale in folder.rglob("lock"):
             stale.unlink()

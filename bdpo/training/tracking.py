@@ -172,7 +172,7 @@ class Tracking:
         for name, tracker in list(self.trackers.items()):
             try:
                 _within(TRACKER_SECONDS, partial(do, tracker))
-            except Exception as error:  # every library has its own
+            except (Exception, SystemExit) as error:  # every library has its own
                 del self.trackers[name]
                 log.warning("%s failed and gets no more metrics (%s)", name, first_line(error))
 
@@ -189,7 +189,7 @@ def _within(seconds: float, call: Callable[[], object]) -> None:
         try:
             call()
             done.set_result(None)
-        except Exception as error:
+        except BaseException as error:  # a SystemExit of the library would leave us waiting
             done.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bdpo.config.reading import read_yaml
 from bdpo.config.secrets import refuse_secrets
-from bdpo.errors import UserError
+from bdpo.errors import UserError, first_line
 from pipelines.runtime.ray_internals import CLUSTER_FILE, START_TIMED_OUT
 from pipelines.runtime.signals import keep_handlers
 
@@ -69,19 +69,33 @@ def protect_token() -> None:
 
     Ray itself makes the file readable for everybody. So it is made here, before Ray does, if this command may
     start a cluster; one that exists loses the permissions of others.
+
+    Raises:
+        UserError: it cannot be made.
     """
     if os.environ["RAY_AUTH_MODE"] != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    if not file.exists() and os.environ.get("RAY_ADDRESS", "local") == "local":
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent) as made:  # of mode 0600
-            made.write(secrets.token_hex(32))
-            made.flush()
-            with suppress(FileExistsError):  # another command was faster
-                os.link(made.name, file)
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
+    try:
+        file = Path(named).expanduser()
+        if not file.exists() and os.environ.get("RAY_ADDRESS", "local") == "local":
+            _make_token(file)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
+        raise UserError(
+            f"{named}: Ray's token cannot be made ({first_line(error)}); name a file that can be written in "
+            "RAY_AUTH_TOKEN_PATH"
+        ) from None
     with suppress(FileNotFoundError, PermissionError):  # a mounted secret may be read-only
         file.chmod(file.stat().st_mode & 0o700)
+
+
+def _make_token(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent) as made:  # of mode 0600
+        made.write(secrets.token_hex(32))
+        made.flush()
+        with suppress(FileExistsError):  # another command was faster
+            os.link(made.name, file)
 
 
 def require_capacity(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bdpo.errors import UserError
 from pipelines.runtime.cluster import protect_token
 
 
@@ -54,3 +55,11 @@ def test_no_token_is_made_for_a_cluster_that_has_one(token_file, monkeypatch, va
         monkeypatch.setenv(name, value)
     protect_token()
     assert not token_file.exists()
+
+
+def test_a_token_that_cannot_be_made_is_one_line(token_file):
+    token_file.parent.write_text("a file where the folder should be")
+    with pytest.raises(
+        UserError, match=r"^~/\.ray/auth_token: Ray's token cannot be made \(.*RAY_AUTH_TOKEN_PATH$"
+    ):
+        protect_token()

@@ -243,6 +243,26 @@ def test_a_lock_of_the_machine_that_nobody_releases_is_one_line(tmp_path, monkey
         pass
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=rf"^BDPO_CACHE: {tmp_path}/file/cache cannot be written \(Not a dir"),
+        machine_lock(tmp_path / "file" / "cache" / "lock"),
+    ):
+        raise AssertionError
+
+
+def test_a_user_without_a_home_has_to_name_the_cache(tmp_path, monkeypatch):
+    """As in a container whose user is not in its /etc/passwd."""
+    monkeypatch.delenv("BDPO_CACHE", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises(UserError, match=r"^BDPO_CACHE: is not set, and the user has no home folder"):
+        cache.cache_folder()
+    monkeypatch.setenv("BDPO_CACHE", str(tmp_path))
+    assert cache.cache_folder() == tmp_path
+
+
 class TestLock:
     @pytest.fixture(autouse=True)
     def fast(self, monkeypatch):

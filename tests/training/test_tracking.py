@@ -163,6 +163,15 @@ def test_a_tracker_that_does_not_answer_stops_nothing(run, monkeypatch, caplog):
     never.set()
 
 
+def test_a_tracker_that_ends_its_process_ends_no_training(run, monkeypatch, caplog):
+    """Libraries call sys.exit for a bad key: in a thread that would be waited for in vain."""
+    tracking = Tracking(config_of(run, "tensorboard"), run)
+    monkeypatch.setattr(tracking.trackers["tensorboard"], "log", lambda *_: sys.exit("bad key"))
+    append(run, 1)
+    assert len(tracking.follow()) == 1
+    assert "tensorboard failed and gets no more metrics (bad key)" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_an_extra_that_is_missing_is_one_line(run, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)

@@ -27,7 +27,6 @@ def pinned_file(path: str, sha256: str | None) -> Path:
     if sha256 is None:
         raise UserError(f"{path}: a URL expects the sha256 of its content, so that the prompts stay the same")
     cached = cache_folder() / "benchmarks" / f"{sha256}.csv"
-    cached.parent.mkdir(parents=True, exist_ok=True)
     with machine_lock(cached.with_name(f"{cached.name}.lock")):
         if not cached.exists():
             content = _download(path)
