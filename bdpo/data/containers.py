@@ -51,6 +51,16 @@ _LONGEST_NAME = 60
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 
+# What a file begins with that is no text.
+_PACKED = {
+    b"\x1f\x8b": "compressed with gzip",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"\xfd7zXZ\x00": "compressed with xz",
+    b"BZh": "compressed with bzip2",
+    b"PK\x03\x04": "a ZIP archive",
+    b"PAR1": "Parquet",
+}
+
 # The longer of two that begin alike comes first.
 _ENCODINGS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -140,11 +150,13 @@ def read_file(file: DataFile) -> Read:
     kind = kind_of(file.path)
     if kind is None:
         raise UserError(f"{file.name}: unknown suffix, expects one of {known_suffixes()}")
-    with file.path.open("rb") as start:
-        if start.read(len(_LFS)) == _LFS:
-            raise UserError(
-                f"{file.name}: a Git LFS pointer instead of the data; fetch it with `git lfs pull`"
-            )
+    with file.path.open("rb") as opened:
+        start = opened.read(len(_LFS))
+    if start == _LFS:
+        raise UserError(f"{file.name}: a Git LFS pointer instead of the data; fetch it with `git lfs pull`")
+    packed = next((what for magic, what in _PACKED.items() if start.startswith(magic)), None)
+    if packed and kind != ".parquet" and file.path.suffix not in _COMPRESSIONS:
+        raise UserError(f"{file.name}: its content is {packed}, which its name does not say; rename it")
     return READERS[kind](file) if file.path.stat().st_size else (iter(()), ())
 
 
@@ -209,16 +221,21 @@ def _object(value: Any) -> RawRow | Unreadable:
 
 def shown_name(name: object) -> str:
     """The name of a column or key as a message shows it: short, on one line, without control characters."""
-    text = printable(str(name))
+    text = printable(str(name)) or "(no name)"
     return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..."
 
 
 def _csv(file: DataFile) -> Read:
     csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 131,072 characters
-    reader = csv.DictReader(io.StringIO(file.text(), newline=""), strict=True)
-    columns = tuple(reader.fieldnames or ())
-    if len(columns) == 1 and (other := re.search(r"[;\t|]", columns[0])):
+    text = file.text()
+    header = text.partition("\n")[0]
+    if "," not in header and (other := re.search(r"[;\t|]", header)):
         raise UserError(f"{file.name}: its columns are separated by {other[0]!r}; a comma is expected")
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = tuple(reader.fieldnames or ())
+    except csv.Error as error:
+        raise UserError(f"{file.name}: not valid CSV at line 1 ({error})") from None
     _refuse_repeated(file, columns)
     return _csv_rows(file, reader), columns
 

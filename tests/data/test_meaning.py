@@ -106,6 +106,9 @@ def prepare_with(tmp_path, make_chat, kept_pairs):
         ),
         (conversation(tools="nope"), "tools: neither a list nor JSON of one"),
         (conversation(tools={"a": 1}), "tools: wrong type"),
+        (conversation(tools=json.loads("[" * 500 + "]" * 500)), "tools: nested too deeply"),
+        (conversation(tools="[" * 99_999 + "]" * 99_999), "tools: neither a list nor JSON of one"),
+        (conversation(tools='[{"name": "a", "name": "b"}]'), "tools: a key stands twice in its JSON"),
         (conversation(tools=TOOLS, functions=[CALL]), "tools: tools and functions are two different lists"),
     ],
 )
@@ -273,6 +276,12 @@ def test_a_turn_that_the_template_tells_from_all_others_is_kept(prepare_with, ro
 def test_a_number_that_json_cannot_hold_is_a_reason(prepare_with, row, reason):
     account, _ = prepare_with(KNOWS_ALL, [row])
     assert dict(account.quarantined) == {f"{reason}holds a number that is not finite": 1}
+
+
+def test_the_null_of_pandas_is_a_null(prepare_with):
+    nulls = dict.fromkeys(("system", "tools", "group", "chosen_safe", "images"), float("nan"))
+    account, kept = prepare_with(CHATML, [conversation(**nulls)])
+    assert (account.quarantined.total(), len(kept)) == (0, 1)
 
 
 def test_keys_that_only_columnar_files_have_are_read_as_texts(prepare_with, tmp_path, kept_pairs):

@@ -13,8 +13,11 @@ from math import inf, isfinite
 from typing import Any, Literal
 
 from bdpo.models.template import Message
+from bdpo.storage import strict_json
 
 Row = Mapping[str, Any]
+
+_DEEPEST = 100  # no tool and no message is nested so deeply
 
 Group = Literal["safe", "unsafe"]
 
@@ -158,20 +161,36 @@ def unread_keys(place: str, given: Mapping[str, Any], known: Collection[str]) ->
     return frozenset(f"{place}.{key}" for key in unread)
 
 
-def json_value(value: Any, column: str) -> Any:
+def json_value(value: Any, column: str, depth: int = 0) -> Any:
     """The value as JSON holds it, without null members: columnar files give every object the keys of all.
 
     What only columnar files have, such as times and decimals, becomes its text.
 
     Raises:
-        BadRow: it holds bytes, or a number that is not finite.
+        BadRow: it holds bytes or a number that is not finite, or is nested too deeply to be written.
     """
+    if depth > _DEEPEST:
+        raise BadRow(f"{column}: nested too deeply")
     if isinstance(value, Mapping):
-        return {str(key): json_value(part, column) for key, part in value.items() if part is not None}
+        present = {str(key): part for key, part in value.items() if part is not None}
+        return {key: json_value(part, column, depth + 1) for key, part in present.items()}
     if isinstance(value, list | tuple):
-        return [json_value(part, column) for part in value]
+        return [json_value(part, column, depth + 1) for part in value]
     if isinstance(value, bytes):
         raise BadRow(f"{column}: holds bytes, and only text is read")
     if isinstance(value, float) and not isfinite(value):
         raise BadRow(f"{column}: holds a number that is not finite")
     return value if value is None or isinstance(value, str | bool | int | float) else str(value)
+
+
+def parsed(text: str, column: str) -> Any:
+    """The JSON in a text.
+
+    Raises:
+        BadRow: a key stands twice in it.
+        ValueError, RecursionError: it is not JSON, or nested too deeply.
+    """
+    try:
+        return strict_json.loads(text)
+    except strict_json.RepeatedKey:
+        raise BadRow(f"{column}: a key stands twice in its JSON") from None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
-from bdpo.data.formats.base import BadRow, Group, Pair, Row, boolean_cell, checked_text, json_value
+from bdpo.data.formats.base import BadRow, Group, Pair, Row, boolean_cell, checked_text, json_value, parsed
 from bdpo.models.template import Message
 
 SYSTEM = ("system", "system_prompt")
@@ -30,6 +29,7 @@ def with_common_columns(pair: Pair, row: Row) -> Pair:
     """
     if row.keys().isdisjoint(COMMON_COLUMNS):  # most rows: the common case costs one look
         return pair
+    row = {name: value for name, value in row.items() if value == value}  # NaN is the null of pandas
     refuse_media(row)
     changes: dict[str, Any] = {"prompt": _with_system(pair.prompt, row)}
     if tools := _tools(row):
@@ -79,8 +79,10 @@ def _json_cell(row: Row, column: str, kind: type) -> Any:
         return None
     if isinstance(value, str):
         try:
-            value = json.loads(checked_text(value, column))
-        except ValueError:
+            value = parsed(checked_text(value, column), column)
+        except BadRow:
+            raise
+        except (ValueError, RecursionError):
             raise BadRow(f"{column}: neither a {kind.__name__} nor JSON of one") from None
     if not isinstance(value, kind):
         raise BadRow(f"{column}: wrong type")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from bdpo.data.formats.base import (
@@ -13,6 +12,7 @@ from bdpo.data.formats.base import (
     checked_text,
     json_value,
     list_cell,
+    parsed,
     question,
     text_cell,
 )
@@ -118,10 +118,12 @@ def _part_text(part: Any, column: str) -> str:
 def _call(value: Any, column: str) -> Message:
     """ShareGPT's `function_call` turn, JSON of one call or several, as the `tool_calls` of a message."""
     try:
-        calls = json.loads(checked_text(value, column))
+        calls = parsed(checked_text(value, column), column)
         calls = calls if isinstance(calls, list) else [calls]
         functions = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
-    except (ValueError, TypeError, KeyError):
+    except BadRow:
+        raise
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise BadRow(f"{column}: a function_call is not JSON with name and arguments") from None
     tool_calls = [{"type": "function", "function": function} for function in functions]
     return Message(role="assistant", content="", tool_calls=tool_calls)

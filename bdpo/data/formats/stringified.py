@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from typing import Any
 
 from bdpo.data.formats import preference
-from bdpo.data.formats.base import BadRow, Format, Pair, Row
+from bdpo.data.formats.base import BadRow, Format, Pair, Row, parsed
 
 _COLUMNS = ("prompt", "chosen", "rejected")
 
@@ -40,10 +39,12 @@ def _parsed(value: Any, column: str) -> Any:
         return value
     if len(value) > _LONGEST:
         raise BadRow(f"{column}: a list of messages of more than {_LONGEST} characters")
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (lambda text: parsed(text, column), ast.literal_eval):
         try:
-            parsed = parse(value.strip())
-            return [parsed] if isinstance(parsed, dict) else parsed
+            found = parse(value.strip())
+            return [found] if isinstance(found, dict) else found
+        except BadRow:
+            raise
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     raise BadRow(f"{column}: neither JSON nor a Python list of messages")
