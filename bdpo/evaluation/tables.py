@@ -178,6 +178,9 @@ def note_lines(name: str, summary: Summary) -> list[str]:
     return lines
 
 
+_LABEL_WIDTH = 26
+
+
 def _cell(benchmark: BenchmarkSummary | None, estimate: Estimate | None) -> str:
     if benchmark is None or estimate is None:
         return ""
@@ -203,9 +206,11 @@ def comparison_table(summaries: Mapping[str, Summary], judge: JudgeNote = NOBODY
 
     interval = f"{CONFIDENCE_LEVEL:.0%} interval, over clusters of items where there are any"
     table = Table(caption=f"percent ({interval}); n: items scored{judged_by(judge)}")
-    table.add_column("")
+    # Three models do not fit 80 columns: labels keep their width, and an interval stands below its number.
+    crowded = len(summaries) > 2
+    table.add_column("", width=_LABEL_WIDTH if crowded else None, overflow="fold")
     for column in ("n", *summaries):
-        table.add_column(Text(column), justify="right", no_wrap=True)
+        table.add_column(Text(column), justify="right", no_wrap=not crowded, overflow="fold")
     for row in comparison_rows(summaries):
         if not row["category"]:
             table.add_section()

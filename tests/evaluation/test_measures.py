@@ -200,6 +200,23 @@ def test_the_table_shows_every_row_in_80_columns() -> None:
         )
 
 
+def test_three_models_in_80_columns_lose_no_letter() -> None:
+    base = summarise([row(n, n % 2, category=f"contrast_benign_wrapped_{n % 3}") for n in range(60)])
+    console = Console(width=80, file=io.StringIO())
+    console.print(comparison_table({"base": base, "trained": base, "tampered": base}))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "…" not in printed
+    lines = [line.split("│") for line in printed.splitlines() if line.startswith("│")]
+    labels, cells = ("".join(line[1].strip() for line in lines), [c.strip() for line in lines for c in line])
+    for line in comparison_rows({"m": base}):
+        value, interval = line["m"].split()
+        assert value in cells
+        assert cells.count(interval) >= 3
+    for category in base.benchmarks["strongreject"].categories:
+        assert category in labels
+
+
 def test_simpleqa_numbers_and_what_is_counted_beside_them() -> None:
     grades = ["correct", "correct", "incorrect", "not_attempted", None]
     rows = [row(n, benchmark="simpleqa", grade=grade, flagged=n < 2) for n, grade in enumerate(grades)]
