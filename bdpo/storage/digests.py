@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from bdpo.storage.cache import LOCK_SECONDS, cache_folder
-from bdpo.storage.paths import StoragePath, write_text
+from bdpo.storage.paths import StoragePath, at_once, write_text
 
 # File systems have coarse clocks: a file that changed just now could change again with the same time stamp.
 _CLOCK_RESOLUTION_NS = 2 * 10**9
@@ -26,12 +26,12 @@ def files_digest(
 
     `digest_of` computes the SHA-256 of one file, by default `sha256`.
     """
-    digest_of = digest_of or sha256
+    of_file = digest_of or sha256
     digests = {}
-    for file in files:
-        if file.is_file():
-            name = str(file.relative_to(root)) if root and isinstance(file, Path) else file.name
-            digests[name] = digest_of(file)
+    found = at_once(lambda file: of_file(file) if file.is_file() else None, files)
+    for file, digest in zip(files, found, strict=True):
+        if digest is not None:
+            digests[str(file.relative_to(root)) if root and isinstance(file, Path) else file.name] = digest
     return json_digest(digests)
 
 

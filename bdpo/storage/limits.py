@@ -28,6 +28,9 @@ STORAGE_SECONDS = 60.0
 SLOWEST = 2**18
 """Bytes per second: what a request transfers may take this long on top of the limit."""
 
+AT_ONCE = 32
+"""Requests that are on their way at one time."""
+
 _FILES = 60  # the size of a file is not known before: it may take so many times the limit in all
 
 _ATTEMPTS = {"gs": 6, "gcs": 6, "az": 4, "abfs": 4, "abfss": 4}

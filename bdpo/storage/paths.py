@@ -17,10 +17,12 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
@@ -30,9 +32,11 @@ from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 from upath import UPath
 
 from bdpo.errors import UserError, error_line
-from bdpo.storage.limits import storage_options
+from bdpo.storage.limits import AT_ONCE, storage_options
 
 StoragePath: TypeAlias = Path | UPath
+
+Found = TypeVar("Found")
 
 MARKERS = ("manifest.json", "config.json", "adapter_config.json")
 """Files that mark their folder as complete: uploaded last, removed first."""
@@ -208,7 +212,23 @@ def discard(*paths: StoragePath) -> None:
 
 def sorted_glob(folder: StoragePath, pattern: str) -> list[StoragePath]:
     """The files in a folder that match a glob pattern, in order; none if the folder does not exist."""
-    return sorted(folder.glob(pattern), key=str)
+    if isinstance(folder, Path) or "/" in pattern:
+        return sorted(folder.glob(pattern), key=str)
+    try:  # one request: fsspec's own glob also looks for the folder and for folders in it
+        names = [name.rstrip("/").rpartition("/")[2] for name in folder.fs.ls(folder.path, detail=False)]
+    except FileNotFoundError:
+        return []
+    return sorted((folder / name for name in names if fnmatch(name, pattern)), key=str)
+
+
+def at_once(work: Callable[[StoragePath], Found], files: Sequence[StoragePath]) -> Iterator[Found]:
+    """`work` of each file, in order: on object storage of several at a time, since each waits for answers."""
+    if all(isinstance(file, Path) for file in files):
+        yield from map(work, files)
+        return
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for start in range(0, len(files), AT_ONCE):
+            yield from pool.map(work, files[start : start + AT_ONCE])
 
 
 def parquet_bytes(table: pa.Table) -> pa.Buffer:

@@ -16,7 +16,7 @@ from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
 from s3fs import S3FileSystem
 
 from bdpo.errors import StorageUnavailable, first_line
-from bdpo.storage.limits import SLOWEST, VARIABLE, storage_seconds
+from bdpo.storage.limits import AT_ONCE, SLOWEST, VARIABLE, storage_seconds
 
 _ATTEMPTS = 4  # a silent server is asked so often within the limit
 
@@ -37,7 +37,8 @@ class LimitedS3FileSystem(S3FileSystem):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.limit = storage_seconds()
         self.connect_timeout = self.read_timeout = self.limit / _ATTEMPTS
-        once = {"retries": {"mode": "standard", "total_max_attempts": 1}}  # `_call_s3` tries again
+        # `_call_s3` tries again; without a connection for each of the requests at a time some would wait
+        once = {"retries": {"mode": "standard", "total_max_attempts": 1}, "max_pool_connections": AT_ONCE}
         options["config_kwargs"] = {**once, **(options.get("config_kwargs") or {})}
         super().__init__(*arguments, **options)
 
@@ -69,6 +70,11 @@ class LimitedS3FileSystem(S3FileSystem):
             end = loop.time() + self.limit + answer["ContentLength"] / SLOWEST
             answer["Body"] = _LimitedBody(answer["Body"], end, self._unavailable(request, None))
         return answer
+
+    async def _cat_file(self, path: str, **options: Any) -> bytes:
+        """The content of an object in one request: s3fs would ask for its size first, to cut large ones."""
+        content: bytes = await super()._cat_file(path, **{"max_concurrency": 1, **options})
+        return content
 
     async def _isfile(self, path: str) -> bool:
         """Whether there is such an object. fsspec's own takes every error, a silent server's too, for no."""

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from bdpo.errors import UserError
 from bdpo.storage.manifests import Fingerprint, require_same_fingerprint
-from bdpo.storage.paths import StoragePath, parquet_bytes, read_bytes, sorted_glob, write_bytes
+from bdpo.storage.paths import StoragePath, at_once, parquet_bytes, read_bytes, sorted_glob, write_bytes
 
 _NAME = re.compile(r"part-(\d{9})-([0-9a-f]{16})\.parquet")
 
@@ -132,10 +132,11 @@ class ShardStore:
         A retried task may have written its rows twice, with another content: the first by name counts.
         """
         seen = -1
-        for shard, match in _named(sorted_glob(self.folder, pattern)):
+        files = _named(sorted_glob(self.folder, pattern))
+        contents = at_once(_content, [shard for shard, _ in files])
+        for (shard, match), content in zip(files, contents, strict=True):
             first = int(match[1])
-            content = _content(shard) if first != seen else b""
-            if _digest(content) == match[2]:
+            if first != seen and _digest(content) == match[2]:
                 made_with = (pq.read_metadata(pa.BufferReader(content)).metadata or {}).get(
                     _METADATA_KEY, b"{}"
                 )

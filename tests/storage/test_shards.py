@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bdpo.errors import UserError
+from bdpo.storage.paths import storage_path
 from bdpo.storage.shards import ShardStore
+from benchmarks.storage import counted_requests
 
 SCHEMA = pa.schema([("row", pa.int64())])
 
@@ -170,3 +172,15 @@ def test_private_shards_are_readable_by_their_owner_alone(tmp_path):
     store = ShardStore(tmp_path / "private", SCHEMA, {}, mode=0o600)
     assert store.write(0, rows(0, 1)).stat().st_mode & 0o777 == 0o600
     assert store.folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_on_object_storage_shards_are_read_many_at_a_time(bucket):
+    """One list and one request a shard, none for its size before; of 40 of them at most 32 at a time."""
+    store = ShardStore(storage_path(f"{bucket}/shards", "run_dir"), SCHEMA, {"weights": "a"})
+    for first in range(0, 80, 2):
+        store.write(first, rows(first, 2))
+    with counted_requests() as requests:
+        assert store.read()["row"].to_pylist() == list(range(80))
+    assert (requests.of("get_object"), requests.of("list_objects_v2"), len(requests.spans)) == (40, 1, 41)
+    assert requests.in_a_row() < 20
+    assert store.missing(82, 2) == [(80, 2)]
