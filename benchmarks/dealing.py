@@ -14,8 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 
+import numpy as np
+
 from bdpo.config import TrainConfig
-from bdpo.models.packing import PairLayout, length_sorted_batches
+from bdpo.models.arrangement import length_sorted_batches
+from bdpo.models.packing import RowLayout
 from bdpo.training.batches import deal_micro_batches
 from benchmarks.common import EMPTY_TURN, MAX_LENGTH, MAX_PROMPT_LENGTH, write_section
 
@@ -76,8 +79,8 @@ def _log_normal(count: int, means: Sequence[float], deviations: Sequence[float])
 
 
 def _row(name: str, pairs: Sequence[Lengths], workers: int, batch: int) -> str:
-    layout = PairLayout(HIDDEN_SIZE, shared=True)
-    lengths = [layout.tokens(*pair) for pair in pairs]
+    layout = RowLayout(HIDDEN_SIZE, shared=True)
+    lengths = layout.tokens(np.array(pairs)).tolist()
     halved, tokens, costs, longest, steps, seconds = ([] for _ in range(6))
     for step in range(STEPS):
         here = lengths[step * batch : (step + 1) * batch]

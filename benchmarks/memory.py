@@ -28,7 +28,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from bdpo.config import Config, ModelConfig, parse_config
 from bdpo.data.pairs import ID_COLUMNS, PAIR_SCHEMA, pairs_digest
 from bdpo.models.logps import LogpsModel
-from bdpo.models.tokenizer import EncodedPair, load_tokenizer
+from bdpo.models.packing import PrefixGroups
+from bdpo.models.tokenizer import load_tokenizer
 from bdpo.scoring.reference import reference_logps
 from bdpo.scoring.scores import SCORE_SCHEMA, score_fingerprint, score_store
 from bdpo.storage.manifests import write_manifest
@@ -88,9 +89,9 @@ def beyond_weights(tokens_per_batch: int) -> float:
     def ids(most: int) -> list[int]:
         return [rng.randrange(VOCABULARY) for _ in range(rng.randint(most // 2, most))]
 
-    longest = EncodedPair([1] * 200, [2] * 400, [3] * 400)
-    pairs = [longest, *(EncodedPair(ids(200), ids(400), ids(400)) for _ in range(PAIRS - 1))]
-    reference_logps(model, [EncodedPair([1], [2], [3])], [1], tokens_per_batch)  # what torch sets up once
+    longest = [[1] * 200, [2] * 400, [3] * 400]
+    pairs = PrefixGroups.of([longest, *([ids(200), ids(400), ids(400)] for _ in range(PAIRS - 1))])
+    reference_logps(model, PrefixGroups.of([[[1], [2], [3]]]), [1], tokens_per_batch)  # torch's set-up
     before = _peak()
     reference_logps(model, pairs, [1] * 20, tokens_per_batch)
     return _peak() - before

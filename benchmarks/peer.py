@@ -47,7 +47,7 @@ def trl_batches(pairs: list[EncodedPair]) -> Iterator[dict[str, torch.Tensor]]:
     for start in range(0, len(pairs), TRL_BATCH):
         yield collate(
             [
-                {f"{part}_ids": ids for part, ids in vars(pair).items()}
+                {f"{part}_ids": ids for part, ids in pair._asdict().items()}
                 for pair in pairs[start : start + TRL_BATCH]
             ]
         )

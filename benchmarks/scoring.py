@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from bdpo.models.logps import LogpsModel, pair_groups
-from bdpo.models.packing import PrefixGroup, length_sorted_batches, pack
+from bdpo.models.arrangement import length_sorted_batches
+from bdpo.models.logps import LogpsModel
+from bdpo.models.packing import PrefixGroups, RowLayout
 from bdpo.models.tokenizer import EncodedPair
 from bdpo.scoring.reference import reference_logps
 from benchmarks.common import (
@@ -93,7 +94,9 @@ def _drift(name: str, pairs: list[EncodedPair]) -> str:
     models = [
         LogpsModel(copy.deepcopy(rounded).to(dtype), MAX_LENGTH).eval() for dtype in (None, torch.float32)
     ]
-    low, exact = (reference_logps(model, pairs, EMPTY, TOKENS_PER_BATCH)[0] for model in models)
+    low, exact = (
+        reference_logps(model, PrefixGroups.of(pairs), EMPTY, TOKENS_PER_BATCH)[0] for model in models
+    )
     tokens = {
         side: torch.tensor([len(getattr(pair, side)) for pair in pairs]) for side in ("chosen", "rejected")
     }
@@ -112,18 +115,17 @@ def _drift(name: str, pairs: list[EncodedPair]) -> str:
 
 def _tokens_as_7b(pairs: list[EncodedPair]) -> int:
     """Of all grids that our scorer would lay out for a model as wide as Qwen2-7B."""
-    tokens = 0
-    responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
-    for groups in (pair_groups(pairs), [PrefixGroup(EMPTY, [response]) for response in responses]):
-        batches = length_sorted_batches([group.tokens(shared=True) for group in groups], TOKENS_PER_BATCH)
-        tokens += sum(pack([groups[i] for i in batch], 3584).input_ids.numel() for batch in batches)
+    tokens, layout, of_pairs = 0, RowLayout(3584, shared=True), PrefixGroups.of(pairs)
+    for groups in (of_pairs, of_pairs.behind(EMPTY)):
+        batches = length_sorted_batches(layout.tokens(groups.lengths).tolist(), TOKENS_PER_BATCH)
+        tokens += sum(layout.pack(groups[batch]).input_ids.numel() for batch in batches)
     return tokens
 
 
 def ours(pairs: list[EncodedPair]) -> tuple[Any, Callable[[], Any]]:
     """The scorer's own function."""
     model = LogpsModel(make_model(), MAX_LENGTH).eval()
-    return model.model, partial(reference_logps, model, pairs, EMPTY, TOKENS_PER_BATCH)
+    return model.model, partial(reference_logps, model, PrefixGroups.of(pairs), EMPTY, TOKENS_PER_BATCH)
 
 
 def trl(pairs: list[EncodedPair]) -> tuple[Any, Callable[[], Any]]:

@@ -17,8 +17,8 @@ import torch
 from bdpo.config import TrainConfig
 from bdpo.method.base import PairLogps
 from bdpo.method.losses import Bdpo
-from bdpo.models.logps import LogpsModel, pair_groups, pair_logps
-from bdpo.models.packing import PairLayout
+from bdpo.models.logps import LogpsModel, pair_logps
+from bdpo.models.packing import PrefixGroups, RowLayout
 from bdpo.models.tokenizer import EncodedPair
 from bdpo.scoring.reference import reference_logps
 from bdpo.training.batches import TrainingPlan
@@ -60,7 +60,9 @@ def _row(name: str, pairs: list[EncodedPair]) -> str:
     model = LogpsModel(make_model(), MAX_LENGTH)
     step = partial(our_step, model, pairs)
     ours, _ = flops(model.model, step)
-    scoring, _ = flops(model.model, partial(reference_logps, model, pairs, EMPTY, TOKENS_PER_BATCH))
+    scoring, _ = flops(
+        model.model, partial(reference_logps, model, PrefixGroups.of(pairs), EMPTY, TOKENS_PER_BATCH)
+    )
     conditional, _ = flops(model.model, partial(our_conditional_pass, model, pairs))
     policy, trl_step = trl(pairs, live=False)
     trl_policy, _ = flops(policy, trl_step)
@@ -73,20 +75,20 @@ def _row(name: str, pairs: list[EncodedPair]) -> str:
     )
 
 
-def micro_batches(pairs: list[EncodedPair]) -> list[list[EncodedPair]]:
+def micro_batches(pairs: list[EncodedPair]) -> list[PrefixGroups]:
     """As the training plan cuts one global batch of all pairs, for one worker."""
     train = TrainConfig(global_batch_size=len(pairs), tokens_per_micro_batch=TOKENS_PER_BATCH)
-    lengths = [group.tokens(shared=True) for group in pair_groups(pairs)]
-    layout = PairLayout(make_model().config.hidden_size, shared=True)
-    dealt = TrainingPlan(lengths, train, seed=0).micro_batches(0, 1, layout)
-    return [[pairs[i] for i in batch] for batch in dealt[0]]
+    layout = RowLayout(make_model().config.hidden_size, shared=True)
+    lengths = layout.tokens(PrefixGroups.of(pairs).lengths)
+    dealt = TrainingPlan(lengths.tolist(), train, seed=0).micro_batches(0, 1, layout)
+    return [PrefixGroups.of(pairs)[batch] for batch in dealt[0]]
 
 
 def our_step(model: LogpsModel, pairs: list[EncodedPair]) -> None:
     """Forward and backward of B-DPO over the global batch, reference and policy the same as at step 0."""
     model.zero_grad()
     for batch in micro_batches(pairs):
-        chosen, rejected = pair_logps(model, batch)
+        chosen, rejected = pair_logps(model, model.layout.pack(batch))
         one = torch.ones(len(batch))
         scored = PairLogps(chosen, rejected, chosen.detach(), rejected.detach(), one, one, one, one, one, one)
         output = Bdpo().loss(scored)
@@ -97,7 +99,7 @@ def our_step(model: LogpsModel, pairs: list[EncodedPair]) -> None:
 def our_conditional_pass(model: LogpsModel, pairs: list[EncodedPair]) -> None:
     """The reference pass of plain DPO."""
     for batch in micro_batches(pairs):
-        pair_logps(model, batch)
+        pair_logps(model, model.layout.pack(batch))
 
 
 def trl(pairs: list[EncodedPair], live: bool) -> tuple[Any, Callable[[], Any]]:

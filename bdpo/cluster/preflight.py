@@ -239,17 +239,18 @@ def expected_hours(config: Config, run: RunDir, tokens_per_second: float | None)
 
 def measure_throughput(config: Config, device: str, seconds: float = 20) -> float:
     """Tokens a second that the reference model scores of the first pairs, on one worker."""
+    from bdpo.models.packing import PrefixGroups
     from bdpo.scoring.reference import ReferenceScorer, reference_logps
 
     scorer = ReferenceScorer(config, device)
-    encoded = _encoded(config, scorer.chat)
+    pairs = PrefixGroups.of(_encoded(config, scorer.chat))
     passes, begun = 0, time.perf_counter()
     while time.perf_counter() - begun < seconds:
-        reference_logps(scorer.model, encoded, scorer.unconditional, config.score.tokens_per_batch)
+        reference_logps(scorer.model, pairs, scorer.unconditional, config.score.tokens_per_batch)
         passes += 1
         if passes == 1:  # the first one compiles and warms up
             begun = time.perf_counter()
-    return (passes - 1) * sum(_tokens(ids) for ids in encoded) / (time.perf_counter() - begun)
+    return (passes - 1) * int(pairs.lengths.sum()) / (time.perf_counter() - begun)
 
 
 def _encoded(config: Config, chat: ChatTokenizer) -> list[EncodedPair]:

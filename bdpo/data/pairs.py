@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bdpo.storage.digests import files_digest
-from bdpo.storage.paths import StoragePath, open_parquet, sorted_glob
+from bdpo.storage.paths import StoragePath, at_once, open_parquet, sorted_glob
 
 if TYPE_CHECKING:
-    from bdpo.models.tokenizer import EncodedPair
+    from bdpo.models.packing import PrefixGroups
 
 _IDS = pa.list_(pa.int32())
 
@@ -42,11 +45,16 @@ PAIR_SCHEMA = pa.schema(
 )
 
 
-def encoded_pairs(pairs: pa.Table | pa.RecordBatch) -> list[EncodedPair]:
-    """The token ids of prepared pairs, within the lengths that they were prepared for."""
-    from bdpo.models.tokenizer import EncodedPair  # status counts pairs and needs no tokenizer
+def prefix_groups(pairs: pa.Table) -> PrefixGroups:
+    """`[c(x) | y_w | y_l]` of prepared pairs, within the lengths that they were prepared for."""
+    from bdpo.models.packing import PrefixGroups  # status counts pairs and needs no torch
 
-    return [EncodedPair(*ids) for ids in zip(*(pairs[name].to_pylist() for name in ID_COLUMNS), strict=True)]
+    columns = [pairs[name].combine_chunks() for name in ID_COLUMNS]
+    tokens = [column.flatten().to_numpy() for column in columns]
+    lengths = [pc.list_value_length(column).to_numpy().astype(np.int64) for column in columns]
+    begins = accumulate(map(len, tokens[:-1]), initial=0)
+    starts = [begin + length.cumsum() - length for begin, length in zip(begins, lengths, strict=True)]
+    return PrefixGroups(np.concatenate(tokens), np.stack(starts, axis=1), np.stack(lengths, axis=1))
 
 
 class PairReader:
@@ -63,7 +71,7 @@ class PairReader:
     @cached_property
     def parts(self) -> list[StoragePath]:
         """All of them, in order."""
-        return _parts(self.folder)
+        return pair_files(self.folder)
 
     def read(self, first: int, count: int, columns: list[str] | None = None) -> pa.Table:
         """Rows [first, first + count); only their row groups are read. `columns` are all by default.
@@ -100,9 +108,23 @@ def read_pairs(folder: StoragePath, first: int, count: int, columns: list[str] |
     return PairReader(folder).read(first, count, columns)
 
 
+def pair_tables(folder: StoragePath, columns: list[str]) -> Iterator[pa.Table]:
+    """These columns of all pairs in `folder`, in order, a table a part."""
+
+    def read(part: StoragePath) -> pa.Table:
+        return pq.read_table(open_parquet(part), columns=columns, partitioning=None)
+
+    return at_once(read, pair_files(folder))
+
+
+def all_pairs(folder: StoragePath, columns: list[str]) -> pa.Table:
+    """These columns of all pairs in `folder`, in order."""
+    return pa.concat_tables(pair_tables(folder, columns))
+
+
 def last_turns(folder: StoragePath) -> Iterator[str]:
     """The last message of the prompt of every pair in `folder`, in order, a row group at a time."""
-    for part in _parts(folder):
+    for part in pair_files(folder):
         with pq.ParquetFile(open_parquet(part)) as parquet:
             for batch in parquet.iter_batches(columns=["prompt"]):
                 yield from (prompt[-1]["content"] or "" for prompt in batch["prompt"].to_pylist() if prompt)
@@ -110,20 +132,21 @@ def last_turns(folder: StoragePath) -> Iterator[str]:
 
 def pair_ids(folder: StoragePath) -> Iterator[str]:
     """The ids of all pairs in `folder`, in order; their texts are not read."""
-    for part in _parts(folder):
+    for part in pair_files(folder):
         with pq.ParquetFile(open_parquet(part)) as parquet:
             yield from parquet.read(["pair_id"])["pair_id"].to_pylist()
 
 
 def pairs_digest(folder: StoragePath) -> str:
     """The digest of the files that `prepare` wrote into `folder`."""
-    return files_digest(_parts(folder))
+    return files_digest(pair_files(folder))
 
 
 def count_pairs(folder: StoragePath) -> int:
     """How many pairs `prepare` wrote into `folder`."""
-    return sum(pq.read_metadata(open_parquet(part)).num_rows for part in _parts(folder))
+    return sum(at_once(lambda part: int(pq.read_metadata(open_parquet(part)).num_rows), pair_files(folder)))
 
 
-def _parts(folder: StoragePath) -> list[StoragePath]:
+def pair_files(folder: StoragePath) -> list[StoragePath]:
+    """The files that `prepare` wrote into `folder`, in order."""
     return sorted_glob(folder, "*.parquet")

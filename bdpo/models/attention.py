@@ -17,7 +17,7 @@ from bdpo.errors import first_line
 from bdpo.models.architectures import VOCABULARY, one_layer
 from bdpo.models.loading import model_config, plain_attention
 from bdpo.models.logps import LogpsModel, prefix_sharing_obstacle
-from bdpo.models.packing import PrefixGroup
+from bdpo.models.packing import Batch, PrefixGroups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -64,14 +64,14 @@ def why_not_flex(
             LogpsModel(one_layer(shape, kind, of, device), max_length)
             for kind, of in (("sdpa", torch.float32), ("sdpa", dtype), ("flex_attention", dtype))
         )
-        if not flex.shared_rows:
+        if not flex.layout.shared:
             return "is of no use to rows that are not shared"
-        for groups in map(_groups, FIRST_SHAPES):
-            if why := _differs(exact, sdpa, flex, groups):
+        for batch in map(sdpa.layout.pack, map(_groups, FIRST_SHAPES)):
+            if why := _differs(exact, sdpa, flex, batch):
                 return why
         with torch.compiler.set_stance("fail_on_recompile"):
-            for groups in map(_groups, MORE_SHAPES):
-                if why := _differs(exact, sdpa, flex, groups):
+            for batch in map(sdpa.layout.pack, map(_groups, MORE_SHAPES)):
+                if why := _differs(exact, sdpa, flex, batch):
                     return why
     except Exception as error:  # of a compiler, a driver or a library: whatever it is, SDPA works
         return f"fails ({type(error).__name__}: {first_line(error)})"
@@ -88,25 +88,24 @@ def _leave_room_for_compilations() -> None:
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
 
-def _groups(lengths: list[tuple[int, int, int]]) -> list[PrefixGroup]:
-    groups = []
-    for number, (context, *responses) in enumerate(lengths, 1):
-        ids = [[(number * step) % VOCABULARY for step in range(1, n + 1)] for n in (context, *responses)]
-        groups.append(PrefixGroup(ids[0], ids[1:]))
-    return groups
+def _groups(lengths: list[tuple[int, int, int]]) -> PrefixGroups:
+    return PrefixGroups.of(
+        [[(number * step) % VOCABULARY for step in range(1, n + 1)] for n in of_group]
+        for number, of_group in enumerate(lengths, 1)
+    )
 
 
-def _differs(exact: LogpsModel, sdpa: LogpsModel, flex: LogpsModel, groups: list[PrefixGroup]) -> str | None:
+def _differs(exact: LogpsModel, sdpa: LogpsModel, flex: LogpsModel, batch: Batch) -> str | None:
     """Whether log-probs or gradients are further from those in float32 than SDPA's are."""
     # Each mode is a compilation of its own: scoring infers, held-out pairs go through without gradients.
     for mode in (torch.inference_mode, torch.no_grad):
         with mode():
-            scored = [model(groups) for model in (exact, sdpa, flex)]
+            scored = [model(batch) for model in (exact, sdpa, flex)]
         if _worse(*scored):
             return "computes other log-probs than SDPA"
     for model in (exact, sdpa, flex):
         model.zero_grad()
-        model(groups).sum().backward()
+        model(batch).sum().backward()
     if _worse(*map(_gradient, (exact, sdpa, flex))):
         return "computes another gradient than SDPA"
     return None

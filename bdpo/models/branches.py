@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from bdpo.models.packing import Batch, arrange
+from bdpo.models.arrangement import arrange
+from bdpo.models.packing import Batch
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from transformers.cache_utils import DynamicCache
 from bdpo.models.architectures import has_plain_lm_head
 from bdpo.models.branches import Branch, pack_branches, plain_branches
 from bdpo.models.loading import warn_once
-from bdpo.models.packing import Batch, PrefixGroup, pack, pack_plain
-from bdpo.models.tokenizer import EncodedPair
+from bdpo.models.packing import Batch, RowLayout, SharedMask
 from bdpo.models.transformers_private import attention_of_config
 
 if TYPE_CHECKING:
@@ -54,22 +53,17 @@ def mean_states(hidden: torch.Tensor, response_of: torch.Tensor, responses: int)
 
 
 def pair_logps(
-    model: Any, pairs: Sequence[EncodedPair], responses: Sequence[str] = BOTH
+    model: Any, pairs: Batch, responses: Sequence[str] = BOTH
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(chosen, rejected): summed log π(y | c(x)) in nats, float32, both shape (pairs,).
 
-    `model` is a LogpsModel or an engine around one. The response that is not among `responses` is not
-    forwarded: its log-probs are NaN.
+    `model` is a LogpsModel or an engine around one; the batch holds the groups `[c(x) | y_w | y_l]`, or with
+    those of `responses` alone. The log-probs of a response that is not forwarded are NaN.
     """
-    logps = model(pair_groups(pairs, responses)).view(len(pairs), -1)
+    logps = model(pairs).view(-1, len(responses))
     found = dict(zip(responses, logps.unbind(1), strict=True))
-    unknown = logps.new_full((len(pairs),), torch.nan)
+    unknown = logps.new_full((len(logps),), torch.nan)
     return found.get("chosen", unknown), found.get("rejected", unknown)
-
-
-def pair_groups(pairs: Sequence[EncodedPair], responses: Sequence[str] = BOTH) -> list[PrefixGroup]:
-    """`[c(x) | y_w | y_l]` of every pair, or with some of the responses alone."""
-    return [PrefixGroup(pair.prompt, [getattr(pair, side) for side in responses]) for pair in pairs]
 
 
 def prefix_sharing_obstacle(config: PreTrainedConfig, max_length: int) -> str | None:
@@ -108,34 +102,30 @@ class LogpsModel(nn.Module):
         self.one_forward = one_forward
         self.chunked = has_plain_lm_head(model.config)
         why = prefix_sharing_obstacle(model.config, max_length)
-        self.shared_rows = why is None and self.chunked
+        self.layout = RowLayout(model.config.get_text_config().hidden_size, why is None and self.chunked)
         self.tokens_forwarded = 0  # padding included, since the model was made
         if self.chunked:
             model.set_output_embeddings(LogpsHead(model.get_output_embeddings()))
         if why:
             warn_once(f"a row for each response instead of one for both: {why}")
 
-    def forward(
-        self, groups: Sequence[PrefixGroup], means: bool = False
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: Batch, means: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Summed log π(response | context), nats, float32, shape (responses of all groups,).
 
+        `batch` is on the host, packed by `layout`.
         With `means` also the mean state of each response, see `bdpo.method.ches`, (responses, hidden size);
         not a number where the model's hidden states are not known.
         """
-        config, device = self.model.config, self.model.device
-        flex = device if attention_of_config(config) == "flex_attention" else None
-        batch = pack(groups, config.hidden_size, flex) if self.shared_rows else pack_plain(groups)
+        responses = int(batch.responses[-1]) + 1  # on the host, or it would wait for the device
         self.tokens_forwarded += batch.input_ids.numel()
         if self.chunked:
-            batch = batch.to(device)
-            inputs = _inputs(batch)
-            hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)[batch.logit_positions]
+            batch = batch.to(self.model.device)
+            hidden = self.model.base_model(**self._inputs(batch)).last_hidden_state.flatten(0, 1)
+            hidden = hidden[batch.logit_positions]
             token_logps = self.model.get_output_embeddings()(hidden, batch.targets)
         else:
             token_logps = self._by_own_logits(batch)
-            batch = batch.to(device)
-        responses = sum(len(group.responses) for group in groups)
+            batch = batch.to(self.model.device)
         logps = token_logps.new_zeros(responses).index_add(0, batch.responses, token_logps)
         if not means:
             return logps
@@ -145,7 +135,7 @@ class LogpsModel(nn.Module):
 
     def branch_logps(self, context: Sequence[int], branches: Sequence[Branch]) -> torch.Tensor:
         """Summed log-probs of the scored tokens of each branch, nats, float32, shape (branches,)."""
-        shared = self.shared_rows and attention_of_config(self.model.config) == "sdpa"
+        shared = self.layout.shared and attention_of_config(self.model.config) == "sdpa"
         if shared:
             batch = pack_branches(branches, self.model.config.hidden_size)
             context = context[: max(branch.start for branch in branches)]
@@ -156,7 +146,8 @@ class LogpsModel(nn.Module):
         if self.chunked:
             batch = batch.to(self.model.device)
             remembered = self._remembered(context, len(batch.input_ids)) if shared else {}
-            hidden = self.model.base_model(**{**_inputs(batch), **remembered}).last_hidden_state.flatten(0, 1)
+            inputs = {**self._inputs(batch), **remembered}
+            hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)
             logps = self.model.get_output_embeddings()(hidden[batch.logit_positions], batch.targets)
         else:
             logps = self._by_own_logits(batch)
@@ -191,7 +182,8 @@ class LogpsModel(nn.Module):
         a backward follows all logits are kept for it anyway, so all rows are one chunk.
         """
         rows, width = batch.input_ids.shape
-        kept = width
+        kept, mask = width, batch.attention_mask
+        assert isinstance(mask, torch.Tensor), "the rows of these models are plain"  # noqa: S101
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             kept -= int((batch.logit_positions % width).min())
         chunk = max(1, CHUNK_ELEMENTS // (kept * self.model.config.get_text_config().vocab_size))
@@ -202,23 +194,23 @@ class LogpsModel(nn.Module):
             part = replace(
                 batch,
                 input_ids=batch.input_ids[some],
-                attention_mask=batch.attention_mask[some],
+                attention_mask=mask[some],
                 logit_positions=row * kept + column - (width - kept),
                 targets=batch.targets[here],
             ).to(self.model.device)
             few = {"logits_to_keep": kept} if kept < width else {}
-            logits = self.model(**_inputs(part), **few).logits.flatten(0, 1)
+            logits = self.model(**self._inputs(part), **few).logits.flatten(0, 1)
             logps.append(_PickedLogps.apply(logits, part.logit_positions, part.targets))
         return torch.cat(logps)
 
-
-def _inputs(batch: Batch) -> Mapping[str, Any]:
-    inputs = {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "use_cache": False,
-    }
-    return inputs if batch.position_ids is None else inputs | {"position_ids": batch.position_ids}
+    def _inputs(self, batch: Batch) -> Mapping[str, Any]:
+        mask: Any = batch.attention_mask
+        if isinstance(mask, SharedMask):
+            mask = (
+                mask.blocks() if attention_of_config(self.model.config) == "flex_attention" else mask.dense()
+            )
+        inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "use_cache": False}
+        return inputs if batch.position_ids is None else inputs | {"position_ids": batch.position_ids}
 
 
 class LogpsHead(nn.Module):

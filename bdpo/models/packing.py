@@ -2,38 +2,145 @@
 
 A prefix group is a context and the responses that continue it, written as `[c | y_1 | y_2 ...]`: the
 positions of each response restart at |c|, and a mask hides the responses from each other. A batch is a
-grid of rows, each with as many prefix groups as cost the fewest operations. Which pairs make a batch is
-decided from lengths alone; how a model is applied to the batch is in `bdpo.models.logps`.
+grid of rows, see `bdpo.models.arrangement`; how a model is applied to it is in `bdpo.models.logps`.
+
+A token is an element of an array here, never a Python object: a GPU forwards one in 20 to 100 microseconds,
+and whatever the host does for it has to be far less.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
+
+from bdpo.models.arrangement import arrange, grid_cost
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
-MAX_GROUPS_IN_A_ROW = 16
+@dataclass(frozen=True)
+class PrefixGroups:
+    """Contexts and the responses that continue them, as parts of one array of token ids.
+
+    `tokens` is int32 of any length; `starts` and `lengths` are int64, (groups, 1 + responses): where the
+    context and each response of a group begin, and how many tokens they have. No part is empty.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def of(cls, groups: Iterable[Sequence[Sequence[int]]]) -> PrefixGroups:
+        """Groups of token ids in lists, each its context and then as many responses as the others have."""
+        lists = [[np.asarray(part, np.int32) for part in group] for group in groups]
+        lengths = np.array([[len(part) for part in group] for group in lists])
+        return cls.in_a_row(np.concatenate([part for group in lists for part in group]), lengths)
+
+    @classmethod
+    def in_a_row(cls, tokens: np.ndarray, lengths: np.ndarray) -> PrefixGroups:
+        """Groups that stand in `tokens` one after the other, each its context and then its responses."""
+        ends = lengths.cumsum(dtype=np.int64).reshape(lengths.shape)
+        return cls(tokens, ends - lengths, lengths.astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, indices: Sequence[int]) -> PrefixGroups:
+        """Some of the groups; their tokens stay where they are."""
+        return PrefixGroups(self.tokens, self.starts[indices], self.lengths[indices])
+
+    def with_responses(self, numbers: Sequence[int]) -> PrefixGroups:
+        """The groups with some of their responses, which are numbered from 0."""
+        parts = [0, *(1 + number for number in numbers)]
+        return PrefixGroups(self.tokens, self.starts[:, parts], self.lengths[:, parts])
+
+    def tokens_in_order(self) -> np.ndarray:
+        """Contexts and responses of all groups, one after the other, int32."""
+        return self.tokens[_ranges(self.starts, self.lengths)]
+
+    def apart(self) -> PrefixGroups:
+        """Every response in a group of its own, behind its context."""
+
+        def pairwise(parts: np.ndarray) -> np.ndarray:
+            responses = parts[:, 1:]
+            return np.stack([np.repeat(parts[:, 0], responses.shape[1]), responses.reshape(-1)], axis=1)
+
+        return PrefixGroups(self.tokens, pairwise(self.starts), pairwise(self.lengths))
+
+    def behind(self, context: Sequence[int]) -> PrefixGroups:
+        """Every response in a group of its own, behind this context instead of its own."""
+        tokens = np.concatenate([self.tokens, np.asarray(context, np.int32)])
+        apart = self.apart()
+        apart.starts[:, 0], apart.lengths[:, 0] = len(self.tokens), len(context)
+        return PrefixGroups(tokens, apart.starts, apart.lengths)
+
+    def common_context(self) -> np.ndarray:
+        """The context that all groups have in common, int32; empty if they have none."""
+        starts, lengths = self.starts[:, 0], self.lengths[:, 0]
+        first = self.tokens[starts[0] : starts[0] + lengths[0]]
+        same = (lengths == lengths[0]).all() and (
+            self.tokens[_ranges(starts, lengths)].reshape(-1, lengths[0]) == first
+        ).all()
+        return first if same else first[:0]
 
 
 @dataclass(frozen=True)
-class PrefixGroup:
-    """Token ids of a context and of the responses to it, none of which is empty."""
+class SharedMask:
+    """Who sees whom in shared rows: prefix group and response of each token, both int32, (rows, width).
 
-    context: Sequence[int]
-    responses: Sequence[Sequence[int]]
+    `response_of` is 0 in a context. The mask is made of them on the device that computes with it: it has the
+    row's width times their size.
+    """
 
-    def tokens(self, shared: bool) -> int:
-        """What the group costs: the context once, or a row a response, all as long as the longest."""
-        return group_tokens(len(self.context), [len(response) for response in self.responses], shared)
+    group_of: torch.Tensor
+    response_of: torch.Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> SharedMask:
+        """The same on another device."""
+        parts = (part.to(device, non_blocking=non_blocking) for part in (self.group_of, self.response_of))
+        return SharedMask(*parts)
+
+    def pin_memory(self) -> SharedMask:
+        """The same in memory that a GPU reads by itself."""
+        return SharedMask(self.group_of.pin_memory(), self.response_of.pin_memory())
+
+    def dense(self) -> torch.Tensor:
+        """Bool, (rows, 1, width, width), True where a token sees another: for SDPA."""
+        rows, width = (torch.arange(size, device=self.group_of.device) for size in self.group_of.shape)
+        return self._sees()(rows[:, None, None, None], 0, width[:, None], width)
+
+    def blocks(self) -> BlockMask:
+        """The same for FlexAttention, which skips blocks of the grid where nobody sees anybody.
+
+        A BlockMask cannot be moved, for it holds on to the tensors that its `mask_mod` looks into.
+        """
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        rows, width = self.group_of.shape
+        return create_block_mask(self._sees(), rows, None, width, width, device=self.group_of.device)
+
+    def _sees(self) -> Callable[..., torch.Tensor]:
+        """Whether a token sees another: a `mask_mod` of FlexAttention, a function of indices.
+
+        A token sees what stands before it in its own group and is context or its own response. Padding
+        stands last in its row, so that no other token sees it; it sees itself, because a softmax over
+        nothing is not a number.
+        """
+        group_of, response_of = self.group_of, self.response_of
+
+        def sees(row: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
+            same_group = group_of[row, query] == group_of[row, key]
+            same_response = response_of[row, query] == response_of[row, key]
+            return (key <= query) & same_group & (same_response | (response_of[row, key] == 0))
+
+        return sees
 
 
 @dataclass(frozen=True)
@@ -41,43 +148,55 @@ class Batch:
     """One forward pass; `targets` are the tokens of all responses of all groups, one after the other.
 
     `input_ids` (rows, width); `position_ids` the same, None where the model's own are right;
-    `attention_mask` bool, (rows, 1, width, width) True where a token sees another, or (rows, width)
-    True where there is a token; a BlockMask in place of the former for FlexAttention. Shape (response
-    tokens,): `logit_positions`, indices into rows x width of the hidden states that predict the `targets`,
-    and `responses`, which response each belongs to.
+    `attention_mask` a SharedMask, or bool: (rows, 1, width, width) True where a token sees another, or
+    (rows, width) True where there is a token. Shape (response tokens,): `logit_positions`, indices into
+    rows x width of the hidden states that predict the `targets`, and `responses`, which response each
+    belongs to.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor | None
-    attention_mask: torch.Tensor | BlockMask
+    attention_mask: torch.Tensor | SharedMask
     logit_positions: torch.Tensor
     targets: torch.Tensor
     responses: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The same on another device."""
-        tensors = [getattr(self, field.name) for field in fields(self)]
-        moved: list[Any] = [tensor if tensor is None else tensor.to(device) for tensor in tensors]
-        return Batch(*moved)
+        """The same on another device; from pinned memory the host does not wait for it."""
+        return self._each(lambda part: part.to(device, non_blocking=True))
 
+    def pinned(self) -> Batch:
+        """The same in memory that a GPU reads by itself."""
+        return self._each(lambda part: part.pin_memory())
 
-def group_tokens(context: int, responses: Sequence[int], shared: bool) -> int:
-    """Padded tokens of a prefix group of these lengths in shared rows, or in plain rows."""
-    return context + sum(responses) if shared else len(responses) * (context + max(responses))
+    def _each(self, change: Callable[[Any], Any]) -> Batch:
+        parts = [getattr(self, field.name) for field in fields(self)]
+        changed: list[Any] = [None if part is None else change(part) for part in parts]
+        return Batch(*changed)
 
 
 @dataclass(frozen=True)
-class PairLayout:
-    """How a model of this width takes pairs: all responses behind one prompt, or a row for each of them."""
+class RowLayout:
+    """How a model of this width takes prefix groups: whole in shared rows, or a plain row a response."""
 
     hidden_size: int
     shared: bool
     responses: int = 2
     """Of each pair are forwarded."""
 
-    def tokens(self, prompt: int, *responses: int) -> int:
-        """What a pair of these lengths takes of a grid: the unit of the lengths below."""
-        return group_tokens(prompt, responses, self.shared)
+    def tokens(self, lengths: np.ndarray) -> np.ndarray:
+        """What groups of these lengths, (groups, 1 + responses), take of a grid, int64, (groups,).
+
+        The context once, or a row a response, all as long as the longest. The unit of the lengths below.
+        """
+        if self.shared:
+            return lengths.sum(1, dtype=np.int64)
+        responses = lengths[:, 1:]
+        return responses.shape[1] * (lengths[:, 0].astype(np.int64) + responses.max(1))
+
+    def pack(self, groups: PrefixGroups) -> Batch:
+        """The groups as one batch of rows, on the host."""
+        return pack(groups, self.hidden_size) if self.shared else pack_plain(groups)
 
     def grid(self, lengths: Sequence[int]) -> tuple[int, int]:
         """(rows, width) of a batch of pairs of these lengths."""
@@ -100,154 +219,88 @@ class PairLayout:
         return grid_cost(*self.grid(lengths), self.hidden_size)
 
 
-def grid_cost(rows: int, width: int, hidden_size: int) -> float:
-    """Operations of a grid in a transformer of this width, in those of the linear layers for one token.
+def pack(groups: PrefixGroups, hidden_size: int) -> Batch:
+    """Shared rows: several groups a row; a context that all groups have in common is there once a row."""
+    context = groups.common_context()
+    common, lengths = len(context), groups.lengths
+    if common:
+        lengths = np.hstack([np.zeros_like(lengths[:, :1]), lengths[:, 1:]])
+    sizes = lengths.sum(1)
+    row, column = _places(arrange(sizes.tolist(), common, hidden_size), sizes)
+    width = common + int((column + sizes).max())
+    begins = common + column[:, None] + lengths.cumsum(1) - lengths  # the column of each part
+    cells = _ranges(row[:, None] * width + begins, lengths)
 
-    A token costs about 24·hidden_size² operations in the linear layers of a block and 4·hidden_size·width in
-    its attention.
-    """
-    return rows * width * (1 + width / (6 * hidden_size))
+    def grid(of_common: np.ndarray | int, of_cells: np.ndarray, dtype: type) -> torch.Tensor:
+        values = np.zeros((row.max() + 1, width), dtype)  # padding stays 0
+        values[:, :common] = of_common
+        values.reshape(-1)[cells] = of_cells
+        return torch.from_numpy(values)
 
+    def of_responses(values: np.ndarray) -> np.ndarray:
+        """(groups, 1 + responses) -> a value a cell, 0 in a context."""
+        return np.repeat(np.hstack([np.zeros_like(values[:, :1]), values[:, 1:]]), lengths.reshape(-1))
 
-def length_sorted_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Indices grouped into batches of similar length, longest first.
-
-    A batch costs its longest row times its rows and stays within `tokens_per_batch`; a row that is
-    longer than the budget makes a batch of its own. Ties keep their order, so the result is a function
-    of the lengths alone.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    batches: list[list[int]] = []
-    for index in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= tokens_per_batch:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
-def arrange(lengths: Sequence[int], common: int, hidden_size: int) -> list[list[int]]:
-    """Indices in rows, so that a transformer of this width needs the fewest operations.
-
-    Each row has `common` tokens besides. More groups in a row leave less padding and repeat the common
-    tokens less often, but attention costs the square of the row. One group a row is among the candidates,
-    so the grid is never larger than the longest group times the groups.
-    """
-
-    def cost(rows: list[list[int]]) -> float:
-        width = common + max(sum(lengths[index] for index in row) for row in rows)
-        return grid_cost(len(rows), width, hidden_size)
-
-    most = min(len(lengths), MAX_GROUPS_IN_A_ROW)
-    row_counts = sorted({math.ceil(len(lengths) / in_a_row) for in_a_row in range(1, most + 1)})
-    return min((_balanced(lengths, rows) for rows in row_counts), key=cost)
-
-
-def pack(groups: Sequence[PrefixGroup], hidden_size: int, flex: torch.device | None = None) -> Batch:
-    """Shared rows: several groups a row; a context that all groups have in common is there once a row.
-
-    The mask is a BlockMask for FlexAttention on the device `flex`, or without it a tensor. A BlockMask
-    cannot be moved, for it holds on to the tensors that its `mask_mod` looks into.
-    """
-    common = groups[0].context if all(group.context == groups[0].context for group in groups) else []
-    rows = arrange([group.tokens(shared=True) - len(common) for group in groups], len(common), hidden_size)
-    lines: list[torch.Tensor] = []
-    logit_positions: dict[tuple[int, int], list[tuple[int, int]]] = {}  # response -> (row, column)s
-    for row, members in enumerate(rows):
-        cells = [(token, position, 0, 0) for position, token in enumerate(common)]  # see _sees
-        for number in members:
-            group, end = groups[number], len(common)
-            group_id = 0 if common else number
-            if not common:
-                cells += [(token, position, group_id, 0) for position, token in enumerate(group.context)]
-                end = len(cells)
-            for response_number, response in enumerate(group.responses):
-                # The column where a response starts is never 0 and differs from every other response's in
-                # the row, so it serves as the response's number in the mask.
-                start = len(cells)
-                cells += [
-                    (t, position, group_id, start) for position, t in enumerate(response, len(group.context))
-                ]
-                # The first token is predicted at the context's last position, every other one at the
-                # token before it. The responses share that last position: nothing is copied for them.
-                before = [end - 1, *range(start, len(cells) - 1)]
-                logit_positions[number, response_number] = [(row, column) for column in before]
-        lines.append(torch.tensor(cells))
-    columns = (pad_sequence([line[:, i] for line in lines], batch_first=True) for i in range(4))
-    input_ids, position_ids, group_of, response_of = columns
-    cells_in_order = [cell for key in sorted(logit_positions) for cell in logit_positions[key]]
-    mask = _dense(group_of, response_of) if flex is None else _blocks(group_of.to(flex), response_of.to(flex))
-    return _batch(groups, input_ids, position_ids, mask, cells_in_order)
-
-
-def pack_plain(groups: Sequence[PrefixGroup]) -> Batch:
-    """Plain rows: each response behind a context of its own, padded on the right."""
-    rows = [(group.context, response) for group in groups for response in group.responses]
-    ids = [torch.tensor([*context, *response]) for context, response in rows]
-    return _batch(
-        groups,
-        pad_sequence(ids, batch_first=True),
-        None,
-        pad_sequence([torch.ones_like(i, dtype=torch.bool) for i in ids], batch_first=True),
-        [(row, len(c) - 1 + k) for row, (c, response) in enumerate(rows) for k in range(len(response))],
-    )
-
-
-def _sees(group_of: torch.Tensor, response_of: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """Whether a token sees another, from the prefix group and the response that each belongs to.
-
-    Both tensors have the shape (rows, width); `response_of` is 0 in a context. A token sees what stands
-    before it in its own group and is context or its own response. Padding stands last in its row, so that
-    no other token sees it; it sees itself, because a softmax over nothing is not a number. Returned is a
-    `mask_mod` of FlexAttention, a function of indices.
-    """
-
-    def sees(row: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
-        same_group = group_of[row, query] == group_of[row, key]
-        same_response = response_of[row, query] == response_of[row, key]
-        return (key <= query) & same_group & (same_response | (response_of[row, key] == 0))
-
-    return sees
-
-
-def _dense(group_of: torch.Tensor, response_of: torch.Tensor) -> torch.Tensor:
-    """(rows, 1, width, width), for SDPA."""
-    rows, width = map(torch.arange, group_of.shape)
-    return _sees(group_of, response_of)(rows[:, None, None, None], 0, width[:, None], width)
-
-
-def _blocks(group_of: torch.Tensor, response_of: torch.Tensor) -> BlockMask:
-    """The same for FlexAttention, which skips blocks of the grid where nobody sees anybody."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    rows, width = group_of.shape
-    return create_block_mask(_sees(group_of, response_of), rows, None, width, width, device=group_of.device)
-
-
-def _balanced(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """Longest first, each to the row that is shortest so far (Graham's rule)."""
-    heap: list[tuple[int, list[int]]] = [(0, [row]) for row in range(rows)]  # [row, *members]
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        load, row = heap[0]
-        heapq.heapreplace(heap, (load + lengths[index], [*row, index]))
-    return [members for _, (_, *members) in sorted(heap, key=lambda item: item[1][0])]
-
-
-def _batch(
-    groups: Sequence[PrefixGroup],
-    input_ids: torch.Tensor,
-    position_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | BlockMask,
-    logit_positions: Sequence[tuple[int, int]],
-) -> Batch:
-    responses = [response for group in groups for response in group.responses]
-    row, column = torch.tensor(logit_positions).unbind(1)
-    counts = torch.tensor([len(response) for response in responses])
+    positions = of_responses(np.broadcast_to(groups.lengths[:, :1], lengths.shape)) + _ranges(0, lengths)
+    numbers = np.repeat(np.arange(len(groups)) * (not common), sizes)
+    # The column where a response starts is never 0 and differs from every other response's in the row, so
+    # it serves as the response's number in the mask.
+    mask = SharedMask(grid(0, numbers, np.int32), grid(0, of_responses(begins), np.int32))
+    # The first token of a response is predicted at the context's last position, every other one at the
+    # token before it. The responses share that last position: nothing is copied for them.
+    context_ends = np.full_like(column, common) if common else begins[:, 1]
     return Batch(
-        input_ids,
-        position_ids,
-        attention_mask,
-        logit_positions=row * input_ids.shape[1] + column,
-        targets=torch.tensor([token for response in responses for token in response]),
-        responses=torch.repeat_interleave(counts),
+        grid(context, groups.tokens[_ranges(groups.starts, lengths)], np.int64),
+        grid(np.arange(common), positions, np.int64),
+        mask,
+        *_predicted(groups, (row * width)[:, None] + begins[:, 1:], (row * width + context_ends)[:, None]),
     )
+
+
+def pack_plain(groups: PrefixGroups) -> Batch:
+    """Plain rows: each response behind a context of its own, padded on the right."""
+    rows = groups.apart()
+    sizes = rows.lengths.sum(1)
+    begins = np.arange(len(rows)) * sizes.max()
+    cells = _ranges(begins, sizes)
+    input_ids = np.zeros((len(rows), sizes.max()), np.int64)
+    mask = np.zeros(input_ids.shape, bool)
+    input_ids.reshape(-1)[cells] = rows.tokens[_ranges(rows.starts, rows.lengths)]
+    mask.reshape(-1)[cells] = True
+    responses = (begins + rows.lengths[:, 0])[:, None]
+    predicted = _predicted(rows, responses, responses)
+    return Batch(torch.from_numpy(input_ids), None, torch.from_numpy(mask), *predicted)
+
+
+def _predicted(
+    groups: PrefixGroups, begins: np.ndarray, context_ends: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`logit_positions`, `targets` and `responses` of a Batch.
+
+    `begins`, (groups, responses), are the cells of rows x width where the responses begin, `context_ends`,
+    (groups, 1), those behind the last token of their contexts.
+    """
+    lengths = groups.lengths[:, 1:]
+    counts = lengths.reshape(-1)
+    before = _ranges(begins, lengths) - 1
+    before[counts.cumsum() - counts] = np.broadcast_to(context_ends, lengths.shape).reshape(-1) - 1
+    targets = groups.tokens[_ranges(groups.starts[:, 1:], lengths)].astype(np.int64)
+    responses = np.repeat(np.arange(len(counts)), counts)
+    return torch.from_numpy(before), torch.from_numpy(targets), torch.from_numpy(responses)
+
+
+def _places(rows: Sequence[Sequence[int]], sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(row, column behind a common context) where each group begins, int64, (groups,)."""
+    order, members = np.concatenate(rows), np.array([len(row) for row in rows])
+    row, column = np.empty_like(order), np.empty_like(order)
+    row[order] = np.repeat(np.arange(len(rows)), members)
+    before = sizes[order].cumsum() - sizes[order]
+    column[order] = before - np.repeat(before[members.cumsum() - members], members)
+    return row, column
+
+
+def _ranges(starts: np.ndarray | int, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... of each part, as many as it is long, one part after the other."""
+    lengths = lengths.reshape(-1)
+    ends = lengths.cumsum()
+    return np.arange(ends[-1]) + np.repeat(np.reshape(starts, -1) - (ends - lengths), lengths)

@@ -12,12 +12,11 @@ the template's control tokens is tokenised as text: no message can end its turn 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -34,8 +33,7 @@ if TYPE_CHECKING:
 Unconditional = Literal["empty_turn", "bos"]
 
 
-@dataclass(frozen=True)
-class EncodedPair:
+class EncodedPair(NamedTuple):
     """Token ids of one preference pair; the responses carry their end-of-turn token unless cut."""
 
     prompt: list[int]

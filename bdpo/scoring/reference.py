@@ -7,23 +7,25 @@ alpha, beta or training, so all trials share one scoring.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 import torch
 
 from bdpo.config import Config
-from bdpo.data.pairs import encoded_pairs
+from bdpo.data.pairs import prefix_groups
 from bdpo.method.ches import ches
 from bdpo.method.mi import mutual_information
+from bdpo.models.ahead import made_ahead
+from bdpo.models.arrangement import length_sorted_batches
 from bdpo.models.attention import attention_of
 from bdpo.models.loading import load_model, model_folder
-from bdpo.models.logps import LogpsModel, pair_groups
+from bdpo.models.logps import LogpsModel
 from bdpo.models.oom import out_of_memory
-from bdpo.models.packing import PrefixGroup, length_sorted_batches
-from bdpo.models.tokenizer import EncodedPair, load_tokenizer
-from bdpo.scoring.scores import SCORE_SCHEMA
+from bdpo.models.packing import Batch, PrefixGroups
+from bdpo.models.tokenizer import load_tokenizer
+from bdpo.scoring.scores import SCORE_SCHEMA, TOKEN_COLUMNS
 
 
 class ReferenceScorer:
@@ -44,18 +46,16 @@ class ReferenceScorer:
             FloatingPointError: a log-prob is not finite. Another pair of the same batch may be the cause: a
                 masked token contributes 0 times its value, which is not a number if the value is infinite.
         """
-        encoded = encoded_pairs(pairs)
+        groups = prefix_groups(pairs)
         logps, ches_values = reference_logps(
-            self.model, encoded, self.unconditional, self.config.score.tokens_per_batch
+            self.model, groups, self.unconditional, self.config.score.tokens_per_batch
         )
         if not torch.stack(list(logps.values())).isfinite().all():
             raise FloatingPointError(f"a log-prob is not finite with model.dtype={self.config.model.dtype}")
         columns: dict[str, Any] = {
             "pair_id": pairs["pair_id"],
             "group": pairs["group"],
-            "prompt_tokens": torch.tensor([len(pair.prompt) for pair in encoded]),
-            "chosen_tokens": torch.tensor([len(pair.chosen) for pair in encoded]),
-            "rejected_tokens": torch.tensor([len(pair.rejected) for pair in encoded]),
+            **dict(zip(TOKEN_COLUMNS, torch.from_numpy(groups.lengths).unbind(1), strict=True)),
             **logps,
         }
         for side in ("chosen", "rejected"):
@@ -69,48 +69,74 @@ class ReferenceScorer:
 
 @torch.inference_mode()
 def reference_logps(
-    model: LogpsModel, pairs: Sequence[EncodedPair], unconditional: list[int], tokens_per_batch: int
+    model: LogpsModel, pairs: PrefixGroups, unconditional: list[int], tokens_per_batch: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The four sums of log-probs of every pair, by column name, in nats, and CHES, NaN if it is unknown.
 
     All are float32 on the CPU, shape (pairs,). When memory runs out, the remaining batches are planned again
     with half the tokens.
     """
-    ches_values = torch.empty(len(pairs))
-
-    def in_batches(groups: Sequence[PrefixGroup], means: bool = False) -> torch.Tensor:
-        logps = torch.empty(len(groups), len(groups[0].responses))
-        lengths = [group.tokens(model.shared_rows) for group in groups]
-        batches = length_sorted_batches(lengths, tokens_per_batch)
-        while batches:
-            scored = _forward_within_memory(model, [groups[i] for i in batches[0]], means)
-            if scored is None:
-                batches = _replanned_with_half_the_tokens(batches, lengths)
-            else:
-                batch, *batches = batches
-                if means:
-                    scored, states = scored
-                    ches_values[batch] = ches(*states.unflatten(0, (-1, 2)).unbind(1)).cpu()
-                logps[batch] = scored.view(len(batch), -1).cpu()
-        return logps.view(-1, 2)
-
-    ref = in_batches(pair_groups(pairs), means=True)
-    responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
-    uncond = in_batches([PrefixGroup(unconditional, [response]) for response in responses])
+    order: list[int] = []
+    ref, alike, uncond = [], [], []
+    for batch, (logps, states) in _forwarded(model, pairs, tokens_per_batch, means=True):
+        order += batch
+        ref.append(logps.view(-1, 2))
+        alike.append(ches(*states.unflatten(0, (-1, 2)).unbind(1)))
+    ref_chosen, ref_rejected = _in_place(order, ref).unbind(1)
+    ches_values, order = _in_place(order, alike), []
+    for batch, logps in _forwarded(model, pairs.behind(unconditional), tokens_per_batch):
+        order += batch
+        uncond.append(logps)
+    uncond_chosen, uncond_rejected = _in_place(order, uncond).view(-1, 2).unbind(1)
     return {
-        "ref_chosen_logps": ref[:, 0],
-        "ref_rejected_logps": ref[:, 1],
-        "uncond_chosen_logps": uncond[:, 0],
-        "uncond_rejected_logps": uncond[:, 1],
+        "ref_chosen_logps": ref_chosen,
+        "ref_rejected_logps": ref_rejected,
+        "uncond_chosen_logps": uncond_chosen,
+        "uncond_rejected_logps": uncond_rejected,
     }, ches_values
 
 
-def _forward_within_memory(model: LogpsModel, groups: Sequence[PrefixGroup], means: bool) -> Any:
-    """The model's outputs; None if memory does not suffice for several groups, an exception for one."""
+def _forwarded(
+    model: LogpsModel, groups: PrefixGroups, tokens_per_batch: int, means: bool = False
+) -> Iterator[tuple[list[int], Any]]:
+    """Indices and outputs of the groups of each batch; a thread packs the next one meanwhile."""
+    lengths = model.layout.tokens(groups.lengths).tolist()
+    batches = length_sorted_batches(lengths, tokens_per_batch)
+    while batches:
+        packed = made_ahead(lambda batch: _packed(model, groups[batch]), batches)
+        for number, (batch, rows) in enumerate(zip(batches, packed, strict=True)):
+            outputs = _forward_within_memory(model, rows, means, alone=len(batch) == 1)
+            if outputs is None:
+                batches = _replanned_with_half_the_tokens(batches[number:], lengths)
+                break
+            yield batch, outputs
+        else:
+            return
+
+
+def _in_place(order: list[int], parts: list[torch.Tensor]) -> torch.Tensor:
+    """Values of all batches on the host: each at its index, which `order` holds.
+
+    They are copied at once, for each copy waits until the device has done all that it was given.
+    """
+    values = torch.cat(parts).cpu()
+    placed = torch.empty_like(values)
+    placed[order] = values
+    return placed
+
+
+def _packed(model: LogpsModel, groups: PrefixGroups) -> Batch:
+    """The rows of a batch, in pinned memory where the model is on a GPU."""
+    batch = model.layout.pack(groups)
+    return batch.pinned() if model.model.device.type == "cuda" else batch
+
+
+def _forward_within_memory(model: LogpsModel, batch: Batch, means: bool, alone: bool) -> Any:
+    """The model's outputs; None if memory does not suffice, an exception if the group is `alone`."""
     try:
-        return model(groups, means=means)
+        return model(batch, means=means)
     except (RuntimeError, MemoryError) as error:
-        if len(groups) == 1 or not out_of_memory(error):
+        if alone or not out_of_memory(error):
             raise
     # Outside the handler: the exception keeps the frames alive, and the frames keep the tensors.
     if torch.cuda.is_available():

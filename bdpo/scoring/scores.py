@@ -35,6 +35,8 @@ SCORE_SCHEMA = pa.schema(
     ]
 )
 
+TOKEN_COLUMNS = ["prompt_tokens", "chosen_tokens", "rejected_tokens"]
+
 # More unscorable pairs than these mean an unfit model or machine, not single bad rows: scoring stops.
 MAX_UNSCORABLE = 16
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bdpo.config import Config
-from bdpo.data.pairs import ID_COLUMNS, LABELS, count_pairs, read_pairs
+from bdpo.data.pairs import ID_COLUMNS, LABELS, all_pairs, count_pairs
 from bdpo.errors import UserError
 from bdpo.scoring.scores import SCORE_SCHEMA, read_scores
 from bdpo.storage.manifests import read_facts
@@ -134,7 +134,7 @@ def pairs_account(config: Config, run: RunDir, rows: pa.Table) -> dict[str, int]
 
 def count_tokens(run: RunDir) -> pa.Table:
     """Rows of SCORE_SCHEMA without scores: what is known of the pairs without a model."""
-    pairs = read_pairs(run.pairs, 0, count_pairs(run.pairs), ["pair_id", "group", *ID_COLUMNS])
+    pairs = all_pairs(run.pairs, ["pair_id", "group", *ID_COLUMNS])
     lengths = {name.replace("_ids", "_tokens"): pc.list_value_length(pairs[name]) for name in ID_COLUMNS}
     known = {"pair_id": pairs["pair_id"], "group": pairs["group"], **lengths}
     unknown = {name: pa.nulls(pairs.num_rows) for name in SCORE_SCHEMA.names if name not in known}
@@ -142,4 +142,4 @@ def count_tokens(run: RunDir) -> pa.Table:
 
 
 def _labels(run: RunDir) -> pa.Table:
-    return read_pairs(run.pairs, 0, count_pairs(run.pairs), LABELS)
+    return all_pairs(run.pairs, LABELS)

@@ -22,7 +22,7 @@ from bdpo.config import TrainConfig
 from bdpo.errors import UserError
 
 if TYPE_CHECKING:
-    from bdpo.models.packing import PairLayout
+    from bdpo.models.packing import RowLayout
 
 CLOSE_TO_MEAN = 1.01
 """Costliest micro-batch / mean: once it is so close, more exchanges are not worth their time."""
@@ -54,7 +54,7 @@ def plan_without_lengths(pairs: int, train: TrainConfig, seed: int) -> TrainingP
 
 
 def deal_micro_batches(
-    pairs: Sequence[int], lengths: Sequence[int], budget: int, workers: int, layout: PairLayout
+    pairs: Sequence[int], lengths: Sequence[int], budget: int, workers: int, layout: RowLayout
 ) -> list[list[list[int]]]:
     """[worker][micro-step] -> some of `pairs`, the same number of micro-steps for every worker.
 
@@ -82,7 +82,7 @@ def deal_micro_batches(
 
 
 def _balanced_parts(
-    lengths: Sequence[int], costs: Sequence[int], budget: int, workers: int, layout: PairLayout
+    lengths: Sequence[int], costs: Sequence[int], budget: int, workers: int, layout: RowLayout
 ) -> list[list[int]]:
     """Indices in parts of about equal cost that fit the budget; as many for every worker.
 
@@ -198,7 +198,7 @@ class TrainingPlan:
         start = position * self.train.global_batch_size
         return _permutation(len(self.lengths), self.seed, epoch)[start : start + self.train.global_batch_size]
 
-    def micro_batches(self, step: int, workers: int, layout: PairLayout) -> list[list[list[int]]]:
+    def micro_batches(self, step: int, workers: int, layout: RowLayout) -> list[list[list[int]]]:
         """[worker][micro-step] -> indices of the pairs of a step, see `deal_micro_batches`."""
         pairs = self.global_batch(step)
         lengths = [self.lengths[i] for i in pairs]

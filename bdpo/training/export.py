@@ -65,7 +65,7 @@ def _probe(model: Any, data: TrainingPairs, indices: list[int]) -> torch.Tensor:
     training = model.training
     model.eval()
     with torch.no_grad():
-        logps = data.logps(model, indices)
+        logps = data.packed(indices).logps(model)
     model.train(training)
     scaled = [
         getattr(logps, f"policy_{side}") / getattr(logps, f"{side}_tokens").sqrt()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from bdpo.config import Config, TrainConfig
 from bdpo.errors import UserError
 from bdpo.method.base import LossOutput, PairLogps
+from bdpo.models.ahead import made_ahead
 from bdpo.models.logps import ROUNDING
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
@@ -37,7 +39,7 @@ from bdpo.training.checkpoints import (
 )
 from bdpo.training.engine import build_engine
 from bdpo.training.export import export_model
-from bdpo.training.pairs import TrainingPairs
+from bdpo.training.pairs import PackedPairs, Step, TrainingPairs
 from bdpo.training.rungs import Rungs
 
 
@@ -90,7 +92,7 @@ def train(
     engine = build_engine(config, plan.total_steps, plan.warmup_steps)
     staging, log = Staging(run), MetricsLog(run.metrics)
     progress = _resume(engine, run, log, launcher.reported)
-    while progress.step < plan.total_steps:
+    for work in made_ahead(partial(pairs.step, plan), range(progress.step, plan.total_steps)):
         at = progress.step
         if rungs and at in rungs.steps:
             launcher.begins(Phase.EXPORT)
@@ -100,8 +102,8 @@ def train(
                 return
         launcher.begins(Phase.STEP)
         started = time.perf_counter()
-        metrics = train_step(engine, pairs, plan, progress.step)
-        tokens = pairs.tokens(plan.global_batch(progress.step))
+        metrics = train_step(engine, pairs, work)
+        tokens = pairs.tokens(work.pairs)
         step = progress.step + 1
         progress = TrainProgress(step, step / plan.steps_per_epoch, progress.num_tokens + tokens)
         metrics |= asdict(progress) | {"tokens_per_second": tokens / (time.perf_counter() - started)}
@@ -122,44 +124,43 @@ def train(
     export_model(engine, pairs, run)
 
 
-def train_step(engine: Any, data: TrainingPairs, plan: TrainingPlan, step: int) -> Metrics:
-    """One optimizer step on the global batch of `step`; returns its metrics, the same on every worker."""
+def train_step(engine: Any, data: TrainingPairs, step: Step) -> Metrics:
+    """One optimizer step on a global batch; returns its metrics, the same on every worker."""
     rank, workers = dist.get_rank(), dist.get_world_size()
     # LoRA may have dropout. Seeded by the step, a resumed training draws the same as an undisturbed one.
-    torch.manual_seed(int(np.random.default_rng([plan.seed, step, rank]).integers(2**63)))
-    micro_batches = plan.micro_batches(step, workers, data.layout)[rank]
-    pairs_of_step = plan.global_batch(step)
+    torch.manual_seed(int(np.random.default_rng([data.config.seed, step.number, rank]).integers(2**63)))
     learning_rate = engine.get_lr()[0]
     sums: dict[str, torch.Tensor] = {}
-    for number, indices in enumerate(micro_batches, start=1):
-        pairs, output = _loss(engine, data, indices or pairs_of_step[:1])
-        # The loss is a mean over the global batch, while the engine averages gradients over the workers. A
-        # worker without pairs in this micro-step forwards one anyway, with weight 0: every worker has to take
-        # part in the collectives of ZeRO 3.
-        scale = workers / len(pairs_of_step) if indices else 0.0
-        if number == 1 and step == 0:
+    for number, packed in enumerate(step.micro_batches, start=1):
+        pairs, output = _loss(engine, data, packed)
+        # The loss is a mean over the global batch, while the engine averages gradients over the workers.
+        scale = workers / len(step.pairs) if packed.counts else 0.0
+        if number == 1 and step.number == 0:
             _require_reference(pairs, data.config)
-        engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+        engine.set_gradient_accumulation_boundary(number == len(step.micro_batches))
         engine.backward(output.loss.sum() * scale)
         engine.step()
-        _accumulate(sums, output, bool(indices))
+        _accumulate(sums, output, packed.counts)
     grad_norm = float(engine.get_global_grad_norm())
     # DeepSpeed would skip the update on every worker and continue with the next step, without an error.
     if not (engine.was_step_applied() and math.isfinite(grad_norm)):
-        raise FloatingPointError(f"the gradient of step {step} is not finite: {data.names(pairs_of_step)}")
-    return {**_means(sums, len(pairs_of_step)), "grad_norm": grad_norm, "learning_rate": learning_rate}
+        raise FloatingPointError(
+            f"the gradient of step {step.number} is not finite: {data.names(step.pairs)}"
+        )
+    return {**_means(sums, len(step.pairs)), "grad_norm": grad_norm, "learning_rate": learning_rate}
 
 
 @torch.no_grad()
 def evaluate(engine: Any, data: TrainingPairs) -> Metrics:
     """Metrics of held-out pairs, prefixed with `eval_`, the same on every worker."""
-    rank, workers, rows = dist.get_rank(), dist.get_world_size(), list(range(data.table.num_rows))
+    rank, workers, rows = dist.get_rank(), dist.get_world_size(), list(range(len(data)))
     sums: dict[str, torch.Tensor] = {}
     engine.eval()
     budget = data.config.train.tokens_per_micro_batch
-    for indices in deal_micro_batches(rows, data.lengths, budget, workers, data.layout)[rank]:
-        _, output = _loss(engine, data, indices or rows[:1])
-        _accumulate(sums, output, bool(indices))
+    dealt = deal_micro_batches(rows, data.lengths, budget, workers, data.layout)[rank]
+    for packed in data.packed_ahead(dealt, instead=rows[:1]):
+        _, output = _loss(engine, data, packed)
+        _accumulate(sums, output, packed.counts)
     engine.train()
     metrics = {f"eval_{name}": mean for name, mean in _means(sums, len(rows)).items()}
     best = data.config.train.best_metric
@@ -196,12 +197,12 @@ def _resume(
     return progress
 
 
-def _loss(engine: Any, data: TrainingPairs, indices: Sequence[int]) -> tuple[PairLogps, LossOutput]:
-    pairs = data.logps(engine, indices)
+def _loss(engine: Any, data: TrainingPairs, packed: PackedPairs) -> tuple[PairLogps, LossOutput]:
+    pairs = packed.logps(engine)
     output = data.config.method.loss(pairs)
     finite = torch.isfinite(output.loss)
     if not finite.all():
-        bad = data.names(torch.tensor(indices)[~finite.cpu()].tolist())
+        bad = data.names(torch.tensor(packed.indices)[~finite.cpu()].tolist())
         raise FloatingPointError(f"the loss is not finite: {bad}")
     return pairs, output
 

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -21,7 +22,7 @@ from bdpo.errors import UserError, first_line
 from bdpo.models.adapters import add_lora
 from bdpo.models.loading import model_config, plain_attention
 from bdpo.models.logps import CHUNK_ELEMENTS, LogpsModel, prefix_sharing_obstacle
-from bdpo.models.packing import PrefixGroup
+from bdpo.models.packing import PrefixGroups, RowLayout
 from bdpo.models.transformers_private import attention_of_config, set_attention
 from bdpo.storage.paths import local_path
 from bdpo.training.deepspeed_internals import MAX_LIVE_PARAMETERS, REDUCE_BUCKET
@@ -188,9 +189,7 @@ def activation_bytes(config: Config, shape: PreTrainedConfig) -> int:
     layers = shape.num_hidden_layers
     if not config.train.gradient_checkpointing:
         return rest + layers * layer
-    tokens = sum(
-        group.tokens(prefix_sharing_obstacle(shape, config.data.max_length) is None) for group in groups
-    )
+    tokens = int(_layout(config, shape).tokens(groups.lengths).sum())
     kept = tokens * shape.hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
     return rest + layer + layers * kept
 
@@ -244,20 +243,25 @@ def _meta_model(config: Config, shape: PreTrainedConfig, layers: int) -> Any:
     return model.eval()  # training disables dropout
 
 
-def _longest_pairs(config: Config, shape: PreTrainedConfig) -> list[PrefixGroup]:
+def _layout(config: Config, shape: PreTrainedConfig) -> RowLayout:
+    return RowLayout(shape.hidden_size, prefix_sharing_obstacle(shape, config.data.max_length) is None)
+
+
+def _longest_pairs(config: Config, shape: PreTrainedConfig) -> PrefixGroups:
     """Pairs of the greatest length that fill a micro-batch, or a single pair that exceeds it."""
     data, budget = config.data, config.train.tokens_per_micro_batch
     prompt, response = data.max_prompt_length, data.max_length - data.max_prompt_length
     responses = len(config.method.responses)
-    full_pair = PrefixGroup(range(prompt), [range(response)] * responses)
-    longest = full_pair.tokens(prefix_sharing_obstacle(shape, data.max_length) is None)
+    longest = int(_layout(config, shape).tokens(np.array([[prompt] + [response] * responses]))[0])
     pairs = math.ceil(budget / longest)
     part = min(1.0, budget / pairs / longest) if pairs > 1 else 1.0
     lengths = max(1, int(prompt * part)), max(1, int(response * part))
-    return [PrefixGroup([number + 1] * lengths[0], [[1] * lengths[1]] * responses) for number in range(pairs)]
+    return PrefixGroups.of(
+        [[number + 1] * lengths[0], *([1] * lengths[1] for _ in range(responses))] for number in range(pairs)
+    )
 
 
-def _saved(model: Any, config: Config, groups: list[PrefixGroup]) -> int:
+def _saved(model: Any, config: Config, groups: PrefixGroups) -> int:
     """Bytes of the tensors that autograd keeps of a forward: each storage once, parameters not counted."""
     policy = LogpsModel(model, config.data.max_length)
     known = {p.untyped_storage()._cdata for p in policy.parameters()}
@@ -268,7 +272,7 @@ def _saved(model: Any, config: Config, groups: list[PrefixGroup]) -> int:
         return tensor
 
     with _FlashAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        policy(groups)
+        policy(policy.layout.pack(groups))
     return sum(storage.nbytes() for key, storage in storages.items() if key not in known)
 
 

@@ -2,36 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import torch.distributed as dist
 
 from bdpo.config import Config
-from bdpo.data.pairs import ID_COLUMNS, LABELS, count_pairs, encoded_pairs, read_pairs
+from bdpo.data.pairs import LABELS, all_pairs
+from bdpo.data.tokens import mapped_groups
 from bdpo.method.base import PairLogps
+from bdpo.models.ahead import made_ahead
 from bdpo.models.loading import model_config
-from bdpo.models.logps import pair_logps, prefix_sharing_obstacle
-from bdpo.models.packing import PairLayout
+from bdpo.models.logps import BOTH, pair_logps, prefix_sharing_obstacle
+from bdpo.models.packing import Batch, PrefixGroups, RowLayout
 from bdpo.models.tokenizer import ChatTokenizer, load_tokenizer
 from bdpo.storage.run_dir import RunDir
-from bdpo.training.batches import draw_held_out
+from bdpo.training.batches import TrainingPlan, draw_held_out
+
+SCORES = ("ref_chosen_logps", "ref_rejected_logps", "chosen_tokens", "rejected_tokens")
+
+
+@dataclass(frozen=True)
+class PackedPairs:
+    """A micro-batch on the host: which pairs, their rows, and what is known of them before the forward.
+
+    `known` is float32, (pairs, 8): the fields of PairLogps from `reference_chosen` on. A worker without pairs
+    in a micro-step forwards one anyway, which does not count (`counts` is False): every worker has to take
+    part in the collectives of ZeRO 3.
+    """
+
+    indices: list[int]
+    batch: Batch
+    responses: Sequence[str]
+    known: torch.Tensor
+    counts: bool
+
+    def logps(self, model: Any) -> PairLogps:
+        """Forward the policy; returns its log-probs together with those of the reference."""
+        policy_chosen, policy_rejected = pair_logps(model, self.batch, self.responses)
+        known = self.known.to(policy_chosen.device, non_blocking=True).unbind(1)
+        unsafe = [label.bool() for label in known[-2:]]
+        return PairLogps(*(policy_chosen, policy_rejected, *known[:-2], *unsafe))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one worker forwards in an optimizer step: the `pairs` are those of all workers."""
+
+    number: int
+    pairs: list[int]
+    micro_batches: list[PackedPairs]
 
 
 @dataclass(frozen=True)
 class TrainingPairs:
-    """Pairs and their scores, row by row; tensors have shape (pairs,), and unknown values are NaN."""
+    """Pairs and what is known of them, row by row: no text, and token ids in a file that is mapped.
+
+    `known` is float32, (pairs, 8), as in PackedPairs; unknown values are NaN.
+    """
 
     config: Config
     chat: ChatTokenizer
-    table: pa.Table
-    scores: pa.Table
-    weight_chosen: torch.Tensor
-    weight_rejected: torch.Tensor
-    layout: PairLayout
+    layout: RowLayout
+    ids: pa.ChunkedArray
+    groups: PrefixGroups
+    known: torch.Tensor
 
     @classmethod
     def load(cls, config: Config, run: RunDir, scores: pa.Table) -> TrainingPairs:
@@ -39,82 +79,68 @@ class TrainingPairs:
 
         Raises:
             RuntimeError: a score belongs to no prepared pair.
+            UserError: see `mapped_groups`.
         """
-        columns = ["pair_id", *LABELS, *ID_COLUMNS]  # no text: the ids are all that the model sees
-        table = read_pairs(run.pairs, 0, count_pairs(run.pairs), columns)
+        table = all_pairs(run.pairs, ["pair_id", *LABELS])
         rows = pc.index_in(scores["pair_id"], table["pair_id"].combine_chunks())
         if rows.null_count:
             raise RuntimeError(f"{run.scores}: not the scores of the pairs in {run.pairs}")
-        table = table.take(rows)
-        weights = config.method.weights(_column(scores, "mi_chosen"), _column(scores, "mi_rejected"))
+        weights = config.method.weights(_column(scores["mi_chosen"]), _column(scores["mi_rejected"]))
+        unsafe = (pc.equal(table[label], False).fill_null(False).take(rows) for label in LABELS)
+        columns = [*(_column(scores[name]) for name in SCORES), *weights, *map(_column, unsafe)]
         shape = model_config(config.model)
         plain = prefix_sharing_obstacle(shape, config.data.max_length)
-        width, responses = shape.get_text_config().hidden_size, len(config.method.responses)
-        layout = PairLayout(width, plain is None, responses)
-        return cls(config, load_tokenizer(config.model), table, scores, *weights, layout)
+        width, responses = shape.get_text_config().hidden_size, config.method.responses
+        layout = RowLayout(width, plain is None, len(responses))
+        groups = mapped_groups(run)[rows.to_numpy()]
+        groups = groups.with_responses([BOTH.index(side) for side in responses])
+        known = torch.stack(columns, dim=1)
+        return cls(config, load_tokenizer(config.model), layout, scores["pair_id"], groups, known)
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each pair with padding, in the layout of rows that the model takes."""
-        parts = (self.scores[f"{part}_tokens"].to_pylist() for part in self._forwarded)
-        return [self.layout.tokens(*pair) for pair in zip(*parts, strict=True)]
+        lengths: list[int] = self.layout.tokens(self.groups.lengths).tolist()
+        return lengths
 
     def tokens(self, indices: Sequence[int]) -> int:
         """Real tokens that are forwarded of some pairs, the prompt counted once."""
-        rows = self.scores.take(indices)
-        return sum(sum(rows[f"{part}_tokens"].to_pylist()) for part in self._forwarded)
-
-    @property
-    def _forwarded(self) -> tuple[str, ...]:
-        return "prompt", *self.config.method.responses
+        return int(self.groups.lengths[indices].sum())
 
     def names(self, indices: Sequence[int]) -> str:
         """Ids of some pairs, for a message."""
-        return "pairs " + ", ".join(self.table["pair_id"].take(indices).to_pylist())
+        return "pairs " + ", ".join(self.ids.take(indices).to_pylist())
 
     def split(self) -> tuple[TrainingPairs, TrainingPairs | None]:
         """(pairs to train on, held-out pairs or None)."""
-        ids: list[str] = self.table["pair_id"].to_pylist()
+        ids: list[str] = self.ids.to_pylist()
         out = draw_held_out(ids, self.config.train.eval_fraction, self.config.seed)
         return (self._take(sorted(set(range(len(ids))) - set(out))), self._take(out)) if out else (self, None)
 
     def _take(self, rows: list[int]) -> TrainingPairs:
-        return replace(
-            self,
-            table=self.table.take(rows),
-            scores=self.scores.take(rows),
-            weight_chosen=self.weight_chosen[rows],
-            weight_rejected=self.weight_rejected[rows],
-        )
+        return replace(self, ids=self.ids.take(rows), groups=self.groups[rows], known=self.known[rows])
 
-    def logps(self, model: Any, indices: Sequence[int]) -> PairLogps:
-        """Forward the policy over some pairs; returns its log-probs together with those of the reference."""
-        pairs = self.table.take(indices)
-        responses = self.config.method.responses
-        policy_chosen, policy_rejected = pair_logps(model, encoded_pairs(pairs), responses)
-        scores, device = self.scores.take(indices), policy_chosen.device
-        unsafe = {
-            side: torch.tensor([safe is False for safe in pairs[f"{side}_safe"].to_pylist()])
-            for side in ("chosen", "rejected")
-        }
-        return PairLogps(
-            policy_chosen,
-            policy_rejected,
-            *(
-                values.to(device)
-                for values in (
-                    _column(scores, "ref_chosen_logps"),
-                    _column(scores, "ref_rejected_logps"),
-                    _column(scores, "chosen_tokens"),
-                    _column(scores, "rejected_tokens"),
-                    self.weight_chosen[indices],
-                    self.weight_rejected[indices],
-                    unsafe["chosen"],
-                    unsafe["rejected"],
-                )
-            ),
-        )
+    def packed(self, indices: list[int], counts: bool = True) -> PackedPairs:
+        """Some pairs as a micro-batch, in pinned memory where there is a GPU."""
+        batch, responses = self.layout.pack(self.groups[indices]), self.config.method.responses
+        packed = PackedPairs(indices, batch, responses, self.known[indices], counts)
+        if torch.cuda.is_available():
+            return replace(packed, batch=packed.batch.pinned(), known=packed.known.pin_memory())
+        return packed
+
+    def packed_ahead(self, batches: Sequence[list[int]], instead: list[int]) -> Iterator[PackedPairs]:
+        """The batches, packed by a thread; the pairs `instead` in the place of an empty one."""
+        return made_ahead(lambda batch: self.packed(batch or instead, bool(batch)), batches)
+
+    def step(self, plan: TrainingPlan, number: int) -> Step:
+        """A step of the plan for this worker of the process group."""
+        pairs = plan.global_batch(number)
+        dealt = plan.micro_batches(number, dist.get_world_size(), self.layout)[dist.get_rank()]
+        return Step(number, pairs, [self.packed(batch or pairs[:1], bool(batch)) for batch in dealt])
 
 
-def _column(table: pa.Table, name: str) -> torch.Tensor:
-    return torch.from_numpy(table[name].to_numpy().copy()).float()
+def _column(values: pa.ChunkedArray) -> torch.Tensor:
+    return torch.from_numpy(values.to_numpy().astype(np.float32))

@@ -13,7 +13,7 @@ import copy
 import gc
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 from bdpo.config import Config
-from bdpo.data.pairs import encoded_pairs, read_pairs
+from bdpo.data.pairs import prefix_groups, read_pairs
 from bdpo.models.loading import load_model
-from bdpo.models.logps import LogpsModel, pair_groups, pair_logps
-from bdpo.models.packing import PrefixGroup
+from bdpo.models.logps import LogpsModel, pair_logps
+from bdpo.models.packing import PrefixGroups, RowLayout
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.checkpoints import Staging, TrainProgress, load_first_intact, save_checkpoint
 from bdpo.training.engine import build_engine, export
@@ -61,11 +61,11 @@ def measure(case: str, setup: Setup) -> Iterator[Row]:
 
 def rows_alike(setup: Setup, dtype: torch.dtype, attention: str) -> Iterator[Row]:
     """Shared rows against plain ones: log-probs and gradients. On the CPU FlexAttention is SDPA."""
-    groups = pair_groups(setup.pairs(4 if setup.smoke else 24))
+    groups = PrefixGroups.of(setup.pairs(4 if setup.smoke else 24))
     shape = setup.shape("7b", layers=2 if setup.smoke else LAYERS)
     shape.initializer_range = 2 / math.sqrt(shape.hidden_size)  # so that tokens choose whom they look at
     plain = LogpsModel(random_model(shape, dtype, setup.device), MAX_LENGTH)
-    plain.shared_rows = False
+    plain.layout = RowLayout(shape.hidden_size, shared=False)
     exact = Answers.of(copy.deepcopy(plain).float(), groups)
     kernel = "sdpa" if setup.smoke else attention
     shared = LogpsModel(random_model(shape, dtype, setup.device, kernel), MAX_LENGTH)
@@ -86,11 +86,11 @@ class Answers:
     gradient: list[torch.Tensor]
 
     @classmethod
-    def of(cls, model: LogpsModel, groups: Sequence[PrefixGroup]) -> Answers:
+    def of(cls, model: LogpsModel, groups: PrefixGroups) -> Answers:
         """The log-probs of a model for the groups."""
-        logps = model(groups)
+        logps = model(model.layout.pack(groups))
         logps.sum().backward()
-        tokens = logps.new_tensor([len(response) for group in groups for response in group.responses])
+        tokens = logps.new_tensor(groups.lengths[:, 1:].reshape(-1))
         return cls(logps.detach() / tokens, [p.grad for p in model.parameters() if p.grad is not None])
 
     def distance(self, exact: Answers) -> tuple[float, float]:
@@ -146,7 +146,7 @@ def trained(
                 shutil.move(folder, keep)
 
             save_checkpoint(engine, TrainProgress(step), {}, Staging(RunDir(config.run_dir)), report)
-        losses.append(train_step(engine, data, plan, step)["loss"])
+        losses.append(train_step(engine, data, data.step(plan, step))["loss"])
     return engine, losses
 
 
@@ -175,10 +175,10 @@ def export_off(engine: Any, data: TrainingPairs, folder: Path) -> float:
     loaded = LogpsModel(load_model(folder, data.config.model, attention), data.config.data.max_length)
     loaded = loaded.to(engine.device).eval()
     table = read_pairs(RunDir(data.config.run_dir).pairs, 0, PAIRS_A_STEP)
-    pairs = encoded_pairs(table)
+    pairs = prefix_groups(table)
     engine.eval()
-    ours, theirs = (torch.stack(pair_logps(model, pairs), 1) for model in (engine, loaded))
-    tokens = ours.new_tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
+    ours, theirs = (torch.stack(pair_logps(model, data.layout.pack(pairs)), 1) for model in (engine, loaded))
+    tokens = ours.new_tensor(pairs.lengths[:, 1:])
     return float(((ours - theirs) / tokens).abs().max())
 
 

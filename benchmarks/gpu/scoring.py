@@ -17,6 +17,7 @@ import torch
 from bdpo.config import ModelConfig
 from bdpo.models.attention import why_not_flex
 from bdpo.models.logps import LogpsModel
+from bdpo.models.packing import PrefixGroups, RowLayout
 from bdpo.models.tokenizer import EncodedPair
 from bdpo.scoring.reference import reference_logps
 from benchmarks.common import EMPTY_TURN, MAX_LENGTH
@@ -62,17 +63,17 @@ def paths(case: str, setup: Setup) -> Iterator[Row]:
     why = why_not_flex(shape, dtype, setup.device, MAX_LENGTH) if flex else None
     attention = "flex_attention" if flex else "sdpa"
     model = LogpsModel(random_model(shape, dtype, setup.device, attention), MAX_LENGTH).eval()
-    model.shared_rows = case != PLAIN
-    pairs = setup.pairs(16 if setup.smoke else 512)
+    model.layout = RowLayout(shape.hidden_size, shared=case != PLAIN)
+    pairs = PrefixGroups.of(setup.pairs(16 if setup.smoke else 512))
     for budget in BUDGETS[case]:
         timed = timed_passes(setup, model, pairs, budget)
         yield {"tokens_per_batch": budget, "attention": attention, "auto_refuses_flex": why, **timed}
     profiled(setup, f"scoring-{case}", lambda: reference_logps(model, pairs, EMPTY, BUDGETS[case][-1]))
 
 
-def timed_passes(setup: Setup, model: LogpsModel, pairs: list[EncodedPair], budget: int) -> Row:
+def timed_passes(setup: Setup, model: LogpsModel, pairs: PrefixGroups, budget: int) -> Row:
     """A pass over some pairs to warm up, `PASSES` over all; `halved` is how many batches did not fit."""
-    reference_logps(model, pairs[: len(pairs) // 8], EMPTY, budget)
+    reference_logps(model, pairs[range(len(pairs) // 8)], EMPTY, budget)
     if not setup.smoke:
         torch.cuda.reset_peak_memory_stats()
     begun, ended = [], []
@@ -92,7 +93,7 @@ def timed_passes(setup: Setup, model: LogpsModel, pairs: list[EncodedPair], budg
     return speed | peak_memory(setup.device) | {"padded": padded, "halved": len(begun) - len(ended)}
 
 
-def speed_of(setup: Setup, pairs: list[EncodedPair], seconds: list[float]) -> Row:
+def speed_of(setup: Setup, pairs: PrefixGroups, seconds: list[float]) -> Row:
     """Real tokens per second and MFU of the best of some passes."""
     tokens, best, weights = real_tokens(pairs), min(seconds), multiplying_parameters(setup.shape("7b"))
     return {
@@ -105,9 +106,9 @@ def speed_of(setup: Setup, pairs: list[EncodedPair], seconds: list[float]) -> Ro
     }
 
 
-def real_tokens(pairs: list[EncodedPair]) -> int:
+def real_tokens(pairs: PrefixGroups) -> int:
     """As `bdpo.scoring.scores.real_tokens` counts them."""
-    return sum(len(pair.prompt) + 2 * (len(pair.chosen) + len(pair.rejected)) for pair in pairs)
+    return int((pairs.lengths * [1, 2, 2]).sum())
 
 
 def vllm_pass(setup: Setup) -> Row:
@@ -138,16 +139,20 @@ def vllm_pass(setup: Setup) -> Row:
     for _ in range(PASSES):
         score(pairs)
         clock.mark()
-    return speed_of(setup, pairs, clock.seconds()) | {"peak_gib": None, "padded": None, "halved": 0}
+    return speed_of(setup, PrefixGroups.of(pairs), clock.seconds()) | {
+        "peak_gib": None,
+        "padded": None,
+        "halved": 0,
+    }
 
 
 def drift(setup: Setup) -> Row:
     """Log-probs and MI in bfloat16 minus those in float32 with the same weights, nats a token, at 1.5B."""
     low = random_model(setup.shape("1.5b"), torch.bfloat16, setup.device)
     models = [LogpsModel(model, MAX_LENGTH).eval() for model in (copy.deepcopy(low).float(), low)]
-    pairs = setup.pairs(8 if setup.smoke else 128)
+    pairs = PrefixGroups.of(setup.pairs(8 if setup.smoke else 128))
     exact, rounded = (reference_logps(model, pairs, EMPTY, 16384)[0] for model in models)
-    tokens = {s: torch.tensor([len(getattr(pair, s)) for pair in pairs]) for s in ("chosen", "rejected")}
+    tokens = dict(zip(("chosen", "rejected"), torch.from_numpy(pairs.lengths[:, 1:]).unbind(1), strict=True))
 
     def per_token(logps: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
         return torch.cat([logps[f"{kind}_{side}_logps"] / tokens[side] for side in tokens])

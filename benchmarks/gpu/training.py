@@ -64,12 +64,12 @@ def training(config: Config, setup: Setup, name: str, case: str) -> Row:
         "expected_gib": need.gpu_total / GIB,
         "expected_host_gib": need.host_total / GIB,
     }
-    losses = [train_step(engine, data, plan, step)["loss"] for step in range(setup.warm_up)]
+    losses = [train_step(engine, data, data.step(plan, step))["loss"] for step in range(setup.warm_up)]
     clock, optimizer = Clock(setup.device), Clock(setup.device)
     engine.step = marked(engine.step, optimizer)
     clock.mark()
     for step in range(setup.warm_up, plan.total_steps):
-        train_step(engine, data, plan, step)
+        train_step(engine, data, data.step(plan, step))
         clock.mark()
     tokens = sum(data.tokens(plan.global_batch(step)) for step in range(setup.warm_up, plan.total_steps))
     in_optimizer = sum(optimizer.seconds()[::2]) / setup.steps
@@ -77,7 +77,7 @@ def training(config: Config, setup: Setup, name: str, case: str) -> Row:
     row |= step_row(setup, name, clock.seconds(), tokens / setup.steps)
     without = row["seconds_a_step"] - in_optimizer
     row["mfu_without_optimizer"] = mfu(setup.machine, 6 * row["N"] * row["tokens_a_step"], without)
-    profiled(setup, case, lambda: train_step(engine, data, plan, plan.total_steps))
+    profiled(setup, case, lambda: train_step(engine, data, data.step(plan, plan.total_steps)))
     return row
 
 

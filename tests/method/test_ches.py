@@ -9,6 +9,7 @@ import torch
 
 from bdpo.method.ches import ches
 from bdpo.models.logps import LogpsModel, mean_states
+from bdpo.models.packing import PrefixGroups, RowLayout
 from bdpo.scoring.reference import reference_logps
 from tests.support.architectures import tiny
 from tests.support.helpers import encoded_pairs
@@ -35,14 +36,16 @@ def test_it_is_what_its_definition_says(model_type, shared_rows):
     model, pairs = tiny(model_type), encoded_pairs(SHAPES)
     expected = torch.tensor([naive(model, pair) for pair in pairs])
     ours = LogpsModel(model, 128)
-    ours.shared_rows = shared_rows and ours.shared_rows
-    _, alike = reference_logps(ours, pairs, [1, 2], 150)
+    ours.layout = RowLayout(ours.layout.hidden_size, shared_rows and ours.layout.shared)
+    _, alike = reference_logps(ours, PrefixGroups.of(pairs), [1, 2], 150)
     torch.testing.assert_close(alike, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_of_an_architecture_whose_logits_are_not_its_heads_it_is_not_known():
-    _, alike = reference_logps(LogpsModel(tiny("gemma2"), 128), encoded_pairs(SHAPES), [1, 2], 150)
+    _, alike = reference_logps(
+        LogpsModel(tiny("gemma2"), 128), PrefixGroups.of(encoded_pairs(SHAPES)), [1, 2], 150
+    )
     assert all(map(math.isnan, alike))
 
 

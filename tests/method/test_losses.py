@@ -20,8 +20,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from bdpo.method.base import PairLogps
 from bdpo.method.losses import METHODS
-from bdpo.models.logps import LogpsModel, pair_logps
-from tests.support.helpers import encoded_pairs, tiny_qwen2
+from bdpo.models.logps import LogpsModel
+from tests.support.helpers import encoded_pairs, logps_of, tiny_qwen2
 
 FIELDS = list(PairLogps.__dataclass_fields__)
 
@@ -418,7 +418,7 @@ def batch():
     ours = copy.deepcopy(policy)
 
     def logps(model, who):
-        sides = pair_logps(LogpsModel(model, max_length=128), pairs)
+        sides = logps_of(LogpsModel(model, max_length=128), pairs)
         return {f"{who}_{side}": v for side, v in zip(("chosen", "rejected"), sides, strict=True)}
 
     with torch.no_grad():
@@ -453,7 +453,7 @@ class TestAgainstTRL:
         )
 
     def dpo_loss(self, trainer, encoded):
-        rows = [{f"{part}_ids": ids for part, ids in vars(pair).items()} for pair in encoded]
+        rows = [{f"{part}_ids": ids for part, ids in pair._asdict().items()} for pair in encoded]
         loss = trainer.compute_loss(trainer.model.train(), DataCollatorForPreference(pad_token_id=0)(rows))
         loss.backward()
         return loss.squeeze()

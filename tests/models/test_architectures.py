@@ -12,10 +12,10 @@ from transformers import AutoConfig
 from bdpo.models import architectures
 from bdpo.models import logps as logps_module
 from bdpo.models.architectures import switch_off_dropout, trains_as_it_scores
-from bdpo.models.logps import SHARED_ROW_MODELS, LogpsModel, pair_logps
+from bdpo.models.logps import SHARED_ROW_MODELS, LogpsModel
 from tests.support import ROOT
 from tests.support.architectures import COMMON, NOT_TRAINED, OWN_LOGITS, PLAIN_ROWS, SPECIAL, tiny
-from tests.support.helpers import VOCABULARY, encoded_pairs, naive_logps
+from tests.support.helpers import VOCABULARY, encoded_pairs, logps_of, naive_logps
 
 pytestmark = pytest.mark.long
 
@@ -35,9 +35,9 @@ def test_log_probs_are_those_of_the_models_own_logits(model_type):
         for side in ("chosen", "rejected")
     ]
     ours = LogpsModel(model, max_length=128)
-    assert ours.shared_rows == (model_type in SHARED_ROW_MODELS)
+    assert ours.layout.shared == (model_type in SHARED_ROW_MODELS)
     assert ours.chunked == (model_type not in OWN_LOGITS)
-    for logps, exact in zip(pair_logps(ours, PAIRS), naive, strict=True):
+    for logps, exact in zip(logps_of(ours, PAIRS), naive, strict=True):
         torch.testing.assert_close(logps.double(), exact, rtol=1e-5, atol=0)
 
 
@@ -47,14 +47,14 @@ def test_models_of_other_heads_make_the_logits_of_few_rows_at_a_time(monkeypatch
     model, shapes = tiny("gemma2"), []
     pairs = encoded_pairs([(20, 3, 9), (25, 6, 1), (40, 5, 5)])
     model.register_forward_hook(lambda module, inputs, output: shapes.append(output.logits.shape[:2]))
-    expected = pair_logps(LogpsModel(model, max_length=128), pairs)
+    expected = logps_of(LogpsModel(model, max_length=128), pairs)
     for side, logps in zip(("chosen", "rejected"), expected, strict=True):
         exact = naive_logps(tiny("gemma2"), [(pair.prompt, getattr(pair, side)) for pair in pairs])
         torch.testing.assert_close(logps.double(), exact, rtol=1e-5, atol=0)
     width = 40 + 5
     assert shapes == [(6, width - (20 - 1))]
     monkeypatch.setattr(logps_module, "CHUNK_ELEMENTS", 1)
-    for some, whole in zip(pair_logps(LogpsModel(model, max_length=128), pairs), expected, strict=True):
+    for some, whole in zip(logps_of(LogpsModel(model, max_length=128), pairs), expected, strict=True):
         torch.testing.assert_close(some, whole)
     assert shapes[1:] == [(1, width - (20 - 1))] * 6
 
@@ -81,11 +81,11 @@ def test_training_mode_computes_the_same_twice_and_the_gradients_of_autograd(mod
     expected = own_gradients(copy.deepcopy(model).double())
     switch_off_dropout(model)
     ours = LogpsModel(model.train(), max_length=128, one_forward=True)
-    chosen, rejected = pair_logps(ours, PAIRS)
-    again = torch.stack(pair_logps(ours, PAIRS))
+    chosen, rejected = logps_of(ours, PAIRS)
+    again = torch.stack(logps_of(ours, PAIRS))
     assert torch.equal(torch.stack([chosen, rejected]), again)
     with torch.no_grad():
-        torch.testing.assert_close(torch.stack(pair_logps(ours.eval(), PAIRS)), again)
+        torch.testing.assert_close(torch.stack(logps_of(ours.eval(), PAIRS)), again)
     (chosen - 2 * rejected).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     largest = max(gradient.abs().max().item() for gradient in expected.values())
@@ -97,8 +97,8 @@ def test_training_mode_computes_the_same_twice_and_the_gradients_of_autograd(mod
 
 @pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba", "llama"])
 def test_bfloat16_beside_a_residual_stream_of_float32(model_type):
-    logps, _ = pair_logps(LogpsModel(tiny(model_type).bfloat16(), max_length=128), PAIRS)
-    exact, _ = pair_logps(LogpsModel(tiny(model_type), max_length=128), PAIRS)
+    logps, _ = logps_of(LogpsModel(tiny(model_type).bfloat16(), max_length=128), PAIRS)
+    exact, _ = logps_of(LogpsModel(tiny(model_type), max_length=128), PAIRS)
     torch.testing.assert_close(logps, exact, rtol=0.05, atol=0.5)
 
 
@@ -117,7 +117,7 @@ def test_one_forward_whatever_the_size_of_the_batch(model_type, monkeypatch):
     for pairs in (PAIRS, PAIRS[:1]):
         for mode in (torch.no_grad, torch.enable_grad):
             with mode():
-                pair_logps(ours, pairs)
+                logps_of(ours, pairs)
     assert len(forwards) == 4
 
 
@@ -126,7 +126,7 @@ def test_a_micro_batch_of_a_training_is_one_forward_of_a_model_of_another_head(m
     monkeypatch.setattr(logps_module, "CHUNK_ELEMENTS", 1)
     model, forwards = tiny("gemma2"), []
     model.register_forward_hook(lambda *_: forwards.append(1))
-    pair_logps(LogpsModel(model, max_length=128), PAIRS)
+    logps_of(LogpsModel(model, max_length=128), PAIRS)
     assert len(forwards) == 1
 
 

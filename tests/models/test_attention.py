@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig
 
-from bdpo.models import attention, packing
+from bdpo.models import attention
 from bdpo.models.architectures import one_layer
 from bdpo.models.attention import attention_of, why_not_flex
 from bdpo.models.loading import load_model
 from bdpo.models.logps import LogpsModel
+from bdpo.models.packing import SharedMask
 from tests.support.helpers import VOCABULARY, tiny_config, tiny_qwen2
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -47,9 +50,11 @@ def test_a_device_without_backward_is_found_out(dtype):
 
 @pytest.mark.parametrize("shape", [SHAPE, WINDOWED], ids=["llama", "mistral"])
 def test_a_mask_that_shows_responses_each_other_is_found_out(shape, dtype, monkeypatch):
-    right = packing._blocks
+    right = SharedMask.blocks
     monkeypatch.setattr(
-        packing, "_blocks", lambda group_of, response_of: right(group_of, torch.zeros_like(response_of))
+        SharedMask,
+        "blocks",
+        lambda mask: right(replace(mask, response_of=torch.zeros_like(mask.response_of))),
     )
     assert why_not_flex(shape, dtype, CPU, 512) == "computes other log-probs than SDPA"
 
@@ -62,10 +67,10 @@ def test_another_gradient_is_found_out(dtype):
     exact, sdpa, other = (
         LogpsModel(one_layer(SHAPE, "sdpa", of, CPU), 512) for of in (torch.float32, dtype, dtype)
     )
-    groups = attention._groups(attention.FIRST_SHAPES[0])
-    assert attention._differs(exact, sdpa, other, groups) is None
+    batch = sdpa.layout.pack(attention._groups(attention.FIRST_SHAPES[0]))
+    assert attention._differs(exact, sdpa, other, batch) is None
     other.model.base_model.layers[0].self_attn.q_proj.weight.register_hook(lambda gradient: 2 * gradient)
-    assert attention._differs(exact, sdpa, other, groups) == "computes another gradient than SDPA"
+    assert attention._differs(exact, sdpa, other, batch) == "computes another gradient than SDPA"
 
 
 @pytest.mark.parametrize("wanted", ["auto", "flex_attention", "eager"])

@@ -9,6 +9,7 @@ import torch
 
 from bdpo.models.branches import Branch
 from bdpo.models.logps import SHARED_ROW_MODELS, LogpsModel
+from bdpo.models.packing import RowLayout
 from tests.support.architectures import tiny
 from tests.support.helpers import VOCABULARY, naive_logps, tiny_qwen2
 
@@ -34,8 +35,8 @@ def test_log_probs_are_those_of_the_sequences(model_type, shape, shared) -> None
     rows = [([*context[: b.start], *b.ids[: -b.scored]], list(b.ids[-b.scored :])) for b in branches]
     expected = naive_logps(tiny(model_type), rows)
     model = LogpsModel(tiny(model_type), 200)
-    assert model.shared_rows
-    model.shared_rows = shared
+    assert model.layout.shared
+    model.layout = RowLayout(model.layout.hidden_size, shared)
     with torch.no_grad():
         found = model.branch_logps(context, branches)
     torch.testing.assert_close(found.double(), expected, atol=2e-4, rtol=1e-5)

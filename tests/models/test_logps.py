@@ -24,12 +24,13 @@ from transformers import (
 
 import bdpo.models.logps
 from bdpo.models.loading import warn_once
-from bdpo.models.logps import LogpsHead, LogpsModel, pair_groups, pair_logps, prefix_sharing_obstacle
-from bdpo.models.packing import PrefixGroup
+from bdpo.models.logps import LogpsHead, LogpsModel, prefix_sharing_obstacle
+from bdpo.models.packing import PrefixGroups, RowLayout
 from bdpo.models.tokenizer import EncodedPair
 from tests.support.helpers import (
     VOCABULARY,
     encoded_pairs,
+    logps_of,
     naive_logps,
     tiny_gpt2,
     tiny_qwen2,
@@ -47,8 +48,12 @@ def shared(model):
 
 def plain(model):
     model = shared(model)
-    model.shared_rows = False
+    model.layout = RowLayout(model.layout.hidden_size, shared=False)
     return model
+
+
+def forward(model, groups):
+    return model(model.layout.pack(groups))
 
 
 def naive_pairs(model, pairs):
@@ -67,7 +72,7 @@ def small_chunks(monkeypatch):
 def test_agrees_with_one_sequence_at_a_time_in_float64(name, rows, small_chunks):
     model, pairs = MODELS[name](), encoded_pairs(SHAPES)
     with torch.no_grad():
-        ours = pair_logps(rows(model), pairs)
+        ours = logps_of(rows(model), pairs)
     for side, naive in zip(ours, naive_pairs(model, pairs), strict=True):
         assert side.dtype == torch.float32
         torch.testing.assert_close(side.double(), naive, rtol=1e-5, atol=0)
@@ -102,11 +107,11 @@ def test_conditional_and_unconditional_terms_of_several_chat_templates(template,
         EncodedPair(chat.prompt_ids(prompt), chat.response_ids("It scatters."), chat.response_ids("No"))
         for prompt in CONVERSATIONS
     ]
-    for ours, naive in zip(pair_logps(shared(model), pairs), naive_pairs(model, pairs), strict=True):
+    for ours, naive in zip(logps_of(shared(model), pairs), naive_pairs(model, pairs), strict=True):
         torch.testing.assert_close(ours.double(), naive, rtol=1e-5, atol=0)
     empty = chat.unconditional_ids("empty_turn")
     responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
-    ours = shared(model)([PrefixGroup(empty, [response]) for response in responses])
+    ours = forward(shared(model), PrefixGroups.of([empty, response] for response in responses))
     naive = naive_logps(model, [(empty, response) for response in responses])
     torch.testing.assert_close(ours.double(), naive, rtol=1e-5, atol=0)
 
@@ -119,11 +124,11 @@ def flex(model):
 
 def one_prompt(pairs):
     """Unconditional terms: all responses behind the same c(∅), which is there once a row."""
-    return [PrefixGroup([7, 8], [response]) for pair in pairs for response in (pair.chosen, pair.rejected)]
+    return PrefixGroups.of(pairs).behind([7, 8])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("groups_of", [pair_groups, one_prompt])
+@pytest.mark.parametrize("groups_of", [PrefixGroups.of, one_prompt])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_agrees_with_sdpa_and_with_plain_rows(tied, groups_of):
@@ -136,10 +141,10 @@ def test_flex_attention_agrees_with_sdpa_and_with_plain_rows(tied, groups_of):
         lambda module, args, inputs: masks.append(inputs["attention_mask"]), with_kwargs=True
     )
     with torch.compiler.set_stance("force_eager"):
-        logps = ours(groups)
+        logps = forward(ours, groups)
     assert [type(mask) for mask in masks] == [BlockMask]
     for rows in (shared, plain):
-        torch.testing.assert_close(logps, rows(model)(groups), rtol=1e-5, atol=0)
+        torch.testing.assert_close(logps, forward(rows(model), groups), rtol=1e-5, atol=0)
 
 
 @torch.no_grad()
@@ -151,9 +156,9 @@ def test_flex_attention_agrees_with_sdpa_and_with_plain_rows(tied, groups_of):
 )
 def test_a_pair_scores_the_same_in_any_company(name, shapes, seed):
     model, pairs = shared(MODELS[name]()), encoded_pairs(shapes, seed)
-    together = torch.stack(pair_logps(model, pairs), 1)
-    backwards = torch.stack(pair_logps(model, pairs[::-1]), 1).flip(0)
-    alone = torch.cat([torch.stack(pair_logps(model, [pair]), 1) for pair in pairs])
+    together = torch.stack(logps_of(model, pairs), 1)
+    backwards = torch.stack(logps_of(model, pairs[::-1]), 1).flip(0)
+    alone = torch.cat([torch.stack(logps_of(model, [pair]), 1) for pair in pairs])
     torch.testing.assert_close(backwards, together, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
 
@@ -163,7 +168,7 @@ def test_gradients_of_shared_rows_are_those_of_the_models_own_logits(name, small
     model, pairs = MODELS[name](), encoded_pairs(SHAPES)
     ours, reference = shared(model), copy.deepcopy(model).double()
     margins = torch.linspace(-1, 1, len(pairs))  # a gradient of its own for every response
-    chosen, rejected = pair_logps(ours, pairs)
+    chosen, rejected = logps_of(ours, pairs)
     (margins * chosen - margins.flip(0) * rejected).sum().backward()
     for margin, other, pair in zip(margins, margins.flip(0), pairs, strict=True):
         for scale, response in ((margin, pair.chosen), (-other, pair.rejected)):
@@ -247,7 +252,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(of, monkeypatch):
     model = LogpsModel(AutoModelForCausalLM.from_config(of(vocab_size=vocabulary)), max_length=512)
     pairs = encoded_pairs([(20, 100, 90), (10, 80, 120)])
     with Widest() as widest:
-        chosen, rejected = pair_logps(model, pairs)
+        chosen, rejected = logps_of(model, pairs)
         (chosen - rejected).sum().backward()
     assert widest.elements == chunk * vocabulary
 
@@ -257,7 +262,7 @@ def test_bfloat16_models_are_summed_in_float32():
     model, (pair,) = tiny_qwen2().bfloat16(), encoded_pairs([(3, 50, 1)])
     logits = model(torch.tensor([pair.prompt + pair.chosen])).logits[0]
     exact = logits.double().log_softmax(-1)[2:-1].gather(1, torch.tensor(pair.chosen)[:, None]).sum()
-    torch.testing.assert_close(pair_logps(plain(model), [pair])[0][0].double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logps_of(plain(model), [pair])[0][0].double(), exact, rtol=1e-6, atol=0)
 
 
 @torch.no_grad()
@@ -266,7 +271,7 @@ def test_bfloat16_drifts_little():
     model, pairs = tiny_qwen2(), encoded_pairs([(30, 80, 90)] * 20)
     rounded = model.bfloat16()
     tokens = torch.tensor([len(pair.chosen) for pair in pairs])
-    drift = (pair_logps(shared(rounded), pairs)[0] - pair_logps(shared(rounded.float()), pairs)[0]) / tokens
+    drift = (logps_of(shared(rounded), pairs)[0] - logps_of(shared(rounded.float()), pairs)[0]) / tokens
     assert drift.abs().max() < 0.02
 
 
@@ -302,7 +307,7 @@ def test_a_narrow_sliding_window_is_scored_right_and_said_once(caplog):
     model, pairs = MistralForCausalLM(config).eval(), encoded_pairs([(20, 12, 5), (3, 4, 30)])
     warn_once.cache_clear()
     with caplog.at_level(logging.WARNING), torch.no_grad():
-        ours = pair_logps(shared(model), pairs)
+        ours = logps_of(shared(model), pairs)
         shared(model)
     assert [record.message for record in caplog.records if record.name == "bdpo.models.loading"] == [
         "a row for each response instead of one for both: the sliding window of 8 tokens is shorter than "
@@ -311,6 +316,6 @@ def test_a_narrow_sliding_window_is_scored_right_and_said_once(caplog):
     for side, naive in zip(ours, naive_pairs(model, pairs), strict=True):
         torch.testing.assert_close(side.double(), naive, rtol=1e-5, atol=0)
     forced = shared(model)
-    forced.shared_rows = True
+    forced.layout = RowLayout(forced.layout.hidden_size, shared=True)
     with torch.no_grad():  # what the mask would do
-        assert (pair_logps(forced, pairs)[0] - ours[0]).abs()[0] > 0.1
+        assert (logps_of(forced, pairs)[0] - ours[0]).abs()[0] > 0.1

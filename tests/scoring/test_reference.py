@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from bdpo.data.pairs import pair_ids, read_pairs
 from bdpo.errors import UserError
+from bdpo.models.arrangement import length_sorted_batches
 from bdpo.models.logps import LogpsModel
-from bdpo.models.packing import PrefixGroup, length_sorted_batches
+from bdpo.models.packing import PrefixGroups
 from bdpo.scoring import shard_scorer
 from bdpo.scoring.reference import ReferenceScorer, reference_logps
 from bdpo.scoring.scores import (
@@ -63,7 +64,7 @@ class UnluckyScorer(ShardScorer):
         self.raising, self.killing = tokens(RAISES), tokens(KILLS)
 
     def look(self, _, args):
-        seen = {token for group in args[0] for token in group.context}
+        seen = set(args[0].input_ids.flatten().tolist())
         if self.killing in seen:
             os._exit(9)
         if self.raising in seen:
@@ -187,15 +188,17 @@ def test_every_column_is_what_one_sequence_at_a_time_says(mode, make_run, tiny_c
     rows[7] |= {"chosen": "yes ember basil amber cedar cedar fern", "rejected": "o"}
     config, run = make_run(rows, score={"unconditional": mode, "tokens_per_batch": 300})
     scorer, batches = ReferenceScorer(config, "cpu"), []
-    scorer.model.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    scorer.model.register_forward_pre_hook(
+        lambda module, args: batches.append(int(args[0].responses[-1]) + 1)
+    )
     scores = scorer.score(read_pairs(run.pairs, 0, len(rows)))
     assert scores.schema == SCORE_SCHEMA
-    for groups in (len(rows), 2 * len(rows)):  # conditional, then unconditional: several batches each
+    for _ in ("conditional", "unconditional"):  # several batches each
         of_pass = []
-        while sum(of_pass) < groups:
+        while sum(of_pass) < 2 * len(rows):
             of_pass.append(batches.pop(0))
         assert len(of_pass) > 2
-        assert sum(of_pass) == groups
+        assert sum(of_pass) == 2 * len(rows)
     numbers = set(SCORE_SCHEMA.names) - {"pair_id", "group"}
     for row, found, pair_id in zip(rows, scores.to_pylist(), pair_ids(run.pairs), strict=True):
         expected = naive_scores(tiny_qwen2(), tiny_chat.tokenizer, row, EMPTY[mode])
@@ -289,7 +292,7 @@ def test_a_node_with_another_model_or_without_the_pairs_scores_nothing(make_run)
 
 
 class Memory:
-    """Room for so many tokens: a larger batch raises what torch raises, and the sizes of the others."""
+    """Room for so many tokens: a larger batch raises what torch raises; the responses of the others."""
 
     def __init__(self, model, tokens, error):
         self.sizes = []
@@ -297,11 +300,10 @@ class Memory:
         model.register_forward_pre_hook(self.allocate)
 
     def allocate(self, model, args):
-        (groups,) = args
-        tokens = max(group.tokens(model.shared_rows) for group in groups) * len(groups)
-        if tokens > self.tokens:
+        (batch,) = args
+        if batch.input_ids.numel() > self.tokens:
             raise self.error
-        self.sizes.append(len(groups))
+        self.sizes.append(int(batch.responses[-1]) + 1)
 
 
 SHAPES = [(10, 9, 8), (3, 4, 5), (12, 2, 2), (5, 5, 5), (1, 1, 1), (20, 9, 1), (7, 7, 7)] * 3
@@ -309,7 +311,7 @@ SHAPES = [(10, 9, 8), (3, 4, 5), (12, 2, 2), (5, 5, 5), (1, 1, 1), (20, 9, 1), (
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 def test_memory_that_runs_out_halves_the_batches(error):
-    model, pairs = LogpsModel(tiny_qwen2(), 128), encoded_pairs(SHAPES)
+    model, pairs = LogpsModel(tiny_qwen2(), 128), PrefixGroups.of(encoded_pairs(SHAPES))
     expected, alike = reference_logps(model, pairs, [1, 2], 400)
     memory = Memory(model, 100, error)
     ours, alike_too = reference_logps(model, pairs, [1, 2], 400)
@@ -317,10 +319,9 @@ def test_memory_that_runs_out_halves_the_batches(error):
     for name in expected:
         torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-5)
     # halved no more often than needed: 400 -> 200 -> 100 tokens, by hand for the four terms
-    groups = [PrefixGroup(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
-    planned = length_sorted_batches([group.tokens(shared=True) for group in groups], 100)
+    planned = length_sorted_batches(model.layout.tokens(pairs.lengths).tolist(), 100)
     assert len(memory.sizes) <= 2 * (len(planned) + 2 * len(pairs))
-    assert max(memory.sizes) > 4
+    assert max(memory.sizes) > 8
 
 
 def test_a_batch_without_room_is_cut_in_the_middle():

@@ -122,7 +122,7 @@ def test_safedpo_trains_on_pairs_with_a_safe_response_alone(tmp_path, tiny_chat)
     assert safety_account(config, run) == {"kept": 12, "swapped": 6, "dropped": 6}
 
     data = TrainingPairs.load(config, run, rows)
-    assert data.table["pair_id"].to_pylist() == usable
+    assert data.ids.to_pylist() == usable
     plan = TrainingPlan(data.lengths, config.train, config.seed)
     assert plan.steps_per_epoch == 3, "18 pairs in batches of 8"
     pq.write_table(rows, run.root / "scores.parquet")

@@ -12,6 +12,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from bdpo.config import Config, parse_config
+from bdpo.models.logps import LogpsModel, pair_logps
+from bdpo.models.packing import PrefixGroups
 from bdpo.models.tokenizer import ChatTokenizer, EncodedPair
 
 VOCABULARY = 262  # the byte tokenizer's
@@ -57,6 +59,19 @@ def encoded_pairs(shapes: list[tuple[int, int, int]], seed: int = 0) -> list[Enc
     """Ids of the given numbers of prompt, chosen and rejected tokens."""
     rng = random.Random(seed)
     return [EncodedPair(*([rng.randrange(VOCABULARY) for _ in range(n)] for n in shape)) for shape in shapes]
+
+
+def logps_of(model: LogpsModel, pairs: list[EncodedPair]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(chosen, rejected) of `pair_logps`."""
+    return pair_logps(model, model.layout.pack(PrefixGroups.of(pairs)))
+
+
+def groups_in_lists(groups: PrefixGroups) -> list[list[list[int]]]:
+    """[context, *responses] of each group."""
+    return [
+        [groups.tokens[start : start + length].tolist() for start, length in zip(*parts, strict=True)]
+        for parts in zip(groups.starts, groups.lengths, strict=True)
+    ]
 
 
 def naive_logps(model: PreTrainedModel, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:

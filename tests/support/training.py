@@ -14,13 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from bdpo.config import parse_config
 from bdpo.data.pairs import read_pairs
-from bdpo.data.prepare import prepare
-from bdpo.models.tokenizer import load_tokenizer
 from bdpo.scoring.reference import ReferenceScorer
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
 from tests.support.forks import train_process
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
+from tests.support.scored_run import prepared_run
 
 PAIRS = 22  # 3 steps of 8, 8 and 6 pairs
 
@@ -30,9 +29,7 @@ def score(folder, chat, tied=False, dtype="float32"):
     data = write_jsonl(folder / "pairs.jsonl", invented_pairs(PAIRS))
     config = tiny_config(folder / "run", model, data)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
-    run = RunDir(config.run_dir)
-    run.open(config)
-    prepare(config.data, load_tokenizer(config.model), run.pairs, run.private, seed=0)
+    run = prepared_run(config)
     pq.write_table(
         ReferenceScorer(config, "cpu").score(read_pairs(run.pairs, 0, PAIRS)), run.root / "scores.parquet"
     )

@@ -25,9 +25,10 @@ import resource
 import torch
 from tests.support.helpers import encoded_pairs, tiny_qwen2
 from bdpo.models.logps import LogpsModel
+from bdpo.models.packing import PrefixGroups
 from bdpo.scoring import reference
-model, pairs = LogpsModel(tiny_qwen2(), 512), encoded_pairs([(100, 200, 200)] * 64)
-reference.reference_logps(model, pairs[:1], [1], 500)
+model, pairs = LogpsModel(tiny_qwen2(), 512), PrefixGroups.of(encoded_pairs([(100, 200, 200)] * 64))
+reference.reference_logps(model, pairs[[0]], [1], 500)
 halved = []
 really = reference._replanned_with_half_the_tokens
 reference._replanned_with_half_the_tokens = lambda *args: halved.append(1) or really(*args)
@@ -61,12 +62,13 @@ SCORE_A_WIDE_VOCABULARY = """
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from bdpo.models.logps import LogpsModel, pair_logps
-from bdpo.models.tokenizer import EncodedPair
+from bdpo.models.packing import PrefixGroups
 config = Qwen2Config(vocab_size=152_000, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
                      num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
 model = LogpsModel(Qwen2ForCausalLM(config), max_length=4096)
+pairs = PrefixGroups.of([([7] * 40, [8] * 2000, [9] * 2000)])
 with torch.no_grad():
-    print(pair_logps(model, [EncodedPair([7] * 40, [8] * 2000, [9] * 2000)])[0].tolist())
+    print(pair_logps(model, model.layout.pack(pairs))[0].tolist())
 print(peak())
 """
 

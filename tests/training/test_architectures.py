@@ -12,17 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bdpo.data.pairs import encoded_pairs, read_pairs
-from bdpo.data.prepare import prepare
+from bdpo.data.pairs import read_pairs
 from bdpo.models.loading import load_model
 from bdpo.models.logps import SHARED_ROW_MODELS
-from bdpo.models.tokenizer import load_tokenizer
+from bdpo.models.tokenizer import EncodedPair
 from bdpo.scoring.reference import ReferenceScorer
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import TrainingPlan
 from bdpo.training.pairs import TrainingPairs
 from tests.support.architectures import NOT_TRAINED, OWN_LOGITS, PLAIN_ROWS, tiny
-from tests.support.helpers import invented_pairs, tiny_config, write_jsonl
+from tests.support.helpers import groups_in_lists, invented_pairs, tiny_config, write_jsonl
+from tests.support.scored_run import prepared_run
 from tests.support.training import errors, launch, metrics, weights
 
 pytestmark = [pytest.mark.long, pytest.mark.system]
@@ -52,9 +52,7 @@ def scored(folder, chat, model_type):
         write_jsonl(folder / "pairs.jsonl", invented_pairs(PAIRS)),
         train=train | {"warmup_ratio": 0.0, "max_grad_norm": 1e9},
     )
-    run = RunDir(config.run_dir)
-    run.open(config)
-    prepare(config.data, load_tokenizer(config.model), run.pairs, run.private, seed=0)
+    run = prepared_run(config)
     scores = ReferenceScorer(config, "cpu").score(read_pairs(run.pairs, 0, PAIRS))
     pq.write_table(scores, run.root / "scores.parquet")
     (run.root / "fault.py").write_text(FAULT)
@@ -74,15 +72,16 @@ def expected_norm(config):
     run = RunDir(config.run_dir)
     data, _ = TrainingPairs.load(config, run, pq.read_table(run.root / "scores.parquet")).split()
     batch = TrainingPlan(data.lengths, config.train, config.seed).global_batch(0)
-    pairs = encoded_pairs(data.table.take(batch))
+    pairs = [EncodedPair(*pair) for pair in groups_in_lists(data.groups[batch])]
     model = load_model(config.model.name_or_path, config.model).double().eval()
     model.set_experts_implementation("eager")
     for index, pair in zip(batch, pairs, strict=True):
-        sides = ((-data.weight_chosen, pair.chosen), (data.weight_rejected, pair.rejected))
+        weight_chosen, weight_rejected = data.known[index, 4:6].double()
+        sides = ((-weight_chosen, pair.chosen), (weight_rejected, pair.rejected))
         for weight, response in sides:
             logits = model(torch.tensor([pair.prompt + response])).logits[0, len(pair.prompt) - 1 : -1]
             logp = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum()
-            (config.method.beta / 2 * weight[index].double() * logp / len(batch)).backward()
+            (config.method.beta / 2 * weight * logp / len(batch)).backward()
     gradients = [p.grad.square().sum() for p in model.parameters() if p.grad is not None]
     return torch.stack(gradients).sum().sqrt().item()
 

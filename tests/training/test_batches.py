@@ -3,13 +3,14 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bdpo.config import TrainConfig
 from bdpo.errors import UserError
-from bdpo.models.packing import PairLayout, PrefixGroup, pack, pack_plain
+from bdpo.models.packing import PrefixGroups, RowLayout
 from bdpo.training.batches import CLOSE_TO_MEAN, TrainingPlan, deal_micro_batches, draw_held_out
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=50)
@@ -29,22 +30,21 @@ PAIRS = st.lists(
     st.tuples(st.integers(1, 40), st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=50
 )
 
-LAYOUTS = st.builds(PairLayout, st.sampled_from([2, 64, 4096]), st.booleans(), st.sampled_from([1, 2]))
+LAYOUTS = st.builds(RowLayout, st.sampled_from([2, 64, 4096]), st.booleans(), st.sampled_from([1, 2]))
 
 
 def grid_of(batch, pairs, layout):
     """Tokens of the grid that the model would be given."""
     last = 1 + layout.responses
-    groups = [PrefixGroup([i + 2] * pairs[i][0], [[1] * n for n in pairs[i][1:last]]) for i in batch]
-    packed = pack(groups, layout.hidden_size) if layout.shared else pack_plain(groups)
-    return packed.input_ids.numel()
+    groups = PrefixGroups.of([[i + 2] * pairs[i][0], *([1] * n for n in pairs[i][1:last])] for i in batch)
+    return layout.pack(groups).input_ids.numel()
 
 
 @given(PAIRS, st.integers(1, 20), st.integers(1, 4), st.integers(10, 400), LAYOUTS)
 @settings(deadline=None)
 def test_workers_share_a_global_batch_in_equally_many_micro_steps(pairs, size, workers, budget, layout):
     train = TrainConfig(global_batch_size=size, tokens_per_micro_batch=budget)
-    lengths = [layout.tokens(*pair[: 1 + layout.responses]) for pair in pairs]
+    lengths = layout.tokens(np.array(pairs)[:, : 1 + layout.responses]).tolist()
     plan = TrainingPlan(lengths, train, 0)
     dealt = plan.micro_batches(0, workers, layout)
     assert dealt == plan.micro_batches(0, workers, layout)
@@ -59,7 +59,7 @@ def test_workers_share_a_global_batch_in_equally_many_micro_steps(pairs, size, w
 @settings(deadline=None)
 def test_no_exchange_would_make_the_costliest_worker_cheaper(lengths, workers):
     """Neither of two pairs for each other, nor of one pair for nothing, unless it is close to the mean."""
-    layout = PairLayout(4096, shared=True)
+    layout = RowLayout(4096, shared=True)
     costs = [round(layout.cost([length])) for length in lengths]
     dealt = deal_micro_batches(range(len(lengths)), lengths, 10**6, workers, layout)
     full, *others = sorted((batch for (batch,) in dealt), key=lambda batch: -sum(costs[i] for i in batch))
@@ -88,7 +88,7 @@ def fewest(costs, lengths, parts, budget):
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=8), st.integers(1, 3), st.integers(10, 200))
 @settings(deadline=None)
 def test_plain_rows_are_cut_where_the_costliest_part_is_cheapest(lengths, workers, budget):
-    layout = PairLayout(8, shared=False)
+    layout = RowLayout(8, shared=False)
     dealt = deal_micro_batches(range(len(lengths)), lengths, budget, workers, layout)
     ordered = sorted(lengths, reverse=True)
     costs = [round(layout.cost([length])) for length in ordered]
@@ -141,26 +141,26 @@ def test_a_warmup_that_takes_all_steps_is_refused():
 @pytest.mark.parametrize("shared", [True, False])
 def test_equal_pairs_are_dealt_in_equal_numbers(shared):
     """Workers of one micro-step wait for each other: 7 pairs against 1 would be slow."""
-    (one,), (other,) = deal_micro_batches(range(8), [10] * 8, 100, 2, PairLayout(64, shared))
+    (one,), (other,) = deal_micro_batches(range(8), [10] * 8, 100, 2, RowLayout(64, shared))
     assert (len(one), len(other)) == (4, 4)
 
 
 def test_a_long_pair_stands_against_several_short_ones():
     lengths = [100, 50, 50, 30, 30, 40]
-    dealt = deal_micro_batches(range(6), lengths, 1000, 3, PairLayout(4096, shared=True))
+    dealt = deal_micro_batches(range(6), lengths, 1000, 3, RowLayout(4096, shared=True))
     assert sorted(sum(lengths[i] for i in batch) for (batch,) in dealt) == [100, 100, 100]
 
 
 def test_workers_take_turns_at_the_costliest_part():
     """Else the first worker would have the costlier part in every micro-step, and the others would wait."""
-    parts = deal_micro_batches(range(4), [40, 30, 20, 10], 40, 2, PairLayout(64, shared=True))
+    parts = deal_micro_batches(range(4), [40, 30, 20, 10], 40, 2, RowLayout(64, shared=True))
     assert parts == [[[0], [3]], [[1], [2]]]
 
 
 def test_parts_that_do_not_fit_the_budget_are_made_one_more_for_each_worker():
     """The tokens would fill two parts, but two of the pairs do not fit one."""
     for workers, micro_steps in ((1, 3), (2, 2)):
-        dealt = deal_micro_batches(range(3), [60, 60, 60], 100, workers, PairLayout(4096, shared=True))
+        dealt = deal_micro_batches(range(3), [60, 60, 60], 100, workers, RowLayout(4096, shared=True))
         assert [len(batches) for batches in dealt] == [micro_steps] * workers
         assert max(len(batch) for batches in dealt for batch in batches) == 1
 
@@ -169,5 +169,5 @@ def test_parts_that_do_not_fit_the_budget_are_made_one_more_for_each_worker():
 def test_a_pair_longer_than_the_budget_is_one_micro_step(shared):
     """Not as many as its tokens would fill: the others would be forwards for nothing."""
     lengths = [1000, 30, 30, 30]
-    (batches,) = deal_micro_batches(range(4), lengths, 100, 1, PairLayout(4096, shared))
+    (batches,) = deal_micro_batches(range(4), lengths, 100, 1, RowLayout(4096, shared))
     assert sorted(map(sorted, batches)) == [[0], [1, 2, 3]]

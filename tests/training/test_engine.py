@@ -14,11 +14,9 @@ import torch
 
 from bdpo.config import parse_config
 from bdpo.data.pairs import read_pairs
-from bdpo.data.prepare import prepare
 from bdpo.errors import UserError
 from bdpo.models.loading import load_model
 from bdpo.models.logps import LogpsModel
-from bdpo.models.tokenizer import load_tokenizer
 from bdpo.scoring.reference import ReferenceScorer
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import TrainingPlan
@@ -26,6 +24,7 @@ from bdpo.training.engine import cores_of_a_worker, learning_rates
 from bdpo.training.pairs import TrainingPairs
 from tests.support import ROOT
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
+from tests.support.scored_run import prepared_run
 from tests.support.training import launch, results
 
 pytestmark = pytest.mark.long
@@ -76,9 +75,7 @@ def scored(folder, chat, dtype, **train):
         train={"tokens_per_micro_batch": 256, "weight_decay": 0.1, "warmup_ratio": 0.0} | train,
     )
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
-    run = RunDir(config.run_dir)
-    run.open(config)
-    prepare(config.data, load_tokenizer(config.model), run.pairs, run.private, seed=0)
+    run = prepared_run(config)
     scores = ReferenceScorer(config, "cpu").score(read_pairs(run.pairs, 0, PAIRS))
     pq.write_table(scores, run.root / "scores.parquet")
     return config
@@ -109,7 +106,7 @@ def plain_loop(config):
         pairs = len(plan.global_batch(step))
         grads, total = [torch.zeros_like(m) for m in masters], 0.0
         for batch in plan.micro_batches(step, 1, data.layout)[0]:
-            output = config.method.loss(data.logps(policy, batch))
+            output = config.method.loss(data.packed(batch).logps(policy))
             (output.loss.sum() / pairs).backward()
             total += output.loss.sum().item() / pairs
             for grad, parameter in zip(grads, parameters, strict=True):

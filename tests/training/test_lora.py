@@ -137,7 +137,9 @@ def test_held_out_pairs_are_evaluated_without_dropout(scored):
     policy = LogpsModel(model, config.data.max_length).train()
     assert evaluate(policy, data) == evaluate(policy, data)
     assert policy.training
-    assert data.logps(policy, [0]).policy_chosen != data.logps(policy, [0]).policy_chosen  # there is dropout
+    assert (
+        data.packed([0]).logps(policy).policy_chosen != data.packed([0]).logps(policy).policy_chosen
+    )  # there is dropout
 
 
 def test_two_zero_3_workers_train_as_one_of_stage_1(scored, tmp_path):

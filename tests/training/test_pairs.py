@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bdpo.data.pairs import pairs_digest
+from bdpo.data.pairs import all_pairs, pairs_digest
 from bdpo.data.prepare import prepare
 from bdpo.models.logps import LogpsModel
 from bdpo.models.tokenizer import load_tokenizer
@@ -37,13 +37,13 @@ def test_a_response_that_the_method_leaves_out_is_not_forwarded(tmp_path, tiny_c
         weights = tiny_qwen2()
         weights.set_attn_implementation("sdpa" if shared else "eager")
         policy = LogpsModel(weights, config.data.max_length)
-        assert (pairs.layout.shared, policy.shared_rows) == (shared, shared)
+        assert (pairs.layout.shared, policy.layout.shared) == (shared, shared)
         with torch.no_grad():
-            found[name] = [pairs.logps(policy, [row]) for row in range(PAIRS)]
+            found[name] = [pairs.packed([row]).logps(policy) for row in range(PAIRS)]
         assert policy.tokens_forwarded == sum(pairs.lengths)
         forwarded[name] = pairs.tokens(list(range(PAIRS)))
-        tokens = {part: sum(pairs.scores[f"{part}_tokens"].to_pylist()) for part in ("chosen", "rejected")}
-    assert forwarded["cpo"] - forwarded["sft"] == tokens["rejected"]
+    tokens = all_pairs(run.pairs, ["rejected_ids"])["rejected_ids"].to_pylist()
+    assert forwarded["cpo"] - forwarded["sft"] == sum(map(len, tokens))
     for one, both in zip(found["sft"], found["cpo"], strict=True):
         torch.testing.assert_close(one.policy_chosen, both.policy_chosen)
         assert one.policy_rejected.isnan().all()
