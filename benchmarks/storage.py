@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from upath import UPath
 
 from bdpo.data.pairs import all_pairs, count_pairs, pair_files, pairs_digest
-from bdpo.storage.paths import upload
+from bdpo.storage.paths import StoragePath, storage_path, upload
 from bdpo.storage.s3 import LimitedS3FileSystem
 from bdpo.storage.shards import ShardStore
 from benchmarks.common import write_section
@@ -86,14 +85,17 @@ def main() -> None:
     rows = [
         "| operation | requests | in a row | HEAD |",
         "|---|---|---|---|",
-        *(_row(name, work) for name, work in operations(UPath("s3://benchmark/run")).items()),
+        *(
+            _row(name, work)
+            for name, work in operations(storage_path("s3://benchmark/run", "run_dir")).items()
+        ),
     ]
     server.stop()
     print(*rows, sep="\n")
     write_section("Object storage: requests", rows)
 
 
-def operations(root: UPath) -> dict[str, Callable[[], Any]]:
+def operations(root: StoragePath) -> dict[str, Callable[[], Any]]:
     """What is measured, by name, of shards and pairs that are written first."""
     store = ShardStore(root / "scores", pa.schema([("x", pa.int64())]), {"a": 1})
     for first in range(0, SHARDS * SHARD_ROWS, SHARD_ROWS):
@@ -101,7 +103,7 @@ def operations(root: UPath) -> dict[str, Callable[[], Any]]:
     pairs = root / "pairs"
     with tempfile.TemporaryDirectory() as folder:
         prepared(Path(folder), PAIRS)
-        upload(Path(folder) / "run" / "data" / "pairs", pairs)
+        upload(Path(folder) / "run" / "data" / "pairs", pairs)  # type: ignore[arg-type]
     parts = len(pair_files(pairs))
     return {
         f"{SHARDS} shards, what is missing": lambda: store.missing(SHARDS * SHARD_ROWS, SHARD_ROWS),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,4 +87,6 @@ def _new_copy(copies: Path, digest: str, folder: StoragePath) -> Path:
         unfinished.flush()
         os.fsync(unfinished.fileno())
     copy = copies / f"{digest}-{sum(map(len, lengths))}-{content.hexdigest()}.i32"
+    # Nothing writes to it any more: `cached_sha256` may keep its digest at once, for all workers.
+    os.utime(unfinished.name, (time.time(), time.time() - 60))
     return Path(unfinished.name).rename(copy)

@@ -36,6 +36,8 @@ def draw_held_out(pair_ids: Sequence[str], fraction: float, seed: int) -> list[i
     Raises:
         UserError: no pair would be left to train on.
     """
+    if not fraction:
+        return []
     count = math.ceil(fraction * len(pair_ids))
     if count >= len(pair_ids):
         raise UserError(f"train.eval_fraction={fraction:g}: holds out all {len(pair_ids)} pairs")

@@ -126,7 +126,8 @@ class TrainingPairs:
     def packed(self, indices: list[int], counts: bool = True) -> PackedPairs:
         """Some pairs as a micro-batch, in pinned memory where there is a GPU."""
         batch, responses = self.layout.pack(self.groups[indices]), self.config.method.responses
-        packed = PackedPairs(indices, batch, responses, self.known[indices], counts)
+        known = self.known[torch.tensor(indices)]  # torch takes a list element by element
+        packed = PackedPairs(indices, batch, responses, known, counts)
         if torch.cuda.is_available():
             return replace(packed, batch=packed.batch.pinned(), known=packed.known.pin_memory())
         return packed
