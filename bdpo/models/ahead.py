@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -19,9 +19,18 @@ def made_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as thread:
         made = None
         for item in items:
-            following = thread.submit(make, item)
+            following = _submitted(thread, make, item)
             if made is not None:
                 yield made.result()
             made = following
         if made is not None:
             yield made.result()
+
+
+def _submitted(thread: ThreadPoolExecutor, make: Callable[[Item], Made], item: Item) -> Future[Made]:
+    try:
+        return thread.submit(make, item)
+    except RuntimeError:  # no thread can be started, for want of memory: the caller makes the item itself
+        made: Future[Made] = Future()
+        made.set_result(make(item))
+        return made

@@ -36,3 +36,11 @@ def test_an_error_is_raised_in_the_turn_of_its_item():
     assert [next(found), next(found)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
         next(found)
+
+
+def test_without_a_thread_the_caller_makes_them(monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert list(made_ahead(lambda item: item * 2, range(3))) == [0, 2, 4]

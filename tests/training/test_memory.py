@@ -134,7 +134,7 @@ def test_activations_are_what_autograd_keeps_of_a_real_forward(model_type):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            policy(memory._longest_pairs(config, shape))
+            policy(policy.layout.pack(memory._longest_pairs(config, shape)))
         return sum(storage.nbytes() for pointer, storage in found.items() if pointer not in own)
 
     all_layers = kept(5)
