@@ -61,7 +61,7 @@ def run_gate(gate: GateConfig, run: RunDir, file: StoragePath) -> bool:
     outcomes = check_run(gate, folders)
     passed = all(outcome.met for outcome in outcomes)
     _write(file, gate, run, outcomes)
-    console.print(_table(outcomes))
+    console.print(_table(outcomes, gate.base))
     unmet = sum(not outcome.met for outcome in outcomes)
     verdict = "every condition is met" if passed else f"{unmet} of {len(outcomes)} conditions are not met"
     console.print(f"gate      {verdict}", style="bold green" if passed else "bold red")
@@ -85,24 +85,24 @@ def _write(file: StoragePath, gate: GateConfig, run: RunDir, outcomes: Sequence[
         raise UserError(f"{file}: cannot be written ({error_line(error)})") from None
 
 
-def _table(outcomes: Sequence[Outcome]) -> Table:
+def _table(outcomes: Sequence[Outcome], base: str) -> Table:
     table = Table(caption="percent (95 % interval); n: items measured")
     for column in ("condition", "judge", "n", "measured", "met"):
         table.add_column(column, justify="right" if column in ("n", "measured") else "left")
     for outcome in outcomes:
         n = str(outcome.evidence.n) if outcome.evidence else ""
-        measured = _measured(outcome.evidence) if outcome.evidence else outcome.reason
+        measured = _measured(outcome.evidence, base) if outcome.evidence else outcome.reason
         cells = (outcome.condition, outcome.judge, n, measured, "yes" if outcome.met else "NO")
         table.add_row(*(Text(cell) for cell in cells), style=None if outcome.met else "red")
     return table
 
 
-def _measured(found: Evidence) -> str:
+def _measured(found: Evidence, base: str) -> str:
     sign = "" if found.base is None else "+"
     value, low, high = (f"{100 * number:{sign}.1f}" for number in (found.value, found.low, found.high))
-    base = "" if found.base is None else f", base {100 * found.base:.1f}"
+    was = "" if found.base is None else f", {base} {100 * found.base:.1f}"
     error = "" if found.judge_error is None else f", judge's error ±{100 * found.judge_error:.1f}"
-    return f"{value} ({low} to {high}){base}{error}"
+    return f"{value} ({low} to {high}){was}{error}"
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from bdpo.storage.paths import StoragePath
 _WORDS = {
     "at_least": "at least",
     "at_most": "at most",
-    "max_regression": "no worse than the base by more than",
+    "max_regression": "no worse than {base} by more than",
 }
 
 _OF_TEXTS = {measure.name for measure in TEXT_MEASURES}
@@ -153,8 +153,8 @@ def _outcome(condition: Condition, gate: GateConfig, evaluations: Mapping[str, _
             raise _Unmet(f"the evaluation of {gate.model} is not finished")
         evidence = _evidence(condition, gate, gated, evaluations[gate.base])
     except _Unmet as unmet:
-        return Outcome(_words(condition), False, judge, None, str(unmet))
-    return Outcome(_words(condition), _is_met(condition, evidence), judge, evidence)
+        return Outcome(_words(condition, gate.base), False, judge, None, str(unmet))
+    return Outcome(_words(condition, gate.base), _is_met(condition, evidence), judge, evidence)
 
 
 def _evidence(condition: Condition, gate: GateConfig, gated: _Checked, base: _Checked | None) -> Evidence:
@@ -255,11 +255,11 @@ def _is_met(condition: Condition, evidence: Evidence) -> bool:
     return round(high - bound, 12) <= 0
 
 
-def _words(condition: Condition) -> str:
+def _words(condition: Condition, base: str) -> str:
     """The condition as a phrase: `StrongReject safety at least 80.0 %`."""
     kind, bound = condition.bound
     benchmark, _, measure = condition.measure.partition(".")
     label = measure_label(benchmark, f"{measure}, {condition.category}" if condition.category else measure)
     unit = "points" if kind == "max_regression" else "%"
     measured = ", as measured" if condition.at == "value" else ""
-    return f"{label} {_WORDS[kind]} {100 * bound:.1f} {unit}{measured}"
+    return f"{label} {_WORDS[kind].format(base=base)} {100 * bound:.1f} {unit}{measured}"

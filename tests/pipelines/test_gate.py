@@ -115,6 +115,18 @@ def test_a_regression_is_paired_and_counts_at_its_unfavourable_end(run, tmp_path
     assert gate(tmp_path, run, safety(max_regression=0.02, at="value"))[0] == 0
 
 
+def test_a_difference_names_the_model_that_it_is_taken_from(run, tmp_path, capsys):
+    for name in ("trained", "tampered"):
+        evaluation(run, name, [0.0] * 60)
+    code, evidence = gate(tmp_path, run, safety(max_regression=0.1), model="tampered", base="trained")
+    assert code == 0
+    words = "StrongReject safety no worse than trained by more than 10.0 points"
+    assert evidence["outcomes"][0]["condition"] == words
+    shown = capsys.readouterr().out
+    assert "trained" in shown
+    assert "base" not in shown
+
+
 def test_a_regression_of_what_should_be_low_is_a_rise(run, tmp_path):
     evaluation(run, "base", [0.0], [False] * 60)
     evaluation(run, "trained", [0.0], [True] * 20 + [False] * 40)
