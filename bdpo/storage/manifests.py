@@ -90,7 +90,7 @@ def finished(file: StoragePath, fingerprint: Fingerprint) -> Manifest | None:
 
 def require_same_fingerprint(what: object, made_with: Fingerprint, now: Fingerprint) -> None:
     """Raise a UserError that names the first field in which two fingerprints differ, if any does."""
-    for field in [*now, *(name for name in made_with if name not in now)]:
+    for field in {**now, **made_with}:
         old, new = made_with.get(field), now.get(field)
         if old != new:
             raise UserError(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +15,9 @@ from scipy import stats
 
 from bdpo.evaluation.judges.registry import JudgeNote
 from bdpo.evaluation.measures import SCORE_SCHEMA, Summary, summarise
-from bdpo.evaluation.tables import comparison_rows, comparison_table, judged_by, note_lines
+from bdpo.evaluation.tables import comparison_rows, comparison_table, judged_by, note_lines, screen_warning
 from bdpo.stats import bounded_interval, mean, rate
+from tests.support.helpers import tiny_config
 from tests.support.score_rows import row, xrow
 
 
@@ -290,6 +292,21 @@ def test_what_is_in_no_number_of_a_valid_benchmark_is_said() -> None:
 )
 def test_a_caption_names_the_judge_and_what_is_known_of_its_error(judge: JudgeNote, said: str) -> None:
     assert judged_by(judge) == said
+
+
+def test_a_screen_is_warned_of_where_it_judges_harm(tmp_path: Path) -> None:
+    def warning(judge: str, *benchmarks: str) -> str | None:
+        changes = {"judge": {"name": judge}, "benchmarks": list(benchmarks)}
+        return screen_warning(tiny_config(tmp_path, tmp_path, tmp_path, evaluate=changes))
+
+    said = warning("string_matching", "xstest", "strongreject")
+    assert said is not None
+    assert said.startswith("evaluate.judge.name=string_matching is a screen")
+    better = said.partition("Choose ")[2].partition(" for numbers")[0].replace(" or ", ", ").split(", ")
+    assert {"rubric", "harmbench"} <= set(better)
+    assert not {"string_matching", "sandbox"} & set(better)
+    assert warning("string_matching", "xstest") is None
+    assert warning("sandbox", "xstest", "strongreject") is None
 
 
 def test_capability_that_was_not_run_is_said_and_never_a_zero() -> None:

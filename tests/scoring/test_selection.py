@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from bdpo.scoring.reference import ReferenceScorer
 from bdpo.scoring.scores import SCORE_SCHEMA, finish_scores, score_fingerprint, score_store
 from bdpo.scoring.selection import (
     count_tokens,
+    require_benign_pairs,
     require_labels,
     requires_scores,
     safety_account,
@@ -215,6 +217,32 @@ def test_pairs_without_a_group_are_ranked_among_themselves(tmp_path, key):
         for bounds, expected in (([0.0, 0.5], lower), ([0.5, 1.0], sorted({*range(8)} - {*lower}))):
             keep = selected(with_select(config, {key: bounds}), scores)
             assert np.flatnonzero(keep).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("tamper", "groups", "refused"),
+    [
+        (None, {"unsafe": 3}, False),
+        ({}, {"unsafe": 3}, True),
+        ({}, {"unsafe": 3, "safe": 1}, False),
+        ({"data": {"path": "benign.jsonl"}}, {"unsafe": 3}, False),
+    ],
+)
+def test_a_tamper_test_requires_benign_pairs(tmp_path, tamper, groups, refused):
+    config = tiny_config(tmp_path, tmp_path, tmp_path)
+    config = parse_config(config.model_dump() | {"tamper": tamper}, "test")
+    run = RunDir(config.run_dir)
+    write_manifest(run.data / "manifest.json", {}, account={"groups": groups})
+    with pytest.raises(UserError, match=r"no pair of .* has group=safe") if refused else nullcontext():
+        require_benign_pairs(config, run)
+
+
+def test_one_group_alone_is_selected(tmp_path):
+    config = tiny_config(tmp_path, tmp_path, tmp_path)
+    scores = score_rows(["safe", "unsafe", None, "safe"], [0.1, 0.2, 0.3, 0.4])
+    assert selected(with_select(config, {"group": "safe"}), scores).tolist() == [True, False, False, True]
+    half = selected(with_select(config, {"group": "safe", "ches": [0.0, 0.5]}), scores)
+    assert half.tolist() == [True, False, False, False]
 
 
 def test_of_equal_pairs_the_first_rows_are_the_lower_ones(tmp_path):

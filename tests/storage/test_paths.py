@@ -28,6 +28,7 @@ from bdpo.storage.paths import (
     atomic_folder,
     discard,
     storage_path,
+    update,
     upload,
     write_bytes,
     write_text,
@@ -394,3 +395,47 @@ class TestErrors:
 
 
 PAIRS = 40
+
+
+def test_a_file_is_updated_only_if_its_content_differs(tmp_path):
+    file = tmp_path / "a" / "checksums.json"
+    update(file, b"one")
+    assert file.read_bytes() == b"one"
+    written = file.stat().st_ino
+    update(file, b"one")
+    assert file.stat().st_ino == written  # a new file would replace it
+    update(file, b"two")
+    assert file.read_bytes() == b"two"
+
+
+def test_the_folder_that_is_made_for_a_private_file_is_private(tmp_path):
+    before = os.umask(0o022)
+    try:
+        write_text(tmp_path / "private" / "quarantine.jsonl", "", mode=0o600)
+        write_text(tmp_path / "public" / "manifest.json", "")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.rglob("*")}
+    assert modes == {"private": 0o700, "quarantine.jsonl": 0o600, "public": 0o755, "manifest.json": 0o644}
+
+
+def test_a_folder_appears_complete_or_not_at_all(tmp_path):
+    """What a killed command, or one that failed, had begun is in no later folder."""
+    folder, leftover = tmp_path / "model", tmp_path / ".model.unfinished"
+    leftover.mkdir()
+    (leftover / "old.bin").touch()
+
+    def fail():
+        with atomic_folder(folder) as unfinished:
+            (unfinished / "half.bin").touch()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    for name in ("first.bin", "second.bin"):
+        with atomic_folder(folder) as unfinished:
+            (unfinished / name).touch()
+            assert not (folder / name).exists()
+        assert [file.name for file in folder.iterdir()] == [name]
+    assert list(tmp_path.iterdir()) == [folder]

@@ -132,3 +132,55 @@ def test_a_manifest_of_another_version_is_refused(tmp_path, version):
     with pytest.raises(UserError, match=rf"manifest.json: version={version}, this .* fresh=true") as refused:
         finished(file, {"weights": "a"})
     assert "\n" not in str(refused.value)
+
+
+def test_every_file_lies_where_people_look_for_it(tmp_path):
+    run = RunDir(tmp_path)
+    names = (
+        "data",
+        "pairs",
+        "scores",
+        "train",
+        "model",
+        "recoveries",
+        "adapter",
+        "metrics",
+        "report",
+        "tune",
+    )
+    places = {name: getattr(run, name).relative_to(tmp_path).as_posix() for name in names}
+    assert places.pop("pairs") == "data/pairs"
+    assert places.pop("recoveries") == "train/recoveries.jsonl"
+    assert places.pop("metrics") == "metrics.jsonl"
+    assert places == {name: name for name in places}
+    assert run.eval("base") == tmp_path / "eval" / "base"
+    assert run.responses("base") == tmp_path / "private" / "responses" / "base"
+    assert run.replies("base") == tmp_path / "private" / "replies" / "base"
+    assert run.attack("gcg", "base") == tmp_path / "attack" / "gcg" / "base"
+    assert run.attack_texts("gcg", "base") == tmp_path / "private" / "attack" / "gcg" / "base"
+
+
+def test_a_part_of_a_run_has_its_pairs_and_scores_and_results_of_its_own(tmp_path):
+    run = RunDir(tmp_path)
+    part = run.part("tune", "base")
+    assert (part.root, part.private) == (tmp_path / "tune" / "base", tmp_path / "private" / "tune" / "base")
+    assert (part.pairs, part.scores) == (run.pairs, run.scores)
+    other = run.with_scores(tmp_path / "other")
+    assert (other.root, other.pairs, other.scores) == (run.root, run.pairs, tmp_path / "other")
+    for own_data, pairs in ((True, tmp_path / "tamper" / "data" / "pairs"), (False, run.pairs)):
+        tampering = run.tampering(own_data)
+        assert (tampering.root, tampering.pairs) == (tmp_path / "tamper", pairs)
+        assert tampering.private == tmp_path / "private" / "tamper"
+
+
+def test_a_model_is_there_with_its_config(tmp_path):
+    run = RunDir(tmp_path)
+    for folder, marker, is_there in (
+        (run.model, "config.json", run.has_model),
+        (run.adapter, "adapter_config.json", run.has_adapter),
+    ):
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+        assert not is_there()
+        (folder / marker).touch()
+        assert is_there()

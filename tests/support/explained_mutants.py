@@ -10,6 +10,11 @@ BY_EYE = "a threshold that was chosen by eye: at exactly this value either is ri
 SAME = "the same result"
 
 EXPLAINED: dict[str, dict[str, str]] = {
+    "bdpo/evaluation/capability.py": {
+        "8  ->  9": f"{SAME}: how many prompts are answered at a time",
+        "log_samples=False  ->  log_samples=True": f"{SAME}, in more memory",
+        "include_defaults=False  ->  include_defaults=True": f"{SAME}, in a minute more",
+    },
     "bdpo/evaluation/texts.py": {
         "count > 0.05 * scripts.total()  ->  count >= 0.05 * scripts.total()": BY_EYE,
         "len(set(sequences)) < 0.3 * len(sequences)  ->  len(set(sequences)) <= 0.3 * len(sequences)": BY_EYE,
@@ -35,6 +40,13 @@ EXPLAINED: dict[str, dict[str, str]] = {
     "bdpo/training/batches.py": {
         "max(loads) > CLOSE_TO_MEAN * sum(loads) / len(loads)  ->  "
         "max(loads) >= CLOSE_TO_MEAN * sum(loads) / len(loads)": BY_EYE,
+        "loads[other] + moved  ->  loads[other] - moved": (
+            "another exchange than the best is made first; the end is as balanced, which is tested"
+        ),
+        "[*parts[other], -1]  ->  [*parts[other], -2]": f"{SAME}: any number below 0 stands for none",
+        "costs[taken] if taken >= 0 else 0  ->  costs[taken] if taken >= 0 else 1": (
+            "one operation of the hundreds that the smallest pair costs"
+        ),
         "(0, number, [])  ->  (1, number, [])": f"{SAME}: all parts cost one more, their order stays",
     },
 }

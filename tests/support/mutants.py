@@ -107,7 +107,7 @@ _OTHER: dict[type[ast.AST], type[ast.AST]] = {
 
 _PLAIN = (int, float, str, tuple, dict, list)
 
-_SMALL = (ast.Constant, ast.Name, ast.UnaryOp)
+_SMALL, _SHOWN = (ast.Constant, ast.Name, ast.UnaryOp), (ast.expr, ast.stmt, ast.keyword)
 
 _NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
@@ -141,9 +141,7 @@ def mutants(module: Path) -> Iterator[Mutant]:
         if id(node) in silent:
             continue
         shown = number  # of a number alone nobody could tell which of the line it is
-        while isinstance(original[shown], _SMALL) and isinstance(
-            original[around[shown]], ast.expr | ast.stmt
-        ):
+        while isinstance(original[shown], _SMALL) and isinstance(original[around[shown]], _SHOWN):
             shown = around[shown]
         for change in _changes(node):
             tree = ast.parse(text)
@@ -201,7 +199,7 @@ def _other_number(node: ast.AST) -> None:
 
 def _short(code: str) -> str:
     line = " ".join(code.split())
-    return line if len(line) <= 90 else f"{line[:90]}…"
+    return line if len(line) <= 160 else f"{line[:160]}…"
 
 
 def explanation(mutant: Mutant) -> str | None:
