@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import lzma
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def open_source(config: SourceConfig) -> Source:
     for name in config.columns.keys() - KNOWN_COLUMNS:
         raise UserError(f"data.columns.{printable(name)}: no format reads a column of this name")
     reader = Reader(config)
-    rows = islice(reader, config.limit)
+    rows = islice(reader, config.limit and min(config.limit, sys.maxsize))
     head = list(islice(rows, DETECT_ROWS))
     readable = [row for _, row in head if not isinstance(row, Unreadable)]
     if not readable:

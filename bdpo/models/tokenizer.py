@@ -27,7 +27,7 @@ from bdpo.models.template import GUARD, PROBE, QUESTION, ChatTemplate, Message, 
 from bdpo.storage.digests import files_digest, json_digest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 Unconditional = Literal["empty_turn", "bos"]
@@ -159,6 +159,7 @@ def load_tokenizer(model: ModelConfig) -> ChatTokenizer:
     from transformers import AutoTokenizer
 
     folder = model_folder(model)
+    shape = model_config(model)  # first, since a tokenizer reads config.json as well
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # of a class that reads what a file of somebody else holds
@@ -172,6 +173,12 @@ def load_tokenizer(model: ModelConfig) -> ChatTokenizer:
             f"model.name_or_path={model.name_or_path}: the tokenizer has no chat template; "
             "set model.chat_template to a Jinja file"
         )
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(map(printable, tokenizer.chat_template))
+        raise UserError(
+            f"model.name_or_path={model.name_or_path}: of the tokenizer's chat templates ({names}) none is "
+            "called default; set model.chat_template to the file of one"
+        )
     chat = ChatTokenizer(tokenizer, model.template_kwargs)
     try:
         _require_read(chat.template, model.template_kwargs)
@@ -180,7 +187,7 @@ def load_tokenizer(model: ModelConfig) -> ChatTokenizer:
         raise UserError(f"{folder}: the chat template cannot be rendered ({first_line(error)})") from None
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    _require_embedded(tokenizer, model)
+    _require_embedded(tokenizer, model, shape)
     return chat
 
 
@@ -243,13 +250,15 @@ def _require_read(template: ChatTemplate, kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def _require_embedded(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
+def _require_embedded(
+    tokenizer: PreTrainedTokenizerBase, model: ModelConfig, shape: PreTrainedConfig
+) -> None:
     """Make sure that the model has an embedding for each token; of the padding token nothing is asked.
 
     Raises:
         UserError: it has not.
     """
-    rows = getattr(model_config(model).get_text_config(), "vocab_size", None)
+    rows = getattr(shape.get_text_config(), "vocab_size", None)
     ids = set(tokenizer.get_vocab().values()) - {tokenizer.pad_token_id}
     if rows is not None and max(ids) >= rows:
         raise UserError(

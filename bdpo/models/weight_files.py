@@ -50,15 +50,16 @@ def require_weight_files(folder: Path, name: str) -> None:
         raise UserError(f"{name}: the folder has neither {_SINGLE} nor {_INDEX}, which names other files")
     if missing:
         raise UserError(f"{name}: files of weights are missing ({some_names(missing)})")
-    tensors = {tensor for file in read for tensor in _plain_tensors(file)}
-    for file in there:
-        if file in read or _OTHER_KINDS.fullmatch(file.name):
-            continue
-        if again := sorted(tensors & _tensors(file).keys()):
+    tensors: set[str] = set()
+    for file in read + [one for one in there if one not in read and not _OTHER_KINDS.fullmatch(one.name)]:
+        found = _plain_tensors(file) if file in read else _tensors(file).keys()
+        if again := sorted(tensors & found):
             raise UserError(
                 f"{name}: {file.name} holds other weights of the model ({some_names(again)}) beside "
-                f"{some_names([each.name for each in read])}; leave the ones that are meant in the folder"
+                f"{some_names([one.name for one in read if one != file])}; leave those that are meant in the "
+                "folder"
             )
+        tensors |= found if file in read else set()
 
 
 def weight_files(folder: Path) -> list[Path]:

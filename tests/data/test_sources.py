@@ -75,6 +75,10 @@ def test_csv_reads_the_labels_of_pku(tmp_path, prepare_here, kept_pairs):
     assert [(pair["chosen"], pair["group"]) for pair in kept_pairs()] == [("1", "safe")]
 
 
+def test_a_limit_beyond_every_number_of_rows_is_none(tmp_path, prepare_here):
+    assert prepare_here([pair_row(0)], limit=10**30).rows == 1
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_split_of_data_without_splits_is_refused(tmp_path, prepare_here, name):
     source = WRITERS[name](tmp_path / name, [pair_row(0)])

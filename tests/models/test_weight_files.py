@@ -108,6 +108,15 @@ def test_shards_beside_a_single_file_are_refused(tmp_path):
     )
 
 
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    """Whatever the index says of it, transformers takes the one that it reads last."""
+    sharded(tmp_path)
+    save_file(WEIGHTS, tmp_path / SECOND)
+    assert f"{SECOND} holds other weights of the model (model.norm.weight) beside {FIRST}" in refusal(
+        tmp_path
+    )
+
+
 def test_an_adapter_beside_its_model_is_refused(tmp_path):
     """transformers applies it wherever peft is installed: the same folder would be two models."""
     single(tmp_path)

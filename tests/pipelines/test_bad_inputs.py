@@ -327,6 +327,11 @@ def model_and_adapter(model):
     (model / "adapter_config.json").write_text("{}")
 
 
+def templates_without_default(model):
+    (model / "additional_chat_templates").mkdir()
+    (model / "chat_template.jinja").rename(model / "additional_chat_templates" / "tool_use.jinja")
+
+
 def only_an_adapter(model):
     for file in ("config.json", "model.safetensors"):
         (model / file).unlink()
@@ -338,7 +343,11 @@ def only_an_adapter(model):
 MODEL_FAULTS = {
     "no config": (edited("config.json", None), "the folder has no config.json"),
     "an adapter": (only_an_adapter, "holds an adapter without its base"),
-    "a config that is no JSON": (edited("config.json", b"{"), "cannot be loaded"),
+    "a config that is no JSON": (edited("config.json", b"{"), "cannot be loaded as a causal language model"),
+    "a config of impossible layers": (
+        config_with(num_hidden_layers="two"),
+        "cannot be loaded as a causal language model (Validation error for field 'num_hidden_layers'",
+    ),
     "an unknown type": (config_with(model_type="nonesuch"), "knows no model of this type"),
     "a generation config of another type": (edited("generation_config.json", b"[1]"), "cannot be loaded"),
     "a tokenizer config of another type": (
@@ -365,6 +374,10 @@ MODEL_FAULTS = {
     "a cut tokenizer": (edited("tokenizer.json", b'{"version": "1.0",'), "no tokenizer can be loaded"),
     "fewer embeddings than ids": (config_with(vocab_size=100), "the model has 100 embeddings"),
     "no template": (edited("chat_template.jinja", None), "the tokenizer has no chat template"),
+    "templates without a default": (
+        templates_without_default,
+        "of the tokenizer's chat templates (tool_use) none is called default",
+    ),
     "a template that is none": (edited("chat_template.jinja", b"{% for"), "cannot be rendered"),
     "a template that fails": (edited("chat_template.jinja", b"{{ 1 / 0 }}"), "cannot be rendered"),
     "a template without an end": (
