@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,7 @@ def require_weight_files(folder: Path, name: str) -> None:
         raise UserError(f"{name}: files of weights are missing ({some_names(missing)})")
     tensors: set[str] = set()
     for file in read + [one for one in there if one not in read and not _OTHER_KINDS.fullmatch(one.name)]:
-        found = _plain_tensors(file) if file in read else _tensors(file).keys()
+        found = _plain_tensors(file) if file in read else set(_tensors(file))
         if again := sorted(tensors & found):
             raise UserError(
                 f"{name}: {file.name} holds other weights of the model ({some_names(again)}) beside "
@@ -109,7 +109,7 @@ def _tensors(file: Path) -> dict[str, str]:
         raise UserError(f"{file}: damaged weights ({first_line(error)})") from None
 
 
-def _plain_tensors(file: Path) -> Collection[str]:
+def _plain_tensors(file: Path) -> set[str]:
     """The names of the tensors in a file, whose weights are plain floats.
 
     Raises:
@@ -119,7 +119,7 @@ def _plain_tensors(file: Path) -> Collection[str]:
     for name, kind in kinds.items():
         if name.endswith("weight") and kind not in _PLAIN_WEIGHTS:
             raise UserError(f"{file}: quantised weights are not read ({name} is {kind}); {UNQUANTISED}")
-    return kinds.keys()
+    return set(kinds)
 
 
 def require_finite_files(files: Iterable[Path], folder: Path) -> None:
