@@ -326,11 +326,11 @@ def test_memory_that_runs_out_halves_the_batches(error):
 
 def test_a_batch_without_room_is_cut_in_the_middle():
     """Halves of equal pairs, which fit at once; one pair alone and the others would be tried many times."""
-    model, pairs = LogpsModel(tiny_qwen2(), 128), encoded_pairs([(9, 8, 8)] * 16)
+    model, pairs = LogpsModel(tiny_qwen2(), 128), PrefixGroups.of(encoded_pairs([(9, 8, 8)] * 16))
     memory = Memory(model, 200, MemoryError())
     reference_logps(model, pairs, [1, 2], 400)
     conditional, unconditional = memory.sizes[:2], memory.sizes[2:]
-    assert conditional == [8, 8]
+    assert conditional == [2 * 8, 2 * 8]  # responses of 8 pairs
     assert unconditional == [16, 16]
 
 

@@ -14,27 +14,26 @@ from bdpo.storage.cache import local_copy
 from bdpo.storage.checksums import CHECKSUMS, require_checksums, write_checksums
 from bdpo.storage.paths import storage_path, upload
 
-FILES = (
-    "config.json",
-    "model.safetensors",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "deep/er.txt",
-)
+MODEL = ("config.json", "model.safetensors", "deep/er.txt")
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "deep/er.txt")
 
 
-@pytest.fixture
-def exported(tmp_path):
-    """A folder that passes for a model and for an adapter, with its checksums."""
-    folder = tmp_path / "model"
+def folder_of(folder, names):
+    """A folder that passes for a model or an adapter, with its checksums."""
     (folder / "deep").mkdir(parents=True)
-    for name in FILES:
+    for name in names:
         if name.endswith(".safetensors"):
             save_file({"weight": np.zeros(3, dtype=np.float32)}, folder / name)
         else:
             (folder / name).write_text("{}")
     write_checksums(folder)
     return folder
+
+
+@pytest.fixture
+def exported(tmp_path):
+    return folder_of(tmp_path / "model", MODEL)
 
 
 def as_model(folder):
@@ -51,13 +50,17 @@ def flipped(file):
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("read", [as_model, as_adapter])
-@pytest.mark.parametrize("name", [*FILES, CHECKSUMS])
-def test_a_flipped_byte_is_refused_in_one_line_with_its_file(exported, read, name):
-    assert read(exported) == exported
-    flipped(exported / name)
+@pytest.mark.parametrize(
+    ("read", "names", "name"),
+    [(read, names, name) for read, names in ((as_model, MODEL), (as_adapter, ADAPTER)) for name in names]
+    + [(as_model, MODEL, CHECKSUMS), (as_adapter, ADAPTER, CHECKSUMS)],
+)
+def test_a_flipped_byte_is_refused_in_one_line_with_its_file(tmp_path, read, names, name):
+    folder = folder_of(tmp_path / "folder", names)
+    assert read(folder) == folder
+    flipped(folder / name)
     with pytest.raises(UserError, match=rf"{name}: not as it was exported") as caught:
-        read(exported)
+        read(folder)
     assert "\n" not in str(caught.value)
 
 
