@@ -171,8 +171,9 @@ def test_the_preflight_of_a_sound_config_finds_no_error(cluster, finished, confi
 
 
 def test_a_sweep_as_a_job(cluster, finished, config, bucket):
-    overrides = ["tune.num_samples=2", "tune.rungs=[1.0]", "train.max_steps=4", "train.workers=1"]
+    overrides = ["tune.num_samples=2", "tune.rungs=[1.0]", "tune.max_over_refusal=1.0", "train.max_steps=4"]
     overrides += ["data.limit=40", "score.shard_rows=40", "evaluate.batch_size=16", "evaluate.workers=1"]
+    overrides += ["train.workers=1"]
     overrides += [f"run_dir={bucket}/runs/sweep"]
     code, printed = cluster.submit("python", "-m", "tune.search", "--config", str(config), *overrides)
     assert code == 0, printed

@@ -57,8 +57,9 @@ def config_of(run_dir, inputs):
 
 def start(stage, config_file, *arguments):
     arguments = [sys.executable, "-m", f"pipelines.{stage}", *arguments, "--config", str(config_file)]
+    # A cluster of its own, whose workers have the key of the bucket: that of the session was started without.
     # Ray kills workers when the machine runs out of memory, whoever took it.
-    environment = os.environ | {"RAY_memory_monitor_refresh_ms": "0"}
+    environment = os.environ | {"RAY_ADDRESS": "local", "RAY_memory_monitor_refresh_ms": "0"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
