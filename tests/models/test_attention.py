@@ -84,7 +84,7 @@ def test_without_a_gpu_it_is_sdpa_or_what_is_named(wanted, tmp_path):
     assert load_model(tmp_path, config.model).config._attn_implementation == expected
 
 
-def test_the_trial_leaves_room_for_the_compilations_of_a_run(monkeypatch):
+def test_the_trial_leaves_room_for_the_compilations_of_a_run():
     """Dynamo's own limit of 8 is spent on the trial: what follows would run uncompiled, with full scores."""
     import torch._dynamo
 
@@ -100,10 +100,11 @@ def test_the_trial_leaves_room_for_the_compilations_of_a_run(monkeypatch):
                 called(torch.ones(1), "x" * length)
         return len(compiled)
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    assert compilations(12) == 8
-    why_not_flex(SHAPE, torch.float32, CPU, 512)
-    assert compilations(12) == 12
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1000)
-    why_not_flex(SHAPE, torch.float32, CPU, 512)
-    assert torch._dynamo.config.recompile_limit == 1000
+    # Dynamo's own patch: pytest's would delete the setting, which Dynamo takes as "does not exist".
+    with torch._dynamo.config.patch(recompile_limit=8):
+        assert compilations(12) == 8
+        why_not_flex(SHAPE, torch.float32, CPU, 512)
+        assert compilations(12) == 12
+    with torch._dynamo.config.patch(recompile_limit=1000):
+        why_not_flex(SHAPE, torch.float32, CPU, 512)
+        assert torch._dynamo.config.recompile_limit == 1000
