@@ -9,7 +9,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -47,9 +47,17 @@ def run_command(module: str, *arguments: object) -> Ended:
 
 
 def kill_with_cluster(driver: subprocess.Popen[Any]) -> None:
-    """kill -9 of a command that started a Ray cluster, which dies with it; returns when all of it is gone."""
+    """kill -9 of a command that started a Ray cluster, which dies with it; returns when all of it is gone.
+
+    Ray's two agents are killed: they die with their raylet as well, but after a minute, in which they try to
+    report its end to a GCS that is gone.
+    """
     cluster = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     driver.wait()
+    for process in cluster:
+        with suppress(psutil.NoSuchProcess):
+            if "Agent" in "".join(process.cmdline()):
+                process.kill()
     _, left = psutil.wait_procs(cluster, timeout=600)
     assert not left

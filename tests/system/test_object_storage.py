@@ -47,7 +47,8 @@ def config_of(run_dir, inputs):
         inputs / "model",
         inputs / "pairs.jsonl",
         score={"shard_rows": 2},
-        train={"save_steps": 5, "num_train_epochs": 4},
+        # A checkpoint is committed a second or two after its step, and long before the last one.
+        train={"save_steps": 10, "num_train_epochs": 20},
         evaluate={
             "strongreject": {"path": str(inputs / "strongreject.csv")},
             "xstest": {"path": str(inputs / "xstest.csv")},
