@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from bdpo.cluster.status import StageStatus
+from bdpo.data.account import PreparedRows, account_line
 from bdpo.data.pairs import PAIR_SCHEMA, count_pairs, pairs_digest, read_pairs
 from bdpo.storage.manifests import Fingerprint, Manifest, write_manifest
 from bdpo.storage.paths import StoragePath
@@ -95,7 +96,7 @@ class Prepare(ManifestStage):
         manifest = self.recorded()
         if manifest is None:
             return StageStatus.of(self.name, done=False, begun=self.manifest_file.is_file())
-        account = manifest["account"]
+        account: PreparedRows = manifest["account"]
         facts = {"rows": account["rows"], "pairs": account["kept"]}
         quarantined = sum(account["quarantined"].values())
         return StageStatus.of(self.name, done=True, begun=True, **facts, quarantined=quarantined)
@@ -119,21 +120,3 @@ class Prepare(ManifestStage):
             for pair in read_pairs(self.run.pairs, first, 1).to_pylist():
                 if pair["context"] is None:  # what else a row holds was rendered with it
                     yield pair
-
-
-def account_line(account: dict[str, Any]) -> str:
-    """One line that accounts for every row: read = kept + quarantined + excluded + not sampled."""
-    parts = [f"{account['rows']} rows read ({account['format']}) = {account['kept']} kept"]
-    for fate in ("quarantined", "excluded"):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(account[fate].items()))
-        parts.append(f"{sum(account[fate].values())} {fate}" + (f" ({reasons})" if reasons else ""))
-    if account["not_sampled"]:
-        parts.append(f"{account['not_sampled']} not sampled")
-    notes = [
-        f"; {kind} not read: {', '.join(names)}"
-        for kind in ("columns", "files")
-        if (names := account.get(f"unread_{kind}"))
-    ]
-    if changed := account.get("changed_by_template"):
-        notes.append(f"; the chat template changed the text of {changed} kept rows")
-    return "".join([" + ".join(parts), *notes])

@@ -20,16 +20,16 @@ from rich.table import Table
 
 from bdpo.cluster.status import StageStatus
 from bdpo.config import Config
+from bdpo.data.account import account_line, prepared_rows
 from bdpo.errors import UserError
 from bdpo.evaluation.results import MODEL_NAMES, read_evaluation
 from bdpo.reports.cost import TimedStage, stage_costs
 from bdpo.scoring.scores import read_scores
 from bdpo.scoring.selection import requires_scores
-from bdpo.storage.manifests import read_facts, read_manifest
+from bdpo.storage.manifests import read_facts
 from bdpo.storage.paths import StoragePath, update
 from bdpo.storage.run_dir import RunDir, run_config
 from pipelines.evaluate import print_comparison
-from pipelines.prepare import account_line
 from pipelines.runtime.cli import exit_codes
 from pipelines.runtime.progress import console
 from pipelines.runtime.stage import Stage
@@ -52,19 +52,19 @@ class Report(Stage):
     def complete(self) -> None:
         """Print and write the results of the finished stages."""
         config, run = self.config, self.run
-        data = read_manifest(run.data / "manifest.json")
-        account = data["account"] if data else {}
+        account = prepared_rows(run)
         evaluated = [name for name in MODEL_NAMES if (run.eval(name) / "summary.json").is_file()]
         mi = self._mutual_information()
         seconds = self._seconds()
         evaluations = {name: _recorded(run.eval(name)) for name in evaluated}
-        summary = {"data": account, "mi": mi, "seconds": seconds, "evaluations": evaluations}
+        summary = {"data": account or {}, "mi": mi, "seconds": seconds, "evaluations": evaluations}
         update(run.report / "summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
         console.print()
         print_comparison({name: run.eval(name) for name in evaluated})
         if mi:
             console.print(_mi_table(mi))
-        console.print(f"data      {account_line(account)}")
+        if account:
+            console.print(f"data      {account_line(account)}")
         console.print("seconds   " + ", ".join(f"{stage} {spent:.0f}" for stage, spent in seconds.items()))
         write_run_page(config, run)
         console.print(f"report    {self._page}, summary.json, *.png; model {run.model}", soft_wrap=True)

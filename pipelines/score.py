@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from bdpo.cluster.status import StageStatus, count_shards, prepared_pairs
+from bdpo.cluster.status import StageStatus, count_shards
+from bdpo.data.account import prepared_pairs
 from bdpo.data.pairs import count_pairs
 from bdpo.scoring.scores import (
     MAX_UNSCORABLE,

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdpo.cluster.nodes import versions
-from bdpo.cluster.status import StageStatus, prepared_pairs
+from bdpo.cluster.status import StageStatus
 from bdpo.config import Config
+from bdpo.data.account import prepared_pairs
 from bdpo.data.pairs import count_pairs
 from bdpo.scoring.scores import score_fingerprint
 from bdpo.scoring.selection import pairs_account, requires_scores, safety_account, training_rows

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from bdpo.cluster.status import expected_pairs
 from bdpo.config import Config, DataConfig, TuneConfig, worker_range
 from bdpo.config.derive import in_words_of_tamper, tampering_config
+from bdpo.data.account import prepared_pairs
 from bdpo.data.formats.base import Pair
 from bdpo.data.prepare import first_pairs
 from bdpo.data.sources import count_rows, open_source
@@ -29,7 +30,6 @@ from bdpo.models.architectures import has_plain_lm_head
 from bdpo.models.loading import model_config, newer_than_installed, require_complete_weights
 from bdpo.models.tokenizer import ChatTokenizer, EncodedPair, load_tokenizer
 from bdpo.search.space import check_space
-from bdpo.storage.manifests import read_manifest
 from bdpo.storage.paths import read_bytes, write_bytes
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import plan_without_lengths
@@ -162,10 +162,8 @@ def check_batches(config: Config, run: RunDir) -> str | Doubt:
     if train.max_workers > train.min_workers:
         found += f" if there are {train.max_workers}, {train.global_batch_size / train.min_workers:g} if "
         found += f"{train.min_workers}"
-    account = read_manifest(run.data / "manifest.json")
     steps = None
-    if account:
-        pairs = account["account"]["kept"]
+    if pairs := prepared_pairs(run):
         steps = plan_without_lengths(pairs, config.train, config.seed).total_steps
         found += f"; {pairs} pairs make {steps} steps"
     if train.global_batch_size < train.max_workers:

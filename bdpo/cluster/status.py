@@ -11,6 +11,7 @@ from typing import Literal
 import pyarrow.parquet as pq
 
 from bdpo.config import Config
+from bdpo.data.account import prepared_pairs
 from bdpo.storage.lease import LEASE_SECONDS, RENEWAL_SECONDS, read_holder, shows_life
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.paths import StoragePath, open_parquet, sorted_glob
@@ -67,12 +68,6 @@ def _rows(shard: StoragePath) -> int:
         return int(pq.read_metadata(open_parquet(shard)).num_rows)
     except FileNotFoundError:  # another command is at work in the folder: it removed the shard meanwhile
         return 0
-
-
-def prepared_pairs(run: RunDir) -> int | None:
-    """How many pairs are prepared; None before that."""
-    manifest = read_manifest(run.data / "manifest.json")
-    return int(manifest["account"]["kept"]) if manifest else None
 
 
 def expected_pairs(config: Config, run: RunDir) -> int | None:

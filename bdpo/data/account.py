@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, cast
+
+from bdpo.storage.manifests import read_manifest
+from bdpo.storage.run_dir import RunDir
 
 
-class SourceCounts(TypedDict):
+class SourceRows(TypedDict):
     """The account of a data set in the manifest of the prepared pairs."""
 
     source: str
@@ -22,11 +25,11 @@ class SourceCounts(TypedDict):
     changed_by_template: int
 
 
-class Counts(SourceCounts):
+class PreparedRows(SourceRows):
     """The account of all data sets there; `sources` has that of each where there are several."""
 
     groups: dict[str, int]
-    sources: NotRequired[list[SourceCounts]]
+    sources: NotRequired[list[SourceRows]]
 
 
 @dataclass
@@ -55,7 +58,7 @@ class SourceAccount:
         if ended != self.rows:
             raise RuntimeError(f"{self.source}: {self.rows} rows were read, {ended} are accounted for")
 
-    def to_json(self) -> SourceCounts:
+    def to_json(self) -> SourceRows:
         """The account as plain values."""
         return {
             "source": self.source,
@@ -108,10 +111,10 @@ class Account:
         for source in self.sources:
             source.check()
 
-    def to_json(self) -> Counts:
+    def to_json(self) -> PreparedRows:
         """The account as plain values."""
         parts = [source.to_json() for source in self.sources]
-        total: Counts = {
+        total: PreparedRows = {
             "source": ", ".join(part["source"] for part in parts),
             "format": ", ".join(dict.fromkeys(part["format"] for part in parts)),
             "rows": self.rows,
@@ -127,3 +130,30 @@ class Account:
         if len(parts) > 1:
             total["sources"] = parts
         return total
+
+
+def prepared_rows(run: RunDir) -> PreparedRows | None:
+    """The account in a run folder; None before its pairs are prepared."""
+    manifest = read_manifest(run.data / "manifest.json")
+    return cast(PreparedRows, manifest["account"]) if manifest else None
+
+
+def prepared_pairs(run: RunDir) -> int | None:
+    """How many pairs are prepared; None before that."""
+    account = prepared_rows(run)
+    return account["kept"] if account else None
+
+
+def account_line(account: PreparedRows) -> str:
+    """One line that accounts for every row: read = kept + quarantined + excluded + not sampled."""
+    parts = [f"{account['rows']} rows read ({account['format']}) = {account['kept']} kept"]
+    for fate, counts in (("quarantined", account["quarantined"]), ("excluded", account["excluded"])):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+        parts.append(f"{sum(counts.values())} {fate}" + (f" ({reasons})" if reasons else ""))
+    if account["not_sampled"]:
+        parts.append(f"{account['not_sampled']} not sampled")
+    unread = {"columns": account.get("unread_columns"), "files": account.get("unread_files")}
+    notes = [f"; {kind} not read: {', '.join(names)}" for kind, names in unread.items() if names]
+    if changed := account.get("changed_by_template"):
+        notes.append(f"; the chat template changed the text of {changed} kept rows")
+    return "".join([" + ".join(parts), *notes])

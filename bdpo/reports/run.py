@@ -14,6 +14,7 @@ import numpy as np
 
 from bdpo.cluster.nodes import versions as package_versions
 from bdpo.config import Config, TuneConfig, parse_config, workers_label
+from bdpo.data.account import prepared_rows
 from bdpo.evaluation.judges.registry import judge_label
 from bdpo.evaluation.results import MODEL_NAMES, Evaluation, read_evaluation
 from bdpo.evaluation.tables import percent_of
@@ -132,13 +133,12 @@ def setup_section(
 
 def data_section(run: RunDir, trained: bool = True) -> Section | None:
     """The account of the rows that were read; with `trained` also of the pairs that were trained on."""
-    manifest = read_manifest(run.data / "manifest.json")
-    if manifest is None:
+    account = prepared_rows(run)
+    if account is None:
         return None
-    account = manifest["account"]
     rows = [("read", f"{account['rows']:,}")]
-    for fate in ("quarantined", "excluded"):
-        rows += [(f"{fate}: {reason}", f"{count:,}") for reason, count in sorted(account[fate].items())]
+    for fate, counts in (("quarantined", account["quarantined"]), ("excluded", account["excluded"])):
+        rows += [(f"{fate}: {reason}", f"{count:,}") for reason, count in sorted(counts.items())]
     rows += [("not sampled", f"{account['not_sampled']:,}")] if account["not_sampled"] else []
     rows.append(("prepared", f"{account['kept']:,}"))
     rows += [(f"prepared, {group}", f"{count:,}") for group, count in sorted(account["groups"].items())]

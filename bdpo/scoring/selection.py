@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bdpo.config import Config
+from bdpo.data.account import prepared_rows
 from bdpo.data.pairs import ID_COLUMNS, LABELS, all_pairs, count_pairs
 from bdpo.errors import UserError
 from bdpo.scoring.scores import SCORE_SCHEMA, read_scores
-from bdpo.storage.manifests import read_facts
 from bdpo.storage.run_dir import RunDir
 
 
@@ -100,8 +100,8 @@ def require_labels(config: Config, run: RunDir) -> None:
 def require_benign_pairs(config: Config, run: RunDir) -> None:
     """Raise a UserError if a tamper test is to train on the run's own safe queries and there are none."""
     if config.tamper and config.tamper.data is None:
-        groups = read_facts(run.data / "manifest.json")["account"]["groups"]
-        if not groups.get("safe"):
+        account = prepared_rows(run)
+        if account is None or not account["groups"].get("safe"):
             raise UserError(
                 f"tamper: no pair of data.path={config.data.name} has group=safe; name benign data in "
                 "tamper.data.path"

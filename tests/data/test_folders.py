@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from pipelines.prepare import account_line
+from bdpo.data.account import account_line
 from tests.support.data_files import pair_row, refusal, write_csv, write_jsonl, write_parquet
 
 ROWS = [pair_row(i) for i in range(5)]
