@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from bdpo.cluster.status import StageStatus
-from bdpo.data.account import PreparedRows, account_line
+from bdpo.data.account import account_line
 from bdpo.data.pairs import PAIR_SCHEMA, count_pairs, pairs_digest, read_pairs
 from bdpo.storage.manifests import Fingerprint, Manifest, write_manifest
 from bdpo.storage.paths import StoragePath
+from bdpo.storage.records import PreparedRows
 from pipelines.runtime.progress import console, progress_bar
 from pipelines.runtime.stage import ManifestStage
 

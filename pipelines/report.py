@@ -20,7 +20,7 @@ from rich.table import Table
 
 from bdpo.cluster.status import StageStatus
 from bdpo.config import Config
-from bdpo.data.account import account_line, prepared_rows
+from bdpo.data.account import account_line
 from bdpo.errors import UserError
 from bdpo.evaluation.results import MODEL_NAMES, read_evaluation
 from bdpo.reports.cost import TimedStage, stage_costs
@@ -28,6 +28,7 @@ from bdpo.scoring.scores import read_scores
 from bdpo.scoring.selection import requires_scores
 from bdpo.storage.manifests import read_facts
 from bdpo.storage.paths import StoragePath, update
+from bdpo.storage.records import prepared_rows
 from bdpo.storage.run_dir import RunDir, run_config
 from pipelines.evaluate import print_comparison
 from pipelines.runtime.cli import exit_codes

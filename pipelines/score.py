@@ -18,7 +18,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from bdpo.cluster.status import StageStatus, count_shards
-from bdpo.data.account import prepared_pairs
 from bdpo.data.pairs import count_pairs
 from bdpo.scoring.scores import (
     MAX_UNSCORABLE,
@@ -31,6 +30,7 @@ from bdpo.scoring.scores import (
 from bdpo.scoring.selection import requires_scores
 from bdpo.storage.manifests import Fingerprint, Manifest
 from bdpo.storage.paths import StoragePath, discard
+from bdpo.storage.records import prepared_pairs
 from pipelines.prepare import Prepare
 from pipelines.runtime.cli import Command
 from pipelines.runtime.pool import ATTEMPTS, RayPool, Shards, ShardWork, may_be_lost

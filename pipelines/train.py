@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 from bdpo.cluster.nodes import versions
 from bdpo.cluster.status import StageStatus
 from bdpo.config import Config
-from bdpo.data.account import prepared_pairs
 from bdpo.data.pairs import count_pairs
 from bdpo.scoring.scores import score_fingerprint
 from bdpo.scoring.selection import pairs_account, requires_scores, safety_account, training_rows
@@ -30,6 +30,7 @@ from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint, Manifest, read_facts, write_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import StoragePath, sorted_glob
+from bdpo.storage.records import TrainingRecord, prepared_pairs
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import plan_without_lengths
 from pipelines.prepare import Prepare
@@ -88,9 +89,7 @@ class Train(ManifestStage):
         """Train from the newest intact checkpoint to the end."""
         config, run, started = self.config, self.run, time.perf_counter()
         steps = self._fit()
-        return write_manifest(
-            self.manifest_file,
-            self.fingerprint,
+        record = TrainingRecord(
             steps=steps,
             seconds=time.perf_counter() - started,
             recoveries=MetricsLog(run.recoveries).read(),
@@ -100,6 +99,7 @@ class Train(ManifestStage):
             versions=versions(),
             last=MetricsLog(run.metrics).read()[-1],
         )
+        return write_manifest(self.manifest_file, self.fingerprint, **asdict(record))
 
     def status(self) -> StageStatus:
         """Steps and checkpoints, and what the last step showed."""

@@ -18,7 +18,6 @@ from typing import Any, Literal
 from bdpo.cluster.status import expected_pairs
 from bdpo.config import Config, DataConfig, TuneConfig, worker_range
 from bdpo.config.derive import in_words_of_tamper, tampering_config
-from bdpo.data.account import prepared_pairs
 from bdpo.data.formats.base import Pair
 from bdpo.data.prepare import first_pairs
 from bdpo.data.sources import count_rows, open_source
@@ -31,6 +30,7 @@ from bdpo.models.loading import model_config, newer_than_installed, require_comp
 from bdpo.models.tokenizer import ChatTokenizer, EncodedPair, load_tokenizer
 from bdpo.search.space import check_space
 from bdpo.storage.paths import read_bytes, write_bytes
+from bdpo.storage.records import prepared_pairs
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import plan_without_lengths
 from bdpo.variants.objective import check_measures

@@ -11,10 +11,10 @@ from typing import Literal
 import pyarrow.parquet as pq
 
 from bdpo.config import Config
-from bdpo.data.account import prepared_pairs
 from bdpo.storage.lease import LEASE_SECONDS, RENEWAL_SECONDS, read_holder, shows_life
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.paths import StoragePath, open_parquet, sorted_glob
+from bdpo.storage.records import prepared_pairs
 from bdpo.storage.run_dir import RunDir
 
 State = Literal["done", "begun", "not begun"]

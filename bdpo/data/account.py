@@ -4,32 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NotRequired, TypedDict, cast
 
-from bdpo.storage.manifests import read_manifest
-from bdpo.storage.run_dir import RunDir
-
-
-class SourceRows(TypedDict):
-    """The account of a data set in the manifest of the prepared pairs."""
-
-    source: str
-    format: str
-    rows: int
-    kept: int
-    quarantined: dict[str, int]
-    excluded: dict[str, int]
-    not_sampled: int
-    unread_columns: list[str]
-    unread_files: list[str]
-    changed_by_template: int
-
-
-class PreparedRows(SourceRows):
-    """The account of all data sets there; `sources` has that of each where there are several."""
-
-    groups: dict[str, int]
-    sources: NotRequired[list[SourceRows]]
+from bdpo.storage.records import PreparedRows, SourceRows
 
 
 @dataclass
@@ -130,18 +106,6 @@ class Account:
         if len(parts) > 1:
             total["sources"] = parts
         return total
-
-
-def prepared_rows(run: RunDir) -> PreparedRows | None:
-    """The account in a run folder; None before its pairs are prepared."""
-    manifest = read_manifest(run.data / "manifest.json")
-    return cast(PreparedRows, manifest["account"]) if manifest else None
-
-
-def prepared_pairs(run: RunDir) -> int | None:
-    """How many pairs are prepared; None before that."""
-    account = prepared_rows(run)
-    return account["kept"] if account else None
 
 
 def account_line(account: PreparedRows) -> str:

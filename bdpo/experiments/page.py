@@ -27,8 +27,8 @@ from bdpo.reports.run import (
     training_section,
 )
 from bdpo.stats import CONFIDENCE_LEVEL, ENDS, Difference, p_value
-from bdpo.storage.manifests import read_manifest
 from bdpo.storage.metrics_log import MetricsLog
+from bdpo.storage.records import TrainingRecord, training_record
 from bdpo.storage.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def experiment_page(config: Config, run: RunDir, results: ExperimentResults) -> 
     logs: dict[str, list[list[dict[str, Any]]]] = {}
     for job in results.trained:
         logs.setdefault(job.arm, []).append(MetricsLog(job.run.metrics).read())
-    first = read_manifest(results.trained[0].run.train / "manifest.json") if results.trained else None
+    first = training_record(results.trained[0].run) if results.trained else None
     sections: list[Section | None] = [setup_section(config, run, first, arms=bool(results.arms))]
     if results.measures is not None:
         rows = main_measures(results.measures)
@@ -99,9 +99,9 @@ def _arms_section(config: Config, results: ExperimentResults) -> Section:
     folders = {job.arm: job.run for job in results.trained}
     rows = []
     for arm in results.arms:
-        trained = read_manifest(folders[arm.name].train / "manifest.json") if arm.name in folders else None
+        trained = training_record(folders[arm.name]) if arm.name in folders else None
         pairs = _pairs(trained) if trained else ""
-        steps = str(trained["steps"]) if trained else ""
+        steps = str(trained.steps) if trained else ""
         values = (str(arm.params.get(key, "")) for key in keys)
         rows.append((arm.name, *values, arm_folder(config, arm), pairs, steps))
     seeds = ", ".join(map(str, config.experiment.seeds))
@@ -115,13 +115,14 @@ def _arms_section(config: Config, results: ExperimentResults) -> Section:
     return Section("The arms", text, [PageTable(("arm", *keys, "folder", "pairs", "steps"), rows)])
 
 
-def _pairs(trained: Mapping[str, Any]) -> str:
-    """How many pairs a training had, from its manifest."""
-    safety = trained.get("safety") or {}
+def _pairs(trained: TrainingRecord) -> str:
+    """How many pairs a training had."""
     changed = [
-        f"{count:,} {what.replace('_', ' ')}" for what, count in safety.items() if what != "kept" and count
+        f"{count:,} {what.replace('_', ' ')}"
+        for what, count in trained.safety.items()
+        if what != "kept" and count
     ]
-    return "; ".join([f"{trained['pairs']['trained on']:,} of {trained['pairs']['prepared']:,}", *changed])
+    return "; ".join([f"{trained.pairs['trained on']:,} of {trained.pairs['prepared']:,}", *changed])
 
 
 def _results_section(results: ExperimentResults, rows: Sequence[ArmMeasure], judge: JudgeNote) -> Section:

@@ -10,7 +10,7 @@ from bdpo.evaluation.results import Evaluation
 from bdpo.evaluation.tables import comparison_rows, invalid_lines, judged_by, note_lines
 from bdpo.reports.page import PageTable, Section
 from bdpo.stats import Difference, p_value, widen
-from bdpo.storage.manifests import read_manifest
+from bdpo.storage.records import training_record
 from bdpo.storage.run_dir import RunDir
 
 
@@ -79,16 +79,16 @@ def tamper_section(run: RunDir, evaluations: dict[str, Evaluation]) -> Section |
     """How much of the aligned model's safety is left after the tamper test."""
     if not {"trained", "tampered"} <= evaluations.keys():
         return None
-    manifest = read_manifest(run.tampering(own_data=False).train / "manifest.json")
-    if manifest is None:
+    record = training_record(run.tampering(own_data=False))
+    if record is None:
         return None
-    train, data = manifest["config"]["train"], manifest["config"]["data"]
+    train, data = record.config["train"], record.config["data"]
     paths = [data] if isinstance(data["path"], str) else data["path"]
     named = ", ".join(source["path"] for source in paths)
     benign = " whose queries are labelled safe" if (data.get("select") or {}).get("group") == "safe" else ""
-    pairs = manifest["pairs"]["trained on"]
+    pairs = record.pairs["trained on"]
     did = (
-        f"The trained model was trained {manifest['steps']} more steps with LoRA (rank {train['lora']['r']}, "
+        f"The trained model was trained {record.steps} more steps with LoRA (rank {train['lora']['r']}, "
         f"learning rate {train['learning_rate']:g}, {train['global_batch_size']} responses a step) on the "
         f"chosen responses of {pairs:,} pairs of {named}{benign}. What that changed, judged by "
         f"{evaluations['tampered'].judge.label}:"

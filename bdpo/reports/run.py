@@ -14,7 +14,6 @@ import numpy as np
 
 from bdpo.cluster.nodes import versions as package_versions
 from bdpo.config import Config, TuneConfig, parse_config, workers_label
-from bdpo.data.account import prepared_rows
 from bdpo.evaluation.judges.registry import judge_label
 from bdpo.evaluation.results import MODEL_NAMES, Evaluation, read_evaluation
 from bdpo.evaluation.tables import percent_of
@@ -33,9 +32,10 @@ from bdpo.reports.scores import QUANTILES, mi_difference, mi_imbalance, mi_scatt
 from bdpo.reports.search import search_figures
 from bdpo.scoring.scores import finished_scores
 from bdpo.stats import ENDS
-from bdpo.storage.manifests import read_facts, read_manifest
+from bdpo.storage.manifests import read_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import read_parquet, sorted_glob
+from bdpo.storage.records import TrainingRecord, prepared_rows, training_record
 from bdpo.storage.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def run_page(config: Config, run: RunDir, stages: Sequence[TimedStage]) -> Page:
     config = trained_config(config, run)
     evaluations = run_evaluations(run)
     sections = [
-        setup_section(config, run, read_manifest(run.train / "manifest.json")),
+        setup_section(config, run, training_record(run)),
         data_section(run),
         mutual_information_section(config, run),
         training_section({"": [MetricsLog(run.metrics).read()]}),
@@ -77,9 +77,8 @@ def run_page(config: Config, run: RunDir, stages: Sequence[TimedStage]) -> Page:
 
 def trained_config(config: Config, run: RunDir) -> Config:
     """The config with which the model in a run folder was trained, `config` if there is no model."""
-    file = run.train / "manifest.json"
-    manifest = read_manifest(file)
-    return parse_config(manifest["config"], str(file)) if manifest and "config" in manifest else config
+    record = training_record(run)
+    return parse_config(dict(record.config), str(run.train)) if record and record.config else config
 
 
 def run_evaluations(run: RunDir) -> dict[str, Evaluation]:
@@ -98,16 +97,14 @@ def _lead(config: Config, evaluations: dict[str, Evaluation]) -> list[str]:
     return lines
 
 
-def setup_section(
-    config: Config, run: RunDir, trained: Mapping[str, Any] | None, arms: bool = False
-) -> Section:
-    """Model, method, data and training; package versions come from `trained`, the manifest of a training.
+def setup_section(config: Config, run: RunDir, trained: TrainingRecord | None, arms: bool = False) -> Section:
+    """Model, method, data and training; package versions come from `trained`, the record of a training.
 
     With `arms` the methods are left out: the page of an experiment has a table of its arms.
     """
     method, train = config.method, config.train
-    recorded = trained is not None and "versions" in trained
-    versions = trained["versions"] if trained and recorded else package_versions()
+    recorded = trained.versions if trained else {}
+    versions = recorded or package_versions()
     named = ", ".join(f"{name} {number}" for name, number in versions.items())
     own_rates = arms and config.experiment.learning_rates
     rate = "that of each arm, see below" if own_rates else f"{train.learning_rate:g}"
@@ -149,10 +146,12 @@ def data_section(run: RunDir, trained: bool = True) -> Section | None:
 
 
 def _trained_on(run: RunDir) -> list[tuple[str, str]]:
-    """The account of the pairs in the manifest of the training."""
-    manifest = read_facts(run.train / "manifest.json")
-    pairs = {key: count for key, count in manifest.get("pairs", {}).items() if key != "prepared"}
-    safety = {f"safety labels: {key.replace('_', ' ')}": n for key, n in manifest.get("safety", {}).items()}
+    """The account of the pairs in the record of the training."""
+    record = training_record(run)
+    if record is None:
+        return []
+    pairs = {key: count for key, count in record.pairs.items() if key != "prepared"}
+    safety = {f"safety labels: {key.replace('_', ' ')}": n for key, n in record.safety.items()}
     return [(key, f"{count:,}") for key, count in (pairs | safety).items()]
 
 

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bdpo.config import Config
-from bdpo.data.account import prepared_rows
 from bdpo.data.pairs import ID_COLUMNS, LABELS, all_pairs, count_pairs
 from bdpo.errors import UserError
 from bdpo.scoring.scores import SCORE_SCHEMA, read_scores
+from bdpo.storage.records import prepared_rows
 from bdpo.storage.run_dir import RunDir
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,7 @@ from bdpo.stats import Difference, rate
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import write_parquet, write_text
+from bdpo.storage.records import TrainingRecord
 from bdpo.storage.run_dir import RunDir
 from bdpo.storage.sealed import sealed
 from bdpo.variants.objective import Measured
@@ -248,15 +249,9 @@ def test_the_page_of_an_experiment(run, name):
     done = [Job(arm.name, 0, *arm_run(config, folder, arm, 0)) for arm in arms[1:]]
     for job in done:
         MetricsLog(job.run.metrics).append(log)
-        pairs = {"prepared": PAIRS, "trained on": PAIRS - 1}
-        write_manifest(
-            job.run.train / "manifest.json",
-            {},
-            seconds=3600.0,
-            pairs=pairs,
-            steps=7,
-            safety={"kept": 9, "dropped": 3},
-        )
+        pairs, safety = {"prepared": PAIRS, "trained on": PAIRS - 1}, {"kept": 9, "dropped": 3}
+        record = TrainingRecord(steps=7, seconds=3600.0, pairs=pairs, safety=safety)
+        write_manifest(job.run.train / "manifest.json", {}, **asdict(record))
     notes = ["Not done is this and that."]
     stages = [TimedStage("score", folder.scores / "manifest.json", 2.0)]
     stages += [TimedStage(f"{job.arm}: train", job.run.train / "manifest.json", 1.0) for job in done]
@@ -534,7 +529,8 @@ def test_the_page_of_an_experiment_without_its_reference_says_so(run):
 def test_a_model_is_shown_with_the_config_that_it_was_trained_with(run):
     config, folder = run
     trained = config.model_copy(update={"method": METHODS["ipo"]()})
-    write_manifest(folder.train / "manifest.json", {}, config=trained.model_dump(), versions={"ray": "9.9"})
+    record = TrainingRecord(1, 2.0, config=trained.model_dump(), versions={"ray": "9.9"})
+    write_manifest(folder.train / "manifest.json", {}, **asdict(record))
     page = run_page(config, folder, timed_stages(config, folder))
     assert page.title.startswith("ipo on")
     write_page(page, folder.report / "report.html")
