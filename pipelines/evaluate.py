@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -40,7 +40,13 @@ from bdpo.evaluation.capability import NOT_RUN, capability_fingerprint, harness_
 from bdpo.evaluation.compare import compare_all
 from bdpo.evaluation.judges.registry import NOBODY, judge_kind, judge_note
 from bdpo.evaluation.measures import Summary, summarise
-from bdpo.evaluation.results import chosen_models, read_evaluation, unlike_models
+from bdpo.evaluation.results import (
+    chosen_models,
+    is_valid,
+    missing_capability,
+    read_evaluation,
+    unlike_models,
+)
 from bdpo.evaluation.tables import (
     comparison_table,
     difference_table,
@@ -49,14 +55,14 @@ from bdpo.evaluation.tables import (
     screen_warning,
 )
 from bdpo.evaluation.twins import count_near_twins
-from bdpo.storage.manifests import Fingerprint, Manifest, finished, read_facts, read_manifest, write_manifest
+from bdpo.storage.manifests import Fingerprint, Manifest, finished, read_facts, write_manifest
 from bdpo.storage.paths import StoragePath, write_parquet
 from bdpo.storage.run_dir import RunDir
 from pipelines.runtime.cli import Command, exit_codes
 from pipelines.runtime.cluster import connect, require_capacity
 from pipelines.runtime.pool import Executor, InProcess, RayPool, ShardWork
 from pipelines.runtime.progress import console, progress_bar
-from pipelines.runtime.stage import ManifestStage, check_inputs, complete_all
+from pipelines.runtime.stage import ManifestStage, Stage, check_inputs, complete_all
 from pipelines.runtime.stalls import watched_tasks
 
 if TYPE_CHECKING:
@@ -92,10 +98,6 @@ class Evaluate(ManifestStage):
         """The summary."""
         return self.folder / "summary.json"
 
-    @property
-    def _scores_file(self) -> StoragePath:
-        return self.folder / "scores.parquet"
-
     def outputs(self) -> list[StoragePath]:
         """Verdicts, answers, and what a judge wrote about them."""
         return [self.folder, self.run.responses(self.model_name), self.run.replies(self.model_name)]
@@ -116,7 +118,7 @@ class Evaluate(ManifestStage):
 
     def has_results(self, manifest: Manifest) -> bool:
         """Whether enough verdicts were given; else the judge is asked again for those that are missing."""
-        return bool(manifest["valid"]) and self._scores_file.is_file()
+        return is_valid(self.folder)
 
     def complete(self) -> Summary:
         """Evaluate the model unless that is done and valid; returns its summary, capability included."""
@@ -151,7 +153,7 @@ class Evaluate(ManifestStage):
         judge = executor if judge_kind(self.config).has_model else InProcess()
         judge.complete_shards(ShardWork(f"judge {name}", ShardJudge, to_judge, scores, total, rows))
         table = scores.read().sort_by("item_id")
-        write_parquet(self._scores_file, table)
+        write_parquet(self.folder / "scores.parquet", table)
         seconds = time.perf_counter() - started
         summary = summarise(table).to_json()
         if self.trained_on_pairs:  # what it was trained on it may know by heart
@@ -164,7 +166,8 @@ class Evaluate(ManifestStage):
         _, answers = count_shards(self.run.responses(self.model_name))
         _, verdicts = count_shards(self.folder / "shards")
         valid = read_facts(self.manifest_file).get("valid")
-        done = self.recorded() is not None and not self._capability_missing()
+        missing = missing_capability(self.folder, self.config.evaluate.capability)
+        done = self.recorded() is not None and not missing
         begun = answers + verdicts > 0
         return StageStatus.of(self.name, done, begun, answers=answers, verdicts=verdicts, valid=valid)
 
@@ -183,11 +186,6 @@ class Evaluate(ManifestStage):
         """Benchmark -> its result."""
         folder = self.folder / "capability"
         return {name: folder / f"{name}.json" for name in self.config.evaluate.capability}
-
-    def _capability_missing(self) -> list[str]:
-        """The capability benchmarks without a result, whatever the inputs."""
-        results = {name: read_manifest(file) for name, file in self._capability_files.items()}
-        return [name for name, result in results.items() if result is None or NOT_RUN in result]
 
     def _capability(self) -> dict[str, Manifest]:
         """Each capability benchmark, run unless that is done; one that was not run is tried again."""
@@ -252,8 +250,7 @@ def run_evaluate(config: Config, run: RunDir) -> None:
     """Evaluate the models that exist, and print the comparison; a judge that cannot judge stops it first."""
     stages = [stage(config, run) for stage in MODELS]
     check_inputs([stage for stage in stages if stage.applies and stage.has_inputs])
-    done = complete_all(stages)
-    print_comparison({stage.model_name: stage.folder for stage in stages if stage in done})
+    print_evaluations(complete_all(stages))
 
 
 def warn_of_screen(config: Config) -> None:
@@ -272,6 +269,11 @@ def run_compare(roots: list[str]) -> None:
     print_comparison(chosen)
     if unlike := unlike_models(chosen):
         console.print(unlike, style="yellow", soft_wrap=True)
+
+
+def print_evaluations(stages: Iterable[Stage]) -> None:
+    """The comparison of the models that stages have evaluated."""
+    print_comparison({stage.model_name: stage.folder for stage in stages if isinstance(stage, Evaluate)})
 
 
 def print_comparison(folders: Mapping[str, StoragePath]) -> None:

@@ -22,7 +22,7 @@ from bdpo.cluster.status import StageStatus
 from bdpo.config import Config
 from bdpo.data.account import account_line
 from bdpo.errors import UserError
-from bdpo.evaluation.results import MODEL_NAMES, read_evaluation
+from bdpo.evaluation.results import finished_models, read_evaluation
 from bdpo.reports.cost import TimedStage, stage_costs
 from bdpo.scoring.scores import read_scores
 from bdpo.scoring.selection import requires_scores
@@ -54,14 +54,14 @@ class Report(Stage):
         """Print and write the results of the finished stages."""
         config, run = self.config, self.run
         account = prepared_rows(run)
-        evaluated = [name for name in MODEL_NAMES if (run.eval(name) / "summary.json").is_file()]
+        evaluated = finished_models(run)
         mi = self._mutual_information()
         seconds = self._seconds()
-        evaluations = {name: _recorded(run.eval(name)) for name in evaluated}
+        evaluations = {name: _recorded(folder) for name, folder in evaluated.items()}
         summary = {"data": account or {}, "mi": mi, "seconds": seconds, "evaluations": evaluations}
         update(run.report / "summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
         console.print()
-        print_comparison({name: run.eval(name) for name in evaluated})
+        print_comparison(evaluated)
         if mi:
             console.print(_mi_table(mi))
         if account:

@@ -10,7 +10,7 @@ orpo, sft) have nothing to score.
 from __future__ import annotations
 
 from bdpo.config import Config
-from bdpo.storage.manifests import read_manifest
+from bdpo.evaluation.results import finished_models
 from bdpo.storage.run_dir import RunDir
 from pipelines.evaluate import warn_of_screen
 from pipelines.runtime.cli import Command
@@ -27,7 +27,7 @@ def run_all(config: Config, run: RunDir) -> None:
     check_inputs([prepare, *others])
     warn_of_screen(config)
     prepare.complete()
-    if read_manifest(run.eval("trained") / "summary.json") is None:
+    if "trained" not in finished_models(run):
         require_memory(config)
         refuse_what_does_not_fit(config, run)
     complete_all(others)

@@ -22,7 +22,7 @@ from bdpo.errors import UserError
 from bdpo.storage.manifests import Fingerprint, Manifest
 from bdpo.storage.paths import StoragePath
 from bdpo.storage.run_dir import RunDir
-from pipelines.evaluate import Evaluate, EvaluateBase, EvaluateTrained, print_comparison
+from pipelines.evaluate import Evaluate, EvaluateBase, EvaluateTrained, print_evaluations
 from pipelines.prepare import Prepare
 from pipelines.runtime.cli import Command
 from pipelines.runtime.stage import ManifestStage, check_inputs, complete_all
@@ -135,14 +135,10 @@ def run_tamper(config: Config, run: RunDir) -> None:
         raise UserError("tamper: the config has no such section; tamper={} takes the defaults")
     if not run.has_model():
         raise UserError(f"{run.model}: no trained model; run `python -m pipelines.run` first")
-    kinds = (EvaluateBase, EvaluateTrained, EvaluateTampered)
-    stages = [Tamper(config, run), *(kind(config, run) for kind in kinds)]
+    kinds = (Tamper, EvaluateBase, EvaluateTrained, EvaluateTampered)
+    stages = [kind(config, run) for kind in kinds]
     check_inputs(stages)
-    complete_all(stages)
-    folders = {kind.model_name: run.eval(kind.model_name) for kind in kinds}
-    print_comparison(
-        {name: folder for name, folder in folders.items() if (folder / "summary.json").is_file()}
-    )
+    print_evaluations(complete_all(stages))
 
 
 main = Command(__doc__, (Tamper, EvaluateTampered), run_tamper)

@@ -18,7 +18,6 @@ from rich.table import Table
 
 from bdpo.config.derive import part_of
 from bdpo.evaluation.judges.registry import judge_label
-from bdpo.evaluation.tables import invalid_lines
 from bdpo.scoring.selection import training_rows
 from bdpo.search.sweep import Sweep
 from bdpo.search.trials import end_of, is_promoted, rung_steps, winner
@@ -27,7 +26,7 @@ from bdpo.storage.paths import read_bytes, read_parquet
 from bdpo.training.batches import plan_without_lengths
 from bdpo.training.rungs import Rungs
 from bdpo.variants.ends import End, Failure
-from bdpo.variants.objective import InvalidEvaluation, measure
+from bdpo.variants.objective import measure, require_valid
 from pipelines.evaluate import Evaluate
 from pipelines.runtime.fit import fit
 from pipelines.runtime.pool import InProcess
@@ -134,8 +133,7 @@ class TrialRunner:
         here = InProcess(settings.evaluate.gpus_per_worker, self.begins)
         summary = Evaluate(settings, self.trial_run, name, here).complete()
         drop_local_copy(self.trial_run.model)  # the next rung has another
-        if not summary.valid:
-            raise InvalidEvaluation("; ".join(invalid_lines(name, summary)))
+        require_valid(name, summary)
         scores = read_parquet(self.trial_run.eval(name) / "scores.parquet")
         measured = measure(self.settings.tune, scores, self.base_scores)
         seconds = {"train_seconds": trained - started, "evaluate_seconds": time.time() - trained}

@@ -15,6 +15,11 @@ from bdpo.config.base import StallSeconds, Workers
 from bdpo.config.judges import AnyJudge, StringMatchingConfig
 from bdpo.section import Fraction, Positive, Section
 
+AlignedName = Literal["base", "adapter", "trained"]
+
+ModelName = Literal[AlignedName, "tampered"]
+"""The evaluated models of a run, in the order of tables; `tampered` is `trained` after the tamper test."""
+
 Value = TypeVar("Value")
 
 

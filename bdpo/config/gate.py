@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from bdpo.config.evaluate import AlignedName, ModelName
 from bdpo.config.explain import explain
 from bdpo.config.reading import read_yaml, require_tree
 from bdpo.errors import UserError
@@ -59,10 +60,8 @@ class GateConfig(Section):
     An evaluation that is unfinished, invalid, or not comparable with that of the base model meets none.
     """
 
-    model: Literal["trained", "tampered", "adapter", "base"] = Field(
-        "trained", description="the model that is gated"
-    )
-    base: Literal["base", "adapter", "trained"] = Field(
+    model: ModelName = Field("trained", description="the model that is gated")
+    base: AlignedName = Field(
         "base", description="the model of `max_regression`; `trained` for a gate on `tampered`"
     )
     max_broken: Fraction = Field(

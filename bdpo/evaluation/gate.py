@@ -20,7 +20,7 @@ from bdpo.evaluation.benchmarks.registry import BENCHMARKS, find_measure, measur
 from bdpo.evaluation.capability import BENCHMARKS as CAPABILITY
 from bdpo.evaluation.compare import item_clusters
 from bdpo.evaluation.measures import DECIDED, summarise
-from bdpo.evaluation.results import Evaluation, incomparable_field, read_evaluation
+from bdpo.evaluation.results import Evaluation, incomparable_field, is_finished, read_evaluation
 from bdpo.stats import Estimate, paired_difference
 from bdpo.storage.paths import StoragePath
 
@@ -138,7 +138,7 @@ def _known_measures() -> dict[str, bool]:
 
 def _finished(folder: StoragePath, benchmarks: Sequence[str]) -> _Checked | None:
     """The evaluation in a folder, with these benchmarks checked; None while it is not finished."""
-    if not all((folder / name).is_file() for name in ("summary.json", "scores.parquet")):
+    if not is_finished(folder):
         return None
     found = read_evaluation(folder)
     defects = {name: defect for name in benchmarks if (defect := _defect(name, found))}

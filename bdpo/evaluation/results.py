@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bdpo.config.evaluate import AlignedName, ModelName
 from bdpo.errors import UserError
+from bdpo.evaluation.capability import NOT_RUN
 from bdpo.evaluation.judges.registry import NOBODY, JudgeNote
 from bdpo.evaluation.measures import Summary
 from bdpo.storage.manifests import Fingerprint, read_facts, read_manifest
 from bdpo.storage.paths import StoragePath, read_parquet, sorted_glob
 from bdpo.storage.run_dir import RunDir
-
-MODEL_NAMES = ("base", "adapter", "trained", "tampered")
-"""In the order of tables; `tampered` is the trained model after the tamper test."""
 
 MODEL_FIELDS = frozenset({"weights", "tokenizer", "chat_template", "template_kwargs", "dtype", "adapter"})
 """The fields of a fingerprint that are the evaluated model's, see `EvaluatedModel.fingerprint`."""
@@ -32,6 +32,28 @@ def incomparable_field(first: Fingerprint, second: Fingerprint) -> str | None:
     """The first field, not of the models, in which two evaluations differ; None if they can be compared."""
     one, other = asked_and_judged(first), asked_and_judged(second)
     return next((name for name in {**one, **other} if one.get(name) != other.get(name)), None)
+
+
+def is_finished(folder: StoragePath) -> bool:
+    """Whether the evaluation in `<run_dir>/eval/<name>` is finished, valid or not."""
+    return all((folder / name).is_file() for name in ("summary.json", "scores.parquet"))
+
+
+def is_valid(folder: StoragePath) -> bool:
+    """Whether it is finished, with enough verdicts; capability benchmarks may be missing."""
+    return is_finished(folder) and bool(read_facts(folder / "summary.json").get("valid"))
+
+
+def missing_capability(folder: StoragePath, names: Iterable[str]) -> list[str]:
+    """Those of the capability benchmarks that have no result in `<run_dir>/eval/<name>`."""
+    found = {name: read_manifest(folder / "capability" / f"{name}.json") for name in names}
+    return [name for name, result in found.items() if result is None or NOT_RUN in result]
+
+
+def finished_models(run: RunDir) -> dict[str, StoragePath]:
+    """Name -> folder of each evaluation of a run that is finished, valid or not, in the order of tables."""
+    folders = {name: run.eval(name) for name in get_args(ModelName)}
+    return {name: folder for name, folder in folders.items() if is_finished(folder)}
 
 
 @dataclass(frozen=True)
@@ -81,8 +103,7 @@ def chosen_models(roots: Sequence[str | StoragePath]) -> dict[str, StoragePath]:
     names: set[str] = set()
     for root in roots:
         run = RunDir(root)
-        about = [name for name in MODEL_NAMES if name != "tampered"]
-        there = [name for name in about if (run.eval(name) / "summary.json").is_file()]
+        there = [name for name in finished_models(run) if name in get_args(AlignedName)]
         if not there:
             raise UserError(f"{root}: no finished evaluation; run `python -m pipelines.evaluate` first")
         if run.root.name in names:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from bdpo.config import Config
 from bdpo.config.derive import part_of
 from bdpo.evaluation.answers import prompts_fingerprint
-from bdpo.evaluation.capability import NOT_RUN
 from bdpo.evaluation.judges.registry import judge_fingerprint
-from bdpo.evaluation.results import asked_and_judged
+from bdpo.evaluation.results import asked_and_judged, is_valid, missing_capability
 from bdpo.experiments.arms import Arm, arm_run
 from bdpo.storage.manifests import read_manifest, require_same_fingerprint
 from bdpo.storage.metrics_log import MetricsLog
@@ -35,14 +34,7 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether the model is trained and its evaluation valid; capability benchmarks may be missing."""
-        folder = self.run.eval("trained")
-        summary = read_manifest(folder / "summary.json")
-        return (
-            self.run.has_model()
-            and summary is not None
-            and bool(summary["valid"])
-            and (folder / "scores.parquet").is_file()
-        )
+        return self.run.has_model() and is_valid(self.run.eval("trained"))
 
     @property
     def complete(self) -> bool:
@@ -64,9 +56,7 @@ class Job:
 
     def not_run(self) -> list[str]:
         """The capability benchmarks that have no result."""
-        folder = self.run.eval("trained") / "capability"
-        read = {name: read_manifest(folder / f"{name}.json") for name in self.config.evaluate.capability}
-        return [name for name, result in read.items() if result is None or NOT_RUN in result]
+        return missing_capability(self.run.eval("trained"), self.config.evaluate.capability)
 
     def refuse_other_evaluation(self) -> None:
         """Make sure that an evaluation in the job's folder asked the prompts and the judge of this config.

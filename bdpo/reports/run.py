@@ -15,7 +15,7 @@ import numpy as np
 from bdpo.cluster.nodes import versions as package_versions
 from bdpo.config import Config, TuneConfig, parse_config, workers_label
 from bdpo.evaluation.judges.registry import judge_label
-from bdpo.evaluation.results import MODEL_NAMES, Evaluation, read_evaluation
+from bdpo.evaluation.results import Evaluation, finished_models, read_evaluation
 from bdpo.evaluation.tables import percent_of
 from bdpo.reports.cost import TimedStage, cost_section, search_costs, stage_costs
 from bdpo.reports.evaluation import comparison_sentences, evaluation_section, tamper_section
@@ -83,8 +83,7 @@ def trained_config(config: Config, run: RunDir) -> Config:
 
 def run_evaluations(run: RunDir) -> dict[str, Evaluation]:
     """The finished evaluations of a run's models, by name."""
-    there = [name for name in MODEL_NAMES if (run.eval(name) / "summary.json").is_file()]
-    return {name: read_evaluation(run.eval(name)) for name in there}
+    return {name: read_evaluation(folder) for name, folder in finished_models(run).items()}
 
 
 def _lead(config: Config, evaluations: dict[str, Evaluation]) -> list[str]:

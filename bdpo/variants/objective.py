@@ -132,7 +132,8 @@ def measure(tune: TuneConfig, scores: pa.Table, base_scores: pa.Table) -> Measur
         InvalidEvaluation: either has too many failed verdicts, or there is nothing to measure.
     """
     same = base_scores.filter(pc.is_in(base_scores["item_id"], scores["item_id"]))
-    summary, base = _valid_summary("variant", scores), _valid_summary("base", same)
+    summary = require_valid("variant", summarise(scores))
+    base = require_valid("base", summarise(same))
     objective, constrained = (_at(summary, path) for path in (tune.metric, tune.constraint))
     allowed = _at(base, tune.constraint).known - tune.max_over_refusal
     # Rates of few prompts: values that are equal on paper must not differ by rounding.
@@ -140,8 +141,12 @@ def measure(tune: TuneConfig, scores: pa.Table, base_scores: pa.Table) -> Measur
     return Measured(objective, constrained, allowed + tune.max_over_refusal, violation)
 
 
-def _valid_summary(name: str, scores: pa.Table) -> Summary:
-    summary = summarise(scores)
+def require_valid(name: str, summary: Summary) -> Summary:
+    """The summary of the evaluation called `name`.
+
+    Raises:
+        InvalidEvaluation: too many verdicts are missing, or there are none.
+    """
     if not summary.valid:
         raise InvalidEvaluation("; ".join(invalid_lines(name, summary)) or f"{name}: no scores")
     return summary

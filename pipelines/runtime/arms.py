@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from bdpo.evaluation.measures import Summary
-from bdpo.evaluation.tables import invalid_lines
 from bdpo.experiments.jobs import Job
 from bdpo.storage.cache import drop_local_copy
 from bdpo.storage.manifests import Fingerprint, finished
 from bdpo.variants.ends import Failure, forget_failure, read_failure, write_failure
-from bdpo.variants.objective import InvalidEvaluation
+from bdpo.variants.objective import require_valid
 from pipelines.evaluate import EvaluateTrained
 from pipelines.runtime.pool import InProcess
 from pipelines.runtime.stalls import watched_tasks
@@ -130,8 +129,7 @@ class ArmRunner:
         Train(job.config, job.run).complete()
         gpus = job.config.evaluate.gpus_per_worker
         summary = _evaluate_on_gpu(gpus, job) if gpus else _evaluate(job, self.begins)
-        if not summary.valid:
-            raise InvalidEvaluation("; ".join(invalid_lines("trained", summary)))
+        require_valid("trained", summary)
         return True
 
     def stop_training(self) -> None:
