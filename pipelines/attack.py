@@ -12,12 +12,12 @@ evaluate.jailbreak.paths reads.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from bdpo.cluster.status import StageStatus, attack_status
+from bdpo.cluster.status import StageStatus, count_shards
 from bdpo.config import Config
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import EvaluatedModel, evaluated_model, forget_failures
@@ -42,8 +42,9 @@ from bdpo.evaluation.attacks.work import (
     state_folder,
 )
 from bdpo.evaluation.judges.registry import judge_label, judge_note
-from bdpo.storage.manifests import Fingerprint, Manifest, write_manifest
-from bdpo.storage.paths import StoragePath, read_parquet, write_parquet, write_text
+from bdpo.reports.cost import TimedStage, stage_gpus
+from bdpo.storage.manifests import Fingerprint, Manifest, read_facts, write_manifest
+from bdpo.storage.paths import StoragePath, read_parquet, sorted_glob, write_parquet, write_text
 from bdpo.storage.run_dir import RunDir
 from bdpo.storage.shards import ShardStore
 from pipelines.evaluate import warn_of_screen
@@ -59,17 +60,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Attack(ManifestStage):
-    """The configured attack on one model of the run; `executor` is where, by default a pool."""
+    """An attack on one model of the run, by default the configured kind; `executor` is where, by default a
+    pool."""
 
     model_name: str
     executor: Executor | None = None
+    begun_kind: str | None = None
+    """The kind of an attack that was begun, whatever the config asks for now."""
 
     section = "attack"
+
+    @classmethod
+    def found_in(cls, config: Config, run: RunDir) -> Sequence[Self]:
+        """The attacks of every kind that were begun on this model."""
+        begun = sorted_glob(run.private / "attack", f"*/{cls.model_name}")
+        return [cls(config, run, begun_kind=folder.parent.name) for folder in begun]
 
     @property
     def kind(self) -> str:
         """Of the attack."""
-        return self.config.attack.name
+        return self.begun_kind or self.config.attack.name
 
     @property
     def name(self) -> str:
@@ -138,8 +148,8 @@ class Attack(ManifestStage):
         universal = bool(getattr(self.config.attack, "universal", False))
         summary = summarise_attack(scores, judge_label(self.config), universal)
         facts = summary_facts(summary) | {"seed": self.config.seed, "artifact": str(self.artifact_file)}
-        seconds = time.perf_counter() - started
-        return write_manifest(self.manifest_file, self.fingerprint, seconds=seconds, **facts)
+        facts |= {"seconds": time.perf_counter() - started, "gpus": stage_gpus(self.config.attack)}
+        return write_manifest(self.manifest_file, self.fingerprint, **facts)
 
     def _work(self, records: ShardStore, total: int) -> None:
         """What is made once for all requests, then every request."""
@@ -159,11 +169,22 @@ class Attack(ManifestStage):
 
     def status(self) -> StageStatus:
         """Requests so far."""
-        return attack_status(self.run, self.kind, self.model_name)
+        _, requests = count_shards(self._texts / "records")
+        valid = read_facts(self.manifest_file).get("valid")
+        return StageStatus.of(self.name, bool(valid), requests > 0, requests=requests, valid=valid)
 
     def input_checks(self) -> Mapping[str, Check]:
         """Models, requests, attack and judge can be used."""
         return {"model": _check_models, "attack": check_attack}
+
+    def further_checks(self) -> Mapping[str, Check]:
+        """The attack, if the config has one."""
+        return {"attack": check_attack} if "attack" in self.config.model_fields_set else {}
+
+    def timed(self, name: str | None = None) -> TimedStage:
+        """With the GPUs that it held: the section may be another attack's by now."""
+        timed = super().timed(name)
+        return replace(timed, gpus=read_facts(self.manifest_file).get("gpus", timed.gpus))
 
     def summary(self) -> AttackSummary:
         """The numbers of a finished attack."""

@@ -41,7 +41,7 @@ from pipelines.runtime.cli import command_config, exit_codes
 from pipelines.runtime.cluster import connect
 from pipelines.runtime.progress import console
 from pipelines.runtime.ray_internals import pack_working_dir
-from pipelines.runtime.registry import PIPELINE, STUDIES
+from pipelines.runtime.registry import ATTACKS, PIPELINE, STUDIES
 from pipelines.runtime.stage import input_checks
 
 MAX_UPLOAD_MIB = 100  # Ray's own limit is 512
@@ -67,18 +67,10 @@ def preflight(config: Config, run: RunDir, throughput: float | None, measure: bo
 
 def local_checks(config: Config, run: RunDir) -> dict[str, Check]:
     """What the stages ask of their inputs, and of the run folder: it needs no cluster."""
-    stages = [stage(config, run) for stage in PIPELINE + STUDIES]
+    pipeline, others = ([kind(config, run) for kind in kinds] for kinds in (PIPELINE, STUDIES + ATTACKS))
+    stages = [*pipeline, *others]
     further = {name: check for stage in stages for name, check in stage.further_checks().items()}
-    if "attack" in config.model_fields_set:
-        further["attack"] = _attack
-    return {**input_checks(stages), **further, "storage": check_storage}
-
-
-def _attack(config: Config, run: RunDir) -> str:
-    """Imported here, for attacks import torch, which other checks may do without."""
-    from pipelines.attack import check_attack
-
-    return check_attack(config, run)
+    return {**input_checks(pipeline), **further, "storage": check_storage}
 
 
 def _time(config: Config, run: RunDir, throughput: float | None, measure: bool) -> str | Doubt:

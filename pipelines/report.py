@@ -30,6 +30,7 @@ from bdpo.storage.manifests import read_facts
 from bdpo.storage.paths import StoragePath, update
 from bdpo.storage.records import prepared_rows
 from bdpo.storage.run_dir import RunDir, run_config
+from pipelines.attack import AttackBase, AttackTrained
 from pipelines.evaluate import print_comparison
 from pipelines.runtime.cli import exit_codes
 from pipelines.runtime.progress import console
@@ -95,9 +96,9 @@ def _recorded(folder: StoragePath) -> Mapping[str, Any]:
 
 
 def timed_stages(config: Config, run: RunDir) -> list[TimedStage]:
-    """The stages of a run that record their seconds, finished or not."""
-    stages = [stage(config, run) for stage in STAGES]
-    return [stage.timed() for stage in stages if stage.applies]
+    """The stages of a run that record their seconds, finished or not, its attacks among them."""
+    kinds = (*STAGES, AttackBase, AttackTrained)
+    return [stage.timed() for kind in kinds for stage in kind.found_in(config, run)]
 
 
 def write_run_page(config: Config, run: RunDir) -> None:

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from bdpo.cluster.status import StageStatus, attack_statuses, command_line
+from bdpo.cluster.status import StageStatus, command_line
 from bdpo.storage.run_dir import RunDir, run_config
 from pipelines.runtime.cli import exit_codes
 from pipelines.runtime.progress import console
-from pipelines.runtime.registry import PIPELINE, STUDIES
+from pipelines.runtime.registry import ATTACKS, PIPELINE, STUDIES
 
 _COLOURS = {"done": "green", "begun": "yellow", "not begun": "dim"}
 
@@ -34,12 +34,12 @@ def run_status(run: RunDir) -> list[StageStatus]:
         UserError: there is no run in the folder.
     """
     config = run_config(run)
-    pipeline, studies = (
-        [stage.status() for stage in (kind(config, run) for kind in kinds) if stage.applies]
-        for kinds in (PIPELINE, STUDIES)
+    pipeline, studies, attacks = (
+        [stage.status() for kind in kinds for stage in kind.found_in(config, run)]
+        for kinds in (PIPELINE, STUDIES, ATTACKS)
     )
     pipeline = [status for status in pipeline if status.state != "not begun" or not studies]
-    return pipeline + studies + attack_statuses(run)
+    return pipeline + studies + attacks
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 
 from bdpo.config import Config
 from bdpo.storage.lease import LEASE_SECONDS, RENEWAL_SECONDS, read_holder, shows_life
-from bdpo.storage.manifests import read_manifest
 from bdpo.storage.paths import StoragePath, open_parquet, sorted_glob
 from bdpo.storage.records import prepared_pairs
 from bdpo.storage.run_dir import RunDir
@@ -46,21 +45,6 @@ def count_shards(folder: StoragePath) -> tuple[int, int]:
     shards = sorted_glob(folder, "part-*.parquet")
     with ThreadPoolExecutor(8) as pool:
         return len(shards), sum(pool.map(_rows, shards))
-
-
-def attack_statuses(run: RunDir) -> list[StageStatus]:
-    """How far each attack in a run folder is, by its kind and the model that is attacked."""
-    folders = sorted_glob(run.private / "attack", "*/*")
-    return [attack_status(run, folder.parent.name, folder.name) for folder in folders]
-
-
-def attack_status(run: RunDir, kind: str, model_name: str) -> StageStatus:
-    """Requests so far of the attack of a kind on one model."""
-    _, requests = count_shards(run.attack_texts(kind, model_name) / "records")
-    summary = read_manifest(run.attack(kind, model_name) / "summary.json")
-    valid = None if summary is None else bool(summary["valid"])
-    name = f"attack {kind} {model_name}"
-    return StageStatus.of(name, bool(valid), requests > 0, requests=requests, valid=valid)
 
 
 def _rows(shard: StoragePath) -> int:

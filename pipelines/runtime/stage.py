@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bdpo.cluster.status import StageStatus
 from bdpo.config import Config
@@ -36,6 +36,12 @@ class Stage(ABC):
 
     section: ClassVar[str | None] = None
     """The section of the config that says on how many workers and GPUs the stage runs; None: on none."""
+
+    @classmethod
+    def found_in(cls, config: Config, run: RunDir) -> Sequence[Self]:
+        """The stages of this class that a run folder shows: the one, if it applies."""
+        stage = cls(config, run)
+        return [stage] if stage.applies else []
 
     @property
     @abstractmethod
@@ -77,7 +83,10 @@ class Stage(ABC):
         raise NotImplementedError
 
     def input_checks(self) -> Mapping[str, Check]:
-        """What must hold before anything is done, here or by a stage before this one."""
+        """What must hold before anything is done, here or by a stage before this one.
+
+        `preflight` looks at those of the pipeline.
+        """
         return {}
 
     def further_checks(self) -> Mapping[str, Check]:

@@ -12,8 +12,11 @@ import pytest
 from bdpo.evaluation.benchmarks import jailbreak
 from bdpo.evaluation.judges.base import Failed, Question, Verdict
 from bdpo.models.tokenizer import ChatTokenizer
+from bdpo.reports.cost import stage_costs
+from bdpo.storage.manifests import write_manifest
 from bdpo.storage.run_dir import RunDir
 from pipelines.attack import AttackBase, AttackTrained, print_attacks
+from pipelines.report import timed_stages
 from pipelines.status import run_status
 from tests.support.attacks import (
     GOAL,
@@ -27,7 +30,7 @@ from tests.support.attacks import (
 )
 from tests.support.commands import run_command
 from tests.support.fake_endpoint import completion, fake_endpoint, reply
-from tests.support.helpers import save_model
+from tests.support.helpers import save_model, tiny_config
 
 KINDS: list[dict[str, Any]] = [
     {"name": "best_of_n", "n": 3, "batch_size": 2, "augmentations": ["scramble", "capitalise", "noise"]},
@@ -104,6 +107,24 @@ def test_an_interrupted_attack_resumes_to_the_same_artifact(
         "requests": REQUESTS,
         "valid": True,
     }
+
+
+def test_the_attacks_of_a_run_folder_have_a_state_and_a_cost(tmp_path: Path) -> None:
+    """Whatever kind of attack the config asks for now."""
+    config = tiny_config(tmp_path / "run", tmp_path / "model", tmp_path / "pairs")
+    run = RunDir(config.run_dir)
+    run.record(config)
+    for kind, model in (("gcg", "base"), ("pair", "base"), ("gcg", "trained")):
+        (run.attack_texts(kind, model) / "records").mkdir(parents=True)
+    write_manifest(run.attack("gcg", "base") / "summary.json", {}, valid=True, seconds=8.0, gpus=2.0)
+    states = {found.stage: found.state for found in run_status(run) if found.stage.startswith("attack")}
+    assert states == {
+        "attack gcg base": "done",
+        "attack pair base": "not begun",
+        "attack gcg trained": "not begun",
+    }
+    [cost] = stage_costs(timed_stages(config, run))
+    assert (cost.name, cost.seconds, cost.gpus) == ("attack gcg base", 8.0, 2.0)
 
 
 def test_an_interrupted_pair_asks_its_attacker_for_no_request_again(
