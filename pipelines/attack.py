@@ -63,12 +63,12 @@ class Attack(ManifestStage):
     """An attack on one model of the run, by default the configured kind; `executor` is where, by default a
     pool."""
 
-    model_name: str
     executor: Executor | None = None
     begun_kind: str | None = None
     """The kind of an attack that was begun, whatever the config asks for now."""
 
     section = "attack"
+    model_name = "base"
 
     @classmethod
     def found_in(cls, config: Config, run: RunDir) -> Sequence[Self]:
@@ -191,18 +191,14 @@ class Attack(ManifestStage):
         return read_summary(self.ensure_manifest())
 
 
-@dataclass(frozen=True)
 class AttackBase(Attack):
     """The attack on the model that the config names."""
 
-    model_name: str = "base"
 
-
-@dataclass(frozen=True)
 class AttackTrained(Attack):
     """The attack on the run's own model."""
 
-    model_name: str = "trained"
+    model_name = "trained"
 
     @property
     def has_inputs(self) -> bool:

@@ -34,7 +34,7 @@ from pipelines.attack import AttackBase, AttackTrained
 from pipelines.evaluate import print_comparison
 from pipelines.runtime.cli import exit_codes
 from pipelines.runtime.progress import console
-from pipelines.runtime.stage import Stage
+from pipelines.runtime.stage import ManifestStage, Stage
 from pipelines.runtime.stages import STAGES
 
 
@@ -97,7 +97,7 @@ def _recorded(folder: StoragePath) -> Mapping[str, Any]:
 
 def timed_stages(config: Config, run: RunDir) -> list[TimedStage]:
     """The stages of a run that record their seconds, finished or not, its attacks among them."""
-    kinds = (*STAGES, AttackBase, AttackTrained)
+    kinds: tuple[type[ManifestStage], ...] = (*STAGES, AttackBase, AttackTrained)
     return [stage.timed() for kind in kinds for stage in kind.found_in(config, run)]
 
 
