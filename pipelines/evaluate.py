@@ -73,8 +73,8 @@ if TYPE_CHECKING:
 class Evaluate(ManifestStage):
     """Asks one model every prompt, and judges its answers; `executor` is where, by default a pool.
 
-    `base` is the model of the config, `adapter` that model with the adapter of `evaluate.adapter`, any other
-    name the model that was trained in the run folder.
+    `model_name` is one of those of `evaluated_model`; any other name, as that of a rung, is a name for the
+    model that was trained in the run folder.
     """
 
     model_name: str

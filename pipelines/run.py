@@ -1,10 +1,10 @@
-"""The whole pipeline: prepare, score, evaluate the base, train, evaluate the trained model, report.
+"""The complete pipeline: all stages, from the preference pairs to the page with the results.
 
     python -m pipelines.run --config pipelines/configs/sandbox.yaml [section.key=value ...]
 
 Every stage resumes where it stopped and is skipped when it is done. The result is a table on the
-terminal, and a page: <run_dir>/report/report.html. Methods without a reference (cpo, simpo,
-orpo, sft) have nothing to score.
+terminal, and a page: <run_dir>/report/report.html. docs/running.md lists the stages; which of them a run
+has depends on its config. Methods without a reference, see docs/methods.md, require no scores.
 """
 
 from __future__ import annotations

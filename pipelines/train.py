@@ -4,9 +4,9 @@
 
 Reads <run_dir>/data/pairs and <run_dir>/scores, writes <run_dir>/metrics.jsonl, checkpoints under
 <run_dir>/train and the trained model to <run_dir>/model; with train.lora the adapter to <run_dir>/adapter as
-well. The same command after a kill resumes from the last checkpoint. Methods without a reference (cpo, simpo,
-orpo, sft) require no scores: they begin with the data. --dry-run prints what each GPU would need, without a
-GPU, weights or data.
+well. The same command after a kill resumes from the last checkpoint. Methods without a reference, see
+docs/methods.md, require no scores: their training begins with the data. --dry-run prints what each GPU would
+need, without a GPU, weights or data.
 """
 
 from __future__ import annotations

@@ -7,7 +7,10 @@ import re
 
 import pytest
 
+from bdpo.storage.run_dir import RunDir
+from pipelines.runtime.registry import PIPELINE
 from tests.support import ROOT
+from tests.support.helpers import tiny_config
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 
@@ -70,6 +73,14 @@ def test_a_name_that_is_not_defined_is_found():
     assert is_defined(file, "Balanced.weights")
     assert not is_defined(file, "Balanced.mutual_information")
     assert not is_defined(file, "weights")
+
+
+def test_the_page_on_running_lists_the_stages_in_their_order(tmp_path):
+    config = tiny_config(tmp_path, tmp_path / "model", tmp_path / "pairs")
+    page = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+    table = page.partition("| stage |")[2].partition("\n\n")[0]
+    listed = re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
+    assert listed == [stage(config, RunDir(tmp_path)).name for stage in PIPELINE]
 
 
 def test_the_first_page_is_short():

@@ -19,7 +19,7 @@ from bdpo.errors import UserError
 
 _WORDS = {"key", "token", "apikey", "pat", "passphrase", "authorization", "bearer"}
 _PARTS = re.compile("secret|password|passwd|credential|private_?key")
-# `judge_api_key_env`, `RAY_AUTH_TOKEN_PATH`: the place of a secret is no secret
+# `api_key_env`, `RAY_AUTH_TOKEN_PATH`: the place of a secret is no secret
 _PLACES = {"env", "path", "file", "dir"}
 
 _RULES = {

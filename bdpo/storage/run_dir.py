@@ -9,7 +9,7 @@
     <run_dir>/metrics.jsonl          one line an optimizer step
     <run_dir>/eval/<name>/           per-item scores and summary.json of the model of that name
     <run_dir>/tamper/                the training of a tamper test, a run folder of its own
-    <run_dir>/attack/<kind>/<name>/  what an attack on the model of that name came to, without a text
+    <run_dir>/attack/<kind>/<name>/  the numbers of an attack on the model of that name, without a text
     <run_dir>/report/                summary and figures
     <run_dir>/tune/                  the trials of a search, their table, figures and best.yaml
     <run_dir>/experiments/arms/      the trainings of all experiments
