@@ -22,9 +22,12 @@ class _RuntimeOnly:
 
 
 RUNTIME_ONLY = _RuntimeOnly()
-"""Marks a key that says where, how often or in how much memory: results depend on it by rounding alone.
+"""Marks a key that sets where, how often or in how much memory something runs.
 
     workers: Annotated[Positive, RUNTIME_ONLY] = 1
+
+Such a key may change between a kill and the resume: results that exist stay valid, and those that are made
+afterwards differ by rounding alone.
 """
 
 

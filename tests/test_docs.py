@@ -50,7 +50,8 @@ def test_the_way_of_a_pair_names_files_and_functions_that_exist():
     """CONTRIBUTING.md: `file` `name`, `file` `name` in the third column."""
     rows = re.findall(r"^\| \d+ \|[^|]*\|([^|]*)\|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     assert len(rows) == 18
-    named = [found for row in rows for found in re.findall(r"`((?:bdpo|pipelines)/[\w/.]+)`(?: `([\w.]+)`)?", row)]
+    reference = re.compile(r"`((?:bdpo|pipelines)/[\w/.]+)`(?: `([\w.]+)`)?")
+    named = [found for row in rows for found in reference.findall(row)]
     assert len(named) >= len(rows)
     assert [(file, name) for file, name in named if not is_defined(ROOT / file, name)] == []
 

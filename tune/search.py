@@ -58,9 +58,6 @@ from tune.trial import Trials
 if TYPE_CHECKING:
     from bdpo.cluster.preflight import Check
 
-# These keys do not change what is searched: they may differ between a kill and the resume.
-_FREE = {"num_samples", "max_concurrent_trials", "max_failures"}
-
 
 def run_search(config: Config, run: RunDir) -> None:
     """Run the trials that are missing, then write and print the results of all of them."""
@@ -124,8 +121,8 @@ def _base_scores(config: Config, base: RunDir) -> pa.Table:
 
 def sweep_fingerprint(config: Config, run: RunDir) -> Fingerprint:
     """Everything that the trials and their comparison depend on, field by field."""
-    tune = config.tune.model_dump(exclude=_FREE | {"space"})
-    space = config.tune.model_dump(include={"space"})["space"]
+    tune = config.tune.fingerprint()
+    space = tune.pop("space")
     evaluate = {
         f"prompts of {part}": items_digest(planned_items(part_of(config, part)))
         for part in ("search", "held_out")

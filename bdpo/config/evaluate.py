@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from bdpo.config.base import StallSeconds, Workers
 from bdpo.config.judges import AnyJudge, StringMatchingConfig
-from bdpo.section import Fraction, Positive, Section
+from bdpo.section import RUNTIME_ONLY, Fraction, Positive, Section
 
 AlignedName = Literal["base", "adapter", "trained"]
 
@@ -190,7 +190,9 @@ class CapabilityFiles(Section):
 class EvaluateConfig(Section):
     """Which benchmarks are run, over which prompts, and who judges."""
 
-    benchmarks: Annotated[list[BenchmarkName], Distinct] = Field(["strongreject", "xstest"], min_length=1)
+    benchmarks: Annotated[list[BenchmarkName], Distinct] = Field(
+        ["strongreject", "xstest"], min_length=1, description="what the models are asked"
+    )
     judge: AnyJudge = StringMatchingConfig()
     agreement: str | None = Field(
         None,
@@ -207,12 +209,18 @@ class EvaluateConfig(Section):
     samples: Positive = Field(
         1, description="answers to each prompt, of a temperature above 0; a prompt is then a cluster"
     )
-    batch_size: Positive = Field(32, description="prompts generated for together, and committed together")
+    batch_size: Annotated[Positive, RUNTIME_ONLY] = Field(
+        32, description="prompts generated for together, and committed together"
+    )
     engine: Literal["transformers", "vllm"] = Field(
         "transformers", description="vllm: requires the extra and a GPU"
     )
-    workers: Workers = 1
-    gpus_per_worker: float = Field(1.0, ge=0)
+    workers: Annotated[Workers, RUNTIME_ONLY] = Field(
+        1, description="processes; `[min, max]` follows the cluster"
+    )
+    gpus_per_worker: Annotated[float, RUNTIME_ONLY] = Field(
+        1.0, ge=0, description="GPUs of one process, also a share of one; 0: on the CPU"
+    )
     stall_seconds: StallSeconds = 60.0
     adapter: str | None = Field(None, description="folder or hub id of a LoRA adapter to evaluate as well")
     strongreject: StrongRejectConfig = StrongRejectConfig()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from bdpo.section import Positive, Section
+from bdpo.section import RUNTIME_ONLY, Positive, Section
 
 AboveZero = Annotated[float, Field(gt=0)]
 
@@ -24,7 +24,7 @@ class ExperimentConfig(Section):
         description="each arm takes the best of these, by the rule of section tune on the prompts of "
         "evaluate.part=search, and is compared with the others on the held-out prompts",
     )
-    max_concurrent_arms: Positive | None = Field(
+    max_concurrent_arms: Annotated[Positive | None, RUNTIME_ONLY] = Field(
         None, description="by default as many as the cluster holds; under KubeRay it has to be set"
     )
 

@@ -48,7 +48,7 @@ def config_page() -> str:
         _NOTE,
         "# Config",
         "Defaults < YAML file < `section.key=value` on the command line. A key without a default is "
-        "required. Keys marked † say where, how often or in how much memory something runs: they may change "
+        "required. Keys marked † set where, how often or in how much memory something runs: they may change "
         "between a kill and the resume.",
         _table(Config, "", top),
     ]

@@ -19,7 +19,9 @@ class ScoreConfig(Section):
     tokens_per_batch: Annotated[Positive, RUNTIME_ONLY] = Field(
         16384, description="padded tokens of one forward pass"
     )
-    shard_rows: Positive = Field(512, description="pairs in one shard, the unit that is never half done")
+    shard_rows: Annotated[Positive, RUNTIME_ONLY] = Field(
+        512, description="pairs in one shard, the unit that is never half done"
+    )
     workers: Annotated[Workers, RUNTIME_ONLY] = Field(
         1, description="processes; `[min, max]` follows the cluster"
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from bdpo.section import Fraction, Positive, Section
+from bdpo.section import RUNTIME_ONLY, Fraction, Positive, Section
 
 
 class Range(Section):
@@ -58,7 +58,9 @@ class TuneConfig(Section):
         description="dotted key of method or train -> {min, max, log} or a list of values",
     )
     searcher: Literal["optuna", "random", "grid"] = Field("optuna", description="optuna: TPE")
-    num_samples: Positive = Field(16, description="trials; a grid has all of its own")
+    num_samples: Annotated[Positive, RUNTIME_ONLY] = Field(
+        16, description="trials; a grid has all of its own"
+    )
     metric: str = Field("strongreject.safety", description="benchmark.measure to be as high as possible")
     constraint: str = Field("xstest.compliance", description="benchmark.measure that is bounded from below")
     max_over_refusal: Fraction = Field(
@@ -71,10 +73,12 @@ class TuneConfig(Section):
         2.0, gt=1, description="ASHA: of n trials at a rung n / this are promoted"
     )
     rung_limit: Positive = Field(100, description="prompts of each benchmark at rungs before the last")
-    max_concurrent_trials: Positive | None = Field(
+    max_concurrent_trials: Annotated[Positive | None, RUNTIME_ONLY] = Field(
         None, description="by default as many as the cluster holds; under KubeRay it has to be set"
     )
-    max_failures: int = Field(2, ge=0, description="retries of a trial after faults that are not its own")
+    max_failures: Annotated[int, RUNTIME_ONLY] = Field(
+        2, ge=0, description="retries of a trial after faults that are not its own"
+    )
 
     @field_validator("rungs")
     @classmethod

@@ -8,7 +8,7 @@ from bdpo.config import Config
 from bdpo.config.explain import keys_of
 from bdpo.config.reference import DOCS, pages
 from bdpo.method.losses import METHODS
-from bdpo.section import sections_in
+from bdpo.section import RUNTIME_ONLY, Variant, sections_in
 
 
 @pytest.mark.parametrize("name", pages())
@@ -25,16 +25,33 @@ def test_every_key_is_in_the_pages():
 
 
 def described(section, prefix=""):
+    """(key, description) of every key that is no section and does not choose the kind of its section."""
     for name, field in section.model_fields.items():
-        yield f"{prefix}{name}", field.description
-        for inner in sections_in(field.annotation):
+        inner_sections = list(sections_in(field.annotation))
+        if not inner_sections and not (issubclass(section, Variant) and name == "name"):
+            yield f"{prefix}{name}", field.description
+        for inner in inner_sections:
             yield from described(inner, f"{prefix}{name}.")
 
 
 def test_every_key_has_a_description():
-    sections = {*Config.model_fields, "method.name"}
-    without = {key for key, words in described(Config) if not words and not key.startswith("evaluate.")}
-    assert without - sections == set()
+    assert {key for key, words in described(Config) if not words} == set()
+
+
+def test_every_key_that_says_where_or_how_often_may_change():
+    """What the same key of another section is marked with, it is marked with as well."""
+    marked = {key for key, is_marked in marks(Config) if is_marked}
+    names = {key.rpartition(".")[2] for key in marked}
+    unmarked = {key for key, is_marked in marks(Config) if not is_marked}
+    assert {key for key in unmarked if key.rpartition(".")[2] in names} == set()
+    assert {"evaluate.workers", "score.shard_rows", "tune.num_samples"} <= marked
+
+
+def marks(section, prefix=""):
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}", RUNTIME_ONLY in field.metadata
+        for inner in sections_in(field.annotation):
+            yield from marks(inner, f"{prefix}{name}.")
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -233,6 +233,26 @@ def test_the_order_of_the_space_is_a_part_of_the_sweep(tmp_path, tiny_chat):
         assert list(sweep_settings(kept).space.items()) == list(config.tune.space.items())
 
 
+def test_the_keys_of_tune_in_the_fingerprint_are_those_of_searches_on_disk(tmp_path, tiny_chat):
+    """How many trials there are, how many at a time and how often they are retried may change."""
+    from tune.search import sweep_fingerprint
+
+    config = sweep_config(tmp_path, tiny_chat)
+    free = {"num_samples": 99, "max_concurrent_trials": 7, "max_failures": 5}
+    more = config.model_copy(update={"tune": config.tune.model_copy(update=free)})
+    run = RunDir(config.run_dir)
+    Prepare(config, run).complete()
+    fingerprint = sweep_fingerprint(config, run)
+    assert sweep_fingerprint(more, run) == fingerprint
+    assert {key for key in fingerprint if key.startswith("tune.")} == {
+        *(f"tune.space.{key}" for key in config.tune.space),
+        *("tune.space", "tune.searcher", "tune.metric", "tune.constraint", "tune.max_over_refusal"),
+        *("tune.rungs", "tune.reduction_factor", "tune.rung_limit"),
+    }
+    dimensions = config.model_dump()["tune"]["space"]
+    assert [fingerprint[f"tune.space.{key}"] for key in config.tune.space] == list(dimensions.values())
+
+
 def test_an_actor_that_dies_before_tune_knows_of_a_rung_changes_nothing(tmp_path, tiny_chat):
     """The next actor finds the rung recorded: it continues or ends, as the sweep's files record."""
     begun = Begun(sweep_config(tmp_path, tiny_chat), tiny_chat)
