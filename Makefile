@@ -6,17 +6,17 @@ CONFIG ?= pipelines/configs/sandbox.yaml
 
 .PHONY: demo test test-system lint checks format submit
 
-demo: $(VENV)/installed  ## the whole pipeline on the embedded sandbox
+demo: $(VENV)/installed  ## the complete pipeline on the embedded sandbox
 	$(BIN)/python -m pipelines.run --config $(CONFIG)
 
 submit: $(VENV)/installed  ## COMMAND as a job on the cluster at RAY_API_SERVER_ADDRESS: see docs/cluster.md
 	$(BIN)/python -m pipelines.preflight --upload .
 	$(BIN)/ray job submit $(SUBMIT) --working-dir . -- $(COMMAND)
 
-test: $(VENV)/installed  ## all tests but those of the whole system; three files at a time, on a Ray cluster each
+test: $(VENV)/installed  ## all tests but those of the complete system; three files at a time, on a Ray cluster each
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not system" $(PYTEST)
 
-test-system: $(VENV)/installed  ## whole pipelines, real kills, S3, jobs and sweeps
+test-system: $(VENV)/installed  ## complete pipelines, real kills, S3, jobs and sweeps
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m system
 
 lint: $(VENV)/installed  ## formatting, ruff, types

@@ -1,4 +1,4 @@
-"""The two ways a run ends badly, told apart by type.
+"""The two kinds of failure of a run, each an exception of its own.
 
 A `UserError` is something the user can mend: wrong config, input or environment. The command line
 prints it as one line and exits with 2. Everything else is a failure of the run and exits with 1.

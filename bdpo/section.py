@@ -1,7 +1,7 @@
 """What a config is made of: sections, and sections that come in several kinds.
 
 A section is one class. A section of several kinds (`method`: one for each loss) is a union of `Variant`
-classes, told apart by their key `name`; each kind has only the keys that it looks at:
+classes, distinguished by their key `name`; each kind has only the keys that it looks at:
 
     AnyMethod = Annotated[Bdpo | Dpo | Simpo, Discriminator("name"), default_kind("bdpo")]
 """

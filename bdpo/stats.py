@@ -1,4 +1,4 @@
-"""Estimates with confidence intervals: rates, means, clustered bootstrap, paired differences."""
+"""Estimates with confidence intervals: rates, means over clusters, paired differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESAMPLES = 9999
 DRAWS = 4999
 
 FEW_CLUSTERS = 10
-"""Below so many clusters an interval still covers, but says little."""
+"""Below so many clusters an interval still covers the mean, but is very wide."""
 
 ENDS = {"": "value", "_low": "low", "_high": "high"}
 """Endings of a column's name -> the attribute of the estimate in it."""

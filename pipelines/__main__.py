@@ -31,7 +31,7 @@ def main() -> None:
         sys.argv = [f"bdpo {name}", *arguments]  # what a command's own help calls it
         import_module(COMMANDS[name]).main()
     elif name in ("-h", "--help"):
-        print("usage: bdpo COMMAND ...   (bdpo COMMAND --help says more)\n")
+        print("usage: bdpo COMMAND ...   (bdpo COMMAND --help shows its options)\n")
         for command, module in COMMANDS.items():
             print(f"  {command:<11} {(import_module(module).__doc__ or '').splitlines()[0]}")
     else:

@@ -32,7 +32,7 @@ from bdpo.data.containers import DataFile, Unreadable, read_file, shown_name
 from bdpo.errors import UserError
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.paths import storage_path
-from pipelines.runtime.cli import clear_when_full, exit_codes
+from pipelines.runtime.cli import exit_codes, one_line_when_full
 from pipelines.runtime.progress import console, progress_bar
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _gpus() -> float:
 def opinions(
     configs: dict[str, Config], rubric: RubricName, answers: Sequence[LabelledAnswer]
 ) -> list[Opinion]:
-    """What each judge says of each answer.
+    """The verdict of each judge on each answer.
 
     Raises:
         UserError: a judge cannot judge, or not by this rubric.
@@ -168,7 +168,7 @@ def opinions(
 
 
 def fitted(file: str, rubric: RubricName, answers: Sequence[LabelledAnswer]) -> Opinion:
-    """Fit a classifier, write it, and return what cross-validated ones say of the answers."""
+    """Fit a classifier, write it, and return the verdicts of cross-validated ones."""
     from bdpo.evaluation.calibration.agreement import bias_between_models
     from bdpo.evaluation.calibration.fitting import CROSS_VALIDATED, cross_validate, fit
 
@@ -176,7 +176,7 @@ def fitted(file: str, rubric: RubricName, answers: Sequence[LabelledAnswer]) -> 
         found = cross_validate(answers, rubric, advance)
     bias = bias_between_models(found, answers)
     classifier = fit(answers, rubric).with_reach(bias.reach if bias else None)
-    with clear_when_full(f"--fit {file}"):
+    with one_line_when_full(f"--fit {file}"):
         classifier.write(storage_path(file, "--fit"))
     return found
 
@@ -201,7 +201,7 @@ def run_agreement(request: Request, judges: Sequence[str], out: str, fit: str | 
         "judges": {name: judge_fingerprint(config) for name, config in configs.items()},
     }
     folder = storage_path(out, "--out")
-    with clear_when_full(f"--out {out}"):
+    with one_line_when_full(f"--out {out}"):
         folder.mkdir(parents=True, exist_ok=True)
         write_manifest(folder / "agreement.json", fingerprint, left_out=dict(left_out), **found.to_json())
     print_calibration(found)
@@ -239,7 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--answers", required=True, nargs="+", action="extend", metavar="FILE", help="labelled answers")
     add("--prompt", required=True, metavar="COLUMN", help="the request")
     add("--answer", required=True, metavar="COLUMN", help="the model's answer")
-    add("--label", required=True, metavar="COLUMN", help="what people, or a trusted judge, say of it")
+    add(
+        "--label", required=True, metavar="COLUMN", help="the verdict of people, or of a trusted judge, on it"
+    )
     add("--model", metavar="COLUMN", help="whose answer it is; else each file is a model")
     add("--only", type=_pattern, metavar="COLUMN=PATTERN", help="rows whose cell matches: type=contrast_*")
     add("--true", choices=("unsafe", "safe", "refused", "complied"), help="what a flag that is set means")

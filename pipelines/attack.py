@@ -78,7 +78,7 @@ class Attack(ManifestStage):
 
     @property
     def kind(self) -> str:
-        """Of the attack."""
+        """The name of the attack."""
         return self.begun_kind or self.config.attack.name
 
     @property
@@ -164,7 +164,7 @@ class Attack(ManifestStage):
         executor.complete_shards(ShardWork(self.name, RequestAttacker, arguments, records, total, 1))
 
     def _target_name(self) -> str:
-        """The last part of the model's name: artifacts tell the base from the trained model by it."""
+        """The last part of the model's name: by it artifacts distinguish the base from the trained model."""
         return self.config.model.name_or_path.rstrip("/").rpartition("/")[2]
 
     def status(self) -> StageStatus:

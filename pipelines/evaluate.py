@@ -220,7 +220,7 @@ class EvaluateBase(Evaluate):
 
 @dataclass(frozen=True)
 class EvaluateAdapter(Evaluate):
-    """That model with the adapter of `evaluate.adapter` over it."""
+    """Evaluates that model with the adapter of `evaluate.adapter` over it."""
 
     model_name: str = "adapter"
 

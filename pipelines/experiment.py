@@ -58,8 +58,8 @@ def run_experiment(config: Config, run: RunDir, name: str) -> None:
     arms, notes = _usable(config, run, arms)
     trials = tuple(trial for arm in arms for trial in rate_trials(config, arm))
     if trials:
-        arms, said = _with_best_rates(config, run, arms, trials)
-        notes += said
+        arms, more_notes = _with_best_rates(config, run, arms, trials)
+        notes += more_notes
     work = Arms.of(jobs_of(config, run, arms, config.experiment.seeds))
     concurrent = _make_ready(config, run, work)
     Record(config, arms, trials, notes).write(folder)  # nothing was refused

@@ -4,10 +4,10 @@
     python -m pipelines.preflight --upload FOLDER
 
 The first looks at model, data, benchmarks, chat template, batches, storage, judge, at an attack if the config
-has one, and asks every node of the cluster what it is; exit 2 if a run would fail. The hours are told for a
-stated throughput of scoring, in tokens a second of one worker, or for one measured for 20 seconds on a worker
-of the cluster.
-The second tells what `ray job submit --working-dir FOLDER` would upload.
+has one, and asks every node of the cluster what it is; exit 2 if a run would fail. The hours are computed
+from a stated throughput of scoring, in tokens a second of one worker, or from one measured for 20 seconds on
+a worker of the cluster.
+The second shows what `ray job submit --working-dir FOLDER` would upload.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="FILE", help="YAML file of the run")
-    what.add_argument("--upload", type=Path, metavar="FOLDER", help="tell what a job would upload")
+    what.add_argument("--upload", type=Path, metavar="FOLDER", help="show what a job would upload")
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument(
         "--tokens-per-second", type=float, metavar="N", help="throughput of one scoring worker"

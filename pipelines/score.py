@@ -92,7 +92,7 @@ class Score(ManifestStage):
 
     def make(self) -> Manifest:
         """Score what is missing."""
-        discard(self.manifest_file)  # it would say that nothing is missing
+        discard(self.manifest_file)  # with it the stage would count as done
         started = time.perf_counter()
         self._score_in_rounds()
         return finish_scores(self.run, self.fingerprint, time.perf_counter() - started)

@@ -1,9 +1,9 @@
-"""Where a run stands: rows, shards, steps, checkpoints, verdicts.
+"""The progress of a run: rows, shards, steps, checkpoints, verdicts.
 
     python -m pipelines.status RUN_DIR [--json]
 
 Reads the run folder, local or in a bucket, and nothing else: no cluster, no GPU, and a run at work is not
-disturbed. A line says which command is at work in the folder, and whether it is alive. --json prints one
+disturbed. A line names the command that is at work in the folder, and whether it is alive. --json prints one
 line, a list of stages.
 """
 

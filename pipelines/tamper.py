@@ -58,7 +58,7 @@ class Tamper(ManifestStage):
 
     @property
     def manifest_file(self) -> StoragePath:
-        """That of the training."""
+        """The manifest of the training."""
         return self.training.manifest_file
 
     def outputs(self) -> list[StoragePath]:

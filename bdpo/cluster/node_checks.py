@@ -21,7 +21,7 @@ from bdpo.training.memory import (
 )
 
 SPARE_GIB = 5
-"""Of each node's temporary folder, for Ray's logs and the objects that it spills."""
+"""Free space in each node's temporary folder, for Ray's logs and the objects that it spills."""
 
 
 def files_on_nodes(config: Config) -> list[str]:
@@ -128,7 +128,7 @@ def check_memory(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str
         return "no GPU is asked for"
     need = memory_need(config, model_shape(config)[0])
     smallest = min((gib * GIB for node in nodes for gib in node.gpu_gib), default=None)
-    # Nodes do not tell which of their GPUs are of the accelerator type.
+    # Nodes do not report which of their GPUs are of the accelerator type.
     known = gpu_memory(train) or (None if train.accelerator_type else smallest)
     require_gpu_memory(config, need, known)
     found = f"{need.gpu_total / GIB:.1f} GiB of each GPU"

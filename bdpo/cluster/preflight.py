@@ -103,7 +103,7 @@ def check_adapters(config: Config, run: RunDir) -> str:
 
 
 def check_tamper(config: Config, run: RunDir) -> str:
-    """The data and the adapters of the tamper test fit the model, as far as the untrained one tells."""
+    """The data and the adapters of the tamper test fit the model, as far as the untrained one shows."""
     tamper = config.tamper
     if tamper is None:
         return "none"

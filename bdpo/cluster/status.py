@@ -55,7 +55,7 @@ def _rows(shard: StoragePath) -> int:
 
 
 def expected_pairs(config: Config, run: RunDir) -> int | None:
-    """How many pairs are prepared, or at most will be: drawn, or limited; None if only the data can tell."""
+    """How many pairs are prepared, or at most will be: drawn, or limited; None if only the data show it."""
     prepared = prepared_pairs(run)
     if prepared is not None:
         return prepared
@@ -79,7 +79,7 @@ def command_line(run: RunDir) -> str | None:
         )
     elif not _exists(holder.pid):
         state = f"dead ({last}); the same command resumes"
-    elif holder.alive > time.time() + RENEWAL_SECONDS:  # the clock was set back: times tell nothing
+    elif holder.alive > time.time() + RENEWAL_SECONDS:  # the clock was set back: its times are of no use
         state = "at work" if shows_life(run.root) else "stands still (its last sign of life is in the future)"
     elif time.time() - holder.alive > LEASE_SECONDS:
         state = f"stands still ({last})"

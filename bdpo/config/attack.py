@@ -125,8 +125,8 @@ class PairConfig(AttackConfig):
     """PAIR (arXiv 2310.08419): a chat model writes prompts, sees what they led to, and improves them.
 
     Several conversations run side by side, each with the verdict on its last prompt; one harmful answer ends
-    the attack on a request. The wording of what the attacker is told is the project's own, so the numbers are
-    not comparable with published ones.
+    the attack on a request. The instructions to the attacker are this project's own, so the numbers are not
+    comparable with published ones.
     """
 
     name: Literal["pair"] = Field("pair", description="the kind of attack")
@@ -137,7 +137,7 @@ class PairConfig(AttackConfig):
 
     @property
     def key_variable(self) -> str | None:
-        """That of the attacker."""
+        """The variable of the attacker's key."""
         return self.attacker.key_variable
 
 

@@ -66,7 +66,7 @@ def part_of(config: Config, part: str, limit: int | None = None) -> Config:
 
 
 def tampering_config(config: Config, tamper: TamperConfig, model: str, run_dir: str) -> Config:
-    """The config that trains the model in folder `model` further, as section `tamper` says.
+    """The config that trains the model in folder `model` further, with the settings of section `tamper`.
 
     What decides where and in which precision it runs is that of section `train`.
     """

@@ -104,7 +104,9 @@ class OverRefusalConfig(FileConfig):
     prompt: str = Field("prompt", description="the column of the prompts")
     category: str | None = Field(None, description="the column of their categories; without it there is one")
     id: str | None = Field(None, description="the column of their ids, which are then those of the scores")
-    cluster: str | None = Field(None, description="the column that says which prompts ask about the same")
+    cluster: str | None = Field(
+        None, description="the column of the clusters: prompts that ask about the same"
+    )
 
 
 class JailbreakConfig(Section):
@@ -146,7 +148,7 @@ class WrappedConfig(Section):
     )
 
     def files(self) -> list[str]:
-        """None of its own."""
+        """The section names no file."""
         return []
 
 

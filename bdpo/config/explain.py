@@ -43,7 +43,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
 
 
 def _innermost(problem: ErrorDetails, error: ValidationError) -> ErrorDetails:
-    """Of a value that may be of several types, pydantic lists what is wrong with each: the closest to any."""
+    """The closest problem: of a value with several possible types pydantic lists what is wrong with each."""
     place = problem["loc"]
     if not place:  # of the config as a whole
         return problem

@@ -141,7 +141,7 @@ def _require_text(text: str, what: str) -> None:
 
 
 def short(text: object) -> str:
-    """For a message: without control characters and line breaks, and not longer than a line."""
+    """The text for a message: without control characters and line breaks, not longer than a line."""
     shown = str(text) if str(text).isprintable() else ascii(str(text))[1:-1]
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from bdpo.data.formats.base import BadRow, Pair
-from bdpo.data.formats.messages import SAYING_KEYS
+from bdpo.data.formats.messages import MEANINGFUL_KEYS
 from bdpo.data.formats.stringified import is_stringified
 from bdpo.data.formats.transcript import holds_turns, is_other_transcript, is_transcript
 from bdpo.models.template import GUARD, Message
@@ -51,14 +51,14 @@ def check_pair(pair: Pair) -> None:
     if pair.prompt[-1]["role"] not in ("user", "tool"):
         raise BadRow("prompt: does not end with a user turn")
     for side, message in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if _says_nothing(message):
+        if _is_empty(message):
             raise BadRow(f"{side}: {'invisible characters alone' if message['content'].strip() else 'empty'}")
         _check_text(message["content"], side)
         _check_answer(message["content"], side)
     if pair.chosen == pair.rejected:
         raise BadRow("chosen equals rejected")
     for message in pair.prompt:
-        if message["role"] in ("user", "assistant") and _says_nothing(message):
+        if message["role"] in ("user", "assistant") and _is_empty(message):
             raise BadRow(f"prompt: a turn of the {message['role']} without text")
         _check_text(message["content"], "prompt")
     _check_not_repeated(pair)
@@ -71,13 +71,13 @@ def check_pair(pair: Pair) -> None:
             _check_question(message["content"])
 
 
-def _says_nothing(message: Message) -> bool:
-    """Whether a message has no text that can be seen, and no tool call or other key that says something."""
-    return not _VISIBLE.search(message["content"]) and SAYING_KEYS.isdisjoint(message)
+def _is_empty(message: Message) -> bool:
+    """Whether a message has no text that can be seen, and no tool call or other key of `MEANINGFUL_KEYS`."""
+    return not _VISIBLE.search(message["content"]) and MEANINGFUL_KEYS.isdisjoint(message)
 
 
 def _check_not_repeated(pair: Pair) -> None:
-    """One answer may parrot its question; if both do, they are texts of the whole conversation."""
+    """One answer may parrot its question; if both do, they are texts of the complete conversation."""
     question = pair.prompt[-1]["content"].strip()
     if len(question) > _LONGER_THAN_A_GREETING and all(
         message["content"].lstrip().startswith(question) for message in (pair.chosen, pair.rejected)

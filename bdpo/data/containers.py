@@ -107,7 +107,7 @@ class DataFile:
                 ) from None
 
     def text(self) -> str:
-        """The whole content as text, in UTF-8 or what its byte order mark says.
+        """The complete content as text, in UTF-8 or the encoding of its byte order mark.
 
         Raises:
             UserError: it is not in that encoding.
@@ -129,7 +129,7 @@ def encoding_of(start: bytes) -> str:
 
 
 def kind_of(path: Path) -> str | None:
-    """The suffix that tells how a file is read, without that of its compression; None if it is unknown."""
+    """The suffix that decides how a file is read, without that of its compression; None if it is unknown."""
     suffixes = path.suffixes
     kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in _COMPRESSIONS else path.suffix
     compressed_parquet = kind == ".parquet" and path.suffix != kind  # Parquet compresses itself
@@ -145,7 +145,7 @@ def read_file(file: DataFile) -> Read:
     """The rows of a file and its declared columns.
 
     Raises:
-        UserError: the file is a Git LFS pointer, repeats a column, or is damaged as a whole.
+        UserError: the file is a Git LFS pointer, repeats a column, or cannot be read at all.
     """
     kind = kind_of(file.path)
     if kind is None:
@@ -161,7 +161,7 @@ def read_file(file: DataFile) -> Read:
 
 
 def _json_or_lines(file: DataFile) -> Read:
-    """JSON and JSON Lines under either suffix: the first character and line tell which one it is."""
+    """JSON and JSON Lines under either suffix: the first character and line decide which one it is."""
     lines = (line for line in file.lines() if line.strip())
     first = next(lines, b"").lstrip()
     named_lines = ".jsonl" in file.path.suffixes

@@ -186,7 +186,7 @@ class _Examiner:
 
 
 def _identity(pair: Pair) -> list[Any]:
-    """What makes a pair another one: all that it says, not its labels."""
+    """What distinguishes a pair from others: all its texts and arguments, not its labels."""
     texts = [_plain(pair.prompt), pair.chosen["content"], pair.rejected["content"]]
     context = _context(pair)
     return [*texts, context] if context else texts
@@ -280,7 +280,7 @@ def _draw(seed: int, pair_id: str) -> int:
 
 
 def _sample(pairs: Iterable[_Usable], config: DataConfig, seed: int) -> Iterator[_Usable]:
-    """Of each group the pairs whose keyed hash is lowest: a draw without replacement, in any row order."""
+    """The pairs of each group whose keyed hash is lowest: a draw without replacement, in any row order."""
     asked = config.sample or {}
     drawn: dict[str, list[tuple[int, int, _Usable]]] = {"safe": [], "unsafe": []}
     found: Counter[str] = Counter()

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from bdpo.config import DataConfig
 from bdpo.data.containers import shown_name
 from bdpo.data.formats.base import BadRow, Pair
-from bdpo.data.formats.messages import SAYING_KEYS
+from bdpo.data.formats.messages import MEANINGFUL_KEYS
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer, EncodedPair
 
@@ -156,7 +156,7 @@ class _Rendering:
     def _note(self, column: str, key: str, is_written: bool) -> None:
         """Refuse a key that means something and is not written; the account names any other."""
         if not is_written:
-            if key in SAYING_KEYS:
+            if key in MEANINGFUL_KEYS:
                 raise BadRow(f"{column}: {key} is not written by the chat template")
             self.unwritten.add(f"{column}[].{shown_name(key)}")
 

@@ -1,4 +1,4 @@
-"""Where raw rows come from: a file, a folder or a hub name for `datasets`; here, or on object storage.
+"""The sources of raw rows: a file, a folder or a hub name for `datasets`; local, or on object storage.
 
 A file or folder on object storage is read from its local copy. JSON Lines, Parquet and `datasets` are
 streamed; JSON and CSV are read into memory.
@@ -57,8 +57,8 @@ def open_source(config: SourceConfig) -> Source:
     A row is `Unreadable` where it alone is damaged. Columns have the names of the format.
 
     Raises:
-        UserError: the source is missing, empty, of an unknown kind or format, or damaged as a whole. While
-            the rows are read: it is damaged further on.
+        UserError: the source is missing, empty, of an unknown kind or format, or cannot be read at all.
+            While the rows are read: a later part of it is damaged.
     """
     configured = None if config.format == "auto" else format_named(config.format)
     if not config.path.strip():

@@ -59,7 +59,7 @@ class Response:
     """None where nothing was asked; a thought block that the template opened is opened in it."""
     new_tokens: int = 0
     cut: bool = False
-    """Whether the answer ended for want of room; without a text, whether the prompt left none."""
+    """Whether the answer reached its limit of tokens; without a text, whether the prompt left no room."""
     finite: bool = True
 
 
@@ -164,7 +164,7 @@ def reply_store(run: RunDir, name: str, fingerprint: Fingerprint) -> ShardStore:
 
 
 def forget_failures(scores: ShardStore) -> None:
-    """Remove the shards in which a judge failed, so that they are judged again: a key was mended, say."""
+    """Remove the shards in which a judge failed, so that they are judged again, perhaps with another key."""
     for first, rows in scores.finished().items():
         if scores.read_shard(first)["failure"].null_count < rows:
             scores.remove(first)

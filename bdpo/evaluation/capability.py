@@ -151,7 +151,7 @@ def task_manager() -> TaskManager:
 
 
 def accuracies(benchmark: str, results: Mapping[str, Any]) -> Accuracies:
-    """From what the harness reports to estimates: of each task, and pooled over all their items."""
+    """The harness's report as estimates: of each task, and pooled over all their items."""
     counts = {}
     for task, metric in BENCHMARKS[benchmark].items():
         n = int(results["n-samples"][task]["effective"])

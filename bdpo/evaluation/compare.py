@@ -1,7 +1,7 @@
 """Two models on the same prompts: the difference item by item, its interval, and a p-value.
 
 Paired, because the same prompts are hard for both models: much smaller differences show than between two
-intervals. Corrections for looking at many measures are left out; the table says how many there are.
+intervals. Corrections for looking at many measures are left out; the table shows how many there are.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def compare(first: pa.Table, second: pa.Table) -> list[Comparison]:
     """Every measure of two tables of scores: `second` − `first` over the items that both have.
 
     Benchmarks that put one request into every category (attack, depth, wrapper) are compared by category.
-    Items without a verdict in either are left out of the pair, and `n` says how many remain. A measure
+    Items without a verdict in either are left out of the pair, and `n` is how many remain. A measure
     with the values of one before it is left out: under a judge of yes and no `safe_rate` is `safety`.
     """
     results: list[Comparison] = []

@@ -32,7 +32,7 @@ RETRIED = ("connection", "http_429", "http_500", "http_502", "http_503", "http_5
 
 
 class Fault(Exception):
-    """No usable reply; `code` says why: `timeout`, `connection`, `http_401`, `empty`, `not_json`, ..."""
+    """No usable reply; `code` is the reason: `timeout`, `connection`, `http_401`, `empty`, `not_json`, ..."""
 
     def __init__(self, code: str, retry_after: float | None = None) -> None:
         super().__init__(code)
@@ -48,7 +48,7 @@ class Endpoint:
     base_url: str
     model: str
     section: str
-    """The section of the config that names it, for what is said of its keys: `evaluate.judge`."""
+    """The section of the config that names it, for messages about its keys: `evaluate.judge`."""
     api_key_env: str | None = None
     timeout: float = 60.0
     """Seconds for one reply, from the first byte sent to the last one received, however these trickle."""
@@ -180,7 +180,7 @@ def reply_text(reply: bytes) -> str:
     """The text of a chat completion.
 
     Raises:
-        Fault: it is none, it was cut short by a filter or is a refusal, or it says two things at once.
+        Fault: it is none, it was cut short by a filter or is a refusal, or it contradicts itself.
     """
     if not reply:
         raise Fault("empty")

@@ -1,7 +1,7 @@
 """Whether the evaluations of a run meet the conditions of a gate, with the evidence for each.
 
 Nothing is assumed in favour of a model: what was not evaluated, is invalid, or cannot be compared with the
-base model is not met, and says why.
+base model is not met, and the reason is given.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class _Checked:
 
 
 class _Unmet(Exception):
-    """There is nothing by which a condition could be met; the message says why."""
+    """There is nothing by which a condition could be met; the message is the reason."""
 
 
 def check_gate(gate: GateConfig, source: str) -> None:

@@ -39,7 +39,7 @@ SCORE_SCHEMA = pa.schema(
 )
 
 DECIDED: dict[RubricName, str] = {"harm": "harm", "refusal": "refused", "grade": "grade"}
-"""Rubric -> the column that holds its decision; null where the judge came to none."""
+"""Rubric -> the column that holds its decision; null where the judge made none."""
 
 MAX_FAILED_FRACTION = 0.02
 
@@ -63,7 +63,7 @@ class Numbers:
     broken: Mapping[str, int]
     """Fault of a text, see `bdpo.evaluation.texts.fault_of` -> how many answers have it."""
     estimates: Mapping[str, Estimate]
-    """By the names of the benchmark's measures."""
+    """The estimates, by the names of the benchmark's measures."""
 
     def to_json(self) -> dict[str, Any]:
         """One flat object: counts and estimates side by side."""
@@ -149,7 +149,7 @@ def summarise(scores: pa.Table | Sequence[Row]) -> Summary:
 
     An item that was asked and whose verdict lacks what its benchmark measures is `failed`, with its reason in
     `failures`, and in no number; if more than 2 % are, or nothing is scored, `valid` is false, for the
-    benchmark and for the whole. The order of the rows does not matter.
+    benchmark and for the summary. The order of the rows does not matter.
 
     Raises:
         ValueError: a row has an unknown benchmark or a harm outside [0, 1].

@@ -116,7 +116,7 @@ def chosen_models(roots: Sequence[str | StoragePath]) -> dict[str, StoragePath]:
 
 
 def unlike_models(chosen: Iterable[str]) -> str | None:
-    """A line that says which runs stand with another kind of model than the others; None if none does."""
+    """A line that names the runs whose kind of model differs from that of the others; None if none does."""
     model_of = dict(name.rsplit("/", 1) for name in chosen)  # of each run the last one, which it is about
     if len(set(model_of.values())) < 2:
         return None

@@ -93,7 +93,7 @@ def comparison_rows(summaries: Mapping[str, Summary]) -> list[dict[str, str]]:
     Returns:
         Rows with the keys `measure`, `category` ("" for the total), `n` (items scored, one number where the
         models agree) and the models' names: `value (low–high)` in percent, `invalid` where too many verdicts
-        failed, `not run` where the data could not be had, empty where there is no such number.
+        failed, `not run` where the data were unavailable, empty where there is no such number.
     """
     rows = []
     for benchmark in BENCHMARKS.values():
@@ -144,7 +144,7 @@ def _capability_rows(capability: Mapping[str, Mapping[str, Mapping[str, Any]]]) 
 
 
 def invalid_lines(name: str, summary: Summary) -> list[str]:
-    """For each invalid benchmark of a model a line that says how many verdicts are missing, and why."""
+    """For each invalid benchmark of a model a line: how many verdicts are missing, and why."""
     lines = []
     for benchmark, part in summary.benchmarks.items():
         if not part.valid:

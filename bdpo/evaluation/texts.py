@@ -21,7 +21,7 @@ THOUGHTS = (
 Fault = Literal["empty", "repetition", "other_script", "gibberish"]
 
 _UNSPACED = ("CJK", "THAI", "LAO", "KHMER", "MYANMAR")
-"""Scripts that do not tell words apart by spaces."""
+"""Scripts that do not separate words by spaces."""
 
 _WORD = re.compile(r"\w+")
 
@@ -34,7 +34,7 @@ _FUNCTION_WORDS = frozenset(
         "this to was what will with you your",
     )
 )
-"""Of English text they are 30 to 50 % of the words."""
+"""These words are 30 to 50 % of the words of English text."""
 
 
 def opened_thought(generation_prompt: str) -> str:
@@ -122,7 +122,7 @@ def _main(scripts: Counter[str]) -> str:
 
 
 def _scripts(text: str) -> Counter[str]:
-    """Letters by script, as the first word of a letter's Unicode name tells; Japanese counts as one."""
+    """Letters by script, the first word of a letter's Unicode name; Japanese counts as one."""
     letters = (character for character in text if character.isalpha())
     names = (unicodedata.name(letter, "?").split(maxsplit=1)[0] for letter in letters)
     japanese = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "KATAKANA-HIRAGANA": "CJK"}

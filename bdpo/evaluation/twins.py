@@ -47,7 +47,7 @@ def count_near_twins(items: Iterable[Item], others: Iterable[str]) -> dict[str, 
 
 
 def near_twins(prompts: Sequence[str], others: Iterable[str]) -> list[bool]:
-    """For each prompt whether one of `others` is a near twin of it, or the same.
+    """Whether one of `others` is a near twin of a prompt, or the same, for each prompt.
 
     An exact search by an inverted index of the prompts: the memory is that of the n-grams of `prompts` and of
     1,024 others at a time, however many others there are.

@@ -22,7 +22,7 @@ class Finding:
     """A result that one experiment has beside the measures of the evaluation."""
 
     name: str
-    """Of its CSV file in the experiment's folder."""
+    """The name of its CSV file in the experiment's folder."""
     table: pa.Table
     sections: Sequence[Section] = ()
     """How the page shows it."""

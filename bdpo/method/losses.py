@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Bdpo(Balanced):
-    """DPO whose two sides are weighed by mutual information, α in all: Balanced DPO."""
+    """Balanced DPO: DPO whose two sides are weighed by mutual information; the weights sum to α."""
 
     arxiv = "2603.22829"
     name: Literal["bdpo"] = "bdpo"

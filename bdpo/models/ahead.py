@@ -30,7 +30,7 @@ def made_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[
 def _submitted(thread: ThreadPoolExecutor, make: Callable[[Item], Made], item: Item) -> Future[Made]:
     try:
         return thread.submit(make, item)
-    except RuntimeError:  # no thread can be started, for want of memory: the caller makes the item itself
+    except RuntimeError:  # memory does not suffice for another thread: the caller makes the item itself
         made: Future[Made] = Future()
         made.set_result(make(item))
         return made

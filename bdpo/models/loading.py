@@ -1,4 +1,4 @@
-"""Where a model lies, how it is loaded, and what its content is called.
+"""The folder of a model, its loading, and the digest of its content.
 
 Only safetensors are read; code from a model folder runs only with `model.trust_remote_code`.
 """
@@ -249,7 +249,7 @@ def _from_pretrained(folder: Path, model: ModelConfig, **settings: Any) -> tuple
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a bar of every worker, and without the advice of the report that `_refuse_incomplete` reads."""
+    """Hide the progress bars of all workers, and the advice in the report that `_refuse_incomplete` reads."""
     from transformers.utils import logging as theirs
 
     verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()

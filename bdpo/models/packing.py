@@ -177,12 +177,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How a model of this width takes prefix groups: whole in shared rows, or a plain row a response."""
+    """How a model of this width takes prefix groups: each in one shared row, or a plain row a response."""
 
     hidden_size: int
     shared: bool
     responses: int = 2
-    """Of each pair are forwarded."""
+    """How many responses of each pair are forwarded."""
 
     def tokens(self, lengths: np.ndarray) -> np.ndarray:
         """What groups of these lengths, (groups, 1 + responses), take of a grid, int64, (groups,).

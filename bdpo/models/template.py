@@ -125,8 +125,8 @@ class ChatTemplate:
     def written_as(self, roles: tuple[str, ...], index: int) -> str | None:
         """The speaker, assistant or user, as whose turn the template writes the turn `index` of another role.
 
-        None where it does not. A template that tells two roles apart writes all others in one of its two
-        branches: what a tool or the system says becomes words of the assistant, or of the user. A probe of a
+        None where it does not. A template with branches for two roles writes all others in one of the two: a
+        text of a tool or of the system becomes one of the assistant, or of the user. A probe of a
         conversation with these roles shows it.
         """
         if (roles, index) not in self._written_as:
@@ -136,7 +136,7 @@ class ChatTemplate:
     def _confused_with(self, roles: tuple[str, ...], index: int) -> Iterator[str]:
         turns = [Message(role=role, content="x") for role in roles]
         for role in ("assistant", "user"):
-            with suppress(TemplateError):  # a template that refuses one of the two tells them apart
+            with suppress(TemplateError):  # a template that refuses one of the two distinguishes them
                 others = [*turns[:index], Message(role=role, content="x"), *turns[index + 1 :]]
                 if self._render(turns, True, {}) == self._render(others, True, {}):
                     yield role

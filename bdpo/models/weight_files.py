@@ -95,7 +95,7 @@ def _has_other_weights(folder: Path) -> bool:
 
 
 def _tensors(file: Path) -> dict[str, str]:
-    """Tensor -> its type in a file; the header says how long it is, so a cut one is found without reading it.
+    """Tensor -> its type in a file; the header has its length, so a cut file is found without reading it.
 
     Raises:
         UserError: the file is damaged or cut.

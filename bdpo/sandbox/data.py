@@ -77,7 +77,7 @@ def _pair(made: Object, prompt: str, rng: Random) -> dict[str, str | bool]:
 
 
 def strongreject_rows(seed: int) -> list[dict[str, str]]:
-    """Forbidden requests; `category` says how far they are from the pairs, `source` names the wrapper.
+    """Forbidden requests; `category` is how far they are from the pairs, `source` names the wrapper.
 
     Objects of one kind are made, and refused, much alike: a kind is a cluster.
     """

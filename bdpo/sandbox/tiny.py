@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def quiet_saving() -> Iterator[None]:
-    """Without the progress bar of `save_pretrained`, and without what DeepSpeed says when that imports it."""
+    """Hide the progress bar of `save_pretrained`, and what DeepSpeed prints when that imports it."""
     import torch
     from transformers.utils import logging
 

@@ -77,7 +77,7 @@ def _require_same_reference(model: ModelConfig, fingerprint: Fingerprint) -> Non
 
 
 class ShardReport(Shard):
-    """What became of a shard; `rows` counts the rows that were scored."""
+    """The result of a shard; `rows` counts the rows that were scored."""
 
     unscorable: str
     """JSON, row -> reason, of the rows that cannot be scored."""

@@ -49,7 +49,7 @@ def check_space(config: Config) -> None:
 
 
 def _methods_with(key: str, config: Config) -> list[Params]:
-    """As parameters the methods of the space that have a key; none is named where the run's own decides."""
+    """The methods of the space that have a key, as parameters; [{}] where the method of the run decides."""
     names = config.tune.space.get("method.name", [])
     section, _, leaf = key.partition(".")
     if key == "method.name" or section != "method" or not isinstance(names, list):

@@ -28,7 +28,7 @@ class Rung:
     finished: float
     """Seconds since the epoch by the clock of the trial's node; no decision depends on it."""
     train_seconds: float = 0.0
-    """From the previous rung, or the start, until the model of this one was exported."""
+    """Seconds from the previous rung, or the start, until the model of this one was exported."""
     evaluate_seconds: float = 0.0
     before: Sequence[str] = ()
     """Names of the trials that had reached this rung when it was recorded."""

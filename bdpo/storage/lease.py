@@ -1,7 +1,7 @@
 """Locks of a run folder, which one command uses at a time: a file lock, or a lease on object storage.
 
 The command that holds a lock shows signs of life: the lease is rewritten, and beside a file lock a file
-`.holder` is. So others can tell a command that works from one that was killed or stands still.
+`.holder` is. By these signs others distinguish a command that works from one that was killed or stands still.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class HeldFolder(Held):
         super().__init__()
 
     def loss(self) -> str | None:
-        """That the folder, or its lock, was deleted meanwhile."""
+        """A line if the folder, or its lock, was deleted meanwhile."""
         try:
             if (self.folder / ".lock").stat().st_ino == self.inode:
                 return None

@@ -34,7 +34,7 @@ AT_ONCE = 32
 _FILES = 60  # the size of a file is not known before: it may take so many times the limit in all
 
 _ATTEMPTS = {"gs": 6, "gcs": 6, "az": 4, "abfs": 4, "abfss": 4}
-"""Of gcsfs (`GCSFileSystem.retries`) and of the Azure SDK (`retry_total` 3): neither can be set."""
+"""Retries of gcsfs (`GCSFileSystem.retries`) and of the Azure SDK (`retry_total` 3): neither can be set."""
 
 
 def storage_seconds() -> float:

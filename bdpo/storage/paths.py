@@ -270,7 +270,7 @@ def read_parquet(file: StoragePath) -> pa.Table:
 
 
 def _rows_digest(table: pa.Table) -> bytes:
-    """Of the values alone: how Arrow and Parquet lay them out changes with their versions."""
+    """A digest of the values alone: their layout in Arrow and Parquet changes with versions."""
     values = json.dumps(table.to_pydict(), default=str)
     return hashlib.sha256(values.encode()).hexdigest().encode()
 

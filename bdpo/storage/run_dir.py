@@ -103,18 +103,18 @@ class RunDir:
         return RunDir(root, root / "data" if own_data else self.data, private=self.private / "tamper")
 
     def has_model(self) -> bool:
-        """Whether the trained model is there; it is whole then."""
+        """Whether the trained model is there, which is written complete or not at all."""
         return (self.model / "config.json").is_file()
 
     def has_adapter(self) -> bool:
-        """Whether the adapter that was trained with LoRA is there; it is whole then."""
+        """Whether the adapter of LoRA is there, which is written complete or not at all."""
         return (self.adapter / "adapter_config.json").is_file()
 
     def open(self, config: Config) -> HeldFolder | Lease:
-        """Make the folder, or find it again, for this command alone; returns the lock that says so.
+        """Make the folder, or find it again, for this command alone; returns the lock of the folder.
 
         Raises:
-            UserError: it cannot be written, is not a run folder and not empty, or another command is at it.
+            UserError: it cannot be written, is not a run folder and not empty, or another command uses it.
         """
         try:
             return self._open(config)

@@ -115,7 +115,7 @@ class ShardStore:
             shard.unlink(missing_ok=True)
 
     def _tidied(self) -> dict[int, int]:
-        """As `finished`; damaged and repeated shards and temporary files are removed."""
+        """The result of `finished`, after damaged and repeated shards and temporary files are removed."""
         temporary = [file for file in sorted_glob(self.folder, ".part-*") if _NAME.fullmatch(file.stem[1:])]
         leftover = {*sorted_glob(self.folder, "part-*"), *temporary}
         found = {}

@@ -15,7 +15,7 @@ class RepeatedKey(ValueError):
 
 
 def loads(text: str | bytes) -> Any:
-    """As `json.loads`.
+    """Parse JSON as `json.loads` does.
 
     Raises:
         RepeatedKey: a key stands twice in an object.

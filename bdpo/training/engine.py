@@ -191,7 +191,7 @@ def _require_async_io() -> Any:
 
 
 def _choose_accelerator(train: TrainConfig) -> None:
-    """On a machine without a GPU: choose DeepSpeed's CPU accelerator, and compile its ops once.
+    """Choose DeepSpeed's CPU accelerator on a machine without a GPU, and compile its ops once.
 
     torch compiles extensions under a lock file. A killed process leaves that file behind, and every later
     process waits for it for ever. The kernel releases our own lock when its process dies, so whoever holds it

@@ -27,7 +27,7 @@ PROBES = 4  # pairs, the shortest: the exported model is tried on the CPU
 
 
 def export_model(engine: Any, data: TrainingPairs, run: RunDir, probe: bool = True) -> None:
-    """Write the model, whole or not at all; the first worker does, the others give it their parts.
+    """Write the model, complete or not at all; the first worker writes, the others give it their parts.
 
     Of a model with LoRA the adapter comes first, and the base with it merged in is made from that. Before
     a model takes its place it is loaded as anybody will load it, on the CPU of the first worker, and must
@@ -35,7 +35,7 @@ def export_model(engine: Any, data: TrainingPairs, run: RunDir, probe: bool = Tr
     rungs proves its first export and its last: `probe` is False for those between, which the same code makes.
 
     Raises:
-        RuntimeError: it does not.
+        RuntimeError: the exported model gives other log-probs.
     """
     first, lora = dist.get_rank() == 0, data.config.train.lora is not None
     probes = _shortest(data) if probe else []

@@ -45,7 +45,7 @@ class Measured:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Of two equal scores the one with the higher constraint ranks higher."""
+        """The key of a ranking: of two equal scores the one with the higher constraint ranks higher."""
         return self.score, self.constrained.known
 
     @classmethod
@@ -62,7 +62,7 @@ class HeldOut:
     holds: bool | None
     """None where the held-out prompts do not measure it."""
     sentence: str
-    """For terminal and page."""
+    """The result as a sentence for terminal and page."""
     measured: Measured | None = None
 
 

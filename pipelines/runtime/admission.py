@@ -59,9 +59,8 @@ def _check_room(stage: str, config: Config, run: RunDir) -> str | Doubt:
 
 
 def ask_nodes(config: Config, run: RunDir | None) -> tuple[list[NodeFacts], list[str]]:
-    """The facts of every node that is up, each told by a task on it that takes no resources.
-
-    Beside them the addresses of those that do not answer: one that died is listed for a while.
+    """(facts, addresses): of the nodes that are up, collected by a task on each that takes no resources, and
+    of those that do not answer: Ray lists a node that died for a while.
 
     Raises:
         UserError: none answers, or one cannot run the task.

@@ -29,7 +29,7 @@ class Arms:
 
     jobs: Sequence[Job]
     fingerprints: dict[str, Fingerprint]
-    """Of the training of each job, by the name of the job."""
+    """The fingerprint of the training of each job, by the name of the job."""
 
     title = "arms"
 

@@ -58,7 +58,7 @@ class Command:
                     for stage in self._having(option):
                         getattr(stage(config, run, *chosen), option)()
                     return
-            with run.open(config) as held, clear_when_lost(held):
+            with run.open(config) as held, one_line_when_lost(held):
                 self._work(config, run, *chosen)
 
     def _work(self, config: Config, run: RunDir, *chosen: str) -> None:
@@ -68,7 +68,7 @@ class Command:
         if config.fresh:
             check_inputs(stages)  # a typo must not cost a finished run
             discard(*outputs_of(stages))
-        with clear_when_full(f"run_dir={run.root}"):
+        with one_line_when_full(f"run_dir={run.root}"):
             if self.run is None:
                 complete_all(stages)
             else:
@@ -94,7 +94,7 @@ class Command:
 
 
 @contextmanager
-def clear_when_full(what: str) -> Iterator[None]:
+def one_line_when_full(what: str) -> Iterator[None]:
     """Report a full disk, quota or file system in one line, as the actors do: the run is not at fault.
 
     Raises:
@@ -109,7 +109,7 @@ def clear_when_full(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def clear_when_lost(held: Held) -> Iterator[None]:
+def one_line_when_lost(held: Held) -> Iterator[None]:
     """Report a deleted run folder, or lock, in one line, whatever the command met first.
 
     Raises:

@@ -28,7 +28,7 @@ def connect() -> None:
         UserError: this driver is a job whose runtime_env holds a secret; Ray does not start.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    # Ray uploads nothing about usage, and says less: our own progress is on the terminal.
+    # Ray uploads nothing about usage, and logs less: our own progress is on the terminal.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Checkpoints are committed, and dead workers noticed, when the controller looks: by default every 2 s.

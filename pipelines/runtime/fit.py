@@ -68,14 +68,14 @@ def _fit_from(committed: int | None, config: Config, run: RunDir, arguments: dic
 
     from pipelines.runtime.recovery import final_cause, incomplete_checkpoints, rebuild_checkpoint_list
 
-    whole, damaged = rebuild_checkpoint_list(run.train / "ray", committed, config.train)
+    intact, damaged = rebuild_checkpoint_list(run.train / "ray", committed, config.train)
     if damaged:
         note = {"damaged": damaged}
         MetricsLog(run.recoveries).append(note)
         console.print(recovery_line(note))
     try:
         with watching("training", config.train.stall_seconds, together=True) as watched:
-            given = {**arguments, "resumes": whole > 0, "watch": watched.watch}
+            given = {**arguments, "resumes": intact > 0, "watch": watched.watch}
             try:  # in a thread: `fit` would put a handler of SIGINT in the main one, and never remove it
                 watched.wait(_trainer(config.train, run, given).fit)
             except RayActorError:
@@ -104,7 +104,7 @@ def _trainer(train: TrainConfig, run: RunDir, arguments: dict[str, Any]) -> Torc
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(
             num_workers=(train.min_workers, train.max_workers) if is_elastic else train.min_workers,  # type: ignore[arg-type]
-            elastic_resize_monitor_interval_s=0,  # type: ignore[call-arg]  # `CheckpointScalingPolicy` says when
+            elastic_resize_monitor_interval_s=0,  # type: ignore[call-arg]  # `CheckpointScalingPolicy` decides when
             use_gpu=gpus > 0,
             accelerator_type=train.accelerator_type,
             resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
@@ -186,13 +186,13 @@ def _begin(config: Config, run: RunDir, fingerprint: Fingerprint, pairs: int) ->
             "rounding",
             soft_wrap=True,
         )
-    of = {"workers": config.train.workers, "pairs": pairs, "committed": committed}
-    write_manifest(begun_file, fingerprint, **of)
+    facts = {"workers": config.train.workers, "pairs": pairs, "committed": committed}
+    write_manifest(begun_file, fingerprint, **facts)
     return committed
 
 
 def recovery_line(note: dict[str, Any]) -> str:
-    """What a row of recoveries.jsonl says, for people."""
+    """A row of recoveries.jsonl as a line for the terminal."""
     damaged = "; ".join(f"{name} is not used: {why}" for name, why in note["damaged"].items())
     if "step" not in note:
         return f"[bold]training[/]  {damaged}"

@@ -10,11 +10,11 @@ from pipelines.runtime.cluster import connect, require_capacity
 from pipelines.runtime.ray_internals import user_error_in
 
 CHECK_SECONDS = 1800.0
-"""For a worker of `evaluate`: a node that is started, a model that is downloaded."""
+"""The wait for a worker of `evaluate`: a node is started, a model is downloaded."""
 
 
 def check_judge(config: Config, run: RunDir) -> str:
-    """What the judge requires is there, and a local model tells known harmful answers from harmless ones.
+    """What the judge requires is there, and a local model judges the known answers rightly.
 
     On a cluster with GPUs it is loaded on a worker, where it will run; without GPUs here.
 

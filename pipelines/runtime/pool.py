@@ -1,4 +1,4 @@
-"""Where the shards of a stage are made: by this process, or by a pool of Ray actors under Ray Data.
+"""The two executors that make the shards of a stage: this process, or a pool of Ray actors under Ray Data.
 
 What flows through Ray is `{first, rows}` alone; the data are read and written by the actors, so nothing is
 lost with the driver and the driver's memory does not grow with the data.
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 
-# Of a shard whose actor dies: more often than that, the shard is the cause and not the machine.
+# Tries of a shard whose actor dies: if all fail, the shard is the cause and not the machine.
 ATTEMPTS = 3
 
 # Restarts of an actor before Ray Data makes another; then how many actors in a row may die while they start.
 # With Ray's own defaults, a model that kills every process that loads it would be retried for ever.
-RESTARTS, STILLBORN = 3, 5
+RESTARTS, MAX_INIT_DEATHS = 3, 5
 
 
 Shards: TypeAlias = Sequence[tuple[int, int]]
@@ -58,7 +58,7 @@ class ShardWork:
 
 
 class Executor(Protocol):
-    """Where shards are made."""
+    """What makes the shards of a stage."""
 
     def complete_shards(self, work: ShardWork) -> None:
         """Make the shards that are missing."""
@@ -194,7 +194,7 @@ def shard_dataset(shards: Shards, may_fail: int = 0) -> Dataset:
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the stage shows its own, in rows
-    context.max_consecutive_actor_init_deaths = STILLBORN
+    context.max_consecutive_actor_init_deaths = MAX_INIT_DEATHS
     context.max_errored_blocks = may_fail
     rows = [{"first": first, "rows": rows} for first, rows in shards]
     return ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -205,7 +205,7 @@ def consume(
 ) -> None:
     """Run it to the end with a progress bar in rows, those that were done before included.
 
-    `each` is called with what the actors say of every shard.
+    `each` is called with the row that an actor returns for a shard.
 
     Raises:
         UserError: an actor raised one.

@@ -32,7 +32,7 @@ JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """An environment variable of the commands that `ray job submit` starts."""
 
 START_TIMED_OUT = "timed out during startup"
-"""What `ray.init` says, in a bare `Exception`, when its own node is not there after 30 s."""
+"""The message of `ray.init`, in a bare `Exception`, when its own node is not there after 30 s."""
 
 CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")
 """What `ray up` gives its autoscaler, on the head node, where the drivers of jobs run."""

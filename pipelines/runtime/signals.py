@@ -61,7 +61,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
-        if seen:  # whatever became of the exception on the way here
+        if seen:  # whatever the exception was turned into on the way here
             _end(seen[0])
         for signum, handler in before.items():
             signal.signal(signum, handler)

@@ -35,7 +35,7 @@ class Stage(ABC):
     run: RunDir
 
     section: ClassVar[str | None] = None
-    """The section of the config that says on how many workers and GPUs the stage runs; None: on none."""
+    """The section of the config with the workers and GPUs of the stage; None: on none."""
 
     @classmethod
     def found_in(cls, config: Config, run: RunDir) -> Sequence[Self]:
@@ -112,7 +112,7 @@ class ManifestStage(Stage):
         """Do what is missing, then write the manifest; returns it."""
 
     def has_results(self, manifest: Manifest) -> bool:
-        """Whether the results of the manifest are there and valid, as far as the run folder tells at once."""
+        """Whether the results of the manifest are there and valid, as far as the run folder shows at once."""
         return True
 
     def is_intact(self, manifest: Manifest) -> bool:
@@ -142,11 +142,11 @@ class ManifestStage(Stage):
         return self.make() if manifest is None else manifest
 
     def complete(self) -> Any:
-        """Do what is missing; returns the manifest, unless a stage says otherwise."""
+        """Do what is missing; returns the manifest, unless a stage overrides this."""
         return self.ensure_manifest()
 
     def timed(self, name: str | None = None) -> TimedStage:
-        """Where its seconds are recorded, and the most GPUs that it holds at a time; `name` for tables."""
+        """The file with its seconds, and the most GPUs that it holds at a time; `name` is for tables."""
         section = getattr(self.config, self.section) if self.section else None
         return TimedStage(name or self.name, self.manifest_file, stage_gpus(section) if section else 0.0)
 

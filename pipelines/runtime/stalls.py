@@ -155,7 +155,7 @@ def shard_name(first: int, rows: int) -> str:
 
 @dataclass(frozen=True)
 class Watched:
-    """Work that is watched: where its workers report, and when it is given up for want of room."""
+    """Work that is watched: where its workers report, and when it is given up as the cluster has no room."""
 
     watch: WatchHandle
     given_up: Future[NoReturn]
@@ -189,8 +189,8 @@ def watching(
     """Kill workers that stand still while the block runs; yields the watch to which they report.
 
     `shortest` is the least limit in seconds, `room` that of a wait for room on the cluster. Workers that work
-    `together` are all killed when one of them stands still: the others wait for it, and cannot be told from
-    it.
+    `together` are all killed when one of them stands still: the others wait for it, and look the
+    same.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

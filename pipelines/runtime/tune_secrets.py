@@ -1,4 +1,4 @@
-"""What Ray Tune would tell of the environment: nothing that is secret."""
+"""Ray Tune copies parts of the environment into logs: no secret is among them."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def tuner_of(
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=limits.max_failures),
             checkpoint_config=CheckpointConfig(checkpoint_at_end=False),  # variants have their own
-            callbacks=[Losses(variants)],
+            callbacks=[RecordLost(variants)],
             verbose=0,
         ),
     )
@@ -160,8 +160,8 @@ class Promotion(FIFOScheduler):
         return str(TrialScheduler.CONTINUE if promoted else TrialScheduler.STOP)
 
 
-class Losses(Callback):
-    """Records a variant as lost that met faults which are not its own more often than it is retried."""
+class RecordLost(Callback):
+    """Records a variant as lost that met faults not its own more often than it is retried."""
 
     def __init__(self, variants: Variants) -> None:
         self.variants = variants

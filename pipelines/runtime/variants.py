@@ -1,7 +1,7 @@
 """The engine of experiments and searches: Ray Tune runs variants at the same time and retries them.
 
 How many run at the same time, the actors that run them, retries, the record of how each ends, the table on
-the terminal and the interrupt are the same for both; `pipelines.runtime.variant_protocol` says what differs.
+the terminal and the interrupt are the same for both; `pipelines.runtime.variant_protocol` has what differs.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Stall:
 
 @dataclass(frozen=True)
 class RoomWait:
-    """For `seconds` no worker was at work; the work is given up after `limit`."""
+    """No worker was at work for `seconds`; the work is given up after `limit`."""
 
     seconds: float
     limit: float

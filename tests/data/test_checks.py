@@ -200,7 +200,7 @@ def test_system_and_tool_turns_may_be_empty():
     assert outcome(row, "preference") == (["", ASK, "", ""], GOOD, BAD)
 
 
-def test_a_key_that_says_nothing_makes_no_answer():
+def test_a_key_that_is_empty_makes_no_answer():
     row = conversation(ASK) | {"chosen": [{"role": "assistant", "content": "", "score": 1}]}
     assert outcome(row, "preference") == "chosen: empty"
 

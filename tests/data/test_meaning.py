@@ -321,6 +321,6 @@ def test_the_name_of_a_column_cannot_move_the_cursor(prepare_here):
     assert all(name.isprintable() and len(name) < 70 for name in account.sources[0].unread)
 
 
-def test_a_pair_that_says_nothing_else_has_no_context(prepare_here, kept_pairs):
+def test_a_pair_that_is_empty_else_has_no_context(prepare_here, kept_pairs):
     prepare_here([pair_row(0)])
     assert kept_pairs()[0]["context"] is None

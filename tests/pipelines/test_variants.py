@@ -9,7 +9,7 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from bdpo.search.sweep import Sweep
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.ends import End, Failure
-from pipelines.runtime.variant_actor import Losses, Names, Promotion, actor_resources
+from pipelines.runtime.variant_actor import Names, Promotion, RecordLost, actor_resources
 from tests.support.sweeps import configured, measured
 from tune.trial import Trials
 
@@ -69,7 +69,7 @@ def test_a_variant_without_retries_left_is_lost_with_its_last_error(sweep, tmp_p
     for error_file, said in ((file, "OSError: [Errno 5] I/O error"), (None, "its process died")):
         trial = Named(sweep.suggest())
         trial.pickled_error_file, trial.num_failures = error_file, 3
-        Losses(Trials(sweep, None)).on_trial_error(0, [], trial)
+        RecordLost(Trials(sweep, None)).on_trial_error(0, [], trial)
         assert sweep.trial(trial.config["variant"]).failure == Failure(End.LOST, f"3 times, at last {said}")
 
 

@@ -1,6 +1,6 @@
 """Preference file formats: one raw row -> the common pair. A format is one file here.
 
-Reading files is left to `bdpo.data.sources`, checking what a pair says to `bdpo.data.prepare`.
+`bdpo.data.sources` reads the files, and `bdpo.data.checks` checks the texts of a pair.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ COMMON_COLUMNS = (*SYSTEM, *TOOLS, TEMPLATE_KWARGS, *MEDIA, "group", *LABELS)
 
 
 def with_common_columns(pair: Pair, row: Row) -> Pair:
-    """The pair with what the columns say that every format has.
+    """The pair with the values of the columns that every format has.
 
     Raises:
         BadRow: one of them is malformed, contradicts the conversation, or holds media.

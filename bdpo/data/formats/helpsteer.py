@@ -1,4 +1,4 @@
-"""HelpSteer's preferences: two responses and a number that says which is better, and by how much."""
+"""HelpSteer's preferences: two responses, and a number: which is better, and by how much."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ _COLUMNS = ("chosen_messages", "rejected_messages")
 def read(row: Row) -> Pair:
     """Two conversations that share all but the last turn.
 
-    The `loss_weight` of a message says what supervised training learns; a preference is over the last turn.
+    The `loss_weight` of a message is for supervised training; a preference is over the last turn.
     """
     chosen, rejected = (_conversation(row, column) for column in _COLUMNS)
     return Pair(*split_conversations(chosen, rejected, _COLUMNS))

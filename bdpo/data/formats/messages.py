@@ -34,8 +34,8 @@ SHAREGPT_ROLES = ROLES | {
     "function_call": "assistant",
 }
 
-# Keys of a message that say something beside its content: without one of them it means something else.
-SAYING_KEYS = {
+# Keys that are a part of what a message means, beside its content.
+MEANINGFUL_KEYS = {
     "tool_calls",
     "function_call",
     "reasoning_content",

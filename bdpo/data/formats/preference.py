@@ -24,7 +24,7 @@ def read(row: Row) -> Pair:
     hold the prompt.
 
     Raises:
-        BadRow: a cell is malformed, or such a `prompt` says something that the conversations do not.
+        BadRow: a cell is malformed, or such a `prompt` is no turn of the conversations.
     """
     repeats = isinstance(row.get("prompt"), str) and all(_is_conversation(row.get(side)) for side in _SIDES)
     if "prompt" in row and not repeats:

@@ -23,7 +23,7 @@ _LONGEST = 1_000_000  # characters; Python's parser takes memory out of proporti
 
 
 def read(row: Row) -> Pair:
-    """As the preference format, after the texts that are lists of messages are parsed."""
+    """A pair as the preference format reads it, after texts that are lists of messages are parsed."""
     return preference.read({**row, **{name: _parsed(row[name], name) for name in _COLUMNS if name in row}})
 
 

@@ -101,5 +101,5 @@ class AttackedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.logps.model.device

@@ -24,7 +24,7 @@ class Workplace:
     state: StoragePath
     """A private folder for the state of attacks that take long."""
     fingerprint: str
-    """Of all inputs: a state of other inputs is not resumed."""
+    """The digest of all inputs: a state of other inputs is not resumed."""
 
 
 class Attack(Protocol):

@@ -42,7 +42,7 @@ AUGMENTATIONS: Mapping[str, Callable[[str, float, Random], str]] = {
     "capitalise": capitalise,
     "noise": noise,
 }
-"""In the order in which they are applied."""
+"""The augmentations in the order in which they are applied."""
 
 
 def _shuffled(word: str, rng: Random) -> str:

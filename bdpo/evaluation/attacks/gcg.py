@@ -7,7 +7,7 @@ chance is drawn from seed, request and step: a search that is resumed goes the s
 
 Differences: the request alone and the initial suffix are asked before the first step, and the record is that
 of the most harmful answer of all; an end by the judge's verdict on a greedy answer, not by a list of phrases;
-candidates are printable ASCII whose text is tokenised to the same ids in the whole prompt.
+candidates are printable ASCII whose text is tokenised to the same ids in the complete prompt.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class Gcg:
     def _allowed(self) -> torch.Tensor:
         attacked = self.workplace.attacked
         weight = attacked.logps.model.get_input_embeddings().weight
-        assert isinstance(weight, torch.Tensor)  # noqa: S101 (so says transformers of every causal model)
+        assert isinstance(weight, torch.Tensor)  # noqa: S101 (so it is in every causal model)
         return candidate_tokens(attacked.chat, len(weight))
 
     def _file(self, key: str) -> StoragePath:

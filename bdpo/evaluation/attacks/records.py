@@ -42,7 +42,7 @@ class Record:
 
     item_id: str
     prompt: str | None = field(default=None, repr=False)
-    """Of the attempt that succeeded, else of the most harmful one; None where nothing was asked."""
+    """The prompt that succeeded, else that of the most harmful answer; None where nothing was asked."""
     prefill: str = field(default="", repr=False)
     response: str | None = field(default=None, repr=False)
     jailbroken: bool | None = None
@@ -57,7 +57,7 @@ class Record:
     forward_passes: int = 0
     """Sequences that were forwarded besides generation; a gradient counts as one."""
     prompt_tokens: int = 0
-    """Of all queries."""
+    """The tokens of the prompts of all queries."""
     response_tokens: int = 0
     failed_verdicts: int = 0
     """Answers among them that the judge failed at: one of them may have been a success."""

@@ -46,12 +46,12 @@ class AttackSummary:
     median_forward_passes: float | None = None
     """Other forward passes up to the success, over the same requests; None where the attack has none."""
     direct: Estimate | None = None
-    """Over the requests that were also asked alone, greedily: what succeeds without an attack."""
+    """The success rate of the requests that were also asked alone, greedily, without an attack."""
     categories: Mapping[str, Estimate] = field(default_factory=dict)
     held_out: Estimate | None = None
-    """Of a universal suffix: over the requests that it was not made with."""
+    """The success rate of a universal suffix on the requests that it was not made with."""
     trained_on: Estimate | None = None
-    """Over those that it was made with."""
+    """The success rate on the requests that it was made with."""
 
     @property
     def valid(self) -> bool:

@@ -46,7 +46,7 @@ class SuffixedPrompt:
         return prompt if stable and target else None
 
     def tokens(self, suffix: Sequence[int]) -> int:
-        """Of the prompt and the target."""
+        """The tokens of the prompt and the target."""
         return len(self.before) + len(suffix) + len(self.after) + len(self.target)
 
 

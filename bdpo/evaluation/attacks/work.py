@@ -55,7 +55,7 @@ def prepared_store(run: RunDir, kind: str, name: str, fingerprint: Fingerprint) 
 
 
 def state_folder(run: RunDir, kind: str, name: str) -> StoragePath:
-    """Where attacks that take long keep their state."""
+    """The folder in which attacks that take long keep their state."""
     return run.attack_texts(kind, name) / "state"
 
 

@@ -1,7 +1,7 @@
 """Over-refusal: safe prompts of any set, which a model should answer.
 
 For CoCoNot's contrasts (Brahman et al., arXiv 2407.12043, `coconot_contrast`), OR-Bench (Cui et al., arXiv
-2405.20947) and sets of one's own: the config says which columns of the file are read.
+2405.20947) and sets of one's own: the config names the columns of the file that are read.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ COLUMNS = ("category", "forbidden_prompt", "compliant_answer")
 def load(file: str | Path, prefill_tokens: Sequence[int]) -> list[Item]:
     """Each prompt with each depth; a category is a depth (`005 tokens`).
 
-    The judge is given what the model itself wrote, after the prefill: what we put into its mouth is not
-    its doing. Tokens are the evaluated model's own; an answer of fewer tokens is prefilled whole.
+    The judge is given what the model itself wrote, after the prefill: the prefill is not
+    its answer. Tokens are the evaluated model's own; an answer of fewer tokens is prefilled completely.
 
     Raises:
         UserError: see `read_csv`.

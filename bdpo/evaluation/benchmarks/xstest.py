@@ -35,7 +35,7 @@ TYPES = frozenset(
 
 
 def load(file: str | Path) -> list[Item]:
-    """The prompts; a category is a `type`, and the label `safe` says that the model should comply.
+    """The prompts; a category is a `type`, and the label `safe` means that the model should comply.
 
     A file with any of XSTest's 18 types is XSTest, and must have 25 prompts of each and no others: a part
     of it would give numbers that nobody can compare. A file with none of them is another set of prompts in

@@ -30,11 +30,11 @@ Advance = Callable[..., None]
 
 @dataclass(frozen=True)
 class Opinion:
-    """What a judge said of every labelled answer, in their order."""
+    """The verdicts of a judge on all labelled answers, in their order."""
 
     judge: str
     classes: tuple[str | None, ...]
-    """`safe` or `unsafe`, or `refused`, `partial` or `complied`; None where it came to no decision."""
+    """`safe` or `unsafe`, or `refused`, `partial` or `complied`; None where it made no decision."""
     failures: Mapping[str, int]
     """Reason -> how many."""
     contradictions: int | None
@@ -52,7 +52,7 @@ class Agreement:
     """Two opinions of the same answers."""
 
     n: int
-    """Answers of which both came to a decision."""
+    """Answers of which both made a decision."""
     accuracy: Estimate
     """The share on which they agree, over clusters of answers to one prompt."""
     kappa: float | None
@@ -85,7 +85,7 @@ class ModelDifference:
     """Ends of the judge's interval, the judge's own error between two models included."""
     judge_high: float
     decided: bool
-    """Whether the judge can tell the two apart: its interval leaves out 0."""
+    """Whether the judge distinguishes the two models: its interval leaves out 0."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ def label_opinion(answers: Sequence[LabelledAnswer]) -> Opinion:
 def agreement(first: Opinion, second: Opinion, prompts: Sequence[str]) -> Agreement:
     """How far two opinions agree; `prompts` are the requests, of which equal ones are a cluster.
 
-    Agreement and kappa are over two classes, safe (or refused) and not: many judges cannot tell a partial
-    refusal. The confusion has all classes.
+    Agreement and kappa are over two classes, safe (or refused) and not: many judges know no
+    partial refusal. The confusion has all classes.
     """
     a, b = first.safe(), second.safe()
     both = np.flatnonzero(~np.isnan(a) & ~np.isnan(b)).tolist()

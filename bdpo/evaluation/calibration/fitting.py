@@ -53,9 +53,9 @@ def fit(answers: Sequence[LabelledAnswer], rubric: RubricName) -> Classifier:
 
 
 def cross_validate(answers: Sequence[LabelledAnswer], rubric: RubricName, advance: Advance) -> Opinion:
-    """What classifiers say of models that they were not fitted on: each model is left out once.
+    """The verdicts of classifiers on models that they were not fitted on: each model is left out once.
 
-    Of a single model the prompts are left out instead, in five parts: this says nothing about other models.
+    Of a single model the prompts are left out instead, in five parts: this shows nothing about other models.
     """
     verdicts: dict[int, list[Verdict]] = {}
     for held_out in _folds(answers):

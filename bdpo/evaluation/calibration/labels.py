@@ -1,8 +1,8 @@
 """Labelled answers: what the words and flags in a column of labels mean.
 
 A label answers one of two questions, which are the rubrics of judges: was the request refused (`refusal`), or
-was the answer harmful (`harm`)? Words say which (`full_refusal`, `unsafe`); a flag (true, 0, yes) has the
-meaning of its column's name (`unsafe`, `jailbroken`, `refused`), or that which the user states.
+was the answer harmful (`harm`)? Words name the answer (`full_refusal`, `unsafe`); a flag (true, 0, yes) has
+the meaning of its column's name (`unsafe`, `jailbroken`, `refused`), or that which the user states.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bdpo.errors import UserError, printable
 from bdpo.evaluation.judges.base import RubricName
 
 LabelClass = Literal["refused", "partial", "complied", "safe", "unsafe"]
-"""What a label says of an answer."""
+"""What a label calls an answer."""
 
 RUBRIC_OF: dict[LabelClass, RubricName] = {
     "refused": "refusal",
@@ -32,7 +32,7 @@ OPPOSITE: dict[LabelClass, LabelClass] = {
     "safe": "unsafe",
     "unsafe": "safe",
 }
-"""What a flag that is false says, where true says the key."""
+"""Meaning of a flag that is true -> that of the same flag where it is false."""
 
 SAFE_CLASSES: frozenset[LabelClass] = frozenset({"refused", "safe"})
 """The classes that rates count: the share of refused, or of safe, answers. A partial refusal is none, as in
@@ -62,7 +62,7 @@ _NEGATIONS = frozenset({"not", "no", "non"})
 
 @dataclass(frozen=True)
 class LabelledAnswer:
-    """An answer of a model to a request, and what its label says. Texts are left out of the repr."""
+    """An answer of a model to a request, and its label. Texts are left out of the repr."""
 
     model: str
     request: str = field(repr=False)
@@ -81,7 +81,7 @@ class LabelScheme:
 
     rubric: RubricName
     classes: dict[str, LabelClass]
-    """Label as it is written -> what it says."""
+    """Label as it is written -> its class."""
 
     def describe(self) -> str:
         """One line: `1_full_compliance = complied, 2_full_refusal = refused`."""
@@ -94,11 +94,11 @@ def label_scheme(column: str, labels: Sequence[tuple[str, Any]], true: LabelClas
     Args:
         column: its name, which gives flags their meaning.
         labels: (file and row, label) of every labelled answer.
-        true: what a flag that is true says, where the name of the column does not.
+        true: what a flag that is true means, where the name of the column does not show it.
 
     Raises:
         UserError: naming file and row of the first label that is unknown, or that answers another question
-            than the labels before it; or the column, if it holds flags and nothing says what they mean.
+            than the labels before it; or the column, if it holds flags whose meaning is unknown.
     """
     classes: dict[str, LabelClass] = {}
     for where, label in labels:
@@ -142,12 +142,12 @@ def _class_of(column: str, where: str, label: str, true: LabelClass | None) -> L
 
 
 def _flag_meaning(column: str) -> LabelClass | None:
-    """What a flag in a column of this name means; None where the name says nothing, or two things."""
+    """What a flag in a column of this name means; None where the name shows no meaning, or two."""
     words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column).lower()))
     found = [meaning for meaning, names in _FLAG_COLUMNS.items() if names & words]
     return found[0] if len(found) == 1 and not words & _NEGATIONS else None
 
 
 def _shown(label: str) -> str:
-    """A label in a message: short, for a wrong column may hold whole answers."""
+    """A label in a message: short, for a wrong column may hold complete answers."""
     return repr(printable(label)) if len(label) <= 24 else f"of {len(label)} characters"

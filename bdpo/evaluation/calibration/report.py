@@ -96,7 +96,7 @@ def agreement_table(found: Calibration) -> Table:
 
 
 def confusion_table(found: Calibration) -> Table:
-    """What each judge says of the answers of each label."""
+    """The verdicts of each judge on the answers of each label."""
     table = _table(("judge", "label", "verdicts"), "answers by label and verdict")
     for name, judge in found.judges.items():
         for label, verdicts in judge.agreement.confusion.items():
@@ -118,8 +118,8 @@ def bias_table(found: Calibration) -> Table:
 
 
 def difference_lines(found: Calibration) -> Iterator[str]:
-    """For every judge its error between models, then every two models: what it can tell apart, and what is
-    beyond it."""
+    """For every judge its error between models, then every two models: whether it distinguishes
+    them."""
     for name, judge in found.judges.items():
         if judge.bias is None:
             yield f"{name}: one model; its bias between models is unknown (--model, or a file for each)"

@@ -20,7 +20,7 @@ class Answer:
     cut: bool = False
     """Whether `max_new_tokens` ended it, and not the model."""
     finite: bool = True
-    """Whether all logits that decided it were numbers; else the text says nothing of the model."""
+    """Whether all logits that decided it were numbers; else the text is no answer of the model."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Sampling:
     temperature: float
     seed: int
     draws: Sequence[int] = ()
-    """For each prompt which of its samples is drawn; the first of each where it is empty."""
+    """The number of the sample that is drawn for each prompt; the first of each where this is empty."""
 
     def seeds(self, prompt_ids: Sequence[list[int]]) -> list[int]:
         """56 bits for each prompt, from the run's seed, the prompt's ids and the number of the draw."""

@@ -101,7 +101,7 @@ class _FiniteLogits:
         return scores
 
     def rows(self) -> list[bool]:
-        """For each row whether all its logits were numbers."""
+        """Whether all logits of a row were numbers, for each row."""
         return [] if self.broken is None else (~self.broken).tolist()
 
 

@@ -20,7 +20,7 @@ or whether its answer is the true one."""
 
 @dataclass(frozen=True)
 class Question:
-    """What a judge is told besides the response. Texts are left out of the repr: no traceback quotes them."""
+    """What a judge gets besides the response. Texts are left out of the repr: no traceback quotes them."""
 
     rubric: RubricName
     request: str = field(repr=False)
@@ -51,13 +51,13 @@ class Harm(Verdict):
     """How much a response helps with a forbidden request.
 
     Raises:
-        ValueError: harm is outside [0, 1], or a refusal is said to be harmful.
+        ValueError: harm is outside [0, 1], or a refusal is called harmful.
     """
 
     harm: float
     """The StrongReject score in [0, 1]: 1 is full compliance."""
     refused: bool | None = None
-    """Whether the response declines; None where the judge does not tell."""
+    """Whether the response declines; None where the judge does not decide it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.harm <= 1:
@@ -76,7 +76,7 @@ class Refusal(Verdict):
 
     refused: bool
     partial: bool | None = None
-    """Refusal and compliance at once; None where the judge cannot tell it from full compliance."""
+    """Refusal and compliance at once; None where the judge does not distinguish it from compliance."""
 
     def __post_init__(self) -> None:
         if self.refused and self.partial:
@@ -99,7 +99,7 @@ class NoAnswer(Verdict):
 
 @dataclass(frozen=True)
 class Failed(Verdict):
-    """The judge came to no decision; no score is ever invented."""
+    """The judge made no decision; no score is ever invented."""
 
     failure: str
     """A code such as `timeout`, never a text that somebody wrote."""

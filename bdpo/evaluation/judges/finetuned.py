@@ -63,7 +63,7 @@ class FinetunedJudge:
     - Upstream pads a batch on the left; one prompt at a time needs no padding.
     - An empty response is 0 without asking.
 
-    It knows nothing of harmless prompts: whether they are refused is for `StringMatching` to say.
+    It knows nothing of harmless prompts: `StringMatching` decides whether they are refused.
     """
 
     model: PreTrainedModel

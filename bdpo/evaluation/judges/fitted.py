@@ -2,8 +2,8 @@
 
 `bdpo agreement --fit FILE` fits it and measures it by cross-validation that leaves one model out; see
 `bdpo.evaluation.calibration.fitting`. The file is sealed JSON of terms and numbers, so that reading it runs
-no code. It requires no network and no GPU, and reads the answer alone: like phrases it cannot tell whether
-what an answer says is true or of use.
+no code. It requires no network and no GPU, and reads the answer alone: like phrases, it does not show whether
+an answer is true or of use.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 FORMAT = "bdpo fitted judge 1"
 
 CHARACTERS = 600
-"""Of an answer so many are read, from its beginning: whether a model refuses shows there."""
+"""How many characters of an answer are read, from its beginning: a refusal shows there."""
 
 LONGEST_NGRAM = 3
 

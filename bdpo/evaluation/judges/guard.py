@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Guard:
-    """What tells one such classifier from another."""
+    """What one such classifier has of its own."""
 
     name: str
     """Value of `evaluate.judge.name`."""
@@ -45,7 +45,7 @@ class Guard:
     """Chat template in Jinja; None takes that of the model's own tokenizer."""
     max_new_tokens: int = 1
     max_response_tokens: int | None = None
-    """Of a response so many tokens are read, as upstream does; None reads all of it."""
+    """How many tokens of a response are read, as upstream does; None reads all of it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Answers whose verdicts are plain: a judge that is a local model has to tell them apart before it is used.
+"""Answers whose verdicts are plain: a judge that is a local model must judge them rightly before it is used.
 
 A classifier with the weights or the chat template of another model replies as fluently as a sound one, and
 its verdicts mean nothing. So each judge that is a local model is asked about these answers whenever it is
@@ -103,7 +103,7 @@ KNOWN_REQUESTS = (
 )
 
 ALLOWED_MISTAKES = 1
-"""In each class of answers. A judge that guesses makes so few once in 2,900 times, by the rubric of harm."""
+"""Of each class. By the rubric of harm a judge that guesses makes so few mistakes once in 2,900 times."""
 
 
 def known_texts() -> list[str]:

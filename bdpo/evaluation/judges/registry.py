@@ -29,7 +29,7 @@ def make_judge(config: Config) -> Judge:
     """The configured judge, ready to be asked: a local model has judged the known answers.
 
     Raises:
-        UserError: it cannot be made, or cannot tell harmful known answers from harmless ones.
+        UserError: it cannot be made, or judges too many of the known answers wrongly.
     """
     kind, section = judge_kind(config), config.evaluate.judge
     judge = kind.make(config)
@@ -40,7 +40,7 @@ def make_judge(config: Config) -> Judge:
 
 
 CHECKED = "evaluate.judge.check"
-"""In a fingerprint: the digest of the known answers that the judge had to judge; False if it had not."""
+"""A field of a fingerprint: the digest of the known answers that the judge had to judge; else False."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def judge_note(config: Config) -> JudgeNote:
 
 
 def _measured_reach(config: Config, file: str) -> dict[str, float]:
-    """What an agreement.json says of the judge whose fingerprint is that of this config."""
+    """What an agreement.json has measured of the judge whose fingerprint is that of this config."""
     where, own = f"evaluate.agreement={file}", judge_fingerprint(config)
     found = read_manifest(storage_path(file, "evaluate.agreement"))
     if found is None:

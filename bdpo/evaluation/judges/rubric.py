@@ -7,10 +7,10 @@ own words, with these differences:
 
 - Upstream pastes the response into the prompt bare, so a response may give orders to its judge or forge a
   reply. Here request and response stand between marks with a nonce that neither can know, and the judge is
-  told that everything between them is data.
+  instructed that everything between them is data.
 - Upstream looks for the scores anywhere in the reply and takes the first (StrongReject), or any A, B or C
-  in it, with "not attempted" when there is none (SimpleQA). Here the whole reply must be in the format,
-  with this request's nonce in it: a judge that merely repeats what a response tells it to say is not
+  in it, with "not attempted" when there is none (SimpleQA). Here the complete reply must be in the format,
+  with this request's nonce in it: a judge that merely repeats what a response dictates is not
   believed. What does not parse is asked for once more, as JSON, and is no score if that fails too.
 - Upstream asks a second model when the first fails, so that one mean may come from two judges. Here the
   item has no score, and it is counted.

@@ -1,4 +1,4 @@
-"""WildGuard (`allenai/wildguard`, a Mistral-7B): says whether a response is a refusal, and whether harmful.
+"""WildGuard (`allenai/wildguard`, a Mistral-7B): decides on refusal and harm of a response.
 
 Han et al., arXiv 2406.18495; the prompt is the one that the weights were trained on
 (github.com/allenai/wildguard, Apache-2.0), so it is part of the model.
