@@ -130,6 +130,42 @@ def test_a_room_imports_slow_libraries_only_where_all_of_it_needs_them(brought, 
     assert set(brought[room]) <= SLOW.get(room, set())
 
 
+INTERNALS = {
+    "Ray": (
+        "pipelines/runtime/ray_internals",
+        r"\bray\.[\w.]*\b_\w+|class_cache|ENV_VARS_TO_PROPAGATE|pickled_error_file|health_check_failure\b",
+    ),
+    "DeepSpeed": (
+        "bdpo/models/deepspeed_internals.py",
+        r"\bds_(?:id|numel|shape|status|tensor)\b|fp32_groups|fp32_flat_groups|mp_rank_|optim_states"
+        r"|base_optimizer_state|_zero3_consolidated|_get_zero_param_shapes|\b_global_grad_norm",
+    ),
+    "transformers": (
+        "bdpo/models/transformers_private.py",
+        r"\b_attn_implementation|_supports_sdpa|_compile_jinja_template",
+    ),
+}
+"""Library -> the one module or package that may have its private names, and a pattern of those."""
+
+
+def private_names(library):
+    """(file, name) of the private names of a library outside of the module for them."""
+    place, pattern = INTERNALS[library]
+    for folder in ("bdpo", "pipelines", "tune", "benchmarks"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            if not file.is_relative_to(ROOT / place):
+                for name in re.findall(pattern, file.read_text(encoding="utf-8")):
+                    yield str(file.relative_to(ROOT)), name
+
+
+@pytest.mark.parametrize("library", INTERNALS)
+def test_private_names_of_a_library_are_in_one_place(library):
+    assert list(private_names(library)) == []
+    place, pattern = INTERNALS[library]
+    files = [ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("*.py")
+    assert any(re.search(pattern, file.read_text(encoding="utf-8")) for file in files)
+
+
 def test_no_test_module_imports_another():
     """What several share is in `tests/support`, and the root of the repository is written once."""
     for file in (ROOT / "tests").rglob("*.py"):

@@ -33,7 +33,6 @@ from bdpo.storage.digests import cached_sha256, files_digest
 from bdpo.storage.paths import local_path
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -284,28 +283,15 @@ def require_finite(model: PreTrainedModel, folder: Path) -> None:
     """
     import torch
 
-    bad = [name for name, values in model.named_parameters() if not is_finite(_own_values(values))]
+    from bdpo.models.deepspeed_internals import own_part
+
+    bad = [name for name, values in model.named_parameters() if not is_finite(own_part(values))]
     if _partitioned():
         parts: list[list[str]] = [bad] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, bad)
         bad = sorted(set(chain(*parts)))
     if bad:
         raise not_finite(folder, bad)
-
-
-def _own_values(parameter: Any) -> torch.Tensor:
-    """The values of a parameter; under ZeRO-3 this worker's part of them.
-
-    DeepSpeed cuts a parameter into parts of one length, and leaves uninitialised memory in the padding of
-    the last ones.
-    """
-    import torch
-
-    if not hasattr(parameter, "ds_tensor"):
-        return parameter.detach()
-    part: torch.Tensor = parameter.ds_tensor.detach()
-    first = torch.distributed.get_rank() * part.numel()
-    return part[: max(0, parameter.ds_numel - first)]
 
 
 def _partitioned() -> bool:

@@ -1,7 +1,7 @@
 """The DeepSpeed engine of a training: ZeRO config, building the engine, exporting the trained weights.
 
 DeepSpeed is imported inside functions: it chooses its accelerator and patches torch when it is imported. What
-depends on more than its documented interface is in `bdpo.training.deepspeed_internals`.
+depends on more than its documented interface is in `bdpo.models.deepspeed_internals`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,7 @@ from bdpo.errors import UserError
 from bdpo.models.adapters import add_lora
 from bdpo.models.architectures import switch_off_dropout, trains_as_it_scores
 from bdpo.models.attention import attention_of
-from bdpo.models.loading import load_model, model_config, model_folder, require_complete_weights
-from bdpo.models.logps import LogpsModel
-from bdpo.models.tokenizer import ChatTokenizer
-from bdpo.storage.cache import cache_folder, machine_lock
-from bdpo.storage.digests import json_digest
-from bdpo.training.deepspeed_internals import (
+from bdpo.models.deepspeed_internals import (
     ClippingAdamW,
     async_io_builder,
     build_shared_memory_op,
@@ -33,6 +28,11 @@ from bdpo.training.deepspeed_internals import (
     import_deepspeed,
     trained_weights,
 )
+from bdpo.models.loading import load_model, model_config, model_folder, require_complete_weights
+from bdpo.models.logps import LogpsModel
+from bdpo.models.tokenizer import ChatTokenizer
+from bdpo.storage.cache import cache_folder, machine_lock
+from bdpo.storage.digests import json_digest
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:

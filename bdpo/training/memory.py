@@ -20,12 +20,12 @@ from torch.overrides import TorchFunctionMode
 from bdpo.config import SANDBOX, Config, TrainConfig
 from bdpo.errors import UserError, first_line
 from bdpo.models.adapters import add_lora
+from bdpo.models.deepspeed_internals import MAX_LIVE_PARAMETERS, REDUCE_BUCKET
 from bdpo.models.loading import model_config, plain_attention
 from bdpo.models.logps import CHUNK_ELEMENTS, LogpsModel, prefix_sharing_obstacle
 from bdpo.models.packing import PrefixGroups, RowLayout
 from bdpo.models.transformers_private import attention_of_config, set_attention
 from bdpo.storage.paths import local_path
-from bdpo.training.deepspeed_internals import MAX_LIVE_PARAMETERS, REDUCE_BUCKET
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -7,9 +7,9 @@ The optimizer's state (weights in float32, first and second moments) is partitio
     ZeRO 3       each parameter is cut into N parts of ceil(numel / N); a worker's parts are one flat tensor
 
 Parts are padded at their end. Here each of M workers reads its share of the N parts, writes the files that it
-would have written itself, and loads these as always. So nothing of the engine's state is set by hand. This
-depends on the layout of DeepSpeed's files; `tests/training/test_resharding.py` compares with undisturbed
-trainings.
+would have written itself, and loads these as always. So nothing of the engine's state is set by hand. The
+names and keys of DeepSpeed's files are in `bdpo.models.deepspeed_internals`;
+`tests/training/test_resharding.py` compares with undisturbed trainings.
 """
 
 from __future__ import annotations
@@ -24,13 +24,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bdpo.training.deepspeed_internals import parameter_shapes, partition_sizes
+from bdpo.models.deepspeed_internals import (
+    GROUP_MOMENTS,
+    GROUP_WEIGHTS,
+    MODEL_FILE,
+    MODEL_FILE_OF_WORKER,
+    OPTIMIZER,
+    OPTIMIZER_FILE,
+    PARAMETER_WEIGHTS,
+    SHAPES,
+    WORKERS,
+    parameter_shapes,
+    partition_sizes,
+)
 
 Shapes = Sequence[Mapping[str, torch.Size]]
 """The parameters of each group of the optimizer, in order: name -> shape."""
-
-_MODEL = "mp_rank_00_model_states.pt"
-_OPTIMIZER = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 
 
 @dataclass(frozen=True)
@@ -67,21 +76,21 @@ def load_resharded(engine: Any, folder: Path, workers: int, strict: bool) -> Non
 
 def _write_share(engine: Any, old: Path, new: Path, workers: int, share: Share) -> None:
     partitions_weights = engine.zero_optimization_stage() == 3
-    prefix = f"zero_pp_rank_{{}}_{_MODEL}" if partitions_weights else _MODEL
-    model = _read(old / prefix.format(0))  # of weights that are partitioned it holds nothing but the names
-    torch.save({**model, "dp_world_size": share.workers}, new / prefix.format(share.rank))
-    files = [next(old.glob("*" + _OPTIMIZER.format(rank))) for rank in range(workers)]
+    model_file = MODEL_FILE_OF_WORKER if partitions_weights else MODEL_FILE
+    model = _read(old / model_file.format(0))
+    torch.save({**model, WORKERS: share.workers}, new / model_file.format(share.rank))
+    files = [next(old.glob("*" + OPTIMIZER_FILE.format(rank))) for rank in range(workers)]
     states = [_read(file) for file in files]
-    parts = [state["optimizer_state_dict"] for state in states]
+    parts = [state[OPTIMIZER] for state in states]
     if partitions_weights:
-        groups = engine.optimizer.state_dict()["optimizer_state_dict"]["param_groups"]
+        groups = engine.optimizer.state_dict()[OPTIMIZER]["param_groups"]
         shapes = parameter_shapes(engine)
-        optimizer = reshard_parameters(parts, model["param_shapes"], shapes, groups, share)
+        optimizer = reshard_parameters(parts, model[SHAPES], shapes, groups, share)
     else:
-        sizes = [sum(map(prod, group.values())) for group in model["param_shapes"]]
+        sizes = [sum(map(prod, group.values())) for group in model[SHAPES]]
         optimizer = reshard_groups(parts, sizes, partition_sizes(engine.optimizer), share)
-    name = files[0].name.replace(_OPTIMIZER.format(0), _OPTIMIZER.format(share.rank))
-    torch.save({**states[0], "optimizer_state_dict": optimizer}, new / name)
+    name = files[0].name.replace(OPTIMIZER_FILE.format(0), OPTIMIZER_FILE.format(share.rank))
+    torch.save({**states[0], OPTIMIZER: optimizer}, new / name)
 
 
 def reshard_groups(
@@ -95,19 +104,18 @@ def reshard_groups(
     def cut(group: int, flats: Sequence[torch.Tensor]) -> torch.Tensor:
         return share.of(torch.cat(list(flats))[: sizes[group]], lengths[group])
 
-    base = parts[0]["base_optimizer_state"]
+    base = parts[0][GROUP_MOMENTS]
     state = {
         group: {
-            key: cut(group, [part["base_optimizer_state"]["state"][group][key] for part in parts])
+            key: cut(group, [part[GROUP_MOMENTS]["state"][group][key] for part in parts])
             if value.dim()
             else value
             for key, value in base["state"][group].items()
         }
         for group in range(len(sizes))
     }
-    weights = "single_partition_of_fp32_groups"
-    cut_weights = [cut(group, [part[weights][group] for part in parts]) for group in range(len(sizes))]
-    return {**parts[0], weights: cut_weights, "base_optimizer_state": {**base, "state": state}}
+    weights = [cut(group, [part[GROUP_WEIGHTS][group] for part in parts]) for group in range(len(sizes))]
+    return {**parts[0], GROUP_WEIGHTS: weights, GROUP_MOMENTS: {**base, "state": state}}
 
 
 def reshard_parameters(
@@ -137,7 +145,7 @@ def reshard_parameters(
     def cut_group(names: Mapping[str, Any], flats: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         return torch.cat([cut(name, flats) for name in names])
 
-    base = [part["optimizer_state_dict"] for part in parts]
+    base = [part[OPTIMIZER] for part in parts]
     scalars = {key: value for key, value in base[0]["state"][0].items() if not value.dim()}
     moments = {
         key: [[each["state"][group][key] for group in range(len(before))] for each in base]
@@ -152,11 +160,11 @@ def reshard_parameters(
         {**old, "params": new["params"]}
         for old, new in zip(base[0]["param_groups"], param_groups, strict=True)
     ]
-    weights = [cut_group(names, [part["fp32_flat_groups"] for part in parts]) for names in now]
+    weights = [cut_group(names, [part[PARAMETER_WEIGHTS] for part in parts]) for names in now]
     return {
         **parts[0],
-        "fp32_flat_groups": weights,
-        "optimizer_state_dict": {"state": state, "param_groups": groups},
+        PARAMETER_WEIGHTS: weights,
+        OPTIMIZER: {"state": state, "param_groups": groups},
     }
 
 

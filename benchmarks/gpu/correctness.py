@@ -26,6 +26,7 @@ from bdpo.data.pairs import prefix_groups, read_pairs
 from bdpo.models.loading import load_model
 from bdpo.models.logps import LogpsModel, pair_logps
 from bdpo.models.packing import PrefixGroups, RowLayout
+from bdpo.models.transformers_private import attention_of_config
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.checkpoints import Staging, TrainProgress, load_first_intact, save_checkpoint
 from bdpo.training.engine import build_engine, export
@@ -171,7 +172,7 @@ def exported(engine: Any, data: TrainingPairs, folder: Path) -> dict[str, torch.
 @torch.no_grad()
 def export_off(engine: Any, data: TrainingPairs, folder: Path) -> float:
     """How far what `from_pretrained` loads is from the engine, per token at most."""
-    attention = engine.module.model.config._attn_implementation
+    attention = attention_of_config(engine.module.model.config)
     loaded = LogpsModel(load_model(folder, data.config.model, attention), data.config.data.max_length)
     loaded = loaded.to(engine.device).eval()
     table = read_pairs(RunDir(data.config.run_dir).pairs, 0, PAIRS_A_STEP)

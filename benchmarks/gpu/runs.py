@@ -10,6 +10,7 @@ import torch
 
 from bdpo.config import Config, parse_config
 from bdpo.data.pairs import count_pairs
+from bdpo.models.transformers_private import attention_of_config
 from bdpo.scoring.scores import finish_scores, read_scores, score_fingerprint, score_store
 from bdpo.scoring.shard_scorer import ShardScorer
 from bdpo.storage.manifests import read_manifest
@@ -60,7 +61,7 @@ def score(config: Config, setup: Setup) -> Row:
     seconds = clock.seconds()
     finish_scores(run, fingerprint, sum(seconds))
     pairs = config.score.shard_rows * len(seconds)
-    attention = scorer.scorer.model.model.config._attn_implementation
+    attention = attention_of_config(scorer.scorer.model.model.config)
     return {"attention": attention, "pairs": pairs, "seconds_a_pair": sum(seconds) / pairs}
 
 

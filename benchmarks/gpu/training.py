@@ -18,6 +18,7 @@ from typing import Any
 from bdpo.cluster.node_checks import check_host, check_memory
 from bdpo.cluster.nodes import node_facts
 from bdpo.config import Config
+from bdpo.models.transformers_private import attention_of_config
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.engine import build_engine
 from bdpo.training.loop import train_step
@@ -59,7 +60,7 @@ def training(config: Config, setup: Setup, name: str, case: str) -> Row:
     engine = build_engine(config, plan.total_steps, plan.warmup_steps)
     row: Row = {
         "pairs_a_step": setup.pairs_a_step,
-        "attention": engine.module.model.config._attn_implementation,
+        "attention": attention_of_config(engine.module.model.config),
         "seconds_to_build": time.perf_counter() - started,
         "expected_gib": need.gpu_total / GIB,
         "expected_host_gib": need.host_total / GIB,

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from ray.exceptions import OutOfMemoryError
 
 from bdpo.errors import UserError, first_line
 from bdpo.models.oom import out_of_memory
-
-# The attributes in which Ray's exceptions keep the error that they wrap
-_WRAPPED = ("cause", "controller_failure", "health_check_failure")
+from pipelines.runtime.ray_internals import causes
 
 
 def own_fault(error: BaseException) -> BaseException | None:
@@ -20,17 +16,6 @@ def own_fault(error: BaseException) -> BaseException | None:
     processes, nodes, storage or endpoints: a retry may succeed.
     """
     return next((cause for cause in causes(error) if _is_own(cause)), None)
-
-
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """The errors that Ray's exceptions wrap; of a group of workers the error of each."""
-    wrapped = [getattr(error, name, None) for name in _WRAPPED]
-    wrapped += getattr(error, "worker_failures", {}).values()
-    inside = [each for each in wrapped if isinstance(each, BaseException)]
-    if not inside:
-        yield error
-    for each in inside:
-        yield from causes(each)
 
 
 def in_a_line(error: BaseException) -> str:

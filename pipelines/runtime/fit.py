@@ -92,7 +92,7 @@ def _trainer(train: TrainConfig, run: RunDir, arguments: dict[str, Any]) -> Torc
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipelines.runtime.elastic import ElasticTrainer
+    from pipelines.runtime.ray_internals.elastic import ElasticTrainer
     from pipelines.runtime.recovery import Recovery
 
     filesystem, storage_path = arrow_filesystem(run.train)

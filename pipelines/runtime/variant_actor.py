@@ -7,10 +7,9 @@ that is begun again gives Tune the variants that are still open, and new ones af
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray import cloudpickle, tune
+from ray import tune
 from ray.tune import (
     Callback,
     CheckpointConfig,
@@ -26,9 +25,8 @@ from ray.tune.search import Searcher
 from bdpo.variants.ends import Cause, End, Failure
 from bdpo.variants.objective import InvalidEvaluation
 from pipelines.runtime.faults import in_a_line, own_fault
-from pipelines.runtime.ray_internals import HEAD_NODE
+from pipelines.runtime.ray_internals import HEAD_NODE, error_of_trial, keep_secrets
 from pipelines.runtime.stalls import Reporter
-from pipelines.runtime.tune_secrets import keep_secrets
 from pipelines.runtime.work_times import PAUSED
 
 if TYPE_CHECKING:
@@ -168,7 +166,7 @@ class RecordLost(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called once, when no retry is left."""
-        file = trial.pickled_error_file  # None where Ray has no error of the actor's own
-        what = in_a_line(cloudpickle.loads(Path(file).read_bytes())) if file else "its process died"
+        raised = error_of_trial(trial)
+        what = in_a_line(raised) if raised else "its process died"
         error = f"{trial.num_failures} times, at last {what}"
         self.variants.record_failure(trial.config["variant"], Failure(End.LOST, error))

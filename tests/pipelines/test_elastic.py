@@ -8,7 +8,7 @@ import pytest
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision
 from ray.train.v2.api.config import ScalingConfig
 
-from pipelines.runtime.elastic import CheckpointScalingPolicy
+from pipelines.runtime.ray_internals.elastic import CheckpointScalingPolicy
 
 SAVED, LOGGED = SimpleNamespace(checkpoint="folder"), SimpleNamespace(checkpoint=None)
 

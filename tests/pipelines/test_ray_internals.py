@@ -13,12 +13,13 @@ import pytest
 import ray
 from packaging.requirements import Requirement
 from ray.train import ControllerError, WorkerGroupError
+from ray.tune.execution import class_cache
 
 from bdpo.config import TrainConfig
 from bdpo.errors import StorageUnavailable, UserError
 from pipelines.runtime import ray_internals
 from pipelines.runtime.cli import exit_codes
-from pipelines.runtime.ray_internals import full_node_line
+from pipelines.runtime.ray_internals import full_node_line, keep_secrets
 from tests.support import ROOT
 
 METRICS = {
@@ -124,3 +125,27 @@ def test_ray_says_that_its_own_node_did_not_start():
     from ray._private import node
 
     assert ray_internals.START_TIMED_OUT in inspect.getsource(node.Node).replace('"\n', "").replace('"', "")
+
+
+SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
+
+
+class Trial:
+    """Any class."""
+
+
+def sent(monkeypatch):
+    for name in SECRETS:
+        monkeypatch.setenv(name, "planted")
+    options = class_cache._ActorClassCache().get(Trial)._default_options
+    return options["runtime_env"]["env_vars"]
+
+
+def test_no_key_of_object_storage_is_sent_with_a_trial(monkeypatch):
+    """Ray's logs and API show what Tune sends."""
+    names = set(class_cache.ENV_VARS_TO_PROPAGATE)
+    monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", names)
+    assert "planted" in sent(monkeypatch).values()  # what Ray does by itself
+    keep_secrets()
+    assert "planted" not in sent(monkeypatch).values()
+    assert "PL_DISABLE_FORK" in sent(monkeypatch)

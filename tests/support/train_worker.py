@@ -23,9 +23,9 @@ import torch._dynamo
 
 from bdpo.config import load_config
 from bdpo.errors import UserError
+from bdpo.models.deepspeed_internals import import_deepspeed
 from bdpo.storage.run_dir import RunDir
 from bdpo.training import loop as training
-from bdpo.training.deepspeed_internals import import_deepspeed
 from bdpo.training.rungs import Rungs
 
 NO_LIMIT = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)

@@ -131,7 +131,7 @@ def plain_loop(config):
 def test_a_worker_does_not_wait_for_the_mlflow_of_deepspeeds_autotuner():
     code = """
 import importlib.util, sys
-from bdpo.training.deepspeed_internals import import_deepspeed
+from bdpo.models.deepspeed_internals import import_deepspeed
 
 assert import_deepspeed().initialize and "deepspeed.autotuning" in sys.modules
 assert "mlflow" not in sys.modules

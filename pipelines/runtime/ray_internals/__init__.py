@@ -4,10 +4,9 @@
 checked again before that range grows; `tests/pipelines/test_ray_internals.py` compares each of these with
 what Ray itself does.
 
-Two modules depend on it as well, as they make classes of Ray's: `pipelines.runtime.elastic` (the policy by
-which Ray Train resizes) and `pipelines.runtime.variant_actor`.
-
-Ray is imported inside functions: a command that refuses its config must not wait for it.
+Ray is imported inside functions, and by the module `elastic` of this package, which derives from classes of
+Ray: a command that refuses its config must not wait for it. `tests/test_layers.py` makes sure that no private
+name of Ray is anywhere else.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,9 @@ JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 START_TIMED_OUT = "timed out during startup"
 """The message of `ray.init`, in a bare `Exception`, when its own node is not there after 30 s."""
+
+WRAPPED_ERRORS = ("cause", "controller_failure", "health_check_failure")
+"""The attributes in which Ray's exceptions keep the error that they wrap."""
 
 CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")
 """What `ray up` gives its autoscaler, on the head node, where the drivers of jobs run."""
@@ -84,10 +86,39 @@ def user_error_in(error: Exception) -> UserError | None:
     return UserError(raised[1]) if raised else None
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The errors that Ray's exceptions wrap; of a group of workers the error of each."""
+    wrapped = [getattr(error, name, None) for name in WRAPPED_ERRORS]
+    wrapped += getattr(error, "worker_failures", {}).values()
+    inside = [each for each in wrapped if isinstance(each, BaseException)]
+    if not inside:
+        yield error
+    for each in inside:
+        yield from causes(each)
+
+
+def error_of_trial(trial: Any) -> BaseException | None:
+    """The error that the actor of one of Tune's trials raised last; None if its process died."""
+    from ray import cloudpickle
+
+    file = trial.pickled_error_file
+    error: BaseException | None = cloudpickle.loads(Path(file).read_bytes()) if file else None
+    return error
+
+
+def keep_secrets() -> None:
+    """Have Tune's trials take the keys of object storage from their node's environment, as all else does.
+
+    Ray 2.60 copies the driver's into the `runtime_env` of every trial, which its logs and its API show.
+    """
+    from ray.tune.execution import class_cache
+
+    names = class_cache.ENV_VARS_TO_PROPAGATE
+    names.difference_update([name for name in names if name.startswith("AWS_")])
+
+
 def storage_unavailable(error: BaseException) -> StorageUnavailable | None:
     """What object storage did not answer, if that is what Ray's exception wraps."""
-    from pipelines.runtime.faults import causes
-
     return next((cause for cause in causes(error) if isinstance(cause, StorageUnavailable)), None)
 
 
@@ -100,8 +131,6 @@ def full_node_line(error: BaseException) -> str | None:
 
     Of the processes that Ray lists the three largest are named, without the arguments of their commands.
     """
-    from pipelines.runtime.faults import causes
-
     text = "\n".join(map(str, causes(error)))
     node = _NODE.search(text)
     if node is None and "running low on memory" not in text:

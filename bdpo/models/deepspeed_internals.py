@@ -1,8 +1,9 @@
 """Everything that depends on DeepSpeed beyond its documented interface, tested with DeepSpeed 0.19.8.
 
 `pyproject.toml` admits the versions that were tested and no later minor version (`>=0.19.8,<0.20`). What is
-here has to be checked again before that range grows; `tests/training/test_engine.py` compares each of these
-with what it stands for.
+here has to be checked again before that range grows; `tests/training/test_engine.py` and
+`tests/training/test_resharding.py` compare each of these with what it stands for. `tests/test_layers.py`
+makes sure that no private name of DeepSpeed is anywhere else.
 
 DeepSpeed is imported inside functions: it chooses its accelerator and patches torch when it is imported.
 """
@@ -20,6 +21,27 @@ REDUCE_BUCKET = 500_000_000
 
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """Elements that stage 3 keeps gathered at a time (`stage3_max_live_parameters`), DeepSpeed's default."""
+
+MODEL_FILE = "mp_rank_00_model_states.pt"
+"""The file of a checkpoint with the model's weights; under stage 3 each worker has one, with a prefix."""
+
+MODEL_FILE_OF_WORKER = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+"""Under stage 3: with nothing but the names and shapes of the weights."""
+
+OPTIMIZER_FILE = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+"""What the name of the file with a worker's part of the optimizer's state ends with."""
+
+WORKERS, SHAPES = "dp_world_size", "param_shapes"
+"""Keys of a model's file: the number of workers, and `parameter_shapes`."""
+
+OPTIMIZER = "optimizer_state_dict"
+"""The key of an optimizer's file that holds its state; under stage 3 also the moments within that state."""
+
+GROUP_WEIGHTS, GROUP_MOMENTS = "single_partition_of_fp32_groups", "base_optimizer_state"
+"""Keys of the optimizer's state under stages 1 and 2: a group's weights in float32, and the moments."""
+
+PARAMETER_WEIGHTS = "fp32_flat_groups"
+"""The key of the weights in float32 under stage 3: the parts of a group's parameters in one flat tensor."""
 
 
 class ClippingAdamW(torch.optim.AdamW):
@@ -48,6 +70,20 @@ def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
     return shape
 
 
+def own_part(parameter: Any) -> torch.Tensor:
+    """The values of a parameter; under stage 3 this worker's part of them.
+
+    DeepSpeed cuts a parameter into parts of one length, and leaves uninitialised memory in the padding of
+    the last ones.
+    """
+    if not hasattr(parameter, "ds_tensor"):
+        values: torch.Tensor = parameter.detach()
+        return values
+    part: torch.Tensor = parameter.ds_tensor.detach()
+    first = torch.distributed.get_rank() * part.numel()
+    return part[: max(0, parameter.ds_numel - first)]
+
+
 def trained_weights(engine: Any) -> dict[str, torch.Tensor]:
     """The trained weights in the model's dtype, by name; every worker must call this.
 
@@ -72,7 +108,7 @@ def partition_sizes(optimizer: Any) -> list[int]:
 
     DeepSpeed has two optimizers, with and without bfloat16, that give it different names.
     """
-    named = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    named = (GROUP_WEIGHTS, "fp32_groups_flat_partition")
     flat = next(getattr(optimizer, name) for name in named if hasattr(optimizer, name))
     return [partition.numel() for partition in flat]
 

@@ -3,8 +3,6 @@
 Ray Train starts as many workers as the cluster holds, and fewer when a node has gone. It also looks whether
 the cluster holds more while they work, every minute by default, and then ends them wherever they are. Here it
 looks when a checkpoint has been committed, so that nothing but the next step is begun in vain.
-
-This depends on Ray beyond its documented interface, see `pipelines.runtime.ray_internals`.
 """
 
 from __future__ import annotations
