@@ -78,7 +78,7 @@ def _run(module: str, *overrides: str) -> None:
 def _row(seed: int, sweep: RunDir, default: RunDir) -> str:
     found = json.loads((sweep.tune / "summary.json").read_text())
     models = {
-        "base": sweep.part("tune", "base", "held_out").eval("base"),
+        "base": sweep.search_base("held_out").eval("base"),
         "default": default.eval("trained"),
         "best": sweep.part("tune", "trials", found["best"]).eval("trained"),
     }

@@ -77,7 +77,7 @@ def run_search(config: Config, run: RunDir) -> None:
     check_rungs(config, training_rows(config, run).num_rows)
     sweep.begin()
     sweep.reopen()
-    trials = Trials(sweep, _base_scores(config, run.part("tune", "base", "search")))
+    trials = Trials(sweep, _base_scores(config, run.search_base("search")))
     if todo:
         stall_seconds = config.evaluate.stall_seconds
         limits = Limits(concurrent, config.tune.max_failures, share, stall_seconds)
@@ -146,7 +146,7 @@ def _finish(sweep: Sweep) -> None:
     results, best = results_table(trials, settings), winner(trials, settings)
     print_failures("trial", {trial.name: trial.failure for trial in trials if trial.failure})
     write_parquet(run.tune / "results.parquet", results)
-    shown = read_evaluation(run.part("tune", "base", "search").eval("base"))
+    shown = read_evaluation(run.search_base("search").eval("base"))
     for figure, drawn in search_figures(results, settings, shown.summary).items():
         for suffix in ("png", "pdf"):
             write_figure(drawn, run.tune / f"{figure}.{suffix}")
@@ -164,7 +164,7 @@ def _finish(sweep: Sweep) -> None:
 def _report_held_out(sweep: Sweep, best: Trial) -> None:
     """Evaluate the best trial and the base model on the held-out prompts; exit with 1 if that is invalid."""
     run, chosen = sweep.run, sweep.folder(best.name)
-    base, held_out = run.part("tune", "base", "held_out"), part_of(sweep.config_of(best), "held_out")
+    base, held_out = run.search_base("held_out"), part_of(sweep.config_of(best), "held_out")
     summaries = {
         "base": EvaluateBase(held_out, base).complete(),
         "best": EvaluateTrained(held_out, chosen).complete(),

@@ -70,7 +70,7 @@ def _methods(config: Config) -> tuple[Arm, ...]:
     return tuple(Arm(name, method_params(name, config)) for name in names)
 
 
-METHODS = Experiment(
+METHOD_COMPARISON = Experiment(
     "Methods (Table 1)",
     "Is B-DPO safer than the other methods, and does it stay as useful?",
     _methods,
@@ -124,7 +124,7 @@ BETA = Experiment(
 EXPERIMENTS = {
     "imbalance": IMBALANCE,
     "balanced-subset": BALANCED_SUBSET,
-    "methods": METHODS,
+    "methods": METHOD_COMPARISON,
     "ablation": ABLATION,
     "alpha": ALPHA,
     "beta": BETA,

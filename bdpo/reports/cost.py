@@ -54,8 +54,8 @@ def search_costs(config: Config, run: RunDir) -> list[StageCost]:
     if not file.is_file():
         return []
     folders = {
-        "base": run.part("tune", "base", "search").eval("base"),
-        "base, held out": run.part("tune", "base", "held_out").eval("base"),
+        "base": run.search_base("search").eval("base"),
+        "base, held out": run.search_base("held_out").eval("base"),
     }
     summary = read_manifest(run.tune / "summary.json")
     if summary is not None:

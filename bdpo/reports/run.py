@@ -239,7 +239,7 @@ def _search(run: RunDir) -> Section | None:
         return None
     tune = sweep_settings(begun.fingerprint)
     results = read_parquet(file)
-    base = read_evaluation(run.part("tune", "base", "search").eval("base")).summary
+    base = read_evaluation(run.search_base("search").eval("base")).summary
     figures = search_figures(results, tune, base)
     rows = [
         (
@@ -254,7 +254,7 @@ def _search(run: RunDir) -> Section | None:
     summary, text = read_manifest(run.tune / "summary.json"), []
     if summary is not None:
         folders = {
-            "base": run.part("tune", "base", "held_out").eval("base"),
+            "base": run.search_base("held_out").eval("base"),
             "best": run.part("tune", "trials", summary["best"]).eval("trained"),
         }
         text = ["The chosen trial, evaluated on prompts that the search did not use:"]

@@ -93,6 +93,10 @@ class RunDir:
         """A run folder inside this one: results of its own, with this run's pairs and scores."""
         return RunDir(self.root.joinpath(*names), self.data, self.scores, self.private.joinpath(*names))
 
+    def search_base(self, part: str) -> RunDir:
+        """The run folder of a search's base model on a part of the prompts, `search` or `held_out`."""
+        return self.part("tune", "base", part)
+
     def with_scores(self, scores: StoragePath) -> RunDir:
         """This run folder with the scores of another folder."""
         return RunDir(self.root, self.data, scores, self.private)

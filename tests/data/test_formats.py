@@ -285,3 +285,7 @@ class TestDetect:
     def test_two_formats_at_once_are_refused(self):
         with pytest.raises(UserError, match=r"pairs\.jsonl: .*preference and sharegpt; set data\.format"):
             detect([{**PREFERENCE, **SHAREGPT}], "pairs.jsonl")
+
+
+def test_a_format_is_called_as_its_module():
+    assert {name: form.name for name, form in FORMATS.items()} == {name: name for name in FORMATS}

@@ -159,7 +159,7 @@ def swept(run):
     results = results_table(sweep.trials(), config.tune)
     write_parquet(folder.tune / "results.parquet", results)
     best = folder.part("tune", "trials", "0007").eval("trained")
-    bases = [folder.part("tune", "base", part).eval("base") for part in ("search", "held_out")]
+    bases = [folder.search_base(part).eval("base") for part in ("search", "held_out")]
     for place, harm in ((best, 0.0), (bases[0], 1.0), (bases[1], 1.0)):
         items = table([harm] * 4, [False] * 4)
         write_parquet(place / "scores.parquet", items)

@@ -163,7 +163,7 @@ class TestSweep:
             for model in (best.model, again.model)
         )
         assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
-        for name, reported in (("base", run.part("tune", "base", "held_out")), ("trained", best)):
+        for name, reported in (("base", run.search_base("held_out")), ("trained", best)):
             tables = [pq.read_table(r.eval(name) / "scores.parquet") for r in (reported, again)]
             assert tables[0].equals(tables[1])
             assert set(tables[0]["category"].to_pylist()) == {"b", "u", "contrast_u"}

@@ -62,9 +62,9 @@ class Begun:
     def __init__(self, config, chat):
         run = RunDir(config.run_dir)
         self.sweep = Sweep(config, run, {"seed": 0})
-        base = run.part("tune", "base", "search")
+        base = run.search_base("search")
         EvaluateBase(part_of(config, "search"), base, executor=InProcess()).complete()
-        self.base = pq.read_table(run.part("tune", "base", "search").eval("base") / "scores.parquet")
+        self.base = pq.read_table(run.search_base("search").eval("base") / "scores.parquet")
         self.name = self.sweep.suggest().name
         self.folder = self.sweep.folder(self.name)
         save_model(self.folder.model, chat, seed=1)
@@ -187,7 +187,7 @@ def test_held_out_verdicts_that_are_missing_are_no_result_and_asked_for_again(tm
             shown = Measured(ALL, ALL, base=1.0, violation=0.0)
             begun.sweep.record_rung(begun.sweep.trial(begun.name), step, shown)
         held_out = part_of(begun.sweep.config_of(begun.sweep.trial(begun.name)), "held_out")
-        base = begun.sweep.run.part("tune", "base", "held_out")
+        base = begun.sweep.run.search_base("held_out")
         assert EvaluateBase(held_out, base, executor=InProcess()).complete().valid
         endpoint.script = down_for_the_best
         assert not EvaluateTrained(held_out, begun.folder, executor=InProcess()).complete().valid

@@ -7,42 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from importlib import import_module
 
-from bdpo.data.formats import (
-    chatml,
-    helpsteer,
-    hh_rlhf,
-    instruction,
-    llama_factory_v1,
-    openai,
-    pku_saferlhf,
-    preference,
-    preference_text,
-    ranked,
-    sharegpt,
-    stringified,
-)
 from bdpo.data.formats.base import Format, Pair, Row
 from bdpo.data.formats.columns import COMMON_COLUMNS, with_common_columns
 from bdpo.errors import UserError
 
-FORMATS: dict[str, Format] = {
-    module.FORMAT.name: module.FORMAT
-    for module in (
-        preference,
-        preference_text,
-        hh_rlhf,
-        pku_saferlhf,
-        sharegpt,
-        openai,
-        llama_factory_v1,
-        instruction,
-        ranked,
-        helpsteer,
-        chatml,
-        stringified,
-    )
-}
+_NAMES = (
+    "preference",
+    "preference_text",
+    "hh_rlhf",
+    "pku_saferlhf",
+    "sharegpt",
+    "openai",
+    "llama_factory_v1",
+    "instruction",
+    "ranked",
+    "helpsteer",
+    "chatml",
+    "stringified",
+)
+"""Each is a module of this package."""
+
+FORMATS: dict[str, Format] = {name: import_module(f"{__name__}.{name}").FORMAT for name in _NAMES}
 
 KNOWN_COLUMNS = frozenset({*COMMON_COLUMNS, *(name for form in FORMATS.values() for name in form.columns)})
 
