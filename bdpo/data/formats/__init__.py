@@ -29,7 +29,7 @@ _NAMES = (
 )
 """Each is a module of this package."""
 
-FORMATS: dict[str, Format] = {name: import_module(f"{__name__}.{name}").FORMAT for name in _NAMES}
+FORMATS: dict[str, Format] = {name: import_module(f"bdpo.data.formats.{name}").FORMAT for name in _NAMES}
 
 KNOWN_COLUMNS = frozenset({*COMMON_COLUMNS, *(name for form in FORMATS.values() for name in form.columns)})
 
