@@ -177,7 +177,7 @@ class Evaluate(ManifestStage):
         from pipelines.runtime.judge_check import check_judge
 
         checks: dict[str, Check] = {"model": check_model, "benchmarks": check_benchmarks}
-        if self.recorded() is None:  # of what is done nobody is asked again
+        if self.config.fresh or self.recorded() is None:  # of what is done nobody is asked again
             checks["judge"] = check_judge
         return checks
 

@@ -36,6 +36,7 @@ from pipelines.runtime.stage import Stage, check_inputs
 from pipelines.runtime.variant_protocol import Limits
 from pipelines.runtime.variants import print_failures, require_room, run_variants
 from pipelines.score import Score
+from pipelines.train import Train
 
 
 def run_experiment(config: Config, run: RunDir, name: str) -> None:
@@ -49,7 +50,7 @@ def run_experiment(config: Config, run: RunDir, name: str) -> None:
 
     experiment, folder = EXPERIMENTS[name], run.part("experiments", name).root
     arms = experiment.arms(config)
-    check_inputs([Prepare(config, run)])
+    check_inputs([Prepare(config, run), *([Train(config, run)] if arms else [])])
     if arms:
         config = _evaluated(config)
     Prepare(config, run).complete()

@@ -81,11 +81,9 @@ class Prepare(ManifestStage):
     def make(self) -> Manifest:
         """Read, check and write the pairs."""
         from bdpo.data.prepare import prepare
-        from bdpo.models.loading import require_complete_weights
         from bdpo.models.tokenizer import load_tokenizer
 
         run, config = self.run, self.config
-        require_complete_weights(config.model)
         with progress_bar("prepare") as advance:
             chat = load_tokenizer(config.model)
             account = prepare(config.data, chat, run.pairs, run.private, config.seed, advance)

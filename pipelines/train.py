@@ -70,15 +70,7 @@ class Train(ManifestStage):
         return self.run.has_model() and (self.config.train.lora is None or self.run.has_adapter())
 
     def complete(self) -> Manifest:
-        """Train unless that is done; returns the manifest of the training.
-
-        The model is looked at before what earlier stages make with it: unfit weights are no reason to run
-        those first.
-        """
-        from bdpo.models.loading import require_complete_weights
-
-        if self.recorded() is None:
-            require_complete_weights(self.config.model)
+        """Train unless that is done; returns the manifest of the training."""
         if not requires_scores(self.config) and prepared_pairs(self.run) is None:
             Prepare(self.config, self.run).complete()
         manifest = self.ensure_manifest()
@@ -145,7 +137,6 @@ class Train(ManifestStage):
 
     def _fit(self) -> int:
         """Run Ray Train to the end; returns the number of optimizer steps."""
-        from bdpo.models.adapters import check_lora
         from bdpo.training.tracking import Tracking
         from pipelines.runtime.plan_table import print_plan
 
@@ -153,7 +144,6 @@ class Train(ManifestStage):
         scores = training_rows(config, run)
         _print_selection(config, run, scores.num_rows)
         steps = plan_without_lengths(scores.num_rows, train, config.seed).total_steps
-        check_lora(config)
         print_plan(config, scores.num_rows)
         connect()
         require_capacity(

@@ -52,7 +52,7 @@ from pipelines.runtime.stage import Stage, check_inputs
 from pipelines.runtime.variant_protocol import Limits
 from pipelines.runtime.variants import print_failures, require_room, run_variants
 from pipelines.score import Score
-from pipelines.train import train_fingerprint
+from pipelines.train import Train, train_fingerprint
 from tune.trial import Trials
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _refuse_early(config: Config, run: RunDir) -> None:
     """Refuse, before the first trial, what would end a trial or the report."""
     check_space(config)
     check_measures(config)
-    check_inputs([Prepare(config, run)])
+    check_inputs([Prepare(config, run), Train(config, run)])
     if config.evaluate.engine != "transformers":
         raise UserError("evaluate.engine: a sweep evaluates with engine=transformers")
     for part in ("search", "held_out"):

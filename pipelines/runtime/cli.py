@@ -65,8 +65,9 @@ class Command:
         """Complete the stages, in a run folder that is this command's alone."""
         resolved = with_template(with_sandbox_files(config))
         stages = [stage(resolved, run, *chosen) for stage in self.stages]
+        if self.run is None or config.fresh:  # `run` checks what it is about to complete
+            check_inputs(stages)  # before the first stage; and a typo must not cost a finished run
         if config.fresh:
-            check_inputs(stages)  # a typo must not cost a finished run
             discard(*outputs_of(stages))
         with one_line_when_full(f"run_dir={run.root}"):
             if self.run is None:

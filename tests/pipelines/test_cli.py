@@ -158,6 +158,23 @@ def test_fresh_discards_what_the_stages_make_and_nothing_else(file, tmp_path, mo
     assert "model" in there
 
 
+@pytest.mark.parametrize("fresh", ["true", "false"])
+def test_inputs_are_checked_before_anything_is_discarded_or_begun(file, tmp_path, monkeypatch, capsys, fresh):
+    (tmp_path / "run" / "report").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+
+    def refuse(config, run):
+        raise UserError("data.path=x: not found")
+
+    monkeypatch.setattr(Invented, "input_checks", lambda stage: {"data": refuse})
+    monkeypatch.setattr(Invented, "work", staticmethod(lambda run: pytest.fail("it was begun")))
+    with pytest.raises(SystemExit) as ended:
+        Command("", (Invented,))(["--config", file, f"run_dir={tmp_path}/run", f"fresh={fresh}"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: data.path=x: not found\n"
+    assert (tmp_path / "run" / "report").is_dir()
+
+
 def test_options_are_those_that_a_stage_declares(file, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         Command("", (Invented,))(["--config", file, "--inspect"])

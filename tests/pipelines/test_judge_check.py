@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bdpo.config import Config
 from bdpo.errors import UserError
 from bdpo.models.tokenizer import ChatTokenizer
+from bdpo.storage.manifests import write_manifest
 from bdpo.storage.run_dir import RunDir
+from pipelines.evaluate import EvaluateBase
 from pipelines.runtime.judge_check import _make_on_a_worker, check_judge
 from tests.support.helpers import save_model, tiny_config
 
@@ -29,6 +33,16 @@ def test_a_judge_that_is_not_checked_is_not_loaded(untrained: Config) -> None:
     assert check_judge(config, run).endswith("weights and tokenizer are read")
     with pytest.raises(UserError, match="verdicts mean nothing"):
         check_judge(untrained, run)
+
+
+def test_a_finished_evaluation_asks_its_judge_again_only_to_start_over(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", tmp_path / "model", tmp_path / "pairs")
+    run, again = RunDir(config.run_dir), config.model_copy(update={"fresh": True})
+    assert "judge" in EvaluateBase(config, run).input_checks()
+    write_manifest(run.eval("base") / "summary.json", {}, valid=True)
+    (run.eval("base") / "scores.parquet").write_bytes(b"")
+    assert "judge" not in EvaluateBase(config, run).input_checks()
+    assert "judge" in EvaluateBase(again, run).input_checks()
 
 
 @pytest.mark.ray
