@@ -17,6 +17,7 @@ import pyarrow as pa
 from rich.table import Table
 
 from bdpo.config.derive import part_of
+from bdpo.evaluation.benchmarks.registry import path_label
 from bdpo.evaluation.judges.registry import judge_label
 from bdpo.scoring.selection import training_rows
 from bdpo.search.sweep import Sweep
@@ -72,25 +73,25 @@ class Trials:
         trials, tune = self.sweep.trials(), self.sweep.config.tune
         best = winner(trials, tune)
         judge = judge_label(self.sweep.config)
-        what = f"{tune.metric}, {tune.constraint} on the prompts of the search, percent; judged by {judge}"
-        table = Table(caption=what)
+        table = Table(caption=f"percent, on the prompts of the search; judged by {judge}")
         keys = [key.rpartition(".")[2] for key in tune.space]
-        for column in ("trial", *keys, "status", "step", "safety", "compliance", "allowed"):
+        shown = path_label(tune.metric), path_label(tune.constraint), "least allowed"
+        for column in ("trial", *keys, "status", "step", *shown):
             table.add_column(column, justify="left" if column in ("trial", "status") else "right")
         for trial in trials:
             numbers = [""] * 3
             if trial.rungs:
                 last = trial.rungs[-1].measured
                 bound = last.base - tune.max_over_refusal
-                shown = (last.objective.known, last.constrained.known, bound)
-                numbers = [f"{100 * value:.1f}" for value in shown]
+                values = (last.objective.known, last.constrained.known, bound)
+                numbers = [f"{100 * value:.1f}" for value in values]
             params = [trial.params[key] for key in tune.space]
-            values = [f"{v:g}" if isinstance(v, float) else str(v) for v in params]
+            chosen = [f"{v:g}" if isinstance(v, float) else str(v) for v in params]
             log = self.sweep.folder(trial.name).metrics
             steps = read_bytes(log).count(b"\n") if log.exists() else 0  # one line a step
             end = end_of(trial, trials, tune)
             style = "bold green" if best and trial.name == best.name else None
-            table.add_row(trial.name, *values, end, str(steps), *numbers, style=style)
+            table.add_row(trial.name, *chosen, end, str(steps), *numbers, style=style)
         return table
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from bdpo.config import Range, TuneConfig
-from bdpo.evaluation.benchmarks.registry import measure_label
+from bdpo.evaluation.benchmarks.registry import path_label
 from bdpo.evaluation.measures import Summary
 from bdpo.reports.page import (
     BLUE,
@@ -71,7 +71,7 @@ def _map(rows: list[Row], stopped: list[Row], tune: TuneConfig, x: str, y: str) 
         _surface(axes, tune, (x, y), flat, values, least)
     feasible = np.array([row["feasible"] for row in rows])
     edge: dict[str, Any] = {"s": 55, "ec": "black", "lw": 0.8, "zorder": 3, "clip_on": False, **style}
-    for mask, marker, label in ((feasible, "o", "within the bound"), (~feasible, "X", "refuses too much")):
+    for mask, marker, label in ((feasible, "o", "within the bound"), (~feasible, "X", "below the bound")):
         if mask.any():
             points = axes.scatter(xs[mask], ys[mask], c=values[mask], marker=marker, label=label, **edge)
     for row, value in zip(rows, values, strict=True):
@@ -83,7 +83,7 @@ def _map(rows: list[Row], stopped: list[Row], tune: TuneConfig, x: str, y: str) 
     _mark_winner(axes, rows, x, y)
     _scale(axes, "x", tune, x)
     _scale(axes, "y", tune, y)
-    figure.colorbar(points, ax=axes, label=f"{_label(tune.metric)} (percent)")
+    figure.colorbar(points, ax=axes, label=f"{path_label(tune.metric)} (percent)")
     legend_below(axes)
     return figure
 
@@ -121,10 +121,10 @@ def _curve(rows: list[Row], tune: TuneConfig, key: str, base: Summary) -> Figure
             100 * np.array([row[column] for row in rows]) for column in (name, f"{name}_low", f"{name}_high")
         )
         axes.errorbar(
-            xs, values, (values - low, high - values), c=colour, marker="o", capsize=3, label=_label(path)
+            xs, values, (values - low, high - values), c=colour, marker="o", capsize=3, label=path_label(path)
         )
-        axes.axhline(100 * _at(base, path), c=colour, lw=0.8, ls=":", label=f"{_label(path)}, base")
-    axes.axhline(100 * _bound(rows), c=GREY, lw=0.8, ls="--", label="least compliance allowed")
+        axes.axhline(100 * _at(base, path), c=colour, lw=0.8, ls=":", label=f"{path_label(path)}, base")
+    axes.axhline(100 * _bound(rows), c=GREY, lw=0.8, ls="--", label="least allowed")
     _scale(axes, "x", tune, key)
     axes.set(ylabel="percent (95 % interval)", ylim=(-3, 103))
     legend_below(axes)
@@ -148,9 +148,9 @@ def _front(rows: list[Row], tune: TuneConfig, base: Summary) -> Figure:
     axes.step(*zip(*front, strict=True), where="pre", c=INK, lw=1.6, zorder=3, label="Pareto front")
     at_base = (100 * _at(base, tune.constraint), 100 * _at(base, tune.metric))
     axes.plot(*at_base, "s", c=ORANGE, ms=8, label="base model")
-    axes.axvline(100 * _bound(rows), c=GREY, lw=0.8, ls="--", label="least compliance allowed")
+    axes.axvline(100 * _bound(rows), c=GREY, lw=0.8, ls="--", label="least allowed")
     _mark_winner(axes, [row | {"x": x, "y": y} for row, (x, y) in zip(rows, points, strict=True)], "x", "y")
-    axes.set(xlabel=f"{_label(tune.constraint)} (percent)", ylabel=f"{_label(tune.metric)} (percent)")
+    axes.set(xlabel=f"{path_label(tune.constraint)} (percent)", ylabel=f"{path_label(tune.metric)} (percent)")
     legend_below(axes)
     return figure
 
@@ -167,12 +167,11 @@ def _progress(rows: list[Row], tune: TuneConfig) -> Figure:
     best = np.maximum.accumulate(np.where(feasible, values, -np.inf))
     axes.scatter(order[feasible], values[feasible], c=BLUE, label="within the bound", zorder=3)
     if not feasible.all():
-        axes.scatter(
-            order[~feasible], values[~feasible], c=ORANGE, marker="X", label="refuses too much", zorder=3
-        )
+        below = order[~feasible], values[~feasible]
+        axes.scatter(*below, c=ORANGE, marker="X", label="below the bound", zorder=3)
     known = np.isfinite(best)
     axes.step(order[known], best[known], where="post", c=GREEN, label="best so far within the bound")
-    axes.set(xlabel="completed trials", ylabel=f"{_label(tune.metric)} (percent)")
+    axes.set(xlabel="completed trials", ylabel=f"{path_label(tune.metric)} (percent)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_below(axes)
     return figure
@@ -192,11 +191,6 @@ def _at(summary: Summary, path: str) -> float:
 
 def _bound(rows: list[Row]) -> float:
     return float(rows[0]["least"])
-
-
-def _label(path: str) -> str:
-    benchmark, _, measure = path.partition(".")
-    return measure_label(benchmark, measure)
 
 
 def _is_number(rows: list[Row], key: str) -> bool:

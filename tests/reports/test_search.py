@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.contour import ContourSet
+from matplotlib.text import Text
 from scipy.spatial import ConvexHull
 
 from bdpo.evaluation.measures import summarise
 from bdpo.reports.page import write_figure
 from bdpo.reports.search import pareto_front, search_figures
-from bdpo.search.trials import (
-    results_table,
-)
+from bdpo.search.trials import results_table
 from tests.support.score_rows import row, xrow
 from tests.support.sweeps import ALPHA, BETA, configured, seven_trials_and_a_failed_one, trial
 
@@ -37,6 +37,19 @@ class TestFigures:
             for suffix in ("png", "pdf"):
                 write_figure(figure, tmp_path / f"{name}.{suffix}")
                 assert (tmp_path / f"{name}.{suffix}").stat().st_size > 5000
+
+    def test_labels_are_those_of_the_measures_that_are_searched(self, trials):
+        metric, constraint = "xstest.unsafe_refusal", "strongreject.unbroken"
+        rows = [row(1, 0.5, cut=False), xrow(1, True, "contrast_ducks", False)]
+        for space in ({"method.alpha": ALPHA, "method.beta": BETA}, {"method.alpha": ALPHA}):
+            tune = configured(space=space, metric=metric, constraint=constraint).tune
+            worst = [trial(9, *[(0.9, 0.1, 99.0)] * 3, params={"method.alpha": 1.0, "method.beta": 0.1})]
+            drawn = search_figures(results_table([*trials, *worst], tune), tune, summarise(rows))
+            texts = [text.get_text() for figure in drawn.values() for text in figure.findobj(Text)]
+            shown = {text for text in texts if re.search("[a-z]", text)}
+            assert {"XSTest refusal, unsafe (percent)", "least allowed", "below the bound"} <= shown
+            assert "StrongReject answers that are not broken (percent)" in shown
+            assert not [text for text in shown if re.search("safety|complian|refuses", text)]
 
     def test_the_map_is_linear_in_the_scale_of_its_axes_and_no_rate_is_below_0(self):
         """No vertex of the surface lies outside the hull of the trials, as they lie on the paper."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -29,7 +30,7 @@ from pipelines.runtime.pool import InProcess
 from tests.support.commands import run_command
 from tests.support.fake_endpoint import FINE, fake_endpoint, honest, reply
 from tests.support.helpers import save_model
-from tests.support.sweeps import sweep_config
+from tests.support.sweeps import configured, sweep_config
 from tune.trial import Trials
 
 pytestmark = pytest.mark.long
@@ -54,6 +55,13 @@ def test_what_cannot_be_searched_is_said_before_anything_is_done(tmp_path, tiny_
     assert done.err.count("\n") == 1
     assert "tune.metric=strongreject.x: is not measured; requires one of strongreject.safety" in done.err
     assert not (tmp_path / "run" / "data").exists()
+
+
+def test_the_table_names_the_measures_that_are_searched(tmp_path):
+    tune = {"metric": "xstest.unsafe_refusal", "constraint": "simpleqa.correct"}
+    sweep = Sweep(configured(**tune), RunDir(tmp_path), {})
+    headings = [column.header for column in Trials(sweep, pa.table({})).table().columns]
+    assert headings[-3:] == ["XSTest refusal, unsafe", "SimpleQA correct", "least allowed"]
 
 
 class Begun:

@@ -41,6 +41,11 @@ def measure_label(benchmark: str, measure: str) -> str:
     return f"{BENCHMARKS[benchmark].label} {found.label}{comma}{category}"
 
 
+def path_label(path: str) -> str:
+    """The label of `benchmark.measure`, as `tune.metric` names it."""
+    return measure_label(*path.split("."))
+
+
 def load_items(config: EvaluateConfig) -> list[Item]:
     """The prompts of the configured benchmarks, in the order of their files.
 
