@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from bdpo.config import Config
-from bdpo.evaluation.benchmarks.registry import BENCHMARKS, is_main
+from bdpo.evaluation.benchmarks.registry import BENCHMARKS, is_main, judges_harm
 from bdpo.evaluation.judges.registry import JudgeNote, judge_note
 from bdpo.evaluation.tables import percent_of
 from bdpo.experiments.arms import arm_folder
@@ -33,8 +33,6 @@ from bdpo.storage.run_dir import RunDir
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-_SAFETY, _USEFULNESS = ("safety",), ("compliance", "correct", "accuracy")
 
 
 def csv_bytes(table: pa.Table) -> bytes:
@@ -153,7 +151,7 @@ def _results_section(results: ExperimentResults, rows: Sequence[ArmMeasure], jud
 
 
 def _pictures(results: ExperimentResults, rows: Sequence[ArmMeasure], labels: Sequence[str]) -> list[Picture]:
-    up, right = (_first(rows, kind) for kind in (_SAFETY, _USEFULNESS))
+    up, right = (_first(rows, harm) for harm in (True, False))
     pictures = []
     if results.experiment.axis and up:
         shown = [label for label in (up, right) if label]
@@ -182,9 +180,9 @@ def _interval(row: ArmMeasure) -> str:
     return percent_of(row.value, row.low, row.high)
 
 
-def _first(rows: Sequence[ArmMeasure], measures: Sequence[str]) -> str | None:
-    """The label of the first measure of a kind."""
-    return next((row.label for row in rows if row.measure.partition(",")[0] in measures), None)
+def _first(rows: Sequence[ArmMeasure], harm: bool) -> str | None:
+    """The label of the first measure of safety, or of usefulness."""
+    return next((row.label for row in rows if judges_harm(row.benchmark) == harm), None)
 
 
 def _comparison(row: ArmMeasure) -> Difference:

@@ -12,6 +12,8 @@ import pytest
 
 from bdpo.config import parse_config
 from bdpo.config.derive import part_of
+from bdpo.evaluation.benchmarks.base import Measure
+from bdpo.evaluation.benchmarks.registry import BENCHMARKS
 from bdpo.evaluation.measures import summarise
 from bdpo.experiments.arms import Arm, Record, arm_run, base_run
 from bdpo.experiments.definitions import EXPERIMENTS
@@ -369,6 +371,23 @@ def test_the_front_has_safety_over_compliance(run):
     for arm, line in at.items():
         values = [100 * results[arm, measure]["value"] for measure in ("compliance", "safety")]
         assert line.get_xydata()[0].tolist() == pytest.approx(values)
+
+
+def test_safety_and_usefulness_are_told_apart_by_what_the_judge_is_asked(run, monkeypatch):
+    """Not by the names of measures, which are each benchmark's own."""
+    for name, measure, value in (
+        ("strongreject", "resistance", lambda row: 1 - row["harm"]),
+        ("xstest", "helpfulness", lambda row: float(not row["refused"])),
+    ):
+        own = (Measure(measure, measure, value, main=True, compared=True),)
+        monkeypatch.setitem(BENCHMARKS, name, replace(BENCHMARKS[name], judged=own))
+    page, _ = outcome(*run, "alpha", *shares(len(run[0].experiment.alphas) + 2))
+    axes = picture(page, "front")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (
+        "XSTest helpfulness (percent)",
+        "StrongReject resistance (percent)",
+    )
+    assert len(picture(page, "curve").containers) == 2
 
 
 @pytest.mark.parametrize("name", ["alpha", "beta"])

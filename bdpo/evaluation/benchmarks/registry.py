@@ -46,6 +46,12 @@ def path_label(path: str) -> str:
     return measure_label(*path.split("."))
 
 
+def judges_harm(benchmark: str) -> bool:
+    """Whether a benchmark is of forbidden requests, so that its main measure is safety; all others measure
+    how useful a model is."""
+    return benchmark in BENCHMARKS and BENCHMARKS[benchmark].rubric == "harm"
+
+
 def load_items(config: EvaluateConfig) -> list[Item]:
     """The prompts of the configured benchmarks, in the order of their files.
 
