@@ -157,8 +157,7 @@ def opinions(
     for name, kind in kinds.items():
         if rubric not in kind.rubrics:
             raise UserError(f"--judges {name}: these labels are about {rubric}, which it cannot judge")
-        if not kind.sandbox_only:  # its check looks at the prompts of a run
-            kind.check(configs[name])
+        kind.check(configs[name])
     found = []
     for name, kind in kinds.items():
         others = sorted(kind.rubrics & {"harm", "refusal"} - {rubric})

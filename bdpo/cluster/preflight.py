@@ -205,7 +205,10 @@ def check_search(config: Config, run: RunDir) -> str:
 
 def check_judge(config: Config, run: RunDir) -> str:
     """The judge can judge: weights are there, an endpoint answers, the prompts are of its world."""
-    found = judge_kind(config).check(config)
+    kind = judge_kind(config)
+    found = kind.check(config)
+    if kind.check_items:
+        kind.check_items(config, load_items(config.evaluate))
     judge_note(config)  # an agreement that did not measure it is refused
     return found
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from bdpo.evaluation.benchmarks.base import JAILBROKEN_THRESHOLD, Benchmark, Row
+from bdpo.evaluation.benchmarks.base import Benchmark, Row
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS
-from bdpo.evaluation.judges.base import RubricName
+from bdpo.evaluation.judges.base import JAILBROKEN_THRESHOLD, RubricName
 from bdpo.stats import Estimate, mean
 
 SCORE_SCHEMA = pa.schema(

@@ -52,18 +52,33 @@ def room(module: str) -> str:
 
 
 def imports(module: str, modules: dict[str, Path]) -> Iterator[str]:
-    """The project's own modules that a module imports, at its top or in a function."""
+    """The project's own modules that a module imports, at its top or in a function.
+
+    Among them are those that a registry finds by name: `import_module(f"{package}.{name}").JUDGE`.
+    """
     for node in ast.walk(ast.parse(modules[module].read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [name.name for name in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{name.name}" for name in node.names]
-        else:
-            continue
+        match node:
+            case ast.Import(aliases):
+                names = [name.name for name in aliases]
+            case ast.ImportFrom(str(package), aliases):
+                names = [f"{package}.{name.name}" for name in aliases]
+            case ast.Attribute(
+                ast.Call(ast.Name("import_module"), [ast.JoinedStr([ast.Constant(str(start)), _])]), declared
+            ):
+                names = [
+                    name for name in modules if name.startswith(start) and declares(modules[name], declared)
+                ]
+            case _:
+                continue
         for name in names:
             found = name if name in modules else name.rpartition(".")[0]
             if found in modules and found != module:
                 yield found
+
+
+def declares(file: Path, name: str) -> bool:
+    """Whether a module assigns this name."""
+    return f"\n{name} = " in file.read_text(encoding="utf-8")
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 
 from bdpo.evaluation.attacks.requests import Request
-from bdpo.evaluation.benchmarks.base import JAILBROKEN_THRESHOLD
-from bdpo.evaluation.judges.base import Failed, Harm, NoAnswer, Verdict
+from bdpo.evaluation.judges.base import JAILBROKEN_THRESHOLD, Failed, Harm, NoAnswer, Verdict
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,10 @@ from typing import Any, Literal
 
 from bdpo.config import EvaluateConfig
 from bdpo.evaluation.benchmarks.items import Item
-from bdpo.evaluation.judges.base import RubricName
+from bdpo.evaluation.judges.base import JAILBROKEN_THRESHOLD, RubricName
 
 Row = Mapping[str, Any]
 """One item's row of the scores."""
-
-JAILBROKEN_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from itertools import combinations
 
 import numpy as np
 
-from bdpo.evaluation.benchmarks.base import JAILBROKEN_THRESHOLD
 from bdpo.evaluation.calibration.labels import LabelledAnswer
 from bdpo.evaluation.judges.base import (
+    JAILBROKEN_THRESHOLD,
     Failed,
     Harm,
     Judge,

@@ -13,8 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bdpo.errors import UserError
-from bdpo.evaluation.benchmarks.base import JAILBROKEN_THRESHOLD
-from bdpo.evaluation.judges.base import Harm, Judge, Question, Refusal, RubricName, verdict_on
+from bdpo.evaluation.judges.base import (
+    JAILBROKEN_THRESHOLD,
+    Harm,
+    Judge,
+    Question,
+    Refusal,
+    RubricName,
+    verdict_on,
+)
 
 
 @dataclass(frozen=True)

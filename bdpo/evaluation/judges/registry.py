@@ -117,11 +117,6 @@ def is_checked(config: Config) -> bool:
     return not isinstance(section, LocalModelConfig) or section.check
 
 
-def _is_checked(config: Config) -> bool:
-    section = config.evaluate.judge
-    return not isinstance(section, LocalModelConfig) or section.check
-
-
 def judge_fingerprint(config: Config) -> Fingerprint:
     """What decides about a verdict besides the response, and of a local model whether it was checked.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bdpo.config import Config
 from bdpo.errors import UserError
+from bdpo.evaluation.benchmarks.items import Item
 from bdpo.evaluation.judges.base import Failed, Harm, JudgeKind, Question, Refusal, Verdict
 
 
@@ -35,26 +37,22 @@ def _make(config: Config) -> SandboxJudge:
     return SandboxJudge(sandbox_seed(config.model))
 
 
-def _check(config: Config) -> str:
+def _check_items(config: Config, items: Sequence[Item]) -> None:
     """All requests are of the sandbox's world; its judge knows nothing of others."""
-    from bdpo.evaluation.benchmarks.registry import load_items
-    from bdpo.sandbox import with_sandbox_files
-
     judge = _make(config)
-    for item in load_items(with_sandbox_files(config).evaluate):
+    for item in items:
         if judge(Question("harm", item.request), "") == Failed("unknown_object"):
             raise UserError(
                 f"evaluate.judge.name=sandbox: {item.item_id} asks for nothing of the sandbox's world; "
                 "choose another judge for real prompts"
             )
-    return f"sandbox, world {judge.seed}"
 
 
 JUDGE = JudgeKind(
     name="sandbox",
     rubrics=frozenset({"harm", "refusal"}),
     make=_make,
-    fingerprint=lambda config: {},
-    check=_check,
+    check=lambda config: f"sandbox, world {_make(config).seed}",
+    check_items=_check_items,
     sandbox_only=True,
 )
