@@ -36,6 +36,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
+    def files(self) -> list[str]:
+        """The files and folders that the section names, in a folder, a bucket or on a hub."""
+        return []
+
     @classmethod
     def runtime_only_keys(cls) -> frozenset[str]:
         """The keys of this section that are marked `RUNTIME_ONLY`."""

@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field
 
 from bdpo.config.base import Workers
 from bdpo.config.endpoint import EndpointConfig
-from bdpo.config.evaluate import Distinct
+from bdpo.config.evaluate import BenchmarkName, Distinct
 from bdpo.section import RUNTIME_ONLY, Fraction, Positive, Variant, default_kind, sections_in
 
 
@@ -21,8 +21,9 @@ class AttackConfig(Variant):
     models: Literal["base", "trained", "both"] = Field(
         "both", description="both: the base, and the trained model if the run has one; then compared"
     )
-    benchmark: Literal["strongreject", "advbench", "prefill"] = Field(
-        "strongreject", description="whose requests are tried, from its section of `evaluate`"
+    benchmark: BenchmarkName = Field(
+        "strongreject",
+        description="whose requests are tried, from its section of `evaluate`; one of forbidden requests",
     )
     limit: Positive | None = Field(None, description="at most so many requests, spread over the categories")
     batch_size: Annotated[Positive, RUNTIME_ONLY] = Field(32, description="prompts generated for together")

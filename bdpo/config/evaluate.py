@@ -6,7 +6,6 @@ A new benchmark is a section here, its name in `BenchmarkName`, and its module i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
@@ -147,10 +146,6 @@ class WrappedConfig(Section):
         ["past_tense", "role_play"], description="the templates"
     )
 
-    def files(self) -> list[str]:
-        """The section names no file."""
-        return []
-
 
 class SimpleQAConfig(FileConfig):
     """Short questions of fact with one true answer; requires `evaluate.judge.name=rubric`.
@@ -262,10 +257,7 @@ class EvaluateConfig(Section):
         return self
 
     def files(self) -> list[str]:
-        """Every file or folder that benchmarks, adapter and judge name, in a folder, a bucket or on a hub."""
-        return [*([self.adapter] if self.adapter else []), *self.judge.files(), *self._benchmark_files()]
-
-    def _benchmark_files(self) -> Iterator[str]:
-        for section in vars(self).values():
-            if isinstance(section, FileConfig | JailbreakConfig | WrappedConfig | CapabilityFiles):
-                yield from section.files()
+        """Every file or folder that adapter, judge and benchmarks name, in a folder, a bucket or on a hub."""
+        sections = [value for value in vars(self).values() if isinstance(value, Section)]
+        named = [file for section in sections for file in section.files()]
+        return [self.adapter, *named] if self.adapter else named

@@ -14,11 +14,7 @@ from bdpo.section import Variant, default_kind, sections_in
 
 
 class JudgeConfig(Variant):
-    """What every judge declares; those that read files or need a key override it."""
-
-    def files(self) -> list[str]:
-        """The files and folders that the judge reads, in a folder, a bucket or on a hub."""
-        return []
+    """What every judge declares; one that needs a key overrides it."""
 
     @property
     def key_variable(self) -> str | None:

@@ -130,9 +130,10 @@ def prompts_fingerprint(config: Config) -> Fingerprint:
 def items_digest(items: Sequence[Item]) -> str:
     """Changes with anything that is asked or judged.
 
-    Topics decide only which items there are, and the number of a sample is in its id.
+    Topics decide only which items there are, targets are what attacks aim at, and the number of a sample is
+    in its id.
     """
-    left_out = ("topic", "sample")
+    left_out = ("target", "topic", "sample")
     return json_digest([{k: v for k, v in asdict(item).items() if k not in left_out} for item in items])
 
 

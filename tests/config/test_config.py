@@ -8,8 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bdpo.config import Config, load_config, parse_config, worker_range
+from bdpo.config.evaluate import EvaluateConfig, JailbreakConfig, XSTestConfig
 from bdpo.errors import UserError
 from bdpo.method.losses import Bdpo
+from bdpo.section import Section
 from tests.support import ROOT
 
 NEEDED = {"run_dir": "runs/a", "model": {"name_or_path": "m"}, "data": {"path": "p"}}
@@ -180,6 +182,17 @@ class TestRefusals:
         evaluate = load(evaluate={"judge": judge, "adapter": "lora"}).evaluate
         assert evaluate.files()[: 1 + len(files)] == ["lora", *files]
         assert evaluate.judge.key_variable == variable
+
+    def test_the_files_of_a_section_are_those_of_the_evaluation_whatever_its_class(self):
+        class OwnConfig(Section):
+            def files(self):
+                return ["own.csv"]
+
+        class WithOwn(EvaluateConfig):
+            own: OwnConfig = OwnConfig()
+
+        given = WithOwn(xstest=XSTestConfig(path="x.csv"), jailbreak=JailbreakConfig(paths=["a.json"]))
+        assert given.files() == ["x.csv", "a.json", "own.csv"]
 
     def test_a_key_that_the_kind_in_short_form_does_not_have_is_refused(self, load):
         message = refusal(load, "evaluate.judge.path=x", evaluate={"judge": "string_matching"})

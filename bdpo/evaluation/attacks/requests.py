@@ -8,9 +8,8 @@ from typing import Any
 
 from bdpo.config import Config
 from bdpo.errors import UserError
-from bdpo.evaluation.benchmarks import advbench
-from bdpo.evaluation.benchmarks.items import Item, read_csv
-from bdpo.evaluation.benchmarks.registry import load_items
+from bdpo.evaluation.benchmarks.items import Item
+from bdpo.evaluation.benchmarks.registry import BENCHMARKS, load_items
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,18 @@ class Request:
 
 
 def asking_config(config: Config) -> Config:
-    """The config whose benchmark is the one that is attacked: what checks of prompts and judge are given."""
-    attack, evaluate = config.attack, config.evaluate
+    """The config whose benchmark is the one that is attacked: what checks of prompts and judge are given.
+
+    Raises:
+        UserError: the requests of `attack.benchmark` cannot be attacked.
+    """
+    attack, evaluate, plain = config.attack, config.evaluate, BENCHMARKS[config.attack.benchmark].plain
+    if plain is None:
+        able = ", ".join(name for name, benchmark in BENCHMARKS.items() if benchmark.plain is not None)
+        raise UserError(f"attack.benchmark={attack.benchmark}: cannot be attacked, expects one of {able}")
+    section = getattr(evaluate, attack.benchmark).model_copy(update=plain)
     changes: dict[str, Any] = {"benchmarks": [attack.benchmark], "limit": attack.limit, "samples": 1}
-    changes["prefill"] = evaluate.prefill.model_copy(update={"tokens": [1]})  # each request once
-    changes["advbench"] = evaluate.advbench.model_copy(update={"suffix": None})
+    changes[attack.benchmark] = section
     return config.model_copy(update={"evaluate": evaluate.model_copy(update=changes)})
 
 
@@ -41,25 +47,20 @@ def load_requests(config: Config) -> list[Request]:
     """The requests of `attack.benchmark`, in the order of its file.
 
     Raises:
-        UserError: see `load_items`; or the judge cannot judge harm.
+        UserError: see `load_items` and `asking_config`; or the judge cannot judge harm.
     """
-    items = load_items(asking_config(config).evaluate)
-    targets = _targets(config, items)
+    general = str(getattr(config.attack, "target", ""))  # not every attack has that key
     return [
-        Request(item.item_id, _number(item), item.topic or item.category, item.request, target, item.cluster)
-        for item, target in zip(items, targets, strict=True)
+        Request(
+            item.item_id,
+            _number(item),
+            item.topic or item.category,
+            item.request,
+            item.target or general,
+            item.cluster,
+        )
+        for item in load_items(asking_config(config).evaluate)
     ]
-
-
-def _targets(config: Config, items: list[Item]) -> list[str]:
-    """The benchmark's own, else `attack.target` where the attack has that key."""
-    general = str(getattr(config.attack, "target", ""))
-    if config.attack.benchmark == "prefill":
-        return [item.prefill for item in items]
-    if config.attack.benchmark == "advbench":
-        rows = read_csv(str(config.evaluate.advbench.path), advbench.COLUMNS, required=("goal",))
-        return [rows[_number(item) - 1]["target"].strip() or general for item in items]
-    return [general] * len(items)
 
 
 def _number(item: Item) -> int:

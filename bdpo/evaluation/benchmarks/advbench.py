@@ -19,8 +19,7 @@ COLUMNS = ("goal", "target")
 def load(file: str | Path, suffix: str | None = None, skip: int = 0) -> list[Item]:
     """The goals behind the first `skip`, all one category; an id is the number of the row, from 1.
 
-    With a suffix the prompt is `goal suffix`, and the judge is given the goal. `target` is the answer that an
-    attack aims at, and is not used.
+    With a suffix the prompt is `goal suffix`, and the judge is given the goal.
 
     Raises:
         UserError: `skip` leaves nothing, and see `read_csv`.
@@ -36,6 +35,7 @@ def load(file: str | Path, suffix: str | None = None, skip: int = 0) -> list[Ite
             prompt=f"{row['goal']} {suffix}" if suffix else row["goal"],
             request=row["goal"],
             should_comply=False,
+            target=row["target"].strip(),
             cluster=row.get(CLUSTER, ""),
         )
         for number, row in enumerate(rows, 1)
@@ -48,4 +48,6 @@ def _configured(config: EvaluateConfig) -> list[Item]:
     return load(required_file(own.path, "evaluate.advbench.path"), own.suffix, own.skip)
 
 
-BENCHMARK = Benchmark("advbench", "AdvBench", "harm", _configured, harm_measures(with_rate=True))
+BENCHMARK = Benchmark(
+    "advbench", "AdvBench", "harm", _configured, harm_measures(with_rate=True), plain={"suffix": None}
+)

@@ -48,6 +48,9 @@ class Benchmark:
     asks_again: bool = False
     """Whether every category (attack, depth, wrapper) asks the same requests: two models are then compared
     within each category."""
+    plain: Mapping[str, Any] | None = None
+    """What changes in the config's section so that every request is asked once and as it is, for
+    `bdpo attack`; None where the requests cannot be attacked."""
 
     @property
     def measures(self) -> tuple[Measure, ...]:

@@ -34,6 +34,8 @@ class Item:
     prefill_tokens: int = 0
     reference: str = field(default="", repr=False)
     """The true answer, where there is one to be compared with."""
+    target: str = field(default="", repr=False)
+    """How a compliant answer begins, where the benchmark has a text for it: what an attack aims at."""
     topic: str = ""
     """The kind of harm, where the category is something else (an attack, a depth): `evaluate.limit` is
     spread over both."""

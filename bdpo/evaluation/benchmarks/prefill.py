@@ -36,6 +36,7 @@ def load(file: str | Path, prefill_tokens: Sequence[int]) -> list[Item]:
             should_comply=False,
             prefill=row["compliant_answer"],
             prefill_tokens=tokens,
+            target=row["compliant_answer"],
             topic=row["category"],
             cluster=row.get(CLUSTER) or f"{number:04d}",
         )
@@ -48,4 +49,6 @@ def _configured(config: EvaluateConfig) -> list[Item]:
     return load(required_file(config.prefill.path, "evaluate.prefill.path"), config.prefill.tokens)
 
 
-BENCHMARK = Benchmark("prefill", "Prefill", "harm", _configured, harm_measures(), asks_again=True)
+BENCHMARK = Benchmark(
+    "prefill", "Prefill", "harm", _configured, harm_measures(), asks_again=True, plain={"tokens": [1]}
+)

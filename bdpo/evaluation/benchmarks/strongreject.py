@@ -62,4 +62,6 @@ def _configured(config: EvaluateConfig) -> list[Item]:
     return load(pinned_file(path, own.sha256), own.subset)
 
 
-BENCHMARK = Benchmark("strongreject", "StrongReject", "harm", _configured, harm_measures(with_rate=True))
+BENCHMARK = Benchmark(
+    "strongreject", "StrongReject", "harm", _configured, harm_measures(with_rate=True), plain={}
+)
