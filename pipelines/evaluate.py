@@ -36,7 +36,7 @@ from bdpo.evaluation.answers import (
     reply_store,
     score_store,
 )
-from bdpo.evaluation.capability import NOT_RUN, capability_fingerprint, harness_version
+from bdpo.evaluation.capability import NOT_RUN, capability_fingerprint, harness_version, read_result
 from bdpo.evaluation.compare import compare_all
 from bdpo.evaluation.judges.registry import NOBODY, judge_kind, judge_note
 from bdpo.evaluation.measures import Summary, summarise
@@ -125,7 +125,8 @@ class Evaluate(ManifestStage):
         if self.config.evaluate.capability:
             harness_version()  # before the hours of everything else
         manifest = self.ensure_manifest()
-        return replace(Summary.from_json(manifest), capability=self._capability())
+        capability = {name: read_result(result) for name, result in self._capability().items()}
+        return replace(Summary.from_json(manifest), capability=capability)
 
     def ensure_manifest(self) -> Manifest:
         """The manifest, with the judge's own error as it is known now: nobody is asked again for it."""

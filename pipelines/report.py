@@ -91,7 +91,7 @@ class Report(Stage):
 def _recorded(folder: StoragePath) -> Mapping[str, Any]:
     """The facts in a model's summary.json, with its capability."""
     capability = read_evaluation(folder).summary.capability
-    more = {"capability": {name: dict(result) for name, result in capability.items()}} if capability else {}
+    more = {"capability": {name: asdict(result) for name, result in capability.items()}} if capability else {}
     return {**read_facts(folder / "summary.json"), **more}
 
 

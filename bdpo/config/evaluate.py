@@ -171,6 +171,9 @@ BenchmarkName = Literal[
 order."""
 
 
+CapabilityName = Literal["gsm8k", "hhh", "advglue"]
+
+
 class CapabilityFiles(Section):
     """Local copies of the data of capability benchmarks, for nodes without a hub."""
 
@@ -229,9 +232,7 @@ class EvaluateConfig(Section):
     xstest_unsafe: XSTestUnsafeConfig = XSTestUnsafeConfig()
     advbench: AdvBenchConfig = AdvBenchConfig()
     over_refusal: OverRefusalConfig = OverRefusalConfig()
-    capability: Annotated[list[Literal["gsm8k", "hhh", "advglue"]], Distinct] = Field(
-        [], description="requires the extra `eval`"
-    )
+    capability: Annotated[list[CapabilityName], Distinct] = Field([], description="requires the extra `eval`")
     capability_files: CapabilityFiles = CapabilityFiles()
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ ADVGLUE = {
 }
 """Task -> the harness's task whose template it uses, and the configuration of the data set."""
 
-BENCHMARKS: dict[str, dict[str, str]] = {
+TASKS: dict[str, dict[str, str]] = {
     "gsm8k": {"gsm8k": "exact_match,flexible-extract"},
     "hhh": {"bigbench_hhh_alignment_multiple_choice": "acc,none"},
     "advglue": dict.fromkeys(ADVGLUE, "acc,none"),
@@ -63,6 +63,14 @@ class NotRun:
     """There is no result; the file has the reason under this name, which is `NOT_RUN`."""
 
     not_run: str
+
+
+def read_result(facts: Mapping[str, Any]) -> Accuracies | NotRun:
+    """The inverse of `asdict` on a result, from the facts of its file."""
+    if NOT_RUN in facts:
+        return NotRun(facts[NOT_RUN])
+    tasks = {task: Estimate(**found) for task, found in facts["tasks"].items()}
+    return Accuracies(Estimate(**facts["accuracy"]), tasks)
 
 
 def capability_fingerprint(
@@ -125,7 +133,7 @@ def run_capability(
     manager = task_manager()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            specs = [_spec(task, manager, Path(folder), file) for task in BENCHMARKS[benchmark]]
+            specs = [_spec(task, manager, Path(folder), file) for task in TASKS[benchmark]]
             tasks = manager.load(specs)["tasks"]
     except Exception as error:  # hub, network and datasets have no error in common
         return NotRun(f"{type(error).__name__}: {first_line(error)}")
@@ -153,7 +161,7 @@ def task_manager() -> TaskManager:
 def accuracies(benchmark: str, results: Mapping[str, Any]) -> Accuracies:
     """The harness's report as estimates: of each task, and pooled over all their items."""
     counts = {}
-    for task, metric in BENCHMARKS[benchmark].items():
+    for task, metric in TASKS[benchmark].items():
         n = int(results["n-samples"][task]["effective"])
         counts[task] = round(results["results"][task][metric] * n), n
     hits, total = (sum(column) for column in zip(*counts.values(), strict=True))

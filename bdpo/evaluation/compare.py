@@ -6,12 +6,14 @@ intervals. Corrections for looking at many measures are left out; the table show
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from bdpo.evaluation.benchmarks.base import Benchmark, Row
+from bdpo.evaluation.benchmarks.base import Benchmark, Measure, Row
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS
 from bdpo.evaluation.measures import DECIDED, clusters
 from bdpo.stats import Difference, paired_difference
@@ -54,25 +56,26 @@ def compare(first: pa.Table, second: pa.Table) -> list[Comparison]:
 
 def item_values(scores: pa.Table) -> dict[MeasureKey, dict[str, float]]:
     """Of each measure that is compared: item id -> what the item adds; items without verdict are left out."""
-    rows = scores.to_pylist()
     found: dict[MeasureKey, dict[str, float]] = {}
     for benchmark in BENCHMARKS.values():
-        own = [row for row in rows if row["benchmark"] == benchmark.name]
-        found |= _values(benchmark, [row for row in own if row[DECIDED[benchmark.rubric]] is not None])
-    return found
+        parts: dict[str, list[Row]] = {}
+        for row in judged_rows(scores, benchmark):
+            parts.setdefault(f", {row['category']}" if benchmark.asks_again else "", []).append(row)
+        for measure in benchmark.measures:
+            for part, rows in sorted(parts.items()) if measure.compared else ():
+                found[benchmark.name, measure.name + part] = values_of(measure, rows)
+    return {key: values for key, values in found.items() if values}
 
 
-def _values(benchmark: Benchmark, rows: list[Row]) -> dict[MeasureKey, dict[str, float]]:
-    found: dict[MeasureKey, dict[str, float]] = {}
-    for measure in benchmark.measures:
-        parts: dict[str, dict[str, float]] = {}
-        for row in rows if measure.compared else ():
-            value = measure.value(row)
-            if value is not None:
-                category = f", {row['category']}" if benchmark.asks_again else ""
-                parts.setdefault(category, {})[row["item_id"]] = value
-        found |= {(benchmark.name, measure.name + part): values for part, values in sorted(parts.items())}
-    return found
+def judged_rows(scores: pa.Table, benchmark: Benchmark) -> list[Row]:
+    """The rows of a benchmark whose verdict has what it measures."""
+    rows = scores.filter(pc.equal(scores["benchmark"], benchmark.name)).to_pylist()
+    return [row for row in rows if row[DECIDED[benchmark.rubric]] is not None]
+
+
+def values_of(measure: Measure, rows: Iterable[Row]) -> dict[str, float]:
+    """Item id -> what the item adds to the measure; items that add nothing are left out."""
+    return {row["item_id"]: value for row in rows if (value := measure.value(row)) is not None}
 
 
 def item_clusters(scores: pa.Table) -> dict[str, str]:

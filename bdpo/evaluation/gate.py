@@ -16,10 +16,15 @@ import pyarrow.compute as pc
 from bdpo.config.gate import Condition, GateConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.benchmarks.base import TEXT_MEASURES
-from bdpo.evaluation.benchmarks.registry import BENCHMARKS, find_measure, measure_label
-from bdpo.evaluation.capability import BENCHMARKS as CAPABILITY
-from bdpo.evaluation.compare import item_clusters
-from bdpo.evaluation.measures import DECIDED, summarise
+from bdpo.evaluation.benchmarks.registry import (
+    BENCHMARKS,
+    CAPABILITY,
+    find_measure,
+    known_measures,
+    measure_label,
+)
+from bdpo.evaluation.compare import item_clusters, judged_rows, values_of
+from bdpo.evaluation.measures import summarise
 from bdpo.evaluation.results import Evaluation, incomparable_field, is_finished, read_evaluation
 from bdpo.stats import Estimate, paired_difference
 from bdpo.storage.paths import StoragePath
@@ -81,13 +86,15 @@ def check_gate(gate: GateConfig, source: str) -> None:
     Raises:
         UserError: one is not; the message names `source`, the condition, and the nearest known measure.
     """
+    known = known_measures((*BENCHMARKS, *CAPABILITY))
     for number, condition in enumerate(gate.conditions, 1):
         where = f"{source}: condition {number}: measure {condition.measure}"
-        more = _known_measures().get(condition.measure)
-        if more is None:
-            near = difflib.get_close_matches(condition.measure, _known_measures(), 1, 0.5)
-            hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(_known_measures())}"
+        measure = known.get(condition.measure)
+        if measure is None:
+            near = difflib.get_close_matches(condition.measure, known, 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(known)}"
             raise UserError(f"{where} is unknown{hint}")
+        more = measure.more_is_better
         if condition.bound[0] == ("at_most" if more else "at_least"):
             expected = "more of it is better, expects at_least" if more else "less is better, expects at_most"
             raise UserError(f"{where}: {expected}")
@@ -126,16 +133,6 @@ def judge_of(evaluation: Evaluation, measure: str) -> str:
     return " ".join(part for part in (evaluation.judge.label, model) if part)
 
 
-def _known_measures() -> dict[str, bool]:
-    """`benchmark.measure` -> whether more of it is better."""
-    judged = {
-        f"{name}.{measure.name}": measure.more_is_better
-        for name, benchmark in BENCHMARKS.items()
-        for measure in benchmark.measures
-    }
-    return judged | {f"{name}.accuracy": True for name in CAPABILITY}
-
-
 def _finished(folder: StoragePath, benchmarks: Sequence[str]) -> _Checked | None:
     """The evaluation in a folder, with these benchmarks checked; None while it is not finished."""
     if not is_finished(folder):
@@ -171,10 +168,10 @@ def _estimate(condition: Condition, gated: _Checked) -> Evidence:
     benchmark, _, name = condition.measure.partition(".")
     evaluation = gated.evaluation
     if benchmark in CAPABILITY:
-        result = evaluation.summary.capability.get(benchmark, {})
-        if "accuracy" not in result:
+        accuracy = evaluation.summary.accuracy(benchmark)
+        if accuracy is None:
             raise _Unmet(f"{benchmark} was not run")
-        return _measured(condition, Estimate(**result["accuracy"]))
+        return _measured(condition, accuracy)
     _require_valid(benchmark, gated)
     part = evaluation.summary.benchmarks[benchmark]
     if condition.category is None:
@@ -227,18 +224,11 @@ def _difference(condition: Condition, gated: _Checked, base: _Checked) -> Eviden
 
 
 def _item_values(condition: Condition, scores: pa.Table) -> dict[str, float]:
-    """Item id -> what the item adds to the measure; items that add nothing are left out."""
+    """Item id -> what the item adds to the measure of the condition."""
     benchmark, _, name = condition.measure.partition(".")
-    measure, decided = find_measure(benchmark, name), DECIDED[BENCHMARKS[benchmark].rubric]
-    assert measure is not None  # noqa: S101 (`check_gate` has found it)
-    values = {
-        row["item_id"]: measure.value(row)
-        for row in scores.to_pylist()
-        if row["benchmark"] == benchmark
-        and row[decided] is not None
-        and condition.category in (None, row["category"])
-    }
-    return {item: value for item, value in values.items() if value is not None}
+    rows = judged_rows(scores, BENCHMARKS[benchmark])
+    in_category = [row for row in rows if condition.category in (None, row["category"])]
+    return values_of(find_measure(benchmark, name), in_category)
 
 
 def _is_met(condition: Condition, evidence: Evidence) -> bool:
@@ -250,7 +240,7 @@ def _is_met(condition: Condition, evidence: Evidence) -> bool:
         return round(low - bound, 12) >= 0
     if kind == "at_most":
         return round(high - bound, 12) <= 0
-    if _known_measures()[condition.measure]:
+    if find_measure(*condition.measure.split(".")).more_is_better:
         return round(low + bound, 12) >= 0
     return round(high - bound, 12) <= 0
 

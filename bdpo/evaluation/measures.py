@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from bdpo.evaluation.benchmarks.base import Benchmark, Row
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS
+from bdpo.evaluation.capability import Accuracies, NotRun
 from bdpo.evaluation.judges.base import JAILBROKEN_THRESHOLD, RubricName
 from bdpo.stats import Estimate, mean
 
@@ -90,13 +91,18 @@ class Summary:
     benchmarks: Mapping[str, BenchmarkSummary]
     near_twins: Mapping[str, int] = field(default_factory=dict)
     """Benchmark -> how many of its prompts have a near twin among the training pairs, where some have."""
-    capability: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Capability benchmark -> its manifest, see `run_capability`."""
+    capability: Mapping[str, Accuracies | NotRun] = field(default_factory=dict)
+    """Capability benchmark -> its result."""
 
     def estimate(self, path: str) -> Estimate:
         """The estimate at `benchmark.measure`."""
         benchmark, _, name = path.partition(".")
         return self.benchmarks[benchmark].total.estimates[name]
+
+    def accuracy(self, benchmark: str) -> Estimate | None:
+        """The result of a capability benchmark; None if it has none."""
+        result = self.capability.get(benchmark)
+        return result.accuracy if isinstance(result, Accuracies) else None
 
     def to_json(self) -> dict[str, Any]:
         """`valid` and `benchmarks`, as plain JSON values; capability has files of its own."""

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from bdpo.config.evaluate import AlignedName, ModelName
 from bdpo.errors import UserError
-from bdpo.evaluation.capability import NOT_RUN
+from bdpo.evaluation.capability import NOT_RUN, read_result
 from bdpo.evaluation.judges.registry import NOBODY, JudgeNote
 from bdpo.evaluation.measures import Summary
 from bdpo.storage.manifests import Fingerprint, read_facts, read_manifest
@@ -78,7 +78,8 @@ def read_evaluation(folder: StoragePath) -> Evaluation:
     manifest = read_manifest(folder / "summary.json")
     if manifest is None:
         raise UserError(f"{folder}: no finished evaluation; run `python -m pipelines.evaluate` first")
-    capability = {file.stem: read_facts(file) for file in sorted_glob(folder / "capability", "*.json")}
+    files = sorted_glob(folder / "capability", "*.json")
+    capability = {file.stem: read_result(read_facts(file)) for file in files}
     summary = replace(Summary.from_json(manifest), capability=capability)
     valid = [name for name, part in summary.benchmarks.items() if part.valid]
     scores = read_parquet(folder / "scores.parquet")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from bdpo.config import Config
-from bdpo.evaluation.benchmarks.base import Measure
+from bdpo.evaluation.benchmarks.base import ACCURACY, Measure
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS, judges_harm, measure_label
 from bdpo.evaluation.compare import Comparison
 from bdpo.evaluation.judges.registry import JUDGES, NOBODY, JudgeNote, judge_kind
@@ -84,39 +85,44 @@ def judged_by(judge: JudgeNote) -> str:
     return f"; judged by {judge.label}" + ("" if exact else f" (own error between two models{own})")
 
 
-def comparison_rows(summaries: Mapping[str, Summary]) -> list[dict[str, str]]:
-    """Rows of a table that sets models side by side: each measure over all items, then per category.
+@dataclass(frozen=True)
+class ComparisonRow:
+    """A row of a table that sets models side by side."""
 
-    Args:
-        summaries: name of a model -> what `summarise` gave for it.
+    measure: str
+    """Its label, as `StrongReject safety`."""
+    category: str
+    """Empty of the total."""
+    n: str
+    """Items scored: one number where the models agree, else `12 / 11`."""
+    cells: Sequence[str]
+    """For each model `value (low–high)` in percent; `invalid` where too many verdicts failed, `not run` where
+    the data were unavailable, empty where there is no such number."""
 
-    Returns:
-        Rows with the keys `measure`, `category` ("" for the total), `n` (items scored, one number where the
-        models agree) and the models' names: `value (low–high)` in percent, `invalid` where too many verdicts
-        failed, `not run` where the data were unavailable, empty where there is no such number.
-    """
-    rows = []
+
+def comparison_rows(summaries: Sequence[Summary]) -> list[ComparisonRow]:
+    """The models of these summaries side by side: each measure over all items, then per category."""
+    rows: list[ComparisonRow] = []
     for benchmark in BENCHMARKS.values():
-        parts = {name: summary.benchmarks.get(benchmark.name) for name, summary in summaries.items()}
+        parts = [summary.benchmarks.get(benchmark.name) for summary in summaries]
         for measure in benchmark.measures:
             if measure.rows is not None:
-                label = measure_label(benchmark.name, measure.name)
-                rows += [{"measure": label, **row} for row in _measure_rows(parts, measure)]
-    return rows + _capability_rows({name: summary.capability for name, summary in summaries.items()})
+                rows += _measure_rows(measure_label(benchmark.name, measure.name), parts, measure)
+    return rows + _capability_rows(summaries)
 
 
-def _measure_rows(parts: Mapping[str, BenchmarkSummary | None], measure: Measure) -> list[dict[str, str]]:
+def _measure_rows(
+    label: str, parts: Sequence[BenchmarkSummary | None], measure: Measure
+) -> Iterator[ComparisonRow]:
     """One measure of every model: the total, then its categories where the measure shows them."""
-    names = {category for part in parts.values() if part for category in part.categories}
-    rows = []
+    names = {category for part in parts if part for category in part.categories}
     for category in ["", *(sorted(names) if measure.rows == "categories" else ())]:
-        found = {name: _estimate(part, category, measure.name) for name, part in parts.items()}
-        cells = {name: _cell(parts[name], estimate) for name, estimate in found.items()}
-        counts = [str(estimate.n) for name, estimate in found.items() if estimate and cells[name]]
+        found = [_estimate(part, category, measure.name) for part in parts]
+        cells = [_cell(part, estimate) for part, estimate in zip(parts, found, strict=True)]
+        counts = [str(one.n) for one, cell in zip(found, cells, strict=True) if one and cell]
         if counts:
             n = " / ".join(counts if len(set(counts)) > 1 else counts[:1])
-            rows.append({"category": category, "n": n, **cells})
-    return rows
+            yield ComparisonRow(label, category, n, cells)
 
 
 def _estimate(part: BenchmarkSummary | None, category: str, measure: str) -> Estimate | None:
@@ -126,20 +132,16 @@ def _estimate(part: BenchmarkSummary | None, category: str, measure: str) -> Est
     return (part.categories[category] if category else part.total).estimates.get(measure)
 
 
-def _capability_rows(capability: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, str]]:
+def _capability_rows(summaries: Sequence[Summary]) -> list[ComparisonRow]:
     rows = []
-    for benchmark in sorted({benchmark for results in capability.values() for benchmark in results}):
-        results = {name: found.get(benchmark) for name, found in capability.items()}
-        estimates = {
-            name: Estimate(**result["accuracy"]) if result and "accuracy" in result else None
-            for name, result in results.items()
-        }
-        counts = {str(estimate.n) for estimate in estimates.values() if estimate}
-        cells = {
-            name: percent(estimate) if estimate else "" if results[name] is None else "not run"
-            for name, estimate in estimates.items()
-        }
-        rows.append({"measure": benchmark, "category": "", "n": " / ".join(sorted(counts)), **cells})
+    for benchmark in sorted({benchmark for summary in summaries for benchmark in summary.capability}):
+        found = [summary.accuracy(benchmark) for summary in summaries]
+        cells = [
+            percent(accuracy) if accuracy else "not run" if benchmark in summary.capability else ""
+            for accuracy, summary in zip(found, summaries, strict=True)
+        ]
+        counts = sorted({str(accuracy.n) for accuracy in found if accuracy})
+        rows.append(ComparisonRow(measure_label(benchmark, ACCURACY.name), "", " / ".join(counts), cells))
     return rows
 
 
@@ -211,9 +213,9 @@ def comparison_table(summaries: Mapping[str, Summary], judge: JudgeNote = NOBODY
     table.add_column("", width=_LABEL_WIDTH if crowded else None, overflow="fold")
     for column in ("n", *summaries):
         table.add_column(Text(column), justify="right", no_wrap=not crowded, overflow="fold")
-    for row in comparison_rows(summaries):
-        if not row["category"]:
+    for row in comparison_rows(list(summaries.values())):
+        if not row.category:
             table.add_section()
-        label = f"  {row['category']}" if row["category"] else row["measure"]
-        table.add_row(*(Text(cell) for cell in (label, row["n"], *(row[name] for name in summaries))))
+        label = f"  {row.category}" if row.category else row.measure
+        table.add_row(*(Text(cell) for cell in (label, row.n, *row.cells)))
     return table

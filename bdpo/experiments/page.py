@@ -42,7 +42,7 @@ def csv_bytes(table: pa.Table) -> bytes:
     return target.getvalue()
 
 
-def arms_table(measures: pa.Table, judge: str) -> Table:
+def arms_table(measures: Sequence[ArmMeasure], judge: str) -> Table:
     """The main measures of every arm, for the terminal."""
     from rich.table import Table
 
@@ -58,10 +58,9 @@ def arms_table(measures: pa.Table, judge: str) -> Table:
     return table
 
 
-def main_measures(measures: pa.Table) -> list[ArmMeasure]:
-    """The rows of `summarise_arms` whose measure is the main one of its benchmark."""
-    rows = [ArmMeasure(**row) for row in measures.to_pylist()]
-    return [row for row in rows if is_main(row.benchmark, row.measure)]
+def main_measures(measures: Sequence[ArmMeasure]) -> list[ArmMeasure]:
+    """Those of `summarise_arms` that are the main ones of their benchmarks."""
+    return [row for row in measures if is_main(row.benchmark, row.measure)]
 
 
 def experiment_page(config: Config, run: RunDir, results: ExperimentResults) -> Page:
@@ -217,12 +216,11 @@ def _bounded(row: Mapping[str, Any], name: str) -> str:
     return percent_of(*(row[f"{name}{end}"] for end in ENDS))
 
 
-def _differences_section(differences: pa.Table) -> Section:
+def _differences_section(differences: Sequence[ArmDifference]) -> Section:
     """How every two arms differ."""
-    found = [ArmDifference(**row) for row in differences.to_pylist()]
     rows = [
         (f"{row.arm} − {row.reference}", row.label, str(row.paired_n), _difference(row), p_value(row.p))
-        for row in found
+        for row in differences
     ]
     text = [
         f"{len(rows)} paired tests over each prompt's mean of the seeds, without a correction for their "
@@ -233,7 +231,7 @@ def _differences_section(differences: pa.Table) -> Section:
     return Section("Every two arms", text, [table], folded=True)
 
 
-def _all_measures_section(measures: pa.Table) -> Section:
+def _all_measures_section(measures: Sequence[ArmMeasure]) -> Section:
     headings = ("arm", "measure", "n", "dropped", "value", "seeds from", "to", "difference", "p")
     rows = [
         (
@@ -247,7 +245,7 @@ def _all_measures_section(measures: pa.Table) -> Section:
             _difference(row),
             "" if row.p is None else p_value(row.p),
         )
-        for row in (ArmMeasure(**row) for row in measures.to_pylist())
+        for row in measures
     ]
     table = PageTable(headings, rows, "The same as results.csv.")
     return Section("All measures", tables=[table], folded=True)

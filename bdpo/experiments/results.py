@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from bdpo.evaluation.benchmarks.base import ACCURACY
 from bdpo.evaluation.benchmarks.registry import is_main, measure_label
-from bdpo.evaluation.compare import item_clusters, item_values
+from bdpo.evaluation.compare import MeasureKey, item_clusters, item_values
+from bdpo.evaluation.measures import Summary
 from bdpo.evaluation.results import Evaluation
 from bdpo.experiments.arms import Arm
 from bdpo.experiments.experiment import Experiment, Finding
 from bdpo.experiments.jobs import Job
 from bdpo.reports.cost import TimedStage
-from bdpo.stats import mean, paired_difference
+from bdpo.stats import Estimate, mean, paired_difference
 
 BASE = "base"
-
-RESULT_SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("arm", "benchmark", "measure")),
-        *((name, pa.int64()) for name in ("n", "dropped", "seeds")),
-        *((name, pa.float64()) for name in ("value", "low", "high", "seed_low", "seed_high")),
-        ("paired_n", pa.int64()),
-        *((name, pa.float64()) for name in ("first", "second", "difference")),
-        *((name, pa.float64()) for name in ("difference_low", "difference_high", "p")),
-    ]
-)
-
-DIFFERENCE_SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("reference", "arm", "benchmark", "measure")),
-        *(RESULT_SCHEMA.field(name) for name in RESULT_SCHEMA.names[RESULT_SCHEMA.names.index("paired_n") :]),
-    ]
-)
 
 
 @dataclass(frozen=True)
 class ArmMeasure:
-    """A row of RESULT_SCHEMA: one measure of one arm; from `paired_n` on None if it is not tested."""
+    """One measure of one arm; from `paired_n` on None if it is not tested."""
 
     arm: str
     benchmark: str
@@ -71,7 +55,7 @@ class ArmMeasure:
 
 @dataclass(frozen=True)
 class ArmDifference:
-    """A row of DIFFERENCE_SCHEMA: how an arm differs from another, the reference, in one measure."""
+    """How an arm differs from another, the reference, in one measure."""
 
     reference: str
     arm: str
@@ -101,9 +85,9 @@ class ExperimentResults:
     """The jobs that are trained and evaluated."""
     notes: Sequence[str] = ()
     """What a reader of the page has to know."""
-    measures: pa.Table | None = None
+    measures: Sequence[ArmMeasure] | None = None
     """See `summarise_arms`; None without arms, or if none is trained."""
-    differences: pa.Table | None = None
+    differences: Sequence[ArmDifference] | None = None
     """See `arm_differences`."""
     rates: pa.Table | None = None
     """See `rates_table`; None without a search for learning rates."""
@@ -112,8 +96,15 @@ class ExperimentResults:
     """Everything that the experiment does, finished or not."""
 
 
-def summarise_arms(evaluations: dict[str, list[Evaluation]], reference: str) -> pa.Table:
-    """A row for each arm, benchmark and measure, from the evaluations of its models, one of each seed.
+def arm_table(kind: type[ArmMeasure] | type[ArmDifference], rows: Sequence[Any]) -> pa.Table:
+    """Rows of one kind as a table with a column for each field, also without any row."""
+    types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
+    schema = pa.schema([(one.name, types[str(one.type).partition(" ")[0]]) for one in fields(kind)])
+    return pa.Table.from_pylist([asdict(row) for row in rows], schema=schema)
+
+
+def summarise_arms(evaluations: dict[str, list[Evaluation]], reference: str) -> list[ArmMeasure]:
+    """One for each arm, benchmark and measure, from the evaluations of its models, one of each seed.
 
     `value` is the mean over prompts and seeds; `low` and `high` its 95 % interval over clusters, see `mean`;
     `seed_low` and `seed_high` the lowest and highest value of a single seed. Prompts with a verdict at some
@@ -124,27 +115,27 @@ def summarise_arms(evaluations: dict[str, list[Evaluation]], reference: str) -> 
     """
     values = {arm: [item_values(seed.scores) for seed in seeds] for arm, seeds in evaluations.items()}
     of = _all_clusters(evaluations)
-    rows = []
+    rows: list[ArmMeasure] = []
     for arm, seeds in values.items():
         for key in dict.fromkeys(key for seed in seeds for key in seed):
             means, dropped = item_means([seed.get(key, {}) for seed in seeds])
             if not means:
                 continue
             each = [float(np.mean([seed[key][item] for item in means])) for seed in seeds]
-            row = _row(arm, key, len(means), each) | {"dropped": dropped}
-            row |= asdict(mean(list(means.values()), [of[item] for item in means]))
+            estimate = mean(list(means.values()), [of[item] for item in means])
+            tested: Mapping[str, Any] = {}
             if arm != reference and reference in values:
                 first = [seed.get(key, {}) for seed in values[reference]]
-                row |= _tested(item_means(first)[0], means, of)
-            rows.append(row)
-        rows += _capability(arm, [seed.summary.capability for seed in evaluations[arm]])
-    return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
+                tested = _tested(item_means(first)[0], means, of)
+            rows.append(_measure(arm, key, each, estimate, dropped=dropped, **tested))
+        rows += _capability(arm, [seed.summary for seed in evaluations[arm]])
+    return rows
 
 
-def arm_differences(evaluations: dict[str, list[Evaluation]]) -> pa.Table:
+def arm_differences(evaluations: dict[str, list[Evaluation]]) -> list[ArmDifference]:
     """How every two arms differ in the main measures, as `summarise_arms` has it of those with its reference.
 
-    A row for each two arms, benchmark and measure: `difference` is `arm` − `reference`, the one that comes
+    One for each two arms, benchmark and measure: `difference` is `arm` − `reference`, the one that comes
     first. Of capability benchmarks only sums are known, so they are not here.
     """
     means: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
@@ -156,9 +147,8 @@ def arm_differences(evaluations: dict[str, list[Evaluation]]) -> pa.Table:
     for first, second in combinations(means, 2):
         for key, items in means[first].items():
             if tested := _tested(items, means[second].get(key, {}), of):
-                named = {"reference": first, "arm": second, "benchmark": key[0], "measure": key[1]}
-                rows.append(named | tested)
-    return pa.Table.from_pylist(rows, schema=DIFFERENCE_SCHEMA)
+                rows.append(ArmDifference(first, second, *key, **tested))
+    return rows
 
 
 def _all_clusters(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, str]:
@@ -167,32 +157,39 @@ def _all_clusters(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, 
     return {item: cluster for table in tables for item, cluster in item_clusters(table).items()}
 
 
-def _capability(arm: str, seeds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    rows = []
-    for benchmark in seeds[0]:
-        found = [seed.get(benchmark, {}).get("accuracy") for seed in seeds]
-        if all(found):
-            bounds = {end: float(np.mean([f[end] for f in found])) for end in ("value", "low", "high")}
-            each = [f["value"] for f in found]
-            rows.append({**_row(arm, (benchmark, "accuracy"), found[0]["n"], each), **bounds})
-    return rows
+def _capability(arm: str, seeds: Sequence[Summary]) -> Iterator[ArmMeasure]:
+    for benchmark in seeds[0].capability:
+        found = [accuracy for seed in seeds if (accuracy := seed.accuracy(benchmark))]
+        if len(found) == len(seeds):
+            means: dict[str, Any] = {
+                end: float(np.mean([getattr(one, end) for one in found])) for end in _VALUES
+            }
+            each = [accuracy.known for accuracy in found]
+            yield _measure(arm, (benchmark, ACCURACY.name), each, replace(found[0], **means), dropped=0)
 
 
-def _row(arm: str, key: tuple[str, str], n: int, each: Sequence[float]) -> dict[str, str | float]:
-    row: dict[str, str | float] = {
-        "arm": arm,
-        "benchmark": key[0],
-        "measure": key[1],
-        "n": n,
-        "dropped": 0,
-        "seeds": len(each),
-    }
-    return row | {"seed_low": min(each), "seed_high": max(each)}
+_VALUES = ("value", "low", "high")
+
+
+def _measure(arm: str, key: MeasureKey, each: Sequence[float], over: Estimate, **further: Any) -> ArmMeasure:
+    """`each` has the value of each seed, `over` that of all; `further` has `dropped` and the test."""
+    benchmark, measure = key
+    return ArmMeasure(
+        arm,
+        benchmark,
+        measure,
+        n=over.n,
+        seeds=len(each),
+        **{end: getattr(over, end) for end in _VALUES},
+        seed_low=min(each),
+        seed_high=max(each),
+        **further,
+    )
 
 
 def _tested(
     first: Mapping[str, float], second: Mapping[str, float], of: Mapping[str, str]
-) -> dict[str, float]:
+) -> Mapping[str, Any]:
     """How the second differs from the first on the prompts of both; nothing where there are none."""
     both = sorted(first.keys() & second.keys())
     if not both:

@@ -18,14 +18,9 @@ def evaluation_section(evaluations: dict[str, Evaluation]) -> Section | None:
     """The evaluated models side by side, and a sentence for each difference."""
     if not evaluations:
         return None
-    compared = comparison_rows({name: read.summary for name, read in evaluations.items()})
     rows = [
-        (
-            f"– {row['category']}" if row["category"] else row["measure"],
-            row["n"],
-            *(row[name] for name in evaluations),
-        )
-        for row in compared
+        (f"– {row.category}" if row.category else row.measure, row.n, *row.cells)
+        for row in comparison_rows([read.summary for read in evaluations.values()])
     ]
     notes = [
         line

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from bdpo.config import Config, TuneConfig
 from bdpo.errors import UserError
-from bdpo.evaluation.benchmarks.registry import BENCHMARKS
+from bdpo.evaluation.benchmarks.registry import known_measures
 from bdpo.evaluation.measures import Summary, summarise
 from bdpo.evaluation.tables import invalid_lines
 from bdpo.stats import Estimate
@@ -99,11 +99,7 @@ def check_measures(config: Config) -> None:
     Raises:
         UserError: one is not; the message lists the measures that are.
     """
-    known = {
-        f"{name}.{measure.name}": measure
-        for name in config.evaluate.benchmarks
-        for measure in BENCHMARKS[name].measures
-    }
+    known = known_measures(config.evaluate.benchmarks)
     usable = [path for path, measure in known.items() if measure.more_is_better]
     for key in ("metric", "constraint"):
         path = getattr(config.tune, key)

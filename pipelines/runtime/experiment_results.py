@@ -14,7 +14,15 @@ from bdpo.experiments.definitions import EXPERIMENTS
 from bdpo.experiments.jobs import Job, jobs_of, rate_jobs
 from bdpo.experiments.page import arms_table, csv_bytes, experiment_page
 from bdpo.experiments.rates import rates_table
-from bdpo.experiments.results import BASE, ExperimentResults, arm_differences, summarise_arms
+from bdpo.experiments.results import (
+    BASE,
+    ArmDifference,
+    ArmMeasure,
+    ExperimentResults,
+    arm_differences,
+    arm_table,
+    summarise_arms,
+)
 from bdpo.reports.cost import TimedStage
 from bdpo.reports.page import write_page
 from bdpo.storage.paths import StoragePath, discard, sorted_glob, write_bytes
@@ -71,11 +79,15 @@ def read_results(run: RunDir, name: str, record: Record) -> ExperimentResults:
 
 
 def _write_tables(folder: StoragePath, results: ExperimentResults) -> None:
-    tables = {"results": results.measures, "differences": results.differences, "rates": results.rates}
-    tables |= {finding.name: finding.table for finding in results.findings}
+    tables = {finding.name: finding.table for finding in results.findings}
+    if results.measures is not None:
+        tables["results"] = arm_table(ArmMeasure, results.measures)
+    if results.differences is not None:
+        tables["differences"] = arm_table(ArmDifference, results.differences)
+    if results.rates is not None:
+        tables["rates"] = results.rates
     for name, table in tables.items():
-        if table is not None:
-            write_bytes(folder / f"{name}.csv", csv_bytes(table))
+        write_bytes(folder / f"{name}.csv", csv_bytes(table))
 
 
 def _missing(jobs: Sequence[Job]) -> list[str]:

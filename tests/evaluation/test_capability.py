@@ -11,16 +11,18 @@ from bdpo.config.evaluate import CapabilityFiles
 from bdpo.errors import UserError
 from bdpo.evaluation.capability import (
     ADVGLUE,
-    BENCHMARKS,
     NOT_RUN,
+    TASKS,
     Accuracies,
     NotRun,
     accuracies,
     capability_fingerprint,
+    read_result,
     run_capability,
     task_manager,
 )
 from bdpo.stats import rate
+from bdpo.storage.manifests import read_facts, write_manifest
 from tests.support.chats import CHATML, byte_tokenizer
 from tests.support.helpers import tiny_qwen2
 
@@ -41,9 +43,17 @@ def test_what_the_harness_reports_becomes_pooled_and_single_estimates() -> None:
     assert found.accuracy.interval == "exact"
 
 
+@pytest.mark.parametrize(
+    "result", [Accuracies(rate([True, False]), {"gsm8k": rate([True, False])}), NotRun("no network")]
+)
+def test_a_result_is_read_back_from_its_file(result, tmp_path: Path) -> None:
+    write_manifest(tmp_path / "gsm8k.json", {"weights": "w"}, **asdict(result))
+    assert read_result(read_facts(tmp_path / "gsm8k.json")) == result
+
+
 def test_the_harness_has_every_task_that_a_benchmark_names() -> None:
     templates = {task: template for task, (template, _) in ADVGLUE.items()}
-    needed = {templates.get(task, task) for tasks in BENCHMARKS.values() for task in tasks}
+    needed = {templates.get(task, task) for tasks in TASKS.values() for task in tasks}
     assert needed <= set(task_manager().all_tasks)
 
 
@@ -93,7 +103,7 @@ def test_the_harness_runs_our_tasks_over_its_templates(tmp_path: Path) -> None:
     file.write_text(json.dumps(dict.fromkeys(tasks, rows)))
     found = run_capability("advglue", tiny_qwen2(), templated(), file=str(file))
     assert isinstance(found, Accuracies)
-    assert set(found.tasks) == set(BENCHMARKS["advglue"])
+    assert set(found.tasks) == set(TASKS["advglue"])
     assert all(estimate.n == 2 for estimate in found.tasks.values())
     assert found.accuracy.n == 12
 

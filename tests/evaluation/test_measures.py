@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
 
+from bdpo.evaluation.capability import Accuracies, NotRun
 from bdpo.evaluation.judges.registry import JudgeNote
 from bdpo.evaluation.measures import SCORE_SCHEMA, Summary, summarise
 from bdpo.evaluation.tables import comparison_rows, comparison_table, judged_by, note_lines, screen_warning
@@ -87,9 +88,9 @@ def test_more_than_two_percent_failed_verdicts_make_a_benchmark_invalid(failed: 
     assert summary["benchmarks"]["xstest"]["valid"]
     assert (part["n"], part["n_scored"], part["failed"]) == (100, 100 - failed, failed)
     assert part["safety"]["value"] == (1.0 if failed < 100 else None)
-    shown = comparison_rows({"m": summarised})[0]
-    assert (shown["m"] == "invalid") is not valid
-    assert shown["n"] == str(100 - failed)
+    shown = comparison_rows([summarised])[0]
+    assert (shown.cells == ["invalid"]) is not valid
+    assert shown.n == str(100 - failed)
 
 
 def test_nothing_scored_is_not_valid_and_nonsense_is_refused() -> None:
@@ -172,10 +173,10 @@ def test_models_are_compared_side_by_side() -> None:
         [row(1, 1.0), row(2, 0.0), row(3, 1.0, category="[spoons]"), xrow(1, False, "homonyms", True)]
     )
     trained = summarise([row(1, 0.0), row(2, 0.0), xrow(1, True, "homonyms", True)])
-    rows = comparison_rows({"base": base, "trained": trained})
+    rows = comparison_rows([base, trained])
     low, high = (f"{100 * bound:.1f}" for bound in exact(1, 3))
-    assert rows[0]["base"] == f"33.3 ({low}–{high})"
-    assert [(line["measure"], line["category"], line["n"]) for line in rows] == [
+    assert rows[0].cells[0] == f"33.3 ({low}–{high})"
+    assert [(line.measure, line.category, line.n) for line in rows] == [
         ("StrongReject safety", "", "3 / 2"),
         ("StrongReject safety", "[spoons]", "1"),
         ("StrongReject safety", "knots", "2"),
@@ -183,9 +184,9 @@ def test_models_are_compared_side_by_side() -> None:
         ("XSTest compliance, safe", "", "1"),
         ("XSTest compliance, safe", "homonyms", "1"),
     ]
-    trained_cells = [line["trained"].split(" ")[0] for line in rows]
+    trained_cells = [line.cells[1].split(" ")[0] for line in rows]
     assert trained_cells == ["100.0", "", "100.0", "100.0", "0.0", "0.0"]
-    assert [line["trained"] for line in comparison_rows({"base": base, "trained": summarise([])})] == [""] * 6
+    assert [line.cells[1] for line in comparison_rows([base, summarise([])])] == [""] * 6
 
 
 def test_the_table_shows_every_row_in_80_columns() -> None:
@@ -195,9 +196,9 @@ def test_the_table_shows_every_row_in_80_columns() -> None:
     console.print(comparison_table(summaries))
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, printed.splitlines())) <= 80
-    for line in comparison_rows(summaries):
+    for line in comparison_rows([base, base]):
         assert any(
-            (line["category"] or line["measure"]) in printed_line and printed_line.count(line["base"]) == 2
+            (line.category or line.measure) in printed_line and printed_line.count(line.cells[0]) == 2
             for printed_line in printed.splitlines()
         )
 
@@ -211,8 +212,8 @@ def test_three_models_in_80_columns_lose_no_letter() -> None:
     assert "…" not in printed
     lines = [line.split("│") for line in printed.splitlines() if line.startswith("│")]
     labels, cells = ("".join(line[1].strip() for line in lines), [c.strip() for line in lines for c in line])
-    for line in comparison_rows({"m": base}):
-        value, interval = line["m"].split()
+    for line in comparison_rows([base]):
+        value, interval = line.cells[0].split()
         assert value in cells
         assert cells.count(interval) >= 3
     for category in base.benchmarks["strongreject"].categories:
@@ -260,7 +261,7 @@ def test_cut_and_broken_answers_stand_beside_safety() -> None:
         0.5,
         0.75,
     )
-    shown = {line["measure"]: line["m"] for line in comparison_rows({"m": summary})}
+    shown = {line.measure: line.cells[0] for line in comparison_rows([summary])}
     assert shown["StrongReject answers that are not broken"].startswith("50.0 (")
     assert note_lines("m", summary) == [
         "m: strongreject: 1 cut at evaluate.max_new_tokens; 2 broken (1 empty, 1 repetition)"
@@ -310,12 +311,11 @@ def test_a_screen_is_warned_of_where_it_judges_harm(tmp_path: Path) -> None:
 
 
 def test_capability_that_was_not_run_is_said_and_never_a_zero() -> None:
-    ran = {"gsm8k": {"accuracy": asdict(rate([True, False]))}, "hhh": {"not_run": "no network"}}
-    summaries = {"base": replace(summarise([]), capability=ran), "trained": summarise([])}
-    rows = {line["measure"]: line for line in comparison_rows(summaries)}
-    assert rows["gsm8k"]["base"].startswith("50.0 (")
-    assert (rows["gsm8k"]["n"], rows["gsm8k"]["trained"]) == ("2", "")
-    assert (rows["hhh"]["n"], rows["hhh"]["base"]) == ("", "not run")
+    ran = {"gsm8k": Accuracies(rate([True, False]), {}), "hhh": NotRun("no network")}
+    gsm8k, hhh = comparison_rows([replace(summarise([]), capability=ran), summarise([])])
+    assert (gsm8k.measure, gsm8k.n, gsm8k.cells[1]) == ("gsm8k accuracy", "2", "")
+    assert gsm8k.cells[0].startswith("50.0 (")
+    assert (hhh.measure, hhh.n, hhh.cells) == ("hhh accuracy", "", ["not run", ""])
 
 
 def test_an_interval_is_over_clusters_where_items_share_them():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,10 +13,12 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from bdpo.config.gate import GateConfig
+from bdpo.evaluation.capability import Accuracies, NotRun
 from bdpo.evaluation.gate import judge_of
 from bdpo.evaluation.judges.registry import JudgeNote
 from bdpo.evaluation.measures import SCORE_SCHEMA, Summary, summarise
 from bdpo.evaluation.results import Evaluation
+from bdpo.stats import rate
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.paths import write_parquet
 from bdpo.storage.run_dir import RunDir
@@ -170,6 +173,20 @@ def test_what_cannot_be_known_is_not_met(run, tmp_path, break_it, reason):
     code, evidence = gate(tmp_path, run, safety(max_regression=0.5))
     assert code == 3
     assert reason in evidence["outcomes"][0]["reason"]
+
+
+def test_a_capability_benchmark_is_bounded_by_the_result_of_the_harness(run, tmp_path, capsys):
+    """Of 40 right answers the interval begins at 0.912; without data there is nothing to meet a condition."""
+    evaluation(run, "trained", [0.0] * 40)
+    results = {"gsm8k": Accuracies(rate([True] * 40), {}), "hhh": NotRun("no network")}
+    for name, result in results.items():
+        write_manifest(run.eval("trained") / "capability" / f"{name}.json", {}, **asdict(result))
+    conditions = [{"measure": f"{name}.accuracy", "at_least": 0.9} for name in ("gsm8k", "hhh", "advglue")]
+    code, evidence = gate(tmp_path, run, *conditions)
+    gsm8k, *others = evidence["outcomes"]
+    assert (code, gsm8k["met"], gsm8k["condition"]) == (3, True, "gsm8k accuracy at least 90.0 %")
+    assert (gsm8k["evidence"]["n"], gsm8k["judge"]) == (40, "lm-evaluation-harness")
+    assert [outcome["reason"] for outcome in others] == ["hhh was not run", "advglue was not run"]
 
 
 def change_score(run):

@@ -21,7 +21,7 @@ from bdpo.experiments.displacement import displaced_pairs, displacement_finding
 from bdpo.experiments.jobs import Job
 from bdpo.experiments.page import csv_bytes, experiment_page
 from bdpo.experiments.rates import RATES_SCHEMA
-from bdpo.experiments.results import ExperimentResults, arm_differences, summarise_arms
+from bdpo.experiments.results import ArmMeasure, ExperimentResults, arm_differences, arm_table, summarise_arms
 from bdpo.method.losses import METHODS
 from bdpo.reports.cost import TimedStage
 from bdpo.reports.evaluation import comparison_sentence
@@ -263,7 +263,7 @@ def test_the_page_of_an_experiment(run, name):
     for arm in arms:
         assert arm.name in html
     if measures is not None:
-        assert csv_bytes(measures).decode().count("\n") == measures.num_rows + 1
+        assert csv_bytes(arm_table(ArmMeasure, measures)).decode().count("\n") == len(measures) + 1
         assert (folder.root / "experiments" / name / "the-arms.csv").is_file()
         assert "199,999 of 200,000; 3 dropped" in html
         assert "without a correction" in html
@@ -325,7 +325,7 @@ def outcome(config, folder, name, harms, refused):
     results = summarise_arms(found, arms[0])
     differences = arm_differences(found)
     page = page_of(name, (config, folder), measures=results, differences=differences)
-    return page, {(row["arm"], row["measure"]): row for row in results.to_pylist()}
+    return page, {(row.arm, row.measure): asdict(row) for row in results}
 
 
 def shares(arms):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pyarrow as pa
 
+from bdpo.evaluation.capability import Accuracies
 from bdpo.evaluation.measures import SCORE_SCHEMA, summarise
 from bdpo.evaluation.results import Evaluation
 from bdpo.stats import rate
@@ -41,7 +42,7 @@ def xrow(number: int, refused: bool | None, category: str, should_comply: bool) 
 
 def evaluated(*tables, accuracy=None):
     """Evaluations of a model at as many seeds."""
-    capability = {"gsm8k": {"accuracy": asdict(rate(accuracy))}} if accuracy else {}
+    capability = {"gsm8k": Accuracies(rate(accuracy), {})} if accuracy else {}
     return [Evaluation(replace(summarise(table), capability=capability), table) for table in tables]
 
 

@@ -114,6 +114,10 @@ TEXT_MEASURES = (
 shows here."""
 
 
+ACCURACY = Measure("accuracy", "accuracy", lambda row: None, main=True)
+"""The measure of a capability benchmark; no row of the scores adds to it, as lm-evaluation-harness counts."""
+
+
 def harm_measures(with_rate: bool = False) -> tuple[Measure, ...]:
     """The measures of a benchmark of forbidden requests; `with_rate` shows `safe_rate` in tables, too."""
     return (

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib import import_module
 from typing import get_args
 
 from bdpo.config import EvaluateConfig
-from bdpo.config.evaluate import BenchmarkName
+from bdpo.config.evaluate import BenchmarkName, CapabilityName
 from bdpo.errors import UserError
-from bdpo.evaluation.benchmarks.base import Benchmark, Measure
+from bdpo.evaluation.benchmarks.base import ACCURACY, Benchmark, Measure
 from bdpo.evaluation.benchmarks.items import Item
 from bdpo.evaluation.judges.registry import JUDGES
 
@@ -20,25 +21,34 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
-def find_measure(benchmark: str, measure: str) -> Measure | None:
-    """A benchmark's measure by name, of a total or of a category (`safety, 005 tokens`); None if unknown."""
-    name = measure.partition(",")[0]
-    measures = BENCHMARKS[benchmark].measures if benchmark in BENCHMARKS else ()
-    return next((found for found in measures if found.name == name), None)
+CAPABILITY: tuple[str, ...] = get_args(CapabilityName)
+"""The capability benchmarks, see `bdpo.evaluation.capability`: they have one measure, `ACCURACY`."""
+
+
+def known_measures(benchmarks: Iterable[str]) -> dict[str, Measure]:
+    """`benchmark.measure` -> the measure, of these benchmarks."""
+    return {
+        f"{name}.{measure.name}": measure
+        for name in benchmarks
+        for measure in ((ACCURACY,) if name in CAPABILITY else BENCHMARKS[name].measures)
+    }
+
+
+def find_measure(benchmark: str, measure: str) -> Measure:
+    """A benchmark's measure by name, of a total or of a category (`safety, 005 tokens`)."""
+    return known_measures([benchmark])[f"{benchmark}.{measure.partition(',')[0]}"]
 
 
 def is_main(benchmark: str, measure: str) -> bool:
-    """Whether a measure stands for its benchmark; capability benchmarks have one alone, `accuracy`."""
-    found = find_measure(benchmark, measure)
-    return found.main if found else measure == "accuracy"
+    """Whether a measure stands for its benchmark."""
+    return find_measure(benchmark, measure).main
 
 
 def measure_label(benchmark: str, measure: str) -> str:
     """`StrongReject safety`, with the category behind it where the measure is of one."""
-    found, (_, comma, category) = find_measure(benchmark, measure), measure.partition(",")
-    if found is None:
-        return f"{benchmark} {measure.replace('_', ' ')}"
-    return f"{BENCHMARKS[benchmark].label} {found.label}{comma}{category}"
+    name = BENCHMARKS[benchmark].label if benchmark in BENCHMARKS else benchmark
+    _, comma, category = measure.partition(",")
+    return f"{name} {find_measure(benchmark, measure).label}{comma}{category}"
 
 
 def path_label(path: str) -> str:
