@@ -17,9 +17,9 @@ from bdpo.config import Config
 from bdpo.config.derive import part_of
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import planned_items
-from bdpo.experiments.arms import Arm, Record, arm_run, base_run, experiment_results, rescored
+from bdpo.experiments.arms import Arm, Record, arm_run, base_run, experiment_results
 from bdpo.experiments.definitions import EXPERIMENTS
-from bdpo.experiments.jobs import Job, jobs_of, rate_jobs
+from bdpo.experiments.jobs import jobs_of, rate_jobs
 from bdpo.experiments.rates import RATE, best_trial, measured_trials, rate_trials
 from bdpo.scoring.selection import require_labels, requires_scores
 from bdpo.storage.paths import StoragePath, sorted_glob
@@ -61,12 +61,10 @@ def run_experiment(config: Config, run: RunDir, name: str) -> None:
     if trials:
         arms, more_notes = _with_best_rates(config, run, arms, trials)
         notes += more_notes
-    work = Arms.of(jobs_of(config, run, arms, config.experiment.seeds))
+    work = Arms.of(jobs_of(config, run, arms, config.experiment.seeds, experiment.rescores))
     concurrent = _make_ready(config, run, work)
     Record(config, arms, trials, notes).write(folder)  # nothing was refused
     failures = _run_jobs(work, concurrent, folder)
-    if experiment.rescores:
-        failures |= _rescore(work.jobs)
     print_failures("arm", failures)
     write_results(run, name)
     _raise(failures)
@@ -160,20 +158,6 @@ def _run_jobs(arms: Arms, concurrent: int, folder: StoragePath) -> dict[str, Fai
         run_variants(arms, folder, len(arms.todo), limits)
         console.print(arms.table())
     return arms.failures
-
-
-def _rescore(jobs: Sequence[Job]) -> dict[str, Failure]:
-    """Let the trained models score the pairs as the reference model did; returns those that could not."""
-    from pipelines.runtime.faults import in_a_line
-
-    failures: dict[str, Failure] = {}
-    for job in jobs:
-        try:
-            if job.done:
-                Score(*rescored(job.config, job.run)).complete()
-        except Exception as error:  # the other arms still get their page
-            failures[job.name] = Failure(End.FAILED, in_a_line(error), Cause.of(error))
-    return failures
 
 
 def _raise(failures: Mapping[str, Failure]) -> None:

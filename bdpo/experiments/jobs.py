@@ -10,7 +10,7 @@ from bdpo.config.derive import part_of
 from bdpo.evaluation.answers import prompts_fingerprint
 from bdpo.evaluation.judges.registry import judge_fingerprint
 from bdpo.evaluation.results import asked_and_judged, is_valid, missing_capability
-from bdpo.experiments.arms import Arm, arm_run
+from bdpo.experiments.arms import Arm, arm_run, rescored
 from bdpo.storage.manifests import read_manifest, require_same_fingerprint
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
@@ -25,6 +25,8 @@ class Job:
     seed: int
     config: Config
     run: RunDir
+    rescores: bool = False
+    """Whether the trained model scores the pairs as well, see `arms.rescored`."""
 
     @property
     def name(self) -> str:
@@ -33,12 +35,12 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether the model is trained and its evaluation valid; capability benchmarks may be missing."""
+        """Whether the model is trained and its evaluation valid; what `not_run` names may be missing."""
         return self.run.has_model() and is_valid(self.run.eval("trained"))
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is missing, capability benchmarks included."""
+        """Whether nothing is missing."""
         return self.done and not self.not_run()
 
     @property
@@ -55,8 +57,12 @@ class Job:
         return failure.end if failure else End.OPEN
 
     def not_run(self) -> list[str]:
-        """The capability benchmarks that have no result."""
-        return missing_capability(self.run.eval("trained"), self.config.evaluate.capability)
+        """What is missing besides the evaluation: capability benchmarks, the scoring by the trained model."""
+        missing = missing_capability(self.run.eval("trained"), self.config.evaluate.capability)
+        _, run = rescored(self.config, self.run)
+        if self.rescores and read_manifest(run.scores / "manifest.json") is None:
+            missing.append("the scoring by the trained model")
+        return missing
 
     def refuse_other_evaluation(self) -> None:
         """Make sure that an evaluation in the job's folder asked the prompts and the judge of this config.
@@ -81,9 +87,11 @@ class Job:
         return f"step {len(rows)}" if rows else "begun" if self.run.config.exists() else "waiting"
 
 
-def jobs_of(config: Config, run: RunDir, arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
+def jobs_of(
+    config: Config, run: RunDir, arms: Sequence[Arm], seeds: Sequence[int], rescores: bool = False
+) -> list[Job]:
     """Each arm at each seed."""
-    return [Job(arm.name, seed, *arm_run(config, run, arm, seed)) for arm in arms for seed in seeds]
+    return [Job(arm.name, seed, *arm_run(config, run, arm, seed), rescores) for arm in arms for seed in seeds]
 
 
 def rate_jobs(config: Config, run: RunDir, trials: Sequence[Arm]) -> list[Job]:

@@ -1,4 +1,7 @@
-"""The arms of an experiment as the engine runs them: one rung, trained by Ray Train, then evaluated."""
+"""The arms of an experiment as the engine runs them: one rung, trained by Ray Train, then evaluated.
+
+In some experiments the trained model then scores the pairs, as the reference model did, over a pool.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from bdpo.evaluation.measures import Summary
+from bdpo.experiments.arms import rescored
 from bdpo.experiments.jobs import Job
 from bdpo.storage.cache import drop_local_copy
 from bdpo.storage.manifests import Fingerprint, finished
@@ -17,6 +21,7 @@ from bdpo.variants.objective import require_valid
 from pipelines.evaluate import EvaluateTrained
 from pipelines.runtime.pool import InProcess
 from pipelines.runtime.stalls import watched_tasks
+from pipelines.score import Score
 from pipelines.train import Train, train_fingerprint
 
 if TYPE_CHECKING:
@@ -119,7 +124,9 @@ class ArmRunner:
         self.job, self.name, self.begins = job, job.name, begins
 
     def next_rung(self) -> bool:
-        """Train the arm and evaluate it; what is done already is not done again.
+        """Train the arm, evaluate it, and let it score the pairs if its experiment asks for that.
+
+        What is done already is not done again.
 
         Raises:
             InvalidEvaluation: too many verdicts are missing; they alone are asked for when it is retried.
@@ -130,6 +137,8 @@ class ArmRunner:
         gpus = job.config.evaluate.gpus_per_worker
         summary = _evaluate_on_gpu(gpus, job) if gpus else _evaluate(job, self.begins)
         require_valid("trained", summary)
+        if job.rescores:
+            Score(*rescored(job.config, job.run)).complete()
         return True
 
     def stop_training(self) -> None:

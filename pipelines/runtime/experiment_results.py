@@ -55,7 +55,7 @@ def write_results(run: RunDir, name: str) -> None:
 def read_results(run: RunDir, name: str, record: Record) -> ExperimentResults:
     """The results of an experiment that was run with this record, as far as its jobs are done."""
     plan, config = EXPERIMENTS[name], record.config
-    jobs = jobs_of(config, run, record.arms, config.experiment.seeds)
+    jobs = jobs_of(config, run, record.arms, config.experiment.seeds, plan.rescores)
     trained = [job for job in jobs if job.done]
     measures = differences = None
     if trained:
@@ -74,7 +74,7 @@ def read_results(run: RunDir, name: str, record: Record) -> ExperimentResults:
         differences,
         rates_table(run, record),
         plan.findings(run, trained),
-        _stages(run, record, jobs, plan.rescores),
+        _stages(run, record, jobs),
     )
 
 
@@ -91,7 +91,7 @@ def _write_tables(folder: StoragePath, results: ExperimentResults) -> None:
 
 
 def _missing(jobs: Sequence[Job]) -> list[str]:
-    """A sentence for the jobs without a result, and one for each capability benchmark without one."""
+    """A sentence for the jobs without a result, and one for each job of which a part has none."""
     missing = [f"{job.name} ({job.end})" for job in jobs if not job.done]
     lines = [f"Not done, and not in these results: {'; '.join(missing)}."] if missing else []
     return lines + [
@@ -101,7 +101,7 @@ def _missing(jobs: Sequence[Job]) -> list[str]:
     ]
 
 
-def _stages(run: RunDir, record: Record, jobs: Sequence[Job], rescores: bool) -> list[TimedStage]:
+def _stages(run: RunDir, record: Record, jobs: Sequence[Job]) -> list[TimedStage]:
     """Everything that the experiment does, finished or not."""
     config, trials = record.config, rate_jobs(record.config, run, record.trials)
     bases = {"evaluate base": base_run(config, run)} if jobs else {}
@@ -119,6 +119,6 @@ def _stages(run: RunDir, record: Record, jobs: Sequence[Job], rescores: bool) ->
         evaluation = EvaluateTrained(job.config, job.run).timed(f"{job.name}: evaluate")
         alone = config.evaluate.gpus_per_worker  # an arm is evaluated in one process
         stages.append(replace(evaluation, gpus=alone))
-        if rescores:
+        if job.rescores:
             stages.append(Score(*rescored(job.config, job.run)).timed(f"{job.name}: score again"))
     return stages

@@ -73,6 +73,23 @@ def test_an_invalid_evaluation_of_an_arm_is_a_fault(monkeypatch, prepared):
         ArmRunner(job, lambda kind, what: None).next_rung()
 
 
+def test_the_trained_model_scores_the_pairs_where_the_experiment_asks_for_it(monkeypatch, prepared):
+    config, run = prepared
+    monkeypatch.setattr(arms.Train, "complete", lambda stage: {})
+    monkeypatch.setattr(arms.EvaluateTrained, "complete", lambda stage: summarise([row(0, 0.0)]))
+    scored = []
+    monkeypatch.setattr(arms.Score, "complete", lambda stage: scored.append(stage.run.scores))
+    trained = EXPERIMENTS["displacement"].arms(config)[:1]
+    [plain], [job] = (jobs_of(config, run, trained, [0], rescores) for rescores in (False, True))
+    assert ArmRunner(plain, lambda kind, what: None).next_rung()
+    assert scored == plain.not_run() == []
+    assert job.not_run() == ["the scoring by the trained model"]
+    assert ArmRunner(job, lambda kind, what: None).next_rung()
+    assert scored == [job.run.root / "rescored"]
+    write_manifest(job.run.root / "rescored" / "manifest.json", {})
+    assert job.not_run() == []
+
+
 DIVERGED = Failure(End.FAILED, "FloatingPointError: not finite: pairs a, b", Cause.NOT_FINITE)
 
 
