@@ -29,13 +29,13 @@ from tests.support import ROOT
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
-def wait_until(true: Callable[[], Any], what: str, seconds: float = 600) -> Any:
-    """What `true` returns once it is true."""
+def wait_until(true: Callable[[], Any], what: str, seconds: float = 600, every: float = 0.2) -> Any:
+    """What `true` returns once it is true; it is asked `every` so many seconds."""
     end = time.monotonic() + seconds
     while not (found := true()):
         if time.monotonic() > end:
             raise TimeoutError(what)
-        time.sleep(0.2)
+        time.sleep(every)
     return found
 
 

@@ -30,7 +30,7 @@ from tests.support.s3_server import SECRET
 
 HARM = "plantedharmfultext"
 
-PAIRS, STEPS, ITEMS = 160, 24, 32
+PAIRS, STEPS, ITEMS = 160, 240, 32
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def config(tmp_path_factory, bucket):
         "sandbox",
         pairs,
         score={"workers": [1, 8], "shard_rows": 2, "tokens_per_batch": 64},
-        train={"workers": 2, "max_steps": STEPS, "save_steps": 4, "max_failures": 3},
+        train={"workers": 2, "max_steps": STEPS, "save_steps": 20, "max_failures": 3},
         evaluate={
             "judge": {"name": "sandbox"},
             "limit": ITEMS,
@@ -110,7 +110,7 @@ def finished(cluster, config):
             now = state(run_dir)
             return job.poll() is not None or (now and reached(now))
 
-        wait_until(seen, "progress", seconds=1800)
+        wait_until(seen, "progress", seconds=1800, every=1)  # its requests cost half a core otherwise
         assert job.poll() is None, job.stdout.read()
 
     first = cluster.add(cpus=2)

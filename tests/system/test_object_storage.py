@@ -76,7 +76,7 @@ def command(stage, config_file, *arguments):
 def kill_when(process, there):
     """kill -9 of the driver, and of the cluster with it, as soon as `there` is true."""
     while process.poll() is None and not there():
-        time.sleep(0.05)
+        time.sleep(0.3)  # the server of the bucket is a process of this machine
     assert process.poll() is None, process.communicate()
     kill_with_cluster(process)
 
