@@ -217,7 +217,9 @@ def pipe(folder):
 
 
 def unreadable_bytes(folder):
-    return ["data.path=/proc/self/mem"]  # a file of which no byte can be read
+    """A file of which no byte can be read."""
+    (folder / "rows.jsonl").symlink_to("/proc/self/mem")
+    return [f"data.path={folder}/rows.jsonl"]
 
 
 def too_few_of_a_group(folder):
@@ -241,7 +243,7 @@ OTHER_FAULTS = {
     ),
     "a folder without data": (folder_without_data, "as a data set of split train it cannot be loaded"),
     "a pipe": (pipe, "pipe.jsonl: is neither a file nor a folder"),
-    "no byte can be read": (unreadable_bytes, "data.path=/proc/self/mem: cannot be read"),
+    "no byte can be read": (unreadable_bytes, "rows.jsonl: cannot be read"),
     "too few of a group": (too_few_of_a_group, "data.sample.safe=9: "),
     "no group to sample by": (no_group_to_sample, "has no group"),
     "a path of nothing": (lambda folder: ["data.path=''"], "data.path: is empty"),
