@@ -31,6 +31,13 @@ def swallows():
     except KeyboardInterrupt:
         pass
 
+def another_thread_gets_it():
+    def gets_it():
+        time.sleep(1)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    threading.Thread(target=gets_it, daemon=True).start()
+
 def a_library_whose_threads_go_on():
     threading.Thread(target=time.sleep, args=[600]).start()
     waits()
@@ -59,6 +66,13 @@ def interrupt(work, signum, times=1):
     return process.returncode, err, time.monotonic() - begun
 
 
+def ended(work):
+    """(exit code, stderr) of a command that gets no signal from outside."""
+    command = [sys.executable, "-c", COMMAND.format(work=work)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return process.returncode, process.stderr
+
+
 @pytest.mark.parametrize(
     ("signum", "code", "line"),
     [
@@ -78,9 +92,21 @@ def interrupt(work, signum, times=1):
     ],
 )
 def test_a_signal_ends_a_command_in_one_line(work, signum, code, line, times):
-    ended = interrupt(work, signum, times)
-    assert ended[:2] == (code, line)
-    assert ended[2] < 10
+    *result, seconds = interrupt(work, signum, times)
+    assert result == [code, line]
+    assert seconds < 10
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "another_thread_gets_it(); waits()",  # so waits a call that began when the signal had just come
+        # As a call that runs no handlers.
+        "another_thread_gets_it(); signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); waits()",
+    ],
+)
+def test_a_signal_that_ends_no_call_of_the_main_thread_ends_the_command(work):
+    assert ended(work) == (143, "terminated: the same command resumes here\n")
 
 
 def test_a_lost_lease_ends_a_command_with_its_own_line():
@@ -91,14 +117,7 @@ def test_a_lost_lease_ends_a_command_with_its_own_line():
     LOST.set()
     _thread.interrupt_main()
     waits()"""
-    process = subprocess.run(
-        [sys.executable, "-c", COMMAND.format(work=work)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (process.returncode, process.stderr) == (2, "error: it is lost\n")
+    assert ended(work) == (2, "error: it is lost\n")
 
 
 def test_handlers_are_put_back(capsys):
