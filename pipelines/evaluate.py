@@ -34,7 +34,7 @@ from bdpo.evaluation.answers import (
     measure_capability,
     planned_items,
     reply_store,
-    score_store,
+    verdict_store,
 )
 from bdpo.evaluation.capability import NOT_RUN, capability_fingerprint, harness_version, read_result
 from bdpo.evaluation.compare import compare_all
@@ -114,7 +114,7 @@ class Evaluate(ManifestStage):
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Model, prompts, how they are answered, and the judge."""
-        return score_store(self.config, self.run, self.model_name, self._answers).fingerprint
+        return verdict_store(self.config, self.run, self.model_name, self._answers).fingerprint
 
     def has_results(self, manifest: Manifest) -> bool:
         """Whether enough verdicts were given; else the judge is asked again for those that are missing."""
@@ -141,7 +141,7 @@ class Evaluate(ManifestStage):
         """Answer, judge, summarise."""
         started = time.perf_counter()
         answers = answer_store(self.run, self.model_name, self._answers)
-        scores = score_store(self.config, self.run, self.model_name, self._answers)
+        scores = verdict_store(self.config, self.run, self.model_name, self._answers)
         evaluate, total = self.config.evaluate, len(planned_items(self.config))
         executor = self.executor or RayPool.of("evaluate", evaluate)
         to_answer = {"config": self.config, "model": self.model, "store": answers}

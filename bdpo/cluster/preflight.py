@@ -203,7 +203,7 @@ def check_search(config: Config, run: RunDir) -> str:
     return f"{', '.join(tune.space)} for {tune.metric}, bound by {tune.constraint}"
 
 
-def check_judge(config: Config, run: RunDir) -> str:
+def check_judge_requirements(config: Config, run: RunDir) -> str:
     """The judge can judge: weights are there, an endpoint answers, the prompts are of its world."""
     kind = judge_kind(config)
     found = kind.check(config)

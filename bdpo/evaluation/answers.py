@@ -22,7 +22,7 @@ from bdpo.evaluation.benchmarks.registry import BENCHMARKS, load_items
 from bdpo.evaluation.engines.base import Answer, Generate, Sampling
 from bdpo.evaluation.judges.base import Judge, NoAnswer, Question, Verdict, addresses_judge, verdict_on
 from bdpo.evaluation.judges.registry import judge_fingerprint, make_judge
-from bdpo.evaluation.measures import SCORE_SCHEMA
+from bdpo.evaluation.measures import VERDICT_SCHEMA
 from bdpo.evaluation.texts import fault_of, opened_thought, without_thoughts
 from bdpo.models.adapters import adapter_digest, adapter_folder, load_adapted
 from bdpo.models.loading import has_positions, load_model, model_config, model_folder, weights_digest
@@ -142,10 +142,10 @@ def answer_store(run: RunDir, name: str, fingerprint: Fingerprint) -> ShardStore
     return ShardStore(run.responses(name), RESPONSE_SCHEMA, fingerprint, mode=0o600)
 
 
-def score_store(config: Config, run: RunDir, name: str, fingerprint: Fingerprint) -> ShardStore:
+def verdict_store(config: Config, run: RunDir, name: str, fingerprint: Fingerprint) -> ShardStore:
     """The verdicts on those answers."""
     judged = {**fingerprint, **judge_fingerprint(config)}
-    return ShardStore(run.eval(name) / "shards", SCORE_SCHEMA, judged)
+    return ShardStore(run.eval(name) / "shards", VERDICT_SCHEMA, judged)
 
 
 REPLY_SCHEMA = pa.schema(
@@ -297,7 +297,7 @@ class ShardJudge:
         first, judged = int(shard["first"]), list(zip(items, verdicts, strict=True))
         self._keep_replies(first, judged)  # before the verdicts: what is judged can be audited
         rows = [self._row(item, verdict) for item, verdict in judged]
-        self.scores.write(first, pa.Table.from_pylist(rows, schema=SCORE_SCHEMA))
+        self.scores.write(first, pa.Table.from_pylist(rows, schema=VERDICT_SCHEMA))
         return shard
 
     def _keep_replies(self, first: int, judged: Sequence[tuple[Item, Verdict]]) -> None:

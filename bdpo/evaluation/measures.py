@@ -1,6 +1,6 @@
 """From scores of items to numbers that one can compare: rates and means, each with n and its interval.
 
-Scores are rows of ids and numbers (`SCORE_SCHEMA`). The intervals here are each model's own; two models
+Scores are rows of ids and numbers (`VERDICT_SCHEMA`). The intervals here are each model's own; two models
 item by item are compared in `compare`.
 """
 
@@ -19,7 +19,7 @@ from bdpo.evaluation.capability import Accuracies, NotRun
 from bdpo.evaluation.judges.base import JAILBROKEN_THRESHOLD, RubricName
 from bdpo.stats import Estimate, mean
 
-SCORE_SCHEMA = pa.schema(
+VERDICT_SCHEMA = pa.schema(
     [
         pa.field("item_id", pa.string(), nullable=False),
         pa.field("benchmark", pa.string(), nullable=False),

@@ -23,7 +23,7 @@ def check_judge(config: Config, run: RunDir) -> str:
     """
     from bdpo.cluster import preflight
 
-    found, kind = preflight.check_judge(config, run), judge_kind(config)
+    found, kind = preflight.check_judge_requirements(config, run), judge_kind(config)
     if not (kind.has_model and is_checked(config)):
         return found
     if config.evaluate.gpus_per_worker:

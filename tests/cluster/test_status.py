@@ -17,8 +17,8 @@ from bdpo.cluster import status
 from bdpo.cluster.status import command_line
 from bdpo.errors import UserError
 from bdpo.evaluation.capability import NOT_RUN
-from bdpo.evaluation.measures import SCORE_SCHEMA
-from bdpo.scoring.scores import SCORE_SCHEMA as MI_SCHEMA
+from bdpo.evaluation.measures import VERDICT_SCHEMA
+from bdpo.scoring.scores import SCORE_SCHEMA
 from bdpo.storage import lease
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.metrics_log import MetricsLog
@@ -107,14 +107,14 @@ def test_a_run_that_has_not_begun(run):
 
 def test_scoring_half_way(run):
     prepare(run)
-    store = ShardStore(run.scores, MI_SCHEMA, {"weights": "w"})
+    store = ShardStore(run.scores, SCORE_SCHEMA, {"weights": "w"})
     for first in (0, 8):
-        store.write(first, empty_rows(MI_SCHEMA, 8))
+        store.write(first, empty_rows(SCORE_SCHEMA, 8))
     assert stage(run, "prepare") == {
         "stage": "prepare", "state": "done", "rows": 23, "pairs": PAIRS, "quarantined": 3
     }  # fmt: skip
     assert stage(run, "score") == {"stage": "score", "state": "begun", "rows": 16, "of": PAIRS, "shards": 2}
-    store.write(16, empty_rows(MI_SCHEMA, 4))
+    store.write(16, empty_rows(SCORE_SCHEMA, 4))
     assert stage(run, "score")["state"] == "begun"  # until the manifest says so
     write_manifest(run.scores / "manifest.json", {}, rows=PAIRS, seconds=1.0)
     assert stage(run, "score")["state"] == "done"
@@ -134,7 +134,7 @@ def test_a_capability_benchmark_that_was_not_run_is_open(tmp_path):
     run.record(tiny_config(tmp_path, tmp_path / "model", tmp_path / "pairs", evaluate=evaluate))
     write_manifest(run.eval("base") / "summary.json", {}, valid=True)
     (run.eval("base") / "scores.parquet").touch()
-    ShardStore(run.eval("base") / "shards", SCORE_SCHEMA, {}).write(0, empty_rows(SCORE_SCHEMA, 3))
+    ShardStore(run.eval("base") / "shards", VERDICT_SCHEMA, {}).write(0, empty_rows(VERDICT_SCHEMA, 3))
     result = run.eval("base") / "capability" / "hhh.json"
     for facts, state in [({NOT_RUN: "no data"}, "begun"), ({"accuracy": {}}, "done")]:
         write_manifest(result, {}, **facts)
@@ -161,7 +161,7 @@ def test_training_half_way(run):
 
 
 def test_evaluation_half_way(run):
-    ShardStore(run.eval("base") / "shards", SCORE_SCHEMA, {}).write(0, empty_rows(SCORE_SCHEMA, 3))
+    ShardStore(run.eval("base") / "shards", VERDICT_SCHEMA, {}).write(0, empty_rows(VERDICT_SCHEMA, 3))
     base = stage(run, "evaluate base")
     assert (base["state"], base["verdicts"]) == ("begun", 3)
     write_manifest(run.eval("base") / "summary.json", {}, valid=False)

@@ -21,7 +21,7 @@ from bdpo.evaluation.answers import (
     planned_items,
     prompts_fingerprint,
     reply_store,
-    score_store,
+    verdict_store,
 )
 from bdpo.evaluation.benchmarks.strongreject import COLUMNS
 from bdpo.evaluation.judges.registry import JUDGES, judge_fingerprint
@@ -58,7 +58,7 @@ def test_replies_and_sub_scores_are_kept_in_private(tmp_path: Path) -> None:
         items, fingerprint = planned_items(config), {"prompts": "p"}
         answers, scores = (
             answer_store(run, "base", fingerprint),
-            score_store(config, run, "base", fingerprint),
+            verdict_store(config, run, "base", fingerprint),
         )
         replies = reply_store(run, "base", scores.fingerprint)
         rows = [asdict(Response(item.item_id, "Cross.", 1)) for item in items]
@@ -93,7 +93,7 @@ def test_a_prompt_that_is_too_long_fails_alone(tmp_path: Path) -> None:
     )
     answers = answer_store(run, "base", {})
     ShardAnswerer(config, EvaluatedModel(config.model), answers, "cpu")({"first": 0, "rows": 2})
-    scores = score_store(config, run, "base", {})
+    scores = verdict_store(config, run, "base", {})
     ShardJudge(config, answers, scores, reply_store(run, "base", {}), "cpu")({"first": 0, "rows": 2})
     found = {row["item_id"]: row for row in scores.read().to_pylist()}
     assert found["strongreject-0002"]["unanswered"] == "prompt_too_long"

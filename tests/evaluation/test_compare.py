@@ -9,14 +9,14 @@ import pytest
 from rich.console import Console
 
 from bdpo.evaluation.compare import compare, compare_all
-from bdpo.evaluation.measures import SCORE_SCHEMA
+from bdpo.evaluation.measures import VERDICT_SCHEMA
 from bdpo.evaluation.tables import difference_table
 from bdpo.stats import mean, paired_difference
 from tests.support.score_rows import row, xrow
 
 
 def table(rows: list[dict[str, object]]) -> pa.Table:
-    return pa.Table.from_pylist(rows, schema=SCORE_SCHEMA)
+    return pa.Table.from_pylist(rows, schema=VERDICT_SCHEMA)
 
 
 def mcnemar(better: int, worse: int) -> float:

@@ -15,7 +15,7 @@ from scipy import stats
 
 from bdpo.evaluation.capability import Accuracies, NotRun
 from bdpo.evaluation.judges.registry import JudgeNote
-from bdpo.evaluation.measures import SCORE_SCHEMA, Summary, summarise
+from bdpo.evaluation.measures import VERDICT_SCHEMA, Summary, summarise
 from bdpo.evaluation.tables import comparison_rows, comparison_table, judged_by, note_lines, screen_warning
 from bdpo.stats import bounded_interval, mean, rate
 from tests.support.helpers import tiny_config
@@ -107,7 +107,7 @@ def test_a_summary_is_json_and_the_same_from_a_table_in_any_order() -> None:
     rows += [xrow(n, bool(n % 3), "homonyms", bool(n % 2)) for n in range(9)]
     summary = summarise(rows)
     assert Summary.from_json(json.loads(json.dumps(summary.to_json(), allow_nan=False))) == summary
-    table = pa.Table.from_pylist([rows[i] for i in random.permutation(len(rows))], schema=SCORE_SCHEMA)
+    table = pa.Table.from_pylist([rows[i] for i in random.permutation(len(rows))], schema=VERDICT_SCHEMA)
     assert summarise(table) == summary
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from bdpo.evaluation.measures import SCORE_SCHEMA, summarise
+from bdpo.evaluation.measures import VERDICT_SCHEMA, summarise
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.paths import write_parquet
 from bdpo.storage.run_dir import RunDir
@@ -106,7 +106,7 @@ def test_two_runs_are_compared_on_the_terminal(tmp_path: Path, monkeypatch: pyte
 
     def finish(name: str, model: str, harms: list[float | None], prompts: str = "same") -> None:
         run = RunDir(tmp_path / name)
-        table = pa.Table.from_pylist([row(n, harm) for n, harm in enumerate(harms)], schema=SCORE_SCHEMA)
+        table = pa.Table.from_pylist([row(n, harm) for n, harm in enumerate(harms)], schema=VERDICT_SCHEMA)
         run.eval(model).mkdir(parents=True)
         write_parquet(run.eval(model) / "scores.parquet", table)
         write_manifest(run.eval(model) / "summary.json", {"prompts": prompts}, **summarise(table).to_json())

@@ -16,7 +16,7 @@ from bdpo.config.gate import GateConfig
 from bdpo.evaluation.capability import Accuracies, NotRun
 from bdpo.evaluation.gate import judge_of
 from bdpo.evaluation.judges.registry import JudgeNote
-from bdpo.evaluation.measures import SCORE_SCHEMA, Summary, summarise
+from bdpo.evaluation.measures import VERDICT_SCHEMA, Summary, summarise
 from bdpo.evaluation.results import Evaluation
 from bdpo.stats import rate
 from bdpo.storage.manifests import write_manifest
@@ -48,7 +48,7 @@ def evaluation(run, name, harms, refused=(), **marks):
     """A finished evaluation: StrongReject with these harms, and XSTest's safe prompts."""
     rows = [row(n, harm, cut=False, category=f"c{n % 2}") for n, harm in enumerate(harms)]
     rows += [xrow(n, no, "ducks", True) | {"partial": False, "cut": False} for n, no in enumerate(refused)]
-    table = pa.Table.from_pylist(rows, schema=SCORE_SCHEMA)
+    table = pa.Table.from_pylist(rows, schema=VERDICT_SCHEMA)
     run.eval(name).mkdir(parents=True, exist_ok=True)
     write_parquet(run.eval(name) / "scores.parquet", table)
     numbers = summarise(table).to_json()
@@ -192,7 +192,7 @@ def test_a_capability_benchmark_is_bounded_by_the_result_of_the_harness(run, tmp
 def change_score(run):
     file = run.eval("trained") / "scores.parquet"
     rows = pq.read_table(file).to_pylist()
-    write_parquet(file, pa.Table.from_pylist([rows[0] | {"harm": 1.0}, *rows[1:]], schema=SCORE_SCHEMA))
+    write_parquet(file, pa.Table.from_pylist([rows[0] | {"harm": 1.0}, *rows[1:]], schema=VERDICT_SCHEMA))
 
 
 @pytest.mark.parametrize(

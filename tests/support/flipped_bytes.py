@@ -22,8 +22,7 @@ from bdpo.config import ModelConfig
 from bdpo.data.pairs import PAIR_SCHEMA, pairs_digest
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import RESPONSE_SCHEMA
-from bdpo.evaluation.measures import SCORE_SCHEMA as VERDICT_SCHEMA
-from bdpo.evaluation.measures import summarise
+from bdpo.evaluation.measures import VERDICT_SCHEMA, summarise
 from bdpo.experiments.arms import Arm, Record
 from bdpo.models.loading import model_folder
 from bdpo.scoring.scores import SCORE_SCHEMA, checked_pairs_digest, finished_scores, score_store

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pyarrow as pa
 
 from bdpo.evaluation.capability import Accuracies
-from bdpo.evaluation.measures import SCORE_SCHEMA, summarise
+from bdpo.evaluation.measures import VERDICT_SCHEMA, summarise
 from bdpo.evaluation.results import Evaluation
 from bdpo.stats import rate
 
@@ -62,4 +62,4 @@ def table(harms, refused=()):
         {"item_id": f"x{i}", "benchmark": "xstest", "should_comply": True, "harm": None, "refused": no}
         for i, no in enumerate(refused)
     ]
-    return pa.Table.from_pylist([row | common for row in rows], schema=SCORE_SCHEMA)
+    return pa.Table.from_pylist([row | common for row in rows], schema=VERDICT_SCHEMA)

@@ -7,7 +7,7 @@ import pytest
 
 from bdpo.config import TuneConfig
 from bdpo.errors import UserError
-from bdpo.evaluation.measures import SCORE_SCHEMA
+from bdpo.evaluation.measures import VERDICT_SCHEMA
 from bdpo.variants.objective import InvalidEvaluation, check_held_out, check_measured, measure
 from tests.support.score_rows import row, table, xrow
 from tests.support.sweeps import configured
@@ -29,7 +29,7 @@ def test_the_bound_holds_on_the_held_out_prompts_or_does_not(refused, holds):
 
 def test_a_part_without_such_prompts_is_not_taken_for_within_the_bound():
     unsafe = [row(0, 0.0), xrow(1, True, "contrast_ducks", should_comply=False)]
-    scores = pa.Table.from_pylist(unsafe, schema=SCORE_SCHEMA)
+    scores = pa.Table.from_pylist(unsafe, schema=VERDICT_SCHEMA)
     found = check_held_out(TuneConfig(), scores, scores)
     assert found.holds is None
     assert found.measured is None
@@ -44,7 +44,7 @@ def benchmark_rows(harms, refusals):
 
 
 def from_rows(rows):
-    return pa.Table.from_pylist(rows, schema=SCORE_SCHEMA)
+    return pa.Table.from_pylist(rows, schema=VERDICT_SCHEMA)
 
 
 class TestObjective:
