@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bdpo
+from bdpo.method.functional import BdpoSettings
+from bdpo.method.losses import METHODS
 from tests.support import ROOT
 
 LOGP = st.floats(-50, 0, width=32)
@@ -85,3 +88,10 @@ def test_the_example_of_the_page_gives_the_numbers_in_its_comments():
     made = [*names["mi_chosen"].tolist(), *names["mi_rejected"].tolist()]
     assert [round(value, 2) for value in made] == numbers
     assert names["policy_chosen"].grad.abs().min() > 0
+
+
+def test_the_settings_are_the_keys_of_the_method():
+    """All but those that a loss of four log-probs has no use for."""
+    keys = {name: field.annotation for name, field in METHODS["bdpo"].model_fields.items()}
+    assert keys.keys() - {"name", "nll_weight"} == get_type_hints(BdpoSettings).keys()
+    assert get_type_hints(BdpoSettings).items() <= keys.items()
