@@ -72,7 +72,7 @@ def test_actors_that_die_at_birth_end_the_run(sent_by_value, prepared, monkeypat
     config, run = prepared
     monkeypatch.setattr(shard_scorer, "ShardScorer", StillbornScorer)
     monkeypatch.setattr(pool, "RESTARTS", 1)
-    monkeypatch.setattr(pool, "STILLBORN", 1)
+    monkeypatch.setattr(pool, "MAX_INIT_DEATHS", 1)
     with pytest.raises(RayError):
         run_score(config, run)
     assert (run.root / "births").read_text() == "xx" * 2
