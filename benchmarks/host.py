@@ -81,7 +81,7 @@ def work_a_token(config: Config, scores: pa.Table, scored: int) -> list[str]:
     dealt: list[list[int]] = []
     for step in range(STEPS):
         pairs = plan.global_batch(step)
-        lengths = [plan.lengths[i] for i in pairs]
+        lengths = [int(plan.lengths[i]) for i in pairs]
         for worker in deal_micro_batches(pairs, lengths, BUDGET, WORKERS, model.layout):
             dealt += worker
     trained = [index for batch in dealt for index in batch]

@@ -52,7 +52,7 @@ class PrefixGroups:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, indices: Sequence[int]) -> PrefixGroups:
+    def __getitem__(self, indices: Sequence[int] | np.ndarray) -> PrefixGroups:
         """Some of the groups; their tokens stay where they are."""
         return PrefixGroups(self.tokens, self.starts[indices], self.lengths[indices])
 

@@ -36,23 +36,34 @@ def draw_held_out(pair_ids: Sequence[str], fraction: float, seed: int) -> list[i
     Raises:
         UserError: no pair would be left to train on.
     """
-    if not fraction:
-        return []
-    count = math.ceil(fraction * len(pair_ids))
-    if count >= len(pair_ids):
-        raise UserError(f"train.eval_fraction={fraction:g}: holds out all {len(pair_ids)} pairs")
-    drawn = sorted(range(len(pair_ids)), key=lambda row: sha256(f"{seed}/{pair_ids[row]}".encode()).digest())
-    return sorted(drawn[:count])
+    count = count_held_out(len(pair_ids), fraction)
+    rows = range(len(pair_ids)) if count else ()
+    # Not sorted: of millions of pairs the digests alone would take gigabytes.
+    return sorted(
+        heapq.nsmallest(count, rows, key=lambda row: sha256(f"{seed}/{pair_ids[row]}".encode()).digest())
+    )
+
+
+def count_held_out(pairs: int, fraction: float) -> int:
+    """How many pairs are held out: `fraction` of all, rounded up.
+
+    Raises:
+        UserError: no pair would be left to train on.
+    """
+    count = math.ceil(fraction * pairs)
+    if fraction and count >= pairs:
+        raise UserError(f"train.eval_fraction={fraction:g}: holds out all {pairs} pairs")
+    return count
 
 
 def plan_without_lengths(pairs: int, train: TrainConfig, seed: int) -> TrainingPlan:
     """The plan of a training on this number of pairs, held-out ones included: its steps, not its batches.
 
     Raises:
-        UserError: see `draw_held_out` and `TrainingPlan`.
+        UserError: see `count_held_out` and `TrainingPlan`.
     """
-    out = draw_held_out([str(pair) for pair in range(pairs)], train.eval_fraction, seed)
-    return TrainingPlan([0] * (pairs - len(out)), train, seed)
+    # Only the number of lengths counts, and a range of any number takes no memory.
+    return TrainingPlan(range(pairs - count_held_out(pairs, train.eval_fraction)), train, seed)
 
 
 def deal_micro_batches(
@@ -114,27 +125,47 @@ def _exchange(parts: list[list[int]], costs: Sequence[int]) -> list[list[int]]:
     Graham's rule alone leaves some 6 % with four indices a part, exchanges 1 %. Each makes the greater one
     of two costs smaller, so they end.
     """
-    loads = [sum(costs[i] for i in part) for part in parts]
-    while max(loads) > CLOSE_TO_MEAN * sum(loads) / len(loads):
-        full = loads.index(max(loads))
-        exchanges = [
-            (max(loads[full] - moved, loads[other] + moved), other, given, taken, moved)
-            for other in range(len(parts))
-            for given in parts[full]
-            for taken in [*parts[other], -1]
-            if 0 < (moved := costs[given] - (costs[taken] if taken >= 0 else 0)) < loads[full] - loads[other]
-        ]
-        if not exchanges:
+    loads = np.array([sum(costs[i] for i in part) for part in parts])
+    while loads.max() > CLOSE_TO_MEAN * loads.sum() / len(loads):
+        full = int(loads.argmax())
+        found = _best_exchange(parts, loads, full, costs)
+        if found is None:
             break
-        _, other, given, taken, moved = min(exchanges)
+        other, given, taken = found
         parts[full].remove(given)
         parts[other].append(given)
         if taken >= 0:
             parts[other].remove(taken)
             parts[full].append(taken)
+        moved = costs[given] - (costs[taken] if taken >= 0 else 0)
         loads[full] -= moved
         loads[other] += moved
     return parts
+
+
+def _best_exchange(
+    parts: list[list[int]], loads: np.ndarray, full: int, costs: Sequence[int]
+) -> tuple[int, int, int] | None:
+    """(other part, given, taken) after which the greater cost of the two parts is least; None if none helps.
+
+    `taken` is -1 where nothing is taken. Of equal exchanges the first in this order. All are compared at
+    once: hundreds of workers and thousands of pairs have a million exchanges.
+    """
+    # Every index of every part, and for each part one more that stands for nothing.
+    others = np.repeat(np.arange(len(parts)), [len(part) + 1 for part in parts])
+    taken = np.array([index for part in parts for index in (*part, -1)])
+    given = np.array(parts[full])
+    cost = np.array([*costs, 0])  # the last one for -1
+    moved = cost[given][:, None] - cost[taken]
+    room = loads[full] - loads[others]
+    greater = np.where(
+        (moved > 0) & (moved < room), loads[full] - np.minimum(moved, room - moved), loads[full]
+    )
+    least = greater.min()
+    if least == loads[full]:
+        return None
+    rows, columns = np.nonzero(greater == least)
+    return min((int(others[c]), int(given[r]), int(taken[c])) for r, c in zip(rows, columns, strict=True))
 
 
 def _contiguous_parts(
@@ -168,7 +199,7 @@ class TrainingPlan:
         UserError: the warmup takes all steps, so that the full learning rate is never reached.
     """
 
-    lengths: Sequence[int]
+    lengths: Sequence[int] | np.ndarray
     train: TrainConfig
     seed: int
 
@@ -198,16 +229,17 @@ class TrainingPlan:
         """Indices of the pairs of a step: a slice of the epoch's permutation."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.train.global_batch_size
-        return _permutation(len(self.lengths), self.seed, epoch)[start : start + self.train.global_batch_size]
+        order = _permutation(len(self.lengths), self.seed, epoch)
+        drawn: list[int] = order[start : start + self.train.global_batch_size].tolist()
+        return drawn
 
     def micro_batches(self, step: int, workers: int, layout: RowLayout) -> list[list[list[int]]]:
         """[worker][micro-step] -> indices of the pairs of a step, see `deal_micro_batches`."""
         pairs = self.global_batch(step)
-        lengths = [self.lengths[i] for i in pairs]
+        lengths = [int(self.lengths[i]) for i in pairs]
         return deal_micro_batches(pairs, lengths, self.train.tokens_per_micro_batch, workers, layout)
 
 
 @lru_cache(maxsize=2)
-def _permutation(pairs: int, seed: int, epoch: int) -> list[int]:
-    order: list[int] = np.random.default_rng([seed, epoch]).permutation(pairs).tolist()
-    return order
+def _permutation(pairs: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(pairs)

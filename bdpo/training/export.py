@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -55,8 +56,8 @@ def export_model(engine: Any, data: TrainingPairs, run: RunDir, probe: bool = Tr
 
 
 def _shortest(data: TrainingPairs) -> list[int]:
-    lengths = data.lengths
-    return sorted(range(len(lengths)), key=lambda index: lengths[index])[:PROBES]
+    shortest: list[int] = np.argsort(data.lengths, kind="stable")[:PROBES].tolist()
+    return shortest
 
 
 def _probe(model: Any, data: TrainingPairs, indices: list[int]) -> torch.Tensor:

@@ -157,7 +157,7 @@ def evaluate(engine: Any, data: TrainingPairs) -> Metrics:
     sums: dict[str, torch.Tensor] = {}
     engine.eval()
     budget = data.config.train.tokens_per_micro_batch
-    dealt = deal_micro_batches(rows, data.lengths, budget, workers, data.layout)[rank]
+    dealt = deal_micro_batches(rows, data.lengths.tolist(), budget, workers, data.layout)[rank]
     for packed in data.packed_ahead(dealt, instead=rows[:1]):
         _, output = _loss(engine, data, packed)
         _accumulate(sums, output, packed.counts)

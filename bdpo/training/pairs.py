@@ -101,10 +101,9 @@ class TrainingPairs:
         return len(self.ids)
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of each pair with padding, in the layout of rows that the model takes."""
-        lengths: list[int] = self.layout.tokens(self.groups.lengths).tolist()
-        return lengths
+    def lengths(self) -> np.ndarray:
+        """Tokens of each pair with padding, int64, (pairs,), in the layout of rows that the model takes."""
+        return self.layout.tokens(self.groups.lengths)
 
     def tokens(self, indices: Sequence[int]) -> int:
         """Real tokens that are forwarded of some pairs, the prompt counted once."""
@@ -116,12 +115,14 @@ class TrainingPairs:
 
     def split(self) -> tuple[TrainingPairs, TrainingPairs | None]:
         """(pairs to train on, held-out pairs or None)."""
-        ids: list[str] = self.ids.to_pylist()
-        out = draw_held_out(ids, self.config.train.eval_fraction, self.config.seed)
-        return (self._take(sorted(set(range(len(ids))) - set(out))), self._take(out)) if out else (self, None)
+        if not self.config.train.eval_fraction:
+            return self, None
+        out = draw_held_out(self.ids.to_pylist(), self.config.train.eval_fraction, self.config.seed)
+        return self._take(np.delete(np.arange(len(self)), out)), self._take(np.array(out))
 
-    def _take(self, rows: list[int]) -> TrainingPairs:
-        return replace(self, ids=self.ids.take(rows), groups=self.groups[rows], known=self.known[rows])
+    def _take(self, rows: np.ndarray) -> TrainingPairs:
+        known = self.known[torch.from_numpy(rows)]
+        return replace(self, ids=self.ids.take(rows), groups=self.groups[rows], known=known)
 
     def packed(self, indices: list[int], counts: bool = True) -> PackedPairs:
         """Some pairs as a micro-batch, in pinned memory where there is a GPU."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,15 @@ from hypothesis import strategies as st
 from bdpo.config import TrainConfig
 from bdpo.errors import UserError
 from bdpo.models.packing import PrefixGroups, RowLayout
-from bdpo.training.batches import CLOSE_TO_MEAN, TrainingPlan, deal_micro_batches, draw_held_out
+from bdpo.training.batches import (
+    CLOSE_TO_MEAN,
+    TrainingPlan,
+    _costliest_to_the_emptiest,
+    _exchange,
+    deal_micro_batches,
+    draw_held_out,
+    plan_without_lengths,
+)
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=50)
 
@@ -68,6 +77,39 @@ def test_no_exchange_would_make_the_costliest_worker_cheaper(lengths, workers):
         for other in others:
             gains = [costs[given] - taken for given in full for taken in [0, *(costs[i] for i in other)]]
             assert not [gain for gain in gains if 0 < gain < load - sum(costs[i] for i in other)]
+
+
+def one_exchange_after_another(parts, costs):
+    """`_exchange` as a double loop over all exchanges, in whole numbers."""
+    loads = [sum(costs[i] for i in part) for part in parts]
+    while max(loads) > CLOSE_TO_MEAN * sum(loads) / len(loads):
+        full = loads.index(max(loads))
+        found = [
+            (max(loads[full] - moved, loads[other] + moved), other, given, taken, moved)
+            for other in range(len(parts))
+            for given in parts[full]
+            for taken in [*parts[other], -1]
+            if 0 < (moved := costs[given] - (costs[taken] if taken >= 0 else 0)) < loads[full] - loads[other]
+        ]
+        if not found:
+            break
+        _, other, given, taken, moved = min(found)
+        parts[full].remove(given)
+        parts[other].append(given)
+        if taken >= 0:
+            parts[other].remove(taken)
+            parts[full].append(taken)
+        loads[full] -= moved
+        loads[other] += moved
+    return parts
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 6))
+@settings(deadline=None)
+def test_each_exchange_is_the_best_one_and_of_equal_ones_the_first(costs, count):
+    dealt = _costliest_to_the_emptiest(costs, count)
+    expected = one_exchange_after_another([list(part) for part in dealt], costs)
+    assert _exchange(dealt, costs) == expected
 
 
 def fewest(costs, lengths, parts, budget):
@@ -129,6 +171,30 @@ def test_held_out_pairs_depend_on_the_seed_and_leave_some_to_train_on():
     assert draw_held_out(ids, 0.1, 0) != draw_held_out(ids, 0.1, 1)
     with pytest.raises(UserError, match=r"train.eval_fraction=0.9: holds out all 3 pairs"):
         draw_held_out(ids[:3], 0.9, 0)
+
+
+def test_the_plan_without_lengths_has_the_steps_of_the_plan_with_them():
+    train = TrainConfig(global_batch_size=8, eval_fraction=0.15)
+    ids = [str(i) for i in range(90)]
+    kept = len(ids) - len(draw_held_out(ids, train.eval_fraction, 3))
+    found = plan_without_lengths(len(ids), train, 3)
+    assert len(found.lengths) == kept
+    assert found.total_steps == TrainingPlan([1] * kept, train, 3).total_steps
+    with pytest.raises(UserError, match=r"train.eval_fraction=0.9: holds out all 3 pairs"):
+        plan_without_lengths(3, TrainConfig(eval_fraction=0.9), 0)
+
+
+def test_a_plan_of_millions_of_pairs_takes_no_object_a_pair():
+    """As Python objects the lengths and the order of 30 M pairs were 3 GB on every worker."""
+    count, train = 300_000, TrainConfig(global_batch_size=64)
+    lengths = np.full(count, 300)
+    tracemalloc.start()
+    plan = TrainingPlan(lengths, train, 0)
+    plan.micro_batches(0, 8, RowLayout(64, shared=True))
+    plan_without_lengths(count, train, 0)
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken < 12 * count
 
 
 def test_a_warmup_that_takes_all_steps_is_refused():
