@@ -23,7 +23,7 @@ from bdpo.scoring.selection import training_rows
 from bdpo.search.sweep import Sweep
 from bdpo.search.trials import end_of, is_promoted, rung_steps, winner
 from bdpo.storage.cache import drop_local_copy
-from bdpo.storage.paths import read_bytes, read_parquet
+from bdpo.storage.paths import StoragePath, at_once, read_bytes, read_parquet
 from bdpo.training.batches import plan_without_lengths
 from bdpo.training.rungs import Rungs
 from bdpo.variants.ends import End, Failure
@@ -78,7 +78,8 @@ class Trials:
         shown = path_label(tune.metric), path_label(tune.constraint), "least allowed"
         for column in ("trial", *keys, "status", "step", *shown):
             table.add_column(column, justify="left" if column in ("trial", "status") else "right")
-        for trial in trials:
+        logs = [self.sweep.folder(trial.name).metrics for trial in trials]
+        for trial, steps in zip(trials, at_once(_lines, logs), strict=True):
             numbers = [""] * 3
             if trial.rungs:
                 last = trial.rungs[-1].measured
@@ -87,12 +88,18 @@ class Trials:
                 numbers = [f"{100 * value:.1f}" for value in values]
             params = [trial.params[key] for key in tune.space]
             chosen = [f"{v:g}" if isinstance(v, float) else str(v) for v in params]
-            log = self.sweep.folder(trial.name).metrics
-            steps = read_bytes(log).count(b"\n") if log.exists() else 0  # one line a step
             end = end_of(trial, trials, tune)
             style = "bold green" if best and trial.name == best.name else None
             table.add_row(trial.name, *chosen, end, str(steps), *numbers, style=style)
         return table
+
+
+def _lines(log: StoragePath) -> int:
+    """Lines of a log, one a step; none before it is begun."""
+    try:
+        return read_bytes(log).count(b"\n")
+    except FileNotFoundError:
+        return 0
 
 
 class TrialRunner:

@@ -6,13 +6,16 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
 from typing import Literal
 
 import pyarrow.parquet as pq
 
 from bdpo.config import Config
 from bdpo.storage.lease import LEASE_SECONDS, RENEWAL_SECONDS, read_holder, shows_life
-from bdpo.storage.paths import StoragePath, open_parquet, sorted_glob
+from bdpo.storage.limits import AT_ONCE
+from bdpo.storage.paths import StoragePath, read_bytes, sorted_glob
 from bdpo.storage.records import prepared_pairs
 from bdpo.storage.run_dir import RunDir
 
@@ -43,13 +46,15 @@ class StageStatus:
 def count_shards(folder: StoragePath) -> tuple[int, int]:
     """Number of shards in a folder, and of rows in them; a bucket answers many requests at a time."""
     shards = sorted_glob(folder, "part-*.parquet")
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         return len(shards), sum(pool.map(_rows, shards))
 
 
 def _rows(shard: StoragePath) -> int:
     try:
-        return int(pq.read_metadata(open_parquet(shard)).num_rows)
+        # Of an object all of it, in one request: its size and two ranges of it would be three in a row.
+        content = shard if isinstance(shard, Path) else BytesIO(read_bytes(shard))
+        return int(pq.read_metadata(content).num_rows)
     except FileNotFoundError:  # another command is at work in the folder: it removed the shard meanwhile
         return 0
 

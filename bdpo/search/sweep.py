@@ -26,8 +26,8 @@ from bdpo.config.derive import Params, trial_config
 from bdpo.search.space import number_of_trials
 from bdpo.search.suggest import suggest
 from bdpo.search.trials import Rung, Trial, end_of
-from bdpo.storage.manifests import Fingerprint, finished, read_facts, write_manifest
-from bdpo.storage.paths import discard, sorted_glob
+from bdpo.storage.manifests import Fingerprint, finished, read_facts, read_manifest, write_manifest
+from bdpo.storage.paths import StoragePath, at_once, discard, sorted_glob
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.ends import End, Failure, forget_failure, read_failure, write_failure
 from bdpo.variants.objective import Measured
@@ -67,16 +67,23 @@ class Sweep:
         return trial_config(self.config, trial.params, str(self.folder(trial.name).root))
 
     def trials(self) -> list[Trial]:
-        """Every trial that was suggested, in the order of suggestion."""
-        found = sorted_glob(self.run.tune / "trials", "*/trial.json")
-        return [self.trial(file.parent.name) for file in found]
+        """Every trial that was suggested, in the order of suggestion.
+
+        A search asks for them before each decision, so on object storage they are read many at a time.
+        """
+        found = at_once(_read_trial, sorted_glob(self.run.tune / "trials", "*"))
+        return [trial for trial in found if trial is not None]
 
     def trial(self, name: str) -> Trial:
-        """A trial, read from its files."""
-        root = self.folder(name).root
-        rungs = [_rung(read_facts(file)) for file in sorted_glob(root / "rungs", "*.json")]
-        begun = read_facts(root / "trial.json")
-        return Trial(name, begun["params"], rungs, read_failure(root))
+        """A trial, read from its files.
+
+        Raises:
+            FileNotFoundError: there is no trial of this name.
+        """
+        trial = _read_trial(self.folder(name).root)
+        if trial is None:
+            raise FileNotFoundError(f"{self.folder(name).root}: no trial")
+        return trial
 
     def end_of(self, trial: Trial) -> End:
         """See `bdpo.search.trials.end_of`."""
@@ -149,6 +156,15 @@ class Sweep:
         run, retried = self.folder(trial.name), trial.failure is not None and trial.failure.retried
         if end != End.OPEN and (end == End.COMPLETED or not retried):
             discard(run.train, *([run.model, run.adapter] if model else []))
+
+
+def _read_trial(folder: StoragePath) -> Trial | None:
+    """The trial in a folder; None if the process that made the folder was killed before it was suggested."""
+    begun = read_manifest(folder / "trial.json")
+    if begun is None:
+        return None
+    rungs = [_rung(read_facts(file)) for file in sorted_glob(folder / "rungs", "*.json")]
+    return Trial(folder.name, begun["params"], rungs, read_failure(folder))
 
 
 def _rung(recorded: Mapping[str, Any]) -> Rung:

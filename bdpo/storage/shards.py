@@ -116,10 +116,11 @@ class ShardStore:
 
     def _tidied(self) -> dict[int, int]:
         """The result of `finished`, after damaged and repeated shards and temporary files are removed."""
-        temporary = [file for file in sorted_glob(self.folder, ".part-*") if _NAME.fullmatch(file.stem[1:])]
-        leftover = {*sorted_glob(self.folder, "part-*"), *temporary}
+        files = sorted_glob(self.folder, "*")  # once: a bucket lists a thousand objects a request
+        temporary = [file for file in files if _NAME.fullmatch(file.stem.removeprefix("."))]
+        leftover = {*temporary, *(file for file in files if file.name.startswith("part-"))}
         found = {}
-        for first, shard, content in self._shards():
+        for first, shard, content in self._valid(files):
             found[first] = _rows(content)
             leftover.discard(shard)
         for file in leftover:
@@ -127,12 +128,16 @@ class ShardStore:
         return found
 
     def _shards(self, pattern: str = "*") -> Iterator[tuple[int, StoragePath, bytes]]:
-        """(first row, file, content) of valid shards whose names match `pattern`, by first row.
+        """See `_valid`; of the shards whose names match `pattern`."""
+        return self._valid(sorted_glob(self.folder, pattern))
+
+    def _valid(self, listed: Iterable[StoragePath]) -> Iterator[tuple[int, StoragePath, bytes]]:
+        """(first row, file, content) of the valid shards among the files of the folder, by first row.
 
         A retried task may have written its rows twice, with another content: the first by name counts.
         """
         seen = -1
-        files = _named(sorted_glob(self.folder, pattern))
+        files = _named(listed)
         contents = at_once(_content, [shard for shard, _ in files])
         for (shard, match), content in zip(files, contents, strict=True):
             first = int(match[1])

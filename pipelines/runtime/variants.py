@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.live import Live
 
 from bdpo.cluster.placement import max_concurrent
+from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import StoragePath, arrow_filesystem, discard
 from bdpo.variants.ends import Failure
 from pipelines.runtime.cluster import cluster_nodes, connect
@@ -69,8 +71,10 @@ def run_variants(variants: Variants, folder: StoragePath, todo: int, limits: Lim
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     discard(folder / "ray")
     console.print(f"[bold]{variants.title:<9}[/] {todo} to do, {limits.concurrent} at the same time")
+    # The table is made of the files of all variants: on object storage each of them is a request.
+    looks = 1 if isinstance(folder, Path) else 1 / MetricsLog.WRITE_SECONDS
     with (
-        Live(get_renderable=variants.table, console=console, refresh_per_second=1, transient=True),
+        Live(get_renderable=variants.table, console=console, refresh_per_second=looks, transient=True),
         watching(variants.title, limits.stall_seconds) as watched,
     ):
         tuner = tuner_of(variants, arrow_filesystem(folder), todo, limits, watched.watch)

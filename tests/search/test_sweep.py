@@ -10,8 +10,10 @@ from bdpo.config import parse_config
 from bdpo.errors import UserError
 from bdpo.search.space import check_space
 from bdpo.search.sweep import Sweep
+from bdpo.storage.paths import storage_path
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.ends import End, Failure
+from benchmarks.storage import counted_requests
 from tests.support.sweeps import ALPHA, NAN, NO_MEMORY, configured, measured
 
 
@@ -20,7 +22,7 @@ class TestSweepFolder:
 
     @staticmethod
     def sweep(folder, **tune):
-        config = configured(num_samples=6, rungs=[0.5, 1.0], **tune)
+        config = configured(**{"num_samples": 6, "rungs": [0.5, 1.0]} | tune)
         return Sweep(config, RunDir(folder), {"seed": config.seed, "tune.space": str(config.tune.space)})
 
     @staticmethod
@@ -54,6 +56,27 @@ class TestSweepFolder:
         ]
         assert ends[0] == ends[1]
         assert len(ends[0]) == 6
+
+    def test_on_object_storage_trials_are_read_many_at_a_time(self, bucket):
+        """One after the other a decision of a sweep of 200 trials would wait for a thousand answers."""
+        sweep = self.sweep(storage_path(f"{bucket}/run", "run_dir"), num_samples=12)
+        for number in range(12):
+            sweep.record_rung(sweep.suggest(), 8, measured(number / 12))
+        with counted_requests() as requests:
+            found = sweep.trials()
+        assert [(trial.name, len(trial.rungs)) for trial in found] == [(f"{n:04d}", 1) for n in range(12)]
+        # A list of the trials, then of each its parameters, its failure, a list of its rungs and the rung.
+        assert len(requests.spans) == 1 + 12 * 4
+        assert requests.in_a_row() < 24
+
+    def test_a_folder_whose_process_was_killed_before_its_parameters_were_written_is_no_trial(self, tmp_path):
+        sweep = self.sweep(tmp_path)
+        first = sweep.suggest()
+        (sweep.run.tune / "trials" / "0001").mkdir()
+        assert [trial.name for trial in sweep.trials()] == [first.name]
+        assert sweep.suggest().name == "0001"
+        with pytest.raises(FileNotFoundError, match=r"0007: no trial"):
+            sweep.trial("0007")
 
     def test_another_space_is_refused_by_name(self, tmp_path):
         self.sweep(tmp_path).begin()

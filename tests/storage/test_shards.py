@@ -183,4 +183,6 @@ def test_on_object_storage_shards_are_read_many_at_a_time(bucket):
         assert store.read()["row"].to_pylist() == list(range(80))
     assert (requests.of("get_object"), requests.of("list_objects_v2"), len(requests.spans)) == (40, 1, 41)
     assert requests.in_a_row() < 20
-    assert store.missing(82, 2) == [(80, 2)]
+    with counted_requests() as requests:
+        assert store.missing(82, 2) == [(80, 2)]
+    assert (requests.of("get_object"), requests.of("list_objects_v2"), len(requests.spans)) == (40, 1, 41)
