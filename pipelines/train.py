@@ -20,7 +20,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bdpo.cluster.nodes import versions
 from bdpo.cluster.status import StageStatus
 from bdpo.config import Config
 from bdpo.data.pairs import count_pairs
@@ -30,7 +29,7 @@ from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint, Manifest, read_facts, write_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import StoragePath, sorted_glob
-from bdpo.storage.records import TrainingRecord, prepared_pairs
+from bdpo.storage.records import TrainingRecord, prepared_pairs, versions
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import plan_without_lengths
 from pipelines.prepare import Prepare

@@ -20,7 +20,6 @@ import pyarrow as pa
 from bdpo.cluster.status import StageStatus
 from bdpo.config import Config, TuneConfig
 from bdpo.config.derive import part_of, trial_config
-from bdpo.data.pairs import count_pairs
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import items_digest, planned_items
 from bdpo.evaluation.judges.registry import judge_fingerprint
@@ -41,6 +40,7 @@ from bdpo.storage.paths import (
     write_parquet,
     write_text,
 )
+from bdpo.storage.records import prepared_pairs
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.ends import End
 from bdpo.variants.objective import check_held_out, check_measured, check_measures
@@ -71,8 +71,9 @@ def run_search(config: Config, run: RunDir) -> None:
     todo = sweep.todo()
     of, share = number_of_trials(config), config.evaluate.gpus_per_worker
     concurrent = require_room(config, run, of, "tune.max_concurrent_trials", share) if todo else 0
-    if config.data.select is None:  # how many pairs it keeps is known when they are scored
-        check_rungs(config, count_pairs(run.pairs))
+    pairs = prepared_pairs(run)
+    if config.data.select is None and pairs:  # how many pairs it keeps is known when they are scored
+        check_rungs(config, pairs)
     Score(config, run).complete()
     check_rungs(config, training_rows(config, run).num_rows)
     sweep.begin()

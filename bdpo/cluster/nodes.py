@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from bdpo.errors import error_line
 from bdpo.storage.paths import local_path, read_text
+from bdpo.storage.records import versions
 from bdpo.storage.run_dir import RunDir
-
-PACKAGES = ("ray", "torch", "transformers", "deepspeed", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -63,18 +60,6 @@ def _storage_error(run: RunDir, nonce: str) -> str | None:
     except Exception as error:  # every protocol of fsspec has errors of its own
         return f"cannot read it ({error_line(error)})"
     return None
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python and of `PACKAGES`, "missing" for a package that is not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing"
 
 
 def _memory_gib() -> float:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bdpo.cluster.nodes import versions as package_versions
 from bdpo.config import Config, TuneConfig, parse_config, workers_label
 from bdpo.evaluation.judges.registry import judge_label
 from bdpo.evaluation.results import Evaluation, finished_models, read_evaluation
@@ -36,6 +35,7 @@ from bdpo.storage.manifests import read_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import read_parquet, sorted_glob
 from bdpo.storage.records import TrainingRecord, prepared_rows, training_record
+from bdpo.storage.records import versions as package_versions
 from bdpo.storage.run_dir import RunDir
 
 if TYPE_CHECKING:

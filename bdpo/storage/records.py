@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NotRequired, TypedDict, cast
 
 from bdpo.storage.manifests import read_facts, read_manifest
 from bdpo.storage.metrics_log import Row
 from bdpo.storage.run_dir import RunDir
+
+PACKAGES = ("ray", "torch", "transformers", "deepspeed", "pyarrow")
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of `PACKAGES`, "missing" for a package that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
 
 
 class SourceRows(TypedDict):

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from bdpo.cluster.nodes import versions
 from bdpo.storage.paths import write_text
+from bdpo.storage.records import versions
 
 Row = dict[str, Any]
 

@@ -14,11 +14,12 @@ import ray
 from transformers import AutoModelForCausalLM
 
 from bdpo.cluster.node_checks import NODE_CHECKS, SPARE_GIB, files_on_nodes
-from bdpo.cluster.nodes import PACKAGES, node_facts
+from bdpo.cluster.nodes import node_facts
 from bdpo.cluster.preflight import Doubt, examine, expected_hours, measure_throughput
 from bdpo.config import parse_config
 from bdpo.errors import UserError
 from bdpo.models.tokenizer import load_tokenizer
+from bdpo.storage.records import PACKAGES
 from bdpo.storage.run_dir import RunDir
 from pipelines.preflight import MAX_UPLOAD_MIB, check_upload, local_checks
 from pipelines.runtime import cluster
