@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from inspect import signature
 from pathlib import Path
 from typing import IO, Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
@@ -219,6 +220,23 @@ def sorted_glob(folder: StoragePath, pattern: str) -> list[StoragePath]:
     except FileNotFoundError:
         return []
     return sorted((folder / name for name in names if fnmatch(name, pattern)), key=str)
+
+
+def sorted_from(folder: StoragePath, prefix: str) -> list[StoragePath]:
+    """The files whose names begin with `prefix` in a folder without folders, in order.
+
+    Object storage lists these alone: a listing of the folder takes a request for each thousand of its files.
+    """
+    if isinstance(folder, Path) or "prefix" not in signature(_find(folder.fs)).parameters:
+        return sorted_glob(folder, f"{prefix}*")
+    names = folder.fs.find(folder.path, prefix=prefix)
+    return sorted((folder / name.rpartition("/")[2] for name in names), key=str)
+
+
+def _find(filesystem: Any) -> Callable[..., Any]:
+    """What lists all files of a filesystem: the coroutine, if there is one, since it alone has parameters."""
+    found: Callable[..., Any] = getattr(filesystem, "_find", filesystem.find)
+    return found
 
 
 def at_once(work: Callable[[StoragePath], Found], files: Sequence[StoragePath]) -> Iterator[Found]:

@@ -22,7 +22,15 @@ import pyarrow.parquet as pq
 
 from bdpo.errors import UserError
 from bdpo.storage.manifests import Fingerprint, require_same_fingerprint
-from bdpo.storage.paths import StoragePath, at_once, parquet_bytes, read_bytes, sorted_glob, write_bytes
+from bdpo.storage.paths import (
+    StoragePath,
+    at_once,
+    parquet_bytes,
+    read_bytes,
+    sorted_from,
+    sorted_glob,
+    write_bytes,
+)
 
 _NAME = re.compile(r"part-(\d{9})-([0-9a-f]{16})\.parquet")
 
@@ -102,16 +110,16 @@ class ShardStore:
 
     def holds(self, first_row: int, rows: int) -> bool:
         """Whether a valid shard of exactly `rows` rows starts at `first_row`."""
-        return any(_rows(content) == rows for *_, content in self._shards(f"part-{first_row:09d}-*"))
+        return any(_rows(content) == rows for *_, content in self._from(first_row))
 
     def read_shard(self, first_row: int) -> pa.Table:
         """The rows of the shard that starts at `first_row`."""
-        ((*_, content),) = self._shards(f"part-{first_row:09d}-*")
+        ((*_, content),) = self._from(first_row)
         return pq.read_table(pa.BufferReader(content))
 
     def remove(self, first_row: int) -> None:
         """Remove the shard that starts at `first_row`, so that its rows are made again."""
-        for shard in sorted_glob(self.folder, f"part-{first_row:09d}-*.parquet"):
+        for shard in sorted_from(self.folder, f"part-{first_row:09d}-"):
             shard.unlink(missing_ok=True)
 
     def _tidied(self) -> dict[int, int]:
@@ -127,9 +135,13 @@ class ShardStore:
             file.unlink(missing_ok=True)
         return found
 
-    def _shards(self, pattern: str = "*") -> Iterator[tuple[int, StoragePath, bytes]]:
-        """See `_valid`; of the shards whose names match `pattern`."""
-        return self._valid(sorted_glob(self.folder, pattern))
+    def _shards(self) -> Iterator[tuple[int, StoragePath, bytes]]:
+        """See `_valid`; all shards of the folder."""
+        return self._valid(sorted_glob(self.folder, "*"))
+
+    def _from(self, first_row: int) -> Iterator[tuple[int, StoragePath, bytes]]:
+        """See `_valid`; the shards that start at `first_row`, each of which an actor asks for once."""
+        return self._valid(sorted_from(self.folder, f"part-{first_row:09d}-"))
 
     def _valid(self, listed: Iterable[StoragePath]) -> Iterator[tuple[int, StoragePath, bytes]]:
         """(first row, file, content) of the valid shards among the files of the folder, by first row.

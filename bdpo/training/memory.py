@@ -103,9 +103,7 @@ def model_shape(config: Config) -> tuple[PreTrainedConfig, str | None]:
 
 def memory_need(config: Config, shape: PreTrainedConfig) -> MemoryNeed:
     """The peak memory of one of the fewest `train.workers`, in bytes; `gpu` is its own memory without one."""
-    model = _meta_model(config, shape, shape.num_hidden_layers)
-    parameters = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters, trainable = parameter_counts(config, shape)
     gpu, host = model_state_bytes(config, parameters, trainable)
     how = "layers recomputed" if config.train.gradient_checkpointing else "all layers kept"
     gpu[f"activations, {how}"] = activation_bytes(config, shape)
@@ -116,6 +114,13 @@ def memory_need(config: Config, shape: PreTrainedConfig) -> MemoryNeed:
     if not config.train.gpus_per_worker:
         gpu |= _cpu_bytes(config.train, parameters * size, trainable)
     return MemoryNeed(parameters, gpu, host)
+
+
+def parameter_counts(config: Config, shape: PreTrainedConfig) -> tuple[int, int]:
+    """(all parameters, those that are trained): with LoRA the adapters alone, which count among all."""
+    model = _meta_model(config, shape, shape.num_hidden_layers)
+    counts = [(p.numel(), p.numel() * p.requires_grad) for p in model.parameters()]
+    return sum(count for count, _ in counts), sum(trained for _, trained in counts)
 
 
 PROCESS = 0.8 * GIB
@@ -141,8 +146,7 @@ def checkpoint_bytes(config: Config, shape: PreTrainedConfig) -> int:
     Of each trained parameter: the parameter itself, AdamW's two moments and, from stage 1 on, a float32 copy,
     as in `model_state_bytes`; no gradients.
     """
-    model = _meta_model(config, shape, shape.num_hidden_layers)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    _, trainable = parameter_counts(config, shape)
     size = 2 if config.model.dtype == "bfloat16" else 4
     return trainable * (size + (12 if config.train.zero_stage else 8))
 
@@ -189,7 +193,7 @@ def activation_bytes(config: Config, shape: PreTrainedConfig) -> int:
     layers = shape.num_hidden_layers
     if not config.train.gradient_checkpointing:
         return rest + layers * layer
-    tokens = int(_layout(config, shape).tokens(groups.lengths).sum())
+    tokens = int(row_layout(config, shape).tokens(groups.lengths).sum())
     kept = tokens * shape.hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
     return rest + layer + layers * kept
 
@@ -243,7 +247,8 @@ def _meta_model(config: Config, shape: PreTrainedConfig, layers: int) -> Any:
     return model.eval()  # training disables dropout
 
 
-def _layout(config: Config, shape: PreTrainedConfig) -> RowLayout:
+def row_layout(config: Config, shape: PreTrainedConfig) -> RowLayout:
+    """How the rows of a training are laid out."""
     return RowLayout(shape.hidden_size, prefix_sharing_obstacle(shape, config.data.max_length) is None)
 
 
@@ -252,7 +257,7 @@ def _longest_pairs(config: Config, shape: PreTrainedConfig) -> PrefixGroups:
     data, budget = config.data, config.train.tokens_per_micro_batch
     prompt, response = data.max_prompt_length, data.max_length - data.max_prompt_length
     responses = len(config.method.responses)
-    longest = int(_layout(config, shape).tokens(np.array([[prompt] + [response] * responses]))[0])
+    longest = int(row_layout(config, shape).tokens(np.array([[prompt] + [response] * responses]))[0])
     pairs = math.ceil(budget / longest)
     part = min(1.0, budget / pairs / longest) if pairs > 1 else 1.0
     lengths = max(1, int(prompt * part)), max(1, int(response * part))

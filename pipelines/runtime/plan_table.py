@@ -16,6 +16,7 @@ from bdpo.training.memory import (
     model_shape,
     require_gpu_memory,
 )
+from bdpo.training.step_time import GPU, PAIR, StepTime, step_time
 from pipelines.runtime.progress import console
 
 
@@ -32,6 +33,8 @@ def print_plan(config: Config, pairs: int | None = None) -> None:
     need = memory_need(config, shape)
     console.print(_batch_table(config, pairs))
     console.print(_memory_table(config, need))
+    if config.train.gpus_per_worker and not config.train.offload:  # a CPU's step of AdamW is not modelled
+        console.print(_step_table(step_time(config, shape)))
     if remark:
         console.print(f"{config.model.name_or_path}: {remark}", soft_wrap=True)
     require_gpu_memory(config, need, gpu_memory(config.train))
@@ -58,6 +61,23 @@ def _batch_table(config: Config, pairs: int | None) -> Table:
         table.add_row("pairs", f"{len(plan.lengths):,}")
         table.add_row("steps", steps)
     return table
+
+
+def _step_table(step: StepTime) -> Table:
+    title = (
+        f"an optimizer step on {GPU}, modelled and not measured, pairs of {'+'.join(map(str, PAIR))} tokens"
+    )
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_row("tokens of a worker", f"{step.tokens:,} in {step.micro_steps} micro-steps")
+    table.add_row("GPU", f"{1000 * step.gpu:.0f} ms: {step.operations / 1e12:.0f} TFLOP, {_gb(step.traffic)}")
+    table.add_row("host", f"{1000 * step.host:.0f} ms: kernels, hooks of ZeRO")
+    table.add_row("communication", f"{1000 * step.network:.0f} ms: {_gb(step.communication)} a worker")
+    table.add_row("step, if they overlap", f"{1000 * step.seconds:.0f} ms, MFU {step.mfu:.2f}")
+    return table
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"
 
 
 def _memory_table(config: Config, need: MemoryNeed) -> Table:

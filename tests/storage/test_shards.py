@@ -168,6 +168,18 @@ def test_shards_of_other_inputs_are_refused_by_field(store):
     assert damaged.exists()
 
 
+def test_what_starts_at_a_row_is_found_among_the_others(tmp_path):
+    for folder in (tmp_path, storage_path("memory://shards-from", "run_dir")):
+        store = ShardStore(folder, SCHEMA, {})
+        for first in (0, 1, 10, 100):
+            store.write(first, rows(first, 1))
+        for first in (0, 1, 10, 100):
+            assert store.read_shard(first)["row"].to_pylist() == [first]
+        assert not store.holds(11, 1)
+        store.remove(1)
+        assert list(store.finished()) == [0, 10, 100]
+
+
 def test_private_shards_are_readable_by_their_owner_alone(tmp_path):
     store = ShardStore(tmp_path / "private", SCHEMA, {}, mode=0o600)
     assert store.write(0, rows(0, 1)).stat().st_mode & 0o777 == 0o600
@@ -183,6 +195,11 @@ def test_on_object_storage_shards_are_read_many_at_a_time(bucket):
         assert store.read()["row"].to_pylist() == list(range(80))
     assert (requests.of("get_object"), requests.of("list_objects_v2"), len(requests.spans)) == (40, 1, 41)
     assert requests.in_a_row() < 20
+    with counted_requests() as requests:
+        assert store.holds(78, 2)
+        assert not store.holds(80, 2)
+        assert store.read_shard(76)["row"].to_pylist() == [76, 77]
+    assert (requests.of("get_object"), requests.of("list_objects_v2"), len(requests.spans)) == (2, 3, 5)
     with counted_requests() as requests:
         assert store.missing(82, 2) == [(80, 2)]
     assert (requests.of("get_object"), requests.of("list_objects_v2"), len(requests.spans)) == (40, 1, 41)

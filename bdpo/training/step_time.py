@@ -1,0 +1,142 @@
+"""The time of an optimizer step, modelled from counts: operations, bytes, launches, communication.
+
+A model and no measurement: it shows what a step is bound by and what a setting would change. Work of the GPU,
+of the host and of the network is taken to overlap, so that the longest of the three is the step. Of a mixture
+of experts all experts are counted for every token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bdpo.config import Config
+from bdpo.models.logps import CHUNK_ELEMENTS
+from bdpo.training.memory import parameter_counts, row_layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+GPU = "H100"
+PEAK, BANDWIDTH = 989e12, 3.35e12
+"""Operations (dense bfloat16) and bytes of memory of this GPU a second, by its data sheet."""
+
+ATTAINED = 0.7
+"""Share of the peak that large matrix products reach."""
+
+NODE_GPUS, NVLINK, NETWORK = 8, 360e9, 40e9
+"""GPUs of a node; bytes a second that each of them receives from its own node and from others."""
+
+HOST_MS = {0: 1.5, 1: 1.4, 2: 2.3, 3: 7.0}
+"""Milliseconds of the host for a layer and a micro-step, by ZeRO stage: measured with 28 layers of width
+64 in one process on a CPU, where the layers themselves take almost none of it."""
+
+PAIR = (50, 125, 125)
+"""Tokens of prompt and responses of safety data."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """An optimizer step of the busiest worker: counts, and seconds of each that it needs."""
+
+    tokens: int
+    micro_steps: int
+    operations: float
+    traffic: float
+    """Bytes that the GPU reads and writes in its memory."""
+    communication: float
+    """Bytes that the worker receives from others."""
+    host: float
+    """Seconds of the host, which launches kernels and runs the hooks of ZeRO."""
+    workers: int
+    required: float
+    """Operations that the step requires, 6 a token and parameter: what MFU counts."""
+
+    @property
+    def gpu(self) -> float:
+        """Seconds of the GPU: matrix products, then the traffic of everything else."""
+        return self.operations / (PEAK * ATTAINED) + self.traffic / BANDWIDTH
+
+    @property
+    def network(self) -> float:
+        """Seconds of communication."""
+        return self.communication / (NVLINK if self.workers <= NODE_GPUS else NETWORK)
+
+    @property
+    def seconds(self) -> float:
+        """The longest of what overlaps."""
+        return max(self.gpu, self.network, self.host)
+
+    @property
+    def mfu(self) -> float:
+        """Share of the peak that the required operations are."""
+        return self.required / PEAK / self.seconds
+
+
+def step_time(config: Config, shape: PreTrainedConfig) -> StepTime:
+    """The modelled step of a training on GPUs of the kind `GPU`, on pairs as long as `PAIR`."""
+    train, size = config.train, 2 if config.model.dtype == "bfloat16" else 4
+    workers, stage, recomputed = train.min_workers, train.zero_stage, int(train.gradient_checkpointing)
+    layout = row_layout(config, shape)
+    lengths = PAIR[: 1 + layout.responses]
+    pairs = max(1.0, train.global_batch_size / workers)
+    of_pair = int(layout.tokens(np.array([lengths]))[0])
+    micro_steps = math.ceil(pairs * of_pair / train.tokens_per_micro_batch)
+    _, width = layout.grid([of_pair] * math.ceil(pairs / micro_steps))
+    tokens, responses = round(pairs * of_pair), pairs * sum(lengths[1:])
+    parameters, trained = parameter_counts(config, shape)
+    head = shape.vocab_size * shape.hidden_size
+    layers = parameters - (head if shape.tie_word_embeddings else 2 * head)
+    passes = 2 + recomputed + trained / parameters  # forward, gradients of inputs, again, of weights
+    of_head = 2 * head * responses * (2 + trained / parameters)
+    operations = passes * forward_operations(shape, layers, tokens, width) + of_head
+    share = workers if stage else 1
+    return StepTime(
+        tokens=tokens,
+        micro_steps=micro_steps,
+        operations=operations,
+        traffic=micro_steps * size * parameters * (2 + recomputed)
+        + _activation_traffic(shape, tokens, size) * (3 + recomputed)
+        + _head_traffic(shape, responses, micro_steps, size)
+        + 30 * trained / share,  # AdamW: weight, moments and gradient in float32, and the weight it writes
+        communication=_communication(stage, workers, micro_steps, size * parameters, size * trained),
+        host=micro_steps * shape.num_hidden_layers * HOST_MS[stage] / 1000 * (1 + recomputed / 3),
+        workers=workers,
+        required=6 * (layers + head) * train.global_batch_size * of_pair / workers,
+    )
+
+
+def forward_operations(shape: PreTrainedConfig, layers: int, tokens: float, width: int) -> float:
+    """Operations of a forward without the head: 2 a token and parameter of the layers, and attention."""
+    heads = shape.num_attention_heads
+    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    return 2 * layers * tokens + 4 * shape.num_hidden_layers * heads * head_dim * tokens * width
+
+
+def _activation_traffic(shape: PreTrainedConfig, tokens: float, size: int) -> float:
+    """Bytes of a forward between its matrix products: norms, rotary embedding, SwiGLU, residuals."""
+    a_token = 16 * shape.hidden_size + 5 * (
+        getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
+    )
+    return size * tokens * shape.num_hidden_layers * a_token
+
+
+def _head_traffic(shape: PreTrainedConfig, responses: float, micro_steps: int, size: int) -> float:
+    """Bytes of the head: logits in both precisions three times, and its gradient added up chunk by chunk."""
+    logits = responses * shape.vocab_size
+    chunks = max(micro_steps, math.ceil(logits / CHUNK_ELEMENTS))
+    return 3 * (4 + size) * logits + chunks * 2 * (4 + size) * shape.vocab_size * shape.hidden_size
+
+
+def _communication(stage: int, workers: int, micro_steps: int, weights: int, gradients: int) -> float:
+    """Bytes that a worker receives in a step, of `weights` and `gradients` bytes of all parameters."""
+    moved = {
+        0: 2 * gradients,  # all-reduce
+        1: 2 * gradients,  # reduce-scatter, then the new weights are gathered
+        2: (micro_steps + 1) * gradients,
+        3: micro_steps * (2 * weights + gradients),  # gathered for the forward and for the backward
+    }
+    return moved[stage] * (workers - 1) / workers
