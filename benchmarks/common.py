@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import platform
 import random
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -111,6 +113,17 @@ def cpu_seconds(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
             work()
             best[name] = min(best[name], time.process_time() - started)
     return best
+
+
+def apart(measure: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process that does nothing else."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure, *arguments).result()
+
+
+def peak_memory() -> float:
+    """The most memory that this process had, in MiB."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
 
 
 def write_section(title: str, table: list[str], head: str | None = None) -> None:

@@ -10,13 +10,11 @@ there already, and what a training worker reads before its first step, in a proc
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import resource
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from bdpo.training.batches import TrainingPlan, deal_micro_batches
 from bdpo.training.pairs import TrainingPairs
 from benchmarks.common import (
     EMPTY_TURN,
+    apart,
     cpu_seconds,
     make_model,
     write_section,
@@ -133,7 +132,7 @@ def work_a_token(config: Config, scores: pa.Table, scored: int) -> list[str]:
 
 def loading(config: Config, scores: pa.Table) -> list[str]:
     """What a worker's pairs take before its first step, the first time on a machine and afterwards."""
-    first, again = (_apart(load, config, scores) for _ in range(2))
+    first, again = (apart(load, config, scores) for _ in range(2))
     data = TrainingPairs.load(config, RunDir(config.run_dir), scores)
     some = list(range(0, len(data), len(data) // BATCH))[:BATCH]
     works = {"table": lambda: scores.take(some), "arrays": lambda: data.known[torch.tensor(some)].unbind(1)}
@@ -167,12 +166,6 @@ def _held() -> float:
 def _repeat(work: Callable[[], Any]) -> None:
     for _ in range(100):
         work()
-
-
-def _apart(measure: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a process that does nothing else."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(measure, *arguments).result()
 
 
 if __name__ == "__main__":

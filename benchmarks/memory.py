@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +31,7 @@ from bdpo.scoring.reference import reference_logps
 from bdpo.scoring.scores import SCORE_SCHEMA, score_fingerprint, score_store
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.run_dir import RunDir
-from benchmarks.common import make_model, write_section
+from benchmarks.common import apart, make_model, peak_memory, write_section
 from pipelines import prepare, score
 from pipelines.runtime import cluster
 
@@ -47,11 +44,11 @@ def main() -> None:
     """Measure both and write the section."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     rows = ["| tokens_per_batch | peak beyond weights, MiB |", "|---|---|"]
-    rows += [f"| {budget} | {_apart(beyond_weights, budget):.0f} |" for budget in BUDGETS]
+    rows += [f"| {budget} | {apart(beyond_weights, budget):.0f} |" for budget in BUDGETS]
     logits = VOCABULARY * 4 / 2**20
     with tempfile.TemporaryDirectory() as folder:
         config = many_pairs(Path(folder))
-        started, peak = _apart(driver, config)
+        started, peak = apart(driver, config)
     rows += [
         "",
         f"Vocabulary of {VOCABULARY:,}, float32, {PAIRS} pairs of up to {LONGEST} tokens, all four terms "
@@ -63,17 +60,6 @@ def main() -> None:
     ]
     print(*rows, sep="\n")
     write_section("Scoring: memory", rows)
-
-
-def _apart(measure: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a process that does nothing else."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(measure, *arguments).result()
-
-
-def _peak() -> float:
-    """The most memory that this process had, in MiB."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
 
 
 def beyond_weights(tokens_per_batch: int) -> float:
@@ -92,9 +78,9 @@ def beyond_weights(tokens_per_batch: int) -> float:
     longest = [[1] * 200, [2] * 400, [3] * 400]
     pairs = PrefixGroups.of([longest, *([ids(200), ids(400), ids(400)] for _ in range(PAIRS - 1))])
     reference_logps(model, PrefixGroups.of([[[1], [2], [3]]]), [1], tokens_per_batch)  # torch's set-up
-    before = _peak()
+    before = peak_memory()
     reference_logps(model, pairs, [1] * 20, tokens_per_batch)
-    return _peak() - before
+    return peak_memory() - before
 
 
 def driver(config: Config) -> tuple[float, float]:
@@ -103,11 +89,11 @@ def driver(config: Config) -> tuple[float, float]:
     cluster.connect()
     import ray.data  # noqa: F401 (what the command imports later)
 
-    started = _peak()
+    started = peak_memory()
     run = RunDir(config.run_dir)
     prepare.Prepare(config, run).complete()
     score.Score(config, run).complete()
-    return started, _peak()
+    return started, peak_memory()
 
 
 def many_pairs(folder: Path) -> Config:
