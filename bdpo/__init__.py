@@ -3,8 +3,9 @@
 This package is the method and everything that is not Ray. Data flows one way:
 data -> tokens -> packing -> logps -> mi -> losses -> training -> evaluation.
 
-For training code of one's own it offers the method as functions of tensors (docs/python.md). They are
-imported when they are first asked for, so that `import bdpo` does not wait for torch.
+For Python code of one's own it offers the method as functions of tensors, and scoring and evaluation in
+memory (docs/python.md). They are imported when they are first asked for, so that `import bdpo` does not wait
+for torch; `__init__.pyi` has their types.
 """
 
 from importlib import import_module
@@ -14,9 +15,13 @@ from typing import Any
 __version__ = version("bdpo")
 
 _OFFERED = {
+    "ModelEvaluation": "bdpo.evaluation.in_memory",
+    "ScoredPairs": "bdpo.scoring.in_memory",
     "balance_weights": "bdpo.method.functional",
     "bdpo_loss": "bdpo.method.functional",
+    "evaluate_model": "bdpo.evaluation.in_memory",
     "mutual_information": "bdpo.method.mi",
+    "score_pairs": "bdpo.scoring.in_memory",
 }
 
 __all__ = ["__version__", *_OFFERED]

@@ -170,7 +170,7 @@ class _Examiner:
         pair: Pair,
         encoded: tuple[EncodedPair, Rendered] | BadRow,
     ) -> _Usable | BadRow | None:
-        pair_id = json_digest(_identity(pair))
+        pair_id = id_of(pair)
         if (key := bytes.fromhex(pair_id)[:16]) in self.seen:
             return BadRow("duplicate")
         if isinstance(encoded, BadRow):
@@ -185,11 +185,11 @@ class _Examiner:
         return _Usable(account, place, pair_id, pair, tuple(arrays), rendered.changed)  # type: ignore[arg-type]
 
 
-def _identity(pair: Pair) -> list[Any]:
-    """What distinguishes a pair from others: all its texts and arguments, not its labels."""
+def id_of(pair: Pair) -> str:
+    """The digest of what distinguishes a pair from others: all its texts and arguments, not its labels."""
     texts = [_plain(pair.prompt), pair.chosen["content"], pair.rejected["content"]]
     context = _context(pair)
-    return [*texts, context] if context else texts
+    return json_digest([*texts, context] if context else texts)
 
 
 def _plain(messages: Iterable[Any]) -> list[dict[str, str]]:

@@ -8,26 +8,23 @@ again; a batch of verdicts is made again only if the judge failed at one of them
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from bdpo.config import Config, ModelConfig
-from bdpo.evaluation.benchmarks.base import Row
 from bdpo.evaluation.benchmarks.items import Item
-from bdpo.evaluation.benchmarks.registry import BENCHMARKS, load_items
-from bdpo.evaluation.engines.base import Answer, Generate, Sampling
-from bdpo.evaluation.judges.base import Judge, NoAnswer, Question, Verdict, addresses_judge, verdict_on
+from bdpo.evaluation.benchmarks.registry import load_items
+from bdpo.evaluation.engines.base import Generate
+from bdpo.evaluation.judges.base import Judge, Verdict
 from bdpo.evaluation.judges.registry import judge_fingerprint, make_judge
 from bdpo.evaluation.measures import VERDICT_SCHEMA
-from bdpo.evaluation.texts import fault_of, opened_thought, without_thoughts
+from bdpo.evaluation.responses import Questionnaire, Response, verdict_row, verdicts_on
 from bdpo.models.adapters import adapter_digest, adapter_folder, load_adapted
-from bdpo.models.loading import has_positions, load_model, model_config, model_folder, weights_digest
-from bdpo.models.template import Message
-from bdpo.models.tokenizer import ChatTokenizer, load_tokenizer, tokenizer_fingerprint
+from bdpo.models.loading import load_model, model_config, model_folder, weights_digest
+from bdpo.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint
 from bdpo.storage.run_dir import RunDir
@@ -48,19 +45,6 @@ RESPONSE_SCHEMA = pa.schema(
         ("finite", pa.bool_()),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Response:
-    """A row of RESPONSE_SCHEMA: what a model answered to an item. The text is left out of the repr."""
-
-    item_id: str
-    response: str | None = field(default=None, repr=False)
-    """None where nothing was asked; a thought block that the template opened is opened in it."""
-    new_tokens: int = 0
-    cut: bool = False
-    """Whether the answer reached its limit of tokens; without a text, whether the prompt left no room."""
-    finite: bool = True
 
 
 @dataclass(frozen=True)
@@ -171,15 +155,6 @@ def forget_failures(scores: ShardStore) -> None:
             scores.remove(first)
 
 
-_MARK_TOKENS = 32
-"""More than any mark that opens a thought block takes."""
-
-
-def opened_by(chat: ChatTokenizer, prompt_ids: Sequence[int]) -> str:
-    """The mark of a thought block that a prompt ends with, inside of which the answer begins; else empty."""
-    return opened_thought(chat.decode(prompt_ids[-_MARK_TOKENS:]))
-
-
 class ShardAnswerer:
     """An actor that generates: the model under evaluation, a range of prompts at a time."""
 
@@ -190,6 +165,7 @@ class ShardAnswerer:
         self.device = device
         self.chat = load_tokenizer(model.model)
         self.items = planned_items(config)
+        self.questionnaire = Questionnaire(config.evaluate, config.seed, self.chat, model_config(model.model))
 
     @cached_property
     def generate(self) -> Generate:
@@ -200,7 +176,7 @@ class ShardAnswerer:
         evaluate = self.config.evaluate
         if evaluate.engine == "transformers":
             return partial(generate, self.model.load().to(self.device), self.chat)  # type: ignore[arg-type]
-        _, prompts, prefills = self._conversations(self.items)
+        _, prompts, prefills = self.questionnaire.conversations(self.items)
         prompt_ids = begun_ids(self.chat, prompts, prefills)
         gpus = evaluate.gpus_per_worker
         return VLLMEngine(self.model.model, self.chat, prompt_ids, evaluate.max_new_tokens, gpus)
@@ -208,41 +184,9 @@ class ShardAnswerer:
     def __call__(self, shard: Shard) -> Shard:
         """The same shard, once the answers to those items lie in the private folder."""
         items = self.items[shard["first"] : shard["first"] + shard["rows"]]
-        evaluate = self.config.evaluate
-        asked, prompts, prefills = self._conversations(items)
-        draws = [item.sample for item in asked]
-        drawn = Sampling(evaluate.temperature, self.config.seed, draws)
-        sampling = drawn if evaluate.temperature else None
-        answers = self.generate(prompts, evaluate.max_new_tokens, prefills=prefills, sampling=sampling)
-        answered = {item.item_id: answer for item, answer in zip(asked, answers, strict=True)}
-        rows = [asdict(self._response(item, answered.get(item.item_id))) for item in items]
+        rows = [asdict(response) for response in self.questionnaire.responses(self.generate, items)]
         self.store.write(int(shard["first"]), pa.Table.from_pylist(rows, schema=RESPONSE_SCHEMA))
         return shard
-
-    def _conversations(self, items: list[Item]) -> tuple[list[Item], list[list[Message]], list[list[int]]]:
-        """The items that are asked, what each asks, and the ids that its answer begins with.
-
-        An item is asked if it has a prompt that leaves room for an answer: one that is too long fails alone.
-        """
-        shape, new = model_config(self.model.model), self.config.evaluate.max_new_tokens
-        asked, prompts, prefills = [], [], []
-        for item in items:
-            if item.prompt is None:
-                continue
-            prompt, prefill = [Message(role="user", content=item.prompt)], prefill_ids(self.chat, item)
-            if has_positions(shape, len(self.chat.prompt_ids(prompt)) + len(prefill) + new):
-                asked.append(item)
-                prompts.append(prompt)
-                prefills.append(prefill)
-        return asked, prompts, prefills
-
-    def _response(self, item: Item, answer: Answer | None) -> Response:
-        """No text and no tokens where there was nothing to ask, and where the prompt was too long (`cut`)."""
-        if answer is None:
-            return Response(item.item_id, cut=item.prompt is not None)
-        ids = self.chat.prompt_ids([Message(role="user", content=item.prompt or "")])
-        text = opened_by(self.chat, ids) + answer.text
-        return Response(item.item_id, text, answer.new_tokens, cut=answer.cut, finite=answer.finite)
 
 
 def measure_capability(
@@ -267,11 +211,6 @@ def measure_capability(
     return run_capability(benchmark, loaded, tokenizer, evaluate.limit, evaluate.batch_size, file)
 
 
-def prefill_ids(chat: ChatTokenizer, item: Item) -> list[int]:
-    """The ids that the assistant's turn begins with: no end of turn, however short the prefill is."""
-    return chat.prefill_ids(item.prefill)[: item.prefill_tokens] if item.prefill else []
-
-
 class ShardJudge:
     """An actor that judges: reads a range of answers, commits their verdicts."""
 
@@ -292,11 +231,11 @@ class ShardJudge:
     def __call__(self, shard: Shard) -> Shard:
         """The same shard, once the verdicts on those items lie in the run folder."""
         items = self.items[shard["first"] : shard["first"] + shard["rows"]]
-        with ThreadPoolExecutor(self.judge.concurrency) as pool:
-            verdicts = list(pool.map(self._verdict, items))
+        answers = [self.answers[item.item_id] for item in items]
+        verdicts = verdicts_on(self.judge, items, answers)
         first, judged = int(shard["first"]), list(zip(items, verdicts, strict=True))
         self._keep_replies(first, judged)  # before the verdicts: what is judged can be audited
-        rows = [self._row(item, verdict) for item, verdict in judged]
+        rows = list(map(verdict_row, items, answers, verdicts))
         self.scores.write(first, pa.Table.from_pylist(rows, schema=VERDICT_SCHEMA))
         return shard
 
@@ -309,29 +248,3 @@ class ShardJudge:
         self.replies.remove(first)
         if rows:
             self.replies.write(first, pa.Table.from_pylist(rows, schema=REPLY_SCHEMA))
-
-    def _row(self, item: Item, verdict: Verdict) -> Row:
-        answer = self.answers[item.item_id]
-        response = answer.response and without_thoughts(answer.response)
-        return {
-            "item_id": item.item_id,
-            "benchmark": item.benchmark,
-            "category": item.category,
-            "should_comply": item.should_comply,
-            "cluster": item.cluster or None,
-            **verdict.columns(),
-            "flagged": addresses_judge(response or ""),
-            "new_tokens": answer.new_tokens,
-            "cut": answer.cut and answer.response is not None,
-            "broken": None if response is None else fault_of(response, item.request),
-        }
-
-    def _verdict(self, item: Item) -> Verdict:
-        """The judge's, where there is an answer to be judged."""
-        answer = self.answers[item.item_id]
-        if answer.response is None:
-            return NoAnswer("prompt_too_long" if answer.cut else "not_asked")
-        if not answer.finite:
-            return NoAnswer("not_finite")
-        question = Question(BENCHMARKS[item.benchmark].rubric, item.request, item.reference)
-        return verdict_on(self.judge, question, answer.response)

@@ -67,6 +67,12 @@ class Evaluation:
     """Who judged."""
 
 
+def valid_scores(summary: Summary, scores: pa.Table) -> pa.Table:
+    """The rows of the benchmarks that are valid."""
+    valid = [name for name, part in summary.benchmarks.items() if part.valid]
+    return scores.filter(pc.is_in(scores["benchmark"], pa.array(valid, pa.string())))
+
+
 def read_evaluation(folder: StoragePath) -> Evaluation:
     """The evaluation in `<run_dir>/eval/<name>`.
 
@@ -81,9 +87,7 @@ def read_evaluation(folder: StoragePath) -> Evaluation:
     files = sorted_glob(folder / "capability", "*.json")
     capability = {file.stem: read_result(read_facts(file)) for file in files}
     summary = replace(Summary.from_json(manifest), capability=capability)
-    valid = [name for name, part in summary.benchmarks.items() if part.valid]
-    scores = read_parquet(folder / "scores.parquet")
-    scores = scores.filter(pc.is_in(scores["benchmark"], pa.array(valid, pa.string())))
+    scores = valid_scores(summary, read_parquet(folder / "scores.parquet"))
     fingerprint = manifest.fingerprint
     judge = JudgeNote.of(fingerprint, manifest.get("judge_error", {}))
     return Evaluation(summary, scores, fingerprint, judge)

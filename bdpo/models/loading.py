@@ -166,17 +166,22 @@ def require_positions(config: Config) -> None:
     Raises:
         UserError: it has fewer, or a long row would change what positions mean to all rows beside it.
     """
-    shape, wanted = model_config(config.model).get_text_config(), config.data.max_length
+    require_positions_for(config.data.max_length, model_config(config.model), config.model.name_or_path)
+
+
+def require_positions_for(max_length: int, model: PreTrainedConfig, name: str) -> None:
+    """The same of a model in memory; `name` is what an error calls it."""
+    shape = model.get_text_config()
     positions = positions_of(shape)
     rope = getattr(shape, "rope_parameters", None) or {}
     for of_layers in [rope, *(each for each in rope.values() if isinstance(each, dict))]:
         # Of these transformers asks the longest row of a batch.
         if of_layers.get("rope_type") in ("dynamic", "longrope"):
             positions = of_layers.get("original_max_position_embeddings") or positions
-    if positions is not None and positions < wanted:
+    if positions is not None and positions < max_length:
         raise UserError(
-            f"data.max_length={wanted}: {config.model.name_or_path} has no more than {positions} positions "
-            "that mean the same in every batch; lower it"
+            f"data.max_length={max_length}: {name} has no more than {positions} positions that mean the same "
+            "in every batch; lower it"
         )
 
 

@@ -179,15 +179,28 @@ def load_tokenizer(model: ModelConfig) -> ChatTokenizer:
             f"model.name_or_path={model.name_or_path}: of the tokenizer's chat templates ({names}) none is "
             "called default; set model.chat_template to the file of one"
         )
-    chat = ChatTokenizer(tokenizer, model.template_kwargs)
+    chat = faithful_chat(tokenizer, model.template_kwargs, str(folder))
+    require_embedded(tokenizer, shape, f"model.name_or_path={model.name_or_path}")
+    return chat
+
+
+def faithful_chat(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any], name: str
+) -> ChatTokenizer:
+    """A tokenizer with a chat template, seen through it; every rendering gets `template_kwargs`.
+
+    Raises:
+        UserError: the template cannot be used, or does not read one of `template_kwargs`; the message begins
+            with `name`.
+    """
+    chat = ChatTokenizer(tokenizer, template_kwargs)
     try:
-        _require_read(chat.template, model.template_kwargs)
+        _require_read(chat.template, template_kwargs)
         require_faithful_template(chat)
     except TemplateError as error:
-        raise UserError(f"{folder}: the chat template cannot be rendered ({first_line(error)})") from None
+        raise UserError(f"{name}: the chat template cannot be rendered ({first_line(error)})") from None
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
-    _require_embedded(tokenizer, model, shape)
+        raise UserError(f"{name}: {error}") from None
     return chat
 
 
@@ -250,20 +263,18 @@ def _require_read(template: ChatTemplate, kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def _require_embedded(
-    tokenizer: PreTrainedTokenizerBase, model: ModelConfig, shape: PreTrainedConfig
-) -> None:
+def require_embedded(tokenizer: PreTrainedTokenizerBase, shape: PreTrainedConfig, name: str) -> None:
     """Make sure that the model has an embedding for each token; of the padding token nothing is asked.
 
     Raises:
-        UserError: it has not.
+        UserError: it has not; the message begins with `name`.
     """
     rows = getattr(shape.get_text_config(), "vocab_size", None)
     ids = set(tokenizer.get_vocab().values()) - {tokenizer.pad_token_id}
     if rows is not None and max(ids) >= rows:
         raise UserError(
-            f"model.name_or_path={model.name_or_path}: the tokenizer has ids up to {max(ids)}, "
-            f"the model has {rows} embeddings; they are not of one model"
+            f"{name}: the tokenizer has ids up to {max(ids)}, the model has {rows} embeddings; they are not "
+            "of one model"
         )
 
 

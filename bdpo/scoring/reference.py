@@ -46,25 +46,33 @@ class ReferenceScorer:
             FloatingPointError: a log-prob is not finite. Another pair of the same batch may be the cause: a
                 masked token contributes 0 times its value, which is not a number if the value is infinite.
         """
-        groups = prefix_groups(pairs)
-        logps, ches_values = reference_logps(
-            self.model, groups, self.unconditional, self.config.score.tokens_per_batch
+        scores = reference_scores(
+            self.model, prefix_groups(pairs), self.unconditional, self.config.score.tokens_per_batch
         )
-        if not torch.stack(list(logps.values())).isfinite().all():
-            raise FloatingPointError(f"a log-prob is not finite with model.dtype={self.config.model.dtype}")
-        columns: dict[str, Any] = {
-            "pair_id": pairs["pair_id"],
-            "group": pairs["group"],
-            **dict(zip(TOKEN_COLUMNS, torch.from_numpy(groups.lengths).unbind(1), strict=True)),
-            **logps,
-        }
-        for side in ("chosen", "rejected"):
-            columns[f"mi_{side}"] = mutual_information(
-                logps[f"ref_{side}_logps"], logps[f"uncond_{side}_logps"], columns[f"{side}_tokens"]
-            )
-        columns = {name: c.numpy() if isinstance(c, torch.Tensor) else c for name, c in columns.items()}
-        columns["ches"] = pa.array(ches_values.numpy(), from_pandas=True)
+        columns: dict[str, Any] = {name: values.numpy() for name, values in scores.items()}
+        columns |= {"pair_id": pairs["pair_id"], "group": pairs["group"]}
+        columns["ches"] = pa.array(columns["ches"], from_pandas=True)
         return pa.table(columns, schema=SCORE_SCHEMA)
+
+
+def reference_scores(
+    model: LogpsModel, pairs: PrefixGroups, unconditional: list[int], tokens_per_batch: int
+) -> dict[str, torch.Tensor]:
+    """The columns of numbers of SCORE_SCHEMA by name, on the CPU, shape (pairs,); CHES is NaN if unknown.
+
+    Raises:
+        FloatingPointError: a log-prob is not finite; see `ReferenceScorer.score`.
+    """
+    logps, ches_values = reference_logps(model, pairs, unconditional, tokens_per_batch)
+    if not torch.stack(list(logps.values())).isfinite().all():
+        dtype = str(model.model.dtype).removeprefix("torch.")
+        raise FloatingPointError(f"a log-prob is not finite with model.dtype={dtype}")
+    scores = dict(zip(TOKEN_COLUMNS, torch.from_numpy(pairs.lengths).unbind(1), strict=True)) | logps
+    for side in ("chosen", "rejected"):
+        scores[f"mi_{side}"] = mutual_information(
+            logps[f"ref_{side}_logps"], logps[f"uncond_{side}_logps"], scores[f"{side}_tokens"]
+        )
+    return scores | {"ches": ches_values}
 
 
 @torch.inference_mode()

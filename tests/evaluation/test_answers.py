@@ -13,7 +13,6 @@ import torch
 from bdpo.evaluation.answers import (
     RESPONSE_SCHEMA,
     EvaluatedModel,
-    Response,
     ShardAnswerer,
     ShardJudge,
     answer_store,
@@ -26,6 +25,7 @@ from bdpo.evaluation.answers import (
 from bdpo.evaluation.benchmarks.strongreject import COLUMNS
 from bdpo.evaluation.judges.registry import JUDGES, judge_fingerprint
 from bdpo.evaluation.measures import summarise
+from bdpo.evaluation.responses import Response
 from bdpo.evaluation.results import MODEL_FIELDS
 from bdpo.models.tokenizer import ChatTokenizer
 from bdpo.storage.run_dir import RunDir

@@ -10,7 +10,6 @@ import pytest
 
 from bdpo.config import EvaluateConfig
 from bdpo.errors import UserError
-from bdpo.evaluation.answers import prefill_ids
 from bdpo.evaluation.benchmarks import (
     jailbreak,
     prefill,
@@ -21,6 +20,7 @@ from bdpo.evaluation.benchmarks import (
 )
 from bdpo.evaluation.benchmarks.items import Item
 from bdpo.evaluation.benchmarks.registry import load_items
+from bdpo.evaluation.responses import prefill_ids
 from bdpo.models.tokenizer import ChatTokenizer
 from tests.support.benchmark_files import SECRET, STRONGREJECT, artifact, write_csv, write_json
 from tests.support.chats import CHATML, byte_tokenizer

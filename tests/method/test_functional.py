@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import get_type_hints
 
 import pytest
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 import bdpo
 from bdpo.method.functional import BdpoSettings
 from bdpo.method.losses import METHODS
-from tests.support import ROOT
 
 LOGP = st.floats(-50, 0, width=32)
 MI = st.floats(-5, 5, width=32)
@@ -71,23 +69,6 @@ def test_the_weights_are_made_of_the_log_probs_of_the_reference():
 def test_a_setting_without_sense_is_named(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         bdpo.balance_weights(torch.ones(1), torch.ones(1), **settings)
-
-
-def test_what_is_not_there_is_an_attribute_error():
-    assert {"bdpo_loss", "balance_weights", "mutual_information", "__version__"} <= set(dir(bdpo))
-    with pytest.raises(AttributeError, match="dpo_los"):
-        bdpo.dpo_los  # noqa: B018
-
-
-def test_the_example_of_the_page_gives_the_numbers_in_its_comments():
-    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    code, names = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], {}
-    exec(code, names)
-    shown = re.findall(r"# (\d\.\d+) and (\d\.\d+)", code)
-    numbers = [float(number) for both in shown for number in both]
-    made = [*names["mi_chosen"].tolist(), *names["mi_rejected"].tolist()]
-    assert [round(value, 2) for value in made] == numbers
-    assert names["policy_chosen"].grad.abs().min() > 0
 
 
 def test_the_settings_are_the_keys_of_the_method():

@@ -42,6 +42,7 @@ TESTS = {
     "bdpo/evaluation/compare": "tests/evaluation/test_compare.py",
     "bdpo/evaluation/gate": "tests/pipelines/test_gate.py",
     "bdpo/evaluation/measures": "tests/evaluation/test_measures.py tests/evaluation/test_compare.py",
+    "bdpo/evaluation/responses": "tests/evaluation/test_answers.py tests/evaluation/test_in_memory.py",
     "bdpo/evaluation/tables": "tests/evaluation/test_measures.py tests/evaluation/test_compare.py "
     "tests/evaluation/test_twins.py",
     "bdpo/evaluation/texts": "tests/evaluation/test_texts.py",

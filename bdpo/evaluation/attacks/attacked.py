@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from bdpo.config import Config
-from bdpo.evaluation.answers import EvaluatedModel, opened_by
+from bdpo.evaluation.answers import EvaluatedModel
 from bdpo.evaluation.attacks.records import Attempt
 from bdpo.evaluation.attacks.requests import Request
 from bdpo.evaluation.engines.base import Answer, Sampling
 from bdpo.evaluation.engines.hf import generate
 from bdpo.evaluation.judges.base import Judge, NoAnswer, Question, Verdict, verdict_on
 from bdpo.evaluation.judges.registry import make_judge
+from bdpo.evaluation.responses import opened_by
 from bdpo.models.loading import has_positions, positions_of
 from bdpo.models.logps import LogpsModel
 from bdpo.models.template import Message
