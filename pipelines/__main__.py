@@ -19,6 +19,7 @@ COMMANDS = {
     "preflight": "pipelines.preflight",
     "status": "pipelines.status",
     "report": "pipelines.report",
+    "presets": "pipelines.presets",
     "tiny-model": "pipelines.tiny_model",
 }
 """Subcommand -> the module whose `main` it calls; the first line of its docstring is its help."""

@@ -37,6 +37,7 @@ from bdpo.models.tokenizer import with_template
 from bdpo.sandbox import with_sandbox_files
 from bdpo.storage.run_dir import RunDir
 from pipelines.runtime.admission import ask_nodes, room_checks
+from pipelines.presets import preset_file
 from pipelines.runtime.cli import command_config, exit_codes
 from pipelines.runtime.cluster import connect
 from pipelines.runtime.progress import console
@@ -136,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="FILE", help="YAML file of the run")
+    what.add_argument("--preset", metavar="NAME", help="a config of this package, see `bdpo presets`")
     what.add_argument("--upload", type=Path, metavar="FOLDER", help="show what a job would upload")
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument(
@@ -153,7 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.upload:
             findings = list(examine({"upload": check_upload}, given.upload))
         else:
-            config = with_template(with_sandbox_files(command_config(given.config, given.overrides)))
+            file = given.config or preset_file(given.preset)
+            config = with_template(with_sandbox_files(command_config(file, given.overrides)))
             run = RunDir(config.run_dir)
             findings = preflight(config, run, given.tokens_per_second, given.measure)
         print_findings(findings)

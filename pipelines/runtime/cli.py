@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from bdpo.config import Config, load_config
@@ -18,6 +19,7 @@ from bdpo.sandbox import with_sandbox_files
 from bdpo.storage.lease import Held
 from bdpo.storage.paths import discard, local_path
 from bdpo.storage.run_dir import RunDir
+from pipelines.presets import preset_file, with_preset_template
 from pipelines.runtime.progress import printable
 from pipelines.runtime.ray_internals import JOB_VARIABLE, full_node_line, storage_unavailable
 from pipelines.runtime.signals import interruptible
@@ -51,15 +53,25 @@ class Command:
         given = self._parser().parse_intermixed_args(arguments)
         chosen = [given.name] if self.choice else []
         with exit_codes():
-            config = command_config(given.config, given.overrides)
+            config = command_config(given.config or preset_file(given.preset), given.overrides)
             run = RunDir(config.run_dir)
             for option in _OPTIONS:
                 if getattr(given, option, False):
                     for stage in self._having(option):
                         getattr(stage(config, run, *chosen), option)()
                     return
-            with run.open(config) as held, one_line_when_lost(held):
-                self._work(config, run, *chosen)
+            self.complete(config, *chosen)
+
+    def complete(self, config: Config, *chosen: str) -> None:
+        """Complete the stages in the run folder of a config, as a function: no signals, no exit codes.
+
+        Raises:
+            UserError: config, input or environment is wrong, or another command works in the run folder.
+            Exception: whatever else made the run fail.
+        """
+        run = RunDir(config.run_dir)
+        with run.open(config) as held, one_line_when_lost(held):
+            self._work(config, run, *chosen)
 
     def _work(self, config: Config, run: RunDir, *chosen: str) -> None:
         """Complete the stages, in a run folder that is this command's alone."""
@@ -82,7 +94,9 @@ class Command:
         )
         if self.choice:
             parser.add_argument("name", choices=self.choice, metavar="NAME", help=", ".join(self.choice))
-        parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+        source = parser.add_mutually_exclusive_group(required=True)
+        source.add_argument("--config", metavar="FILE", help="YAML file of the run")
+        source.add_argument("--preset", metavar="NAME", help="a config of this package, see `bdpo presets`")
         parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
         for option, what in _OPTIONS.items():
             if self._having(option):
@@ -157,13 +171,13 @@ def _refuse(error: Exception) -> NoReturn:
     sys.exit(2)
 
 
-def command_config(file: str, overrides: Sequence[str]) -> Config:
+def command_config(file: str | Path, overrides: Sequence[str]) -> Config:
     """The config of a command.
 
     Raises:
         UserError: it is wrong; or this is a job of a cluster, and its results would go with the job's folder.
     """
-    config = load_config(file, overrides)
+    config = with_preset_template(load_config(file, overrides))
     lasts = "://" in config.run_dir or local_path(config.run_dir).is_absolute()
     if JOB_VARIABLE in os.environ and not lasts:
         raise UserError(

@@ -47,6 +47,16 @@ class _Terminal(Console):
 console = _Terminal()
 
 
+@contextmanager
+def silent_console() -> Iterator[None]:
+    """Nothing is shown on the terminal: no tables, lines or bars."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
 class _Note(ProgressColumn):
     """The note of a task, cut where the terminal ends: numbers and times of the work stand before it."""
 

@@ -8,8 +8,11 @@ import pytest
 import yaml
 
 from bdpo.config import load_config
+from bdpo.errors import UserError
 from bdpo.storage.run_dir import RunDir
 from pipelines.prepare import Prepare
+from pipelines.run import run_pipeline
+from pipelines.runtime.progress import console
 from tests.support.commands import run_command
 from tests.support.helpers import invented_pairs, write_jsonl
 from tests.support.pipeline import PAIRS, pipeline, pipeline_inputs
@@ -35,6 +38,15 @@ def test_a_method_that_lacks_its_labels_is_refused_before_ray_starts(inputs, tmp
     assert code == 2
     assert f"method.name=safedpo: requires chosen_safe and rejected_safe of every pair, 4 of {PAIRS}" in error
     assert error.count("\n") == 1
+
+
+def test_in_python_wrong_input_is_an_exception_and_nothing_is_printed(inputs, tmp_path, capfd):
+    """No SystemExit, and the terminal is as it was afterwards."""
+    overrides = [f"run_dir={tmp_path / 'run'}", f"data.path={tmp_path / 'gone.jsonl'}"]
+    with pytest.raises(UserError, match=r"gone\.jsonl"):
+        run_pipeline(load_config(inputs / "config.yaml", overrides))
+    assert capfd.readouterr() == ("", "")
+    assert not console.quiet
 
 
 class TestBadInput:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from bdpo.config import load_config
 from bdpo.storage.paths import discard
 from bdpo.storage.run_dir import RunDir
+from pipelines.run import run_pipeline
 from pipelines.runtime import pool
 from pipelines.runtime.registry import PIPELINE
 from pipelines.runtime.stage import outputs_of
@@ -56,6 +57,19 @@ def made_again(shard):
 
 @pytest.mark.ray
 class TestRun:
+    def test_in_python_it_returns_the_results_and_prints_nothing(self, inputs, finished, capsys):
+        """Of a finished run it makes nothing again; then it makes one evaluation that is missing."""
+        config, run, before = load_config(inputs / "config.yaml"), inputs / "run", snapshot(inputs / "run")
+        results = run_pipeline(config)
+        assert snapshot(run) == before
+        assert (results.folder, results.model) == (run, run / "model")
+        assert list(results.evaluations) == ["base", "trained"]
+        assert results.evaluations["trained"].summary.estimate("strongreject.safety").n == 2
+        assert results.scores.num_rows == PAIRS
+        discard(run / "eval" / "trained")
+        assert run_pipeline(config).evaluations["trained"].scores == results.evaluations["trained"].scores
+        assert capsys.readouterr().out == ""
+
     def test_every_result_is_there(self, inputs, finished):
         run = inputs / "run"
         assert sum(pq.read_metadata(shard).num_rows for shard in (run / "scores").glob("part-*")) == PAIRS
