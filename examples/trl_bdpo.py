@@ -73,10 +73,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(given.model)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = load_dataset("json", data_files=given.data, split="train").to_list()
     lengths = {"max_length": given.max_length, "max_prompt_length": given.max_length // 2}
     data = Dataset.from_dict(bdpo.score_pairs(model, tokenizer, rows, **lengths).columns())
+    tokenizer.pad_token = tokenizer.eos_token  # masked; a padding token may lie beyond the embedding
     settings = DPOConfig(
         given.out, beta=0.1, learning_rate=1e-6, num_train_epochs=1, max_steps=given.steps,
         max_length=given.max_length, bf16=torch.cuda.is_available(), report_to=[],

@@ -36,8 +36,8 @@ from bdpo.errors import UserError
 from bdpo.models.tokenizer import with_template
 from bdpo.sandbox import with_sandbox_files
 from bdpo.storage.run_dir import RunDir
-from pipelines.runtime.admission import ask_nodes, room_checks
 from pipelines.presets import preset_file
+from pipelines.runtime.admission import ask_nodes, room_checks
 from pipelines.runtime.cli import command_config, exit_codes
 from pipelines.runtime.cluster import connect
 from pipelines.runtime.progress import console

@@ -51,7 +51,7 @@ def test_the_presets_are_listed_and_run_from_anywhere(monkeypatch, capsys, tmp_p
     assert bdpo(monkeypatch, "presets") == 0
     shown = capsys.readouterr().out
     for file in files:
-        assert re.search(rf"^{file.stem} +[A-Z].*[a-z]\.$", shown, re.MULTILINE), file
+        assert re.search(rf"^{file.stem} +[A-Z].*\w\)?\.$", shown, re.MULTILINE), file
     assert bdpo(monkeypatch, "train", "--preset", "vicuna-7b", "--dry-run", "train.epochs=1") == 2
     assert "train.epochs" in capsys.readouterr().err
     assert bdpo(monkeypatch, "train", "--preset", "vicuna-7b", "--dry-run") == 0
