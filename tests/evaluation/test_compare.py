@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from bdpo.evaluation.compare import compare, compare_all
+from bdpo.evaluation.judges.registry import NOBODY, JudgeNote
 from bdpo.evaluation.measures import VERDICT_SCHEMA
 from bdpo.evaluation.tables import difference_table
 from bdpo.stats import mean, paired_difference
@@ -108,6 +109,26 @@ def test_every_two_models_are_compared_and_shown() -> None:
     assert "a → c" in shown
     assert "+100.0" in shown
     assert f"of {len(rows)} tests" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(("judge", "is_known"), [(NOBODY, False), (JudgeNote("rubric", {"harm": 0.2}), True)])
+def test_differences_have_a_column_for_the_error_of_a_judge_that_was_measured(
+    judge: JudgeNote, is_known: bool
+) -> None:
+    rows = compare_all(
+        {name: table([row(n, harm) for n in range(6)]) for name, harm in (("a", 1.0), ("b", 0.0))}
+    )
+    columns = [column.header for column in difference_table(rows, judge).columns]
+    assert columns == [
+        "",
+        "models",
+        "n",
+        "from",
+        "to",
+        "difference",
+        "p",
+        *["with the judge's error"] * is_known,
+    ]
 
 
 def test_one_graded_pair_proves_nothing():

@@ -400,6 +400,19 @@ def test_a_loss_without_reference_looks_at_no_score(name):
     assert all(torch.equal(unscored.metrics[key], value) for key, value in scored.metrics.items())
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_requires_what_its_loss_looks_at(name):
+    """Pairs are scored for methods that require a reference, and refused without labels that one requires."""
+    pairs, method = random_pairs(), METHODS[name]()
+    other_reference = replace(pairs, reference_chosen=pairs.reference_chosen - 1)
+    other_labels = replace(pairs, chosen_unsafe=~pairs.chosen_unsafe, rejected_unsafe=~pairs.rejected_unsafe)
+    loss, of_reference, of_labels = (
+        method.loss(each).loss for each in (pairs, other_reference, other_labels)
+    )
+    assert method.requires_reference != torch.equal(of_reference, loss)
+    assert method.requires_safety_labels != torch.equal(of_labels, loss)
+
+
 def test_without_label_noise_cdpo_and_robust_are_dpo():
     pairs = random_pairs()
     dpo = METHODS["dpo"]().loss(pairs).loss

@@ -337,6 +337,14 @@ class TestLock:
             assert lease.read_holder(folder) is not None
         assert lease.read_holder(folder) is None
 
+    def test_a_lock_whose_sign_of_life_was_deleted_is_released(self, tmp_path):
+        with lock(tmp_path) as held:
+            held.released.set()
+            held.renewal.join()  # it does not write another one
+            held.file.unlink()
+        with lock(tmp_path):
+            pass
+
     def test_who_lost_its_lock_stops(self, bucket, tmp_path, monkeypatch):
         stopped = []
         monkeypatch.setattr(lease, "LOST", threading.Event())
