@@ -39,7 +39,8 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         return f"key {key}: expects a section with keys, got {shown(problem['input'])}"
     message = problem["msg"].removeprefix("Value error, ")
     given = "" if isinstance(problem["input"], dict | Section) else f", got {shown(problem['input'])}"
-    return f"key {key}: {message}{given}"
+    place = f"key {key}: " if key else ""  # of sections that do not go together the message names the keys
+    return f"{place}{message}{given}"
 
 
 def _innermost(problem: ErrorDetails, error: ValidationError) -> ErrorDetails:

@@ -6,10 +6,9 @@ all of them into memory of its own; the pages of a mapped file are read when the
 
 from __future__ import annotations
 
-import hashlib
 import os
-import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +17,9 @@ import numpy as np
 from bdpo.data.pairs import ID_COLUMNS, pair_tables, prefix_groups
 from bdpo.errors import UserError, error_line
 from bdpo.storage.cache import cache_folder, machine_lock
-from bdpo.storage.digests import cached_sha256
+from bdpo.storage.checksums import CHECKSUMS, require_checksums, write_checksums
 from bdpo.storage.manifests import read_facts
-from bdpo.storage.paths import StoragePath
+from bdpo.storage.paths import StoragePath, atomic_folder, discard
 from bdpo.storage.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -29,13 +28,14 @@ if TYPE_CHECKING:
 KEPT = 4
 """A machine keeps the ids of so many sets of pairs, the newest ones."""
 
+_FILES = ("ids.i32", "lengths.i32")
+
 
 def mapped_groups(run: RunDir) -> PrefixGroups:
     """`[c(x) | y_w | y_l]` of all prepared pairs of a run, in order.
 
-    The first process of a machine copies the ids into a file of the machine's cache: int32 of all ids, then
-    of all lengths. Its name holds the digest of the pairs in their manifest, the number of pairs, and a
-    digest of its content, which is checked.
+    The first process of a machine copies the ids into a folder of the machine's cache, named by the digest of
+    the pairs in their manifest: a file of all ids and one of all lengths, int32, whose digests are checked.
 
     Raises:
         UserError: the ids cannot be read, or the cache not be written.
@@ -45,48 +45,44 @@ def mapped_groups(run: RunDir) -> PrefixGroups:
     digest, copies = read_facts(run.data / "manifest.json")["pairs_digest"], cache_folder() / "tokens"
     try:
         copies.mkdir(parents=True, exist_ok=True, mode=0o700)  # ids are texts
-        with machine_lock(copies / "lock"):
-            file = _intact_copy(copies, digest) or _new_copy(copies, digest, run.pairs)
-            values = np.asarray(np.memmap(file, np.int32, mode="r"))
+        with machine_lock(copies.with_suffix(".lock")):
+            folder = copies / digest
+            if not _is_intact(folder):
+                _make_room(copies)
+                _copy(run.pairs, folder)
+            ids, lengths = (np.asarray(np.memmap(folder / name, np.int32, mode="r")) for name in _FILES)
     except OSError as error:
         raise UserError(
             f"{run.pairs}: the token ids cannot be copied to {copies} (BDPO_CACHE): {error_line(error)}"
         ) from None
-    pairs = int(file.stem.split("-")[1])
-    ids, lengths = np.split(values, [len(values) - 3 * pairs])
-    return PrefixGroups.in_a_row(ids, lengths.reshape(pairs, 3))
+    return PrefixGroups.in_a_row(ids, lengths.reshape(-1, 3))
 
 
-def _intact_copy(copies: Path, digest: str) -> Path | None:
-    """The copy of these pairs if its content is what was written; a damaged one is removed."""
-    for file in copies.glob(f"{digest}-*.i32"):
-        if cached_sha256(file) == file.stem.split("-")[2]:
-            return file
-        file.unlink()
-    return None
+def _is_intact(folder: Path) -> bool:
+    """Whether the copy is there and its content is what was written."""
+    try:
+        require_checksums(folder)
+    except UserError:
+        return False
+    return (folder / CHECKSUMS).is_file()
 
 
-def _new_copy(copies: Path, digest: str, folder: StoragePath) -> Path:
-    """The copy of these pairs, complete or not at all; the oldest other ones and leftovers are removed."""
-    kept = sorted(copies.glob("*.i32"), key=lambda file: file.stat().st_mtime)
-    for old in [*kept[: 1 - KEPT], *copies.glob(".*")]:
-        old.unlink(missing_ok=True)  # a process that has mapped it keeps it until it ends
-    content, lengths = hashlib.sha256(), []
-    with tempfile.NamedTemporaryFile(prefix=".", dir=copies, delete=False) as unfinished:
+def _make_room(copies: Path) -> None:
+    """Remove what killed processes have left, and the oldest copies."""
+    oldest_first = sorted(copies.glob("[!.]*"), key=lambda path: path.stat().st_mtime)
+    # A process that has mapped a file keeps it until it ends.
+    discard(*oldest_first[: 1 - KEPT], *copies.glob(".*"))
 
-        def write(values: np.ndarray) -> None:
-            unfinished.write(values.data)
-            content.update(values.data)
 
-        for table in pair_tables(folder, ID_COLUMNS):
-            groups = prefix_groups(table)
-            write(groups.tokens_in_order())
-            lengths.append(groups.lengths.astype(np.int32))
-        for of_part in lengths:
-            write(of_part)
-        unfinished.flush()
-        os.fsync(unfinished.fileno())
-    copy = copies / f"{digest}-{sum(map(len, lengths))}-{content.hexdigest()}.i32"
-    # Nothing writes to it any more: `cached_sha256` may keep its digest at once, for all workers.
-    os.utime(unfinished.name, (time.time(), time.time() - 60))
-    return Path(unfinished.name).rename(copy)
+def _copy(pairs: StoragePath, folder: Path) -> None:
+    """Write the copy of these pairs, complete or not at all; a damaged one is replaced."""
+    with atomic_folder(folder) as unfinished:
+        with ExitStack() as open_files:
+            ids, lengths = (open_files.enter_context((unfinished / name).open("wb")) for name in _FILES)
+            for table in pair_tables(pairs, ID_COLUMNS):
+                groups = prefix_groups(table)
+                ids.write(groups.tokens_in_order().data)
+                lengths.write(groups.lengths.astype(np.int32).data)
+        write_checksums(unfinished)
+        for name in _FILES:  # nothing writes to them any more: the machine may keep their digests at once
+            os.utime(unfinished / name, (time.time(), time.time() - 60))

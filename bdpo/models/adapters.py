@@ -64,16 +64,25 @@ def require_finite_adapter(folder: Path) -> None:
     require_finite_files([folder / _WEIGHTS], folder)
 
 
-def base_of(folder: Path) -> str:
-    """The model that an adapter names as the one that it was trained over.
+def base_of(folder: Path) -> ModelConfig:
+    """The model, and its revision, that an adapter names as the one that it was trained over.
 
     Raises:
-        UserError: its config names none.
+        UserError: its config names none, or a revision of a folder, which has none.
     """
+    file = folder / _CONFIG
     try:
-        return str(json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
+        named = json.loads(file.read_text(encoding="utf-8"))
+        name, revision = named["base_model_name_or_path"], named.get("revision")
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / _CONFIG}: names no base_model_name_or_path") from None
+        name = revision = None
+    if not isinstance(name, str) or not isinstance(revision, str | None):
+        raise UserError(f"{file}: names no base_model_name_or_path with a revision or without one")
+    if revision and local_path(name).is_dir():
+        raise UserError(
+            f"{file}: revision={revision}: base_model_name_or_path={name} is a folder, which has no revisions"
+        )
+    return ModelConfig(name_or_path=name, revision=revision or None)
 
 
 def load_adapted(base: ModelConfig, folder: Path) -> PreTrainedModel:

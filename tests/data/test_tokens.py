@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bdpo.data import tokens
@@ -9,6 +11,7 @@ from bdpo.data.pairs import ID_COLUMNS, pairs_digest, read_pairs
 from bdpo.data.prepare import prepare
 from bdpo.data.tokens import mapped_groups
 from bdpo.errors import UserError
+from bdpo.storage.checksums import CHECKSUMS
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.run_dir import RunDir
 from tests.support.helpers import groups_in_lists, invented_pairs, tiny_config, write_jsonl
@@ -44,18 +47,26 @@ def test_they_are_those_of_all_parts(prepared, monkeypatch, cache):
         groups = mapped_groups(run)
         assert groups_in_lists(groups) == ids_of(run)
         assert not groups.tokens.flags.writeable
-    assert len(list(cache.glob("*.i32"))) == 1
+    assert len(list(cache.iterdir())) == 1
 
 
-def test_a_copy_that_is_damaged_is_made_again(prepared, cache):
+def flip_a_byte(file):
+    content = bytearray(file.read_bytes())
+    content[8] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["ids.i32", "lengths.i32", CHECKSUMS])
+@pytest.mark.parametrize("damage", [flip_a_byte, Path.unlink])
+def test_a_copy_that_is_damaged_is_made_again(prepared, cache, name, damage):
     run = prepared("run")
     before = groups_in_lists(mapped_groups(run))
-    (copy,) = cache.glob("*.i32")
-    content = bytearray(copy.read_bytes())
-    content[8] ^= 1
-    copy.write_bytes(content)
+    (copy,) = cache.iterdir()
+    content = (copy / name).read_bytes()
+    damage(copy / name)
     assert groups_in_lists(mapped_groups(run)) == before
-    assert list(cache.glob("*.i32")) == [copy]
+    assert list(cache.iterdir()) == [copy]
+    assert (copy / name).read_bytes() == content
 
 
 def test_pairs_that_are_prepared_anew_are_copied_anew(prepared):
@@ -67,11 +78,14 @@ def test_pairs_that_are_prepared_anew_are_copied_anew(prepared):
 def test_the_newest_copies_are_kept_and_those_of_killed_processes_removed(prepared, cache, monkeypatch):
     monkeypatch.setattr(tokens, "KEPT", 2)
     groups = [mapped_groups(prepared(f"run {number}", seed=number)) for number in range(2)]
-    (cache / ".unfinished").write_bytes(b"x")
-    kept = sorted(cache.glob("*.i32"), key=lambda file: file.stat().st_mtime)
+    (cache / ".another.unfinished").mkdir()
+    (cache / ".another.unfinished" / "ids.i32").write_bytes(b"x")
+    old, new = sorted(cache.glob("[!.]*"), key=lambda folder: folder.stat().st_mtime)
     mapped_groups(prepared("another", seed=2))
-    assert kept[0] not in cache.glob("*.i32")
-    assert kept[1] in cache.glob("*.i32")
+    there = list(cache.iterdir())
+    assert len(there) == 2
+    assert old not in there
+    assert new in there
     assert not list(cache.glob(".*"))
     assert groups_in_lists(groups[0]), "what is mapped stays readable"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import peft
@@ -47,7 +48,33 @@ def test_an_adapter_is_merged_into_its_base(tmp_path: Path, base: ModelConfig) -
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert (found - before).abs().max() > 0.1
     assert type(merged) is type(load_model(Path(base.name_or_path), base))
-    assert base_of(folder) == base.name_or_path
+    assert base_of(folder).name_or_path == base.name_or_path
+
+
+@pytest.mark.parametrize("revision", [None, "v1.0"])
+def test_the_base_of_an_adapter_has_the_revision_that_the_adapter_names(tmp_path: Path, revision) -> None:
+    named = {"base_model_name_or_path": "owner/model", "revision": revision}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(named))
+    assert base_of(tmp_path) == ModelConfig(name_or_path="owner/model", revision=revision)
+
+
+@pytest.mark.parametrize(
+    ("named", "reason"),
+    [
+        ({}, "names no base_model_name_or_path"),
+        ({"base_model_name_or_path": None}, "names no base_model_name_or_path"),
+        ({"base_model_name_or_path": "owner/model", "revision": []}, "names no base_model_name_or_path"),
+        (
+            {"base_model_name_or_path": "{folder}", "revision": "v1"},
+            "revision=v1: .* is a folder, which has no",
+        ),
+    ],
+)
+def test_an_adapter_whose_base_cannot_be_told_is_refused(tmp_path: Path, named, reason) -> None:
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(named).replace("{folder}", str(tmp_path)))
+    with pytest.raises(UserError, match=rf"^{file}: {reason}"):
+        base_of(tmp_path)
 
 
 def test_a_judge_may_be_an_adapter_that_names_its_base(

@@ -78,6 +78,15 @@ class TestSpace:
         with pytest.raises(UserError, match="offload=cpu requires zero_stage=1, 2 or 3"):
             check_space(parse_config(values, "test"))
 
+    def test_a_grid_whose_sections_do_not_go_together_is_refused_in_a_line_without_gaps(self):
+        space = {"train.zero_stage": [0, 1], "train.learning_rate": [1e-5]}
+        values = configured(space=space, searcher="grid").model_dump()
+        values["model"]["dtype"] = "bfloat16"
+        with pytest.raises(
+            UserError, match=r"^tune\.space: train\.zero_stage=0 requires model\.dtype=float32"
+        ):
+            check_space(parse_config(values, "test"))
+
     def test_keys_are_named_as_a_product_if_both_are_searched(self):
         keys = {"method.alpha": ALPHA, "method.beta": [0.1, 0.2]}
         assert product_keys(configured(space=keys)) == ["method.alpha", "method.beta"]

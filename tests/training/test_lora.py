@@ -65,7 +65,7 @@ def test_the_adapter_over_the_base_says_what_the_merged_model_says(scored, whole
     scale = expected.abs().max()
     torch.testing.assert_close(merged / scale, expected / scale, rtol=0, atol=1e-5)
     assert (merged - before).abs().max() > 0.01 * scale
-    assert base_of(adapter) == scored.model.name_or_path
+    assert base_of(adapter).name_or_path == scored.model.name_or_path
     assert (whole.adapter / CHECKSUMS).is_file()
     assert (whole.model / CHECKSUMS).is_file()
 

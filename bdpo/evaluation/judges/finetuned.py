@@ -138,8 +138,7 @@ def load_finetuned_judge(name: str, on_gpu: bool) -> FinetunedJudge:
         model = load_model(folder, ModelConfig(name_or_path=name, dtype=dtype))  # type: ignore[arg-type]
     else:
         folder = adapter_folder(name, "evaluate.judge.model")
-        base = ModelConfig(name_or_path=base_of(folder), dtype=dtype)  # type: ignore[arg-type]
-        model = load_adapted(base, folder)
+        model = load_adapted(base_of(folder).model_copy(update={"dtype": dtype}), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     digit_ids(tokenizer)
     return FinetunedJudge(model.to(device).eval(), tokenizer)  # type: ignore[arg-type]
@@ -165,7 +164,7 @@ def _check(config: Config) -> str:
     finetuned_digest(name)
     known = (Path(name) / "config.json").is_file()
     folder = Path(name) if known else adapter_folder(name, "evaluate.judge.model")
-    model = ModelConfig(name_or_path=name if known else base_of(folder))
+    model = ModelConfig(name_or_path=name) if known else base_of(folder)
     require_complete_weights(model)
     require_finite_files(weight_files(model_folder(model)), model_folder(model))
     if not known:
