@@ -19,6 +19,7 @@ COMMANDS = {
     "preflight": "pipelines.preflight",
     "status": "pipelines.status",
     "report": "pipelines.report",
+    "init": "pipelines.init",
     "presets": "pipelines.presets",
     "tiny-model": "pipelines.tiny_model",
 }
