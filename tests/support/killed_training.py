@@ -27,6 +27,7 @@ from bdpo.scoring.scores import read_scores
 from bdpo.storage.metrics_log import MetricsLog
 from tests.support import ROOT
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
+from tests.support.ray_nodes import NOTICED_SOON
 from tests.support.scored_run import scored_run
 from tests.support.training import launch
 
@@ -67,6 +68,7 @@ class Nodes:
         os.environ |= {"RAY_TMPDIR": self.folder, "RAY_AUTH_MODE": "token"}
         # Nothing but this script is to kill.
         os.environ |= {"RAY_memory_monitor_refresh_ms": "0"}
+        os.environ |= NOTICED_SOON
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
         from ray.cluster_utils import Cluster
 

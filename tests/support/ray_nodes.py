@@ -28,6 +28,13 @@ from tests.support import ROOT
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
+# A machine that is gone is known to be gone after some 10 seconds, not 30.
+NOTICED_SOON = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "10",
+}
+
 
 def wait_until(true: Callable[[], Any], what: str, seconds: float = 600, every: float = 0.2) -> Any:
     """What `true` returns once it is true; it is asked `every` so many seconds."""
@@ -64,10 +71,7 @@ class Nodes:
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
-            # A machine that is gone is known to be gone after some 10 seconds, not 30.
-            "RAY_health_check_initial_delay_ms": "1000",
-            "RAY_health_check_period_ms": "1000",
-            "RAY_health_check_failure_threshold": "10",
+            **NOTICED_SOON,
             "BDPO_CACHE": str(cache_folder()),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",

@@ -110,7 +110,7 @@ def finished(cluster, config):
             now = state(run_dir)
             return job.poll() is not None or (now and reached(now))
 
-        wait_until(seen, "progress", seconds=1800, every=1)  # its requests cost half a core otherwise
+        wait_until(seen, "progress", seconds=1800, every=2)  # its requests cost half a core otherwise
         assert job.poll() is None, job.stdout.read()
 
     first = cluster.add(cpus=2)
