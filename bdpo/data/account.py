@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from bdpo.storage.records import PreparedRows, SourceRows
+from bdpo.storage.records import PreparedRows, SourceRows, account_notes
 
 
 @dataclass
@@ -116,8 +116,4 @@ def account_line(account: PreparedRows) -> str:
         parts.append(f"{sum(counts.values())} {fate}" + (f" ({reasons})" if reasons else ""))
     if account["not_sampled"]:
         parts.append(f"{account['not_sampled']} not sampled")
-    unread = {"columns": account.get("unread_columns"), "files": account.get("unread_files")}
-    notes = [f"; {kind} not read: {', '.join(names)}" for kind, names in unread.items() if names]
-    if changed := account.get("changed_by_template"):
-        notes.append(f"; the chat template changed the text of {changed} kept rows")
-    return "".join([" + ".join(parts), *notes])
+    return "; ".join([" + ".join(parts), *account_notes(account)])

@@ -62,7 +62,7 @@ class Numbers:
     cut: int
     """Answers that `evaluate.max_new_tokens` ended."""
     broken: Mapping[str, int]
-    """Fault of a text, see `bdpo.evaluation.texts.fault_of` -> how many answers have it."""
+    """Defect of a text, see `bdpo.evaluation.texts.defect_of` -> how many answers have it."""
     estimates: Mapping[str, Estimate]
     """The estimates, by the names of the benchmark's measures."""
 

@@ -13,7 +13,7 @@ from bdpo.evaluation.benchmarks.items import Item
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS
 from bdpo.evaluation.engines.base import Answer, Generate, Sampling
 from bdpo.evaluation.judges.base import Judge, NoAnswer, Question, Verdict, addresses_judge, verdict_on
-from bdpo.evaluation.texts import fault_of, opened_thought, without_thoughts
+from bdpo.evaluation.texts import defect_of, opened_thought, without_thoughts
 from bdpo.models.loading import has_positions
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer
@@ -127,5 +127,5 @@ def verdict_row(item: Item, answer: Response, verdict: Verdict) -> Row:
         "flagged": addresses_judge(response or ""),
         "new_tokens": answer.new_tokens,
         "cut": answer.cut and answer.response is not None,
-        "broken": None if response is None else fault_of(response, item.request),
+        "broken": None if response is None else defect_of(response, item.request),
     }

@@ -18,7 +18,7 @@ THOUGHTS = (
 )
 """Marks around a thought block, by the chat templates of the families that write one."""
 
-Fault = Literal["empty", "repetition", "other_script", "gibberish"]
+Defect = Literal["empty", "repetition", "other_script", "gibberish"]
 
 _UNSPACED = ("CJK", "THAI", "LAO", "KHMER", "MYANMAR")
 """Scripts that do not separate words by spaces."""
@@ -57,7 +57,7 @@ def without_thoughts(response: str) -> str | None:
     return response
 
 
-def fault_of(response: str, prompt: str) -> Fault | None:
+def defect_of(response: str, prompt: str) -> Defect | None:
     """Why a response is no text that a working model writes; None where nothing is wrong with it.
 
     - `empty`: no letter and no digit.

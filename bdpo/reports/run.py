@@ -34,7 +34,7 @@ from bdpo.stats import ENDS
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import read_parquet, sorted_glob
-from bdpo.storage.records import TrainingRecord, prepared_rows, training_record
+from bdpo.storage.records import TrainingRecord, account_notes, prepared_rows, training_record
 from bdpo.storage.records import versions as package_versions
 from bdpo.storage.run_dir import RunDir
 
@@ -113,7 +113,7 @@ def setup_section(config: Config, run: RunDir, trained: TrainingRecord | None, a
         rows.append(("method", f"{method.name}: {how}" if how else method.name))
     length = f"steps: {train.max_steps}" if train.max_steps else f"epochs: {train.num_train_epochs:g}"
     rows += [
-        ("data", f"{config.data.name} ({config.data.format})"),
+        ("data", f"{config.data.name} ({_format_found(config, run)})"),
         ("training", f"{length}, each batch of {train.global_batch_size} pairs"),
         ("learning rate", f"{rate}, {train.lr_scheduler_type}"),
         ("workers", f"{workers_label(train.workers)} x ZeRO-{train.zero_stage}"),
@@ -127,6 +127,12 @@ def setup_section(config: Config, run: RunDir, trained: TrainingRecord | None, a
     return Section("Setup", tables=[PageTable(("", ""), rows)])
 
 
+def _format_found(config: Config, run: RunDir) -> str:
+    """The format that the rows were found to have, that of the config before they are prepared."""
+    account = prepared_rows(run)
+    return config.data.format if account is None else account["format"]
+
+
 def data_section(run: RunDir, trained: bool = True) -> Section | None:
     """The account of the rows that were read; with `trained` also of the pairs that were trained on."""
     account = prepared_rows(run)
@@ -137,10 +143,12 @@ def data_section(run: RunDir, trained: bool = True) -> Section | None:
         rows += [(f"{fate}: {reason}", f"{count:,}") for reason, count in sorted(counts.items())]
     rows += [("not sampled", f"{account['not_sampled']:,}")] if account["not_sampled"] else []
     rows.append(("prepared", f"{account['kept']:,}"))
-    rows += [(f"prepared, {group}", f"{count:,}") for group, count in sorted(account["groups"].items())]
+    groups = {"no group" if group == "none" else group: n for group, n in account["groups"].items()}
+    rows += [(f"prepared, {group}", f"{count:,}") for group, count in sorted(groups.items())]
     if trained:
         rows += _trained_on(run)
     text = ["Rows read = quarantined + excluded + not sampled + prepared."]
+    text += [f"{note[0].upper()}{note[1:]}." for note in account_notes(account)]
     return Section("Data", text, [PageTable(("", "rows"), rows)])
 
 
@@ -173,7 +181,7 @@ def mutual_information_section(config: Config, run: RunDir) -> Section | None:
     quantiles = [f"{quantile:.0%}" for quantile in QUANTILES]
     headings = ("nats per token", "pairs", "mean", *quantiles, "below 0", "floored")
     better = [
-        f"Of the {row.group or 'all'} queries the preferred response is better understood in "
+        f"Of {f'the {row.group}' if row.group else 'all'} queries the preferred response is better understood in "
         f"{100 * row.chosen_better:.1f} % (95 % interval {100 * row.chosen_better_low:.1f} to "
         f"{100 * row.chosen_better_high:.1f}); I_w − I_l is {row.difference:+.3f} on average "
         f"({row.low:+.3f} to {row.high:+.3f})."

@@ -61,6 +61,18 @@ def prepared_pairs(run: RunDir) -> int | None:
     return account["kept"] if account else None
 
 
+def account_notes(account: PreparedRows) -> list[str]:
+    """What of the data sets has no effect, a phrase each: columns, files, and text that the template changed.
+
+    What an earlier version did not record is left out.
+    """
+    unread = {"columns": account.get("unread_columns"), "files": account.get("unread_files")}
+    notes = [f"{kind} not read: {', '.join(names)}" for kind, names in unread.items() if names]
+    if changed := account.get("changed_by_template"):
+        notes.append(f"the chat template changed the text of {changed} kept rows")
+    return notes
+
+
 @dataclass(frozen=True)
 class TrainingRecord:
     """A finished training; what an earlier version did not record is empty.

@@ -20,7 +20,7 @@ from bdpo.storage.lease import Held
 from bdpo.storage.paths import discard, local_path
 from bdpo.storage.run_dir import RunDir
 from pipelines.presets import preset_file, with_preset_template
-from pipelines.runtime.progress import printable
+from pipelines.runtime.progress import for_terminal
 from pipelines.runtime.ray_internals import JOB_VARIABLE, full_node_line, storage_unavailable
 from pipelines.runtime.signals import interruptible
 from pipelines.runtime.stage import Stage, check_inputs, complete_all, outputs_of
@@ -158,7 +158,7 @@ def exit_codes() -> Iterator[None]:
             if full is None:
                 raise
             print(
-                f"error: {printable(full)}; Ray ended processes of this run there. With fewer or smaller "
+                f"error: {for_terminal(full)}; Ray ended processes of this run there. With fewer or smaller "
                 "workers, or when the other processes are gone, the same command resumes",
                 file=sys.stderr,
             )
@@ -167,7 +167,7 @@ def exit_codes() -> Iterator[None]:
 
 def _refuse(error: Exception) -> NoReturn:
     """End the command with exit code 2 and the line of the error."""
-    print(f"error: {printable(str(error))}", file=sys.stderr)
+    print(f"error: {for_terminal(str(error))}", file=sys.stderr)
     sys.exit(2)
 
 

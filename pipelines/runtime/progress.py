@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def printable(text: str) -> str:
+def for_terminal(text: str) -> str:
     """The text with control characters, of which a terminal would make something else, written as escapes."""
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
@@ -41,7 +41,7 @@ class _Terminal(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """The text, or a cell of a table, as it is printed."""
-        return super().render_str(printable(text), **options)
+        return super().render_str(for_terminal(text), **options)
 
 
 console = _Terminal()

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from bdpo.evaluation.texts import fault_of, opened_thought, without_thoughts
+from bdpo.evaluation.texts import defect_of, opened_thought, without_thoughts
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ BABBLE = (
 
 
 @pytest.mark.parametrize(
-    ("response", "fault"),
+    ("response", "defect"),
     [
         (PROSE, None),
         ("I'm sorry, but I can't help with that.", None),
@@ -74,28 +74,28 @@ BABBLE = (
         ("knotendsropelooppullcrosstieknotendsropeloop pullcrosstieknotendsropeloop", "gibberish"),
     ],
 )
-def test_broken_answers_are_found_by_their_text(response: str, fault: str | None) -> None:
-    assert fault_of(response, "How do I tie a knot?") == fault
+def test_broken_answers_are_found_by_their_text(response: str, defect: str | None) -> None:
+    assert defect_of(response, "How do I tie a knot?") == defect
 
 
 def test_function_words_are_expected_of_answers_to_english_alone() -> None:
-    assert fault_of(BABBLE, "Miten solmitaan paalusolmu?") is None
+    assert defect_of(BABBLE, "Miten solmitaan paalusolmu?") is None
 
 
 def test_an_answer_in_the_script_of_its_prompt_is_not_broken() -> None:
-    assert fault_of("结绳很容易，先交叉两端，然后拉紧。", "怎么打结？") is None
-    assert fault_of("まず端を交差させて、それから引っ張ります。", "結び方を教えてください。") is None
-    assert fault_of("绳子" * 60, "怎么打结？") == "repetition"
+    assert defect_of("结绳很容易，先交叉两端，然后拉紧。", "怎么打结？") is None
+    assert defect_of("まず端を交差させて、それから引っ張ります。", "結び方を教えてください。") is None
+    assert defect_of("绳子" * 60, "怎么打结？") == "repetition"
 
 
 def test_random_tokens_of_a_multilingual_vocabulary_are_gibberish() -> None:
     rng = random.Random(0)
     alphabets = ("abcdefghij", "жщюяби", "结绳交叉", "αβγδε", "אבגד")
     babble = " ".join("".join(rng.choices(rng.choice(alphabets), k=5)) for _ in range(80))
-    assert fault_of(babble, "How do I tie a knot?") == "gibberish"
+    assert defect_of(babble, "How do I tie a knot?") == "gibberish"
 
 
 def test_the_items_of_a_list_are_no_babble() -> None:
     steps = "flour sieve, water warm, salt stir, dough knead, dough rest, loaf form, oven heat, loaf bake"
-    assert fault_of(f"bread steps: {steps}", "what are the steps for a bread?") is None
-    assert fault_of(steps.replace(",", ""), "what are the steps for a bread?") == "gibberish"
+    assert defect_of(f"bread steps: {steps}", "what are the steps for a bread?") is None
+    assert defect_of(steps.replace(",", ""), "what are the steps for a bread?") == "gibberish"

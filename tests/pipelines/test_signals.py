@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from pipelines.runtime.progress import console, printable
+from pipelines.runtime.progress import console, for_terminal
 from tests.support import ROOT
 
 COMMAND = """
@@ -130,7 +130,7 @@ def test_handlers_are_put_back(capsys):
 
 
 def test_no_control_character_reaches_the_terminal(capsys):
-    assert printable("a\x1b[31mb\x07\u202e\ud800\tc\n") == "a\\x1b[31mb\\x07\\u202e\\ud800\tc\n"
+    assert for_terminal("a\x1b[31mb\x07\u202e\ud800\tc\n") == "a\\x1b[31mb\\x07\\u202e\\ud800\tc\n"
     with console.capture() as shown:
         console.print("name \x1b[2Jgone [bold]x[/]")
     assert shown.get() == "name \\x1b[2Jgone x\n"

@@ -52,7 +52,8 @@ HARM = "plantedharmfultext"
 
 ACCOUNT = {
     "rows": PAIRS + 3, "kept": PAIRS, "quarantined": {"duplicate": 2, "empty": 1}, "excluded": {},
-    "not_sampled": 0, "groups": {"safe": 99_900, "unsafe": 100_100},
+    "not_sampled": 0, "groups": {"safe": 99_900, "none": 100_100}, "format": "pku_saferlhf",
+    "unread_columns": ["votes"], "changed_by_template": 7,
 }  # fmt: skip
 
 
@@ -98,7 +99,8 @@ def test_a_run_of_200_000_pairs_is_a_small_page(run):
     html = file.read_text()
     assert file.stat().st_size < 5_000_000
     for shown in (
-        "200,003", "quarantined: duplicate", "reward margin", "StrongReject safety",
+        "200,003", "quarantined: duplicate", "reward margin", "(pku_saferlhf)", "prepared, no group",
+        "Columns not read: votes.", "The chat template changed the text of 7 kept rows.", "StrongReject safety",
         "0123456789abcdef", "GPU-hours", "method.alpha", "base", "trained",
         "These numbers were judged by string_matching, a screen.", "tests below are not corrected",
     ):  # fmt: skip
