@@ -181,8 +181,8 @@ def mutual_information_section(config: Config, run: RunDir) -> Section | None:
     quantiles = [f"{quantile:.0%}" for quantile in QUANTILES]
     headings = ("nats per token", "pairs", "mean", *quantiles, "below 0", "floored")
     better = [
-        f"Of {f'the {row.group}' if row.group else 'all'} queries the preferred response is better understood in "
-        f"{100 * row.chosen_better:.1f} % (95 % interval {100 * row.chosen_better_low:.1f} to "
+        f"Of {f'the {row.group}' if row.group else 'all'} queries the preferred response is better "
+        f"understood in {100 * row.chosen_better:.1f} % (95 % interval {100 * row.chosen_better_low:.1f} to "
         f"{100 * row.chosen_better_high:.1f}); I_w − I_l is {row.difference:+.3f} on average "
         f"({row.low:+.3f} to {row.high:+.3f})."
         for row in imbalance

@@ -100,8 +100,8 @@ def test_a_run_of_200_000_pairs_is_a_small_page(run):
     assert file.stat().st_size < 5_000_000
     for shown in (
         "200,003", "quarantined: duplicate", "reward margin", "(pku_saferlhf)", "prepared, no group",
-        "Columns not read: votes.", "The chat template changed the text of 7 kept rows.", "StrongReject safety",
-        "0123456789abcdef", "GPU-hours", "method.alpha", "base", "trained",
+        "Columns not read: votes.", "The chat template changed the text of 7 kept rows.",
+        "StrongReject safety", "0123456789abcdef", "GPU-hours", "method.alpha", "base", "trained",
         "These numbers were judged by string_matching, a screen.", "tests below are not corrected",
     ):  # fmt: skip
         assert shown in html
