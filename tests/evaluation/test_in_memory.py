@@ -29,7 +29,7 @@ from bdpo.models.tokenizer import ChatTokenizer
 from bdpo.storage.run_dir import RunDir
 from tests.support.chats import byte_tokenizer
 from tests.support.evaluation import CANARIES, canary_files
-from tests.support.helpers import save_model, tiny_config, tiny_qwen2
+from tests.support.helpers import save_model, tiny_config, tiny_gpt2, tiny_qwen2
 
 SETTINGS: Any = {"max_new_tokens": 6, "batch_size": 5, "temperature": 0.9, "seed": 3}
 
@@ -108,9 +108,10 @@ def test_neither_texts_nor_output_leave_the_result(
 def test_a_model_in_training_is_evaluated_without_dropout_and_trains_on(
     tiny_chat: ChatTokenizer, benchmarks: dict[str, Any]
 ) -> None:
-    from tests.support.helpers import tiny_gpt2
-
     model, short = tiny_gpt2().train(), {"strongreject": benchmarks["strongreject"]}
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.9
     found, expected = (
         bdpo.evaluate_model(each, tiny_chat.tokenizer, short, max_new_tokens=4)
         for each in (model, tiny_gpt2())
@@ -140,6 +141,15 @@ def test_what_is_wrong_is_named_in_one_line(
     with pytest.raises(UserError, match=message) as refused:
         bdpo.evaluate_model(tiny_qwen2(), tiny_chat.tokenizer, benchmarks, judge, **settings)
     assert "\n" not in str(refused.value)
+
+
+def test_a_judge_that_cannot_be_asked_stops_it_before_the_model_is(
+    tiny_chat: ChatTokenizer, benchmarks: dict[str, Any]
+) -> None:
+    model, nobody = tiny_qwen2(), {"base_url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0}
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model is asked"))
+    with pytest.raises(UserError, match=r"evaluate\.judge"):
+        bdpo.evaluate_model(model, tiny_chat.tokenizer, benchmarks, {"name": "rubric", **nobody})
 
 
 def test_a_tokenizer_without_template_is_refused(benchmarks: dict[str, Any]) -> None:
