@@ -15,6 +15,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -24,8 +25,9 @@ from bdpo.cluster.status import count_shards
 from bdpo.config import Config
 from bdpo.scoring.scores import SCORE_SCHEMA, finish_scores, finished_scores
 from bdpo.search.sweep import Sweep
-from bdpo.search.trials import end_of
+from bdpo.search.trials import Rung, end_of
 from bdpo.stats import Estimate
+from bdpo.storage.manifests import write_manifest
 from bdpo.storage.paths import parquet_bytes
 from bdpo.storage.run_dir import RunDir
 from bdpo.storage.shards import ShardStore
@@ -46,6 +48,7 @@ from benchmarks.simulated import (
     Size,
     config_of,
     link,
+    pair_ids,
     score_rows,
     table,
 )
@@ -56,10 +59,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[], metavar="PART")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--pairs", type=int, nargs="+", help="for the driver: minutes with 30,000,000")
     arguments = parser.parse_args()
+    size = QUICK if arguments.quick else Size()
+    size = replace(size, driven=tuple(arguments.pairs)) if arguments.pairs else size
     for name in arguments.parts or PARTS:
         title, measure = PARTS[name]
-        rows = measure(QUICK if arguments.quick else Size())
+        rows = measure(size)
         print(f"## {title}", "", *rows, "", sep="\n", flush=True)
         if not arguments.quick:
             write_section(f"Scale: {title}", rows)
@@ -70,7 +76,7 @@ def of_driver(size: Size) -> Lines:
     works = ("what is missing", "status", "check at the end", "read for training", "plan of steps")
     rows = ["**The driver, pairs and scores on object storage:** seconds of a processor / requests in a row."]
     rows += table("pairs", "shard_rows", "shards", *works, "peak, MiB")
-    for pairs, shard_rows in [*((pairs, 512) for pairs in size.pairs), (size.pairs[-1], 4096)]:
+    for pairs, shard_rows in [*((pairs, 512) for pairs in size.driven), (size.driven[-1], 4096)]:
         done, peak = apart(driver, pairs, shard_rows)
         cells = [f"{one.seconds:.1f} / {one.in_a_row:,.0f}" for one in done]
         shards = -(-pairs // shard_rows)
@@ -111,7 +117,7 @@ def filled(config: Config, pairs: int) -> tuple[RunDir, ShardStore]:
     for number, first in enumerate(range(0, pairs, PART_ROWS)):
         rows = min(PART_ROWS, pairs - first)
         if rows not in parts:
-            ids = [f"{row % shard_rows:032x}" for row in range(rows)]
+            ids = (pair_ids(shard_rows) * (rows // shard_rows + 1))[:rows]
             part = random_part(np.random.default_rng(0), 0, rows)[0]
             parts[rows] = bytes(parquet_bytes(part.set_column(0, part.schema.field(0), [ids])))
         file = run.pairs / f"part-{number:05d}.parquet"
@@ -122,7 +128,7 @@ def filled(config: Config, pairs: int) -> tuple[RunDir, ShardStore]:
 def of_scoring(size: Size) -> Lines:
     """Many workers with spot losses, by shard size."""
     seconds, listed, mebibytes = apart(dispatch, size.dispatched) if size.dispatched else (0.004, 0, 0)
-    machines, pairs = Machines(size.workers, seconds), size.pairs[-1]
+    machines, pairs = Machines(size.workers, seconds), size.pairs
     return [
         f"**{size.workers} workers score {pairs:,} pairs** on nodes of {machines.node_gpus}, each lost "
         f"every {machines.hours_between_losses:g} hours; the driver is killed once, half way.",
@@ -174,37 +180,66 @@ def dispatch(shards: int) -> tuple[float, float, float]:
 
 
 def of_sweep(size: Size) -> Lines:
-    """A sweep on object storage: what its decisions take, by the number of trials."""
+    """A sweep on object storage: what its decisions take, by the number of trials that there are."""
+    trials = size.trials[0]
+    decisions, ends = sweep(trials)
+    requests = sum(one.requests for one in decisions)
     rows = [
-        "**A sweep on object storage**, 16 trials at a time, three rungs. A decision is a new trial, a rung "
-        "that is recorded, or the answer whether a trial is promoted.",
+        "**Decisions of a sweep on object storage**, by the trials that there are: seconds of a processor / "
+        "requests in a row / seconds with those of the bucket.",
         *table(
-            "trials", "stopped / completed", "decisions", "requests", "a decision: processor, ms",
-            "requests in a row", "waits, s", "the last new trial, s",
+            "trials", "are some missing", "a new trial", "a rung is recorded", "is it promoted", "requests"
         ),
-    ]  # fmt: skip
-    for trials in size.trials:
-        decisions, ends, last = sweep(trials)
-        mean = Counted(*(sum(getattr(one, name) for one in decisions) / len(decisions) for name in FIELDS))
-        rows.append(
-            f"| {trials} | {ends[End.STOPPED]} / {ends[End.COMPLETED]} | {len(decisions):,} "
-            f"| {mean.requests * len(decisions):,.0f} | {1000 * mean.seconds:.0f} | {mean.in_a_row:.0f} "
-            f"| {mean.waits:.1f} | {last.waits:.1f} |"
-        )
-    return [*rows, "", f"Waits: the processor, and {1000 * LATENCY:.0f} ms for each request in a row."]
+    ]
+    for number in size.trials:
+        took = grown(number)
+        cells = [f"{one.seconds:.2f} / {one.in_a_row:.0f} / {one.waits:.1f}" for one in took]
+        rows.append(f"| {number} | {' | '.join(cells)} | {took[0].requests:,} |")
+    return [
+        *rows,
+        "",
+        f"The bucket answers after {1000 * LATENCY:.0f} ms. A complete sweep of {trials} trials, 16 at a "
+        f"time and three rungs, took {len(decisions)} decisions and {requests:,} requests; "
+        f"{ends[End.STOPPED]} trials were stopped, {ends[End.COMPLETED]} completed.",
+    ]
 
 
-FIELDS = ("seconds", "requests", "in_a_row")
-
-
-def sweep(trials: int) -> tuple[list[Counted], Counter[End], Counted]:
-    """(each decision of a sweep, how many trials ended how, the last trial that was suggested)."""
+def new_sweep(trials: int) -> Sweep:
+    """A sweep of so many trials in a new bucket."""
     new_bucket()
     config = config_of(tune={"num_samples": trials})
-    rng, rungs = np.random.default_rng(0), config.tune.rungs
     folder = Sweep(config, RunDir(config.run_dir), {"simulated": True})
     folder.begin()
-    decisions: list[Counted] = []
+    return folder
+
+
+def grown(trials: int) -> list[Counted]:
+    """The decisions of a sweep in which all but the last trial have two rungs."""
+    folder, rng = new_sweep(trials), np.random.default_rng(0)
+    for number in range(trials - 1):
+        params = {"method.alpha": rng.uniform(0.5, 3), "method.beta": rng.uniform(0.02, 0.5)}
+        root = folder.folder(f"{number:04d}").root
+        write_manifest(root / "trial.json", folder.fingerprint, params=params, begun=0.0)
+        for step in (100, 200):
+            rung = Rung(step, measured(rng.uniform()), finished=0.0)
+            write_manifest(root / "rungs" / f"{step:09d}.json", folder.fingerprint, **asdict(rung))
+    found = []
+    for decision in (
+        folder.missing,
+        folder.suggest,
+        lambda: folder.record_rung(folder.trial(f"{trials - 1:04d}"), 100, measured(0.5)),
+        lambda: folder.end_of(folder.trial(f"{trials - 1:04d}")),
+    ):
+        with counted() as took:
+            decision()
+        found.append(took)
+    return found
+
+
+def sweep(trials: int) -> tuple[list[Counted], Counter[End]]:
+    """(each decision of a complete sweep, how many trials ended how)."""
+    folder, rng = new_sweep(trials), np.random.default_rng(0)
+    tune, decisions, at_work = folder.config.tune, list[Counted](), list[tuple[float, str]]()
 
     def decide(decision: Callable[[], Any]) -> Any:
         with counted() as found:
@@ -215,11 +250,8 @@ def sweep(trials: int) -> tuple[list[Counted], Counter[End], Counted]:
     def begin(now: float) -> None:
         if decide(folder.missing):
             name = decide(folder.suggest).name
-            suggested.append(decisions[-1])
-            heapq.heappush(at_work, (now + rungs[0] * rng.uniform(0.8, 1.2), name))
+            heapq.heappush(at_work, (now + tune.rungs[0] * rng.uniform(0.8, 1.2), name))
 
-    at_work: list[tuple[float, str]] = []
-    suggested: list[Counted] = []
     for _ in range(16):
         begin(0.0)
     while at_work:
@@ -229,12 +261,12 @@ def sweep(trials: int) -> tuple[list[Counted], Counter[End], Counted]:
         safety = float(np.clip(trial.params["method.alpha"] / 3 + rng.normal(0, 0.1), 0, 1))
         decide(partial(folder.record_rung, trial, 100 * (1 + reached), measured(safety)))
         if decide(partial(folder.end_of, folder.trial(name))) == End.OPEN:
-            more = rungs[reached + 1] - rungs[reached]
+            more = tune.rungs[reached + 1] - tune.rungs[reached]
             heapq.heappush(at_work, (now + more * rng.uniform(0.8, 1.2), name))
         else:
             begin(now)
     found = folder.trials()
-    return decisions, Counter(end_of(trial, found, config.tune) for trial in found), suggested[-1]
+    return decisions, Counter(end_of(trial, found, tune) for trial in found)
 
 
 def measured(safety: float) -> Measured:

@@ -14,7 +14,7 @@ from bdpo.models.transformers_private import set_attention
 from bdpo.training import memory
 from bdpo.training.batches import TrainingPlan, deal_micro_batches
 from benchmarks.common import apart, peak_memory
-from benchmarks.simulated import Lines, Size, Trainers, config_of, table, trained
+from benchmarks.simulated import QUICK, Lines, Size, Trainers, config_of, table, trained
 
 HIDDEN_SIZE, TOKENS_PER_SECOND = 3584, 10_000  # of a 7B model; trained on an H200 at 42 % of its peak
 
@@ -41,7 +41,7 @@ GPU = 79  # GiB of a GPU of 80 GB, of which a tenth is left free
 
 def of_dealing(size: Size) -> Lines:
     """The plan of a step on every rank, and of an evaluation on held-out pairs."""
-    pairs, (planned, mebibytes) = size.pairs[-1], apart(dealing, size)
+    pairs, (planned, mebibytes) = size.pairs, apart(dealing, size)
     return [
         f"**A step of {pairs:,} pairs on every rank:** the plan is made beside the step before it.",
         *table(
@@ -58,7 +58,7 @@ def dealing(size: Size) -> tuple[Lines, float]:
     """(a row for each of `size.ranks`, MiB of the plan) in a process of its own."""
     layout, rng = RowLayout(HIDDEN_SIZE, shared=True), np.random.default_rng(0)
     before = peak_memory()
-    lengths = _lengths(rng, size.pairs[-1])
+    lengths = _lengths(rng, size.pairs)
     found, steps = [], 5
     for ranks, batch in size.ranks:
         plan = TrainingPlan(lengths, TrainConfig(global_batch_size=batch), 0)
@@ -136,7 +136,7 @@ def of_memory(size: Size) -> Lines:
             "GiB of host memory each", "checkpoint, GB", "weights alone, GiB: scoring and answers",
         ),
     ]  # fmt: skip
-    for name in MODELS if len(size.pairs) > 1 else ():
+    for name in MODELS if size != QUICK else ():
         activations: dict[tuple[bool, int], int] = {}
         rows += [_fitting(name, gpus, activations) for gpus in (8, 64, 512)]
     return rows

@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from bdpo.config import Config, parse_config
-from bdpo.scoring.scores import MAX_UNSCORABLE, SCORE_SCHEMA, WORK_KEY, score_store
+from bdpo.scoring.scores import MAX_UNSCORABLE, SCORE_SCHEMA, TOKEN_COLUMNS, WORK_KEY, score_store
+from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint
 from bdpo.storage.paths import StoragePath
 from bdpo.storage.shards import Shard, ShardStore
@@ -31,7 +32,8 @@ Lines = list[str]
 class Size:
     """How large the simulated runs are; `ranks` holds (training ranks, pairs of a step)."""
 
-    pairs: tuple[int, ...] = (1_000_000, 10_000_000, 30_000_000)
+    pairs: int = 30_000_000
+    driven: tuple[int, ...] = (1_000_000, 3_000_000)
     workers: int = 512
     ranks: tuple[tuple[int, int], ...] = (
         (8, 64), (64, 64), (64, 256), (64, 1024), (256, 256), (256, 1024), (256, 4096), (512, 4096),
@@ -42,7 +44,7 @@ class Size:
     dispatched: int = 4_000
 
 
-QUICK = Size((20_000,), 16, ((2, 8),), (64,), (2,), (4,), 0)
+QUICK = Size(20_000, (20_000,), 16, ((2, 8),), (64,), (2,), (4,), 0)
 
 
 def table(*columns: str) -> Lines:
@@ -56,10 +58,19 @@ def config_of(**sections: Any) -> Config:
     return parse_config({**values, **sections}, "benchmark")
 
 
+def pair_ids(rows: int) -> list[str]:
+    """Ids as random as those of `prepare`; always the same."""
+    return [json_digest(row) for row in range(rows)]
+
+
 def score_rows(rows: int) -> pa.Table:
     """Scores of so many pairs, the same for each shard of as many; `WORK_KEY` as an actor writes it."""
-    columns: dict[str, Any] = {name: np.ones(rows) for name in SCORE_SCHEMA.names}
-    columns |= {"pair_id": [f"{row:032x}" for row in range(rows)], "group": ["unsafe"] * rows}
+    rng = np.random.default_rng(0)
+    columns: dict[str, Any] = {
+        name: rng.normal(100, 40, rows).astype(np.float32) for name in SCORE_SCHEMA.names
+    }
+    columns |= {name: rng.integers(1, 400, rows) for name in TOKEN_COLUMNS}
+    columns |= {"pair_id": pair_ids(rows), "group": ["unsafe"] * rows}
     work = {"worker": "host-1:1", "seconds": 1.0, "tokens": rows, "tokens_forwarded": rows}
     table = pa.table(columns).cast(SCORE_SCHEMA)
     return table.replace_schema_metadata({WORK_KEY: json.dumps(work)})

@@ -135,9 +135,13 @@ def last_turns(folder: StoragePath) -> Iterator[str]:
 
 def pair_ids(folder: StoragePath) -> Iterator[str]:
     """The ids of all pairs in `folder`, in order; their texts are not read."""
-    for part in pair_files(folder):
+
+    def read(part: StoragePath) -> pa.ChunkedArray:
         with pq.ParquetFile(open_parquet(part)) as parquet:
-            yield from parquet.read(["pair_id"])["pair_id"].to_pylist()
+            return parquet.read(["pair_id"])["pair_id"]
+
+    for ids in at_once(read, pair_files(folder)):
+        yield from ids.to_pylist()
 
 
 def pairs_digest(folder: StoragePath) -> str:

@@ -13,11 +13,13 @@ from benchmarks.simulated import QUICK, Machines, SimulatedPool, SimulatedScore,
 
 def test_requests_of_the_driver_are_a_list_and_one_a_shard():
     done, _ = scale.driver(10_000, 512)
-    missing, status, _, read, plan = (one.requests for one in done)
+    missing, status, check, read, plan = (one.requests for one in done)
     shards = 20
     assert (missing, status, plan) == (shards + 1, shards + 1, 0)
     assert read == shards + 2  # the manifest that the check at the end wrote
     assert done[0].in_a_row == 1 + shards / 32
+    # Two lists and the manifest; of each of three parts of pairs its size and ranges of it, 32 at a time.
+    assert done[2].in_a_row == 3 + (check - 3) / 32
 
 
 def test_a_list_of_more_than_a_thousand_objects_takes_two_requests():
@@ -57,10 +59,17 @@ def test_a_training_without_losses_takes_its_steps_and_checkpoints():
 
 
 def test_every_trial_of_a_sweep_ends():
-    decisions, ends, last = scale.sweep(20)
+    decisions, ends = scale.sweep(20)
     assert ends.total() == 20
     assert set(ends) <= {"completed", "stopped"}
-    assert 0 < last.requests <= max(one.requests for one in decisions)
+    assert len(decisions) > 4 * 20
+
+
+def test_a_decision_reads_every_trial_once():
+    """Of each its parameters, its failure, the list of its rungs and two rungs; before that a list of all."""
+    missing, suggested, *_ = scale.grown(8)
+    assert missing.requests == 1 + 7 * 5
+    assert suggested.requests == 1 + 7 * 5 + 1
 
 
 def test_the_table_of_dealing_has_a_row_for_each_size():
