@@ -60,7 +60,7 @@ from bdpo.storage.paths import StoragePath, write_parquet
 from bdpo.storage.run_dir import RunDir
 from pipelines.runtime.cli import Command, exit_codes
 from pipelines.runtime.cluster import connect, require_capacity
-from pipelines.runtime.pool import Executor, InProcess, RayPool, ShardWork
+from pipelines.runtime.pool import Executor, RayPool, ShardWork
 from pipelines.runtime.progress import console, progress_bar
 from pipelines.runtime.stage import ManifestStage, Stage, check_inputs, complete_all
 from pipelines.runtime.stalls import watched_tasks
@@ -150,9 +150,10 @@ class Evaluate(ManifestStage):
         name, rows = self.model_name, evaluate.batch_size
         executor.complete_shards(ShardWork(f"answer {name}", ShardAnswerer, to_answer, answers, total, rows))
         forget_failures(scores)
-        # Only a judge that is a model of its own needs a GPU; the others are kept busy from here.
-        judge = executor if judge_kind(self.config).has_model else InProcess()
-        judge.complete_shards(ShardWork(f"judge {name}", ShardJudge, to_judge, scores, total, rows))
+        kind = judge_kind(self.config)
+        judge = executor if kind.has_model else executor.without_model()
+        longest = kind.longest(self.config, rows)
+        judge.complete_shards(ShardWork(f"judge {name}", ShardJudge, to_judge, scores, total, rows, longest))
         table = scores.read().sort_by("item_id")
         write_parquet(self.folder / "scores.parquet", table)
         seconds = time.perf_counter() - started

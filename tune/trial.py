@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -31,6 +30,7 @@ from bdpo.variants.objective import measure, require_valid
 from pipelines.evaluate import Evaluate
 from pipelines.runtime.fit import fit
 from pipelines.runtime.pool import InProcess
+from pipelines.runtime.work_times import Begins
 from pipelines.train import train_fingerprint
 
 
@@ -56,7 +56,7 @@ class Trials:
         """The name of the next trial; its parameters are on disk."""
         return self.sweep.suggest().name
 
-    def runner(self, name: str, begins: Callable[[str, str], None]) -> TrialRunner:
+    def runner(self, name: str, begins: Begins) -> TrialRunner:
         """What runs the trial of this name."""
         return TrialRunner(self.sweep, name, self.base_scores, begins)
 
@@ -105,9 +105,7 @@ def _lines(log: StoragePath) -> int:
 class TrialRunner:
     """A trial in the process that runs it, rung by rung."""
 
-    def __init__(
-        self, sweep: Sweep, name: str, base_scores: pa.Table, begins: Callable[[str, str], None]
-    ) -> None:
+    def __init__(self, sweep: Sweep, name: str, base_scores: pa.Table, begins: Begins) -> None:
         self.sweep, self.name, self.base_scores, self.begins = sweep, name, base_scores, begins
         self.trial = sweep.trial(name)
         self.trial_run, self.settings = sweep.folder(name), sweep.config_of(self.trial)

@@ -70,6 +70,11 @@ class Endpoint:
             temperature=temperature,
         )
 
+    @property
+    def longest(self) -> float:
+        """Seconds that one reply may take, with all its retries and the waits between them."""
+        return (self.retries + 1) * self.timeout + self.retries * MAX_BACKOFF_SECONDS
+
     def chat(self, messages: list[dict[str, str]], max_tokens: int = 512, response_format: Any = None) -> str:
         """The reply to a conversation, in `response_format` if one is given.
 

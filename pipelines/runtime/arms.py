@@ -5,7 +5,7 @@ In some experiments the trained model then scores the pairs, as the reference mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from bdpo.variants.objective import require_valid
 from pipelines.evaluate import EvaluateTrained
 from pipelines.runtime.pool import InProcess
 from pipelines.runtime.stalls import watched_tasks
+from pipelines.runtime.work_times import Begins
 from pipelines.score import Score
 from pipelines.train import Train, train_fingerprint
 
@@ -78,7 +79,7 @@ class Arms:
         """There is no further job."""
         raise NotImplementedError
 
-    def runner(self, name: str, begins: Callable[[str, str], None]) -> Runner:
+    def runner(self, name: str, begins: Begins) -> Runner:
         """What runs the job of this name."""
         return ArmRunner(self._job(name), begins)
 
@@ -120,7 +121,7 @@ class ArmRunner:
     This process holds no GPU itself, so a training may take all GPUs of the cluster.
     """
 
-    def __init__(self, job: Job, begins: Callable[[str, str], None]) -> None:
+    def __init__(self, job: Job, begins: Begins) -> None:
         self.job, self.name, self.begins = job, job.name, begins
 
     def next_rung(self) -> bool:
@@ -148,7 +149,7 @@ class ArmRunner:
         """An arm keeps its checkpoints and its model."""
 
 
-def _evaluate(job: Job, begins: Callable[[str, str], None]) -> Summary:
+def _evaluate(job: Job, begins: Begins) -> Summary:
     here = InProcess(job.config.evaluate.gpus_per_worker, begins)
     summary = EvaluateTrained(job.config, job.run, executor=here).complete()
     drop_local_copy(job.run.model)  # the next job has another

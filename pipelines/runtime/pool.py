@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from bdpo.config import EvaluateConfig, ScoreConfig, worker_range
@@ -20,7 +20,7 @@ from pipelines.runtime.cluster import connect, require_capacity
 from pipelines.runtime.progress import progress_bar
 from pipelines.runtime.ray_internals import user_error_in
 from pipelines.runtime.stalls import REFUSAL, WatchedActor, shard_name, watching
-from pipelines.runtime.work_times import PAUSED
+from pipelines.runtime.work_times import PAUSED, Begins
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -51,6 +51,8 @@ class ShardWork:
     store: ShardStore
     total: int
     shard_rows: int
+    at_least: float = 0.0
+    """Seconds that a shard may take in any case, by limits of its own as those of an endpoint."""
 
     def missing(self) -> Shards:
         """The shards that are to be made."""
@@ -63,16 +65,23 @@ class Executor(Protocol):
     def complete_shards(self, work: ShardWork) -> None:
         """Make the shards that are missing."""
 
+    def without_model(self) -> Executor:
+        """What makes the shards of work that has no model of its own, and is kept busy from one process."""
+
 
 @dataclass(frozen=True)
 class InProcess:
     """Every shard in this process, on its GPU if it has `gpus`; the GPU's memory is freed afterwards.
 
-    `begins(kind, what)` is called when it begins something, for whoever watches this process.
+    `begins` is called when it begins something, for whoever watches this process.
     """
 
     gpus: float = 0
-    begins: Callable[[str, str], None] = lambda kind, what: None
+    begins: Begins = lambda kind, what, at_least=0.0: None
+
+    def without_model(self) -> Executor:
+        """This process, watched as before."""
+        return replace(self, gpus=0)
 
     def complete_shards(self, work: ShardWork) -> None:
         """Make the shards that are missing, one after the other."""
@@ -94,7 +103,7 @@ class InProcess:
         done = work.total - sum(rows for _, rows in missing)
         with progress_bar(work.title, work.total, done) as advance:
             for first, rows in missing:
-                self.begins(work.title, shard_name(first, rows))
+                self.begins(work.title, shard_name(first, rows), work.at_least)
                 make_shard({"first": first, "rows": rows})
                 advance(rows)
 
@@ -115,6 +124,10 @@ class RayPool:
     def of(cls, stage: str, section: ScoreConfig | EvaluateConfig | AttackConfig) -> RayPool:
         """The pool that a section of the config describes."""
         return cls(stage, section.workers, section.gpus_per_worker, section.stall_seconds)
+
+    def without_model(self) -> Executor:
+        """This process, the driver."""
+        return InProcess()
 
     def complete_shards(self, work: ShardWork) -> None:
         """Make the shards that are missing; what is lost with nodes that die is made again, twice at most.

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 from bdpo.errors import UserError
+from pipelines.runtime.node_processes import ANSWER_SECONDS, has_ended, kill
 from pipelines.runtime.progress import console
 from pipelines.runtime.signals import in_thread
 from pipelines.runtime.work_times import IDLE, ROOM_SECONDS, RoomWait, Stall, Worker, WorkTimes
@@ -36,9 +37,6 @@ T = TypeVar("T")
 REFUSAL = "refusal"
 """The key of a shard that was not made under which stands why."""
 
-ANSWER_SECONDS = 30.0
-"""How long a call of Ray's may take here: work never waits longer for its watch."""
-
 
 class NoRoom(Exception):
     """No worker could begin within the limit; the message is one line. A later try may find room."""
@@ -51,9 +49,9 @@ class Watch:
         self.times = WorkTimes(shortest, room, time.monotonic())
         self.placement_groups: list[PlacementGroup] = []
 
-    def begin(self, worker: Worker, kind: str, what: str) -> None:
+    def begin(self, worker: Worker, kind: str, what: str, at_least: float = 0.0) -> None:
         """See `WorkTimes.begin`."""
-        self.times.begin(worker, kind, what, time.monotonic())
+        self.times.begin(worker, kind, what, time.monotonic(), at_least)
 
     def forget(self, worker: Worker, stalled: bool) -> None:
         """See `WorkTimes.forget`."""
@@ -70,6 +68,10 @@ class Watch:
     def workers(self) -> list[Worker]:
         """All workers that have reported and are not gone."""
         return list(self.times.doing)
+
+    def paused(self) -> list[Worker]:
+        """See `WorkTimes.paused`."""
+        return self.times.paused()
 
     def hold(self, group: PlacementGroup) -> None:
         """A worker runs in this placement group."""
@@ -95,9 +97,9 @@ class Reporter:
         """The process that reports."""
         return Worker.here()
 
-    def begin(self, kind: str, what: str) -> None:
+    def begin(self, kind: str, what: str, at_least: float = 0.0) -> None:
         """Report what this process begins, and do not wait: what it did before is watched until then."""
-        self.watch.begin.remote(self.worker, kind, what)
+        self.watch.begin.remote(self.worker, kind, what, at_least)
 
     def begin_and_wait(self, kind: str, what: str) -> None:
         """The same, after which it is certain that the work is watched: waiting for work is not."""
@@ -201,9 +203,13 @@ def watching(
 
     def look() -> None:
         named = False  # of one wait for room a line is enough
+        checked = time.monotonic()
         while not ended.wait(min(5.0, shortest / 10)):
             with suppress(ray.exceptions.RayError):  # of the watch; without it nothing is noticed, or harmed
                 _end_stalled(title, watch, together)
+                if time.monotonic() - checked > shortest:
+                    _forget_ended(watch)
+                    checked = time.monotonic()
                 wait: RoomWait = ray.get(watch.room_wait.remote(), timeout=ANSWER_SECONDS)
                 if wait.seconds > shortest and not named:
                     _name_room_wait(title, wait)
@@ -284,11 +290,11 @@ def _end_stalled(title: str, watch: WatchHandle, together: bool) -> None:
 
     stalls: list[Stall] = ray.get(watch.stalled.remote(), timeout=ANSWER_SECONDS)
     for stall in stalls:
-        killed = _kill(stall.worker)
+        killed = kill(stall.worker)
         watch.forget.remote(stall.worker, killed)
         if killed and together:
             for worker in ray.get(watch.workers.remote(), timeout=ANSWER_SECONDS):
-                watch.forget.remote(worker, _kill(worker))
+                watch.forget.remote(worker, kill(worker))
         if killed:  # else it had ended, and Ray knows: it has replaced the whole group meanwhile
             then = "the training is started again" if together else "its work is done again"
             console.print(f"[bold]{title}[/]  {stall.line()}; killed, {then}", soft_wrap=True)
@@ -296,31 +302,11 @@ def _end_stalled(title: str, watch: WatchHandle, together: bool) -> None:
             return  # the other stalls were those of workers that waited for this one
 
 
-def _kill(worker: Worker) -> bool:
-    """Kill a process on its node, whatever it does; False if it has ended, or its node has.
-
-    A stopped process answers no request, so the signal comes from a task on its node.
-    """
+def _forget_ended(watch: WatchHandle) -> None:
+    """Forget the workers that have ended while they paused: without any other, the work waits for room."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    there = NodeAffinitySchedulingStrategy(worker.node, soft=False)
-    task = ray.remote(num_cpus=0, max_retries=0)(end_process).options(scheduling_strategy=there)
-    try:
-        return bool(ray.get(task.remote(worker.pid, worker.began), timeout=ANSWER_SECONDS))
-    except ray.exceptions.RayError:
-        return False
-
-
-def end_process(pid: int, began: float) -> bool:
-    """Send SIGKILL to the process of this machine that has the pid and began then; False if it has ended."""
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        if process.create_time() != began:
-            return False
-        process.kill()
-    except psutil.NoSuchProcess:
-        return False
-    return True
+    paused: list[Worker] = ray.get(watch.paused.remote(), timeout=ANSWER_SECONDS)
+    for worker in paused:
+        if has_ended(worker):
+            watch.forget.remote(worker, False)

@@ -6,7 +6,6 @@ that is begun again gives Tune the variants that are still open, and new ones af
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
@@ -27,7 +26,7 @@ from bdpo.variants.objective import InvalidEvaluation
 from pipelines.runtime.faults import in_a_line, own_fault
 from pipelines.runtime.ray_internals import HEAD_NODE, error_of_trial, keep_secrets
 from pipelines.runtime.stalls import Reporter
-from pipelines.runtime.work_times import PAUSED
+from pipelines.runtime.work_times import PAUSED, Begins
 
 if TYPE_CHECKING:
     from pipelines.runtime.stalls import WatchHandle
@@ -77,7 +76,7 @@ class VariantActor(tune.Trainable):
     """Runs variants one after the other; `config` is `{"variant": its name}`, one `step` is one rung."""
 
     def setup(  # type: ignore[override]
-        self, config: dict[str, Any], variants: Variants, begins: Callable[[str, str], None]
+        self, config: dict[str, Any], variants: Variants, begins: Begins
     ) -> None:
         """Called once for each actor. Tune retries nothing that fails in here or in `reset_config`."""
         self.variants, self.begins = variants, begins

@@ -6,11 +6,11 @@ the next one: that is their `Variants`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from bdpo.variants.ends import Failure
+from pipelines.runtime.work_times import Begins
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,10 +50,10 @@ class Variants(Protocol):
     def next_name(self) -> str:
         """The name of a new variant."""
 
-    def runner(self, name: str, begins: Callable[[str, str], None]) -> Runner:
+    def runner(self, name: str, begins: Begins) -> Runner:
         """What runs the variant of this name; called in the process that runs it.
 
-        It calls `begins(kind, what)` whenever it begins something, as the process is watched.
+        It calls `begins` whenever it begins something, as the process is watched.
         """
 
     def is_promoted(self, name: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from typing import Protocol
 
 SLOWER = 3
 """How many times as long as the slowest so far a piece of work may take."""
@@ -45,13 +46,24 @@ class Worker:
         return cls(node, socket.gethostname(), os.getpid(), psutil.Process().create_time())
 
 
+class Begins(Protocol):
+    """Reports what this process begins to whoever watches it, see `WorkTimes.begin`."""
+
+    def __call__(self, kind: str, what: str, at_least: float = 0.0) -> None:
+        """The process has ended what it did before, and begins this."""
+
+
 @dataclass(frozen=True)
 class Work:
-    """What a worker does since the moment `since` (seconds); how long it may take depends on its kind."""
+    """What a worker does since the moment `since` (seconds); how long it may take depends on its kind.
+
+    Work with limits of its own, as requests have, may take `at_least` seconds whatever such work took so far.
+    """
 
     kind: str
     what: str
     since: float
+    at_least: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,12 +106,12 @@ class WorkTimes:
         self.slowest: dict[str, float] = {}
         self.nobody_since, self.longest_wait = now, 0.0
 
-    def begin(self, worker: Worker, kind: str, what: str, now: float) -> None:
-        """The worker has ended what it did before, and begins this."""
+    def begin(self, worker: Worker, kind: str, what: str, now: float, at_least: float = 0.0) -> None:
+        """The worker has ended what it did before, and begins this; its limit is at least `at_least`."""
         if not self.doing:
             self.longest_wait = max(self.longest_wait, now - self.nobody_since)
         self._took(worker, now)
-        self.doing[worker] = Work(kind, what, now)
+        self.doing[worker] = Work(kind, what, now, at_least)
 
     def forget(self, worker: Worker, now: float, stalled: bool) -> None:
         """The worker is gone. If it was killed because it stalled, its work took that long at least."""
@@ -107,6 +119,10 @@ class WorkTimes:
             self._took(worker, now)
         if self.doing.pop(worker, None) and not self.doing:
             self.nobody_since = now
+
+    def paused(self) -> list[Worker]:
+        """The workers that may wait as long as they like: no limit shows that one of them is gone."""
+        return [worker for worker, work in self.doing.items() if work.kind == PAUSED]
 
     def room_wait(self, now: float) -> RoomWait:
         """How long nobody has been at work, and how long that may be: it grows with earlier such waits."""
@@ -127,7 +143,7 @@ class WorkTimes:
         found = []
         for worker, work in sorted(self.doing.items(), key=lambda item: item[1].since):
             may_wait = work.kind == PAUSED or (work.kind == IDLE and not all_wait)
-            seconds, limit = now - work.since, self.limit(work.kind)
+            seconds, limit = now - work.since, max(self.limit(work.kind), work.at_least)
             if seconds > limit and not may_wait:
                 found.append(Stall(worker, work.what, seconds, limit, self.slowest.get(work.kind)))
         return found

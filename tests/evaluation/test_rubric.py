@@ -31,6 +31,7 @@ from tests.support.fake_endpoint import (
     reply,
     take_apart,
 )
+from tests.support.helpers import tiny_config
 from tests.support.injections import HARMLESS, PAYLOADS
 
 HARMFUL = Question("harm", "Tie a knot")
@@ -466,6 +467,17 @@ def test_the_key_comes_from_the_environment_and_stays_out_of_everything_else(
 
 
 FINE_JUDGE = {"name": "rubric", "base_url": "http://host:8000/v1", "model": "m"}
+
+
+@pytest.mark.parametrize(("verdicts", "rounds"), [(1, 1), (4, 1), (5, 2)])
+def test_verdicts_take_as_long_as_the_limits_of_the_endpoint_allow(
+    tmp_path: Path, verdicts: int, rounds: int
+) -> None:
+    """Each three requests, of two tries with a minute between them."""
+    keys = FINE_JUDGE | {"timeout": 20, "retries": 1, "concurrency": 4}
+    config = tiny_config(tmp_path, tmp_path, tmp_path, evaluate={"judge": keys})
+    assert JUDGES["rubric"].longest(config, verdicts) == rounds * 3 * (2 * 20 + 60)
+    assert JUDGES["string_matching"].longest(config, verdicts) == 0
 
 
 @pytest.mark.parametrize(

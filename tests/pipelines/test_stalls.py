@@ -14,23 +14,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from bdpo.errors import UserError
 from pipelines.runtime.cluster import connect
 from pipelines.runtime.pool import InProcess, RayPool, ShardWork
-from pipelines.runtime.stalls import NoRoom, Reporter, end_process, watched_tasks, watching
+from pipelines.runtime.stalls import NoRoom, Reporter, watched_tasks, watching
 from pipelines.runtime.work_times import PAUSED, Worker
 from tests.support.ray_nodes import wait_until
 from tests.support.stalling import SHARDS, Refusing, Stalling, stalls_once
-
-
-def test_only_the_very_process_is_killed():
-    process = subprocess.Popen(["sleep", "600"])
-    began = psutil.Process(process.pid).create_time()
-    try:
-        assert not end_process(process.pid, began + 1)
-        assert process.poll() is None
-        assert end_process(process.pid, began)
-        assert process.wait(60) == -9
-        assert not end_process(process.pid, began)
-    finally:
-        process.kill()
 
 
 def started():
@@ -57,6 +44,30 @@ def test_a_worker_that_died_is_no_reason_to_kill_those_that_replaced_it():
     finally:
         alive.kill()
         alive.wait()
+
+
+@pytest.mark.ray
+def test_a_worker_that_ended_while_it_paused_is_forgotten_and_one_that_pauses_is_left_alone():
+    """Else the work would never wait for room: one that may wait as long as it likes seems to be at work."""
+    connect()
+    (dead, was), (alive, now) = started(), started()
+    gone = Worker("0" * 56, "host", alive.pid, now.began)  # its node has ended
+    try:
+        with watching("trials", 0.2) as watched:
+            watch = watched.watch
+            for worker in (was, now, gone):
+                watch.begin.remote(worker, PAUSED, "its trainings")
+            time.sleep(1)
+            assert was in ray.get(watch.workers.remote())
+            dead.kill()  # nobody waits for it yet: a zombie has ended as well
+            wait_until(lambda: ray.get(watch.workers.remote()) == [now], "the dead worker is forgotten", 60)
+            time.sleep(1)
+            assert ray.get(watch.workers.remote()) == [now]
+        assert alive.poll() is None
+    finally:
+        for process in (dead, alive):
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.ray
@@ -162,13 +173,13 @@ def test_a_process_reports_every_shard_that_it_makes_and_pauses_between():
         def missing(self, total, rows):
             return [(0, 4), (4, 2)]
 
-    here = InProcess(0, lambda kind, what: begun.append((kind, what)))
+    here = InProcess(1, lambda *what: begun.append(what)).without_model()
     with pytest.raises(ZeroDivisionError):
-        here.complete_shards(ShardWork("answer trained", Actor, {}, Store(), 6, 4))
+        here.complete_shards(ShardWork("judge trained", Actor, {}, Store(), 6, 4, at_least=70.0))
     assert begun == [
-        ("start of answer trained", "its start"),
+        ("start of judge trained", "its start"),
         "made",
-        ("answer trained", "the shard of rows 0 to 3"),
-        ("answer trained", "the shard of rows 4 to 5"),
+        ("judge trained", "the shard of rows 0 to 3", 70.0),
+        ("judge trained", "the shard of rows 4 to 5", 70.0),
         (PAUSED, "its work between shards"),
     ]

@@ -72,6 +72,25 @@ def test_waiting_is_no_stall_unless_all_workers_wait_for_work():
     assert not times.stalled(1e9)
 
 
+def test_work_with_limits_of_its_own_may_take_as_long_as_these():
+    times = WorkTimes(60)
+    for now in (0, 1):
+        times.begin(A, "judge", "a shard", now, at_least=700)
+    assert times.limit("judge") == 60
+    assert not times.stalled(1 + 699)
+    (stall,) = times.stalled(1 + 701)
+    assert (stall.limit, stall.slowest) == (700, 1)
+    times.begin(A, "judge", "a shard", 901, at_least=700)
+    assert times.stalled(901 + 2701)[0].limit == SLOWER * 900
+
+
+def test_those_that_pause_are_named():
+    times = WorkTimes(60)
+    times.begin(A, PAUSED, "", 0)
+    times.begin(B, "shard", "", 0)
+    assert times.paused() == [A]
+
+
 def test_the_line_names_worker_work_and_limit():
     stall = Stall(Worker("node", "host", 12, 0.0), "the shard of rows 0 to 7", 61.2, 60.0, 12.34)
     line = "worker 12 on host stands still: the shard of rows 0 to 7 has taken 61.2 s (limit 60 s, "

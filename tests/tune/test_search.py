@@ -84,9 +84,9 @@ class Begun:
         finish_scores(run, fingerprint, 0)
         self.begun = []
 
-    def begins(self, kind, what):
+    def begins(self, kind, what, at_least=0.0):
         """What the actor reports."""
-        self.begun.append(kind)
+        self.begun.append((kind, at_least))
 
     def actor(self, name=None):
         """One that begins a trial, this one if no other is named."""
@@ -130,6 +130,8 @@ def test_a_judge_that_goes_down_costs_no_answer_and_makes_no_score(tmp_path, tin
         assert not begun.next_rung()["done"]
         assert begun.sweep.trials()[0].rungs[0].step == RUNGS[0]
         assert {f: f.stat().st_mtime_ns for f in answered} == answered
+        judged, longest = f"judge rung-{RUNGS[0]}", 3 * 60  # a round of requests, of which none is repeated
+        assert begun.begun.count((judged, longest)) == 2, "verdicts are watched as answers are"
 
 
 def test_a_fault_not_its_own_leaves_the_trial_to_the_next_actor(tmp_path, tiny_chat):

@@ -171,6 +171,9 @@ class JudgeKind:
     reach: Callable[[Config], Mapping[RubricName, float]] = lambda config: {}
     """Rubric -> half-width of the judge's own error in a difference of two models, as `bdpo agreement`
     measured it, see `bdpo.evaluation.calibration.agreement.Bias`; empty where it was not measured."""
+    longest: Callable[[Config, int], float] = lambda config, verdicts: 0.0
+    """Seconds that so many verdicts may take by limits of the judge's own, as those of an endpoint; 0 if it
+    has none."""
     has_model: bool = False
     """Whether it is a local model: it then runs on the pool of workers, else in the driver."""
     screen: bool = False

@@ -18,6 +18,7 @@ own words, with these differences:
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 from collections.abc import Callable, Mapping
@@ -263,6 +264,12 @@ def _make(config: Config) -> RubricJudge:
     return RubricJudge(endpoint, section.concurrency, _rubrics(section))
 
 
+def _longest(config: Config, verdicts: int) -> float:
+    """A verdict takes three requests at most: the first, one in JSON, and that without `response_format`."""
+    judge = _make(config)
+    return math.ceil(verdicts / judge.concurrency) * 3 * judge.endpoint.longest
+
+
 def _rubrics(section: RubricConfig) -> dict[RubricName, Rubric]:
     return RUBRICS if section.verdict == "graded" else {**RUBRICS, "harm": BINARY}
 
@@ -285,4 +292,5 @@ JUDGE = JudgeKind(
     make=_make,
     fingerprint=_fingerprint,
     check=_check,
+    longest=_longest,
 )
