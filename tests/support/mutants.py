@@ -68,7 +68,7 @@ TESTS = {
     "bdpo/storage/limits": "tests/storage/test_s3.py",
     "bdpo/storage/manifests": "tests/storage/test_run_dir.py tests/storage/test_flipped_bytes.py",
     "bdpo/storage/metrics_log": "tests/storage/test_metrics_log.py tests/storage/test_flipped_bytes.py",
-    "bdpo/storage/paths": "tests/storage/test_paths.py",
+    "bdpo/storage/paths": "tests/storage/test_paths.py tests/storage/test_run_dir.py",
     "bdpo/storage/run_dir": "tests/storage/test_run_dir.py tests/storage/test_paths.py",
     "bdpo/storage/s3": "tests/storage/test_s3.py",
     "bdpo/storage/sealed": "tests/storage/test_sealed.py",
@@ -86,6 +86,7 @@ TESTS = {
     "pipelines/runtime/ray_internals/elastic": "tests/pipelines/test_elastic.py",
     "pipelines/runtime/faults": "tests/pipelines/test_faults.py tests/pipelines/test_ray_internals.py",
     "pipelines/runtime/ray_internals/__init__": "tests/pipelines/test_ray_internals.py",
+    "pipelines/runtime/node_processes": "tests/pipelines/test_node_processes.py",
     "pipelines/runtime/recovery": "tests/pipelines/test_recovery.py tests/pipelines/test_ray_internals.py",
     "pipelines/runtime/signals": "tests/pipelines/test_signals.py",
     "pipelines/runtime/stalls": "tests/pipelines/test_stalls.py",
@@ -161,9 +162,9 @@ def _is_left_alone(node: ast.AST) -> bool:
     made by then.
     """
     checked_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    is_strict = isinstance(node, ast.keyword) and node.arg == "strict"
+    is_guard = isinstance(node, ast.keyword) and node.arg in ("strict", "frozen")
     is_field = isinstance(node, ast.Call) and ast.unparse(node.func) in ("Field", "pa.schema")
-    return isinstance(node, ast.JoinedStr | ast.arg) or checked_only or is_strict or is_field
+    return isinstance(node, ast.JoinedStr | ast.arg) or checked_only or is_guard or is_field
 
 
 def _changes(node: ast.AST) -> Iterator[Change]:
@@ -308,7 +309,7 @@ def try_module(module: Path, arguments: argparse.Namespace) -> Counter[str]:
     drawn = random.Random(arguments.seed).sample(found, min(arguments.count, len(found)))
     every = EveryMutant(sorted(drawn, key=lambda each: each.line))
     options = ["-x", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
-    marks = ["-m", "not ray and not system"]
+    marks = ["-m", "not ray" if arguments.system else "not ray and not system"]
     pytest.main([*options, *marks, *TESTS[str(module.with_suffix(""))].split()], plugins=[every])
     return every.counts
 
@@ -320,6 +321,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=6, help="mutants of each module, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--line", type=int, help="the mutants of this line alone")
+    parser.add_argument("--system", action="store_true", help="with the tests marked `system` as well")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -20,7 +21,12 @@ from bdpo.models.logps import LogpsModel
 from bdpo.scoring.reference import ReferenceScorer
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import TrainingPlan
-from bdpo.training.engine import cores_of_a_worker, learning_rates
+from bdpo.training.engine import (
+    cores_of_a_worker,
+    deepspeed_config,
+    learning_rates,
+    require_on_first_worker,
+)
 from bdpo.training.pairs import TrainingPairs
 from tests.support import ROOT
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
@@ -63,6 +69,17 @@ def loaded(*arguments, **settings):  # later, a forward keeps what it gathered f
     GatheredParameters.__enter__ = enter
     return initialize(*arguments, **settings)
 deepspeed.initialize = loaded
+"""
+
+
+# Notes what a training begins with.
+FACTS = """
+def noted(*arguments):
+    engine = build_engine(*arguments)
+    facts = {"threads": torch.get_num_threads(), "training": engine.module.training}
+    (run.root / f"facts-{rank}.json").write_text(json.dumps(facts))
+    return engine
+training.build_engine = noted
 """
 
 
@@ -161,6 +178,39 @@ def test_learning_rates(kind, falls):
         scheduler.step()
 
 
+OFFLOADED = {"device": "cpu", "nvme_path": None, "pin_memory": torch.cuda.is_available()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("train", [train for name, train in VARIANTS.items() if "disk" not in name], ids=str)
+def test_the_config_of_deepspeed_is_that_of_the_training(tmp_path, dtype, train):
+    """Batches have one pair as far as it knows; without ZeRO it would clip once more."""
+    if dtype == "bfloat16" and not train["zero_stage"]:
+        return  # which is refused
+    values = tiny_config(tmp_path, tmp_path, tmp_path, train=train | {"max_grad_norm": 0.5}).model_dump()
+    found = deepspeed_config(parse_config(values | {"model": values["model"] | {"dtype": dtype}}, "test"))
+    zero = found["zero_optimization"]
+    assert (found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]) == (1, 1)
+    assert found["gradient_clipping"] == (0.5 if train["zero_stage"] else 0.0)
+    assert found["bf16"] == {"enabled": dtype == "bfloat16"}
+    assert zero["stage"] == train["zero_stage"]
+    assert zero["offload_optimizer"] == (OFFLOADED if "offload" in train else None)
+    assert zero["offload_param"] == (OFFLOADED if "offload_parameters" in train else None)
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_the_first_worker_finds_wrong_is_raised_by_all():
+    checked = []
+    require_on_first_worker(lambda: checked.append(True))
+    assert checked == [True]
+
+    def refuse():
+        raise UserError("model: incomplete")
+
+    with pytest.raises(UserError, match=r"^model: incomplete$"):
+        require_on_first_worker(refuse)
+
+
 @pytest.fixture(scope="module")
 def float32(tmp_path_factory, tiny_chat):
     """(plain loop, every variant's config, how many parameters a worker had whole while loading)."""
@@ -171,6 +221,9 @@ def float32(tmp_path_factory, tiny_chat):
     configs = [variant(base, folder / f"{i}", **train) for i, train in enumerate(VARIANTS.values())]
     loading = folder / f"{list(VARIANTS).index('stage 3')}"
     (loading / "fault.py").write_text(WATCHED_LOAD)
+    for name, number in (("stage 0", 0), ("stage 3, all on the CPU", 5)):
+        assert list(VARIANTS)[number] == name
+        (folder / f"{number}" / "fault.py").write_text(FACTS)
     launch(configs, workers=2)
     gathered = [int((loading / f"gathered-{rank}").read_text()) for rank in range(2)]
     return plain_loop(base), dict(zip(VARIANTS, configs, strict=True)), gathered
@@ -181,6 +234,13 @@ def test_offloaded_states_are_stepped_by_the_cores_of_a_worker(monkeypatch, work
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(workers))
     assert cores_of_a_worker() == cores
+
+
+def test_only_offloaded_states_have_more_threads_and_the_model_is_in_training_mode(float32):
+    threads = {"stage 0": 1, "stage 3, all on the CPU": cores_of_a_worker()}
+    for name, expected in threads.items():
+        facts = json.loads((RunDir(float32[1][name].run_dir).root / "facts-0.json").read_text())
+        assert facts == {"threads": expected, "training": True}
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -8,9 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bdpo.config import load_config
-from bdpo.models.adapters import load_adapted
+from bdpo.config import LoraConfig, load_config
+from bdpo.models.adapters import add_lora, load_adapted
+from bdpo.models.loading import load_model
 from bdpo.models.logps import ROUNDING, LogpsModel
+from bdpo.storage.checksums import CHECKSUMS
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.export import _probe
 from bdpo.training.pairs import TrainingPairs
@@ -83,6 +85,31 @@ def distances(tmp_path_factory, tiny_chat):
     return folder
 
 
+@pytest.mark.usefixtures("alone")
+def test_a_probe_is_without_dropout_per_root_token_and_leaves_the_mode(tmp_path, tiny_chat):
+    config = score(tmp_path, tiny_chat)
+    data = TrainingPairs.load(
+        config, RunDir(config.run_dir), pq.read_table(f"{config.run_dir}/scores.parquet")
+    )
+    model = load_model(config.model.name_or_path, config.model)
+    add_lora(model, LoraConfig(dropout=0.5, target_modules=["q_proj"]), config.model, 0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    policy = LogpsModel(model, config.data.max_length)
+    with torch.no_grad():
+        logps = data.packed([3, 5]).logps(policy.eval())
+    expected = [
+        logps.policy_chosen / logps.chosen_tokens**0.5,
+        logps.policy_rejected / logps.rejected_tokens**0.5,
+    ]
+    found = _probe(policy.train(), data, [3, 5])
+    torch.testing.assert_close(found, torch.cat(expected).double())
+    assert policy.training
+    _probe(policy.eval(), data, [3])
+    assert not policy.training
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_exported_model_is_within_rounding_of_the_engine(distances, name):
     run = folder_of(distances, name)
@@ -91,6 +118,8 @@ def test_the_exported_model_is_within_rounding_of_the_engine(distances, name):
     print(f"{name}: {distance:.2g} nats per root token")
     assert distance <= ROUNDING[VARIANTS[name][0]]
     assert (run / "model" / "model.safetensors").is_file()
+    assert (run / "model" / CHECKSUMS).is_file()
+    assert (run / "adapter" / CHECKSUMS).is_file() == ("lora" in name)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "lora" in name])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bdpo.method.base import LossOutput
+from bdpo.errors import UserError
+from bdpo.method.base import LossOutput, PairLogps
+from bdpo.models.logps import ROUNDING
 from bdpo.scoring.scores import SCORE_SCHEMA
 from bdpo.storage.checksums import CHECKSUMS
 from bdpo.storage.run_dir import RunDir
-from bdpo.training.loop import _accumulate
-from tests.support.helpers import save_model
+from bdpo.training.loop import _accumulate, _require_reference, best_first
+from tests.support.helpers import save_model, tiny_config
 from tests.support.training import copied, errors, launch, metrics, score, trained, weights
 
 pytestmark = pytest.mark.long
@@ -51,6 +56,36 @@ def test_sums_of_metrics_hold_no_graph():
         _accumulate(sums, LossOutput(loss, {"rewards/chosen": torch.full((3,), 4.0)}), counts)
     assert {name: value.item() for name, value in sums.items()} == {"loss": 12, "rewards/chosen": 24}
     assert not any(value.requires_grad for value in sums.values())
+
+
+@pytest.mark.parametrize(("greatest", "expected"), [(False, [2, 4, 3, 1]), (True, [3, 1, 4, 2])])
+def test_of_equal_checkpoints_the_newest_is_the_best(tmp_path, greatest, expected):
+    keys = {
+        "eval_fraction": 0.1,
+        "eval_steps": 2,
+        "metric_for_best_model": "loss",
+        "greater_is_better": greatest,
+    }
+    train = tiny_config(tmp_path, tmp_path, tmp_path, train=keys).train
+    losses = {1: 0.3, 2: 0.1, 3: 0.3, 4: 0.2}
+    reported = [
+        SimpleNamespace(checkpoint=step, metrics={"step": step, train.best_metric: loss})
+        for step, loss in losses.items()
+    ]
+    assert best_first(train, reported) == expected
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+@pytest.mark.parametrize(("share", "is_refused"), [(0.9, False), (-0.9, False), (1.1, True), (-1.1, True)])
+def test_policy_and_reference_may_differ_by_rounding_alone(tmp_path, side, share, is_refused):
+    """By so many nats per root token of a response of 100 tokens."""
+    config, zeros = tiny_config(tmp_path, tmp_path, tmp_path), torch.zeros(2)
+    pairs = PairLogps(*[zeros] * len(fields(PairLogps)))
+    pairs = replace(pairs, chosen_tokens=zeros + 100, rejected_tokens=zeros + 100)
+    apart = torch.tensor([0.0, 10 * share * ROUNDING["float32"]])
+    refused = pytest.raises(UserError, match="policy and reference differ") if is_refused else nullcontext()
+    with refused:
+        _require_reference(replace(pairs, **{f"policy_{side}": apart}), config)
 
 
 def test_metrics_are_those_of_the_design(uninterrupted):

@@ -113,15 +113,6 @@ def test_the_dropout_of_a_step_does_not_depend_on_what_was_drawn_before_it(score
     assert_same_adapter(run, whole, rtol=0, atol=0)
 
 
-@pytest.fixture
-def alone(tmp_path):
-    """A process group of this process alone."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("alone")
 def test_held_out_pairs_are_evaluated_without_dropout(scored):
     """Twice the same, and as before the adapter, which changes nothing yet."""
