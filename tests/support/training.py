@@ -17,6 +17,7 @@ from bdpo.data.pairs import read_pairs
 from bdpo.scoring.reference import ReferenceScorer
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
+from tests.support.architectures import tiny
 from tests.support.forks import train_process
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
 from tests.support.scored_run import prepared_run
@@ -24,8 +25,11 @@ from tests.support.scored_run import prepared_run
 PAIRS = 22  # 3 steps of 8, 8 and 6 pairs
 
 
-def score(folder, chat, tied=False, dtype="float32"):
+def score(folder, chat, tied=False, dtype="float32", architecture=None):
+    """The config of a run with prepared and scored pairs; of a tiny Qwen2 if no `architecture` is named."""
     model = save_model(folder / "model", chat, tied=tied)
+    if architecture is not None:
+        tiny(architecture).save_pretrained(model)
     data = write_jsonl(folder / "pairs.jsonl", invented_pairs(PAIRS))
     config = tiny_config(folder / "run", model, data)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})

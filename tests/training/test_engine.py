@@ -22,6 +22,7 @@ from bdpo.scoring.reference import ReferenceScorer
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import TrainingPlan
 from bdpo.training.engine import (
+    _parameter_groups,
     cores_of_a_worker,
     deepspeed_config,
     learning_rates,
@@ -196,6 +197,19 @@ def test_the_config_of_deepspeed_is_that_of_the_training(tmp_path, dtype, train)
     assert zero["stage"] == train["zero_stage"]
     assert zero["offload_optimizer"] == (OFFLOADED if "offload" in train else None)
     assert zero["offload_param"] == (OFFLOADED if "offload_parameters" in train else None)
+
+
+def test_what_is_trained_decays_where_it_is_a_matrix():
+    """Frozen parameters are in no group, and no group is empty."""
+    matrix, vector, frozen = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (3,), (4, 4)))
+    frozen.requires_grad_(False)
+    decays, stays = {"params": [matrix], "weight_decay": 0.1}, {"params": [vector], "weight_decay": 0.0}
+    for parameters, groups in (
+        ([vector, frozen, matrix], [decays, stays]),
+        ([matrix, frozen], [decays]),
+        ([vector], [stays]),
+    ):
+        assert _parameter_groups(torch.nn.ParameterList(parameters), 0.1) == groups
 
 
 @pytest.mark.usefixtures("alone")
