@@ -9,6 +9,8 @@ BY_EYE = "a threshold that was chosen by eye: at exactly this value either is ri
 
 SAME = "the same result"
 
+SEEDED = f"{SAME}: each step seeds the generators by its number"
+
 EXPLAINED: dict[str, dict[str, str]] = {
     "bdpo/evaluation/capability.py": {
         "8  ->  9": f"{SAME}: how many prompts are answered at a time",
@@ -24,8 +26,6 @@ EXPLAINED: dict[str, dict[str, str]] = {
     "bdpo/evaluation/twins.py": {
         "_LONGEST = 4000  ->  _LONGEST = 4001": BY_EYE,
         "_BATCH = 1024  ->  _BATCH = 1025": f"{SAME}: how many texts are compared at a time",
-        "np.intersect1d(first, second, assume_unique=True)  ->  "
-        "np.intersect1d(first, second, assume_unique=False)": f"{SAME}, in more time",
     },
     "bdpo/method/ches.py": {
         "((rejected - chosen) * chosen).sum(-1)  ->  ((rejected - chosen) * chosen).sum(--1)": (
@@ -38,16 +38,56 @@ EXPLAINED: dict[str, dict[str, str]] = {
         "np.random.SeedSequence(seeds).generate_state(2)": (f"{SAME}: the first word is taken"),
     },
     "bdpo/training/batches.py": {
-        "max(loads) > CLOSE_TO_MEAN * sum(loads) / len(loads)  ->  "
-        "max(loads) >= CLOSE_TO_MEAN * sum(loads) / len(loads)": BY_EYE,
-        "loads[other] + moved  ->  loads[other] - moved": (
-            "another exchange than the best is made first; the end is as balanced, which is tested"
-        ),
-        "[*parts[other], -1]  ->  [*parts[other], -2]": f"{SAME}: any number below 0 stands for none",
         "costs[taken] if taken >= 0 else 0  ->  costs[taken] if taken >= 0 else 1": (
             "one operation of the hundreds that the smallest pair costs"
         ),
         "(0, number, [])  ->  (1, number, [])": f"{SAME}: all parts cost one more, their order stays",
+    },
+    "bdpo/training/checkpoints.py": {
+        "epoch: float = 0.0  ->  epoch: float = 1.0": f"{SAME}: every step computes it from its number",
+        ":16  ->  :17": f"{SAME}: the length of a folder's name",
+        "ignore_errors=True  ->  ignore_errors=False": (
+            f"{SAME}, unless another process removes the same folder at the same moment"
+        ),
+        "hashes=False  ->  hashes=True": f"{SAME}, in more time: a load compares hashes",
+        "weights_only=True  ->  weights_only=False": f"{SAME}: the hash of the file was compared",
+        "_set_rng_state(torch.load(folder / f'rng_state_{dist.get_rank()}.pth', weights_only=True))  "
+        "->  pass": SEEDED,
+        "torch.set_rng_state(state['torch'])  ->  pass": SEEDED,
+        "torch.cuda.set_rng_state(state['cuda'])  ->  pass": "a GPU is required to notice it",
+        "dist.barrier()  ->  pass": "if a worker alone cannot write, the others wait for it",
+    },
+    "bdpo/training/engine.py": {
+        "10 ** 9  ->  11 ** 9": f"{SAME}: after how many steps DeepSpeed prints a line",
+        "10 ** 9  ->  10 ** 10": f"{SAME}: after how many steps DeepSpeed prints a line",
+        "10 ** 9  ->  10 * 9": f"{SAME}: after how many steps DeepSpeed prints a line",
+    },
+    "bdpo/training/export.py": {
+        "PROBES = 4  ->  PROBES = 5": f"{BY_EYE}: how many pairs the exported model is tried on",
+        "torch.empty(0)  ->  torch.empty(1)": f"{SAME}: without a probe nobody reads it",
+        "time.perf_counter() - begun  ->  time.perf_counter() + begun": "a time that is logged alone",
+        "distance <= ROUNDING[config.model.dtype]  ->  distance < ROUNDING[config.model.dtype]": BY_EYE,
+    },
+    "bdpo/training/loop.py": {
+        "engine.get_lr()[0]  ->  engine.get_lr()[1]": f"{SAME}: all groups of parameters have one rate",
+        "2 ** 63  ->  2 * 63": "other draws of dropout, each as good",
+        "dist.barrier()  ->  pass": "a race between two files that is seldom lost",
+        "1 if train.best_is_greatest else -1  ->  2 if train.best_is_greatest else -1": "the same order",
+        "1 if train.best_is_greatest else -1  ->  1 if train.best_is_greatest else -2": "the same order",
+        "(distance := float(apart.max())) > ROUNDING[config.model.dtype]  ->  "
+        "(distance := float(apart.max())) >= ROUNDING[config.model.dtype]": BY_EYE,
+    },
+    "bdpo/training/resharding.py": {
+        "mmap=True  ->  mmap=False": f"{SAME}, in more memory",
+    },
+    "bdpo/training/rungs.py": {
+        "0.1 if isinstance(self.folder, Path) else 1.0  ->  "
+        "0.1 if not isinstance(self.folder, Path) else 1.0": f"{BY_EYE}: how often to look for a file",
+        "0.1 if isinstance(self.folder, Path) else 1.0  ->  "
+        "1.2 if isinstance(self.folder, Path) else 1.0": f"{BY_EYE}: how often to look for a file",
+        "0.1 if isinstance(self.folder, Path) else 1.0  ->  "
+        "0.1 if isinstance(self.folder, Path) else 3.0": f"{BY_EYE}: how often to look for a file",
+        "time.sleep(self.poll_seconds)  ->  pass": f"{SAME}, in more looks for a file",
     },
 }
 """Module -> "before  ->  after" -> why."""
