@@ -130,7 +130,8 @@ def test_a_judge_that_goes_down_costs_no_answer_and_makes_no_score(tmp_path, tin
         assert not begun.next_rung()["done"]
         assert begun.sweep.trials()[0].rungs[0].step == RUNGS[0]
         assert {f: f.stat().st_mtime_ns for f in answered} == answered
-        judged, longest = f"judge rung-{RUNGS[0]}", 3 * 60  # a round of requests, of which none is repeated
+        evaluate = begun.sweep.config.evaluate  # of a shard, 8 at a time, with three requests each
+        judged, longest = f"judge rung-{RUNGS[0]}", evaluate.batch_size / 8 * 3 * 60
         assert begun.begun.count((judged, longest)) == 2, "verdicts are watched as answers are"
 
 
