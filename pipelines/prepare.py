@@ -65,15 +65,19 @@ class Prepare(ManifestStage):
         Raises:
             UserError: the data cannot be used, or `method` requires safety labels that they lack.
         """
+        from bdpo.data.fidelity import require_faithful_pairs
         from bdpo.models.loading import require_positions
-        from bdpo.models.tokenizer import load_tokenizer, require_faithful_pairs
+        from bdpo.models.tokenizer import load_tokenizer
         from bdpo.scoring.selection import require_benign_pairs, require_labels
 
         require_positions(self.config)
         manifest = self.ensure_manifest()
-        chat, data = load_tokenizer(self.config.model), self.config.data
-        require_faithful_pairs(chat, self._sample(), data.max_length)
-        console.print(f"[bold]pairs[/]     {account_line(manifest['account'])}", soft_wrap=True)
+        chat = load_tokenizer(self.config.model)
+        compared = require_faithful_pairs(chat, self._sample(), self.config.data)
+        account = account_line(manifest["account"])
+        console.print(
+            f"[bold]pairs[/]     {account}; {compared} compared with the chat template", soft_wrap=True
+        )
         require_labels(self.config, self.run)
         require_benign_pairs(self.config, self.run)
         return manifest
@@ -113,9 +117,7 @@ class Prepare(ManifestStage):
         return {"template": check_template}
 
     def _sample(self) -> Iterator[dict[str, Any]]:
-        """Some prepared pairs of plain texts, from the first to the last."""
+        """Some prepared pairs, from the first to the last; there is always one."""
         pairs = count_pairs(self.run.pairs)
         for first in range(0, pairs, max(1, pairs // FAITHFUL_PAIRS)):
-            for pair in read_pairs(self.run.pairs, first, 1).to_pylist():
-                if pair["context"] is None:  # what else a row holds was rendered with it
-                    yield pair
+            yield from read_pairs(self.run.pairs, first, 1).to_pylist()

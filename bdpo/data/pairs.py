@@ -1,21 +1,23 @@
-"""The prepared preference pairs: their schema, and reading them back from the run folder.
+"""The prepared preference pairs: their schema, their rows, and reading them back from the run folder.
 
 Their token ids are made once, when they are prepared: scoring and every epoch of training read them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from bdpo.data.formats.base import Pair
 from bdpo.storage.digests import files_digest
 from bdpo.storage.paths import StoragePath, at_once, open_parquet, read_bytes, sorted_glob
 
@@ -44,6 +46,40 @@ PAIR_SCHEMA = pa.schema(
         *(pa.field(name, _IDS, nullable=False) for name in ID_COLUMNS),
     ]
 )
+
+
+def plain_turns(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Messages with their role and content alone."""
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def context_of(pair: Pair) -> dict[str, Any] | None:
+    """What a pair holds beside plain texts, for the column `context`; None for most.
+
+    Its keys stay in their order, in which a template may write them.
+    """
+    context: dict[str, Any] = {}
+    if any(len(message) > 2 for message in (*pair.prompt, pair.chosen, pair.rejected)):
+        context["messages"] = [*pair.prompt, pair.chosen, pair.rejected]
+    if pair.tools:
+        context["tools"] = pair.tools
+    if pair.template_kwargs:
+        context["template_kwargs"] = pair.template_kwargs
+    return context or None
+
+
+def pair_of(row: Mapping[str, Any]) -> Pair:
+    """The pair of a prepared row, with all that its column `context` holds; its labels are not read."""
+    context = json.loads(row["context"]) if row["context"] else {}
+    answers = [{"role": "assistant", "content": row[side]} for side in ("chosen", "rejected")]
+    *prompt, chosen, rejected = context.get("messages") or [*row["prompt"], *answers]
+    return Pair(
+        prompt,
+        chosen,
+        rejected,
+        tools=context.get("tools"),
+        template_kwargs=context.get("template_kwargs", {}),
+    )
 
 
 def prefix_groups(pairs: pa.Table) -> PrefixGroups:

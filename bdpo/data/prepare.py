@@ -30,7 +30,7 @@ from bdpo.data.containers import NumberedRow, RawRow, Unreadable, shown_name
 from bdpo.data.formats import read_pair
 from bdpo.data.formats.base import BadRow, Excluded, Format, Pair
 from bdpo.data.formats.columns import COMMON_COLUMNS
-from bdpo.data.pairs import ID_COLUMNS, PAIR_SCHEMA
+from bdpo.data.pairs import ID_COLUMNS, PAIR_SCHEMA, context_of, plain_turns
 from bdpo.data.rendering import Rendered, encode_pairs
 from bdpo.data.sources import DETECT_ROWS, Source, open_source
 from bdpo.errors import UserError, printable
@@ -187,25 +187,9 @@ class _Examiner:
 
 def id_of(pair: Pair) -> str:
     """The digest of what distinguishes a pair from others: all its texts and arguments, not its labels."""
-    texts = [_plain(pair.prompt), pair.chosen["content"], pair.rejected["content"]]
-    context = _context(pair)
+    texts = [plain_turns(pair.prompt), pair.chosen["content"], pair.rejected["content"]]
+    context = context_of(pair)
     return json_digest([*texts, context] if context else texts)
-
-
-def _plain(messages: Iterable[Any]) -> list[dict[str, str]]:
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def _context(pair: Pair) -> dict[str, Any] | None:
-    """What a pair holds beside plain texts, None for most."""
-    context: dict[str, Any] = {}
-    if any(len(message) > 2 for message in (*pair.prompt, pair.chosen, pair.rejected)):
-        context["messages"] = [*pair.prompt, pair.chosen, pair.rejected]
-    if pair.tools:
-        context["tools"] = pair.tools
-    if pair.template_kwargs:
-        context["template_kwargs"] = pair.template_kwargs
-    return context or None
 
 
 def _all_usable(
@@ -325,16 +309,16 @@ def _write(pairs: Iterator[_Usable], folder: Path, account: Account, config: Dat
 
 def _table(batch: list[_Usable]) -> pa.Table:
     pairs = [usable.pair for usable in batch]
-    contexts = [_context(pair) for pair in pairs]
+    contexts = [context_of(pair) for pair in pairs]
     columns: dict[str, Any] = {
         "pair_id": [usable.pair_id for usable in batch],
-        "prompt": [_plain(pair.prompt) for pair in pairs],
+        "prompt": [plain_turns(pair.prompt) for pair in pairs],
         "chosen": [pair.chosen["content"] for pair in pairs],
         "rejected": [pair.rejected["content"] for pair in pairs],
         "group": [pair.group for pair in pairs],
         "chosen_safe": [pair.chosen_safe for pair in pairs],
         "rejected_safe": [pair.rejected_safe for pair in pairs],
-        "context": [json.dumps(context, sort_keys=True) if context else None for context in contexts],
+        "context": [json.dumps(context) if context else None for context in contexts],
     }
     for index, name in enumerate(ID_COLUMNS):
         columns[name] = _lists([usable.ids[index] for usable in batch])

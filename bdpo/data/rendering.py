@@ -8,7 +8,7 @@ a word, and then the row would mean something else.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -90,6 +90,11 @@ def render_pair(chat: ChatTokenizer, pair: Pair) -> Rendered:
     return _Rendering(chat, pair).rendered()
 
 
+def arguments_of(pair: Pair) -> Mapping[str, Any]:
+    """What the renderings of a pair get beside the variables of all pairs: its tools and its variables."""
+    return dict(pair.template_kwargs) | ({"tools": pair.tools} if pair.tools else {})
+
+
 class _Rendering:
     """One pair behind the template, which is asked what it writes."""
 
@@ -99,7 +104,9 @@ class _Rendering:
         self._refuse_control_tokens()
         if not pair.template_kwargs.keys() <= self.template.free_variables:
             raise BadRow("chat_template_kwargs: holds an argument that the chat template does not read")
-        self.arguments = dict(pair.template_kwargs) | ({"tools": pair.tools} if pair.tools else {})
+        self.arguments = arguments_of(pair)
+        messages = (*pair.prompt, pair.chosen, pair.rejected)
+        self._has_context = bool(self.arguments) or any(message.keys() - _PLAIN for message in messages)
         self.prompt = self._render(pair.prompt)
         self.unwritten: set[str] = set()
 
@@ -109,7 +116,7 @@ class _Rendering:
     def rendered(self) -> Rendered:
         """The pair, after the template was asked of everything that is not plain text."""
         if self.pair.tools:
-            without = self.template.render(self.pair.prompt, True, self.arguments | {"tools": None})
+            without = self.template.render(self.pair.prompt, True, {**self.arguments, "tools": None})
             if without == self.prompt:
                 raise BadRow("tools: not written by the chat template")
         roles = tuple(message["role"] for message in self.pair.prompt)
@@ -161,20 +168,24 @@ class _Rendering:
             self.unwritten.add(f"{column}[].{shown_name(key)}")
 
     def _response(self, side: Literal["chosen", "rejected"]) -> str:
-        """A response as the template writes it after the prompt."""
+        """A response as the template writes it behind this prompt, with all that the row holds.
+
+        Of a pair of texts alone the template writes the response behind a question of one letter, which is
+        shorter; `bdpo.data.fidelity` compares some of them with the complete conversation.
+        """
         message: Message = getattr(self.pair, side)
-        turns = [*self.pair.prompt, message]
-        others = message.keys() - _PLAIN
-        if others:
-            whole = self._conversation(turns)
-            for key in others:
-                self._note(side, key, whole != self._conversation(_without(turns, -1, key)))
-        if all(f"{side}[].{key}" in self.unwritten for key in others):
+        if not self._has_context:
             return self.template.response_text(message["content"])
-        if not whole.startswith(self.prompt):
-            raise BadRow(f"{side}: the chat template writes another prompt before an answer with such keys")
-        end = whole.rfind(self.template.assistant_turn.end)
-        return whole[len(self.prompt) : end if end >= len(self.prompt) else None]
+        turns = [*self.pair.prompt, message]
+        whole = self._conversation(turns)
+        for key in message.keys() - _PLAIN:
+            self._note(side, key, whole != self._conversation(_without(turns, -1, key)))
+        response = self.template.answer_text(self.prompt, whole)
+        if response is None:
+            raise BadRow(
+                f"{side}: the chat template writes the prompt or the end of the turn in another way here"
+            )
+        return response
 
     def _refuse_control_tokens(self) -> None:
         """Contents are guarded against control tokens; what else the template writes is not."""

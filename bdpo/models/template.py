@@ -118,6 +118,18 @@ class ChatTemplate:
             raise TemplateError("the chat template writes this answer in a way of its own")
         return whole[len(self.question) : len(whole) - len(turn.after)] + turn.gap
 
+    def answer_text(self, prompt: str, whole: str) -> str | None:
+        """The answer in a rendered conversation, up to the end of turn; None if there is no such answer.
+
+        There is none unless the conversation begins with the rendered `prompt`, up to and including the
+        generation prompt, and ends with an end of turn and what the template writes behind one.
+        """
+        turn = self.assistant_turn
+        ending = turn.after.removeprefix(turn.gap)
+        if not (whole.startswith(prompt) and whole[len(prompt) :].endswith(ending)):
+            return None
+        return whole[len(prompt) : len(whole) - len(ending)]
+
     def prefill_text(self, text: str) -> str:
         """The beginning of an answer: behind what the template writes before one, and not trimmed."""
         return self.assistant_turn.header + self.guarded(text)

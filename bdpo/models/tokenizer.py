@@ -11,7 +11,7 @@ the template's control tokens is tokenised as text: no message can end its turn 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
 from itertools import chain
@@ -90,11 +90,19 @@ class ChatTokenizer:
         """
         template = self.template
         whole = template.render([*messages, {"role": "assistant", "content": answer}], generate=False)
-        response = template.response_text(answer) + template.assistant_turn.end
-        if not whole.startswith(template.render(messages) + response):
+        text = template.render(messages) + template.response_text(answer)
+        return self.begins(whole, text, self.prompt_ids(messages) + self.response_ids(answer))
+
+    def begins(self, whole: str, text: str, ids: list[int]) -> bool:
+        """Whether a rendered conversation begins with a prompt and an answer, their end of turn included.
+
+        `text` is both as texts without that end, `ids` are the ids of both with it. Ids may differ by a merge
+        across a boundary, which leaves the decoded text as it is.
+        """
+        if not whole.startswith(text + self.template.assistant_turn.end):
             return False
-        ours, theirs = self.prompt_ids(messages) + self.response_ids(answer), self.text_ids(whole)
-        return theirs[: len(ours)] == ours or self.decode(theirs).startswith(self.decode(ours))
+        theirs = self.text_ids(whole)
+        return theirs[: len(ids)] == ids or self.decode(theirs).startswith(self.decode(ids))
 
     def prefill_ids(self, text: str) -> list[int]:
         """The ids of the beginning of an answer, which generation continues."""
@@ -220,29 +228,6 @@ def require_faithful_template(chat: ChatTokenizer) -> None:
                 f"{quoted(chat.decode(chat.response_ids(PROBE)))}, the whole is "
                 f"{quoted(chat.template.render([*messages, answer], generate=False))}"
             )
-
-
-def require_faithful_pairs(chat: ChatTokenizer, pairs: Iterable[Mapping[str, Any]], max_length: int) -> None:
-    """Make sure of the same for some prepared pairs, and that their ids are those of their texts.
-
-    Raises:
-        UserError: it is not so for one of them; it is named by its id, since its text is private.
-    """
-    for pair in pairs:
-        prompt_ids = chat.prompt_ids(pair["prompt"])
-        for side in ("chosen", "rejected"):
-            if not chat.is_faithful(pair["prompt"], pair[side]):
-                raise UserError(
-                    f"pair {pair['pair_id']}, {side}: the chat template does not write prompt, response and "
-                    "end of turn at the beginning of the whole conversation; set model.chat_template to a "
-                    "template that does"
-                )
-            expected = chat.response_ids(pair[side])[: max_length - len(prompt_ids)]
-            if [pair["prompt_ids"], pair[f"{side}_ids"]] != [prompt_ids, expected]:
-                raise UserError(
-                    f"pair {pair['pair_id']}, {side}: the prepared token ids are not those of its text; "
-                    "prepare the pairs again with fresh=true"
-                )
 
 
 def _require_read(template: ChatTemplate, kwargs: Mapping[str, Any]) -> None:

@@ -18,12 +18,12 @@ TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"ty
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Ulm"}}}
 
 KNOWS_ALL = (
-    "{% if tools %}<|header|>tools {{ tools | tojson }}\n{% endif %}"
+    "{{ '!' if shout else '' }}{% if tools %}<|header|>tools {{ tools | tojson }}\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.reasoning_content %}[{{ m.reasoning_content }}]{% endif %}"
     "{{ m.content }}{% for c in m.tool_calls or [] %}({{ c.function.name }}){% endfor %}"
     "<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ '!' if shout else '' }}{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -169,7 +169,7 @@ def test_reasoning_of_a_response_is_written(prepare_with):
 
 def test_arguments_of_a_row_reach_the_template(prepare_with):
     _, kept = prepare_with(KNOWS_ALL, [conversation(chat_template_kwargs={"shout": True}), conversation()])
-    assert [prompt.endswith("assistant\n!") for prompt, _, _ in kept] == [True, False]
+    assert [prompt.startswith("!") for prompt, _, _ in kept] == [True, False]
 
 
 @pytest.mark.parametrize("name", ["role", "add_gen", "thinking", "bos_token", "content", "messages"])

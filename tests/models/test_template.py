@@ -12,7 +12,7 @@ from trl.data_utils import apply_chat_template
 
 from bdpo.errors import UserError
 from bdpo.models.template import ChatTemplate
-from bdpo.models.tokenizer import ChatTokenizer, require_faithful_pairs, require_faithful_template
+from bdpo.models.tokenizer import ChatTokenizer, require_faithful_template
 from tests.support.template_shapes import ANSWER, CONVERSATION, IM, REFUSED, SHAPES, chatml
 from tests.support.tokenizers import byte_level, sentence_piece
 
@@ -84,47 +84,6 @@ def test_a_template_without_a_right_rendering_is_refused_in_one_line(name):
     assert "\n" not in str(caught.value)
     if "x" in shape.chat().template.question:
         assert "bdpoprobe" in str(caught.value) or name == "loses the answer"
-
-
-def test_a_pair_of_which_the_template_makes_something_else_is_named_by_its_id():
-    """A template that writes a long question in another way once it is answered."""
-    template = chatml().replace("{{ m.content }}", "{{ m.content[:9] if loop.length > 1 else m.content }}")
-    tokenizer = byte_level(IM)
-    tokenizer.chat_template = template
-    pair = {"pair_id": "p7", "prompt": [{"role": "user", "content": "secret, very secret"}]}
-    with pytest.raises(UserError, match="pair p7, chosen: the chat template does not write") as caught:
-        require_faithful_pairs(ChatTokenizer(tokenizer), [pair | {"chosen": "a", "rejected": "b"}], 99)
-    assert "secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize("broken", [None, "prompt", "start", "end", "cut"])
-def test_prepared_ids_are_those_of_the_text(broken):
-    chat = SHAPES["llama-3"].chat()
-    messages = [{"role": "user", "content": "secret"}]
-    ids = {
-        "prompt": chat.prompt_ids(messages),
-        "chosen": chat.response_ids("a"),
-        "rejected": chat.response_ids("b"),
-    }
-    if broken == "prompt":
-        ids["prompt"] = ids["prompt"][1:]
-    elif broken:
-        ids["rejected"] = {
-            "start": [7, *ids["rejected"]],
-            "end": [*ids["rejected"][:-1], 7],
-            "cut": ids["rejected"][:-1],
-        }[broken]
-    pair = {"pair_id": "p7", "prompt": messages, "chosen": "a", "rejected": "b"}
-    pair |= {f"{name}_ids": part for name, part in ids.items()}
-    if broken is None:
-        require_faithful_pairs(chat, [pair], 99)
-        cut = pair | {"chosen_ids": ids["chosen"][:1], "rejected_ids": ids["rejected"][:1]}
-        return require_faithful_pairs(chat, [cut], len(ids["prompt"]) + 1)
-    with pytest.raises(
-        UserError, match=r"pair p7, .*: the prepared token ids are not those of its text"
-    ) as caught:
-        require_faithful_pairs(chat, [pair], 99)
-    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("broken", ["prompt", "response", "end"])
