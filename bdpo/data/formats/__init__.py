@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from math import isnan
 
 from bdpo.data.formats.base import Format, Pair, Row
 from bdpo.data.formats.columns import COMMON_COLUMNS, with_common_columns
@@ -35,12 +36,14 @@ KNOWN_COLUMNS = frozenset({*COMMON_COLUMNS, *(name for form in FORMATS.values() 
 
 
 def read_pair(form: Format, row: Row) -> Pair:
-    """The pair of a row, with the columns that every format has.
+    """The pair of a row, with the columns that every format has; a NaN, pandas' null, is a null.
 
     Raises:
         BadRow: the row cannot be used.
         Excluded: the format's rule leaves it out.
     """
+    if any(isinstance(value, float) and isnan(value) for value in row.values()):
+        row = {name: None if value != value else value for name, value in row.items()}
     return with_common_columns(form.read(row), row)
 
 

@@ -19,6 +19,8 @@ Row = Mapping[str, Any]
 
 _DEEPEST = 100  # no tool and no message is nested so deeply
 
+_MOST_BITS = 10_000  # of a whole number: Python does not write one of more than 4,300 digits
+
 Group = Literal["safe", "unsafe"]
 
 
@@ -99,16 +101,21 @@ def text_cell(row: Row, column: str) -> str:
 
 
 def checked_text(value: object, column: str) -> str:
-    """The value if it is a text that UTF-8 can hold; JSON can escape a lone surrogate, which it cannot."""
+    """The value if it is a text that UTF-8 can hold."""
     if value is None:
         raise BadRow(f"{column}: null")
     if not isinstance(value, str):
         raise BadRow(f"{column}: wrong type")
+    return _utf8(value, column)
+
+
+def _utf8(text: str, column: str) -> str:
+    """The text if UTF-8 can hold it: JSON can escape a lone surrogate, which UTF-8 cannot."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
         raise BadRow(f"{column}: not UTF-8") from None
-    return value
+    return text
 
 
 def list_cell(row: Row, column: str) -> list[Any]:
@@ -167,20 +174,25 @@ def json_value(value: Any, column: str, depth: int = 0) -> Any:
     What only columnar files have, such as times and decimals, becomes its text.
 
     Raises:
-        BadRow: it holds bytes or a number that is not finite, or is nested too deeply to be written.
+        BadRow: it holds a text that is not UTF-8, bytes, or a number that is not finite or too long, or it is
+            nested too deeply to be written.
     """
     if depth > _DEEPEST:
         raise BadRow(f"{column}: nested too deeply")
+    if isinstance(value, str):
+        return _utf8(value, column)
     if isinstance(value, Mapping):
         present = {str(key): part for key, part in value.items() if part is not None}
-        return {key: json_value(part, column, depth + 1) for key, part in present.items()}
+        return {_utf8(key, column): json_value(part, column, depth + 1) for key, part in present.items()}
     if isinstance(value, list | tuple):
         return [json_value(part, column, depth + 1) for part in value]
     if isinstance(value, bytes):
         raise BadRow(f"{column}: holds bytes, and only text is read")
     if isinstance(value, float) and not isfinite(value):
         raise BadRow(f"{column}: holds a number that is not finite")
-    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise BadRow(f"{column}: holds a number of too many digits")
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
 
 
 def parsed(text: str, column: str) -> Any:

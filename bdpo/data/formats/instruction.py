@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from bdpo.data.formats.base import BadRow, Format, Pair, Row, answer, cell, checked_text, question, text_cell
+from bdpo.data.formats.base import (
+    BadRow,
+    Format,
+    Pair,
+    Row,
+    answer,
+    checked_text,
+    list_cell,
+    question,
+    text_cell,
+)
 from bdpo.models.template import Message
 
 _PROMPTS = ("instruction", "question")
@@ -33,7 +43,7 @@ def _history(row: Row) -> list[Message]:
     if not row.get("history"):
         return []
     messages = []
-    for turn in cell(row, "history"):
+    for turn in list_cell(row, "history"):
         if not isinstance(turn, list) or len(turn) != 2:
             raise BadRow("history: not a list of pairs of instruction and answer")
         asked, said = (checked_text(text, "history") for text in turn)

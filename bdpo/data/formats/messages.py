@@ -107,7 +107,7 @@ def _part_text(part: Any, column: str) -> str:
         return checked_text(part, column)
     if not isinstance(part, dict):
         raise BadRow(f"{column}: wrong type")
-    kind = part.get("type", "text")
+    kind = checked_text("text" if part.get("type") is None else part["type"], column)
     if kind in _NOT_TEXT:
         raise BadRow(f"{column}: a content part is not text, and only text is read")
     if kind not in ("text", "input_text", "output_text"):
@@ -126,7 +126,7 @@ def _call(value: Any, column: str) -> Message:
     except (ValueError, TypeError, KeyError, RecursionError):
         raise BadRow(f"{column}: a function_call is not JSON with name and arguments") from None
     tool_calls = [{"type": "function", "function": function} for function in functions]
-    return Message(role="assistant", content="", tool_calls=tool_calls)
+    return Message(role="assistant", content="", tool_calls=json_value(tool_calls, column))
 
 
 def turn_keys(turns: list[Any]) -> tuple[str, str]:
