@@ -31,9 +31,8 @@ NODE_GPUS, NVLINK, NETWORK = 8, 360e9, 40e9
 """GPUs of a node; bytes a second that each of them receives from its own node and from others."""
 
 HOST_MS = {0: 1.5, 1: 1.4, 2: 2.3, 3: 7.0}
-"""Milliseconds of the host for a layer and a micro-step, by ZeRO stage: an assumption. With 28 layers of width
-64 in one process on a CPU, where the layers themselves take almost none of it, it was 43 / 28 to 195 / 28;
-a GPU's host launches kernels at another rate."""
+"""Milliseconds of the host for a layer and a micro-step, by ZeRO stage: an assumption, which is the times of
+28 layers of width 64 in one process on a CPU, where the layers themselves take almost none of it."""
 
 PAIR = (50, 125, 125)
 """Tokens of prompt and responses of safety data."""
