@@ -94,7 +94,7 @@ def tokenizer_rate(config: DataConfig, chat: ChatTokenizer) -> float:
         batch = rendered[first : first + BATCH_ROWS]
         begun = time.process_time()
         chat.ids_of_texts([one.prompt for one in batch])
-        chat.ids_of_texts([text for one in batch for text in (one.chosen, one.rejected)], continues=True)
+        chat.ids_of_answers([text for one in batch for text in (one.chosen, one.rejected)])
         seconds += time.process_time() - begun
     return len(pairs) / seconds
 

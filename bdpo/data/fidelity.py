@@ -50,7 +50,7 @@ def _require_faithful(chat: ChatTokenizer, row: Mapping[str, Any], data: DataCon
             message: Message = getattr(pair, side)
             response: str = getattr(rendered, side)
             whole = chat.template.render([*pair.prompt, message], False, arguments_of(pair))
-            ids = [*chat.text_ids(response, continues=True), chat.end_of_turn_id]
+            ids = [*(chat.answer_ids(response) or []), chat.end_of_turn_id]
             if not chat.begins(whole, rendered.prompt + response, prompt_ids + ids):
                 raise UserError(
                     f"{name}, {side}: the chat template does not write prompt, response and end of turn "

@@ -48,18 +48,27 @@ def encode_pairs(
     sound = [one for one in rendered if isinstance(one, Rendered)]
     prompts = iter(chat.ids_of_texts([one.prompt for one in sound]))
     answers = [text for one in sound for text in (one.chosen, one.rejected)]
-    ids = iter(chat.ids_of_texts(answers, continues=True))
+    ids = iter(chat.ids_of_answers(answers))
     return [
         one
         if isinstance(one, BadRow)
-        else _within_lengths(chat, EncodedPair(next(prompts), next(ids), next(ids)), data, one)
+        else _within_lengths(chat, (next(prompts), next(ids), next(ids)), data, one)
         for one in rendered
     ]
 
 
 def _within_lengths(
-    chat: ChatTokenizer, ids: EncodedPair, data: DataConfig, rendered: Rendered
+    chat: ChatTokenizer,
+    found: tuple[list[int], list[int] | None, list[int] | None],
+    data: DataConfig,
+    rendered: Rendered,
 ) -> tuple[EncodedPair, Rendered] | BadRow:
+    """The ids of prompt, chosen and rejected, both without the end of the turn, within their lengths."""
+    prompt, chosen, rejected = found
+    if chosen is None or rejected is None:
+        side = "chosen" if chosen is None else "rejected"
+        return BadRow(f"{side}: its tokens merge with those that the chat template writes beside it")
+    ids = EncodedPair(prompt, chosen, rejected)
     if len(ids.prompt) > data.max_prompt_length:
         return BadRow("prompt: longer than max_prompt_length")
     if ids.chosen == ids.rejected:

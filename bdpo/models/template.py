@@ -207,6 +207,12 @@ class ChatTemplate:
         return self.render([QUESTION])
 
     @cached_property
+    def generation_header(self) -> str:
+        """The end of the rendered question, from its last added token on; all of it if it has none."""
+        starts = [found.start() for found in self._added_tokens.finditer(self.question)]
+        return self.question[starts[-1] if starts else 0 :]
+
+    @cached_property
     def _added_tokens(self) -> re.Pattern[str]:
         """Tokens beside the vocabulary of words. Runs of spaces and newlines are added tokens of many."""
         added = {*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens}

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -23,6 +22,7 @@ from jinja2 import TemplateError
 from bdpo.config import Config, ModelConfig
 from bdpo.errors import UserError, first_line, printable
 from bdpo.models.loading import model_config, model_folder
+from bdpo.models.placed_texts import NEWLINE, PlacedTexts
 from bdpo.models.template import GUARD, PROBE, QUESTION, ChatTemplate, Message, quoted
 from bdpo.storage.digests import files_digest, json_digest
 
@@ -53,6 +53,7 @@ class ChatTokenizer:
     ) -> None:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, template_kwargs or {})
+        self._texts = PlacedTexts(tokenizer)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """c(x): the conversation up to and including the generation prompt.
@@ -76,9 +77,13 @@ class ChatTokenizer:
 
         The template trims an answer or does not; so it is the template that writes this one, behind a
         question of one letter: the ids are the same in every context.
+
+        Raises:
+            TemplateError: the template writes this answer in a way of its own.
         """
-        turn = self.template.assistant_turn
-        return [*self.text_ids(self.template.response_text(text), continues=True), turn.end_id]
+        written = self.template.response_text(text)
+        ids = self.answer_ids(written)
+        return [*(self.text_ids(written) if ids is None else ids), self.end_of_turn_id]
 
     def is_faithful(self, messages: Sequence[Message], answer: str) -> bool:
         """Whether prompt, response and end of turn are what the template makes of the whole conversation.
@@ -106,7 +111,7 @@ class ChatTokenizer:
 
     def prefill_ids(self, text: str) -> list[int]:
         """The ids of the beginning of an answer, which generation continues."""
-        return self.text_ids(self.template.prefill_text(text), continues=True)
+        return self._texts.guarded(self.template.prefill_text(text), self._before)
 
     @property
     def end_of_turn_id(self) -> int:
@@ -119,42 +124,66 @@ class ChatTokenizer:
         The template has written those that it needs (BOS above all). Where a guard was, two tokens end:
         the control token around it is none.
         """
-        first, *rest = text.split(GUARD)
-        ids = self._continued_ids(first) if continues else self._ids(first)
-        return [*ids, *chain.from_iterable(map(self._continued_ids, rest))] if rest else ids
+        return self._texts.guarded(text, (NEWLINE,) if continues else ("",))
 
-    def ids_of_texts(self, texts: Sequence[str], continues: bool = False) -> list[list[int]]:
+    def answer_ids(self, text: str) -> list[int] | None:
+        """The ids of an answer, as the template writes it, between generation prompt and end of turn.
+
+        Most tokenizers give a text the same ids wherever it stands. Others put a space before a text
+        (SentencePiece), or have added tokens that take the spaces beside them (`rstrip` and `lstrip`, as in
+        Phi-3 and Phi-4): there the ids are those of the text in its place. None if there are no such ids: a
+        token of the answer merges with what stands beside it, and alone it would be another text.
+        """
+        if not self._depends_on_place:
+            return self.text_ids(text)
+        ids = self._texts.guarded(text, self._before, self._behind)
+        before = self._before[0]
+        ours = [*self._texts.neighbour(before), *ids, self.end_of_turn_id]
+        theirs = self.text_ids(before + text + self.template.assistant_turn.end)
+        return ids if ours == theirs or self.decode(ours) == self.decode(theirs) else None
+
+    def ids_of_answers(self, texts: Sequence[str]) -> list[list[int] | None]:
+        """`answer_ids` of many texts at once."""
+        if self._depends_on_place:
+            return [self.answer_ids(text) for text in texts]
+        return [*self.ids_of_texts(texts)]
+
+    def ids_of_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """`text_ids` of many texts at once: a fast tokenizer makes no offsets and masks for them."""
         backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
-        if not hasattr(backend, "encode_batch_fast") or (continues and self._prefixes_texts):
-            return [self.text_ids(text, continues) for text in texts]
+        if not hasattr(backend, "encode_batch_fast"):
+            return [self.text_ids(text) for text in texts]
         backend.no_truncation()  # settings of the tokenizer's file, which transformers sets at every call
         backend.no_padding()
         plain = [text for text in texts if GUARD not in text]
         encodings = iter(backend.encode_batch_fast(plain, add_special_tokens=False))
-        return [self.text_ids(text, continues) if GUARD in text else next(encodings).ids for text in texts]
-
-    def _continued_ids(self, text: str) -> list[int]:
-        """The ids of a text that stands behind another, of which it takes nothing."""
-        if not self._prefixes_texts:
-            return self._ids(text)
-        anchor = self._ids("\n")  # a text of its own that no piece of a word merges with
-        ids = self._ids("\n" + text)
-        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._ids(text)
+        return [self.text_ids(text) if GUARD in text else next(encodings).ids for text in texts]
 
     @cached_property
-    def _prefixes_texts(self) -> bool:
-        """Whether the tokenizer puts a space before a text, as SentencePiece does."""
-        ids = self._ids("\n" + PROBE)
-        return ids != self._ids("\n") + self._ids(PROBE) and self.decode(self._ids(PROBE)) == PROBE
+    def _before(self) -> tuple[str, ...]:
+        """What an answer is tokenised behind: the generation prompt from its last added token, or a newline.
+
+        No text where the ids of an answer are the same wherever it stands.
+        """
+        tail, texts = self.template.generation_header, self._texts
+        token = texts.added_tokens.get(tail.rstrip())
+        placed = texts.between((tail,), PROBE) not in (None, texts.ids(PROBE))
+        return (tail, NEWLINE) if placed or texts.are_prefixed or (token and token.rstrip) else ("",)
+
+    @cached_property
+    def _behind(self) -> str:
+        """What an answer is tokenised before: an end of turn that takes the spaces before it, or no text."""
+        end = self.template.assistant_turn.end
+        token = self._texts.added_tokens.get(end)
+        return end if token and token.lstrip else ""
+
+    @property
+    def _depends_on_place(self) -> bool:
+        return bool(self._before[0] or self._behind)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
-        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return self._texts.decode(ids)
 
 
 def load_tokenizer(model: ModelConfig) -> ChatTokenizer:

@@ -108,7 +108,7 @@ def test_a_space_that_a_tokenizer_adds_is_noticed(monkeypatch):
     """Only the ids tell: text for text the encoding is right."""
     tokenizer = sentence_piece(["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
     tokenizer.chat_template = chatml()
-    monkeypatch.setattr(ChatTokenizer, "_prefixes_texts", False)
+    monkeypatch.setattr(ChatTokenizer, "_before", ("",))
     with pytest.raises(UserError, match="are not what it makes of the whole conversation"):
         require_faithful_template(ChatTokenizer(tokenizer))
 

@@ -169,7 +169,7 @@ def test_texts_encoded_together_are_those_encoded_alone(texts, truncates):
         chat.tokenizer.backend_tokenizer.enable_truncation(2)
         chat.tokenizer.backend_tokenizer.enable_padding()
     assert chat.ids_of_texts(texts) == alone
-    assert chat.ids_of_texts(texts, continues=True) == [chat.text_ids(text, True) for text in texts]
+    assert chat.ids_of_answers(texts) == [chat.answer_ids(text) for text in texts] == alone
 
 
 class TestLoadTokenizer:
