@@ -257,14 +257,18 @@ def _parquet(file: DataFile) -> Read:
         _refuse_repeated(file, schema.names)
         read = [name for name in schema.names if name in file.columns]
         for name in read:
-            _refuse_repeated(file, _nested_names(schema.field(name).type), f"{name}: ")
+            for members in _members(schema.field(name).type):
+                _refuse_repeated(file, members, f"{name}: ")
     return _parquet_rows(file, read), tuple(schema.names)
 
 
-def _nested_names(kind: pa.DataType) -> list[str]:
-    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        kind = kind.value_type
-    return [kind.field(i).name for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+def _members(kind: pa.DataType) -> Iterator[list[str]]:
+    """The names of the members of every object in a column of this type, at any depth."""
+    inner = [kind.field(i) for i in range(kind.num_fields)]
+    if pa.types.is_struct(kind):
+        yield [field.name for field in inner]
+    for field in inner:
+        yield from _members(field.type)
 
 
 def _parquet_rows(file: DataFile, columns: list[str]) -> Iterator[NumberedRow]:
@@ -279,12 +283,16 @@ def _refuse_repeated(file: DataFile, names: Iterable[str], where: str = "") -> N
 
 
 def arrow_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[NumberedRow]:
-    """The rows of Arrow batches; one with a text that is not UTF-8 is unreadable, the others are not."""
+    """The rows of Arrow batches; one with a value that Python cannot hold is unreadable, the others are not.
+
+    Such are texts that are not UTF-8, dates beyond the year 9999, unknown time zones: the errors are of many
+    classes, of Python, of Arrow and of the library of time zones.
+    """
     number = 0
     for batch in batches:
         try:
             rows: Iterable[RawRow | Unreadable] = batch.to_pylist()
-        except UnicodeDecodeError:
+        except Exception:
             rows = (_decode(batch, row) for row in range(batch.num_rows))
         for row in rows:
             number += 1
@@ -293,13 +301,19 @@ def arrow_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[NumberedRow]:
 
 def _decode(batch: pa.RecordBatch, index: int) -> RawRow | Unreadable:
     row: RawRow = {}
-    damaged = None
+    reasons = []
     for column in batch.schema.names:
         try:
             row[column] = batch[column][index].as_py()
-        except UnicodeDecodeError:
-            damaged, row[column] = damaged or column, None
-    return Unreadable(f"{damaged}: not UTF-8", row) if damaged else row
+        except Exception as error:  # see `arrow_rows`
+            row[column] = None
+            what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else _unheld(error)
+            reasons.append(f"{shown_name(column)}: {what}")
+    return Unreadable(reasons[0], row) if reasons else row
+
+
+def _unheld(error: Exception) -> str:
+    return f"a value that Python cannot hold ({type(error).__name__})"
 
 
 def _zstd(path: Path) -> IO[bytes]:

@@ -39,7 +39,11 @@ def data_files(folder: Path, split: str, name: str) -> DataFiles | None:
     """
     import datasets
 
-    if is_saved(folder) or not re.fullmatch(r"\w+", split):  # train[:10%] is a slice
+    if is_saved(folder):
+        return None
+    if pattern := re.search(r"[\[*?]|::", str(folder.resolve())):
+        raise UserError(f"{name}: the library datasets takes {pattern[0]} in a path for a pattern; rename it")
+    if not re.fullmatch(r"\w+", split):  # train[:10%] is a slice
         return None
     with _library_errors(name, split, is_folder=True):
         found = datasets.load_dataset_builder(str(folder)).config.data_files or {}
@@ -91,6 +95,8 @@ def read_datasets(path: Path, split: str, name: str, columns: frozenset[str]) ->
     except KeyError:
         raise UserError(f"data.split={split}: {name} has only {', '.join(data)}") from None
     declared = tuple(data.column_names)
+    if columns.isdisjoint(declared):  # it would have no rows without a column
+        return ((number, {}) for number in range(1, data.num_rows + 1)), declared
     data = data.select_columns([column for column in declared if column in columns])
     tables = data.with_format("arrow").iter(batch_size=ARROW_ROWS)
     return arrow_rows(batch for table in tables for batch in table.to_batches()), declared

@@ -40,6 +40,8 @@ from bdpo.storage.manifests import Fingerprint
 
 DETECT_ROWS = 100
 
+_MOST_NAMES = 20  # of columns, in a message
+
 
 @dataclass(frozen=True)
 class Source:
@@ -74,7 +76,10 @@ def open_source(config: SourceConfig) -> Source:
         raise UserError(f"{_name(config)}: no row can be read ({reader.place(head[0][0])}: {reason})")
     for name, column in config.columns.items():
         if not any(name in row for row in readable):
-            raise UserError(f"data.columns.{name}={printable(column)}: {_name(config)} has no such column")
+            others = f", only {', '.join(schema)}" if (schema := reader.schema()) else ""
+            raise UserError(
+                f"data.columns.{name}={printable(column)}: {_name(config)} has no such column{others}"
+            )
     return Source(config, configured or _detected(config, reader, head), chain(head, rows), reader)
 
 
@@ -84,7 +89,10 @@ def _detected(config: SourceConfig, reader: Reader, head: list[NumberedRow]) -> 
     for number, row in head:
         if not isinstance(row, Unreadable):
             by_file.setdefault(reader.locate(number)[0], []).append(row)
-    found = {file: detect(rows, f"{_name(config)}{file and ', '}{file}") for file, rows in by_file.items()}
+    found = {
+        file: detect(rows, f"{_name(config)}{file and ', '}{file}", reader.schema())
+        for file, rows in by_file.items()
+    }
     (first, form), *others = found.items()
     for file, other in others:
         if other is not form:
@@ -112,6 +120,13 @@ class Reader:
         self.declared: set[str] = set()
         self.unread_files: list[str] = []
         self._begun: list[tuple[int, str]] = []  # (the number of rows before a file, its name in the folder)
+
+    def schema(self) -> list[str]:
+        """The declared columns for a message, none of CSV: its first line may be a row of texts."""
+        file = self._begun[-1][1] if self._begun else ""
+        is_csv = kind_of(Path(file or self.config.path)) == ".csv"
+        names = [] if is_csv else sorted(map(shown_name, self.declared))
+        return [*names[:_MOST_NAMES], *([f"{len(names) - _MOST_NAMES} others"] * (len(names) > _MOST_NAMES))]
 
     def locate(self, number: int) -> tuple[str, int]:
         """The file of a folder in which a row stands (else ""), and the number of the row there."""

@@ -52,12 +52,14 @@ def storage_path(name: str | StoragePath, key: str) -> StoragePath:
     """The path of a folder or URL; errors name the config key `key`.
 
     Raises:
-        UserError: no user has the name of `~name`; the URL's protocol is unknown or requires a package; the
-            URL contains a password, or a character that fsspec would take for a pattern, so that it would
-            not find files below it.
+        UserError: the name is empty; no user has the name of `~name`; the URL's protocol is unknown or
+            requires a package; the URL contains a password, or a character that fsspec would take for a
+            pattern, so that it would not find files below it.
     """
     if isinstance(name, UPath) and not isinstance(name, Path):
         return name
+    if not str(name).strip():
+        raise UserError(f"{key}: is empty")
     protocol, separator, rest = str(name).partition("://")
     if not separator or protocol == "file":
         local = local_path(rest if separator else str(name))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines.runtime.cli import exit_codes
-from tests.support.data_files import pair_row, refusal, write_jsonl
+from tests.support.data_files import SECRET, WRITERS, pair_row, refusal, write_jsonl
 
 ROWS = [pair_row(i) for i in range(3)]
 
@@ -98,6 +99,94 @@ def test_a_column_that_is_read_and_repeats_a_member_is_refused(tmp_path, prepare
     table = pa.table({"prompt": texts, "chosen": column, "rejected": texts})
     pq.write_table(table, tmp_path / "rows.parquet")
     assert "chosen: the column content stands 2 times" in refusal(prepare_here, tmp_path / "rows.parquet")
+
+
+def nested(members):
+    """Three rows of a list of one object, which the format reads as a conversation."""
+    objects = pa.StructArray.from_arrays(list(members.values()), list(members))
+    return pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), objects)
+
+
+ANSWER = {"role": pa.array(["assistant"] * 3), "content": pa.array(["a", "b", "c"])}
+
+FAR = {
+    "a far date": pa.array([None, 2**31 - 1, 0], pa.date32()),
+    "a far time": pa.array([None, 2**62, 0], pa.timestamp("us")),
+    "a far time in a zone": pa.array([None, 2**62, 0], pa.timestamp("us", "UTC")),
+    "a far length of time": pa.array([None, 2**62, 0], pa.duration("s")),
+    "a text that is not UTF-8": pa.array([None, b"\xff", b"a"]).view(pa.string()),
+}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+@pytest.mark.parametrize("column", ["chosen", "system"])
+@pytest.mark.parametrize("name", FAR)
+def test_a_value_that_python_cannot_hold_is_a_bad_row(
+    tmp_path, prepare_here, quarantined_rows, name, column, kind
+):
+    columns = {side: pa.array([row[side] for row in ROWS]) for side in ROWS[0]}
+    odd = nested({**ANSWER, "timestamp": FAR[name]}) if column == "chosen" else FAR[name]
+    table = pa.table({**columns, column: odd})
+    source = tmp_path / f"rows.{kind}"
+    if kind == "folder":
+        datasets.Dataset(table).save_to_disk(source)
+    else:
+        pq.write_table(table, source)
+    account = prepare_here(source)
+    (reason, count) = account.quarantined.most_common(1)[0]
+    assert reason.startswith(f"{column}: ")
+    assert count == 1
+    assert quarantined_rows()[0]["row"] == 2
+    assert account.rows == 3
+
+
+def test_a_time_zone_that_does_not_exist_is_named(tmp_path, prepare_here):
+    chosen = nested({**ANSWER, "timestamp": pa.array([0] * 3, pa.timestamp("us", "Mars/Phobos"))})
+    table = pa.table({"prompt": pa.array(["a", "b", "c"]), "chosen": chosen, "rejected": chosen})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    message = refusal(prepare_here, tmp_path / "rows.parquet")
+    assert str(tmp_path / "rows.parquet") in message
+    assert "(row 1: chosen: a value that Python cannot hold (" in message
+
+
+def test_a_member_that_stands_twice_is_named_at_any_depth(tmp_path, prepare_here):
+    texts = pa.array(["x"] * 3)
+    function = pa.StructArray.from_arrays([texts, texts], ["name", "name"])
+    table = pa.table(dict.fromkeys(ROWS[0], texts) | {"tools": nested({"function": function})})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert "tools: the column name stands 2 times" in refusal(prepare_here, tmp_path / "rows.parquet")
+
+
+UNKNOWN = [{"frage": f"{SECRET} {i}", "gut": "a", "schlecht": "b"} for i in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["rows.parquet", "folder"])
+def test_columns_that_no_format_knows_are_named(tmp_path, prepare_here, kind):
+    source = WRITERS[kind](tmp_path / kind, UNKNOWN)
+    message = refusal(prepare_here, source)
+    assert f"{source}: columns frage,gut,schlecht fit no known format" in message
+    assert message.endswith("set data.columns")
+    columns = {"prompt": "frage", "chosen": "gut", "rejected": "schlecht"}
+    message = refusal(prepare_here, source, columns=columns | {"prompt": "farge"})
+    assert f"data.columns.prompt=farge: data.path={source} has no such column, only " in message
+    assert prepare_here(source, columns=columns).kept == 3
+
+
+def test_and_so_is_the_one_of_a_folder_of_texts(tmp_path, prepare_here, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(f"{SECRET}\nb\n")
+    assert "columns text fit no known format" in refusal(prepare_here, tmp_path / "texts")
+
+
+@pytest.mark.parametrize("name", ["br[1]", "a*b", "a?b", "a::b"])
+def test_a_folder_whose_name_is_a_pattern(tmp_path, prepare_here, name):
+    """The library `datasets` would read no file of it, or those of another folder."""
+    folder = tmp_path / name / "rows"
+    folder.mkdir(parents=True)
+    write_jsonl(folder / "a.jsonl", ROWS)
+    assert f"data.path={folder}: the library datasets takes " in refusal(prepare_here, folder)
+    assert prepare_here(folder / "a.jsonl").kept == 3
 
 
 def test_a_library_cannot_move_the_cursor(tmp_path, prepare_here):

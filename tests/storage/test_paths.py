@@ -71,6 +71,8 @@ class TestPaths:
             ("s4://a/b", "s4"),
             ("s3://key:" + SECRET + "@bucket/x", "credentials"),
             ("git://a", "git"),
+            ("", ": is empty"),
+            (" ", ": is empty"),
             *((f"s3://bucket/first{character}/run", "patterns") for character in "[]*?"),
         ],
     )

@@ -60,8 +60,10 @@ def format_named(name: str) -> Format:
     return FORMATS[name]
 
 
-def detect(rows: Sequence[Row], source: str) -> Format:
+def detect(rows: Sequence[Row], source: str, schema: Sequence[str] = ()) -> Format:
     """The one format that the columns of some sample rows fit; `source` is what an error names.
+
+    `schema` are the names of all columns where the container declares them as such.
 
     Raises:
         UserError: they fit no format, or more than one.
@@ -74,7 +76,8 @@ def detect(rows: Sequence[Row], source: str) -> Format:
     if fitting:
         raise UserError(f"{source}: columns fit the formats {' and '.join(sorted(fitting))}; set data.format")
     expected = "; ".join(f"{name} expects {form.expects}" for name, form in FORMATS.items())
-    raise UserError(f"{source}: columns {_known(rows)} fit no known format ({expected}); set data.columns")
+    columns = ",".join(schema) or _known(rows)
+    raise UserError(f"{source}: columns {columns} fit no known format ({expected}); set data.columns")
 
 
 def _known(rows: Sequence[Row]) -> str:
