@@ -18,7 +18,7 @@ from bdpo.config import DataConfig
 from bdpo.data.containers import shown_name
 from bdpo.data.formats.base import BadRow, Pair
 from bdpo.data.formats.messages import MEANINGFUL_KEYS
-from bdpo.models.template import Message
+from bdpo.models.template import GUARD, PROBE, Message
 from bdpo.models.tokenizer import ChatTokenizer, EncodedPair
 
 _PLAIN = {"role", "content"}
@@ -162,12 +162,26 @@ class _Rendering:
     def _check_turn(self, index: int, message: Message) -> None:
         """Make sure that a turn is in what the template writes; it may write an assistant's in part alone."""
         text = self.template.guarded(message["content"]).strip()
-        if message["role"] == "assistant" or not text or text in self.prompt:
+        if message["role"] == "assistant" or not text or self._is_seen(index, text):
             return
         turns = list(self.pair.prompt)
-        turns[index] = {**message, "content": "x"}
+        turns[index] = {**message, "content": PROBE}
         if self._render(turns) == self.prompt:
             raise BadRow(f"prompt: a {message['role']} turn is not written by the chat template")
+
+    def _is_seen(self, index: int, text: str) -> bool:
+        """Whether the text of a turn is in the prompt and cannot be there for another reason.
+
+        Another turn may hold the same text, and the template may write it itself; its tools and variables may
+        decide which turns it writes.
+        """
+        others = [*self.pair.prompt[:index], *self.pair.prompt[index + 1 :]]
+        return (
+            text in self.prompt
+            and not self.arguments
+            and self.template.writes_turn(tuple(message["role"] for message in self.pair.prompt), index)
+            and not any(text in self.template.guarded(other["content"]) for other in others)
+        )
 
     def _note(self, column: str, key: str, is_written: bool) -> None:
         """Refuse a key that means something and is not written; the account names any other."""
@@ -203,11 +217,16 @@ class _Rendering:
             for message in (*self.pair.prompt, self.pair.chosen, self.pair.rejected)
         ]
         written = [self.pair.tools, *extras, self.pair.template_kwargs]
-        if any(written) and self.template.holds_control_token(
-            json.dumps(written, ensure_ascii=False, default=str)
-        ):
+        if not any(written):
+            return
+        text = json.dumps(written, ensure_ascii=False, default=str)
+        if self.template.holds_control_token(text):
             raise BadRow(
                 "prompt: a control token of the chat template in tools, arguments or keys of a message"
+            )
+        if any(mark in text for mark in GUARD):  # a template may write two keys side by side
+            raise BadRow(
+                "prompt: the noncharacters U+FDD0 and U+FDD1 in tools, arguments or keys of a message"
             )
 
     def _conversation(self, turns: list[Message]) -> str:

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
+from string import ascii_letters
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from jinja2 import TemplateError
@@ -30,10 +31,21 @@ if TYPE_CHECKING:
 # transformers lets no function through to a template; it shadows the clock that it offers.
 _TODAY = datetime(2024, 7, 26)
 
+
+def _codes() -> dict[str, str]:
+    """What `strftime` makes of each code, with and without the flags of the C library (`%-d`)."""
+    letters = ascii_letters.replace("s", "")  # `%s` would be of the time zone of the machine
+    written = {f"%{flag}{c}": _TODAY.strftime(f"%{flag}{c}") for flag in ("", *"-_0^#") for c in letters}
+    known = {code: text for code, text in written.items() if "%" not in text}
+    return {**known, "%s": str(int(_TODAY.replace(tzinfo=UTC).timestamp()))}
+
+
 _CLOCK = (
-    "{% macro strftime_now(format) %}{{ format"
-    + "".join(f"|replace('%{d}', '{_TODAY.strftime('%' + d)}')" for d in "aAbBcdeHIjmMpSTuUwxXyY")
-    + " }}{% endmacro %}\n"  # a line of its own, which leaves no trace
+    "{% macro strftime_now(format) %}{% set now = namespace() %}{% for part in format.split('%%') %}"
+    f"{{% set now.text = part %}}{{% for code, text in {_codes()!r}.items() %}}"
+    "{% set now.text = now.text | replace(code, text) %}{% endfor %}{% if '%' in now.text %}"
+    "{{ raise_exception('strftime_now: ' ~ format ~ ' has an unknown code') }}{% endif %}"
+    "{{ '%' if not loop.first }}{{ now.text }}{% endfor %}{% endmacro %}\n"  # the line leaves no trace
 )
 
 
@@ -73,6 +85,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> None:
         self.tokenizer = tokenizer
         self.variables = dict(variables)
+        self._writes_turn: dict[tuple[tuple[str, ...], int], bool] = {}
         self._written_as: dict[tuple[tuple[str, ...], int], str | None] = {}
 
     def render(
@@ -100,6 +113,7 @@ class ChatTemplate:
                 add_generation_prompt=generate,
                 **{**self.variables, **arguments},
             )
+            text.encode()  # type: ignore[union-attr] # a lone surrogate is no text for any tokenizer
         except TemplateError:
             raise
         except Exception as error:  # a template is a program, and its author's errors are of any class
@@ -133,6 +147,19 @@ class ChatTemplate:
     def prefill_text(self, text: str) -> str:
         """The beginning of an answer: behind what the template writes before one, and not trimmed."""
         return self.assistant_turn.header + self.guarded(text)
+
+    def writes_turn(self, roles: tuple[str, ...], index: int) -> bool:
+        """Whether the template writes the turn `index` of a conversation with these roles, shown by a probe.
+
+        False also if it refuses the probe.
+        """
+        if (roles, index) not in self._writes_turn:
+            turns = [Message(role=role, content=PROBE if i == index else "x") for i, role in enumerate(roles)]
+            written = False
+            with suppress(TemplateError):
+                written = PROBE in self._render(turns, True, {})
+            self._writes_turn[roles, index] = written
+        return self._writes_turn[roles, index]
 
     def written_as(self, roles: tuple[str, ...], index: int) -> str | None:
         """The speaker, assistant or user, as whose turn the template writes the turn `index` of another role.

@@ -233,6 +233,7 @@ def faithful_chat(
     chat = ChatTokenizer(tokenizer, template_kwargs)
     try:
         _require_read(chat.template, template_kwargs)
+        _require_no_marks(chat.template)
         require_faithful_template(chat)
     except TemplateError as error:
         raise UserError(f"{name}: the chat template cannot be rendered ({first_line(error)})") from None
@@ -257,6 +258,22 @@ def require_faithful_template(chat: ChatTokenizer) -> None:
                 f"{quoted(chat.decode(chat.response_ids(PROBE)))}, the whole is "
                 f"{quoted(chat.template.render([*messages, answer], generate=False))}"
             )
+
+
+def _require_no_marks(template: ChatTemplate) -> None:
+    """Make sure that the template begins with no byte order mark and writes no guards of its own.
+
+    Raises:
+        TemplateError: the template cannot be rendered.
+        UserError: it does.
+    """
+    if template.question.startswith("\ufeff"):
+        raise UserError(
+            "chat template: begins with a byte order mark (U+FEFF), which would begin every prompt; "
+            "save the template without one"
+        )
+    if GUARD in template.question:  # it would be taken out again
+        raise UserError("chat template: writes the noncharacters U+FDD0 and U+FDD1, which bdpo uses itself")
 
 
 def _require_read(template: ChatTemplate, kwargs: Mapping[str, Any]) -> None:
@@ -316,6 +333,6 @@ def read_template(file: str) -> str:
     if "{" in file:
         return file
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"model.chat_template={file}: cannot be read ({error})") from None

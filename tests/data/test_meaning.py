@@ -219,6 +219,58 @@ def test_a_turn_that_the_template_drops_is_a_reason(prepare_with):
     assert dict(account.quarantined) == {"prompt: a system turn is not written by the chat template": 1}
 
 
+@pytest.mark.parametrize(
+    ("template", "row", "reason"),
+    [
+        (
+            CHATML.replace("in messages %}", "in messages if m.role != 'system' %}", 1),
+            pair_row(0, system="Be brief.", prompt="Be brief. Why?"),
+            "prompt: a system turn is not written by the chat template",
+        ),
+        (
+            CHATML.replace("in messages %}", "in messages if m.role != 'system' %}", 1),
+            pair_row(0, system="user", prompt="Why?"),
+            "prompt: a system turn is not written by the chat template",
+        ),
+        (
+            CHATML.replace("in messages %}", "in messages if m != messages[0] or not messages[2:] %}", 1),
+            conversation([user("Why?"), assistant("Well."), user("Why? And how?")]),
+            "prompt: a user turn is not written by the chat template",
+        ),
+        (
+            "{{ tools | tojson if tools }}"
+            + CHATML.replace("in messages %}", "in messages if not (tools and m.role == 'system') %}", 1),
+            conversation([{"role": "system", "content": "weather"}, user()], tools=TOOLS),
+            "prompt: a system turn is not written by the chat template",
+        ),
+    ],
+)
+def test_a_dropped_turn_is_seen_where_its_text_stands_elsewhere(prepare_with, template, row, reason):
+    """In another turn, in the template's own words, or in the tools."""
+    account, kept = prepare_with(template, [row])
+    assert (dict(account.quarantined), kept) == ({reason: 1}, [])
+
+
+def test_equal_turns_that_the_template_writes_are_kept(prepare_with):
+    row = conversation([{"role": "system", "content": "x"}, user("x"), assistant("x"), user("x")])
+    account, kept = prepare_with(CHATML, [row])
+    assert (account.quarantined.total(), len(kept)) == (0, 1)
+
+
+@pytest.mark.parametrize("text", ["\ufdd0\ufdd1", "a\ufdd0b", "\ufdd1"])
+@pytest.mark.parametrize("key", ["reasoning_content", "tools", "kwargs"])
+def test_noncharacters_beside_the_contents_are_a_reason(prepare_with, key, text):
+    """They would be taken out as the guards of control tokens are."""
+    row = {
+        "reasoning_content": conversation(chosen=assistant("yes", reasoning_content=text)),
+        "tools": conversation(tools=[{"name": text}]),
+        "kwargs": conversation(chat_template_kwargs={"shout": text}),
+    }[key]
+    account, kept = prepare_with(KNOWS_ALL, [row])
+    reason = "prompt: the noncharacters U+FDD0 and U+FDD1 in tools, arguments or keys of a message"
+    assert (dict(account.quarantined), kept) == ({reason: 1}, [])
+
+
 # Only the roles that a template names have turns of their own: the branch that is left takes all others.
 ELSE_BRANCHES = {
     "assistant": CHATML.replace("{{ m.role }}", "{{ 'user' if m.role == 'user' else 'assistant' }}"),

@@ -15,6 +15,7 @@ from bdpo.config import ModelConfig
 from bdpo.errors import UserError
 from bdpo.models.tokenizer import (
     ChatTokenizer,
+    faithful_chat,
     load_tokenizer,
     tokenizer_fingerprint,
 )
@@ -144,6 +145,45 @@ def test_no_template_learns_what_day_it_is(make_chat):
     assert frozen.tokenizer.apply_chat_template(question, tokenize=False) != theirs  # the real clock runs
 
 
+@pytest.mark.parametrize(
+    ("codes", "written"),
+    [
+        ("%F", "2024-07-26"),
+        ("%-d %B %Y", "26 July 2024"),
+        ("%A, %e %h", "Friday, 26 Jul"),
+        ("%D %T|%Z%z", "07/26/24 00:00:00|"),
+        ("%C %G-W%V %R %r", "20 2024-W30 00:00 12:00:00 AM"),
+        ("%s.%f", "1721952000.000000"),
+        ("%%d %%%d%%", "%d %26%"),
+        ("%^a %-m/%-H", "FRI 7/0"),
+        ("no code", "no code"),
+    ],
+)
+def test_the_frozen_clock_knows_the_codes_of_strftime(make_chat, codes, written):
+    chat = make_chat("{{ strftime_now('" + codes + "') }}|" + CHATML)
+    assert chat.template.question.startswith(written + "|<|im_start|>")
+
+
+@pytest.mark.parametrize("codes", ["%Ey", "%10d", "100 %", "%Q"])
+def test_a_code_that_the_frozen_clock_does_not_know_is_no_text(make_chat, codes):
+    chat = make_chat("{{ strftime_now('" + codes + "') }}" + CHATML)
+    with pytest.raises(UserError, match=f"m: the chat template .*strftime_now: {codes} has an unknown code"):
+        faithful_chat(chat.tokenizer, {}, "m")
+
+
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ("\ufeff", "chat template: begins with a byte order mark"),
+        ("\ufdd0\ufdd1", "chat template: writes the noncharacters"),
+        ("{{ '\\ud800' }}", "the chat template cannot be rendered (UnicodeEncodeError"),
+    ],
+)
+def test_a_template_that_writes_characters_of_no_text_is_refused(make_chat, before, reason):
+    with pytest.raises(UserError, match=re.escape(f"m: {reason}")):
+        faithful_chat(make_chat(before + CHATML).tokenizer, {}, "m")
+
+
 @pytest.mark.parametrize("template", ["\n" + CHATML, "  {% set a = 1 %}\n" + CHATML, "x\n"])
 def test_the_frozen_clock_changes_nothing_else_of_a_template(make_chat, template):
     chat = make_chat(template)
@@ -192,6 +232,11 @@ class TestLoadTokenizer:
 
     def test_template_from_a_file(self, folder, make_chat):
         (folder / "own.jinja").write_text(VICUNA)
+        config = ModelConfig(name_or_path=str(folder), chat_template=str(folder / "own.jinja"))
+        assert load_tokenizer(config).prompt_ids(CONVERSATION) == make_chat(VICUNA).prompt_ids(CONVERSATION)
+
+    def test_a_byte_order_mark_of_a_template_file_is_no_text(self, folder, make_chat):
+        (folder / "own.jinja").write_text(VICUNA, encoding="utf-8-sig")
         config = ModelConfig(name_or_path=str(folder), chat_template=str(folder / "own.jinja"))
         assert load_tokenizer(config).prompt_ids(CONVERSATION) == make_chat(VICUNA).prompt_ids(CONVERSATION)
 
