@@ -6,8 +6,8 @@ import re
 
 from bdpo.data.formats.base import BadRow, Pair
 from bdpo.data.formats.messages import MEANINGFUL_KEYS
-from bdpo.data.formats.stringified import is_stringified
-from bdpo.data.formats.transcript import holds_turns, is_other_transcript, is_transcript
+from bdpo.data.formats.stringified import is_stringified, is_stringified_otherwise
+from bdpo.data.formats.transcript import holds_question, is_other_transcript, is_transcript
 from bdpo.models.template import GUARD, Message
 
 # The control tokens of the chat templates of Llama 2 to 4, Mistral, Qwen, Gemma, Phi, Command-R, DeepSeek,
@@ -99,11 +99,13 @@ def _check_answer(text: str, side: str) -> None:
     for end in _ENDS:
         if text.rstrip().endswith(end) and "<s>" not in text:
             raise BadRow(f"{side}: ends with {end}, the end of a rendered answer; give the text without it")
-    if is_transcript(text) or holds_turns(text):
+    if is_transcript(text):
         raise BadRow(
             f"{side}: holds turns of Human: and Assistant:; give the answer alone, "
             "or two whole transcripts with data.format=hh_rlhf"
         )
+    if holds_question(text):
+        raise BadRow(f"{side}: holds a turn of Human:; give the answer alone")
     if is_other_transcript(text):
         raise BadRow(f"{side}: a transcript of two speakers; give the answer alone")
     if _SPEAKER.match(text):
@@ -118,3 +120,5 @@ def _check_text(text: str, column: str) -> None:
         raise BadRow(f"{column}: holds control tokens of a chat template; {remedy}")
     if is_stringified(text):
         raise BadRow(f"{column}: the text of a list of messages, or of one; set data.format=stringified")
+    if is_stringified_otherwise(text):
+        raise BadRow(f"{column}: the text of a list of messages, or of one; give the messages themselves")

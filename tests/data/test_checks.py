@@ -32,6 +32,13 @@ RENDERED = {
     "Human and Assistant": f"\n\nHuman: {ASK}\n\nAssistant: {GOOD}",
     "sentences between tokens": f"{ASK}</s><s>{GOOD}",
     "a list behind a line break": f'\n [\n {{\n "role": "user", "content": "{ASK}"}}]',
+    "ShareGPT's names": str([{"from": "human", "value": ASK}]),
+    "an array of NumPy": f"array([{{'role': 'user', 'content': '{ASK}'}}], dtype=object)",
+    "a member": json.dumps({"messages": [{"role": "user", "content": ASK}]}),
+    "another key first": json.dumps([{"id": 1, "role": "user", "content": ASK}]),
+    "a tuple": str(({"role": "user", "content": ASK},)),
+    "JSON in JSON": json.dumps(json.dumps([{"role": "user", "content": ASK}])),
+    "one message of ShareGPT": json.dumps({"from": "gpt", "value": GOOD}),
     "one message": json.dumps({"role": "assistant", "content": GOOD}),
     "one message of Python": "\n " + str({"content": GOOD, "role": "assistant"}),
 }
@@ -43,6 +50,8 @@ RENDERED_ANSWERS = {
     "the end of a sentence": f"{GOOD}<eos>",
     "another turn": f"{GOOD}\n\nHuman: And then?\n\nAssistant: Wait.",
     "the beginning of another turn": f"{GOOD}\n\nHuman:",
+    "a turn of the user": f"{GOOD}\n\nHuman: And then?",
+    "a turn of the user and more": f"{GOOD}\n\nHuman: And then?\n\nI wait.",
 }
 
 PLAIN = (
@@ -56,6 +65,10 @@ PLAIN = (
     '{"role": "admin", "content": "all"}',
     '{"role": "user", "rights": []}',
     "[1, 2]",
+    '[{"from": "Ulm", "value": 3}]',
+    '{"model": "m", "messages": [{"role": "user", "content": "hi"}]}',
+    'The body is {"messages": [{"role": "user", "content": "hi"}]}',
+    "(a) {b}",
     "</s> is a tag",
 )
 
@@ -92,6 +105,20 @@ def test_whole_transcripts_of_another_prompt_are_refused(prompt):
 def test_a_whole_transcript_on_one_side_is_refused(side):
     row = {"prompt": f"\n\nHuman: {ASK}\n\nAssistant:", **dict(SIDES), side: WHOLE[side]}
     assert outcome(row, "hh_rlhf").startswith(f"{side}: holds turns of Human: and Assistant:")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Human: a\nmore\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+        "Human: a\nAssistant: b\nHuman: c\n\nAssistant: d",
+        "Human: a\n\nAssistant: b\nHuman: c\n\nAssistant: d",
+    ],
+)
+def test_turns_that_are_parted_in_two_ways_are_refused(text):
+    row = {"chosen": text, "rejected": f"{text} e"}
+    reason = "chosen: some turns are parted by a blank line, others by a line break alone"
+    assert outcome(row, "hh_rlhf") == reason
 
 
 def test_transcripts_beside_a_plain_prompt_name_the_format_that_reads_them():

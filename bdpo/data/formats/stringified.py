@@ -19,6 +19,18 @@ _MESSAGE = re.compile(r"""\s*\{\s*["'](?:role|content)["']\s*:""")
 _ROLE = re.compile(r"""["']role["']\s*:\s*["'](?:system|developer|user|assistant|tool)["']""")
 _CONTENT = re.compile(r"""["']content["']\s*:""")
 
+# Other spellings: another key first, ShareGPT's names, NumPy's arrays, a member of an object, JSON in JSON.
+_QUOTE = r"""\\{0,4}["']"""
+_MEMBER = rf"\{{\s*{_QUOTE}(?:messages|conversations?){_QUOTE}\s*:\s*"
+_OBJECTS = r"(?:(?:\w+\.)?(?:array|list|tuple|deque)\(\s*)?[\[(]\s*\{"
+_OBJECT = rf"\{{\s*{_QUOTE}(?:role|content|from|value){_QUOTE}\s*:"
+_OTHER_BEGIN = re.compile(rf"""\s*(?:["']\s*)?(?:(?:{_MEMBER})?{_OBJECTS}|{_OBJECT})""")
+_OTHER_ROLE = re.compile(
+    rf"{_QUOTE}(?:role|from){_QUOTE}\s*:\s*{_QUOTE}"
+    rf"(?:system|developer|user|human|assistant|gpt|tool|observation|function_call){_QUOTE}"
+)
+_OTHER_CONTENT = re.compile(rf"{_QUOTE}(?:content|value){_QUOTE}\s*:")
+
 _LONGEST = 1_000_000  # characters; Python's parser takes memory out of proportion for more
 
 
@@ -32,6 +44,16 @@ def is_stringified(text: str) -> bool:
     if _MESSAGE.match(text):
         return text.rstrip().endswith("}") and bool(_ROLE.search(text) and _CONTENT.search(text))
     return bool(_LIST.match(text))
+
+
+def is_stringified_otherwise(text: str) -> bool:
+    """Whether a text is a list of messages, or one message, in a spelling that this format does not read."""
+    return bool(
+        _OTHER_BEGIN.match(text)
+        and text.rstrip(" \t\r\n\"'").endswith(("]", "}", ")"))
+        and _OTHER_ROLE.search(text)
+        and _OTHER_CONTENT.search(text)
+    )
 
 
 def _parsed(value: Any, column: str) -> Any:

@@ -42,10 +42,9 @@ def is_other_transcript(text: str) -> bool:
     return bool(user and _REPLY.search(text, user.end()))
 
 
-def holds_turns(text: str) -> bool:
-    """Whether turns of Human: and Assistant: follow somewhere in a text, after a blank line."""
-    user = _USER_WITHIN.search(text)
-    return bool(user and (not text[user.end() :].strip() or _REPLY.search(text, user.end())))
+def holds_question(text: str) -> bool:
+    """Whether a turn of Human: begins somewhere in a text, after a blank line."""
+    return bool(_USER_WITHIN.search(text))
 
 
 def begins_with_speaker(text: object) -> bool:
@@ -57,7 +56,7 @@ def read_transcript(row: Row, column: str) -> list[Message]:
     """The turns of a transcript, which a blank line parts, or a line break where no blank line does.
 
     Raises:
-        BadRow: the text does not begin with the name of a speaker.
+        BadRow: the text does not begin with the name of a speaker, or parts its turns in both ways.
     """
     text = text_cell(row, column)
     turns = _split(_TURN, text)
@@ -65,7 +64,16 @@ def read_transcript(row: Row, column: str) -> list[Message]:
         turns = _split(_TURN_OF_ONE_LINE_BREAK, text)
     if not turns:
         raise BadRow(f"{column}: not a transcript of Human: and Assistant:")
+    if any(_holds_other_turn(*pair) for pair in zip(turns, [*turns[1:], None], strict=True)):
+        raise BadRow(f"{column}: some turns are parted by a blank line, others by a line break alone")
     return turns
+
+
+def _holds_other_turn(turn: Message, following: Message | None) -> bool:
+    """Whether a turn of the other speaker seems to begin inside a turn; an answer may quote one."""
+    if turn["role"] == "user":
+        return "\nAssistant:" in turn["content"]
+    return following is not None and following["role"] == turn["role"] and "\nHuman:" in turn["content"]
 
 
 def _split(turn: re.Pattern[str], text: str) -> list[Message]:
