@@ -40,6 +40,9 @@ from bdpo.storage.manifests import Fingerprint
 
 DETECT_ROWS = 100
 
+# What the readers raise for a damaged file; UnicodeDecodeError is of the name of a column in Parquet.
+_UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException, UnicodeDecodeError)
+
 _MOST_NAMES = 20  # of columns, in a message
 
 
@@ -149,7 +152,7 @@ class Reader:
                 for row_number, row in rows:
                     number = before + row_number
                     yield number, row if isinstance(row, Unreadable) or change is None else change(row)
-        except (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
+        except _UNREADABLE as error:
             before, file = self._begun[-1] if self._begun else (0, "")
             place = f"row {number - before}" + (f" of {file}" if file else "")
             reason = getattr(error, "strerror", None) or first_line(error)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.runtime.cli import exit_codes
-from tests.support.data_files import SECRET, WRITERS, pair_row, refusal, write_jsonl
+from tests.support.data_files import SECRET, WRITERS, pair_row, refusal, write_jsonl, write_parquet
 
 ROWS = [pair_row(i) for i in range(3)]
 
@@ -147,6 +147,12 @@ def test_a_time_zone_that_does_not_exist_is_named(tmp_path, prepare_here):
     message = refusal(prepare_here, tmp_path / "rows.parquet")
     assert str(tmp_path / "rows.parquet") in message
     assert "(row 1: chosen: a value that Python cannot hold (" in message
+
+
+def test_a_column_whose_name_is_not_utf8(tmp_path, prepare_here):
+    file = write_parquet(tmp_path / "rows.parquet", [row | {"ABCD": 1} for row in ROWS])
+    file.write_bytes(file.read_bytes().replace(b"ABCD", b"A\xffCD"))
+    assert f"data.path={file}: cannot be read after row 0 ('utf-8' codec" in refusal(prepare_here, file)
 
 
 def test_a_member_that_stands_twice_is_named_at_any_depth(tmp_path, prepare_here):
