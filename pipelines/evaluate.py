@@ -231,6 +231,12 @@ class EvaluateAdapter(Evaluate):
         """Whether an adapter is named."""
         return self.config.evaluate.adapter is not None
 
+    def input_checks(self) -> Mapping[str, Check]:
+        """Those of each evaluation, and the adapter fits the model."""
+        from bdpo.cluster.preflight import check_evaluated_adapter
+
+        return {**super().input_checks(), "adapter": check_evaluated_adapter}
+
 
 @dataclass(frozen=True)
 class EvaluateTrained(Evaluate):

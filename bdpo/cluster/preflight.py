@@ -24,7 +24,7 @@ from bdpo.data.sources import count_rows, open_source
 from bdpo.errors import UserError, error_line
 from bdpo.evaluation.benchmarks.registry import load_items
 from bdpo.evaluation.judges.registry import judge_kind, judge_note
-from bdpo.models.adapters import check_lora
+from bdpo.models.adapters import adapter_folder, check_lora, require_complete_adapter
 from bdpo.models.architectures import has_plain_lm_head
 from bdpo.models.loading import model_config, newer_than_installed, require_complete_weights
 from bdpo.models.tokenizer import ChatTokenizer, EncodedPair, load_tokenizer
@@ -100,6 +100,14 @@ def check_adapters(config: Config, run: RunDir) -> str:
     """The adapters of `train.lora` fit the model."""
     check_lora(config)
     return f"rank {config.train.lora.r}" if config.train.lora else "none"
+
+
+def check_evaluated_adapter(config: Config, run: RunDir) -> str:
+    """The adapter of `evaluate.adapter` is complete, and one of the model."""
+    if config.evaluate.adapter is None:
+        return "none"
+    require_complete_adapter(adapter_folder(config.evaluate.adapter, "evaluate.adapter"), config.model)
+    return config.evaluate.adapter
 
 
 def check_tamper(config: Config, run: RunDir) -> str:

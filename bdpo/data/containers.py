@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from bdpo.errors import UserError, first_line, printable
 from bdpo.storage import strict_json
+from bdpo.storage.paths import GIT_LFS_POINTER
 from bdpo.storage.strict_json import RepeatedKey
 
 
@@ -48,8 +49,6 @@ Read = tuple[Iterator[NumberedRow], tuple[str, ...]]
 ARROW_ROWS = 1024  # rows that a columnar file is read in at a time
 
 _LONGEST_NAME = 60
-
-_LFS = b"version https://git-lfs.github.com/spec/"
 
 # What a file begins with that is no text.
 _PACKED = {
@@ -151,8 +150,8 @@ def read_file(file: DataFile) -> Read:
     if kind is None:
         raise UserError(f"{file.name}: unknown suffix, expects one of {known_suffixes()}")
     with file.path.open("rb") as opened:
-        start = opened.read(len(_LFS))
-    if start == _LFS:
+        start = opened.read(len(GIT_LFS_POINTER))
+    if start == GIT_LFS_POINTER:
         raise UserError(f"{file.name}: a Git LFS pointer instead of the data; fetch it with `git lfs pull`")
     packed = next((what for magic, what in _PACKED.items() if start.startswith(magic)), None)
     if packed and kind != ".parquet" and file.path.suffix not in _COMPRESSIONS:

@@ -5,27 +5,24 @@ Other kinds of adapters are left out. Requires `peft` (extra `lora`).
 
 from __future__ import annotations
 
-import json
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdpo.config import SANDBOX, Config, LoraConfig, ModelConfig
-from bdpo.errors import UserError, first_line
-from bdpo.models.loading import (
-    hub_snapshot,
-    load_model,
-    model_config,
-    model_folder,
-    require_finite,
-)
-from bdpo.models.weight_files import require_finite_files, some_names
+from bdpo.errors import UserError, first_line, printable
+from bdpo.models.folders import named_folder, read_json_object, require_readable_files
+from bdpo.models.loading import architecture, load_model, model_folder, require_finite
+from bdpo.models.weight_files import require_finite_files, some_names, tensor_types
 from bdpo.storage.checksums import require_checksums
 from bdpo.storage.digests import files_digest
 from bdpo.storage.paths import local_path
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from bdpo.models.tokenizer import ChatTokenizer
@@ -38,14 +35,15 @@ def adapter_folder(name: str, key: str) -> Path:
     """The local folder of an adapter: as named, or the hub's snapshot; `key` is what errors name.
 
     Raises:
-        UserError: there is none, it has no `adapter_config.json` and `adapter_model.safetensors`, or it was
-            exported here and is not as it was exported.
+        UserError: there is none, its `adapter_config.json` or `adapter_model.safetensors` is missing or
+            damaged, or it was exported here and is not as it was exported.
     """
-    folder = local_path(name)
-    folder = folder if folder.is_dir() else hub_snapshot(name, None, key)
+    folder = named_folder(name, key)
     for file in (_CONFIG, _WEIGHTS):
         if not (folder / file).is_file():
             raise UserError(f"{key}={name}: the folder has no {file}")
+    require_readable_files(folder)
+    tensor_types(folder / _WEIGHTS)
     require_checksums(folder)
     return folder.resolve()
 
@@ -55,13 +53,16 @@ def adapter_digest(folder: Path) -> str:
     return files_digest([folder / _CONFIG, folder / _WEIGHTS])
 
 
-def require_finite_adapter(folder: Path) -> None:
-    """Make sure that the weights of an adapter are finite.
+def require_complete_adapter(folder: Path, base: ModelConfig, key: str = "model.name_or_path") -> None:
+    """Make sure that an adapter is one of its base, complete and finite; the base's weights are not read.
+
+    `key` is where the base is named, for errors.
 
     Raises:
-        UserError: they are not; the tensors are named.
+        UserError: it is not; the tensors are named.
     """
     require_finite_files([folder / _WEIGHTS], folder)
+    _adapted(_without_weights(base, key), folder, base.name_or_path)
 
 
 def base_of(folder: Path) -> ModelConfig:
@@ -71,47 +72,51 @@ def base_of(folder: Path) -> ModelConfig:
         UserError: its config names none, or a revision of a folder, which has none.
     """
     file = folder / _CONFIG
-    try:
-        named = json.loads(file.read_text(encoding="utf-8"))
-        name, revision = named["base_model_name_or_path"], named.get("revision")
-    except (ValueError, KeyError, TypeError):
-        name = revision = None
-    if not isinstance(name, str) or not isinstance(revision, str | None):
+    named = read_json_object(file)
+    name, revision = named.get("base_model_name_or_path"), named.get("revision")
+    if not name or not isinstance(name, str) or not isinstance(revision, str | None):
         raise UserError(f"{file}: names no base_model_name_or_path with a revision or without one")
-    if revision and local_path(name).is_dir():
+    if revision and os.path.isdir(local_path(name)):
         raise UserError(
             f"{file}: revision={revision}: base_model_name_or_path={name} is a folder, which has no revisions"
         )
     return ModelConfig(name_or_path=name, revision=revision or None)
 
 
-def load_adapted(base: ModelConfig, folder: Path) -> PreTrainedModel:
+def load_adapted(base: ModelConfig, folder: Path, key: str = "model.name_or_path") -> PreTrainedModel:
     """The base model with the adapter merged into its weights, in the base's dtype.
 
     Raises:
         UserError: `peft` is not installed, or the adapter does not fit the model.
     """
-    with _peft_there():
-        from peft import PeftModel, get_peft_model_state_dict
-    model = load_model(model_folder(base), base)
-    try:
-        adapted = PeftModel.from_pretrained(model, folder)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(
-            f"{folder}: does not fit {base.name_or_path} as an adapter ({first_line(error)})"
-        ) from None
-    _require_complete_adapter(folder, set(get_peft_model_state_dict(adapted)))
-    merged = adapted.merge_and_unload()
+    adapted = _adapted(load_model(model_folder(base, key), base), folder, base.name_or_path)
+    merged: PreTrainedModel = adapted.merge_and_unload()
     require_finite(merged, folder)
     return merged
 
 
-def _require_complete_adapter(folder: Path, expected: set[str]) -> None:
-    """PEFT leaves a tensor that is missing as it was made up, and warns."""
-    from safetensors import safe_open
+def _adapted(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
+    """The model, called `name`, with the adapter of a folder put into it, which changes it in place."""
+    with _peft_there():
+        from peft import PeftModel, get_peft_model_state_dict
+    from bdpo.models.oom import out_of_memory  # imports torch
 
-    with safe_open(folder / _WEIGHTS, framework="pt") as file:
-        there = set(file.keys())
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*from a non-meta parameter")  # of a model without weights
+            adapted = PeftModel.from_pretrained(model, folder, torch_device="cpu")
+    except Exception as error:  # of classes that read what a file of somebody else holds
+        if out_of_memory(error):
+            raise
+        reason = f"unknown value {error}" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"{folder}: does not fit {printable(name)} as an adapter ({reason})") from None
+    _refuse_incomplete(folder, set(get_peft_model_state_dict(adapted)))
+    return adapted
+
+
+def _refuse_incomplete(folder: Path, expected: set[str]) -> None:
+    """PEFT leaves a tensor that is missing as it was made up, and warns."""
+    there = set(tensor_types(folder / _WEIGHTS))
     # Of an adapted embedding PEFT counts the base model's weight among its own.
     expected, there = ({name for name in names if ".base_layer." not in name} for names in (expected, there))
     wrong = {"missing": expected - there, "unknown to the model": there - expected}
@@ -175,13 +180,22 @@ def check_lora(config: Config) -> None:
     """
     if config.train.lora:
         import torch
-        from transformers import AutoModelForCausalLM
 
+        model = _without_weights(config.model, "model.name_or_path")
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                model_config(config.model), trust_remote_code=config.model.trust_remote_code
-            )
             add_lora(model, config.train.lora, config.model, config.seed)
+
+
+def _without_weights(model: ModelConfig, key: str) -> PreTrainedModel:
+    """A model on PyTorch's meta device, which has shapes alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(
+            architecture(model_folder(model, key), model), trust_remote_code=model.trust_remote_code
+        )
+    return built
 
 
 @contextmanager

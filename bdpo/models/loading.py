@@ -6,6 +6,7 @@ Only safetensors are read; code from a model folder runs only with `model.trust_
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -18,11 +19,13 @@ from packaging.version import InvalidVersion, Version
 
 from bdpo.config import SANDBOX, Config, ModelConfig
 from bdpo.errors import UserError, first_line, printable
+from bdpo.models.folders import OWN_CODE, named_folder, require_readable_files
 from bdpo.models.transformers_private import set_attention, supports_sdpa
 from bdpo.models.weight_files import (
     UNQUANTISED,
     is_finite,
     not_finite,
+    require_one_value,
     require_weight_files,
     some_names,
 )
@@ -38,40 +41,38 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
-
-def model_folder(model: ModelConfig) -> Path:
+def model_folder(model: ModelConfig, key: str = "model.name_or_path") -> Path:
     """The local folder of a model: the sandbox's, a folder as named, or the cached one of a URL or the hub.
 
+    `key` is where the name stands, for errors.
+
     Raises:
-        UserError: nothing is found under the name, its safetensors weights are missing or damaged, or a model
-            that was exported here is not as it was exported.
+        UserError: nothing is found under the name, its safetensors weights or its JSON files are missing or
+            damaged, or a model that was exported here is not as it was exported.
     """
     if model.name_or_path == SANDBOX:
         from bdpo.sandbox import sandbox_folder
 
         return sandbox_folder(sandbox_seed(model)) / "model"
-    folder = local_path(model.name_or_path)
-    if model.revision is not None and ("://" in model.name_or_path or folder.is_dir()):
+    named = f"{key}={printable(model.name_or_path)}"
+    if model.revision and ("://" in model.name_or_path or os.path.isdir(local_path(model.name_or_path))):
         raise UserError(
-            f"model.revision={model.revision}: model.name_or_path={model.name_or_path} is a folder, "
-            "which has no revisions; leave it out"
+            f"model.revision={model.revision}: {named} is a folder, which has no revisions; leave it out"
         )
     if "://" in model.name_or_path:
-        folder = cached_copy(model.name_or_path, "model.name_or_path")
+        folder = cached_copy(model.name_or_path, key)
     elif model.name_or_path.lower().endswith(".gguf"):
-        raise UserError(f"model.name_or_path={model.name_or_path}: GGUF is not read; name its original model")
-    elif not folder.is_dir() and model.name_or_path.startswith(("/", "~", ".")):
-        raise UserError(f"model.name_or_path={model.name_or_path}: no such folder")
-    elif not folder.is_dir():
-        folder = hub_snapshot(model.name_or_path, model.revision, "model.name_or_path")
+        raise UserError(f"{named}: GGUF is not read; name its original model")
+    else:
+        folder = named_folder(model.name_or_path, key, model.revision)
     if not (folder / "config.json").is_file():
         what = "has no config.json"
         if (folder / "adapter_config.json").is_file():
             what = "holds an adapter without its base; merge the two (evaluate.adapter evaluates one)"
-        raise UserError(f"model.name_or_path={model.name_or_path}: the folder {what}")
-    require_weight_files(folder, f"model.name_or_path={model.name_or_path}")
+        raise UserError(f"{named}: the folder {what}")
+    require_readable_files(folder)
+    require_weight_files(folder, named)
     require_checksums(folder)
     return folder.resolve()
 
@@ -138,10 +139,7 @@ def _not_loaded(folder: Path, error: Exception) -> UserError:
     """What is wrong with a folder, in one line: transformers' own errors have a page of advice."""
     text = str(error)
     if "trust_remote_code" in text:
-        return UserError(
-            f"{folder}: the model brings its own code, which is not run; set model.trust_remote_code=true "
-            "if you trust it"
-        )
+        return UserError(f"{folder}: the model {OWN_CODE}")
     if "does not recognize this architecture" in text or "Unrecognized model in" in text:
         return UserError(f"{folder}: transformers {_version('transformers')} knows no model of this type")
     reason = f"unknown value {error}" if isinstance(error, KeyError) else first_line(error)
@@ -191,7 +189,9 @@ def load_model(folder: Path, model: ModelConfig, attention: str | None = None) -
     `attention` is how shared rows are attended to, see `bdpo.models.attention`; without it the model has
     none.
 
-    Under ZeRO-3 every worker of the process group must call this; see `require_complete_weights`, too.
+    Names and shapes come first: a config.json that leaves out its sizes is of a model of 7B parameters, which
+    would be built before it is found to be another. Under ZeRO-3 every worker of the process group must call
+    this, and `require_complete_weights` comes before.
 
     Raises:
         UserError: the folder is not a causal language model that transformers can load, or its weights are
@@ -199,31 +199,40 @@ def load_model(folder: Path, model: ModelConfig, attention: str | None = None) -
     """
     import torch
 
+    if not _partitioned():
+        _require_complete(folder, model)
     loaded, report = _from_pretrained(
         folder,
         model,
         dtype=getattr(torch, model.dtype),
         attn_implementation=attention or plain_attention(model, architecture(folder, model)),
-        # so that the report has them all: a model with one of them is refused below
-        ignore_mismatched_sizes=not _partitioned(),
     )
     _refuse_incomplete(folder, report)
     require_finite(loaded, folder)
     return loaded
 
 
-def require_complete_weights(model: ModelConfig) -> None:
+def require_complete_weights(model: ModelConfig, key: str = "model.name_or_path") -> None:
     """Make sure that the weights are those of the architecture, by name and shape, without reading them.
 
     It takes a fraction of a second: commands look before they start anything. `load_model` looks, too,
-    but not under ZeRO-3, where transformers reports no tensor that is too many.
+    but not under ZeRO-3, where transformers reports no tensor that is too many. `key` is where the name of
+    the model stands.
 
     Raises:
-        UserError: they are not; the tensors are named.
+        UserError: they are not, or two that config.json ties differ; the tensors are named.
     """
-    folder = model_folder(model)
+    _require_complete(model_folder(model, key), model)
+
+
+def _require_complete(folder: Path, model: ModelConfig) -> None:
+    """The same of the model in a folder."""
+    # `ignore_mismatched_sizes`, so that the report has them all.
     loaded, report = _from_pretrained(folder, model, device_map="meta", ignore_mismatched_sizes=True)
     _refuse_incomplete(folder, report)
+    prefix = f"{loaded.base_model_prefix}."  # which the names in a file may lack
+    for tied in loaded.all_tied_weights_keys.items():
+        require_one_value(folder, {*tied, *(name.removeprefix(prefix) for name in tied)})
     if note := newer_than_installed(loaded.config):
         warn_once(f"{folder}: {note}")
 
@@ -281,7 +290,9 @@ def _refuse_incomplete(folder: Path, report: dict[str, Any]) -> None:
 
 
 def require_finite(model: PreTrainedModel, folder: Path) -> None:
-    """Make sure that all weights are numbers; each worker of ZeRO-3 looks at its part of each of them.
+    """Make sure that all weights are numbers, and the buffers that were saved with them.
+
+    Each worker of ZeRO-3 looks at its part of each weight; buffers are not partitioned.
 
     Raises:
         UserError: some are not; the tensors are named.
@@ -290,7 +301,10 @@ def require_finite(model: PreTrainedModel, folder: Path) -> None:
 
     from bdpo.models.deepspeed_internals import own_part
 
-    bad = [name for name, values in model.named_parameters() if not is_finite(own_part(values))]
+    saved = model.state_dict().keys()
+    buffers = ((name, values) for name, values in model.named_buffers() if name in saved)
+    parts_of_it = ((name, own_part(values)) for name, values in model.named_parameters())
+    bad = [name for name, values in chain(parts_of_it, buffers) if not is_finite(values)]
     if _partitioned():
         parts: list[list[str]] = [bad] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, bad)
@@ -313,24 +327,3 @@ def weights_digest(folder: Path) -> str:
     """
     files = (sorted(folder.glob(pattern)) for pattern in ("config.json", "*.safetensors", "*.py"))
     return files_digest(list(chain(*files)), digest_of=cached_sha256)
-
-
-def hub_snapshot(name: str, revision: str | None, key: str) -> Path:
-    """The cached snapshot of a hub repository; `key` is what an error names.
-
-    Raises:
-        UserError: there is none, or it is unavailable.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns="consolidated*"
-            )
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{key}={name}: no such folder, and not available from the hub ({first_line(error)})"
-        ) from None

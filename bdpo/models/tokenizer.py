@@ -24,6 +24,7 @@ from bdpo.errors import UserError, first_line, printable
 from bdpo.models.loading import model_config, model_folder
 from bdpo.models.placed_texts import NEWLINE, PlacedTexts
 from bdpo.models.template import GUARD, PROBE, QUESTION, ChatTemplate, Message, quoted
+from bdpo.models.tokenizer_files import read_tokenizer
 from bdpo.storage.digests import files_digest, json_digest
 
 if TYPE_CHECKING:
@@ -193,16 +194,9 @@ def load_tokenizer(model: ModelConfig) -> ChatTokenizer:
         UserError: it cannot be loaded, its chat template is useless or does not read one of
             `model.template_kwargs`, or it has none and `model.chat_template` names none.
     """
-    from transformers import AutoTokenizer
-
     folder = model_folder(model)
     shape = model_config(model)  # first, since a tokenizer reads config.json as well
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except Exception as error:  # of a class that reads what a file of somebody else holds
-        raise UserError(f"{folder}: no tokenizer can be loaded ({first_line(error)})") from None
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of no files
-        raise UserError(f"{folder}: no tokenizer can be loaded (its vocabulary is empty)")
+    tokenizer = read_tokenizer(folder, model.trust_remote_code)
     if model.chat_template:
         tokenizer.chat_template = read_template(model.chat_template)
     if not tokenizer.chat_template:

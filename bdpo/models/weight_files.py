@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdpo.errors import UserError, first_line
+from bdpo.models.folders import require_fetched
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +54,7 @@ def require_weight_files(folder: Path, name: str) -> None:
         raise UserError(f"{name}: files of weights are missing ({some_names(missing)})")
     tensors: set[str] = set()
     for file in read + [one for one in there if one not in read and not _OTHER_KINDS.fullmatch(one.name)]:
-        found = _plain_tensors(file) if file in read else set(_tensors(file))
+        found = _plain_tensors(file) if file in read else set(tensor_types(file))
         if again := sorted(tensors & found):
             raise UserError(
                 f"{name}: {file.name} holds other weights of the model ({some_names(again)}) beside "
@@ -94,14 +96,15 @@ def _has_other_weights(folder: Path) -> bool:
     return any(any(folder.glob(f"*.{suffix}")) for suffix in ("gguf", "bin", "pt", "pth", "ckpt"))
 
 
-def _tensors(file: Path) -> dict[str, str]:
+def tensor_types(file: Path) -> dict[str, str]:
     """Tensor -> its type in a file; the header has its length, so a cut file is found without reading it.
 
     Raises:
-        UserError: the file is damaged or cut.
+        UserError: the file is damaged, cut, or a Git LFS pointer.
     """
     from safetensors import SafetensorError, safe_open
 
+    require_fetched(file)
     try:
         with safe_open(file, framework="numpy") as tensors:
             return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
@@ -115,11 +118,43 @@ def _plain_tensors(file: Path) -> set[str]:
     Raises:
         UserError: the file is damaged or cut, or its weights are quantised.
     """
-    kinds = _tensors(file)
+    kinds = tensor_types(file)
     for name, kind in kinds.items():
         if name.endswith("weight") and kind not in _PLAIN_WEIGHTS:
             raise UserError(f"{file}: quantised weights are not read ({name} is {kind}); {UNQUANTISED}")
     return set(kinds)
+
+
+def require_one_value(folder: Path, tied: Iterable[str]) -> None:
+    """Make sure that tensors which config.json ties are equal, where the files hold more than one of them.
+
+    What becomes of others depends on who loads them: transformers 5 unties them, under ZeRO-3 and in other
+    libraries one of them is dropped. No export could be what was trained for all of these.
+
+    Raises:
+        UserError: two of them differ; they are named.
+    """
+    there = {name: file for file in weight_files(folder) for name in tensor_types(file)}
+    for one, other in pairwise(sorted(there.keys() & set(tied))):
+        if not _equal((there[one], one), (there[other], other)):
+            raise UserError(
+                f"{there[one]}: {one} and {other} differ, while config.json ties them (tie_word_embeddings); "
+                "set that to false, or remove the tensor that is not meant"
+            )
+
+
+def _equal(*tensors: tuple[Path, str]) -> bool:
+    """Whether two tensors of files are equal; embeddings are large, so a block of rows at a time is read."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(tensors[0][0], framework="pt") as file, safe_open(tensors[1][0], framework="pt") as other:
+        one, another = file.get_slice(tensors[0][1]), other.get_slice(tensors[1][1])
+        rows, *_ = shape = one.get_shape()
+        return shape == another.get_shape() and all(
+            torch.equal(one[start : start + 4096], another[start : start + 4096])
+            for start in range(0, rows, 4096)
+        )
 
 
 def require_finite_files(files: Iterable[Path], folder: Path) -> None:

@@ -39,6 +39,9 @@ StoragePath: TypeAlias = Path | UPath
 
 Found = TypeVar("Found")
 
+GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""What a file begins with that Git has not fetched from its large file storage."""
+
 MARKERS = ("manifest.json", "config.json", "adapter_config.json")
 """Files that mark their folder as complete: uploaded last, removed first."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ def model_shape(config: Config) -> tuple[PreTrainedConfig, str | None]:
     from transformers import AutoConfig
 
     model = config.model
-    local = (local_path(model.name_or_path) / "config.json").is_file()
+    local = os.path.isfile(local_path(model.name_or_path) / "config.json")
     if local or model.name_or_path == SANDBOX or "://" in model.name_or_path:
         return model_config(model), None
     try:

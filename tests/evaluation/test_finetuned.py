@@ -139,7 +139,9 @@ def test_a_tokenizer_without_digits_is_refused() -> None:
 
 
 def test_an_adapter_needs_its_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluate\.judge\.model=.*no adapter_config\.json"):
+    with pytest.raises(
+        UserError, match=r"evaluate\.judge\.model=.*neither config\.json nor adapter_config\.json"
+    ):
         load_finetuned_judge(str(tmp_path), on_gpu=False)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from bdpo.models.loading import (
     require_positions,
     weights_digest,
 )
+from bdpo.models.tokenizer_files import read_tokenizer
 from bdpo.storage.cache import cache_folder
 from tests.support.architectures import tiny
 from tests.support.helpers import tiny_qwen2
@@ -176,6 +179,11 @@ def not_a_number(weights):
     return weights | {"model.norm.weight": torch.full((32,), torch.nan)}
 
 
+def tied_to_another(weights):
+    """With a config that ties the two: see the fixture."""
+    return weights | {"lm_head.weight": weights["lm_head.weight"] + 1}
+
+
 def infinite(weights):
     weights["model.layers.1.self_attn.q_proj.weight"][3, 4] = -torch.inf
     return weights
@@ -191,6 +199,9 @@ DAMAGES = {
     mis_shaped: r"1 of another shape \(model\.layers\.0\.mlp\.up_proj\.weight\)",
     one_too_many: r"1 unknown to the architecture \(model\.layers\.7\.mlp\.up_proj\.weight\)",
     not_a_number: r"NaN or infinite weights in 1 tensors \(model\.norm\.weight\)",
+    tied_to_another: (
+        r"model\.safetensors: lm_head\.weight and model\.embed_tokens\.weight differ, while config\.json ties"
+    ),
     infinite: r"NaN or infinite weights in 1 tensors \(model\.layers\.1\.self_attn\.q_proj\.weight\)",
 }
 
@@ -202,7 +213,9 @@ def damaged(tmp_path):
     """damaged(change): a model whose weights are what `change` makes of them."""
 
     def make(change):
-        tiny_qwen2().save_pretrained(tmp_path / "model")
+        made = tiny_qwen2()
+        made.config.tie_word_embeddings = change is tied_to_another
+        made.save_pretrained(tmp_path / "model")
         file = tmp_path / "model" / "model.safetensors"
         save_file(change(load_file(file)), file, metadata={"format": "pt"})
         return ModelConfig(name_or_path=str(tmp_path / "model"), dtype="float32")
@@ -277,10 +290,15 @@ USELESS = {
     "remote code": (
         '{"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}',
         (),
-        "brings its own code, which is not run; set model.trust_remote_code=true",
+        "the model brings its own code, which is not run; model.trust_remote_code=true",
     ),
-    "damaged config": ("{", (), "cannot be loaded as a causal language model"),
-    "config of another type": ("[1]", (), "knows no model of this type"),
+    "damaged config": ("{", (), r"config\.json: cannot be read as JSON"),
+    "config of another type": ("[1]", (), r"config\.json: holds no JSON object"),
+    "null for a config": ("null", (), r"config\.json: holds no JSON object"),
+    "a key twice": ('{"model_type": "llama", "model_type": "qwen2"}', (), "the key model_type stands twice"),
+    "an end that is text": (
+        '{"model_type": "qwen2", "eos_token_id": "</s>"}', (), r"config\.json: eos_token_id is neither",
+    ),
     "impossible config": (
         '{"model_type": "qwen2", "hidden_size": "wide"}', (), "cannot be loaded as a causal language model",
     ),
@@ -306,6 +324,9 @@ def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path, name):
         ("~/no/such", "no such folder"),
         ("some/model.gguf", "GGUF is not read"),
         ("a b/c?d", "no such folder, and not available from the hub"),
+        ("x" * 300, "no such folder, and not available from the hub"),
+        ("/" + "x" * 300, "no such folder"),
+        ("", "no such folder, and not available from the hub"),
     ],
 )
 def test_a_name_that_is_no_model_is_refused_in_one_line(name, reason):
@@ -340,3 +361,71 @@ def test_an_encoder_is_no_causal_language_model(tmp_path):
     folder = folder_of(tmp_path, '{"model_type": "t5"}')
     with pytest.raises(UserError, match="cannot be loaded as a causal language model"):
         load_model(tmp_path, ModelConfig(name_or_path=folder))
+
+
+def test_a_buffer_that_is_saved_with_the_weights_is_finite(tmp_path):
+    """The routing of DeepSeek-V3 has a bias that is no parameter; a NaN in it leaves the logits finite."""
+    shape = tiny("deepseek_v3").config
+    shape.update({"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2})
+    shape.update({"n_group": 1, "topk_group": 1, "moe_intermediate_size": 8})
+    transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path)
+    file, model = tmp_path / "model.safetensors", ModelConfig(name_or_path=str(tmp_path), dtype="float32")
+    weights = load_file(file)
+    bias = next(name for name in weights if name.endswith("e_score_correction_bias"))
+    load_model(tmp_path, model)
+    weights[bias][0] = torch.nan
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"NaN or infinite weights in 1 tensors \({re.escape(bias)}\)"):
+        load_model(tmp_path, model)
+
+
+def test_a_config_without_sizes_is_refused_before_a_model_of_them_is_built(tmp_path):
+    """The defaults of `llama` are those of 7B parameters: 25 GiB in float32."""
+    folder = folder_of(tmp_path, '{"model_type": "llama"}')
+    model = ModelConfig(name_or_path=folder, dtype="float32")
+    used, limit = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**32, limit))
+    try:
+        with pytest.raises(UserError, match="the weights are not those of the model: tensors 291 missing"):
+            load_model(tmp_path, model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (used, limit))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abab\nsize 12345678\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer.model", "config.json"])
+def test_a_pointer_of_git_lfs_is_called_one(damaged, name):
+    model = damaged(untouched)
+    (Path(model.name_or_path) / name).write_bytes(POINTER)
+    (Path(model.name_or_path) / "consolidated.safetensors").write_bytes(POINTER)  # not read
+    with pytest.raises(UserError, match=rf"/{re.escape(name)}: a Git LFS pointer instead of the file"):
+        model_folder(model)
+
+
+def test_a_small_file_that_is_lost_or_cut_is_refused(damaged):
+    """transformers takes each of them for one that is not there."""
+    model = damaged(untouched)
+    file = Path(model.name_or_path) / "generation_config.json"
+    content = json.dumps({"eos_token_id": [1, 2]})
+    file.write_text(content)
+    model_folder(model)
+    file.write_text(content[:-3])
+    with pytest.raises(UserError, match=rf"^{re.escape(str(file))}: cannot be read as JSON"):
+        model_folder(model)
+    file.unlink()
+    model_folder(model)
+    file.symlink_to("/no/such/file")
+    with pytest.raises(UserError, match=rf"^{re.escape(str(file))}: cannot be read as JSON"):
+        model_folder(model)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path):
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "tokenization_own.py").write_text("raise SystemExit('this code was run')")
+    with pytest.raises(UserError, match=r"the tokenizer brings its own code.* model\.trust_remote_code=true"):
+        read_tokenizer(tmp_path)

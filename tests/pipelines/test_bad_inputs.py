@@ -11,11 +11,13 @@ import json
 import os
 import shutil
 
+import peft
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import EvaluatedModel
@@ -249,6 +251,7 @@ OTHER_FAULTS = {
     "a path of nothing": (lambda folder: ["data.path=''"], "data.path: is empty"),
     "no file": (lambda folder: [f"data.path={folder}/none.jsonl"], "none.jsonl: no such file or folder"),
     "a directory of no such name": (sound("model.name_or_path=/no/such"), "/no/such: no such folder"),
+    "a name of 300 characters": (sound(f"model.name_or_path={'x' * 300}"), "not available from the hub"),
     "a model of nobody": (sound("model.name_or_path=~nobody-here/x"), "~nobody-here/x: no such folder"),
     "data of nobody": (lambda folder: ["data.path=~nobody-here/x"], "data.path=~nobody-here/x: no such file"),
     "a run folder of nobody": (sound("run_dir=~nobody-here/x"), "run_dir=~nobody-here/x: no user"),
@@ -341,21 +344,61 @@ def only_an_adapter(model):
     save_file({"a": torch.zeros(1)}, model / "adapter_model.safetensors")
 
 
+def own_tokenizer(model):
+    (model / "tokenizer.json").unlink()
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(own))
+    (model / "tokenization_own.py").write_text("raise SystemExit('this code was run')")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abab\nsize 12345678\n"
+
 # Name -> what is done to the model folder, and what the line says.
 MODEL_FAULTS = {
     "no config": (edited("config.json", None), "the folder has no config.json"),
     "an adapter": (only_an_adapter, "holds an adapter without its base"),
-    "a config that is no JSON": (edited("config.json", b"{"), "cannot be loaded as a causal language model"),
+    "a config that is no JSON": (edited("config.json", b"{"), "config.json: cannot be read as JSON"),
+    "a config that is null": (edited("config.json", b"null"), "config.json: holds no JSON object"),
+    "a config without a type": (edited("config.json", b"{}"), "knows no model of this type"),
+    "a config without sizes": (
+        edited("config.json", b'{"model_type": "llama"}'),
+        "the weights are not those of the model: tensors 270 missing",
+    ),
+    "a config with a key twice": (
+        edited("config.json", b'{"model_type": "llama", "model_type": "qwen2"}'),
+        "config.json: the key model_type stands twice",
+    ),
+    "a head beside the embeddings that it is tied to": (
+        config_with(tie_word_embeddings=True),
+        "lm_head.weight and model.embed_tokens.weight differ, while config.json ties them",
+    ),
     "a config of impossible layers": (
         config_with(num_hidden_layers="two"),
         "cannot be loaded as a causal language model (Validation error for field 'num_hidden_layers'",
     ),
     "an unknown type": (config_with(model_type="nonesuch"), "knows no model of this type"),
-    "a generation config of another type": (edited("generation_config.json", b"[1]"), "cannot be loaded"),
+    "a generation config of another type": (
+        edited("generation_config.json", b"[1]"),
+        "generation_config.json: holds no JSON object",
+    ),
+    "a cut generation config": (
+        edited("generation_config.json", b'{"eos_token_id": [1, '),
+        "generation_config.json: cannot be read as JSON",
+    ),
+    "an end of turn by name": (
+        edited("generation_config.json", b'{"eos_token_id": ["</s>"]}'),
+        "generation_config.json: eos_token_id is neither a token id nor a list of them",
+    ),
     "a tokenizer config of another type": (
         edited("tokenizer_config.json", b"[]"),
-        "no tokenizer can be loaded",
+        "tokenizer_config.json: holds no JSON object",
     ),
+    "a tokenizer with code of its own": (
+        own_tokenizer,
+        "the tokenizer brings its own code, which is not run; model.trust_remote_code=true",
+    ),
+    "a tokenizer that is a pointer": (edited("tokenizer.json", POINTER), "tokenizer.json: a Git LFS pointer"),
+    "weights that are a pointer": (edited("model.safetensors", POINTER), "safetensors: a Git LFS pointer"),
     "a tokenizer of another type": (edited("tokenizer.json", b"[]"), "no tokenizer can be loaded"),
     "weights that are a folder": (folder_for_weights, "model.safetensors: damaged weights"),
     "weights that lie elsewhere": (link_for_weights, "model.safetensors: damaged weights"),
@@ -438,6 +481,66 @@ JUDGE_FAULTS = WEIGHT_FAULTS | {
         with_weights(lambda found: found | {"model.norm.weight": torch.full((32,), torch.nan)}),
         "NaN or infinite weights in 1 tensors (model.norm.weight)",
     )
+}
+
+
+# Name -> what is done to the folder of a judge, and what the line says.
+JUDGE_FOLDER_FAULTS = {
+    name: MODEL_FAULTS[name]
+    for name in [
+        "no tokenizer",
+        "a cut tokenizer",
+        "a tokenizer with code of its own",
+        "a tokenizer that is a pointer",
+        "weights that are a pointer",
+        "a config that is null",
+        "a cut generation config",
+    ]
+} | {
+    "an empty tokenizer": (edited("tokenizer.json", b"{}"), "no tokenizer can be loaded"),
+    "no config": (edited("config.json", None), "config.json"),
+}
+
+
+def adapter_with(**values):
+    def change(adapter):
+        file = adapter / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return change
+
+
+def adapter_weights(change):
+    def save(adapter):
+        file = adapter / "adapter_model.safetensors"
+        save_file(change(load_file(file)), file, {"format": "pt"})
+
+    return save
+
+
+# Name -> what is done to the folder of an adapter, and what the line says.
+ADAPTER_FAULTS = {
+    "junk for weights": (
+        edited("adapter_model.safetensors", b"junk"),
+        "adapter_model.safetensors: damaged weights",
+    ),
+    "weights that are a pointer": (
+        edited("adapter_model.safetensors", POINTER),
+        "adapter_model.safetensors: a Git LFS pointer",
+    ),
+    "no config": (edited("adapter_config.json", None), "adapter_config.json"),
+    "a config that is a list": (edited("adapter_config.json", b"[]"), "adapter_config.json: holds no JSON"),
+    "a kind that PEFT does not know": (adapter_with(peft_type="NONESUCH"), "unknown value 'NONESUCH'"),
+    "another rank": (adapter_with(r=3), "does not fit"),
+    "modules that the model lacks": (adapter_with(target_modules=["nonesuch"]), "does not fit"),
+    "a tensor too few": (
+        adapter_weights(lambda found: dict(list(found.items())[1:])),
+        "not a complete adapter: tensors 1 missing (base_model.model.model.layers.0.self_attn.q_proj.lora_A",
+    ),
+    "one is not a number": (
+        adapter_weights(lambda found: {name: one * torch.nan for name, one in found.items()}),
+        "NaN or infinite weights in 4 tensors (base_model.model.model.layers.0.self_attn.q_proj.lora_A",
+    ),
 }
 
 
@@ -557,6 +660,83 @@ def test_and_so_are_those_of_a_judge(ends, model, tmp_path, kind, name):
     assert not RunDir(str(tmp_path / "run")).responses("base").exists()
 
 
+@pytest.mark.parametrize("name", JUDGE_FOLDER_FAULTS)
+@pytest.mark.parametrize("kind", ["finetuned", "llama_guard"])
+def test_judge_folders_that_are_none(ends, model, tmp_path, kind, name):
+    change, said = JUDGE_FOLDER_FAULTS[name]
+
+    def make(folder):
+        shutil.copytree(model, folder / "judge")
+        change(folder / "judge")
+        judge = f"evaluate.judge={{name: {kind}, model: {folder}/judge}}"
+        return [*sound()(folder), judge, *BENCHMARK]
+
+    ends(make, said, evaluate)
+    assert not RunDir(str(tmp_path / "run")).responses("base").exists()
+
+
+@pytest.mark.parametrize("kind", ["finetuned", "harmbench"])
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        ("/no/such", "evaluate.judge.model=/no/such: no such folder"),
+        ("x" * 300, f"evaluate.judge.model={'x' * 300}: no such folder, and not available from the hub"),
+        ("~/judge", "NaN or infinite weights in 1 tensors (model.norm.weight)"),
+    ],
+)
+def test_the_name_of_a_judge(ends, model, tmp_path, monkeypatch, kind, judge, said):
+    shutil.copytree(model, tmp_path / "judge")
+    JUDGE_FAULTS["one is not a number"][0](tmp_path / "judge")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    judges = f"evaluate.judge={{name: {kind}, model: {judge}}}"
+    ends(sound(judges, *BENCHMARK), said, evaluate)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, model, tiny_chat):
+    """A sound adapter over the model, with a tokenizer, as a judge has one."""
+    folder = tmp_path_factory.mktemp("adapter")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(folder)
+    tiny_chat.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("as_judge", [False, True])
+@pytest.mark.parametrize("name", ADAPTER_FAULTS)
+def test_adapters_that_are_none(ends, adapter, tmp_path, as_judge, name):
+    change, said = ADAPTER_FAULTS[name]
+
+    def make(folder):
+        shutil.copytree(adapter, folder / "adapter")
+        change(folder / "adapter")
+        judge = f"evaluate.judge={{name: finetuned, model: {folder}/adapter}}"
+        named = judge if as_judge else f"evaluate.adapter={folder}/adapter"
+        return [*sound()(folder), named, *BENCHMARK]
+
+    ends(make, said, evaluate)
+    assert not RunDir(str(tmp_path / "run")).responses("base").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        (None, "names no base_model_name_or_path"),
+        ("", "names no base_model_name_or_path"),
+        ("/no/such", "adapter_config.json: base_model_name_or_path=/no/such: no such folder"),
+        ("x" * 300, f"base_model_name_or_path={'x' * 300}: no such folder, and not available"),
+    ],
+)
+def test_the_base_of_an_adapter_that_judges(ends, adapter, base, said):
+    def make(folder):
+        shutil.copytree(adapter, folder / "adapter")
+        adapter_with(base_model_name_or_path=base)(folder / "adapter")
+        judge = f"evaluate.judge={{name: finetuned, model: {folder}/adapter}}"
+        return [*sound()(folder), judge, *BENCHMARK]
+
+    ends(make, said, evaluate)
+
+
 @pytest.mark.parametrize("kind", ["finetuned", "harmbench", "llama_guard", "wildguard"])
 def test_a_judge_that_was_never_trained_is_refused_before_anything_is_answered(ends, model, tmp_path, kind):
     def make(folder):
@@ -602,6 +782,8 @@ def test_there_are_enough_of_them():
         "files": len(FILE_FAULTS),
         "paths and keys": len(OTHER_FAULTS),
         "model folders": len(MODEL_FAULTS),
+        "judges": 2 * len(JUDGE_FOLDER_FAULTS),
+        "adapters": 2 * len(ADAPTER_FAULTS),
         "weights": 4 * (len(WEIGHT_FAULTS) + 1),
     }
     print(f"bad inputs: {sum(counts.values())} ({counts})")

@@ -20,8 +20,10 @@ from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+
+_KEY = "evaluate.judge.model"
 
 MAX_RESPONSE_TOKENS = 512
 
@@ -111,14 +113,38 @@ def digit_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def finetuned_digest(name: str) -> str:
     """Digest of the judge's own weights and of the prompt; an adapter's base is part of its config."""
-    from bdpo.models.adapters import adapter_digest, adapter_folder
+    from bdpo.models.adapters import adapter_digest
     from bdpo.models.loading import weights_digest
 
-    if (Path(name) / "config.json").is_file():
-        weights = weights_digest(Path(name))
-    else:
-        weights = adapter_digest(adapter_folder(name, "evaluate.judge.model"))
-    return json_digest([weights, PROMPT])
+    source = _source(name)
+    digest = adapter_digest if source.is_adapter else weights_digest
+    return json_digest([digest(source.folder), PROMPT])
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the weights of a judge are: a model, or an adapter over the model that it names."""
+
+    folder: Path
+    """It holds the tokenizer, too."""
+    model: ModelConfig
+    key: str
+    """Where the name of `model` stands, for errors."""
+    is_adapter: bool = False
+
+
+def _source(name: str) -> _Source:
+    from bdpo.models.adapters import adapter_folder, base_of
+    from bdpo.models.folders import named_folder
+
+    folder = named_folder(name, _KEY)
+    if (folder / "config.json").is_file():
+        return _Source(folder, ModelConfig(name_or_path=str(folder)), _KEY)
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{_KEY}={name}: the folder has neither config.json nor adapter_config.json")
+    folder = adapter_folder(name, _KEY)
+    key = f"{folder / 'adapter_config.json'}: base_model_name_or_path"
+    return _Source(folder, base_of(folder), key, is_adapter=True)
 
 
 def load_finetuned_judge(name: str, on_gpu: bool) -> FinetunedJudge:
@@ -127,21 +153,29 @@ def load_finetuned_judge(name: str, on_gpu: bool) -> FinetunedJudge:
     Raises:
         UserError: it cannot be loaded, or is no judge of this kind.
     """
-    from transformers import AutoTokenizer
-
-    from bdpo.models.adapters import adapter_folder, base_of, load_adapted
-    from bdpo.models.loading import load_model
+    from bdpo.models.adapters import load_adapted
+    from bdpo.models.loading import load_model, model_folder
 
     device, dtype = ("cuda", "bfloat16") if on_gpu else ("cpu", "float32")
-    if (Path(name) / "config.json").is_file():
-        folder = Path(name)
-        model = load_model(folder, ModelConfig(name_or_path=name, dtype=dtype))  # type: ignore[arg-type]
+    source = _source(name)
+    base = source.model.model_copy(update={"dtype": dtype})
+    if source.is_adapter:
+        model = load_adapted(base, source.folder, source.key)
     else:
-        folder = adapter_folder(name, "evaluate.judge.model")
-        model = load_adapted(base_of(folder).model_copy(update={"dtype": dtype}), folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    digit_ids(tokenizer)
+        model = load_model(model_folder(base, source.key), base)
+    tokenizer = _tokenizer(source, model.config)
     return FinetunedJudge(model.to(device).eval(), tokenizer)  # type: ignore[arg-type]
+
+
+def _tokenizer(source: _Source, shape: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The judge's tokenizer, of which the model has an embedding for each token."""
+    from bdpo.models.tokenizer import require_embedded
+    from bdpo.models.tokenizer_files import read_tokenizer
+
+    tokenizer = read_tokenizer(source.folder)
+    digit_ids(tokenizer)
+    require_embedded(tokenizer, shape, f"{_KEY}={source.folder}")
+    return tokenizer
 
 
 def _name(config: Config) -> str:
@@ -154,22 +188,19 @@ def _fingerprint(config: Config) -> Fingerprint:
 
 def _check(config: Config) -> str:
     """Weights and tokenizer can be read: from the hub they are fetched now."""
-    from transformers import AutoTokenizer
-
-    from bdpo.models.adapters import adapter_folder, base_of, require_finite_adapter
-    from bdpo.models.loading import model_folder, require_complete_weights
+    from bdpo.models.adapters import require_complete_adapter
+    from bdpo.models.loading import architecture, model_folder, require_complete_weights
     from bdpo.models.weight_files import require_finite_files, weight_files
 
     name = _name(config)
+    source = _source(name)
+    folder = model_folder(source.model, source.key)
     finetuned_digest(name)
-    known = (Path(name) / "config.json").is_file()
-    folder = Path(name) if known else adapter_folder(name, "evaluate.judge.model")
-    model = ModelConfig(name_or_path=name) if known else base_of(folder)
-    require_complete_weights(model)
-    require_finite_files(weight_files(model_folder(model)), model_folder(model))
-    if not known:
-        require_finite_adapter(folder)
-    digit_ids(AutoTokenizer.from_pretrained(folder))
+    require_complete_weights(source.model, source.key)
+    require_finite_files(weight_files(folder), folder)
+    if source.is_adapter:
+        require_complete_adapter(source.folder, source.model, source.key)
+    _tokenizer(source, architecture(folder, source.model))
     return f"{name}: weights and tokenizer are read"
 
 

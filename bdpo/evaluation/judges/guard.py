@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
 
 from bdpo.config import Config, ModelConfig
 from bdpo.config.judges import GuardConfig
-from bdpo.errors import UserError
+from bdpo.errors import UserError, first_line
 from bdpo.evaluation.judges.base import Failed, JudgeKind, Question, RubricName, Verdict, judge_section
 from bdpo.models.loading import (
+    architecture,
     has_positions,
     load_model,
     model_folder,
@@ -23,13 +27,17 @@ from bdpo.models.loading import (
     weights_digest,
 )
 from bdpo.models.template import Message
-from bdpo.models.tokenizer import ChatTokenizer
+from bdpo.models.tokenizer import ChatTokenizer, require_embedded
+from bdpo.models.tokenizer_files import read_tokenizer
 from bdpo.models.weight_files import require_finite_files, weight_files
 from bdpo.storage.digests import files_digest, json_digest
 from bdpo.storage.manifests import Fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_KEY = "evaluate.judge.model"
 
 
 @dataclass(frozen=True)
@@ -92,25 +100,30 @@ class GuardJudge:
         return str(tokenizer.decode(found[0, len(prompt_ids) :], skip_special_tokens=True)).strip()
 
 
-def load_tokenizer_of(guard: Guard, folder: str) -> ChatTokenizer:
+def load_tokenizer_of(guard: Guard, folder: Path) -> ChatTokenizer:
     """The classifier's tokenizer with its prompt as chat template.
 
     Raises:
-        UserError: there is none, or it has no chat template and the classifier requires its own.
+        UserError: it cannot be loaded, it has no chat template and the classifier requires its own, or the
+            template cannot be rendered.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"evaluate.judge.model={folder}: no tokenizer can be loaded") from None
+    tokenizer = read_tokenizer(folder)
     if guard.template is not None:
         tokenizer.chat_template = guard.template
-    if not tokenizer.chat_template:
+    templates = tokenizer.chat_template
+    if not templates or (isinstance(templates, dict) and "default" not in templates):
         raise UserError(
-            f"evaluate.judge.model={folder}: the tokenizer has no chat template, which {guard.name} requires"
+            f"{_KEY}={folder}: the tokenizer has no chat template, which {guard.name} requires, or none "
+            "that is called default"
         )
-    return ChatTokenizer(tokenizer)
+    try:
+        chat = ChatTokenizer(tokenizer)
+        chat.prompt_ids([Message(role="user", content="x"), Message(role="assistant", content="y")])
+    except TemplateError as error:
+        raise UserError(
+            f"{_KEY}={folder}: the chat template cannot be rendered ({first_line(error)})"
+        ) from None
+    return chat
 
 
 def guard_kind(guard: Guard) -> JudgeKind:
@@ -118,24 +131,25 @@ def guard_kind(guard: Guard) -> JudgeKind:
 
     def check(config: Config) -> str:
         """Weights and tokenizer can be read: from the hub they are fetched now."""
-        folder = model_folder(_model(config))
+        model = _model(config)
+        folder = model_folder(model, _KEY)
         weights_digest(folder)
-        require_complete_weights(_model(config))
+        require_complete_weights(model, _KEY)
         require_finite_files(weight_files(folder), folder)
-        chat = load_tokenizer_of(guard, str(folder))
-        chat.prompt_ids([Message(role="user", content="x"), Message(role="assistant", content="y")])
-        return f"{_model(config).name_or_path}: weights and tokenizer are read"
+        tokenizer = load_tokenizer_of(guard, folder).tokenizer
+        require_embedded(tokenizer, architecture(folder, model), f"{_KEY}={model.name_or_path}")
+        return f"{model.name_or_path}: weights and tokenizer are read"
 
     def make(config: Config) -> GuardJudge:
         model = _model(config)
-        folder = model_folder(model)
+        folder = model_folder(model, _KEY)
         loaded = load_model(folder, model)
         device = "cuda" if config.evaluate.gpus_per_worker else "cpu"
-        return GuardJudge(guard, loaded.to(device).eval(), load_tokenizer_of(guard, str(folder)))  # type: ignore[arg-type]
+        return GuardJudge(guard, loaded.to(device).eval(), load_tokenizer_of(guard, folder))  # type: ignore[arg-type]
 
     def fingerprint(config: Config) -> Fingerprint:
         model = _model(config)
-        folder = model_folder(model)
+        folder = model_folder(model, _KEY)
         patterns = ("*tok*", "vocab*", "merges*", "*.model", "*.jinja")
         read = sorted({file for pattern in patterns for file in folder.glob(pattern)})
         digest = json_digest([weights_digest(folder), files_digest(read), guard.template])
