@@ -137,10 +137,13 @@ class ChatTokenizer:
         """
         if not self._depends_on_place:
             return self.text_ids(text)
+        before, end = self._before[0], self.template.assistant_turn.end
+        in_place = None if GUARD in text else self._texts.between((before,), text, end)
+        if in_place is not None:
+            return in_place
         ids = self._texts.guarded(text, self._before, self._behind)
-        before = self._before[0]
         ours = [*self._texts.neighbour(before), *ids, self.end_of_turn_id]
-        theirs = self.text_ids(before + text + self.template.assistant_turn.end)
+        theirs = self.text_ids(before + text + end)
         return ids if ours == theirs or self.decode(ours) == self.decode(theirs) else None
 
     def ids_of_answers(self, texts: Sequence[str]) -> list[list[int] | None]:
@@ -328,5 +331,5 @@ def read_template(file: str) -> str:
         return file
     try:
         return Path(file).read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"model.chat_template={file}: cannot be read ({error})") from None
+    except (OSError, ValueError) as error:  # not UTF-8, or no path: a NUL
+        raise UserError(f"model.chat_template={printable(file)}: cannot be read ({error})") from None

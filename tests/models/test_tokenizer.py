@@ -17,6 +17,7 @@ from bdpo.models.tokenizer import (
     ChatTokenizer,
     faithful_chat,
     load_tokenizer,
+    read_template,
     tokenizer_fingerprint,
 )
 from tests.support.chats import CHATML, MISTRAL, byte_tokenizer
@@ -248,6 +249,13 @@ class TestLoadTokenizer:
         with pytest.raises(UserError, match=r"own\.jinja: cannot be read|chat template") as caught:
             load_tokenizer(ModelConfig(name_or_path=str(folder), chat_template=str(file)))
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("file", ["a\0b", "a\nb", "\x1b[2J", "x" * 5000])
+    def test_a_template_file_that_can_be_none_is_one_line(self, file):
+        with pytest.raises(UserError, match="cannot be read") as caught:
+            read_template(file)
+        assert str(caught.value).startswith("model.chat_template=")
+        assert str(caught.value).isprintable()
 
     @pytest.mark.parametrize("content", [None, "{", "{}"])
     def test_useless_tokenizer_file(self, folder, content):
