@@ -59,7 +59,18 @@ def levels(findings):
 def test_nothing_is_wrong(values, tmp_path):
     findings = local(values)
     assert levels(findings) == dict.fromkeys(findings, "ok"), findings
-    checks = {"model", "adapters", "data", "benchmarks", "template", "batches", "storage", "judge", "search"}
+    checks = {
+        "model",
+        "adapter",
+        "adapters",
+        "data",
+        "benchmarks",
+        "template",
+        "batches",
+        "storage",
+        "judge",
+        "search",
+    }
     assert findings.keys() == checks
     assert os.listdir(tmp_path / "run") == []
 

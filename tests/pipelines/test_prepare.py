@@ -7,6 +7,7 @@ import json
 import pytest
 
 from bdpo.errors import UserError
+from bdpo.models.template import PROBE
 from bdpo.models.tokenizer import ChatTokenizer
 from bdpo.storage.run_dir import RunDir
 from pipelines.prepare import FAITHFUL_PAIRS, Prepare
@@ -47,9 +48,14 @@ def test_a_run_whose_encoding_is_broken_is_refused(config, monkeypatch):
 
 
 def test_a_run_is_compared_again_when_it_resumes(config, monkeypatch):
-    """Its pairs were prepared, and the end of the turn is another one by now."""
+    """Its pairs were prepared, and answers are encoded in another way by now, but for the probe."""
     complete(config)
-    monkeypatch.setattr(ChatTokenizer, "end_of_turn_id", 3)
+    right = ChatTokenizer.answer_ids
+    monkeypatch.setattr(
+        ChatTokenizer,
+        "answer_ids",
+        lambda self, text: right(self, text) if text == PROBE else right(self, text)[1:],
+    )
     with pytest.raises(UserError, match="chosen: the chat template does not write prompt, response and end"):
         complete(config)
 
