@@ -23,6 +23,7 @@ from bdpo.errors import UserError
 from bdpo.evaluation.answers import EvaluatedModel
 from bdpo.evaluation.judges.finetuned import load_finetuned_judge
 from bdpo.scoring.reference import ReferenceScorer
+from bdpo.storage.cache import cache_folder
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.engine import _load_policy, deepspeed_config
 from pipelines.evaluate import main as evaluate
@@ -687,6 +688,7 @@ def test_judge_folders_that_are_none(ends, model, tmp_path, kind, name):
 def test_the_name_of_a_judge(ends, model, tmp_path, monkeypatch, kind, judge, said):
     shutil.copytree(model, tmp_path / "judge")
     JUDGE_FAULTS["one is not a number"][0](tmp_path / "judge")
+    monkeypatch.setenv("BDPO_CACHE", str(cache_folder()))  # else the sandbox is made in the other home
     monkeypatch.setenv("HOME", str(tmp_path))
     judges = f"evaluate.judge={{name: {kind}, model: {judge}}}"
     ends(sound(judges, *BENCHMARK), said, evaluate)
