@@ -29,7 +29,7 @@ class Bucket(AbstractFileSystem):
     `requests` counts all requests, `alone` those of the main thread: for each of them everything else waits.
     """
 
-    protocol = "memory"
+    protocol = "counted"
     requests = alone = 0
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -40,7 +40,7 @@ class Bucket(AbstractFileSystem):
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
-        return str(path).removeprefix("memory://").strip("/")
+        return str(path).removeprefix("counted://").strip("/")
 
     def request(self, times: int = 1) -> None:
         """A request, or several in a row."""
@@ -128,10 +128,10 @@ class _Ranges(BytesIO):
 
 
 def new_bucket() -> StoragePath:
-    """The path of a new bucket; it takes the place of fsspec's own storage in memory."""
-    fsspec.register_implementation("memory", Bucket, clobber=True)
+    """The path of a new bucket, of a protocol of its own."""
+    fsspec.register_implementation("counted", Bucket, clobber=True)
     Bucket.clear_instance_cache()
-    return storage_path("memory://bucket", "run_dir")
+    return storage_path("counted://bucket", "run_dir")
 
 
 @dataclass

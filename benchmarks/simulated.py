@@ -54,7 +54,7 @@ def table(*columns: str) -> Lines:
 
 def config_of(**sections: Any) -> Config:
     """A config without model and data, in the bucket."""
-    values = {"run_dir": "memory://bucket/run", "model": {"name_or_path": "m"}, "data": {"path": "p"}}
+    values = {"run_dir": "counted://bucket/run", "model": {"name_or_path": "m"}, "data": {"path": "p"}}
     return parse_config({**values, **sections}, "benchmark")
 
 

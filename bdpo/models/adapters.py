@@ -42,9 +42,9 @@ def adapter_folder(name: str, key: str) -> Path:
     for file in (_CONFIG, _WEIGHTS):
         if not (folder / file).is_file():
             raise UserError(f"{key}={name}: the folder has no {file}")
-    require_readable_files(folder)
     tensor_types(folder / _WEIGHTS)
     require_checksums(folder)
+    require_readable_files(folder)
     return folder.resolve()
 
 

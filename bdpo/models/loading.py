@@ -71,9 +71,9 @@ def model_folder(model: ModelConfig, key: str = "model.name_or_path") -> Path:
         if (folder / "adapter_config.json").is_file():
             what = "holds an adapter without its base; merge the two (evaluate.adapter evaluates one)"
         raise UserError(f"{named}: the folder {what}")
-    require_readable_files(folder)
     require_weight_files(folder, named)
     require_checksums(folder)
+    require_readable_files(folder)
     return folder.resolve()
 
 
