@@ -646,25 +646,10 @@ def test_a_training_that_requires_scores_looks_at_the_model_before_them(ends, mo
     ends(sound("method.name=bdpo"), "no prepared pairs; run `python -m pipelines.score` first", train)
 
 
-@pytest.mark.parametrize("name", JUDGE_FAULTS)
+@pytest.mark.parametrize("name", [*JUDGE_FAULTS, *JUDGE_FOLDER_FAULTS])
 @pytest.mark.parametrize("kind", ["finetuned", "llama_guard"])
 def test_and_so_are_those_of_a_judge(ends, model, tmp_path, kind, name):
-    change, said = JUDGE_FAULTS[name]
-
-    def make(folder):
-        shutil.copytree(model, folder / "judge")
-        change(folder / "judge")
-        judge = f"evaluate.judge={{name: {kind}, model: {folder}/judge}}"
-        return [*sound()(folder), judge, *BENCHMARK]
-
-    ends(make, said, evaluate)
-    assert not RunDir(str(tmp_path / "run")).responses("base").exists()
-
-
-@pytest.mark.parametrize("name", JUDGE_FOLDER_FAULTS)
-@pytest.mark.parametrize("kind", ["finetuned", "llama_guard"])
-def test_judge_folders_that_are_none(ends, model, tmp_path, kind, name):
-    change, said = JUDGE_FOLDER_FAULTS[name]
+    change, said = (JUDGE_FAULTS | JUDGE_FOLDER_FAULTS)[name]
 
     def make(folder):
         shutil.copytree(model, folder / "judge")
