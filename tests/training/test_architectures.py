@@ -7,6 +7,7 @@ of them: `BDPO_TEST_ARCHITECTURES=bloom,mpt`.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -73,7 +74,7 @@ def expected_norm(config):
     data, _ = TrainingPairs.load(config, run, pq.read_table(run.root / "scores.parquet")).split()
     batch = TrainingPlan(data.lengths, config.train, config.seed).global_batch(0)
     pairs = [EncodedPair(*pair) for pair in groups_in_lists(data.groups[batch])]
-    model = load_model(config.model.name_or_path, config.model).double().eval()
+    model = load_model(Path(config.model.name_or_path), config.model).double().eval()
     model.set_experts_implementation("eager")
     for index, pair in zip(batch, pairs, strict=True):
         weight_chosen, weight_rejected = data.known[index, 4:6].double()
@@ -94,7 +95,7 @@ def test_it_trains_a_step_by_the_gradient_of_its_own_logits(runs, model_type):
     assert metrics(run) == pytest.approx([torch.tensor(2.0).log().item()], abs=1e-4)
     assert metrics(run, "grad_norm") == pytest.approx([expected_norm(config)], rel=1e-3)
     assert torch.tensor(metrics(run, "eval_loss")).isfinite().all()
-    base = load_model(config.model.name_or_path, config.model).state_dict()
+    base = load_model(Path(config.model.name_or_path), config.model).state_dict()
     assert any((weight != base[name]).any() for name, weight in weights(run).items())
 
 

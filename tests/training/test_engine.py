@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -114,7 +115,7 @@ def plain_loop(config):
     run = RunDir(config.run_dir)
     data = TrainingPairs.load(config, run, pq.read_table(run.root / "scores.parquet"))
     plan = TrainingPlan(data.lengths, config.train, config.seed)
-    model = load_model(config.model.name_or_path, config.model).train()
+    model = load_model(Path(config.model.name_or_path), config.model).train()
     policy = LogpsModel(model, config.data.max_length)
     parameters = list(model.parameters())
     masters = [p.detach().float().clone() for p in parameters]
@@ -312,7 +313,7 @@ def bfloat16(tmp_path_factory, tiny_chat):
     )
     configs = {stage: variant(base, folder / str(stage), zero_stage=stage) for stage in (3, 2, 1)}
     launch(list(configs.values()))
-    start = load_model(base.model.name_or_path, base.model).state_dict()
+    start = load_model(Path(base.model.name_or_path), base.model).state_dict()
     return start, plain_loop(base), {stage: results(config) for stage, config in configs.items()}
 
 

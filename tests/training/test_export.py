@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -91,7 +92,7 @@ def test_a_probe_is_without_dropout_per_root_token_and_leaves_the_mode(tmp_path,
     data = TrainingPairs.load(
         config, RunDir(config.run_dir), pq.read_table(f"{config.run_dir}/scores.parquet")
     )
-    model = load_model(config.model.name_or_path, config.model)
+    model = load_model(Path(config.model.name_or_path), config.model)
     add_lora(model, LoraConfig(dropout=0.5, target_modules=["q_proj"]), config.model, 0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
