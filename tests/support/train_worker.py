@@ -1,12 +1,14 @@
 """One gloo process of a training without Ray, with checkpoints in <run_dir>/checkpoints/<step>.
 
 `tests.support.training` forks these processes from a server that has imported this module: to import torch
-and DeepSpeed takes longer than the trainings of the tests.
+and DeepSpeed takes longer than the trainings of the tests. So the module also imports `LATER`, what a
+training would import in its course.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -30,7 +32,18 @@ from bdpo.training.rungs import Rungs
 
 NO_LIMIT = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
+LATER = [
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "detect_secrets.plugins",
+    "peft",
+    "pyarrow.dataset",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.optimization",
+]
+
 import_deepspeed()
+for each in LATER:
+    importlib.import_module(each)
 
 build_engine = training.build_engine
 
