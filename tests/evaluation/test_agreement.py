@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from sklearn.metrics import cohen_kappa_score
 
 from bdpo.errors import UserError
 from bdpo.evaluation.calibration.agreement import (
@@ -85,6 +84,8 @@ def test_a_wrong_column_is_not_quoted():
 # ------------------------------------------------------------------------------------------------- agreement
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_kappa_is_that_of_scikit_learn(pairs):
+    from sklearn.metrics import cohen_kappa_score
+
     a, b = np.array(pairs, float).T
     if len({*a, *b}) > 1:
         assert cohens_kappa(a, b) == pytest.approx(cohen_kappa_score(a, b), abs=1e-12)

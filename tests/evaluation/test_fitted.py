@@ -7,7 +7,6 @@ import random
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
 
 from bdpo.errors import UserError
 from bdpo.evaluation.calibration.agreement import agreement, label_opinion
@@ -62,6 +61,8 @@ def test_the_file_holds_the_same_classifier(classifier, tmp_path):
 
 def test_the_decision_is_that_of_scikit_learn(classifier):
     """The terms, idf and weights that the file keeps are all that decides."""
+    from sklearn.linear_model import LogisticRegression
+
     texts, labels = [a.response for a in answers()], [a.safe for a in answers()]
     vectorizer = new_vectorizer(min_df=3)
     model = LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced")

@@ -6,7 +6,6 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from matplotlib.figure import Figure
 
 from bdpo.reports.page import (
     BLUE,
@@ -20,6 +19,8 @@ from bdpo.reports.page import (
 
 
 def drawing():
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(3, 2))
     axes = figure.add_subplot()
     axes.plot([0, 1], [1, 0], c=BLUE, label="<b>")

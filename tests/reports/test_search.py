@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.contour import ContourSet
-from matplotlib.text import Text
 from scipy.spatial import ConvexHull
 
 from bdpo.evaluation.measures import summarise
@@ -39,6 +37,8 @@ class TestFigures:
                 assert (tmp_path / f"{name}.{suffix}").stat().st_size > 5000
 
     def test_labels_are_those_of_the_measures_that_are_searched(self, trials):
+        from matplotlib.text import Text
+
         metric, constraint = "xstest.unsafe_refusal", "strongreject.unbroken"
         rows = [row(1, 0.5, cut=False), xrow(1, True, "contrast_ducks", False)]
         for space in ({"method.alpha": ALPHA, "method.beta": BETA}, {"method.alpha": ALPHA}):
@@ -53,6 +53,8 @@ class TestFigures:
 
     def test_the_map_is_linear_in_the_scale_of_its_axes_and_no_rate_is_below_0(self):
         """No vertex of the surface lies outside the hull of the trials, as they lie on the paper."""
+        from matplotlib.contour import ContourSet
+
         rng = np.random.default_rng(0)
         flat = np.stack([rng.uniform(0.5, 3, 9), rng.uniform(np.log(0.02), np.log(0.5), 9)], axis=1)
         trials = [

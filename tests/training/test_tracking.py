@@ -1,4 +1,7 @@
-"""Trackers follow metrics.jsonl: read back from what they wrote, each step is there once."""
+"""Trackers follow metrics.jsonl: read back from what they wrote, each step is there once.
+
+The trackers' libraries are imported by the tests of them: every process of a test run collects this module.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,6 @@ import sys
 import threading
 
 import pytest
-import wandb
-from mlflow import MlflowClient
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto.wandb_internal_pb2 import Record
 
 from bdpo.config import parse_config
 from bdpo.errors import UserError
@@ -49,6 +48,8 @@ def append(run, *steps):
 
 
 def events(run, name):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     reader = EventAccumulator(str(run.train / "tensorboard"), purge_orphaned_data=False)
     reader.Reload()
     return [(event.step, event.value) for event in reader.Scalars(name)]
@@ -89,6 +90,8 @@ def track_by_two_commands(run, name):
 
 
 def test_mlflow_has_every_step_once(run, monkeypatch):
+    from mlflow import MlflowClient
+
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{run.root.parent}/mlflow.db")
     track_by_two_commands(run, "mlflow")
     (there,) = MlflowClient().search_runs([MlflowClient().get_experiment_by_name("bdpo").experiment_id])
@@ -106,6 +109,8 @@ def test_mlflow_without_a_server_writes_no_database_anywhere(run, monkeypatch):
 
 def test_weights_and_biases_has_every_step_once(run, monkeypatch):
     """Offline: what `wandb sync` would send, one file a command."""
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     track_by_two_commands(run, "wandb")
     wandb.teardown()  # what the end of a process does: its service writes what it still has
@@ -128,6 +133,8 @@ def test_weights_and_biases_has_every_step_once(run, monkeypatch):
 
 def sent(file):
     """Records of an offline run: after seven bytes, each behind checksum (4), length (2) and kind (1)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
     content, at = file.read_bytes(), 7
     while at + 7 <= len(content):
         length = int.from_bytes(content[at + 4 : at + 6], "little")
@@ -138,6 +145,8 @@ def sent(file):
 
 
 def test_no_secret_of_a_tracker_is_kept(run, tmp_path, monkeypatch):
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     for name, value in SECRETS.items():
