@@ -52,10 +52,11 @@ from pipelines.runtime.cli import Command
 from pipelines.runtime.judge_check import check_judge
 from pipelines.runtime.pool import Executor, RayPool, ShardWork
 from pipelines.runtime.progress import console
-from pipelines.runtime.stage import ManifestStage, check_inputs, complete_all
+from pipelines.runtime.stage import ManifestStage, complete_all
+from pipelines.train import Train
 
 if TYPE_CHECKING:
-    from bdpo.cluster.preflight import Check, Doubt
+    from bdpo.cluster.preflight import Check
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,10 @@ class Attack(ManifestStage):
         return StageStatus.of(self.name, bool(valid), requests > 0, requests=requests, valid=valid)
 
     def input_checks(self) -> Mapping[str, Check]:
-        """Models, requests, attack and judge can be used."""
-        return {"model": _check_models, "attack": check_attack}
+        """Model, requests, attack and judge can be used."""
+        from bdpo.cluster.preflight import check_model
+
+        return {"model": check_model, "attack": check_attack}
 
     def further_checks(self) -> Mapping[str, Check]:
         """The attack, if the config has one."""
@@ -199,6 +202,7 @@ class AttackTrained(Attack):
     """The attack on the run's own model."""
 
     model_name = "trained"
+    model_from = Train
 
     @property
     def has_inputs(self) -> bool:
@@ -209,12 +213,9 @@ class AttackTrained(Attack):
 MODELS = (AttackBase, AttackTrained)
 
 
-def _check_models(config: Config, run: RunDir) -> str | Doubt:
-    from bdpo.cluster.preflight import check_model
-
+def _require_model(config: Config, run: RunDir) -> None:
     if config.attack.models == "trained" and not run.has_model():
         raise UserError(f"attack.models=trained: {run.model} is not there; train the run first")
-    return check_model(config, run)
 
 
 def check_attack(config: Config, run: RunDir) -> str:
@@ -226,9 +227,8 @@ def check_attack(config: Config, run: RunDir) -> str:
 
 
 def run_attack(config: Config, run: RunDir) -> None:
-    """Attack the models that exist, and compare; what would stop it stops it before the first request."""
+    """Attack the models that exist, and compare."""
     stages = [stage(config, run) for stage in MODELS]
-    check_inputs(stages)
     warn_of_screen(asking_config(config))
     done = [stage for stage in complete_all(stages) if isinstance(stage, Attack)]
     if config.attack.models == "both" and not run.has_model():
@@ -250,7 +250,7 @@ def print_attacks(config: Config, stages: list[Attack]) -> None:
         console.print(f"artifact  {stage.artifact_file}", soft_wrap=True, markup=False)
 
 
-main = Command(__doc__, MODELS, run_attack)
+main = Command(__doc__, MODELS, run_attack, requires=_require_model)
 
 if __name__ == "__main__":
     main()

@@ -62,8 +62,9 @@ from pipelines.runtime.cli import Command, exit_codes
 from pipelines.runtime.cluster import connect, require_capacity
 from pipelines.runtime.pool import Executor, RayPool, ShardWork
 from pipelines.runtime.progress import console, progress_bar
-from pipelines.runtime.stage import ManifestStage, Stage, check_inputs, complete_all
+from pipelines.runtime.stage import ManifestStage, Stage, complete_all
 from pipelines.runtime.stalls import watched_tasks
+from pipelines.train import Train
 
 if TYPE_CHECKING:
     from bdpo.cluster.preflight import Check
@@ -179,7 +180,7 @@ class Evaluate(ManifestStage):
         from pipelines.runtime.judge_check import check_judge
 
         checks: dict[str, Check] = {"model": check_model, "benchmarks": check_benchmarks}
-        if self.config.fresh or self.recorded() is None:  # of what is done nobody is asked again
+        if self.config.fresh or not self.is_done:  # of what is done nobody is asked again
             checks["judge"] = check_judge
         return checks
 
@@ -243,6 +244,7 @@ class EvaluateTrained(Evaluate):
     """The run's own model."""
 
     model_name: str = "trained"
+    model_from = Train
     trained_on_pairs = True
 
     @property
@@ -255,9 +257,8 @@ MODELS = (EvaluateBase, EvaluateAdapter, EvaluateTrained)
 
 
 def run_evaluate(config: Config, run: RunDir) -> None:
-    """Evaluate the models that exist, and print the comparison; a judge that cannot judge stops it first."""
+    """Evaluate the models that exist, and print the comparison."""
     stages = [stage(config, run) for stage in MODELS]
-    check_inputs([stage for stage in stages if stage.applies and stage.has_inputs])
     print_evaluations(complete_all(stages))
 
 

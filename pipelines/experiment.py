@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 from bdpo.cluster.status import StageStatus
 from bdpo.config import Config
@@ -32,11 +33,14 @@ from pipelines.runtime.arms import Arms
 from pipelines.runtime.cli import Command
 from pipelines.runtime.pool import ATTEMPTS
 from pipelines.runtime.progress import console
-from pipelines.runtime.stage import Stage, check_inputs
+from pipelines.runtime.stage import Stage, input_checks
 from pipelines.runtime.variant_protocol import Limits
 from pipelines.runtime.variants import print_failures, require_room, run_variants
 from pipelines.score import Score
 from pipelines.train import Train
+
+if TYPE_CHECKING:
+    from bdpo.cluster.preflight import Check
 
 
 def run_experiment(config: Config, run: RunDir, name: str) -> None:
@@ -50,7 +54,6 @@ def run_experiment(config: Config, run: RunDir, name: str) -> None:
 
     experiment, folder = EXPERIMENTS[name], run.part("experiments", name).root
     arms = experiment.arms(config)
-    check_inputs([Prepare(config, run), *([Train(config, run)] if arms else [])])
     if arms:
         config = _evaluated(config)
     Prepare(config, run).complete()
@@ -70,22 +73,24 @@ def run_experiment(config: Config, run: RunDir, name: str) -> None:
     _raise(failures)
 
 
+def check_evaluation(config: Config, run: RunDir) -> str:
+    """The arms can be evaluated as section `evaluate` asks for."""
+    if config.evaluate.engine != "transformers":
+        raise UserError("evaluate.engine: an experiment evaluates with engine=transformers")
+    if not config.experiment.learning_rates:
+        return f"{len(planned_items(config))} prompts"
+    check_measures(config)
+    counts = {part: len(planned_items(part_of(config, part))) for part in ("search", "held_out")}
+    return ", ".join(f"{count} prompts of {part}" for part, count in counts.items())
+
+
 def _evaluated(config: Config) -> Config:
     """The config that the arms are evaluated with.
 
     Arms that search for their learning rate are evaluated on the prompts that the search left out.
-
-    Raises:
-        UserError: they cannot be evaluated as section `evaluate` asks for.
     """
-    if config.evaluate.engine != "transformers":
-        raise UserError("evaluate.engine: an experiment evaluates with engine=transformers")
     if not config.experiment.learning_rates:
-        planned_items(config)
         return config
-    check_measures(config)
-    for part in ("search", "held_out"):
-        planned_items(part_of(config, part))
     evaluate = config.evaluate.model_copy(update={"part": "held_out"})
     return config.model_copy(update={"evaluate": evaluate})
 
@@ -183,10 +188,11 @@ class Experiment(Stage):
     def _trainings(self) -> list[RunDir]:
         return [RunDir(folder) for folder in sorted_glob(self.run.root / "experiments", "arms*/*/seed-*")]
 
-    @property
-    def applies(self) -> bool:
-        """Whether a training is begun."""
-        return bool(self._trainings)
+    @classmethod
+    def found_in(cls, config: Config, run: RunDir) -> Sequence[Self]:
+        """The experiments of a run folder, if a training is begun."""
+        experiments = cls(config, run)
+        return [experiments] if experiments._trainings else []
 
     def outputs(self) -> list[StoragePath]:
         """The results of the experiment, and what it shares with the run and with other experiments."""
@@ -204,6 +210,15 @@ class Experiment(Stage):
         evaluated = sum(EvaluateTrained(self.config, run).recorded() is not None for run in begun)
         counts = {"trainings": len(begun), "trained": trained, "evaluated": evaluated}
         return StageStatus.of(self.name, evaluated == len(begun), bool(begun), **counts)
+
+    def input_checks(self) -> Mapping[str, Check]:
+        """Those of the data and, if there are arms, of their training, and they can be evaluated."""
+        if self.which is None:
+            return {}
+        config, run = self.config, self.run
+        if not EXPERIMENTS[self.which].arms(config):
+            return Prepare(config, run).input_checks()
+        return {**input_checks([Prepare(config, run), Train(config, run)]), "evaluation": check_evaluation}
 
 
 main = Command(__doc__, (Experiment,), run_experiment, choice=tuple(EXPERIMENTS))

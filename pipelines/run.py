@@ -25,19 +25,18 @@ from pipelines.evaluate import warn_of_screen
 from pipelines.runtime.cli import Command
 from pipelines.runtime.progress import silent_console
 from pipelines.runtime.registry import PIPELINE
-from pipelines.runtime.stage import check_inputs, complete_all
+from pipelines.runtime.stage import complete_all
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
 def run_all(config: Config, run: RunDir) -> None:
-    """Complete every stage; what would stop a later stage stops the run before its first."""
+    """Complete every stage; what does not fit the cluster stops the run before anything runs there."""
     from pipelines.runtime.admission import refuse_what_does_not_fit
     from pipelines.runtime.plan_table import require_memory
 
     prepare, *others = [stage(config, run) for stage in PIPELINE]
-    check_inputs([prepare, *others])
     warn_of_screen(config)
     prepare.complete()
     if "trained" not in finished_models(run):

@@ -25,7 +25,7 @@ from bdpo.storage.run_dir import RunDir
 from pipelines.evaluate import Evaluate, EvaluateBase, EvaluateTrained, print_evaluations
 from pipelines.prepare import Prepare
 from pipelines.runtime.cli import Command
-from pipelines.runtime.stage import ManifestStage, check_inputs, complete_all
+from pipelines.runtime.stage import ManifestStage, complete_all
 from pipelines.train import Train
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Tamper(ManifestStage):
 
     name = "tamper"
     section = "train"
+    model_from = Train
 
     @property
     def applies(self) -> bool:
@@ -103,6 +104,7 @@ class EvaluateTampered(Evaluate):
     """The run's own model after the tamper test."""
 
     model_name: str = "tampered"
+    model_from = Tamper
     trained_on_pairs = True
 
     @property
@@ -125,8 +127,11 @@ def _keys_of_tamper() -> Iterator[None]:
         raise UserError(in_words_of_tamper(str(error))) from None
 
 
-def run_tamper(config: Config, run: RunDir) -> None:
-    """Tamper with the trained model, evaluate it, and print it beside the aligned one.
+STAGES = (Tamper, EvaluateBase, EvaluateTrained, EvaluateTampered)
+
+
+def require_aligned_model(config: Config, run: RunDir) -> None:
+    """Make sure that there is something to tamper with.
 
     Raises:
         UserError: the config has no section `tamper`, or there is no trained model.
@@ -135,13 +140,16 @@ def run_tamper(config: Config, run: RunDir) -> None:
         raise UserError("tamper: the config has no such section; tamper={} takes the defaults")
     if not run.has_model():
         raise UserError(f"{run.model}: no trained model; run `python -m pipelines.run` first")
-    kinds = (Tamper, EvaluateBase, EvaluateTrained, EvaluateTampered)
-    stages = [kind(config, run) for kind in kinds]
-    check_inputs(stages)
-    print_evaluations(complete_all(stages))
 
 
-main = Command(__doc__, (Tamper, EvaluateTampered), run_tamper)
+def run_tamper(config: Config, run: RunDir) -> None:
+    """Tamper with the trained model, evaluate it, and print it beside the aligned one."""
+    print_evaluations(complete_all(stage(config, run) for stage in STAGES))
+
+
+main = Command(
+    __doc__, STAGES, run_tamper, requires=require_aligned_model, keeps=(EvaluateBase, EvaluateTrained)
+)
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import pyarrow as pa
 
@@ -48,7 +48,7 @@ from pipelines.evaluate import EvaluateBase, EvaluateTrained, print_comparison, 
 from pipelines.prepare import Prepare
 from pipelines.runtime.cli import Command
 from pipelines.runtime.progress import console
-from pipelines.runtime.stage import Stage, check_inputs
+from pipelines.runtime.stage import Stage
 from pipelines.runtime.variant_protocol import Limits
 from pipelines.runtime.variants import print_failures, require_room, run_variants
 from pipelines.score import Score
@@ -61,7 +61,6 @@ if TYPE_CHECKING:
 
 def run_search(config: Config, run: RunDir) -> None:
     """Run the trials that are missing, then write and print the results of all of them."""
-    _refuse_early(config, run)
     warn_of_screen(config)
     Prepare(config, run).complete()
     sweep = Sweep(config, run, sweep_fingerprint(config, run))
@@ -87,11 +86,14 @@ def run_search(config: Config, run: RunDir) -> None:
     _finish(sweep)
 
 
-def _refuse_early(config: Config, run: RunDir) -> None:
-    """Refuse, before the first trial, what would end a trial or the report."""
+def require_searchable(config: Config, run: RunDir) -> None:
+    """Refuse, before the first trial, what would end a trial or the report.
+
+    Raises:
+        UserError: space, metric, constraint or section `evaluate` is not one that a search can work with.
+    """
     check_space(config)
     check_measures(config)
-    check_inputs([Prepare(config, run), Train(config, run)])
     if config.evaluate.engine != "transformers":
         raise UserError("evaluate.engine: a sweep evaluates with engine=transformers")
     for part in ("search", "held_out"):
@@ -214,10 +216,10 @@ class Search(Stage):
 
     name = "search"
 
-    @property
-    def applies(self) -> bool:
-        """Whether the run folder has a sweep."""
-        return self.run.tune.is_dir()
+    @classmethod
+    def found_in(cls, config: Config, run: RunDir) -> Sequence[Self]:
+        """The search, if the run folder has one."""
+        return [cls(config, run)] if run.tune.is_dir() else []
 
     def outputs(self) -> list[StoragePath]:
         """Trials, tables, figures, and what the models answered."""
@@ -236,6 +238,10 @@ class Search(Stage):
         of = number_of_trials(self.config)
         return StageStatus.of(self.name, done, bool(trials), trials=len(trials), of=of, **counts)
 
+    def input_checks(self) -> Mapping[str, Check]:
+        """Those of the training of a trial."""
+        return Train(self.config, self.run).input_checks()
+
     def further_checks(self) -> Mapping[str, Check]:
         """The space, the metric and the constraint can be used."""
         from bdpo.cluster.preflight import check_search
@@ -243,7 +249,7 @@ class Search(Stage):
         return {"search": check_search}
 
 
-main = Command(__doc__, (Prepare, Score, Search), run_search)
+main = Command(__doc__, (Prepare, Score, Search), run_search, requires=require_searchable)
 
 if __name__ == "__main__":
     main()

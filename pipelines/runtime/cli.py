@@ -37,16 +37,19 @@ _OPTIONS = {
 class Command:
     """A command over a run folder: it completes some stages. Calling the object is the command line.
 
-    Exit 0 done; 2 wrong config, input or environment; 1 the run failed. `fresh=true` discards what the stages
-    make; `--inspect` and `--dry-run` exist if a stage has them. `run` is called with config and run folder
-    instead of completing one stage after the other. Of `choice` the first argument names one, which each
-    stage, and `run`, get as a third argument.
+    Exit 0 done; 2 wrong config, input or environment; 1 the run failed. `--inspect` and `--dry-run` exist if
+    a stage has them. `run` is called with config and run folder instead of completing one stage after the
+    other. Of `choice` the first argument names one, which each stage, and `run`, get as a third argument.
+    `requires`, called with config and run folder, refuses what the command cannot work with, before the
+    inputs of the stages are checked. `fresh=true` then discards what the stages make, but for `keeps`.
     """
 
     what: str | None
     stages: Sequence[type[Stage]]
     run: Callable[..., object] | None = None
     choice: Sequence[str] = ()
+    requires: Callable[[Config, RunDir], object] | None = None
+    keeps: Sequence[type[Stage]] = ()
 
     def __call__(self, arguments: Sequence[str] | None = None) -> None:
         """Do what the arguments ask for, by default those of the process."""
@@ -77,10 +80,11 @@ class Command:
         """Complete the stages, in a run folder that is this command's alone."""
         resolved = with_template(with_sandbox_files(config))
         stages = [stage(resolved, run, *chosen) for stage in self.stages]
-        if self.run is None or config.fresh:  # `run` checks what it is about to complete
-            check_inputs(stages)  # before the first stage; and a typo must not cost a finished run
+        if self.requires is not None:
+            self.requires(resolved, run)
+        check_inputs(stages)  # before the first stage; and a typo must not cost a finished run
         if config.fresh:
-            discard(*outputs_of(stages))
+            discard(*outputs_of(stage for stage in stages if type(stage) not in self.keeps))
         with one_line_when_full(f"run_dir={run.root}"):
             if self.run is None:
                 complete_all(stages)

@@ -37,6 +37,9 @@ class Stage(ABC):
     section: ClassVar[str | None] = None
     """The section of the config with the workers and GPUs of the stage; None: on none."""
 
+    model_from: ClassVar[type[Stage] | None] = None
+    """The stage that trains the model that this one works on; None: it requires no trained model."""
+
     @classmethod
     def found_in(cls, config: Config, run: RunDir) -> Sequence[Self]:
         """The stages of this class that a run folder shows: the one, if it applies."""
@@ -57,6 +60,11 @@ class Stage(ABC):
     def has_inputs(self) -> bool:
         """Whether the model that the stage works on exists; else a command for several models omits it."""
         return True
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do but to compare the inputs with those of the results."""
+        return False
 
     @abstractmethod
     def outputs(self) -> list[StoragePath]:
@@ -127,6 +135,11 @@ class ManifestStage(Stage):
         manifest = read_manifest(self.manifest_file)
         return manifest if manifest is not None and self.has_results(manifest) else None
 
+    @property
+    def is_done(self) -> bool:
+        """Whether there is a manifest, and its results are there."""
+        return self.recorded() is not None
+
     def finished(self) -> Manifest | None:
         """The manifest if the stage is done with these inputs, None if it is not done.
 
@@ -167,13 +180,31 @@ def input_checks(stages: Iterable[Stage]) -> dict[str, Check]:
 
 
 def check_inputs(stages: Sequence[Stage]) -> None:
-    """Make sure that the inputs of some stages can be used, before anything is discarded or begun.
+    """Make sure that the inputs of a command's stages can be used, before anything is discarded or begun.
+
+    If all of the stages are done nothing is begun, and each compares its inputs itself.
 
     Raises:
         UserError: one of them cannot.
     """
-    for check in input_checks(stages).values():
-        check(stages[0].config, stages[0].run)
+    config, run = stages[0].config, stages[0].run
+    ahead = stages_ahead(stages)
+    if config.fresh or any(stage.input_checks() and not stage.is_done for stage in ahead):
+        for check in input_checks(ahead).values():
+            check(config, run)
+
+
+def stages_ahead(stages: Iterable[Stage]) -> list[Stage]:
+    """Those of a command's stages that `complete_all` will complete, as far as is known before the first.
+
+    They apply, and the model that they work on exists, or one of the stages before them trains it.
+    """
+    ahead: list[Stage] = []
+    for stage in stages:
+        trained = stage.model_from is not None and any(isinstance(one, stage.model_from) for one in ahead)
+        if stage.applies and (trained or stage.has_inputs):
+            ahead.append(stage)
+    return ahead
 
 
 def outputs_of(stages: Iterable[Stage]) -> list[StoragePath]:

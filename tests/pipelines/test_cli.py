@@ -12,9 +12,11 @@ import ray
 
 from bdpo.errors import UserError
 from bdpo.storage.manifests import write_manifest
+from bdpo.storage.run_dir import RunDir
 from pipelines.runtime.cli import Command, command_config
-from pipelines.runtime.stage import Stage
+from pipelines.runtime.stage import Stage, check_inputs
 from tests.support import ROOT
+from tests.support.helpers import tiny_config
 
 
 class Invented(Stage):
@@ -183,3 +185,52 @@ def test_options_are_those_that_a_stage_declares(file, tmp_path, monkeypatch, ca
     Command("", (Invented,))(["--config", file, f"run_dir={tmp_path}/run", "--inspect"])
     assert capsys.readouterr().out == "inspected run\n"
     assert not (tmp_path / "run").exists()
+
+
+class TestInputs:
+    """Which checks of a command's stages are made before the first of them."""
+
+    @pytest.fixture
+    def checked(self, tmp_path, monkeypatch):
+        """checked(*stages, fresh=False): the stages whose inputs are checked."""
+
+        def made(*kinds, fresh=False):
+            config = tiny_config(tmp_path / "run", tmp_path / "model", tmp_path / "pairs")
+            config = config.model_copy(update={"fresh": fresh})
+            names = []
+            note = lambda stage, *_: names.append(type(stage).__name__)  # noqa: E731
+            monkeypatch.setattr(Trains, "note", note, raising=False)
+            check_inputs([kind(config, RunDir(config.run_dir)) for kind in kinds])
+            return names
+
+        return made
+
+    def test_a_model_that_an_earlier_stage_trains_counts_as_there(self, checked):
+        assert checked(Trains, Works) == ["Trains", "Works"]
+        assert checked(Works) == []
+        assert checked(Works, Trains) == ["Trains"]
+
+    def test_where_all_is_done_nothing_is_checked_unless_it_is_started_over(self, checked, monkeypatch):
+        monkeypatch.setattr(Trains, "is_done", True)
+        assert checked(Trains, Invented) == []  # which has nothing to check
+        assert checked(Trains, fresh=True) == ["Trains"]
+        assert checked(Trains, Works) == ["Trains", "Works"]  # one is not done: all are checked
+
+    def test_a_stage_that_does_not_apply_is_not_checked(self, checked, monkeypatch):
+        monkeypatch.setattr(Trains, "applies", False)
+        assert checked(Trains, Works) == []
+
+
+class Trains(Invented):
+    """Its check notes the name of the class."""
+
+    def input_checks(self):
+        return {type(self).__name__: self.note}
+
+
+class Works(Trains):
+    """Works on a model that is not there."""
+
+    model_from = Trains
+    has_inputs = is_done = False
+    applies = True
