@@ -17,7 +17,6 @@ from bdpo.cluster.status import StageStatus
 from bdpo.config import Config
 from bdpo.config.derive import part_of
 from bdpo.errors import UserError
-from bdpo.evaluation.answers import planned_items
 from bdpo.experiments.arms import Arm, Record, arm_run, base_run, experiment_results
 from bdpo.experiments.definitions import EXPERIMENTS
 from bdpo.experiments.jobs import jobs_of, rate_jobs
@@ -26,7 +25,6 @@ from bdpo.scoring.selection import require_labels, requires_scores
 from bdpo.storage.paths import StoragePath, sorted_glob
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.ends import Cause, End, Failure
-from bdpo.variants.objective import check_measures
 from pipelines.evaluate import EvaluateBase, EvaluateTrained
 from pipelines.prepare import Prepare
 from pipelines.runtime.arms import Arms
@@ -35,7 +33,7 @@ from pipelines.runtime.pool import ATTEMPTS
 from pipelines.runtime.progress import console
 from pipelines.runtime.stage import Stage, input_checks
 from pipelines.runtime.variant_protocol import Limits
-from pipelines.runtime.variants import print_failures, require_room, run_variants
+from pipelines.runtime.variants import check_evaluation, print_failures, require_room, run_variants
 from pipelines.score import Score
 from pipelines.train import Train
 
@@ -71,17 +69,6 @@ def run_experiment(config: Config, run: RunDir, name: str) -> None:
     print_failures("arm", failures)
     write_results(run, name)
     _raise(failures)
-
-
-def check_evaluation(config: Config, run: RunDir) -> str:
-    """The arms can be evaluated as section `evaluate` asks for."""
-    if config.evaluate.engine != "transformers":
-        raise UserError("evaluate.engine: an experiment evaluates with engine=transformers")
-    if not config.experiment.learning_rates:
-        return f"{len(planned_items(config))} prompts"
-    check_measures(config)
-    counts = {part: len(planned_items(part_of(config, part))) for part in ("search", "held_out")}
-    return ", ".join(f"{count} prompts of {part}" for part, count in counts.items())
 
 
 def _evaluated(config: Config) -> Config:
@@ -218,7 +205,11 @@ class Experiment(Stage):
         config, run = self.config, self.run
         if not EXPERIMENTS[self.which].arms(config):
             return Prepare(config, run).input_checks()
-        return {**input_checks([Prepare(config, run), Train(config, run)]), "evaluation": check_evaluation}
+        return {**input_checks([Prepare(config, run), Train(config, run)]), "evaluation": _check_arms}
+
+
+def _check_arms(config: Config, run: RunDir) -> str:
+    return check_evaluation(config, "an experiment", searched=bool(config.experiment.learning_rates))
 
 
 main = Command(__doc__, (Experiment,), run_experiment, choice=tuple(EXPERIMENTS))

@@ -43,14 +43,14 @@ from bdpo.storage.paths import (
 from bdpo.storage.records import prepared_pairs
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.ends import End
-from bdpo.variants.objective import check_held_out, check_measured, check_measures
+from bdpo.variants.objective import check_held_out, check_measured
 from pipelines.evaluate import EvaluateBase, EvaluateTrained, print_comparison, warn_of_screen
 from pipelines.prepare import Prepare
 from pipelines.runtime.cli import Command
 from pipelines.runtime.progress import console
 from pipelines.runtime.stage import Stage
 from pipelines.runtime.variant_protocol import Limits
-from pipelines.runtime.variants import print_failures, require_room, run_variants
+from pipelines.runtime.variants import check_evaluation, print_failures, require_room, run_variants
 from pipelines.score import Score
 from pipelines.train import Train, train_fingerprint
 from tune.trial import Trials
@@ -90,14 +90,10 @@ def require_searchable(config: Config, run: RunDir) -> None:
     """Refuse, before the first trial, what would end a trial or the report.
 
     Raises:
-        UserError: space, metric, constraint or section `evaluate` is not one that a search can work with.
+        UserError: the space, or section `evaluate`, is not one that a search can work with.
     """
     check_space(config)
-    check_measures(config)
-    if config.evaluate.engine != "transformers":
-        raise UserError("evaluate.engine: a sweep evaluates with engine=transformers")
-    for part in ("search", "held_out"):
-        planned_items(part_of(config, part))
+    check_evaluation(config, "a sweep", searched=True)
 
 
 def _base_scores(config: Config, base: RunDir) -> pa.Table:

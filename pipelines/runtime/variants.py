@@ -15,9 +15,13 @@ from typing import TYPE_CHECKING
 from rich.live import Live
 
 from bdpo.cluster.placement import max_concurrent
+from bdpo.config.derive import part_of
+from bdpo.errors import UserError
+from bdpo.evaluation.answers import planned_items
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import StoragePath, arrow_filesystem, discard
 from bdpo.variants.ends import Failure
+from bdpo.variants.objective import check_measures
 from pipelines.runtime.cluster import cluster_nodes, connect
 from pipelines.runtime.progress import console
 from pipelines.runtime.stalls import watching
@@ -26,6 +30,20 @@ from pipelines.runtime.variant_protocol import Limits, Variants
 if TYPE_CHECKING:
     from bdpo.config import Config
     from bdpo.storage.run_dir import RunDir
+
+
+def check_evaluation(config: Config, who: str, searched: bool) -> str:
+    """Variants can be evaluated as section `evaluate` asks for and, if they are `searched`, ranked by it.
+
+    Raises:
+        UserError: they cannot; `who`, a sweep or an experiment, asks for it.
+    """
+    if config.evaluate.engine != "transformers":
+        raise UserError(f"evaluate.engine: {who} evaluates with engine=transformers")
+    if searched:
+        check_measures(config)
+    parts = [part_of(config, part) for part in ("search", "held_out")] if searched else [config]
+    return f"{sum(len(planned_items(part)) for part in parts)} prompts"
 
 
 def require_room(config: Config, run: RunDir, todo: int, key: str, share: float = 0.0) -> int:
