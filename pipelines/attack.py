@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Self
 from bdpo.cluster.status import StageStatus, count_shards
 from bdpo.config import Config
 from bdpo.errors import UserError
-from bdpo.evaluation.answers import EvaluatedModel, evaluated_model, forget_failures
+from bdpo.evaluation.answers import EvaluatedModel, forget_failures, trained_model
 from bdpo.evaluation.attacks.registry import attack_kind
 from bdpo.evaluation.attacks.requests import asking_config, load_requests
 from bdpo.evaluation.attacks.results import (
@@ -123,7 +123,7 @@ class Attack(ManifestStage):
     @cached_property
     def model(self) -> EvaluatedModel:
         """The model that is attacked."""
-        return evaluated_model(self.config, self.run, self.model_name)
+        return EvaluatedModel(self.config.model)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -208,6 +208,11 @@ class AttackTrained(Attack):
     def has_inputs(self) -> bool:
         """Whether the model is trained."""
         return self.run.has_model()
+
+    @cached_property
+    def model(self) -> EvaluatedModel:
+        """The model that is trained in the run folder."""
+        return trained_model(self.config, self.run)
 
 
 MODELS = (AttackBase, AttackTrained)

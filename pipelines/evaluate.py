@@ -29,11 +29,11 @@ from bdpo.evaluation.answers import (
     ShardJudge,
     answer_store,
     answers_fingerprint,
-    evaluated_model,
     forget_failures,
     measure_capability,
     planned_items,
     reply_store,
+    trained_model,
     verdict_store,
 )
 from bdpo.evaluation.capability import NOT_RUN, capability_fingerprint, harness_version, read_result
@@ -74,8 +74,8 @@ if TYPE_CHECKING:
 class Evaluate(ManifestStage):
     """Asks one model every prompt, and judges its answers; `executor` is where, by default a pool.
 
-    `model_name` is one of those of `evaluated_model`; any other name, as that of a rung, is a name for the
-    model that was trained in the run folder.
+    The model is the one that is trained in the run folder, under any name, as that of a rung; a class for
+    another model declares it.
     """
 
     model_name: str
@@ -106,7 +106,7 @@ class Evaluate(ManifestStage):
     @cached_property
     def model(self) -> EvaluatedModel:
         """The model that is asked."""
-        return evaluated_model(self.config, self.run, self.model_name)
+        return trained_model(self.config, self.run)
 
     @cached_property
     def _answers(self) -> Fingerprint:
@@ -220,6 +220,11 @@ class EvaluateBase(Evaluate):
 
     model_name: str = "base"
 
+    @cached_property
+    def model(self) -> EvaluatedModel:
+        """The model of section `model`."""
+        return EvaluatedModel(self.config.model)
+
 
 @dataclass(frozen=True)
 class EvaluateAdapter(Evaluate):
@@ -231,6 +236,11 @@ class EvaluateAdapter(Evaluate):
     def applies(self) -> bool:
         """Whether an adapter is named."""
         return self.config.evaluate.adapter is not None
+
+    @cached_property
+    def model(self) -> EvaluatedModel:
+        """The model of section `model` with the adapter."""
+        return EvaluatedModel(self.config.model, self.config.evaluate.adapter)
 
     def input_checks(self) -> Mapping[str, Check]:
         """Those of each evaluation, and the adapter fits the model."""

@@ -19,6 +19,7 @@ from bdpo.cluster.status import StageStatus
 from bdpo.config import Config, TamperConfig
 from bdpo.config.derive import in_words_of_tamper, tampering_config
 from bdpo.errors import UserError
+from bdpo.evaluation.answers import EvaluatedModel, trained_model
 from bdpo.storage.manifests import Fingerprint, Manifest
 from bdpo.storage.paths import StoragePath
 from bdpo.storage.run_dir import RunDir
@@ -115,7 +116,17 @@ class EvaluateTampered(Evaluate):
     @property
     def has_inputs(self) -> bool:
         """Whether the model of the tamper test is trained."""
-        return self.run.tampering(own_data=False).has_model()
+        return self._folder.has_model()
+
+    @cached_property
+    def model(self) -> EvaluatedModel:
+        """The model of the tamper test."""
+        return trained_model(self.config, self._folder)
+
+    @property
+    def _folder(self) -> RunDir:
+        """The run folder of the tamper test; where its pairs lie makes no difference to the model."""
+        return self.run.tampering(own_data=False)
 
 
 @contextmanager

@@ -72,15 +72,9 @@ class EvaluatedModel:
         return fingerprint
 
 
-def evaluated_model(config: Config, run: RunDir, name: str) -> EvaluatedModel:
-    """`base` is the model in the config, `adapter` that one with the adapter, `trained` the run's own, and
-    `tampered` that one after the tamper test."""
-    if name == "base":
-        return EvaluatedModel(config.model)
-    if name == "adapter":
-        return EvaluatedModel(config.model, config.evaluate.adapter)
-    trained = run.tampering(own_data=False) if name == "tampered" else run
-    changes = {"name_or_path": str(trained.model), "revision": None, "chat_template": None}
+def trained_model(config: Config, run: RunDir) -> EvaluatedModel:
+    """The model that is trained in a run folder, with the tokenizer and the chat template beside it."""
+    changes = {"name_or_path": str(run.model), "revision": None, "chat_template": None}
     return EvaluatedModel(config.model.model_copy(update=changes))
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from bdpo.config import Config, parse_config
 from bdpo.config.derive import Params, trial_config, value_at
 from bdpo.errors import UserError
-from bdpo.evaluation.answers import evaluated_model
+from bdpo.evaluation.answers import trained_model
 from bdpo.storage.manifests import read_manifest, write_manifest
 from bdpo.storage.paths import StoragePath, sorted_glob
 from bdpo.storage.run_dir import RunDir, run_config
@@ -144,5 +144,5 @@ def experiment_results(run: RunDir, name: str) -> list[StoragePath]:
 
 def rescored(config: Config, run: RunDir) -> tuple[Config, RunDir]:
     """The config and the folder with which the trained model of an arm scores the pairs of the run."""
-    trained = evaluated_model(config, run, "trained").model
+    trained = trained_model(config, run).model
     return config.model_copy(update={"model": trained}), run.with_scores(run.root / "rescored")
