@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -15,6 +15,7 @@ from bdpo.evaluation.judges.registry import JudgeNote, judge_note
 from bdpo.evaluation.tables import percent_of
 from bdpo.experiments.arms import arm_folder
 from bdpo.experiments.figures import bars, curve, front
+from bdpo.experiments.rates import RateTrial
 from bdpo.experiments.results import ArmDifference, ArmMeasure, ExperimentResults
 from bdpo.reports.cost import cost_section, stage_costs
 from bdpo.reports.evaluation import comparison_sentence
@@ -26,7 +27,7 @@ from bdpo.reports.run import (
     setup_section,
     training_section,
 )
-from bdpo.stats import CONFIDENCE_LEVEL, ENDS, Difference, p_value
+from bdpo.stats import CONFIDENCE_LEVEL, Difference, p_value
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.records import TrainingRecord, training_record
 from bdpo.storage.run_dir import RunDir
@@ -74,7 +75,7 @@ def experiment_page(config: Config, run: RunDir, results: ExperimentResults) -> 
         rows = main_measures(results.measures)
         sections += [
             _arms_section(config, results),
-            _rates_section(config, results.rates) if results.rates is not None else None,
+            _rates_section(config, results.rates) if results.rates else None,
             _results_section(results, rows, judge_note(config)) if rows else None,
             _differences_section(results.differences) if results.differences is not None else None,
             _all_measures_section(results.measures),
@@ -191,17 +192,18 @@ def _comparison(row: ArmMeasure) -> Difference:
     return Difference(row.paired_n or 0, test="", **numbers, **bounds)
 
 
-def _rates_section(config: Config, rates: pa.Table) -> Section:
+def _rates_section(config: Config, rates: Sequence[RateTrial]) -> Section:
     """The results of each arm at each learning rate, and which rate it is trained with."""
     tune = config.tune
     rows = [
         (
-            row["arm"],
-            f"{row['learning_rate']:g}",
-            *(_bounded(row, name) for name in ("objective", "constraint")),
-            *({True: "yes", False: "no", None: ""}[row[name]] for name in ("feasible", "chosen")),
+            row.arm,
+            f"{row.learning_rate:g}",
+            percent_of(row.objective, row.objective_low, row.objective_high),
+            percent_of(row.constraint, row.constraint_low, row.constraint_high),
+            *({True: "yes", False: "no", None: ""}[flag] for flag in (row.feasible, row.chosen)),
         )
-        for row in rates.to_pylist()
+        for row in rates
     ]
     text = [
         "At the first seed, on prompts that are not those of the results. A rate is feasible if "
@@ -210,10 +212,6 @@ def _rates_section(config: Config, rates: pa.Table) -> Section:
     ]
     headings = ("arm", "learning rate", tune.metric, tune.constraint, "feasible", "chosen")
     return Section("Learning rates", text, [PageTable(headings, rows, "Percent, 95 % intervals.")])
-
-
-def _bounded(row: Mapping[str, Any], name: str) -> str:
-    return percent_of(*(row[f"{name}{end}"] for end in ENDS))
 
 
 def _differences_section(differences: Sequence[ArmDifference]) -> Section:

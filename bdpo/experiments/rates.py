@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-import pyarrow as pa
+from dataclasses import dataclass, replace
 
 from bdpo.config import Config
 from bdpo.config.derive import part_of
 from bdpo.evaluation.results import read_evaluation
 from bdpo.experiments.arms import Arm, Record, base_run
 from bdpo.experiments.jobs import rate_jobs
-from bdpo.stats import ENDS
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.objective import Measured, measure
 
 RATE = "train.learning_rate"
 
-RATES_SCHEMA = pa.schema(
-    [
-        ("arm", pa.string()),
-        ("learning_rate", pa.float64()),
-        *((f"{name}{end}", pa.float64()) for name in ("objective", "constraint") for end in ENDS),
-        ("least", pa.float64()),
-        *((name, pa.bool_()) for name in ("feasible", "chosen")),
-    ]
-)
+
+@dataclass(frozen=True)
+class RateTrial:
+    """An arm at one learning rate; what could not be trained, or not be judged, has no numbers.
+
+    `objective` and `constraint` are `tune.metric` and `tune.constraint`; `feasible` is a constraint of at
+    least `least`.
+    """
+
+    arm: str
+    learning_rate: float
+    objective: float | None = None
+    objective_low: float | None = None
+    objective_high: float | None = None
+    constraint: float | None = None
+    constraint_low: float | None = None
+    constraint_high: float | None = None
+    least: float | None = None
+    feasible: bool | None = None
+    chosen: bool = False
 
 
 def rate_trials(config: Config, arm: Arm) -> list[Arm]:
@@ -50,27 +59,29 @@ def measured_trials(config: Config, run: RunDir, trials: Sequence[Arm]) -> dict[
     }
 
 
-def rates_table(run: RunDir, record: Record) -> pa.Table | None:
-    """A row an arm and learning rate: its results, and which rate is `chosen`; None without a search.
-
-    `objective` and `constraint` are `tune.metric` and `tune.constraint`, null where the arm could not be
-    trained, or its answers not be judged; `feasible` is a constraint of at least `least`.
-    """
+def rates_tried(run: RunDir, record: Record) -> list[RateTrial]:
+    """The results of every arm at every learning rate; none without a search."""
     if not record.trials:
-        return None
+        return []
     measured, bound = measured_trials(record.config, run, record.trials), record.config.tune.max_over_refusal
     rows = []
     for trial in record.trials:
         rate = trial.params[RATE]
         arm = next(arm for arm in record.arms if arm.params | {RATE: rate} == trial.params)
-        row = {"arm": arm.name, "learning_rate": rate, "chosen": arm.params[RATE] == rate}
-        rows.append(row | (_measures(measured[trial.name], bound) if trial.name in measured else {}))
-    return pa.Table.from_pylist(rows, schema=RATES_SCHEMA)
+        row = RateTrial(arm.name, rate, chosen=arm.params[RATE] == rate)
+        rows.append(_with_results(row, measured[trial.name], bound) if trial.name in measured else row)
+    return rows
 
 
-def _measures(found: Measured, max_over_refusal: float) -> dict[str, float | None]:
-    estimates = {"objective": found.objective, "constraint": found.constrained}
-    numbers: dict[str, float | None] = {}
-    for name, estimate in estimates.items():
-        numbers |= estimate.columns(name)
-    return numbers | {"least": found.base - max_over_refusal, "feasible": found.violation <= 0}
+def _with_results(row: RateTrial, found: Measured, max_over_refusal: float) -> RateTrial:
+    return replace(
+        row,
+        objective=found.objective.value,
+        objective_low=found.objective.low,
+        objective_high=found.objective.high,
+        constraint=found.constrained.value,
+        constraint_low=found.constrained.low,
+        constraint_high=found.constrained.high,
+        least=found.base - max_over_refusal,
+        feasible=found.violation <= 0,
+    )

@@ -18,6 +18,7 @@ from bdpo.evaluation.results import Evaluation
 from bdpo.experiments.arms import Arm
 from bdpo.experiments.experiment import Experiment, Finding
 from bdpo.experiments.jobs import Job
+from bdpo.experiments.rates import RateTrial
 from bdpo.reports.cost import TimedStage
 from bdpo.stats import Estimate, mean, paired_difference
 
@@ -89,16 +90,16 @@ class ExperimentResults:
     """See `summarise_arms`; None without arms, or if none is trained."""
     differences: Sequence[ArmDifference] | None = None
     """See `arm_differences`."""
-    rates: pa.Table | None = None
-    """See `rates_table`; None without a search for learning rates."""
+    rates: Sequence[RateTrial] = ()
+    """See `rates_tried`."""
     findings: Sequence[Finding] = ()
     stages: Sequence[TimedStage] = ()
     """Everything that the experiment does, finished or not."""
 
 
-def arm_table(kind: type[ArmMeasure] | type[ArmDifference], rows: Sequence[Any]) -> pa.Table:
+def arm_table(kind: type[ArmMeasure | ArmDifference | RateTrial], rows: Sequence[Any]) -> pa.Table:
     """Rows of one kind as a table with a column for each field, also without any row."""
-    types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
+    types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
     schema = pa.schema([(one.name, types[str(one.type).partition(" ")[0]]) for one in fields(kind)])
     return pa.Table.from_pylist([asdict(row) for row in rows], schema=schema)
 

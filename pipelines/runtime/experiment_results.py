@@ -13,7 +13,7 @@ from bdpo.experiments.arms import Record, base_run, rescored
 from bdpo.experiments.definitions import EXPERIMENTS
 from bdpo.experiments.jobs import Job, jobs_of, rate_jobs
 from bdpo.experiments.page import arms_table, csv_bytes, experiment_page
-from bdpo.experiments.rates import rates_table
+from bdpo.experiments.rates import RateTrial, rates_tried
 from bdpo.experiments.results import (
     BASE,
     ArmDifference,
@@ -72,7 +72,7 @@ def read_results(run: RunDir, name: str, record: Record) -> ExperimentResults:
         [*record.notes, *_missing(jobs)],
         measures,
         differences,
-        rates_table(run, record),
+        rates_tried(run, record),
         plan.findings(run, trained),
         _stages(run, record, jobs),
     )
@@ -84,8 +84,8 @@ def _write_tables(folder: StoragePath, results: ExperimentResults) -> None:
         tables["results"] = arm_table(ArmMeasure, results.measures)
     if results.differences is not None:
         tables["differences"] = arm_table(ArmDifference, results.differences)
-    if results.rates is not None:
-        tables["rates"] = results.rates
+    if results.rates:
+        tables["rates"] = arm_table(RateTrial, results.rates)
     for name, table in tables.items():
         write_bytes(folder / f"{name}.csv", csv_bytes(table))
 

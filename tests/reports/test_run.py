@@ -20,7 +20,7 @@ from bdpo.experiments.definitions import EXPERIMENTS
 from bdpo.experiments.displacement import displaced_pairs, displacement_finding
 from bdpo.experiments.jobs import Job
 from bdpo.experiments.page import csv_bytes, experiment_page
-from bdpo.experiments.rates import RATES_SCHEMA
+from bdpo.experiments.rates import RateTrial
 from bdpo.experiments.results import ArmMeasure, ExperimentResults, arm_differences, arm_table, summarise_arms
 from bdpo.method.losses import METHODS
 from bdpo.reports.cost import TimedStage
@@ -454,11 +454,10 @@ def test_the_change_of_the_responses_is_on_the_page(run, scores):
 
 def test_learning_rates_that_were_tried_are_on_the_page(run):
     config, _ = run
-    tried = {"arm": "dpo", "learning_rate": 1e-5, "objective": 0.5, "objective_low": 0.4}
-    tried |= {"objective_high": 0.6, "constraint": 0.9, "constraint_low": 0.8, "constraint_high": 1.0}
-    rates = [tried | {"least": 0.8, "feasible": True, "chosen": True}]
-    rates.append({"arm": "dpo", "learning_rate": 1.0, "chosen": False})
-    rates = pa.Table.from_pylist(rates, schema=RATES_SCHEMA)
+    rates = [
+        RateTrial("dpo", 1e-5, 0.5, 0.4, 0.6, 0.9, 0.8, 1.0, least=0.8, feasible=True, chosen=True),
+        RateTrial("dpo", 1.0),
+    ]
     results = summarise_arms({"dpo": evaluated(table([1.0, 0.5]))}, "dpo")
     page = page_of("displacement", run, measures=results, rates=rates)
     grid = part(page, "Learning rates").tables[0]
