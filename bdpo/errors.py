@@ -18,10 +18,10 @@ class StorageUnavailable(OSError):
 def first_line(error: BaseException) -> str:
     """The first line of a library's error, with the next where it ends in a colon: enough for one of ours."""
     first, *others = (str(error).strip() or type(error).__name__).splitlines()
-    return printable(f"{first} {others[0].strip()}" if first.endswith(":") and others else first)
+    return escaped(f"{first} {others[0].strip()}" if first.endswith(":") and others else first)
 
 
-def printable(text: str) -> str:
+def escaped(text: str) -> str:
     """The text with control characters and lone surrogates escaped: safe to show on a terminal."""
     if text.isprintable():
         return text

@@ -25,7 +25,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bdpo.errors import UserError, first_line, printable
+from bdpo.errors import UserError, escaped, first_line
 from bdpo.storage import strict_json
 from bdpo.storage.paths import GIT_LFS_POINTER
 from bdpo.storage.strict_json import RepeatedKey
@@ -220,7 +220,7 @@ def _object(value: Any) -> RawRow | Unreadable:
 
 def shown_name(name: object) -> str:
     """The name of a column or key as a message shows it: short, on one line, without control characters."""
-    text = printable(str(name)) or "(no name)"
+    text = escaped(str(name)) or "(no name)"
     return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..."
 
 

@@ -33,7 +33,7 @@ from bdpo.data.formats.columns import COMMON_COLUMNS
 from bdpo.data.pairs import ID_COLUMNS, PAIR_SCHEMA, context_of, plain_turns
 from bdpo.data.rendering import Rendered, encode_pairs
 from bdpo.data.sources import DETECT_ROWS, Source, open_source
-from bdpo.errors import UserError, printable
+from bdpo.errors import UserError, escaped
 from bdpo.models.tokenizer import ChatTokenizer, EncodedPair
 from bdpo.storage.digests import json_digest
 from bdpo.storage.paths import StoragePath, atomic_folder, private_file
@@ -248,7 +248,7 @@ def _refuse_mostly_bad(config: DataConfig, account: SourceAccount, bad_rows: Sto
     """Raise a UserError if more than `data.max_bad_fraction` of the rows of a source are bad."""
     if account.quarantined.total() > config.max_bad_fraction * account.rows:
         raise UserError(
-            f"data.path={printable(account.source)}: {account.quarantined.total()} of {account.rows} rows "
+            f"data.path={escaped(account.source)}: {account.quarantined.total()} of {account.rows} rows "
             f"read as {account.format} are bad, more than data.max_bad_fraction={config.max_bad_fraction} "
             f"({_reasons(account.quarantined)}); the first is {account.first_bad}, all are in {bad_rows}"
         )
@@ -272,7 +272,7 @@ def _sample(pairs: Iterable[_Usable], config: DataConfig, seed: int) -> Iterator
         group = usable.pair.group
         if group is None:
             raise UserError(
-                f"data.sample: {usable.row} of data.path={printable(usable.account.source)} has no group"
+                f"data.sample: {usable.row} of data.path={escaped(usable.account.source)} has no group"
             )
         found[group] += 1
         heapq.heappush(drawn[group], (-_draw(seed, usable.pair_id), number, usable))

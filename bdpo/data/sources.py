@@ -33,7 +33,7 @@ from bdpo.data.containers import (
 from bdpo.data.folders import data_files, read_datasets, refuse_split
 from bdpo.data.formats import KNOWN_COLUMNS, detect, format_named
 from bdpo.data.formats.base import Format
-from bdpo.errors import UserError, error_line, first_line, printable
+from bdpo.errors import UserError, error_line, escaped, first_line
 from bdpo.storage.cache import cached_copy
 from bdpo.storage.digests import files_digest
 from bdpo.storage.manifests import Fingerprint
@@ -69,7 +69,7 @@ def open_source(config: SourceConfig) -> Source:
     if not config.path.strip():
         raise UserError("data.path: is empty; it names a file, a folder or a data set on the hub")
     for name in config.columns.keys() - KNOWN_COLUMNS:
-        raise UserError(f"data.columns.{printable(name)}: no format reads a column of this name")
+        raise UserError(f"data.columns.{escaped(name)}: no format reads a column of this name")
     reader = Reader(config)
     rows = islice(reader, config.limit and min(config.limit, sys.maxsize))
     head = list(islice(rows, DETECT_ROWS))
@@ -81,7 +81,7 @@ def open_source(config: SourceConfig) -> Source:
         if not any(name in row for row in readable):
             others = f", only {', '.join(schema)}" if (schema := reader.schema()) else ""
             raise UserError(
-                f"data.columns.{name}={printable(column)}: {_name(config)} has no such column{others}"
+                f"data.columns.{name}={escaped(column)}: {_name(config)} has no such column{others}"
             )
     return Source(config, configured or _detected(config, reader, head), chain(head, rows), reader)
 
@@ -174,19 +174,19 @@ class Reader:
             raise UserError(f"{name}: no such file or folder")
         if is_file:
             refuse_split(config.split, name, "a file")
-            yield "", partial(read_file, DataFile(path, f"data.path={printable(str(path))}", columns))
+            yield "", partial(read_file, DataFile(path, f"data.path={escaped(str(path))}", columns))
         elif path.is_dir() and (found := data_files(path, config.split, name)):
             root = path.resolve()
             self.unread_files = [shown_name(file.relative_to(root)) for file in found.others]
             for file in found.files:
-                opened = DataFile(file, f"data.path={printable(str(file))}", columns)
-                yield printable(str(file.relative_to(root))), partial(read_file, opened)
+                opened = DataFile(file, f"data.path={escaped(str(file))}", columns)
+                yield escaped(str(file.relative_to(root))), partial(read_file, opened)
         else:
             yield "", partial(read_datasets, path, config.split, name, columns)
 
 
 def _name(config: SourceConfig) -> str:
-    return f"data.path={printable(config.path)}"
+    return f"data.path={escaped(config.path)}"
 
 
 def local_source(config: SourceConfig) -> Path:

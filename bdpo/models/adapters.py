@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdpo.config import SANDBOX, Config, LoraConfig, ModelConfig
-from bdpo.errors import UserError, first_line, printable
+from bdpo.errors import UserError, escaped, first_line
 from bdpo.models.folders import named_folder, read_json_object, require_readable_files
 from bdpo.models.loading import architecture, load_model, model_folder, require_finite
 from bdpo.models.weight_files import require_finite_files, some_names, tensor_types
@@ -109,7 +109,7 @@ def _adapted(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
         if out_of_memory(error):
             raise
         reason = f"unknown value {error}" if isinstance(error, KeyError) else first_line(error)
-        raise UserError(f"{folder}: does not fit {printable(name)} as an adapter ({reason})") from None
+        raise UserError(f"{folder}: does not fit {escaped(name)} as an adapter ({reason})") from None
     _refuse_incomplete(folder, set(get_peft_model_state_dict(adapted)))
     return adapted
 

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from bdpo.errors import UserError, first_line, printable
+from bdpo.errors import UserError, escaped, first_line
 from bdpo.storage import strict_json
 from bdpo.storage.paths import GIT_LFS_POINTER, local_path
 from bdpo.storage.strict_json import RepeatedKey
@@ -48,7 +48,7 @@ def named_folder(name: str, key: str, revision: str | None = None) -> Path:
     if name and os.path.isdir(folder):  # Path.is_dir raises for a name that is too long for a file
         return folder
     if name.startswith(("/", "~", ".")):
-        raise UserError(f"{key}={printable(name)}: no such folder")
+        raise UserError(f"{key}={escaped(name)}: no such folder")
     return _hub_snapshot(name, revision, key)
 
 
@@ -69,7 +69,7 @@ def _hub_snapshot(name: str, revision: str | None, key: str) -> Path:
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{key}={printable(name)}: no such folder, and not available from the hub ({first_line(error)})"
+            f"{key}={escaped(name)}: no such folder, and not available from the hub ({first_line(error)})"
         ) from None
 
 
@@ -106,7 +106,7 @@ def read_json_object(file: Path) -> Mapping[str, Any]:
     try:
         content = strict_json.loads(file.read_text(encoding="utf-8"))
     except RepeatedKey as error:
-        raise UserError(f"{file}: the key {printable(error.key)} stands twice") from None
+        raise UserError(f"{file}: the key {escaped(error.key)} stands twice") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({first_line(error)})") from None
     if not isinstance(content, dict):

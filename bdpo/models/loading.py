@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import InvalidVersion, Version
 
 from bdpo.config import SANDBOX, Config, ModelConfig
-from bdpo.errors import UserError, first_line, printable
+from bdpo.errors import UserError, escaped, first_line
 from bdpo.models.folders import OWN_CODE, named_folder, require_readable_files
 from bdpo.models.transformers_private import set_attention, supports_sdpa
 from bdpo.models.weight_files import (
@@ -55,7 +55,7 @@ def model_folder(model: ModelConfig, key: str = "model.name_or_path") -> Path:
         from bdpo.sandbox import sandbox_folder
 
         return sandbox_folder(sandbox_seed(model)) / "model"
-    named = f"{key}={printable(model.name_or_path)}"
+    named = f"{key}={escaped(model.name_or_path)}"
     if model.revision and ("://" in model.name_or_path or os.path.isdir(local_path(model.name_or_path))):
         raise UserError(
             f"model.revision={model.revision}: {named} is a folder, which has no revisions; leave it out"
@@ -129,7 +129,7 @@ def newer_than_installed(shape: PreTrainedConfig) -> str | None:
     with suppress(InvalidVersion):
         if Version(written).release[:2] > Version(installed).release[:2]:
             return (
-                f"config.json is of transformers {printable(written)}, installed is {installed}: a newer "
+                f"config.json is of transformers {escaped(written)}, installed is {installed}: a newer "
                 f"{shape.model_type} may compute something else"
             )
     return None

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from jinja2 import TemplateError
 
 from bdpo.config import Config, ModelConfig
-from bdpo.errors import UserError, first_line, printable
+from bdpo.errors import UserError, escaped, first_line
 from bdpo.models.loading import model_config, model_folder
 from bdpo.models.placed_texts import NEWLINE, PlacedTexts
 from bdpo.models.template import GUARD, PROBE, QUESTION, ChatTemplate, Message, quoted
@@ -208,7 +208,7 @@ def load_tokenizer(model: ModelConfig) -> ChatTokenizer:
             "set model.chat_template to a Jinja file"
         )
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
-        names = ", ".join(map(printable, tokenizer.chat_template))
+        names = ", ".join(map(escaped, tokenizer.chat_template))
         raise UserError(
             f"model.name_or_path={model.name_or_path}: of the tokenizer's chat templates ({names}) none is "
             "called default; set model.chat_template to the file of one"
@@ -286,9 +286,7 @@ def _require_read(template: ChatTemplate, kwargs: Mapping[str, Any]) -> None:
             continue
         near = get_close_matches(name, read, 1)
         hint = f"did you mean {near[0]}?" if near else f"it reads {', '.join(read) or 'no variables'}"
-        raise UserError(
-            f"model.template_kwargs.{printable(name)}: the chat template does not read it; {hint}"
-        )
+        raise UserError(f"model.template_kwargs.{escaped(name)}: the chat template does not read it; {hint}")
 
 
 def require_embedded(tokenizer: PreTrainedTokenizerBase, shape: PreTrainedConfig, name: str) -> None:
@@ -332,4 +330,4 @@ def read_template(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
     except (OSError, ValueError) as error:  # not UTF-8, or no path: a NUL
-        raise UserError(f"model.chat_template={printable(file)}: cannot be read ({error})") from None
+        raise UserError(f"model.chat_template={escaped(file)}: cannot be read ({error})") from None

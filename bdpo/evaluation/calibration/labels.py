@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bdpo.errors import UserError, printable
+from bdpo.errors import UserError, escaped
 from bdpo.evaluation.judges.base import RubricName
 
 LabelClass = Literal["refused", "partial", "complied", "safe", "unsafe"]
@@ -85,7 +85,7 @@ class LabelScheme:
 
     def describe(self) -> str:
         """One line: `1_full_compliance = complied, 2_full_refusal = refused`."""
-        return ", ".join(f"{printable(label)} = {name}" for label, name in sorted(self.classes.items()))
+        return ", ".join(f"{escaped(label)} = {name}" for label, name in sorted(self.classes.items()))
 
 
 def label_scheme(column: str, labels: Sequence[tuple[str, Any]], true: LabelClass | None) -> LabelScheme:
@@ -150,4 +150,4 @@ def _flag_meaning(column: str) -> LabelClass | None:
 
 def _shown(label: str) -> str:
     """A label in a message: short, for a wrong column may hold complete answers."""
-    return repr(printable(label)) if len(label) <= 24 else f"of {len(label)} characters"
+    return repr(escaped(label)) if len(label) <= 24 else f"of {len(label)} characters"
