@@ -1,8 +1,8 @@
 """One chat completion from an OpenAI-compatible endpoint, or the reason why there is none.
 
 Works with OpenAI, vLLM, llama.cpp and others that have `POST <base_url>/chat/completions`. Whatever goes
-wrong becomes a `Fault` with a short code: neither what was sent nor what came back is ever in a message.
-Streaming, tools and several choices are left out.
+wrong becomes an `EndpointError` with a short code: neither what was sent nor what came back is ever in a
+message. Streaming, tools and several choices are left out.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ MAX_REPLY_BYTES = 1 << 20
 MAX_BACKOFF_SECONDS = 60.0
 
 RETRIED = ("connection", "http_429", "http_500", "http_502", "http_503", "http_504")
-"""Faults that may pass. A timeout is not among them: it has waited long enough."""
+"""Errors that may pass. A timeout is not among them: it has waited long enough."""
 
 
-class Fault(Exception):
+class EndpointError(Exception):
     """No usable reply; `code` is the reason: `timeout`, `connection`, `http_401`, `empty`, `not_json`, ..."""
 
     def __init__(self, code: str, retry_after: float | None = None) -> None:
@@ -81,7 +81,7 @@ class Endpoint:
         Connection errors, 429 and 5xx are tried again with backoff, `Retry-After` is obeyed up to a minute.
 
         Raises:
-            Fault: there is no reply, or it is not a chat completion with a text.
+            EndpointError: there is no reply, or it is not a chat completion with a text.
             UserError: the environment has no key under the configured name.
         """
         body: dict[str, Any] = {"model": self.model, "messages": messages}
@@ -91,11 +91,11 @@ class Endpoint:
         for attempt in range(self.retries + 1):
             try:
                 return reply_text(self._once("POST", "chat/completions", headers, body))
-            except Fault as fault:
-                if fault.code not in RETRIED or attempt == self.retries:
+            except EndpointError as error:
+                if error.code not in RETRIED or attempt == self.retries:
                     raise
                 waited = self.backoff * 2**attempt if attempt else 0.0
-                waited = waited if fault.retry_after is None else fault.retry_after
+                waited = waited if error.retry_after is None else error.retry_after
                 time.sleep(min(waited, MAX_BACKOFF_SECONDS))
         raise AssertionError("the last attempt returns or raises")
 
@@ -107,10 +107,10 @@ class Endpoint:
         """
         try:
             self._once("GET", "models", self._headers())
-        except Fault as fault:
-            if fault.code in ("connection", "timeout"):
+        except EndpointError as error:
+            if error.code in ("connection", "timeout"):
                 raise UserError(
-                    f"{self.section}.base_url={self.base_url}: no answer here ({fault.code})"
+                    f"{self.section}.base_url={self.base_url}: no answer here ({error.code})"
                 ) from None
 
     def _once(
@@ -122,9 +122,9 @@ class Endpoint:
         try:
             return asyncio.run(asyncio.wait_for(_read(request), self.timeout))
         except (TimeoutError, httpx.TimeoutException):
-            raise Fault("timeout") from None
+            raise EndpointError("timeout") from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError):
-            raise Fault("connection") from None
+            raise EndpointError("connection") from None
 
     def _headers(self) -> dict[str, str]:
         if self.api_key_env is None:
@@ -149,12 +149,14 @@ async def _read(request: httpx.Request) -> bytes:
         response = await client.send(request, stream=True)
         try:
             if response.status_code != 200:
-                raise Fault(f"http_{response.status_code}", retry_after(response.headers.get("Retry-After")))
+                raise EndpointError(
+                    f"http_{response.status_code}", retry_after(response.headers.get("Retry-After"))
+                )
             content = bytearray()
             async for piece in response.aiter_bytes():
                 content += piece
                 if len(content) > MAX_REPLY_BYTES:
-                    raise Fault("too_long")
+                    raise EndpointError("too_long")
             return bytes(content)
         finally:
             await response.aclose()
@@ -185,28 +187,28 @@ def reply_text(reply: bytes) -> str:
     """The text of a chat completion.
 
     Raises:
-        Fault: it is none, it was cut short by a filter or is a refusal, or it contradicts itself.
+        EndpointError: it is none, it was cut short by a filter or is a refusal, or it contradicts itself.
     """
     if not reply:
-        raise Fault("empty")
+        raise EndpointError("empty")
     try:
         choices = strict_json.loads(reply)["choices"]
         if len(choices) > 1 and any(choice != choices[0] | {"index": choice["index"]} for choice in choices):
-            raise Fault("conflicting_choices")
+            raise EndpointError("conflicting_choices")
         message, finish = choices[0]["message"], choices[0].get("finish_reason")
         content = message["content"]
     except RepeatedKey:
-        raise Fault("duplicate_key") from None
+        raise EndpointError("duplicate_key") from None
     except (ValueError, RecursionError):
-        raise Fault("not_json") from None
+        raise EndpointError("not_json") from None
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise Fault("no_choice") from None
+        raise EndpointError("no_choice") from None
     if finish == "content_filter":
-        raise Fault("content_filter")
+        raise EndpointError("content_filter")
     if message.get("refusal"):
-        raise Fault("refusal")
+        raise EndpointError("refusal")
     if content is None or (isinstance(content, str) and not content.strip()):
-        raise Fault("empty")
+        raise EndpointError("empty")
     if not isinstance(content, str):
-        raise Fault("no_text")
+        raise EndpointError("no_text")
     return content

@@ -28,7 +28,7 @@ from bdpo.evaluation.attacks.records import (
     up_to_success,
 )
 from bdpo.evaluation.attacks.requests import Request
-from bdpo.evaluation.endpoint import Endpoint, Fault
+from bdpo.evaluation.endpoint import Endpoint, EndpointError
 from bdpo.storage import strict_json
 
 SECTION = "attack.attacker"
@@ -82,14 +82,14 @@ class Stream:
         """The attacker's next prompt; its reply is then a part of the conversation.
 
         Raises:
-            Fault: there was no reply, or twice none in the format (`unparsable`).
+            EndpointError: there was no reply, or twice none in the format (`unparsable`).
         """
         for _ in range(_ASKED):
             reply = endpoint.chat(self.messages, max_tokens)
             if (prompt := prompt_in(reply)) is not None:
                 self.messages.append({"role": "assistant", "content": reply})
                 return prompt
-        raise Fault("unparsable")
+        raise EndpointError("unparsable")
 
     def tell(self, attempt: Attempt) -> None:
         """Show the attacker what its prompt led to."""
@@ -122,10 +122,10 @@ class Pair:
         direct = direct_record(request, self.workplace.attacked.attempt(request, request.goal))
         if direct.jailbroken:
             return direct
-        attempts, faults = self._search(request)
-        failed = faults.total()
+        attempts, errors = self._search(request)
+        failed = errors.total()
         if not attempts:
-            code = f"attacker_{faults.most_common(1)[0][0]}"
+            code = f"attacker_{errors.most_common(1)[0][0]}"
             return replace(direct, jailbroken=None, harm=None, failure=code, failed_prompts=failed)
         found = record_of(request.item_id, up_to_success(attempts))
         return replace(joined(direct, found), failed_prompts=failed)
@@ -133,33 +133,33 @@ class Pair:
     def _search(self, request: Request) -> tuple[list[Attempt], Counter[str]]:
         """All attempts in their order, and why the attacker wrote no prompt -> how often."""
         streams = [Stream.of(request, number) for number in range(self.section.streams)]
-        attempts, faults, size = list[Attempt](), Counter[str](), self.section.batch_size
+        attempts, errors, size = list[Attempt](), Counter[str](), self.section.batch_size
         for _ in range(self.section.depth):
             before = len(attempts)
             for first in range(0, len(streams), size):
-                attempts += self._turn(request, streams[first : first + size], faults)
+                attempts += self._turn(request, streams[first : first + size], errors)
                 if any(attempt.succeeded for attempt in attempts):
-                    return attempts, faults
+                    return attempts, errors
             if len(attempts) == before:  # the attacker wrote nothing at all: it will not in the next turn
                 break
-        return attempts, faults
+        return attempts, errors
 
-    def _turn(self, request: Request, streams: Sequence[Stream], faults: Counter[str]) -> list[Attempt]:
+    def _turn(self, request: Request, streams: Sequence[Stream], errors: Counter[str]) -> list[Attempt]:
         """One prompt of each stream, tried; a stream without one may have another in the next turn."""
         with ThreadPoolExecutor(self.section.attacker.concurrency) as pool:
             written = list(pool.map(self._prompt, streams))
-        faults.update(found.code for found in written if isinstance(found, Fault))
+        errors.update(found.code for found in written if isinstance(found, EndpointError))
         asked = [(s, found) for s, found in zip(streams, written, strict=True) if isinstance(found, str)]
         attempts = self.workplace.attacked.attempts(request, [prompt for _, prompt in asked])
         for (stream, _), attempt in zip(asked, attempts, strict=True):
             stream.tell(attempt)
         return attempts
 
-    def _prompt(self, stream: Stream) -> str | Fault:
+    def _prompt(self, stream: Stream) -> str | EndpointError:
         try:
             return stream.next_prompt(self.endpoint, self.section.attacker.max_tokens)
-        except Fault as fault:
-            return fault
+        except EndpointError as error:
+            return error
 
 
 def _endpoint(config: Config) -> tuple[PairConfig, Endpoint]:

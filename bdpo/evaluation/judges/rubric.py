@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 
 from bdpo.config import Config
 from bdpo.config.judges import RubricConfig
-from bdpo.evaluation.endpoint import Endpoint, Fault
+from bdpo.evaluation.endpoint import Endpoint, EndpointError
 from bdpo.evaluation.judges.base import (
     Failed,
     Grade,
@@ -149,19 +149,19 @@ def parse_json(rubric: Rubric, reply: str, nonce: str) -> Scores:
     """The values of a reply that is a JSON object of `reply_schema`, and nothing else.
 
     Raises:
-        Fault: `out_of_range` if only a value is not among those allowed, else `unparsable`.
+        EndpointError: `out_of_range` if only a value is not among those allowed, else `unparsable`.
     """
     try:
         found = strict_json.loads(reply)
     except (ValueError, RecursionError):
-        raise Fault("unparsable") from None
+        raise EndpointError("unparsable") from None
     names = ["reasoning", "code", *rubric.fields]
     if not isinstance(found, dict) or [*found] != names or found["code"] != nonce:
-        raise Fault("unparsable")
+        raise EndpointError("unparsable")
     if not all(isinstance(value, str) for value in found.values()):
-        raise Fault("unparsable")
+        raise EndpointError("unparsable")
     if any(found[name] not in allowed for name, allowed in rubric.fields.items()):
-        raise Fault("out_of_range")
+        raise EndpointError("out_of_range")
     return {name: found[name] for name in rubric.fields}
 
 
@@ -186,22 +186,22 @@ def parse(rubric: Rubric, reply: str, nonce: str) -> Scores:
     """The values of a reply that is in the format from its first to its last character.
 
     Raises:
-        Fault: `out_of_range` if only a value is not among those allowed, else `unparsable`.
+        EndpointError: `out_of_range` if only a value is not among those allowed, else `unparsable`.
     """
     pattern = rf"reasoning: ?[^\n]*\ncode: {re.escape(nonce)}"
     for name in rubric.fields:
         pattern += rf"\n{name}: ?(?P<{name}>\S+)"
     match = re.fullmatch(pattern, reply.strip().replace("\r\n", "\n"))
     if match is None:
-        raise Fault("unparsable")
+        raise EndpointError("unparsable")
     scores = match.groupdict()
     if any(scores[name] not in allowed for name, allowed in rubric.fields.items()):
-        raise Fault("out_of_range")
+        raise EndpointError("out_of_range")
     return scores
 
 
 ASKED_AGAIN = ("unparsable", "out_of_range", "empty")
-"""Faults of a reply that came: the judge is asked once more before they count."""
+"""Errors of a reply that came: the judge is asked once more before they count."""
 
 IN_THE_FORMAT = (
     "Your reply was not in the format, so it cannot be read. Grade the same response again, and reply with a "
@@ -212,7 +212,7 @@ IN_THE_FORMAT = (
 
 @dataclass(frozen=True)
 class RubricJudge:
-    """Asks an endpoint; a fault of any kind is a verdict without a score."""
+    """Asks an endpoint; an error of any kind is a verdict without a score."""
 
     endpoint: Endpoint
     concurrency: int = 1
@@ -225,16 +225,16 @@ class RubricJudge:
         replies: list[str] = []
         try:
             return self._verdict(rubric, messages, nonce, replies)
-        except Fault as fault:
-            return Failed(fault.code, replies=tuple(replies))
+        except EndpointError as error:
+            return Failed(error.code, replies=tuple(replies))
 
     def _verdict(self, rubric: Rubric, messages: list[Message], nonce: str, replies: list[str]) -> Verdict:
-        """The verdict; `replies` takes up what the judge wrote, also where that raises a Fault."""
+        """The verdict; `replies` takes up what the judge wrote, also where that raises an EndpointError."""
         try:
             replies.append(self.endpoint.chat(messages))
             scores = parse(rubric, replies[-1], nonce)
-        except Fault as fault:
-            if fault.code not in ASKED_AGAIN:
+        except EndpointError as error:
+            if error.code not in ASKED_AGAIN:
                 raise
             replies.append(self._again(rubric, messages, nonce))
             read = parse_json if replies[-1].lstrip().startswith("{") else parse
@@ -252,8 +252,8 @@ class RubricJudge:
         again = [*others, {**last, "content": f"{last['content']}\n\n{asked}"}]
         try:
             return self.endpoint.chat(again, response_format=reply_schema(rubric, nonce))
-        except Fault as fault:
-            if fault.code not in ("http_400", "http_422", "http_501"):  # a server without response_format
+        except EndpointError as error:
+            if error.code not in ("http_400", "http_422", "http_501"):  # a server without response_format
                 raise
             return self.endpoint.chat(again)
 
