@@ -164,7 +164,7 @@ def _raise(failures: Mapping[str, Failure]) -> None:
 
 
 @dataclass(frozen=True)
-class Experiment(Stage):
+class ExperimentStage(Stage):
     """One experiment of a run folder; without `which`, all those that were begun."""
 
     which: str | None = None
@@ -212,7 +212,7 @@ def _check_arms(config: Config, run: RunDir) -> str:
     return check_evaluation(config, "an experiment", searched=bool(config.experiment.learning_rates))
 
 
-main = Command(__doc__, (Experiment,), run_experiment, choice=tuple(EXPERIMENTS))
+main = Command(__doc__, (ExperimentStage,), run_experiment, choice=tuple(EXPERIMENTS))
 
 if __name__ == "__main__":
     main()

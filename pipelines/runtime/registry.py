@@ -6,7 +6,7 @@ The command line, `status`, `preflight`, `run` and the page of a run know a stag
 from __future__ import annotations
 
 from pipelines.attack import AttackBase, AttackTrained
-from pipelines.experiment import Experiment
+from pipelines.experiment import ExperimentStage
 from pipelines.report import Report
 from pipelines.runtime.stage import Stage
 from pipelines.runtime.stages import STAGES
@@ -14,6 +14,6 @@ from tune.search import Search
 
 PIPELINE: tuple[type[Stage], ...] = (*STAGES, Report)
 
-STUDIES: tuple[type[Stage], ...] = (Search, Experiment)
+STUDIES: tuple[type[Stage], ...] = (Search, ExperimentStage)
 
 ATTACKS: tuple[type[Stage], ...] = (AttackBase, AttackTrained)
