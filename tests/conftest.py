@@ -14,6 +14,8 @@ os.environ |= {"RAY_worker_niceness": "0"}
 
 # Several test files run at a time, on as few as two cores: more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Those that a training has nevertheless, for states in the memory of the CPU, wait without computing.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def pytest_configure(config: pytest.Config) -> None:
