@@ -33,7 +33,7 @@ from bdpo.training.rungs import Rungs
 NO_LIMIT = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
 LATER = [
-    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.zero.stage3",
     "detect_secrets.plugins",
     "peft",
     "pyarrow.dataset",

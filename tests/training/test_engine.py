@@ -147,13 +147,16 @@ def plain_loop(config):
     return losses, norms, {n.removeprefix("module."): p for n, p in weights.items()}
 
 
-def test_a_worker_does_not_wait_for_the_mlflow_of_deepspeeds_autotuner():
+def test_a_worker_does_not_wait_for_what_deepspeed_imports_unasked():
+    """mlflow for its autotuner, and torch's compiler for its Muon optimizer, which every engine imports."""
     code = """
 import importlib.util, sys
 from bdpo.models.deepspeed_internals import import_deepspeed
 
 assert import_deepspeed().initialize and "deepspeed.autotuning" in sys.modules
 assert "mlflow" not in sys.modules
+import deepspeed.runtime.zero.muon.muon_optimizer
+assert "torch._inductor.compile_fx" not in sys.modules
 assert importlib.util.find_spec("mlflow")  # a tracker can import it later
 """
     subprocess.run(
