@@ -32,7 +32,7 @@ class AttackConfig(Variant):
     stall_seconds: Annotated[float, RUNTIME_ONLY] = Field(
         7200.0,
         gt=0,
-        description="a worker is replaced if a request takes longer than this and 3 times the slowest so far",
+        description="a worker without a sign of life for this, and 3 times the longest, is replaced",
     )
 
     @property

@@ -28,7 +28,7 @@ from bdpo.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint
 from bdpo.storage.run_dir import RunDir
-from bdpo.storage.shards import Shard, ShardStore
+from bdpo.storage.shards import Shard, ShardActor, ShardStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,7 +149,7 @@ def forget_failures(scores: ShardStore) -> None:
             scores.remove(first)
 
 
-class ShardAnswerer:
+class ShardAnswerer(ShardActor):
     """An actor that generates: the model under evaluation, a range of prompts at a time."""
 
     def __init__(self, config: Config, model: EvaluatedModel, store: ShardStore, device: str) -> None:
@@ -160,16 +160,21 @@ class ShardAnswerer:
         self.chat = load_tokenizer(model.model)
         self.items = planned_items(config)
         self.questionnaire = Questionnaire(config.evaluate, config.seed, self.chat, model_config(model.model))
+        self.rows, self.tokens = 0, 0  # of the shard, and of each of its answers so far
 
     @cached_property
     def generate(self) -> Generate:
         """The engine; made on first use, so that a fault in making it is the task's, not a dead actor's."""
         from bdpo.evaluation.engines.hf import begun_ids, generate
         from bdpo.evaluation.engines.vllm import VLLMEngine
+        from bdpo.models.layers import before_each_layer
 
         evaluate = self.config.evaluate
         if evaluate.engine == "transformers":
-            return partial(generate, self.model.load().to(self.device), self.chat)  # type: ignore[arg-type]
+            model = self.model.load().to(self.device)  # type: ignore[arg-type]
+            model.register_forward_pre_hook(lambda *_: self._next_token())
+            before_each_layer(model, self._report)
+            return partial(generate, model, self.chat)
         _, prompts, prefills = self.questionnaire.conversations(self.items)
         prompt_ids = begun_ids(self.chat, prompts, prefills)
         gpus = evaluate.gpus_per_worker
@@ -178,9 +183,17 @@ class ShardAnswerer:
     def __call__(self, shard: Shard) -> Shard:
         """The same shard, once the answers to those items lie in the private folder."""
         items = self.items[shard["first"] : shard["first"] + shard["rows"]]
+        self.rows, self.tokens = len(items), 0
         rows = [asdict(response) for response in self.questionnaire.responses(self.generate, items)]
         self.store.write(int(shard["first"]), pa.Table.from_pylist(rows, schema=RESPONSE_SCHEMA))
         return shard
+
+    def _next_token(self) -> None:
+        self.tokens += 1
+
+    def _report(self) -> None:
+        """Answers that end before `max_new_tokens` count as done when all of the shard are."""
+        self.progress(self.rows * min(1.0, self.tokens / self.config.evaluate.max_new_tokens))
 
 
 def measure_capability(
@@ -205,7 +218,7 @@ def measure_capability(
     return run_capability(benchmark, loaded, tokenizer, evaluate.limit, evaluate.batch_size, file)
 
 
-class ShardJudge:
+class ShardJudge(ShardActor):
     """An actor that judges: reads a range of answers, commits their verdicts."""
 
     def __init__(
@@ -226,7 +239,7 @@ class ShardJudge:
         """The same shard, once the verdicts on those items lie in the run folder."""
         items = self.items[shard["first"] : shard["first"] + shard["rows"]]
         answers = [self.answers[item.item_id] for item in items]
-        verdicts = verdicts_on(self.judge, items, answers)
+        verdicts = verdicts_on(self.judge, items, answers, self.progress)
         first, judged = int(shard["first"]), list(zip(items, verdicts, strict=True))
         self._keep_replies(first, judged)  # before the verdicts: what is judged can be audited
         rows = list(map(verdict_row, items, answers, verdicts))

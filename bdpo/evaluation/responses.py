@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -95,8 +95,15 @@ class Questionnaire:
         return Response(item.item_id, text, answer.new_tokens, cut=answer.cut, finite=answer.finite)
 
 
-def verdicts_on(judge: Judge, items: Sequence[Item], responses: Sequence[Response]) -> list[Verdict]:
+def verdicts_on(
+    judge: Judge,
+    items: Sequence[Item],
+    responses: Sequence[Response],
+    progress: Callable[[int], None] = lambda verdicts: None,
+) -> list[Verdict]:
     """The judge's verdict on each response, where there is an answer to be judged; several at a time.
+
+    `progress` is called with the number of verdicts so far.
 
     Raises:
         UserError: the judge cannot judge anything, because the environment is wrong.
@@ -110,8 +117,12 @@ def verdicts_on(judge: Judge, items: Sequence[Item], responses: Sequence[Respons
         question = Question(BENCHMARKS[item.benchmark].rubric, item.request, item.reference)
         return verdict_on(judge, question, response.response)
 
+    verdicts: list[Verdict] = []
     with ThreadPoolExecutor(judge.concurrency) as pool:
-        return list(pool.map(verdict, items, responses))
+        for given in pool.map(verdict, items, responses):
+            verdicts.append(given)
+            progress(len(verdicts))
+    return verdicts
 
 
 def verdict_row(item: Item, answer: Response, verdict: Verdict) -> Row:

@@ -7,8 +7,8 @@ alpha, beta or training, so all trials share one scoring.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import torch
@@ -27,6 +27,13 @@ from bdpo.models.packing import Batch, PrefixGroups
 from bdpo.models.tokenizer import load_tokenizer
 from bdpo.scoring.scores import SCORE_SCHEMA, TOKEN_COLUMNS
 
+Progress: TypeAlias = Callable[[float], None]
+"""Called with the number of pairs that are scored so far."""
+
+
+def _unseen(pairs: float) -> None:
+    """The progress that nobody looks at."""
+
 
 class ReferenceScorer:
     """The frozen reference model; `score` computes the columns of the score table."""
@@ -39,16 +46,15 @@ class ReferenceScorer:
         self.model = LogpsModel(model, config.data.max_length).to(device).eval()
         self.unconditional = self.chat.unconditional_ids(config.score.unconditional)
 
-    def score(self, pairs: pa.Table) -> pa.Table:
-        """Rows of PAIR_SCHEMA -> rows of SCORE_SCHEMA, in the same order.
+    def score(self, pairs: pa.Table, progress: Progress = _unseen) -> pa.Table:
+        """Rows of PAIR_SCHEMA -> rows of SCORE_SCHEMA, in the same order; `progress` as in `reference_logps`.
 
         Raises:
             FloatingPointError: a log-prob is not finite. Another pair of the same batch may be the cause: a
                 masked token contributes 0 times its value, which is not a number if the value is infinite.
         """
-        scores = reference_scores(
-            self.model, prefix_groups(pairs), self.unconditional, self.config.score.tokens_per_batch
-        )
+        budget = self.config.score.tokens_per_batch
+        scores = reference_scores(self.model, prefix_groups(pairs), self.unconditional, budget, progress)
         columns: dict[str, Any] = {name: values.numpy() for name, values in scores.items()}
         columns |= {"pair_id": pairs["pair_id"], "group": pairs["group"]}
         columns["ches"] = pa.array(columns["ches"], from_pandas=True)
@@ -56,14 +62,18 @@ class ReferenceScorer:
 
 
 def reference_scores(
-    model: LogpsModel, pairs: PrefixGroups, unconditional: list[int], tokens_per_batch: int
+    model: LogpsModel,
+    pairs: PrefixGroups,
+    unconditional: list[int],
+    tokens_per_batch: int,
+    progress: Progress = _unseen,
 ) -> dict[str, torch.Tensor]:
     """The columns of numbers of SCORE_SCHEMA by name, on the CPU, shape (pairs,); CHES is NaN if unknown.
 
     Raises:
         FloatingPointError: a log-prob is not finite; see `ReferenceScorer.score`.
     """
-    logps, ches_values = reference_logps(model, pairs, unconditional, tokens_per_batch)
+    logps, ches_values = reference_logps(model, pairs, unconditional, tokens_per_batch, progress)
     if not torch.stack(list(logps.values())).isfinite().all():
         dtype = str(model.model.dtype).removeprefix("torch.")
         raise FloatingPointError(f"a log-prob is not finite with model.dtype={dtype}")
@@ -77,23 +87,37 @@ def reference_scores(
 
 @torch.inference_mode()
 def reference_logps(
-    model: LogpsModel, pairs: PrefixGroups, unconditional: list[int], tokens_per_batch: int
+    model: LogpsModel,
+    pairs: PrefixGroups,
+    unconditional: list[int],
+    tokens_per_batch: int,
+    progress: Progress = _unseen,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The four sums of log-probs of every pair, by column name, in nats, and CHES, NaN if it is unknown.
 
     All are float32 on the CPU, shape (pairs,). When memory runs out, the remaining batches are planned again
     with half the tokens.
+
+    `progress` is called after each forward; a pair that was forwarded with its query alone counts by the
+    share of its tokens.
     """
+    behind = pairs.behind(unconditional)
+    done, tokens = 0, [model.layout.tokens(groups.lengths) for groups in (pairs, behind)]
+    pairs_per_token = len(pairs) / sum(int(each.sum()) for each in tokens)
     order: list[int] = []
     ref, alike, uncond = [], [], []
     for batch, (logps, states) in _forwarded(model, pairs, tokens_per_batch, means=True):
         order += batch
+        done += int(tokens[0][batch].sum())
+        progress(done * pairs_per_token)
         ref.append(logps.view(-1, 2))
         alike.append(ches(*states.unflatten(0, (-1, 2)).unbind(1)))
     ref_chosen, ref_rejected = _in_place(order, ref).unbind(1)
     ches_values, order = _in_place(order, alike), []
-    for batch, logps in _forwarded(model, pairs.behind(unconditional), tokens_per_batch):
+    for batch, logps in _forwarded(model, behind, tokens_per_batch):
         order += batch
+        done += int(tokens[1][batch].sum())
+        progress(done * pairs_per_token)
         uncond.append(logps)
     uncond_chosen, uncond_rejected = _in_place(order, uncond).view(-1, 2).unbind(1)
     return {

@@ -16,6 +16,7 @@ import torch
 from bdpo.config import Config, ModelConfig
 from bdpo.data.pairs import PairReader
 from bdpo.errors import UserError, error_line
+from bdpo.models.layers import before_each_layer
 from bdpo.models.loading import model_folder, weights_digest
 from bdpo.models.oom import out_of_memory
 from bdpo.models.tokenizer import tokenizer_fingerprint
@@ -23,7 +24,7 @@ from bdpo.scoring.reference import ReferenceScorer
 from bdpo.scoring.scores import MAX_UNSCORABLE, WORK_KEY, real_tokens, score_store
 from bdpo.storage.manifests import Fingerprint
 from bdpo.storage.run_dir import RunDir
-from bdpo.storage.shards import Shard
+from bdpo.storage.shards import Shard, ShardActor
 
 
 def score_with_bisection(
@@ -83,7 +84,7 @@ class ShardReport(Shard):
     """JSON, row -> reason, of the rows that cannot be scored."""
 
 
-class ShardScorer:
+class ShardScorer(ShardActor):
     """An actor of the scoring pool: reads a range of pairs, scores it, and commits the shard itself.
 
     Raises:
@@ -96,6 +97,8 @@ class ShardScorer:
         self.pairs = PairReader(run.pairs)
         _require_same_reference(config.model, fingerprint)
         self.scorer = ReferenceScorer(config, device)
+        self.done = 0.0  # of the rows of the shard
+        before_each_layer(self.scorer.model, lambda: self.progress(self.done))
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def __call__(self, shard: Shard) -> ShardReport:
@@ -128,9 +131,16 @@ class ShardScorer:
 
     def _commit(self, first: int, pairs: pa.Table) -> dict[int, str]:
         """Write the scores of every row that can be scored; returns the reasons of the others by row."""
-        unscorable = {}
+        unscorable: dict[int, str] = {}
+        ended = 0  # of the rows, those that were scored or cannot be
+
+        def score(part: pa.Table) -> pa.Table:
+            return self.scorer.score(part, lambda rows: self._done(ended + rows))
+
+        self._done(0)
         started, forwarded = time.perf_counter(), self.scorer.model.tokens_forwarded
-        for offset, outcome in score_with_bisection(self.scorer.score, pairs):
+        for offset, outcome in score_with_bisection(score, pairs):
+            ended = offset + (1 if isinstance(outcome, str) else outcome.num_rows)
             if isinstance(outcome, str):
                 unscorable[first + offset] = outcome
                 if len(unscorable) > MAX_UNSCORABLE:
@@ -146,3 +156,7 @@ class ShardScorer:
             started, forwarded = now, forwarded_now
             self.store.write(first + offset, outcome.replace_schema_metadata({WORK_KEY: json.dumps(work)}))
         return unscorable
+
+    def _done(self, rows: float) -> None:
+        self.done = rows
+        self.progress(rows)

@@ -44,6 +44,16 @@ class Shard(TypedDict):
     rows: int
 
 
+class ShardActor:
+    """What makes shards: it is called with a `Shard` and commits it."""
+
+    def progress(self, rows: float) -> None:
+        """A sign of life while a shard is made, of which `rows` are done so far, parts of rows included.
+
+        An actor calls it as often as it likes; who watches the actor puts a function in its place.
+        """
+
+
 @dataclass(frozen=True)
 class ShardStore:
     """Shards of `schema` in `folder`; `mode` is the file mode, 0600 for private text."""

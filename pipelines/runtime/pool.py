@@ -17,10 +17,11 @@ from bdpo.config.attack import AttackConfig
 from bdpo.errors import UserError
 from bdpo.storage.shards import ShardStore
 from pipelines.runtime.cluster import connect, require_capacity
-from pipelines.runtime.progress import progress_bar
+from pipelines.runtime.progress import InWork, progress_bar
 from pipelines.runtime.ray_internals import user_error_in
-from pipelines.runtime.stalls import REFUSAL, WatchedActor, shard_name, watching
-from pipelines.runtime.work_times import PAUSED, Begins
+from pipelines.runtime.stalls import Watched, watching
+from pipelines.runtime.watched_actor import REFUSAL, WatchedActor, part_name, shard_name
+from pipelines.runtime.work_times import PAUSED, AtWork, Begins
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -99,12 +100,21 @@ class InProcess:
 
     def _make_shards(self, work: ShardWork, missing: Shards) -> None:
         self.begins(f"start of {work.title}", "its start")
-        make_shard = work.actor(**work.arguments, device="cuda" if self.gpus else "cpu")
+        seen = InWork(0, "starting")
         done = work.total - sum(rows for _, rows in missing)
-        with progress_bar(work.title, work.total, done) as advance:
+        with progress_bar(work.title, work.total, done, lambda: seen) as advance:
+            make_shard = work.actor(**work.arguments, device="cuda" if self.gpus else "cpu")
             for first, rows in missing:
+
+                def progress(of_shard: float, part: str = part_name(first, rows)) -> None:
+                    nonlocal seen
+                    seen = InWork(of_shard)
+                    self.begins(f"part of {work.title}", part, work.at_least)
+
                 self.begins(work.title, shard_name(first, rows), work.at_least)
+                make_shard.progress = progress
                 make_shard({"first": first, "rows": rows})
+                seen = InWork()
                 advance(rows)
 
 
@@ -162,7 +172,7 @@ class RayPool:
         with watching(work.title, self.stall_seconds) as watched:
             arguments = {**work.arguments, "actor": work.actor, "watch": watched.watch}
             made = self.map(dataset, WatchedActor, arguments, queue)
-            watched.wait(lambda: consume(made, work, shards, each))
+            watched.wait(lambda: consume(made, work, shards, each, watched))
 
     def map(self, dataset: Dataset, actor: type, arguments: dict[str, Any], queue: int = 2) -> Dataset:
         """Run every shard of `shard_dataset` through the actors.
@@ -214,11 +224,16 @@ def shard_dataset(shards: Shards, may_fail: int = 0) -> Dataset:
 
 
 def consume(
-    dataset: Dataset, work: ShardWork, shards: Shards, each: Callable[[dict[str, Any]], None]
+    dataset: Dataset,
+    work: ShardWork,
+    shards: Shards,
+    each: Callable[[dict[str, Any]], None],
+    watched: Watched,
 ) -> None:
     """Run it to the end with a progress bar in rows, those that were done before included.
 
-    `each` is called with the row that an actor returns for a shard.
+    `each` is called with the row that an actor returns for a shard. Between shards the bar shows what the
+    watch has seen.
 
     Raises:
         UserError: an actor raised one.
@@ -226,11 +241,21 @@ def consume(
     from ray.exceptions import RayError
 
     done = work.total - sum(rows for _, rows in shards)
+    sizes, made = dict(shards), set()
+    begun: dict[str, float] = {}  # rows of shards that Ray Data has not returned yet, be they made or not
+
+    def in_work() -> InWork:
+        nonlocal begun
+        seen = watched.at_work
+        begun = {part: rows for part, rows in {**begun, **seen.rows}.items() if part not in made}
+        return InWork(sum(begun.values()), _note(seen))
+
     try:
-        with progress_bar(work.title, work.total, done) as advance:
+        with progress_bar(work.title, work.total, done, in_work) as advance:
             for shard in dataset.iter_rows():
                 if reason := shard.get(REFUSAL):
                     raise UserError(reason)
+                made.add(part_name(shard["first"], sizes[shard["first"]]))
                 advance(shard["rows"])
                 each(shard)
     except RayError as error:  # of a task, or of an actor that could not be made
@@ -238,3 +263,10 @@ def consume(
         if raised is None:
             raise
         raise raised from None
+
+
+def _note(seen: AtWork) -> str:
+    """What the workers do as long as not all of them work on shards."""
+    if not seen.workers:
+        return "starting workers"
+    return f"starting {seen.starting} of {seen.workers} workers" if seen.starting else ""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import (
@@ -70,9 +71,32 @@ def _fixed() -> Column:
     return Column(no_wrap=True)
 
 
+LOOK_SECONDS = 1.0
+"""How often a bar looks at the work between two steps."""
+
+LINE_SECONDS = 30.0
+"""How often a line shows how far the work is where there is no terminal."""
+
+SPEED_SECONDS = 600.0
+"""By how much of the last time the time left is estimated."""
+
+
+class InWork(NamedTuple):
+    """What is begun and not yet counted as done: so many rows, and a note."""
+
+    rows: float = 0.0
+    note: str = ""
+
+
 @contextmanager
-def progress_bar(title: str, total: int | None = None, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A bar on the terminal; calling what it yields moves it: `advance(rows, note="loss 0.61")`."""
+def progress_bar(
+    title: str, total: int | None = None, done: int = 0, in_work: Callable[[], InWork] | None = None
+) -> Iterator[Callable[..., None]]:
+    """A bar on the terminal; calling what it yields moves it: `advance(rows, note="loss 0.61")`.
+
+    Between such calls it looks at what is `in_work`. Where standard output is no terminal, as in a log file,
+    a line shows the same at the beginning, every `LINE_SECONDS`, and at the end.
+    """
     columns = (
         TextColumn("[bold]{task.description:<16}"),
         BarColumn(bar_width=10, table_column=_fixed()),
@@ -81,16 +105,59 @@ def progress_bar(title: str, total: int | None = None, done: int = 0) -> Iterato
         *((TextColumn("left"), TimeRemainingColumn(table_column=_fixed())) if total else ()),
         _Note(),
     )
-    with Progress(*columns, console=console) as progress:
+    as_lines = not console.is_terminal
+    with Progress(
+        *columns, console=console, speed_estimate_period=SPEED_SECONDS, disable=as_lines
+    ) as progress:
         task = progress.add_task(title, total=total, completed=done, note="")
-        begun = time.monotonic()
+        begun, counted = time.monotonic(), float(done)
 
-        def advance(steps: int, note: str = "") -> None:
-            progress.update(task, advance=steps, note=note)
-            completed = progress.tasks[task].completed
+        def show(rows: float, note: str) -> None:
+            completed = max(rows, progress.tasks[task].completed)  # what was lost with a worker stays shown
+            progress.update(task, completed=completed, note=note)
             _publish(title, completed, total, (completed - done) / (time.monotonic() - begun))
 
-        yield advance
+        def advance(steps: int, note: str = "") -> None:
+            nonlocal counted
+            counted += steps
+            show(counted, note)
+
+        def look() -> None:
+            if in_work is not None:
+                seen = in_work()
+                show(counted + seen.rows, seen.note)
+
+        def line() -> None:
+            if as_lines:
+                console.print(progress.get_renderable())
+
+        with _meanwhile(look, line):
+            yield advance
+
+
+@contextmanager
+def _meanwhile(look: Callable[[], None], line: Callable[[], None]) -> Iterator[None]:
+    """Call `look` every `LOOK_SECONDS`; `line` at the beginning, every `LINE_SECONDS`, and at the end."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        shown = time.monotonic()
+        while not ended.wait(LOOK_SECONDS):
+            look()
+            if time.monotonic() - shown >= LINE_SECONDS:
+                line()
+                shown = time.monotonic()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    look()
+    line()
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        line()
 
 
 def _publish(stage: str, done: float, total: int | None, per_second: float) -> None:

@@ -17,14 +17,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
-from bdpo.errors import UserError
 from pipelines.runtime.node_processes import ANSWER_SECONDS, has_ended, kill
 from pipelines.runtime.progress import console
 from pipelines.runtime.signals import in_thread
-from pipelines.runtime.work_times import IDLE, ROOM_SECONDS, RoomWait, Stall, Worker, WorkTimes
+from pipelines.runtime.work_times import (
+    ROOM_SECONDS,
+    START,
+    AtWork,
+    RoomWait,
+    Stall,
+    Worker,
+    WorkTimes,
+)
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -34,8 +41,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-REFUSAL = "refusal"
-"""The key of a shard that was not made under which stands why."""
+SIGN_SECONDS = 1.0
+"""A worker that does the same again reports it no more often."""
 
 
 class NoRoom(Exception):
@@ -49,9 +56,9 @@ class Watch:
         self.times = WorkTimes(shortest, room, time.monotonic())
         self.placement_groups: list[PlacementGroup] = []
 
-    def begin(self, worker: Worker, kind: str, what: str, at_least: float = 0.0) -> None:
+    def begin(self, worker: Worker, kind: str, what: str, at_least: float = 0.0, rows: float = 0.0) -> None:
         """See `WorkTimes.begin`."""
-        self.times.begin(worker, kind, what, time.monotonic(), at_least)
+        self.times.begin(worker, kind, what, time.monotonic(), at_least, rows)
 
     def forget(self, worker: Worker, stalled: bool) -> None:
         """See `WorkTimes.forget`."""
@@ -64,6 +71,10 @@ class Watch:
     def room_wait(self) -> RoomWait:
         """See `WorkTimes.room_wait`."""
         return self.times.room_wait(time.monotonic())
+
+    def at_work(self) -> AtWork:
+        """See `WorkTimes.at_work`."""
+        return self.times.at_work()
 
     def workers(self) -> list[Worker]:
         """All workers that have reported and are not gone."""
@@ -91,20 +102,28 @@ class Reporter:
 
     def __init__(self, watch: WatchHandle) -> None:
         self.watch = watch
+        self.begun, self.since = ("", ""), 0.0
 
     @functools.cached_property
     def worker(self) -> Worker:
         """The process that reports."""
         return Worker.here()
 
-    def begin(self, kind: str, what: str, at_least: float = 0.0) -> None:
-        """Report what this process begins, and do not wait: what it did before is watched until then."""
-        self.watch.begin.remote(self.worker, kind, what, at_least)
+    def begin(self, kind: str, what: str, at_least: float = 0.0, rows: float = 0.0) -> None:
+        """Report what this process begins, and do not wait: what it did before is watched until then.
+
+        What it does many times a second is reported once a second.
+        """
+        now = time.monotonic()
+        if (kind, what) != self.begun or now - self.since >= SIGN_SECONDS:
+            self.begun, self.since = (kind, what), now
+            self.watch.begin.remote(self.worker, kind, what, at_least, rows)
 
     def begin_and_wait(self, kind: str, what: str) -> None:
         """The same, after which it is certain that the work is watched: waiting for work is not."""
         import ray
 
+        self.begun = ("", "")
         with suppress(ray.exceptions.RayError):
             ray.get(self.watch.begin.remote(self.worker, kind, what), timeout=ANSWER_SECONDS)
 
@@ -119,48 +138,14 @@ class Reporter:
         self.watch.forget.remote(self.worker, False)
 
 
-class WatchedActor:
-    """An actor of a pool, `actor(**arguments)`, that reports its start and every shard to its watch.
-
-    A `UserError` of the actor, which no other attempt would mend, is returned in place of a shard. Raised, it
-    would count as a lost shard or a dead actor: the model would be loaded again for each that may be lost.
-    """
-
-    def __init__(self, actor: type, watch: WatchHandle, **arguments: Any) -> None:
-        self.reporter = Reporter(watch)
-        self.reporter.begin_and_wait("start", "its start")
-        self.refusal: str | None = None
-        try:
-            self.actor = actor(**arguments)
-        except UserError as error:
-            self.refusal = str(error)
-        self.reporter.begin(IDLE, "its wait for work")
-
-    def __call__(self, shard: Any) -> Any:
-        """What the actor makes of the shard; `{first, rows, REFUSAL}` where it raises a `UserError`."""
-        first, rows = int(shard["first"]), int(shard["rows"])
-        if self.refusal is None:
-            self.reporter.begin_and_wait("shard", shard_name(first, rows))
-            try:
-                return self.actor(shard)
-            except UserError as error:
-                self.refusal = str(error)
-            finally:
-                self.reporter.begin(IDLE, "its wait for work")
-        return {"first": first, "rows": 0, REFUSAL: self.refusal}
-
-
-def shard_name(first: int, rows: int) -> str:
-    """What a shard is called in the line about a worker."""
-    return f"the shard of rows {first} to {first + rows - 1}"
-
-
-@dataclass(frozen=True)
+@dataclass
 class Watched:
     """Work that is watched: where its workers report, and when it is given up as the cluster has no room."""
 
     watch: WatchHandle
     given_up: Future[NoReturn]
+    at_work: AtWork = field(default_factory=AtWork)
+    """What the last look has seen."""
 
     def wait(self, call: Callable[[], T]) -> T:
         """Call what waits for the workers, in a thread of its own.
@@ -210,6 +195,7 @@ def watching(
                 if time.monotonic() - checked > shortest:
                     _forget_ended(watch)
                     checked = time.monotonic()
+                watched.at_work = ray.get(watch.at_work.remote(), timeout=ANSWER_SECONDS)
                 wait: RoomWait = ray.get(watch.room_wait.remote(), timeout=ANSWER_SECONDS)
                 if wait.seconds > shortest and not named:
                     _name_room_wait(title, wait)
@@ -260,7 +246,7 @@ def _result(task: Any) -> Any:
 def _reporting(function: Callable[..., T], watch: WatchHandle, arguments: Sequence[Any]) -> T:
     """What a task of `watched_tasks` runs."""
     reporter = Reporter(watch)
-    reporter.begin_and_wait("start", "its start")
+    reporter.begin_and_wait(START, "its start")
     try:
         return function(*arguments, reporter.begin)
     finally:

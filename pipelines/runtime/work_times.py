@@ -1,14 +1,16 @@
 """How long pieces of work took, and which take too long: the bookkeeping of `pipelines.runtime.stalls`.
 
-How long work may take grows with what such work took so far (`WorkTimes.limit`). A worker that was only slow
-and was killed raises the limit as well, so that its successor has three times as long.
+How long work may take grows with what such work took so far (`WorkTimes.limit`). A shard may take as long as
+it likes: each part of it, which ends with a sign of life, is work of a kind of its own. A worker that was
+only slow and was killed raises the limit as well, so that its successor has three times as long.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 SLOWER = 3
@@ -19,6 +21,9 @@ UNKNOWN = 10
 
 ROOM_SECONDS = 3600.0
 """How long work may at least wait for the first of its workers to begin: a node may have to come."""
+
+START = "start"
+"""The kind of work of a worker of a pool until it can be given work."""
 
 IDLE = ""
 """The kind of work of a worker that waits for work."""
@@ -58,12 +63,23 @@ class Work:
     """What a worker does since the moment `since` (seconds); how long it may take depends on its kind.
 
     Work with limits of its own, as requests have, may take `at_least` seconds whatever such work took so far.
+    `rows` of the shard to which the work belongs are done already.
     """
 
     kind: str
     what: str
     since: float
     at_least: float = 0.0
+    rows: float = 0.0
+
+
+@dataclass(frozen=True)
+class AtWork:
+    """How many workers there are, how many of them still start, and the rows done of what each works on."""
+
+    workers: int = 0
+    starting: int = 0
+    rows: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,12 +122,14 @@ class WorkTimes:
         self.slowest: dict[str, float] = {}
         self.nobody_since, self.longest_wait = now, 0.0
 
-    def begin(self, worker: Worker, kind: str, what: str, now: float, at_least: float = 0.0) -> None:
-        """The worker has ended what it did before, and begins this; its limit is at least `at_least`."""
+    def begin(
+        self, worker: Worker, kind: str, what: str, now: float, at_least: float = 0.0, rows: float = 0.0
+    ) -> None:
+        """The worker has ended what it did before, and begins this, see `Work`."""
         if not self.doing:
             self.longest_wait = max(self.longest_wait, now - self.nobody_since)
         self._took(worker, now)
-        self.doing[worker] = Work(kind, what, now, at_least)
+        self.doing[worker] = Work(kind, what, now, at_least, rows)
 
     def forget(self, worker: Worker, now: float, stalled: bool) -> None:
         """The worker is gone. If it was killed because it stalled, its work took that long at least."""
@@ -119,6 +137,12 @@ class WorkTimes:
             self._took(worker, now)
         if self.doing.pop(worker, None) and not self.doing:
             self.nobody_since = now
+
+    def at_work(self) -> AtWork:
+        """What there is to show of the work."""
+        starting = sum(work.kind == START for work in self.doing.values())
+        rows = {work.what: work.rows for work in self.doing.values() if work.rows}
+        return AtWork(len(self.doing), starting, rows)
 
     def paused(self) -> list[Worker]:
         """The workers that may wait as long as they like: no limit shows that one of them is gone."""

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from bdpo.config.judges import StringMatchingConfig
 from bdpo.evaluation.answers import (
     RESPONSE_SCHEMA,
     EvaluatedModel,
@@ -27,6 +28,7 @@ from bdpo.evaluation.judges.registry import JUDGES, judge_fingerprint
 from bdpo.evaluation.measures import summarise
 from bdpo.evaluation.responses import Response
 from bdpo.evaluation.results import MODEL_FIELDS
+from bdpo.models.loading import model_config
 from bdpo.models.tokenizer import ChatTokenizer
 from bdpo.storage.run_dir import RunDir
 from tests.support.benchmark_files import write_csv
@@ -101,6 +103,37 @@ def test_a_prompt_that_is_too_long_fails_alone(tmp_path: Path) -> None:
     assert found["strongreject-0001"]["harm"] is not None
     summary = summarise(list(found.values())).benchmarks["strongreject"]
     assert (summary.total.failures, summary.valid) == ({"prompt_too_long": 1}, False)
+
+
+def test_an_actor_that_generates_gives_signs_of_life_within_each_token(
+    tmp_path: Path, tiny_chat: ChatTokenizer
+) -> None:
+    config, run = configured(tmp_path, "http://127.0.0.1:9/v1"), RunDir(tmp_path / "run")
+    save_model(Path(config.model.name_or_path), tiny_chat)
+    actor = ShardAnswerer(config, EvaluatedModel(config.model), answer_store(run, "base", {}), "cpu")
+    layers = model_config(config.model).num_hidden_layers
+    for first, rows in ((0, 2), (2, 1)):
+        signs: list[float] = []
+        actor.progress = signs.append  # type: ignore[method-assign]
+        actor({"first": first, "rows": rows})
+        tokens = max(actor.store.read_shard(first)["new_tokens"].to_pylist())
+        assert tokens > 1
+        shares = [rows * token / config.evaluate.max_new_tokens for token in range(1, tokens + 1)]
+        assert signs == [share for share in shares for _ in range(layers)]
+
+
+def test_an_actor_that_judges_reports_each_verdict(tmp_path: Path, tiny_chat: ChatTokenizer) -> None:
+    config, run = configured(tmp_path, "http://127.0.0.1:9/v1"), RunDir(tmp_path / "run")
+    config = config.model_copy(
+        update={"evaluate": config.evaluate.model_copy(update={"judge": StringMatchingConfig()})}
+    )
+    answers, scores = answer_store(run, "base", {}), verdict_store(config, run, "base", {})
+    rows = [asdict(Response(item.item_id, "Cross.", 1)) for item in planned_items(config)]
+    answers.write(0, pa.Table.from_pylist(rows, schema=RESPONSE_SCHEMA))
+    judge, signs = ShardJudge(config, answers, scores, reply_store(run, "base", {}), "cpu"), []
+    judge.progress = signs.append  # type: ignore[method-assign]
+    judge({"first": 0, "rows": 3})
+    assert signs == [1, 2, 3]
 
 
 def test_the_fields_of_a_model_are_no_others(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from bdpo.storage.manifests import write_manifest
 from bdpo.storage.run_dir import RunDir
 from pipelines.attack import AttackBase, AttackTrained, print_attacks
 from pipelines.report import timed_stages
+from pipelines.runtime.pool import InProcess
+from pipelines.runtime.watched_actor import part_name
 from pipelines.status import run_status
 from tests.support.attacks import (
     GOAL,
@@ -107,6 +110,19 @@ def test_an_interrupted_attack_resumes_to_the_same_artifact(
         "requests": REQUESTS,
         "valid": True,
     }
+
+
+def test_an_attack_gives_signs_of_life_within_each_request(tmp_path: Path, tiny_chat: ChatTokenizer) -> None:
+    config, begun = attack_config(tmp_path, tiny_chat, **KINDS[0]), []
+
+    def begins(kind: str, what: str, at_least: float = 0.0) -> None:
+        begun.append((kind, what))
+
+    stage = AttackBase(config, RunDir(config.run_dir), executor=InProcess(begins=begins))
+    stage.complete()
+    parts = Counter(what for kind, what in begun if kind == f"part of {stage.name}")
+    assert parts.keys() == {part_name(first, 1) for first in range(REQUESTS)}
+    assert min(parts.values()) > 2
 
 
 def test_the_attacks_of_a_run_folder_have_a_state_and_a_cost(tmp_path: Path) -> None:

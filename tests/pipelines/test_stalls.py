@@ -12,12 +12,13 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from bdpo.errors import UserError
+from pipelines.runtime import progress
 from pipelines.runtime.cluster import connect
 from pipelines.runtime.pool import InProcess, RayPool, ShardWork
 from pipelines.runtime.stalls import NoRoom, Reporter, watched_tasks, watching
 from pipelines.runtime.work_times import PAUSED, Worker
 from tests.support.ray_nodes import wait_until
-from tests.support.stalling import SHARDS, Refusing, Stalling, stalls_once
+from tests.support.stalling import SHARDS, Refusing, Slow, Stalling, stalls_once
 
 
 def started():
@@ -91,6 +92,54 @@ def test_a_pool_replaces_an_actor_that_stands_still(tmp_path, capsys, way, at):
 
 
 @pytest.mark.ray
+def test_a_shard_may_take_longer_than_the_limit_while_its_actor_gives_signs_of_life(
+    tmp_path, capsys, monkeypatch
+):
+    """Its progress is shown meanwhile. An actor that gives no sign any more stands still."""
+    monkeypatch.setattr(progress, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.5)
+    limit = 4.0  # of a shard, as soon as the first one has ended
+    work = ShardWork("score", Slow, {"folder": tmp_path, "seconds": 2 * limit}, None, 300, 100)
+    RayPool("score", 1, 0, limit).make_shards(work, [(first, 100) for first in (0, 100, 200)], 0)
+    shown = capsys.readouterr().out
+    stalled = int((tmp_path / "stalled").read_text())
+    assert [file.name for file in tmp_path.glob("100.*")] == [f"100.{stalled}"]  # nobody began it again
+    assert shown.count("stands still") == 1
+    assert f"worker {stalled} on " in shown
+    assert "stands still: a part of the shard of rows 200 to 299 has taken" in shown
+    assert " 0/300 " in shown
+    assert " 140/300 " in shown or " 40/300 " in shown  # Ray Data may return a shard late
+    assert " 240/300 " not in shown
+    assert shown.splitlines()[-1].split()[2] == "300/300"
+
+
+@pytest.mark.ray
+def test_what_a_process_does_many_times_a_second_is_reported_once_a_second():
+    connect()
+
+    @ray.remote(num_cpus=0)
+    class Noted:
+        def __init__(self):
+            self.begun = []
+
+        def begin(self, worker, kind, what, at_least=0.0, rows=0.0):
+            self.begun.append((kind, rows))
+
+        def all(self):
+            return self.begun
+
+    noted = Noted.remote()
+    reporter = Reporter(noted)
+    for row in range(1000):
+        reporter.begin("part", "a part of it", rows=row)
+    reporter.begin(PAUSED, "its wait")
+    reporter.begin("part", "a part of it", rows=1000)
+    first, *between, pause, last = ray.get(noted.all.remote())
+    assert (first, pause, last) == (("part", 0), (PAUSED, 0.0), ("part", 1000))
+    assert len(between) < 100
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize(("at_start", "attempts"), [(True, "start "), (False, "shard ")])
 def test_what_the_user_has_to_correct_ends_a_stage_at_its_first_attempt(tmp_path, at_start, attempts):
     """Not after as many shards, or dead actors, as a stage may lose, each of which may load a model."""
@@ -158,7 +207,7 @@ def test_the_room_of_a_training_whose_controller_died_is_given_back():
         watched.release()  # of what is given back nothing is left
 
 
-def test_a_process_reports_every_shard_that_it_makes_and_pauses_between():
+def test_a_process_reports_every_shard_and_the_signs_of_life_in_it_and_pauses_between():
     begun = []
 
     class Actor:
@@ -166,6 +215,7 @@ def test_a_process_reports_every_shard_that_it_makes_and_pauses_between():
             begun.append("made")
 
         def __call__(self, shard):
+            self.progress(1.5)
             if shard["first"] == 4:
                 raise ZeroDivisionError
 
@@ -180,6 +230,8 @@ def test_a_process_reports_every_shard_that_it_makes_and_pauses_between():
         ("start of judge trained", "its start"),
         "made",
         ("judge trained", "the shard of rows 0 to 3", 70.0),
+        ("part of judge trained", "a part of the shard of rows 0 to 3", 70.0),
         ("judge trained", "the shard of rows 4 to 5", 70.0),
+        ("part of judge trained", "a part of the shard of rows 4 to 5", 70.0),
         (PAUSED, "its work between shards"),
     ]

@@ -11,7 +11,9 @@ from pipelines.runtime.work_times import (
     PAUSED,
     ROOM_SECONDS,
     SLOWER,
+    START,
     UNKNOWN,
+    AtWork,
     RoomWait,
     Stall,
     Worker,
@@ -114,3 +116,24 @@ def test_work_waits_for_room_while_no_worker_is_at_work():
 def test_a_wait_for_room_has_an_hour_at_least():
     assert WorkTimes(60).room_wait(5) == RoomWait(5, ROOM_SECONDS)
     assert ROOM_SECONDS == 3600
+
+
+def test_what_there_is_to_show_are_the_rows_of_those_that_have_some():
+    times = WorkTimes(1)
+    assert times.at_work() == AtWork()
+    times.begin(A, START, "its start", 0)
+    times.begin(B, "part", "a part of it", 0, rows=3.5)
+    assert times.at_work() == AtWork(workers=2, starting=1, rows={"a part of it": 3.5})
+    times.forget(B, 1, stalled=True)
+    assert times.at_work() == AtWork(workers=1, starting=1)
+
+
+def test_the_first_sign_of_life_makes_the_limit_that_of_a_part():
+    """A worker that stands still in its first shard is noticed ten times as soon after two signs."""
+    times = WorkTimes(60)
+    times.begin(A, "shard", "rows", 0)
+    times.begin(A, "part", "a part", 100)
+    times.begin(A, "part", "a part", 110)
+    assert not times.stalled(170)
+    (stall,) = times.stalled(171)
+    assert (stall.what, stall.limit, stall.slowest) == ("a part", 60, 10)

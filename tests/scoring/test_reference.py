@@ -248,6 +248,30 @@ def test_a_model_that_an_actor_cannot_load_is_said_in_one_line(make_run, tmp_pat
     assert not run.scores.exists()
 
 
+def test_an_actor_that_scores_gives_signs_of_life_within_each_forward_and_counts_its_rows(make_run):
+    config, run = make_run(invented_pairs(9), score={"tokens_per_batch": 300})
+    actor, signs, forwards = ShardScorer(config, run, score_fingerprint(config, run), "cpu"), [], []
+    actor.progress = signs.append
+    actor.scorer.model.register_forward_pre_hook(lambda *_: forwards.append(len(signs)))
+    actor({"first": 2, "rows": 7})
+    layers = actor.scorer.model.model.config.num_hidden_layers
+    assert len(forwards) > 4
+    assert len(signs) == 1 + len(forwards) * (layers + 1)
+    assert signs == sorted(signs)
+    assert (signs[0], signs[-1]) == (0, pytest.approx(7))
+    assert len(set(signs)) == 1 + len(forwards)
+
+
+def test_rows_that_are_scored_alone_count_once(make_run):
+    rows = invented_pairs(8)
+    config, run = make_run([with_mark(row, RAISES) if n == 5 else row for n, row in enumerate(rows)])
+    actor, signs = UnluckyScorer(config, run, score_fingerprint(config, run), "cpu"), []
+    actor.progress = signs.append
+    actor({"first": 0, "rows": 8})
+    assert signs[-1] == pytest.approx(8)
+    assert max(signs) == signs[-1]
+
+
 def test_a_shard_that_comes_again_after_its_commit_is_not_forwarded_again(make_run):
     config, run = make_run(invented_pairs(9))
     actor = ShardScorer(config, run, score_fingerprint(config, run), "cpu")

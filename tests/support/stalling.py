@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdpo.errors import UserError
-from bdpo.storage.shards import Shard
+from bdpo.storage.shards import Shard, ShardActor
 
 SHARDS = 6
 
@@ -66,6 +66,30 @@ class Stalling:
         if here == self.at and not once.exists():
             once.write_text(str(os.getpid()))
             WAYS[self.way]()
+
+
+class Slow(ShardActor):
+    """Of three shards of 100 rows the second takes `seconds`, with signs of life; in the third it stops once.
+
+    `folder` gets the pid of each process that begins a shard, and of the one that stops.
+    """
+
+    def __init__(self, folder: Path, seconds: float, device: str) -> None:
+        self.folder, self.seconds = folder, seconds
+
+    def __call__(self, shard: Shard) -> Shard:
+        """The shard, noted in the folder."""
+        first, begun = int(shard["first"]), time.monotonic()
+        (self.folder / f"{first}.{os.getpid()}").touch()
+        self.progress(0)
+        while first == 100 and time.monotonic() - begun < self.seconds:
+            time.sleep(0.05)
+            self.progress(40)
+        once = self.folder / "stalled"
+        if first == 200 and not once.exists():
+            once.write_text(str(os.getpid()))
+            stop()
+        return shard
 
 
 class Refusing:

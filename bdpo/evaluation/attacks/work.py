@@ -19,7 +19,7 @@ from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint
 from bdpo.storage.paths import StoragePath
 from bdpo.storage.run_dir import RunDir
-from bdpo.storage.shards import Shard, ShardStore
+from bdpo.storage.shards import Shard, ShardActor, ShardStore
 
 if TYPE_CHECKING:
     from bdpo.evaluation.attacks.attacked import AttackedModel
@@ -59,7 +59,7 @@ def state_folder(run: RunDir, kind: str, name: str) -> StoragePath:
     return run.attack_texts(kind, name) / "state"
 
 
-class _Worker:
+class _Worker(ShardActor):
     """An actor with the model under attack; loaded on first use, so that a fault is the task's own."""
 
     def __init__(
@@ -73,8 +73,10 @@ class _Worker:
     def workplace(self) -> Workplace:
         """The model and the judge, loaded."""
         from bdpo.evaluation.attacks.attacked import AttackedModel
+        from bdpo.models.layers import before_each_layer
 
         attacked: AttackedModel = AttackedModel.load(self.config, self.model, self.device)
+        before_each_layer(attacked.logps, lambda: self.progress(0.0))
         return Workplace(self.config, attacked, self.state, json_digest(self.store.fingerprint))
 
 
