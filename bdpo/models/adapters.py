@@ -5,23 +5,26 @@ Other kinds of adapters are left out. Requires `peft` (extra `lora`).
 
 from __future__ import annotations
 
+import difflib
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bdpo.config import SANDBOX, Config, LoraConfig, ModelConfig
 from bdpo.errors import UserError, escaped, first_line
 from bdpo.models.folders import named_folder, read_json_object, require_readable_files
-from bdpo.models.loading import architecture, load_model, model_folder, require_finite
-from bdpo.models.weight_files import require_finite_files, some_names, tensor_types
+from bdpo.models.loading import load_model, model_folder, require_finite, without_weights
+from bdpo.models.weight_files import counted, require_finite_files, tensor_types
 from bdpo.storage.checksums import require_checksums
 from bdpo.storage.digests import files_digest
 from bdpo.storage.paths import local_path
 
 if TYPE_CHECKING:
+    import peft
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_PROBE_TOKENS = 32
 
 
 def adapter_folder(name: str, key: str) -> Path:
@@ -54,15 +59,15 @@ def adapter_digest(folder: Path) -> str:
 
 
 def require_complete_adapter(folder: Path, base: ModelConfig, key: str = "model.name_or_path") -> None:
-    """Make sure that an adapter is one of its base, complete and finite; the base's weights are not read.
+    """Make sure that an adapter is one of its base, complete and finite, and of a kind that can be merged.
 
-    `key` is where the base is named, for errors.
+    The base's weights are not read. `key` is where the base is named, for errors.
 
     Raises:
         UserError: it is not; the tensors are named.
     """
     require_finite_files([folder / _WEIGHTS], folder)
-    _adapted(_without_weights(base, key), folder, base.name_or_path)
+    _merged(_adapted(without_weights(model_folder(base, key), base), folder, base.name_or_path), folder)
 
 
 def base_of(folder: Path) -> ModelConfig:
@@ -86,43 +91,112 @@ def base_of(folder: Path) -> ModelConfig:
 def load_adapted(base: ModelConfig, folder: Path, key: str = "model.name_or_path") -> PreTrainedModel:
     """The base model with the adapter merged into its weights, in the base's dtype.
 
+    What is merged is compared with what PEFT computes with the adapter beside its base: log-probs of some
+    tokens agree to rounding.
+
     Raises:
-        UserError: `peft` is not installed, or the adapter does not fit the model.
+        UserError: `peft` is not installed, or the adapter does not fit the model, cannot be merged, or would
+            be another model when merged.
     """
+    from bdpo.models.logps import ROUNDING
+
     adapted = _adapted(load_model(model_folder(base, key), base), folder, base.name_or_path)
-    merged: PreTrainedModel = adapted.merge_and_unload()
+    expected = _probe(adapted)
+    merged = _merged(adapted, folder)
     require_finite(merged, folder)
+    distance = float((_probe(merged) - expected).abs()) / _PROBE_TOKENS**0.5
+    if not distance <= ROUNDING[base.dtype]:
+        raise UserError(
+            f"{folder}: merged into {escaped(base.name_or_path)} the adapter is another model: log-probs "
+            f"of {_PROBE_TOKENS} tokens, summed and over the root of their number, are {distance:.3g} nats "
+            "from what PEFT computes without merging"
+        )
     return merged
+
+
+def _merged(adapted: PeftModel, folder: Path) -> PreTrainedModel:
+    """The model with its adapter in its weights, in place.
+
+    Raises:
+        UserError: it is an adapter of another kind.
+    """
+    config = adapted.active_peft_config
+    if config.is_prompt_learning:
+        raise UserError(f"{folder}: cannot be merged: {config.peft_type.value} is not an adapter of weights")
+    _untie(adapted)
+    try:
+        merged: PreTrainedModel = adapted.merge_and_unload()
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+        _raise_out_of_memory(error)
+        raise UserError(f"{folder}: cannot be merged ({first_line(error)})") from None
+    return merged
+
+
+def _untie(adapted: PeftModel) -> None:
+    """Give an adapted embedding, or output head, a tensor of its own.
+
+    PEFT adapts one of the two. Merged into a tensor that they share it would adapt both (peft#2018).
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model: Any = adapted.get_base_model()
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if any(isinstance(end, BaseTunerLayer) for end in ends):
+        bases: list[Any] = [getattr(end, "base_layer", end) for end in ends]
+        inner, head = bases
+        if inner.weight is head.weight:
+            head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+            model.config.tie_word_embeddings = False
+
+
+def _probe(model: Any) -> torch.Tensor:
+    """The log-prob of tokens from all over the vocabulary, each after those before it: their sum, float64."""
+    import torch
+
+    size = model.get_input_embeddings().weight.shape[0]
+    ids = torch.linspace(0, size - 1, _PROBE_TOKENS + 1).long()[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1]
+    return logits.double().log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
 
 
 def _adapted(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
     """The model, called `name`, with the adapter of a folder put into it, which changes it in place."""
     with _peft_there():
         from peft import PeftModel, get_peft_model_state_dict
-    from bdpo.models.oom import out_of_memory  # imports torch
 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*from a non-meta parameter")  # of a model without weights
             adapted = PeftModel.from_pretrained(model, folder, torch_device="cpu")
     except Exception as error:  # of classes that read what a file of somebody else holds
-        if out_of_memory(error):
-            raise
+        _raise_out_of_memory(error)
         reason = f"unknown value {error}" if isinstance(error, KeyError) else first_line(error)
         raise UserError(f"{folder}: does not fit {escaped(name)} as an adapter ({reason})") from None
     _refuse_incomplete(folder, set(get_peft_model_state_dict(adapted)))
     return adapted
 
 
+def _raise_out_of_memory(error: Exception) -> None:
+    """Raise an error that is none of the adapter."""
+    from bdpo.models.oom import out_of_memory  # imports torch
+
+    if out_of_memory(error):
+        raise error
+
+
 def _refuse_incomplete(folder: Path, expected: set[str]) -> None:
     """PEFT leaves a tensor that is missing as it was made up, and warns."""
     there = set(tensor_types(folder / _WEIGHTS))
     # Of an adapted embedding PEFT counts the base model's weight among its own.
-    expected, there = ({name for name in names if ".base_layer." not in name} for names in (expected, there))
-    wrong = {"missing": expected - there, "unknown to the model": there - expected}
-    found = [f"{len(names)} {what} ({some_names(sorted(names))})" for what, names in wrong.items() if names]
-    if found:
-        raise UserError(f"{folder}: not a complete adapter: tensors {'; '.join(found)}")
+    expected, there = (
+        {name for name in names if not name.endswith(".base_layer.weight")} for names in (expected, there)
+    )
+    if found := counted(
+        {"missing": sorted(expected - there), "unknown to the model": sorted(there - expected)}
+    ):
+        raise UserError(f"{folder}: not a complete adapter: tensors {found}")
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig, base: ModelConfig, seed: int) -> None:
@@ -150,6 +224,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, base: ModelConfig, seed: 
         model.add_adapter(config)
     except ValueError as error:
         raise UserError(f"train.lora.target_modules={lora.target_modules}: {first_line(error)}") from None
+    _require_targets(model, lora, config)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     adapted = [model.get_output_embeddings(), model.get_input_embeddings()]
     if tied and any(isinstance(module, BaseTunerLayer) for module in adapted):
@@ -164,6 +239,25 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, base: ModelConfig, seed: 
     if base.name_or_path != SANDBOX and not local_path(base.name_or_path).is_dir():
         # From the hub: the adapter is of that model, not of its snapshot on this machine.
         config.base_model_name_or_path, config.revision = base.name_or_path, base.revision
+
+
+def _require_targets(model: PreTrainedModel, lora: LoraConfig, config: peft.LoraConfig) -> None:
+    """PEFT adapts what some of the names fit, and says nothing of those that fit no module.
+
+    Raises:
+        UserError: there are such names; the first of them is named with the nearest that fits.
+    """
+    # Of experts, whose weights are parameters of one module, PEFT has taken the names out of its config.
+    left = config.target_modules if isinstance(lora.target_modules, list) else ()
+    modules = {name for name, _ in model.named_modules()}
+    for target in sorted(left or ()):
+        if not any(f".{name}".endswith(f".{target}") for name in modules):
+            near = difflib.get_close_matches(target, {name.rpartition(".")[2] for name in modules}, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"train.lora.target_modules={lora.target_modules}: no module of the model is called "
+                f"{escaped(target)}{hint}"
+            )
 
 
 def export_merged(base: ModelConfig, adapter: Path, chat: ChatTokenizer, folder: Path) -> None:
@@ -181,21 +275,9 @@ def check_lora(config: Config) -> None:
     if config.train.lora:
         import torch
 
-        model = _without_weights(config.model, "model.name_or_path")
+        model = without_weights(model_folder(config.model), config.model)
         with torch.device("meta"):
             add_lora(model, config.train.lora, config.model, config.seed)
-
-
-def _without_weights(model: ModelConfig, key: str) -> PreTrainedModel:
-    """A model on PyTorch's meta device, which has shapes alone."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        built: PreTrainedModel = AutoModelForCausalLM.from_config(
-            architecture(model_folder(model, key), model), trust_remote_code=model.trust_remote_code
-        )
-    return built
 
 
 @contextmanager

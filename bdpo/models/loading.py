@@ -20,14 +20,16 @@ from packaging.version import InvalidVersion, Version
 from bdpo.config import SANDBOX, Config, ModelConfig
 from bdpo.errors import UserError, escaped, first_line
 from bdpo.models.folders import OWN_CODE, named_folder, require_readable_files
-from bdpo.models.transformers_private import set_attention, supports_sdpa
+from bdpo.models.transformers_private import places_of, set_attention, supports_sdpa
 from bdpo.models.weight_files import (
     UNQUANTISED,
+    counted,
+    files_of_tensors,
     is_finite,
     not_finite,
+    require_numbered,
     require_one_value,
     require_weight_files,
-    some_names,
 )
 from bdpo.sandbox import sandbox_seed
 from bdpo.storage.cache import cached_copy
@@ -143,6 +145,8 @@ def _not_loaded(folder: Path, error: Exception) -> UserError:
     if "does not recognize this architecture" in text or "Unrecognized model in" in text:
         return UserError(f"{folder}: transformers {_version('transformers')} knows no model of this type")
     reason = f"unknown value {error}" if isinstance(error, KeyError) else first_line(error)
+    if "automatic conversion" in text:  # its report would follow, which `_quiet` hides
+        reason = "some of the tensors that it puts together are missing, or of another shape"
     return UserError(f"{folder}: cannot be loaded as a causal language model ({reason})")
 
 
@@ -227,6 +231,7 @@ def require_complete_weights(model: ModelConfig, key: str = "model.name_or_path"
 
 def _require_complete(folder: Path, model: ModelConfig) -> None:
     """The same of the model in a folder."""
+    require_numbered(folder, places_of(without_weights(folder, model), files_of_tensors(folder)))
     # `ignore_mismatched_sizes`, so that the report has them all.
     loaded, report = _from_pretrained(folder, model, device_map="meta", ignore_mismatched_sizes=True)
     _refuse_incomplete(folder, report)
@@ -235,6 +240,24 @@ def _require_complete(folder: Path, model: ModelConfig) -> None:
         require_one_value(folder, {*tied, *(name.removeprefix(prefix) for name in tied)})
     if note := newer_than_installed(loaded.config):
         warn_once(f"{folder}: {note}")
+
+
+def without_weights(folder: Path, model: ModelConfig) -> PreTrainedModel:
+    """The model of a folder on PyTorch's meta device, where it has shapes alone.
+
+    Raises:
+        UserError: transformers cannot build it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shape, auto = architecture(folder, model), AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            built: PreTrainedModel = auto.from_config(shape, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # as in `architecture`
+        raise _not_loaded(folder, error) from None
+    return built
 
 
 def _from_pretrained(folder: Path, model: ModelConfig, **settings: Any) -> tuple[Any, dict[str, Any]]:
@@ -283,10 +306,8 @@ def _refuse_incomplete(folder: Path, report: dict[str, Any]) -> None:
         "of another shape": sorted(name for name, *_ in report["mismatched_keys"]),
         "unknown to the architecture": sorted(report["unexpected_keys"]),
     }
-    found = [f"{len(names)} {what} ({some_names(names)})" for what, names in wrong.items() if names]
-    found += [first_line(Exception(message)) for message in report["error_msgs"]]
-    if found:
-        raise UserError(f"{folder}: the weights are not those of the model: tensors {'; '.join(found)}")
+    if found := "; ".join(filter(None, [counted(wrong), *map(escaped, report["error_msgs"])])):
+        raise UserError(f"{folder}: the weights are not those of the model: tensors {found}")
 
 
 def require_finite(model: PreTrainedModel, folder: Path) -> None:

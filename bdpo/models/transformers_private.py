@@ -7,11 +7,12 @@ what transformers itself does.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from jinja2.nodes import Template
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def supports_sdpa(shape: PreTrainedConfig) -> bool:
@@ -44,3 +45,31 @@ def parsed_template(template: str) -> Template:
 
     environment: Any = _compile_jinja_template(template).environment
     return cast("Template", environment.parse(template))
+
+
+def places_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+    """Tensor of a model -> pattern -> the tensors of files that are loaded into it, in their order there.
+
+    A pattern with `*` is of tensors that are put together, such as those of experts; another one is the name
+    of a tensor that is taken as it is. Tensors that have no place in the model are left out.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    expected: dict[str, Any] = model.state_dict()
+    places: dict[str, dict[str, list[str]]] = {}
+    for name in sorted(names, key=dot_natural_key):
+        place, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+        if place not in expected and name in expected:
+            place, pattern = rename_source_key(name, [], [], model.base_model_prefix, expected)
+        if place in expected:
+            places.setdefault(place, {}).setdefault(pattern or place, []).append(name)
+    return places

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,6 +113,11 @@ def tensor_types(file: Path) -> dict[str, str]:
         raise UserError(f"{file}: damaged weights ({first_line(error)})") from None
 
 
+def files_of_tensors(folder: Path) -> dict[str, Path]:
+    """Tensor -> the file that it is in, of all that are read."""
+    return {name: file for file in weight_files(folder) for name in tensor_types(file)}
+
+
 def _plain_tensors(file: Path) -> set[str]:
     """The names of the tensors in a file, whose weights are plain floats.
 
@@ -125,6 +131,49 @@ def _plain_tensors(file: Path) -> set[str]:
     return set(kinds)
 
 
+def require_numbered(folder: Path, places: Mapping[str, Mapping[str, list[str]]]) -> None:
+    """Make sure that each tensor of the files is loaded where its name says.
+
+    transformers puts the tensors of experts together in the order of their numbers, whatever these are: a
+    tensor of another number would be that of another expert. Of two tensors for one place it drops one.
+
+    `places` is what `bdpo.models.transformers_private.places_of` finds for the tensors of the files.
+
+    Raises:
+        UserError: it is not so, or experts differ in their shapes; the tensors are named.
+    """
+    shapes = {name: shape for file in weight_files(folder) for name, shape in _shapes(file).items()}
+    missing, too_many, mis_shaped = set(), set(), []
+    for patterns in places.values():
+        count = max(map(len, patterns.values()))
+        for pattern, names in patterns.items():
+            expected = _numbered(names[0], count) if "*" in pattern else {names[0]}
+            missing |= expected - set(names)
+            too_many |= set(names) - expected
+            ((usual, _),) = Counter(shapes[name] for name in names).most_common(1)
+            mis_shaped += [name for name in names if shapes[name] != usual]
+    wrong = {
+        "missing": sorted(missing),
+        "without a place of their own": sorted(too_many),
+        "of another shape than the others of their kind": mis_shaped,
+    }
+    if found := counted(wrong):
+        raise UserError(f"{folder}: the weights are not those of the model: tensors {found}")
+
+
+def _numbered(first: str, count: int) -> set[str]:
+    """The names of which the first is given, with the numbers from 0 on in the place of its last number."""
+    last = re.fullmatch(r"(.*\.)\d+(\..*)", first)
+    return {f"{last[1]}{number}{last[2]}" for number in range(count)} if last else {first}
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="numpy") as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
 def require_one_value(folder: Path, tied: Iterable[str]) -> None:
     """Make sure that tensors which config.json ties are equal, where the files hold more than one of them.
 
@@ -134,7 +183,7 @@ def require_one_value(folder: Path, tied: Iterable[str]) -> None:
     Raises:
         UserError: two of them differ; they are named.
     """
-    there = {name: file for file in weight_files(folder) for name in tensor_types(file)}
+    there = files_of_tensors(folder)
     for one, other in pairwise(sorted(there.keys() & set(tied))):
         if not _equal((there[one], one), (there[other], other)):
             raise UserError(
@@ -187,6 +236,12 @@ def is_finite(values: torch.Tensor) -> bool:
 def not_finite(folder: Path, tensors: list[str]) -> UserError:
     """The refusal of weights that are not finite."""
     return UserError(f"{folder}: NaN or infinite weights in {len(tensors)} tensors ({some_names(tensors)})")
+
+
+def counted(wrong: Mapping[str, list[str]]) -> str:
+    """What is wrong with how many tensors, which of them are named; empty where there are none."""
+    found = (f"{len(names)} {what} ({some_names(names)})" for what, names in wrong.items() if names)
+    return "; ".join(found)
 
 
 def some_names(names: list[str]) -> str:

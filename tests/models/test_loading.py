@@ -241,6 +241,87 @@ def test_a_judge_of_such_weights_is_refused(damaged, damage):
         load_finetuned_judge(name, on_gpu=False)
 
 
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def without(name):
+    return lambda weights: {one: weight for one, weight in weights.items() if one != name}
+
+
+def called(old, new):
+    return lambda weights: {name.replace(old, new): weight for name, weight in weights.items()}
+
+
+def cut(name):
+    return lambda weights: weights | {name: weights[name][:-1].clone()}
+
+
+# Of 12 experts, so that the order of numbers is not that of text.
+DAMAGED_EXPERTS = {
+    "one tensor missing": (
+        without(f"{EXPERTS}.1.up_proj.weight"),
+        rf"tensors 1 missing \({EXPERTS}\.1\.up_proj\.weight\)$",
+    ),
+    "last missing": (
+        without(f"{EXPERTS}.11.down_proj.weight"),
+        r"tensors 1 of another shape \(model\.layers\.0\.mlp\.experts\.down_proj\)$",
+    ),
+    "renamed": (
+        called(f"{EXPERTS}.1.", f"{EXPERTS}.19."),
+        rf"tensors 3 missing \({EXPERTS}\.1\.down.*\); 3 without a place of their own \({EXPERTS}\.19\.down",
+    ),
+    "one tensor renamed": (
+        called(f"{EXPERTS}.1.down", f"{EXPERTS}.19.down"),
+        rf"1 missing \({EXPERTS}\.1\.down.*\); 1 without a place of their own \({EXPERTS}\.19\.down",
+    ),
+    "not a number": (
+        called(f"{EXPERTS}.1.up", f"{EXPERTS}.one.up"),
+        rf"1 missing \({EXPERTS}\.1\.up.*\); 1 without a place of their own \({EXPERTS}\.one\.up",
+    ),
+    "another number of digits": (
+        called(f"{EXPERTS}.1.up", f"{EXPERTS}.01.up"),
+        rf"1 missing \({EXPERTS}\.1\.up.*\); 1 without a place of their own \({EXPERTS}\.01\.up",
+    ),
+    "of another shape": (
+        cut(f"{EXPERTS}.1.up_proj.weight"),
+        rf"tensors 1 of another shape than the others of their kind \({EXPERTS}\.1\.up_proj\.weight\)$",
+    ),
+    "all of a kind missing": (
+        lambda weights: {one: weight for one, weight in weights.items() if ".up_proj." not in one},
+        r"some of the tensors that it puts together are missing, or of another shape",
+    ),
+    "two for one place": (
+        lambda weights: weights | {"norm.weight": weights["model.norm.weight"] + 1},
+        r"tensors 1 without a place of their own \(norm\.weight\)$",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts")
+    shape = tiny("qwen3_moe").config
+    shape.update({"num_experts": 12, "num_local_experts": 12})
+    transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", DAMAGED_EXPERTS)
+def test_a_tensor_of_an_expert_is_loaded_where_its_name_says(experts, tmp_path, name):
+    """transformers puts them together in their order, whatever their numbers are."""
+    change, reason = DAMAGED_EXPERTS[name]
+    weights = load_file(experts / "model.safetensors")
+    file, model = tmp_path / "model.safetensors", ModelConfig(name_or_path=str(tmp_path), dtype="float32")
+    (tmp_path / "config.json").write_bytes((experts / "config.json").read_bytes())
+    save_file(weights, file, {"format": "pt"})
+    require_complete_weights(model)
+    save_file(change(weights), file, {"format": "pt"})
+    with pytest.raises(UserError, match=reason):
+        require_complete_weights(model)
+    with pytest.raises(UserError, match=reason):
+        load_model(tmp_path, model)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_complete_model_is_loaded(tmp_path, tied):
     """Of tied weights a file has one name, or both."""

@@ -6,18 +6,22 @@ import re
 import tomllib
 
 import pytest
+import torch
 from jinja2 import TemplateError
 from packaging.requirements import Requirement
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MptConfig
 
 from bdpo.models import transformers_private
 from bdpo.models.transformers_private import (
     attention_of_config,
     parsed_template,
+    places_of,
     set_attention,
     supports_sdpa,
 )
 from tests.support import ROOT
+from tests.support.architectures import tiny
 from tests.support.chats import byte_tokenizer
 
 TINY = {
@@ -72,3 +76,28 @@ def test_a_template_is_parsed_as_it_is_rendered():
 def test_a_text_that_is_no_template_is_refused():
     with pytest.raises(TemplateError):
         parsed_template("{% for")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bloom", "mixtral", "qwen3_moe", "granitemoe"])
+def test_a_tensor_has_the_place_that_from_pretrained_gives_it(tmp_path, model_type):
+    """Each tensor of a file is set to a number of its own, which is found again in its place."""
+    tiny(model_type).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    saved = load_file(file)
+    marks = {name: float(mark) for mark, name in enumerate(sorted(saved), 1)}
+    save_file({name: torch.full_like(saved[name], marks[name]) for name in saved}, file, {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    places = places_of(model, [*saved, "of.no.place"])
+    assert sorted(name for of in places.values() for names in of.values() for name in names) == sorted(saved)
+    state = model.state_dict()
+    for place, patterns in places.items():
+        expected = [marks[name] for names in zip(*patterns.values(), strict=True) for name in names]
+        found = state[place].unique_consecutive().tolist()
+        assert found == expected
+        merged = len(expected) > 1
+        assert all(("*" in pattern) == merged for pattern in patterns)
+
+
+def test_a_name_may_lack_the_prefix_of_the_base_model():
+    model = tiny("llama")
+    assert places_of(model, ["norm.weight"]) == {"model.norm.weight": {"model.norm.weight": ["norm.weight"]}}
