@@ -42,7 +42,8 @@ from bdpo.config import load_config
 from bdpo.sandbox import with_sandbox_files
 from bdpo.scoring.scores import read_scores
 from bdpo.storage.run_dir import RunDir
-from bdpo.training.loop import Launcher, train
+from bdpo.training.launcher import Launcher
+from bdpo.training.loop import train
 
 config = with_sandbox_files(load_config(sys.argv[1]))
 run = RunDir(config.run_dir)

@@ -18,7 +18,7 @@ from benchmarks.simulated import QUICK, Lines, Size, Trainers, config_of, table,
 
 HIDDEN_SIZE, TOKENS_PER_SECOND = 3584, 10_000  # of a 7B model; trained on an H200 at 42 % of its peak
 
-STALL = 1.3  # seconds for which training stops for each GB of a worker's part of a checkpoint
+STALL = 0.17  # seconds in which a GB of a part of a checkpoint is copied: `benchmarks.saving`, on CPU
 
 MODELS: dict[str, dict[str, Any]] = {
     "7B": memory.KNOWN_SHAPES["Qwen/Qwen2-7B-Instruct"],
@@ -34,7 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-SAVE_STEPS = (10, 50, 200, 1000, 5000)
+SAVE_MINUTES = (0.5, 2, 5, 15, 60)
 
 GPU = 79  # GiB of a GPU of 80 GB, of which a tenth is left free
 
@@ -98,7 +98,7 @@ def _held_out(size: Size) -> str:
 
 
 def of_checkpoints(size: Size) -> Lines:
-    """What losses and checkpoints cost a training, by the steps between checkpoints."""
+    """What losses and checkpoints cost a training, by the minutes between checkpoints."""
     config, steps = config_of(model={"name_or_path": "m", "dtype": "bfloat16"}), 200_000
     whole = memory.checkpoint_bytes(config, shape_of("7B"))
     rows = [
@@ -106,15 +106,16 @@ def of_checkpoints(size: Size) -> Lines:
         "12 hours (spot) or 1,000: share of the time that is lost or spent on checkpoints of "
         f"{whole / 1e9:.0f} GB.",
         *table(
-            "nodes", "hours between losses", *(f"save_steps={n}" for n in SAVE_STEPS), "losses, hours at 50"
+            "nodes", "hours between losses", *(f"{n} minutes" for n in SAVE_MINUTES), "losses, hours at 15"
         ),
     ]
     for nodes in size.nodes:
         for hours in (12, 1000):
             trainers = Trainers(nodes, 8 * 300 / TOKENS_PER_SECOND, STALL * whole / 1e9 / (8 * nodes), hours)
-            done = {save: trained(trainers, steps, save) for save in SAVE_STEPS}
-            cells = [f"{1 - one.useful / one.seconds:.1%}" for one in done.values()]
-            shown = done[50]
+            saves = [round(60 * minutes / trainers.step_seconds) for minutes in SAVE_MINUTES]
+            done = [trained(trainers, steps, save_steps) for save_steps in saves]
+            cells = [f"{1 - one.useful / one.seconds:.1%}" for one in done]
+            shown = done[SAVE_MINUTES.index(15)]
             rows.append(
                 f"| {nodes} | {hours} | {' | '.join(cells)} | {shown.losses}, {shown.seconds / 3600:.1f} |"
             )

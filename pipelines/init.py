@@ -122,7 +122,7 @@ def plan(model: str, data: str, hardware: Hardware) -> tuple[Config, Found]:
         "global_batch_size": 64 if found.rows >= 640 else 16,
         "learning_rate": 1e-6,
         "gradient_checkpointing": False,
-        "save_steps": 50,
+        "save_minutes": 15.0,
     }
     if hardware.gpu_memory:
         values["train"]["gpu_memory"] = float(hardware.gpu_memory)
@@ -153,7 +153,7 @@ NOTES = {
     "gradient_checkpointing": "true trades time for memory",
     "gpu_memory": "GiB of each GPU: a config that needs more is refused beforehand",
     "lora": "adapters instead of all weights, which no GPU here holds in training",
-    "save_steps": "a kill loses at most so many steps",
+    "save_minutes": "a kill loses at most so much work",
     "strongreject": "from github.com/alexandrasouly/strongreject",
     "xstest": "from github.com/paul-rottger/xstest",
 }
@@ -166,7 +166,7 @@ WRITTEN = {
     "score": ("workers", "gpus_per_worker"),
     "method": ("name", "alpha", "beta"),
     "train": ("workers", "gpus_per_worker", "gpu_memory", "global_batch_size", "learning_rate", "lora",
-              "gradient_checkpointing", "save_steps"),
+              "gradient_checkpointing", "save_minutes"),
     "evaluate": ("workers", "gpus_per_worker"),
 }  # fmt: skip
 """Section -> the keys that are written; all others have their defaults, which docs/config.md lists."""

@@ -182,7 +182,7 @@ def check_batches(config: Config, run: RunDir) -> str | Doubt:
             f"{found}; a pair of up to {longest} tokens is more than train.tokens_per_micro_batch="
             f"{train.tokens_per_micro_batch} and stands alone: is there memory for it?"
         )
-    if steps and train.save_steps > steps:
+    if steps and (train.save_steps or 0) > steps and not train.minutes_between_saves:
         return Doubt(f"{found}; train.save_steps={train.save_steps} saves at the end alone: lower it")
     return found
 

@@ -63,7 +63,12 @@ class TrainConfig(Section):
     report_to: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], RUNTIME_ONLY] = Field(
         ["tensorboard"], description="besides metrics.jsonl; wandb and mlflow require the extra `tracking`"
     )
-    save_steps: Annotated[Positive, RUNTIME_ONLY] = Field(100, description="steps between checkpoints")
+    save_minutes: Annotated[float | None, RUNTIME_ONLY] = Field(
+        15.0, gt=0, description="a checkpoint is due after so many minutes; not with metric_for_best_model"
+    )
+    save_steps: Annotated[Positive | None, RUNTIME_ONLY] = Field(
+        None, description="and after so many steps; the last step has a checkpoint in any case"
+    )
     save_total_limit: Annotated[Positive, RUNTIME_ONLY] = Field(
         2, description="checkpoints to keep, and the latest if it is not one"
     )
@@ -100,9 +105,14 @@ class TrainConfig(Section):
             raise ValueError("load_best_model_at_end requires metric_for_best_model")
         if self.metric_for_best_model and not self.eval_fraction:
             raise ValueError("metric_for_best_model requires held-out pairs: eval_fraction above 0")
-        if self.metric_for_best_model and self.save_steps % self.eval_steps:
+        if self.metric_for_best_model and (not self.save_steps or self.save_steps % self.eval_steps):
             raise ValueError("metric_for_best_model requires save_steps to be a multiple of eval_steps")
         return self
+
+    @property
+    def minutes_between_saves(self) -> float | None:
+        """None if checkpoints are saved by steps alone: which one is best must not depend on the clock."""
+        return None if self.metric_for_best_model else self.save_minutes
 
     @property
     def min_workers(self) -> int:

@@ -11,6 +11,8 @@ DeepSpeed is imported inside functions: it chooses its accelerator and patches t
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -149,3 +151,34 @@ def async_io_builder() -> Any:
 
     builder = get_accelerator().create_op_builder("AsyncIOBuilder")
     return builder if builder.is_compatible() else None
+
+
+def checkpoint_states(
+    engine: Any, folder: Path, tag: str, copied: Callable[[str, Any], Any]
+) -> dict[Path, Any]:
+    """What DeepSpeed would save in the files of a checkpoint, as `copied(name of the file, state)`, by file.
+
+    Every worker must call this. The states are copied while the engine saves: it may not hold them together
+    afterwards. What DeepSpeed does not write by its checkpoint engine (the name of the newest tag, states on
+    NVMe) is in `folder` then. Its own engines that write beside the training keep the states on the GPU or in
+    shared memory for a second process, wait for it at the next step, and hash nothing.
+    """
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    states: dict[Path, Any] = {}
+
+    class Copying(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
+        def save(self, state_dict: Any, path: str) -> None:
+            states[Path(path)] = copied(Path(path).name, state_dict)
+
+        def preserves_storage_sharing(self) -> bool:
+            return False  # a copy holds what is seen of a tensor alone: DeepSpeed need not clone it before
+
+    own = engine.checkpoint_engine
+    engine.checkpoint_engine = Copying(engine._config)
+    try:
+        # The parameters that LoRA freezes are in the base model already.
+        engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
+    finally:
+        engine.checkpoint_engine = own
+    return states

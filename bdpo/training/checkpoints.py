@@ -1,8 +1,10 @@
 """Checkpoints of a training: every worker writes its own part, and a list of the files in it.
 
-    state/*.pt             weights, optimizer, scheduler: DeepSpeed's files of this worker
-    rng_state_<rank>.pth   the worker's random number generators
-    part-<rank>.json       progress, metrics, and size and SHA-256 of each of the worker's files; written last
+    state/*.pt         weights, optimizer, scheduler: DeepSpeed's files of this worker
+    part-<rank>.json   progress, metrics, and size and SHA-256 of each of the worker's files; written last
+
+No state of a random number generator is in it: they are seeded anew at each step. `bdpo.training.saving`
+writes checkpoints, this module reads them.
 
 A checkpoint is intact if the part files of all its workers are there and undamaged, and every file is as its
 part file records. The folder alone decides that, whatever was killed while it was written, copied or deleted:
@@ -13,45 +15,22 @@ check costs each node only what it is about to read anyway.
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from bdpo.errors import UserError
 from bdpo.storage.digests import sha256
-from bdpo.storage.paths import StoragePath, read_bytes, write_text
-from bdpo.storage.run_dir import RunDir
+from bdpo.storage.paths import StoragePath, read_bytes
 from bdpo.storage.sealed import sealed, unsealed
+from bdpo.training.launcher import Checkpoint, Metrics
 from bdpo.training.resharding import load_resharded
 
-Metrics = dict[str, float]
-
-# Receives a folder with this worker's part of a checkpoint, and the metrics of its step; removes the folder.
-Report = Callable[[Path, Metrics], None]
-
-
-class Checkpoint(Protocol):
-    """A checkpoint in storage; `ray.train.Checkpoint` is one."""
-
-    path: str
-
-    def as_directory(self) -> AbstractContextManager[str]:
-        """A local folder with the checkpoint's files."""
-
-
-class Reported(Protocol):
-    """A committed checkpoint and the metrics of its step; `ray.train.ReportedCheckpoint` is one."""
-
-    checkpoint: Checkpoint
-    metrics: Metrics
+STATE = "state"
+"""The folder of DeepSpeed's files in a checkpoint: what DeepSpeed calls its tag."""
 
 
 @dataclass(frozen=True)
@@ -94,56 +73,10 @@ class CheckpointPart:
             raise ValueError(f"no key {error}") from None
 
 
-class Staging:
-    """Local folders in which this worker's parts are written before they are copied to storage.
-
-    A killed process cannot remove its own folders, so the next process of the same run and rank does.
-    """
-
-    def __init__(self, run: RunDir) -> None:
-        run_digest = hashlib.sha256(str(run.root).encode()).hexdigest()[:16]
-        self.prefix = f"bdpo-{run_digest}-{dist.get_rank()}-"
-        for left_over in Path(tempfile.gettempdir()).glob(f"{self.prefix}*"):
-            shutil.rmtree(left_over, ignore_errors=True)
-
-    def new(self) -> Path:
-        """An empty folder."""
-        return Path(tempfile.mkdtemp(prefix=self.prefix))
-
-
-def save_checkpoint(
-    engine: Any, progress: TrainProgress, metrics: Metrics, staging: Staging, report: Report
-) -> None:
-    """Write this worker's part of the engine's state and pass it to `report`; every worker must call this.
-
-    Raises:
-        UserError: the disk is full.
-    """
-    folder = staging.new()
-    try:
-        # The parameters that LoRA freezes are in the base model already.
-        engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True)
-        torch.save(_rng_state(), folder / f"rng_state_{dist.get_rank()}.pth")
-        part = CheckpointPart(dist.get_world_size(), progress, metrics, _files(folder))
-        write_text(folder / f"part-{dist.get_rank()}.json", part.to_json())
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        # torch.save reports a full disk as RuntimeError("[enforce fail at inline_container.cc:672]").
-        if isinstance(error, OSError) or "inline_container" in str(error):
-            raise UserError(
-                f"{folder}: the checkpoint of step {progress.step} cannot be written (is the disk full?); "
-                "make room or set TMPDIR, and the same command resumes from the previous checkpoint"
-            ) from error
-        raise
-    # A checkpoint of which one worker failed to write its part must not be reported by the others.
-    dist.barrier()
-    report(folder, metrics)
-
-
 def load_first_intact(
     engine: Any, checkpoints: Sequence[Checkpoint]
 ) -> tuple[TrainProgress, str, dict[str, str]]:
-    """Restore the engine and the random number generators from the first intact one of `checkpoints`.
+    """Restore the engine from the first intact one of `checkpoints`.
 
     Every worker must call this with the same checkpoints. Returns the progress, the name of the checkpoint,
     and the checkpoints before it that are damaged, each with its defect.
@@ -218,29 +151,8 @@ def _load(engine: Any, folder: Path) -> TrainProgress:
             "fresh=true starts over, and with train.offload=cpu a training can be resumed"
         )
     all_trained = all(parameter.requires_grad for parameter in engine.module.parameters())
-    if part.workers != workers:  # the generators are seeded anew at each step, whatever their state
+    if part.workers != workers:
         load_resharded(engine, folder, part.workers, all_trained)
         return part.progress
-    engine.load_checkpoint(str(folder), tag="state", load_module_strict=all_trained)
-    _set_rng_state(torch.load(folder / f"rng_state_{dist.get_rank()}.pth", weights_only=True))
+    engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=all_trained)
     return part.progress
-
-
-def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {
-        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
-        for file in files
-    }
-
-
-def _rng_state() -> dict[str, torch.Tensor]:
-    """The generators that the dropout of an adapter draws from; the order of the pairs uses none of them."""
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    return {"torch": torch.get_rng_state(), **cuda}
-
-
-def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])

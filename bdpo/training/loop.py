@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -27,45 +26,13 @@ from bdpo.models.logps import ROUNDING
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import TrainingPlan, deal_micro_batches
-from bdpo.training.checkpoints import (
-    Checkpoint,
-    Metrics,
-    Report,
-    Reported,
-    Staging,
-    TrainProgress,
-    load_first_intact,
-    save_checkpoint,
-)
+from bdpo.training.checkpoints import TrainProgress, load_first_intact
 from bdpo.training.engine import build_engine
 from bdpo.training.export import export_model
+from bdpo.training.launcher import Checkpoint, Launcher, Metrics, Phase, Reported
 from bdpo.training.pairs import PackedPairs, Step, TrainingPairs
 from bdpo.training.rungs import Rungs
-
-
-class Phase(StrEnum):
-    """What a worker does at a time; how long it may take is known from earlier ones of the same phase."""
-
-    START = "the start of the training"
-    STEP = "an optimizer step"
-    EVALUATION = "an evaluation on held-out pairs"
-    CHECKPOINT = "a checkpoint"
-    EXPORT = "the export of the model"
-    DECISION = "the wait for a decision"
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """What started the workers: it knows where checkpoints go, and may watch that the work goes forward.
-
-    `report` receives a folder with this worker's part of a checkpoint, which it removes, and the metrics of
-    its step. `reported` waits until everything that was reported is committed, and returns the checkpoints
-    that are kept. `begins` is called when this worker begins a phase, with what it did before completed.
-    """
-
-    reported: Callable[[], Sequence[Reported]]
-    report: Report
-    begins: Callable[[Phase], None] = lambda phase: None
+from bdpo.training.saving import CheckpointSaver
 
 
 def train(
@@ -90,34 +57,35 @@ def train(
     pairs, held_out = TrainingPairs.load(config, run, scores).split()
     plan = TrainingPlan(pairs.lengths, config.train, config.seed)
     engine = build_engine(config, plan.total_steps, plan.warmup_steps)
-    staging, log = Staging(run), MetricsLog(run.metrics)
-    progress = _resume(engine, run, log, launcher.reported)
-    for work in made_ahead(partial(pairs.step, plan), range(progress.step, plan.total_steps)):
-        at = progress.step
-        if rungs and at in rungs.steps:
-            launcher.begins(Phase.EXPORT)
-            _export_for_rung(engine, pairs, run, rungs, at)
-            launcher.begins(Phase.DECISION)
-            if not _all_agree(rungs.wait(at)):
-                return
-        launcher.begins(Phase.STEP)
-        started = time.perf_counter()
-        metrics = train_step(engine, pairs, work)
-        tokens = pairs.tokens(work.pairs)
-        step = progress.step + 1
-        progress = TrainProgress(step, step / plan.steps_per_epoch, progress.num_tokens + tokens)
-        metrics |= asdict(progress) | {"tokens_per_second": tokens / (time.perf_counter() - started)}
-        last, at_rung = step == plan.total_steps, rungs is not None and step in rungs.steps
-        if held_out and (last or at_rung or step % config.train.eval_steps == 0):
-            launcher.begins(Phase.EVALUATION)
-            metrics |= evaluate(engine, held_out)
-        if dist.get_rank() == 0:
-            log.append(metrics)
-        if last or at_rung or step % config.train.save_steps == 0:
-            launcher.begins(Phase.CHECKPOINT)
-            launcher.reported()  # waits: at most one checkpoint is on its way to storage
-            log.flush()
-            save_checkpoint(engine, progress, metrics, staging, launcher.report)
+    log = MetricsLog(run.metrics)
+    with CheckpointSaver(engine, run, config.train, launcher) as saver:
+        progress = _resume(engine, run, log, launcher.reported)
+        for work in made_ahead(partial(pairs.step, plan), range(progress.step, plan.total_steps)):
+            at = progress.step
+            if rungs and at in rungs.steps:
+                launcher.begins(Phase.EXPORT)
+                _export_for_rung(engine, pairs, run, rungs, at)
+                launcher.begins(Phase.DECISION)
+                if not _all_agree(rungs.wait(at)):
+                    return
+            launcher.begins(Phase.STEP)
+            started = time.perf_counter()
+            metrics = train_step(engine, pairs, work)
+            tokens = pairs.tokens(work.pairs)
+            step = progress.step + 1
+            progress = TrainProgress(step, step / plan.steps_per_epoch, progress.num_tokens + tokens)
+            metrics |= asdict(progress) | {"tokens_per_second": tokens / (time.perf_counter() - started)}
+            halts = step == plan.total_steps or (rungs is not None and step in rungs.steps)
+            if held_out and (halts or step % config.train.eval_steps == 0):
+                launcher.begins(Phase.EVALUATION)
+                metrics |= evaluate(engine, held_out)
+            if dist.get_rank() == 0:
+                log.append(metrics)
+            if saver.due(step) or halts:
+                log.flush()
+                saver.save(progress, metrics)
+            if halts:
+                saver.finish()
     launcher.begins(Phase.EXPORT)
     if config.train.load_best_model_at_end:
         load_first_intact(engine, best_first(config.train, launcher.reported()))

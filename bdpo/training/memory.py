@@ -112,6 +112,11 @@ def memory_need(config: Config, shape: PreTrainedConfig) -> MemoryNeed:
     size = 2 if config.model.dtype == "bfloat16" else 4
     # logits of a chunk in the model's dtype and in float32; the head's gradient in both
     gpu["output head, a chunk at a time"] = CHUNK_ELEMENTS * (4 + size) + vocabulary * width * (4 + size)
+    model_file, optimizer_file = _checkpoint_bytes_each(config)
+    partitions = config.train.min_workers if config.train.zero_stage else 1
+    copied = trainable * model_file + math.ceil(trainable * optimizer_file / partitions)
+    own = host if config.train.gpus_per_worker else gpu
+    own["copy of a checkpoint's part"] = copied
     if not config.train.gpus_per_worker:
         gpu |= _cpu_bytes(config.train, parameters * size, trainable)
     return MemoryNeed(parameters, gpu, host)
@@ -144,12 +149,20 @@ def _cpu_bytes(train: TrainConfig, weights: int, trainable: int) -> dict[str, in
 def checkpoint_bytes(config: Config, shape: PreTrainedConfig) -> int:
     """The size of a checkpoint, the parts of all workers together, in bytes.
 
-    Of each trained parameter: the parameter itself, AdamW's two moments and, from stage 1 on, a float32 copy,
-    as in `model_state_bytes`; no gradients.
+    Of each trained parameter AdamW's two moments, from stage 1 on a float32 copy, and below stage 3 the
+    parameter itself; no gradients.
     """
     _, trainable = parameter_counts(config, shape)
-    size = 2 if config.model.dtype == "bfloat16" else 4
-    return trainable * (size + (12 if config.train.zero_stage else 8))
+    return trainable * sum(_checkpoint_bytes_each(config))
+
+
+def _checkpoint_bytes_each(config: Config) -> tuple[int, int]:
+    """Bytes of a trained parameter in a checkpoint: in the model's file and in the optimizer's.
+
+    Under stage 3 the model's file has names and shapes alone: the optimizer's float32 copy is the model.
+    """
+    stage, size = config.train.zero_stage, 2 if config.model.dtype == "bfloat16" else 4
+    return (size if stage < 3 else 0), (12 if stage else 8)
 
 
 def model_state_bytes(

@@ -28,10 +28,12 @@ from bdpo.models.logps import LogpsModel, pair_logps
 from bdpo.models.packing import PrefixGroups, RowLayout
 from bdpo.models.transformers_private import attention_of_config
 from bdpo.storage.run_dir import RunDir
-from bdpo.training.checkpoints import Staging, TrainProgress, load_first_intact, save_checkpoint
+from bdpo.training.checkpoints import TrainProgress, load_first_intact
 from bdpo.training.engine import build_engine, export
+from bdpo.training.launcher import Launcher
 from bdpo.training.loop import train_step
 from bdpo.training.pairs import TrainingPairs
+from bdpo.training.saving import CheckpointSaver
 from benchmarks.common import MAX_LENGTH
 from benchmarks.gpu.record import Row, not_measured
 from benchmarks.gpu.runs import plan_of, run_config, score, scored, start_process_group
@@ -139,21 +141,25 @@ def trained(
     engine = build_engine(config, plan.total_steps, plan.warmup_steps)
     first = load_first_intact(engine, [Kept(str(start))])[0].step if start else 0
     losses = []
-    for step in range(first, plan.total_steps):
-        if keep and step == RESUMED_AT:
 
-            def report(folder: Path, _: dict[str, float]) -> None:
-                shutil.rmtree(keep, ignore_errors=True)
-                shutil.move(folder, keep)
+    def report(folder: Path, _: dict[str, float]) -> None:
+        assert keep is not None
+        shutil.rmtree(keep, ignore_errors=True)
+        shutil.move(folder, keep)
 
-            save_checkpoint(engine, TrainProgress(step), {}, Staging(RunDir(config.run_dir)), report)
-        losses.append(train_step(engine, data, data.step(plan, step))["loss"])
+    launcher = Launcher(reported=list, report=report)
+    with CheckpointSaver(engine, RunDir(config.run_dir), config.train, launcher) as saver:
+        for step in range(first, plan.total_steps):
+            if keep and step == RESUMED_AT:
+                saver.save(TrainProgress(step), {})
+            losses.append(train_step(engine, data, data.step(plan, step))["loss"])
+        saver.finish()
     return engine, losses
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A `bdpo.training.checkpoints.Checkpoint` in a folder."""
+    """A `bdpo.training.launcher.Checkpoint` in a folder."""
 
     path: str
 

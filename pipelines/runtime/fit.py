@@ -137,7 +137,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     )
 
     from bdpo.training.checkpoints import no_intact_checkpoint
-    from bdpo.training.loop import Launcher, Phase, train
+    from bdpo.training.launcher import Launcher, Phase
+    from bdpo.training.loop import train
     from pipelines.runtime.recovery import remove_uncommitted
 
     reporter = Reporter(arguments["watch"])

@@ -9,7 +9,6 @@ BY_EYE = "a threshold that was chosen by eye: at exactly this value either is ri
 
 SAME = "the same result"
 
-SEEDED = f"{SAME}: each step seeds the generators by its number"
 
 EXPLAINED: dict[str, dict[str, str]] = {
     "bdpo/evaluation/capability.py": {
@@ -45,22 +44,18 @@ EXPLAINED: dict[str, dict[str, str]] = {
     },
     "bdpo/training/checkpoints.py": {
         "epoch: float = 0.0  ->  epoch: float = 1.0": f"{SAME}: every step computes it from its number",
-        ":16  ->  :17": f"{SAME}: the length of a folder's name",
-        "ignore_errors=True  ->  ignore_errors=False": (
-            f"{SAME}, unless another process removes the same folder at the same moment"
-        ),
         "hashes=False  ->  hashes=True": f"{SAME}, in more time: a load compares hashes",
-        "weights_only=True  ->  weights_only=False": f"{SAME}: the hash of the file was compared",
-        "_set_rng_state(torch.load(folder / f'rng_state_{dist.get_rank()}.pth', weights_only=True))  "
-        "->  pass": SEEDED,
-        "torch.set_rng_state(state['torch'])  ->  pass": SEEDED,
-        "torch.cuda.set_rng_state(state['cuda'])  ->  pass": "a GPU is required to notice it",
-        "dist.barrier()  ->  pass": "if a worker alone cannot write, the others wait for it",
     },
     "bdpo/training/engine.py": {
         "10 ** 9  ->  11 ** 9": f"{SAME}: after how many steps DeepSpeed prints a line",
         "10 ** 9  ->  10 ** 10": f"{SAME}: after how many steps DeepSpeed prints a line",
         "10 ** 9  ->  10 * 9": f"{SAME}: after how many steps DeepSpeed prints a line",
+    },
+    "bdpo/training/saving.py": {
+        ":16  ->  :17": f"{SAME}: the length of a folder's name",
+        "ignore_errors=True  ->  ignore_errors=False": (
+            f"{SAME}, unless another process removes the same folder at the same moment"
+        ),
     },
     "bdpo/training/export.py": {
         "PROBES = 4  ->  PROBES = 5": f"{BY_EYE}: how many pairs the exported model is tried on",

@@ -9,8 +9,7 @@ import json
 import math
 import random
 import shutil
-import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,19 +18,12 @@ import pytest
 import torch
 
 from bdpo.data.pairs import read_pairs
-from bdpo.errors import UserError
 from bdpo.scoring.reference import ReferenceScorer
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
 from bdpo.storage.sealed import sealed
 from bdpo.training.batches import draw_held_out
-from bdpo.training.checkpoints import (
-    CheckpointPart,
-    Staging,
-    TrainProgress,
-    checkpoint_defect,
-    save_checkpoint,
-)
+from bdpo.training.checkpoints import CheckpointPart, TrainProgress, checkpoint_defect
 from tests.support.killed_training import same
 from tests.support.training import copied, errors, launch, score, weights
 
@@ -276,50 +268,6 @@ def test_a_part_file_of_another_checkpoint_is_a_defect(parts):
 def test_a_part_file_without_a_key_is_damaged(parts):
     (parts / "part-1.json").write_text(sealed({"workers": 2, "step": 3}))
     assert checkpoint_defect(parts) == "part-1.json is missing or damaged"
-
-
-@dataclass
-class Failing:
-    """An engine whose state cannot be written."""
-
-    error: Exception
-
-    def save_checkpoint(self, *arguments, **settings):
-        raise self.error
-
-
-@pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize(
-    ("error", "raised"),
-    [
-        (OSError(28, "No space left on device"), UserError),
-        (RuntimeError("[enforce fail at inline_container.cc:672]"), UserError),
-        (RuntimeError("something else"), RuntimeError),
-    ],
-)
-def test_what_cannot_be_written_is_not_reported_and_takes_no_room(tmp_path, monkeypatch, error, raised):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    reported = []
-    with pytest.raises(raised, match="is the disk full" if raised is UserError else "something else"):
-        save_checkpoint(
-            Failing(error),
-            TrainProgress(),
-            {},
-            Staging(RunDir(tmp_path / "run")),
-            lambda *what: reported.append(what),
-        )
-    assert not reported
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.usefixtures("alone")
-def test_what_a_killed_worker_had_staged_is_removed_by_the_next_one_of_its_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    runs = [RunDir(tmp_path / name) for name in ("one", "other")]
-    left, others = (Staging(run).new() for run in runs)
-    new = Staging(runs[0]).new()
-    assert sorted(tmp_path.iterdir()) == sorted([new, others])
-    assert new != left
 
 
 def test_no_flipped_byte_of_a_part_file_is_taken(parts):

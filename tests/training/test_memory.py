@@ -49,13 +49,15 @@ def test_the_known_shapes_have_the_published_sizes(name, bias, billions):
 
 
 def test_a_checkpoint_holds_what_is_trained():
-    """In bfloat16 2 bytes a parameter, and 12 for its float32 copy and two moments: some 100 GB."""
+    """12 bytes a parameter for its float32 copy and two moments, some 90 GB; below stage 3 itself as well."""
     name = "Qwen/Qwen2-7B-Instruct"
-    assert memory.checkpoint_bytes(config_of(name, workers=8), shape_of(name)) == 14 * 7_615_616_512
+    assert memory.checkpoint_bytes(config_of(name, workers=8), shape_of(name)) == 12 * 7_615_616_512
+    stage2 = config_of(name, workers=8, zero_stage=2)
+    assert memory.checkpoint_bytes(stage2, shape_of(name)) == 14 * 7_615_616_512
     stage0 = config_of(name, dtype="float32", zero_stage=0)  # the parameters are their own masters
     assert memory.checkpoint_bytes(stage0, shape_of(name)) == 12 * 7_615_616_512
     adapter = config_of(name, lora={"r": 8})
-    assert memory.checkpoint_bytes(adapter, shape_of(name)) < 14 * 7_615_616_512 / 100
+    assert memory.checkpoint_bytes(adapter, shape_of(name)) < 12 * 7_615_616_512 / 100
 
 
 class TestAgainstDeepSpeed:
