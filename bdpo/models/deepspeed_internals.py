@@ -159,26 +159,29 @@ def checkpoint_states(
     """What DeepSpeed would save in the files of a checkpoint, as `copied(name of the file, state)`, by file.
 
     Every worker must call this. The states are copied while the engine saves: it may not hold them together
-    afterwards. What DeepSpeed does not write by its checkpoint engine (the name of the newest tag, states on
-    NVMe) is in `folder` then. Its own engines that write beside the training keep the states on the GPU or in
-    shared memory for a second process, wait for it at the next step, and hash nothing.
+    afterwards. States on NVMe, which DeepSpeed copies as files, are in `folder` then, and nothing else.
+
+    DeepSpeed's own engines that write beside the training keep the states on the GPU or in shared memory for
+    a second process, wait for it at the next step, and hash nothing.
     """
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
     states: dict[Path, Any] = {}
 
-    class Copying(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
+    class Copying(TorchCheckpointEngine):
         def save(self, state_dict: Any, path: str) -> None:
             states[Path(path)] = copied(Path(path).name, state_dict)
 
         def preserves_storage_sharing(self) -> bool:
             return False  # a copy holds what is seen of a tensor alone: DeepSpeed need not clone it before
 
-    own = engine.checkpoint_engine
-    engine.checkpoint_engine = Copying(engine._config)
+    own, engine.checkpoint_engine = engine.checkpoint_engine, Copying(engine._config)
+    # The first worker would write a script that merges the parts. If that fails, the others wait for it.
+    engine._copy_recovery_script = lambda path: None
     try:
         # The parameters that LoRA freezes are in the base model already.
-        engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
+        engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
     finally:
         engine.checkpoint_engine = own
+        del engine._copy_recovery_script
     return states
