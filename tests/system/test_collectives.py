@@ -34,7 +34,8 @@ RUNG = 2
 WITH_FORWARDS = {
     "an optimizer step": True,
     "an evaluation on held-out pairs": True,
-    "a checkpoint": False,
+    "the copy of a checkpoint": False,
+    "the wait for a checkpoint to be written": False,
     "the export of the model": True,
     "the wait for a decision": False,
 }

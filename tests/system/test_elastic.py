@@ -84,7 +84,7 @@ def test_workers_follow_the_nodes_and_train_as_a_fixed_number(two_nodes, trainin
     weights = [load_file(folder / "model" / "model.safetensors") for folder in (run, fixed)]
     torch.testing.assert_close(*weights, rtol=0, atol=TOLERANCE)
     to_three, to_two = rows(run, "train/recoveries.jsonl")
-    assert to_three["reached"] - to_three["step"] <= 2  # it waited for a checkpoint
+    assert to_three["reached"] - to_three["step"] <= 4  # it waited until a checkpoint was written
     assert to_two["step"] >= to_three["step"]
 
 

@@ -54,7 +54,10 @@ training.train = train
 
 TRAINED = ["an optimizer step", "an evaluation on held-out pairs"]
 
-SAVED = ["a checkpoint", "reported", "flush", "report"]
+WRITTEN = "the wait for a checkpoint to be written"
+
+# Once what was on its way is committed, the state is copied; before a decision that is committed as well.
+SAVED = ["flush", WRITTEN, "reported", "the copy of a checkpoint", WRITTEN, "report", "reported"]
 
 DECIDED = ["the export of the model", "the wait for a decision"]
 
