@@ -189,7 +189,7 @@ def check_inputs(stages: Sequence[Stage]) -> None:
     """
     config, run = stages[0].config, stages[0].run
     ahead = stages_ahead(stages)
-    if config.fresh or any(stage.input_checks() and not stage.is_done for stage in ahead):
+    if config.fresh or any(not stage.is_done and stage.input_checks() for stage in ahead):
         for check in input_checks(ahead).values():
             check(config, run)
 
