@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -260,10 +261,23 @@ def _require_targets(model: PreTrainedModel, lora: LoraConfig, config: peft.Lora
             )
 
 
-def export_merged(base: ModelConfig, adapter: Path, chat: ChatTokenizer, folder: Path) -> None:
-    """Write the base model with the adapter merged into it as from_pretrained loads it."""
-    load_adapted(base, adapter).save_pretrained(folder)
+def export_merged(base: ModelConfig, adapter: Path, chat: ChatTokenizer, folder: Path) -> PreTrainedModel:
+    """Write the base model with the adapter merged into it as from_pretrained loads it; returns it."""
+    merged = load_adapted(base, adapter)
+    merged.save_pretrained(folder)
     chat.tokenizer.save_pretrained(folder)
+    return merged
+
+
+def exported_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of an exported adapter, by their names in the model to which `add_lora` added it."""
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / _WEIGHTS)
+    return {
+        re.sub(r"\.(lora_\w+)", r".\1.default", name.removeprefix("base_model.model.")): values
+        for name, values in weights.items()
+    }
 
 
 def check_lora(config: Config) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,18 @@ def export(engine: Any, chat: ChatTokenizer, folder: Path) -> None:
         engine.module.model.save_pretrained(folder, state_dict=weights)
         chat.tokenizer.save_pretrained(folder)
     torch.distributed.barrier()
+
+
+def trained_parameters(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name -> values of what is trained, each gathered alone; every worker must go through all of them.
+
+    It is DeepSpeed's public way to the weights, and another one than that of `export`.
+    """
+    gathered = import_deepspeed().zero.GatheredParameters
+    for name, parameter in engine.module.model.named_parameters():
+        if parameter.requires_grad:
+            with gathered([parameter]):
+                yield name, parameter.detach()
 
 
 def require_on_first_worker(check: Callable[[], None]) -> None:
