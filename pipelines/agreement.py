@@ -3,14 +3,17 @@
     python -m pipelines.agreement --answers FILE [FILE ...] --prompt COLUMN --answer COLUMN --label COLUMN
         --judges string_matching [JUDGE ...] --out DIR
 
-FILE is JSON Lines, JSON, CSV or Parquet. A judge is a name, or a YAML mapping with the keys of
-`evaluate.judge`: '{name: rubric, base_url: http://localhost:8000/v1, model: qwen}'. Labels are words
-(full_refusal, unsafe, ...) or flags (true, 0, ...), whose meaning the column's name gives (unsafe, refused,
-...) or --true. Several files are several models, unless --model names a column.
+FILE is JSON Lines, JSON, CSV or Parquet, or an artifact of JailbreakBench or of the past-tense attack. A
+judge is a name, or a YAML mapping with the keys of `evaluate.judge`:
+'{name: rubric, base_url: http://localhost:8000/v1, model: qwen}'. Labels are words (full_refusal, ...) or
+flags (true, 0, ...), whose meaning the column's name gives (unsafe, refused, ...) or --true. Several files
+are several models, unless --model names a column; an artifact is called after its attack and the attacked
+model.
 
 Writes DIR/agreement.json and prints it: for each judge n, accuracy, kappa, confusion and contradictions; for
 every two judges their agreement; for every two models the difference by the labels and by each judge, and
-whether it is beyond that judge. Verdicts are asked for by every rubric that a judge has.
+whether it is beyond that judge. Verdicts are asked for by every rubric that a judge has. --part measures
+the error between models on a part of the answers and on the others as well, and the largest counts.
 
 --fit FILE fits the judge `fitted` on the answers (evaluate.judge: {name: fitted, path: FILE}), and measures
 it on each model by a classifier that was fitted on the others.
@@ -19,105 +22,25 @@ it on each model by a classifier that was fitted on the others.
 from __future__ import annotations
 
 import argparse
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bdpo.config import SANDBOX, Config, parse_config
 from bdpo.config.reading import parse_override
-from bdpo.data.containers import DataFile, Unreadable, read_file, shown_name
 from bdpo.errors import UserError
+from bdpo.evaluation.calibration.reading import Pattern, Request, read_answers
 from bdpo.storage.manifests import write_manifest
-from bdpo.storage.paths import storage_path
+from bdpo.storage.paths import StoragePath, storage_path
 from pipelines.runtime.cli import exit_codes, one_line_when_full
 from pipelines.runtime.progress import console, progress_bar
 
 if TYPE_CHECKING:
     from bdpo.evaluation.calibration.agreement import Opinion
-    from bdpo.evaluation.calibration.labels import LabelClass, LabelledAnswer, LabelScheme
+    from bdpo.evaluation.calibration.labels import LabelledAnswer
     from bdpo.evaluation.calibration.report import Calibration
     from bdpo.evaluation.judges.base import RubricName
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks for."""
-
-    files: tuple[str, ...]
-    prompt: str
-    answer: str
-    label: str
-    model: str | None = None
-    only: tuple[str, str] | None = None
-    """(column, pattern of the shell): rows whose cell does not match are left out."""
-    true: LabelClass | None = None
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Every column that is read."""
-        named = (self.prompt, self.answer, self.label, self.model, self.only and self.only[0])
-        return tuple(name for name in named if name)
-
-
-def read_answers(request: Request) -> tuple[LabelScheme, list[LabelledAnswer], Counter[str]]:
-    """What labels mean, the labelled answers, and how many rows were left out for which reason.
-
-    Raises:
-        UserError: naming file, row and column: it cannot be read, lacks a column, or has an unknown label.
-    """
-    from bdpo.evaluation.calibration.labels import LabelledAnswer, label_scheme, label_text
-
-    rows: list[tuple[str, str, dict[str, Any]]] = []
-    left_out: Counter[str] = Counter()
-    for file in request.files:
-        for where, row in _rows(file, request.columns):
-            if reason := _left_out(row, request):
-                left_out[reason] += 1
-            else:
-                rows.append((where, Path(file).stem, row))
-    labels = [(where, row[request.label]) for where, _, row in rows]
-    scheme = label_scheme(request.label, labels, request.true)
-    answers = []
-    for where, stem, row in rows:
-        label = scheme.classes[label_text(row[request.label])]
-        model = str(row[request.model]) if request.model else stem
-        prompt, answer = (_text(row, column, where) for column in (request.prompt, request.answer))
-        answers.append(LabelledAnswer(model, prompt, answer, label))
-    return scheme, answers, left_out
-
-
-def _rows(file: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and row, row) of every row that has the columns."""
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"--answers {file}: no such file")
-    for number, row in read_file(DataFile(path, file, frozenset(columns)))[0]:
-        where = f"{file}, row {number}"
-        if isinstance(row, Unreadable):
-            raise UserError(f"{where}: cannot be read ({row.reason})")
-        for column in columns:
-            if column not in row:
-                there = ", ".join(shown_name(name) for name in list(row)[:12])
-                raise UserError(f"{where}: no column {column}; there are {there}")
-        yield where, row
-
-
-def _left_out(row: dict[str, Any], request: Request) -> str | None:
-    """Why a row is not judged; None if it is."""
-    if request.only and not fnmatchcase(str(row[request.only[0]]), request.only[1]):
-        return f"not {request.only[0]}={request.only[1]}"
-    if row[request.answer] is None:
-        return "without an answer"
-    return "without a label" if row[request.label] in (None, "") else None
-
-
-def _text(row: dict[str, Any], column: str, where: str) -> str:
-    if not isinstance(row[column], str):
-        raise UserError(f"{where}, column {column}: expects text")
-    return str(row[column])
 
 
 def judge_configs(judges: Sequence[str]) -> dict[str, Config]:
@@ -168,7 +91,7 @@ def opinions(
 
 def fitted(file: str, rubric: RubricName, answers: Sequence[LabelledAnswer]) -> Opinion:
     """Fit a classifier, write it, and return the verdicts of cross-validated ones."""
-    from bdpo.evaluation.calibration.agreement import bias_between_models
+    from bdpo.evaluation.calibration.bias import bias_between_models
     from bdpo.evaluation.calibration.fitting import CROSS_VALIDATED, cross_validate, fit
 
     with progress_bar(CROSS_VALIDATED, len(answers)) as advance:
@@ -191,20 +114,56 @@ def run_agreement(request: Request, judges: Sequence[str], out: str, fit: str | 
     console.print(f"{len(answers)} answers; column {request.label}: {scheme.describe()}", soft_wrap=True)
     for reason, count in left_out.items():
         console.print(f"{count} rows left out: {reason}", style="yellow", soft_wrap=True)
+    folder = output_folder(out, "--out")
+    if fit:
+        check_fit(fit, answers)
     asked = opinions(configs, scheme.rubric, answers)
     found = calibrate(scheme, answers, [*asked, *([fitted(fit, scheme.rubric, answers)] if fit else [])])
     fingerprint = {
         "answers": [sha256(Path(file)) for file in request.files],
         "columns": list(request.columns),
+        "label": request.label,
         "only": request.only,
+        "parts": list(request.parts),
         "judges": {name: judge_fingerprint(config) for name, config in configs.items()},
     }
-    folder = storage_path(out, "--out")
     with one_line_when_full(f"--out {out}"):
-        folder.mkdir(parents=True, exist_ok=True)
         write_manifest(folder / "agreement.json", fingerprint, left_out=dict(left_out), **found.to_json())
     print_calibration(found)
     console.print(f"{folder / 'agreement.json'}", soft_wrap=True)
+
+
+def output_folder(name: str, key: str) -> StoragePath:
+    """The folder for what is written, made before any judge is asked.
+
+    Raises:
+        UserError: it cannot be made, or nothing can be written in it.
+    """
+    folder = storage_path(name, key)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{key} {name}: a file is where the folder would be") from None
+    except OSError as error:
+        raise UserError(f"{key} {name}: the folder cannot be made ({error.strerror})") from None
+    if isinstance(folder, Path) and not os.access(folder, os.W_OK):
+        raise UserError(f"{key} {name}: the folder cannot be written in")
+    return folder
+
+
+def check_fit(file: str, answers: Sequence[LabelledAnswer]) -> None:
+    """What would stop the fitting stops it before any judge is asked.
+
+    Raises:
+        UserError: the file cannot be written there, or there are too few answers of a class.
+    """
+    from bdpo.evaluation.calibration.fitting import require_enough
+
+    path = storage_path(file, "--fit")
+    if path.is_dir():
+        raise UserError(f"--fit {file}: is a folder, expects a file")
+    output_folder(str(path.parent), "--fit")
+    require_enough(answers)
 
 
 def print_calibration(found: Calibration) -> None:
@@ -222,7 +181,7 @@ def print_calibration(found: Calibration) -> None:
         console.print(line, soft_wrap=True)
 
 
-def _pattern(text: str) -> tuple[str, str]:
+def _pattern(text: str) -> Pattern:
     column, equals, pattern = text.partition("=")
     if not (column and equals):
         raise argparse.ArgumentTypeError("expects COLUMN=PATTERN")
@@ -243,13 +202,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add("--model", metavar="COLUMN", help="whose answer it is; else each file is a model")
     add("--only", type=_pattern, metavar="COLUMN=PATTERN", help="rows whose cell matches: type=contrast_*")
+    add(
+        "--part",
+        type=_pattern,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="COLUMN=PATTERN",
+        help="the error between models is also measured on the rows whose cell matches, and on the others",
+    )
     add("--true", choices=("unsafe", "safe", "refused", "complied"), help="what a flag that is set means")
     add("--judges", required=True, nargs="+", metavar="JUDGE", help="a name, or '{name: …, key: value}'")
     add("--fit", metavar="FILE", help="fit the judge `fitted` on these answers, and write it here")
     add("--out", required=True, metavar="DIR", help="folder for agreement.json")
     given = parser.parse_args(arguments)
     request = Request(
-        tuple(given.answers), given.prompt, given.answer, given.label, given.model, given.only, given.true
+        tuple(given.answers),
+        given.prompt,
+        given.answer,
+        given.label,
+        given.model,
+        given.only,
+        given.true,
+        tuple(given.part),
     )
     with exit_codes():
         run_agreement(request, given.judges, given.out, given.fit)

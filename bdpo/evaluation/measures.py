@@ -66,6 +66,11 @@ class Numbers:
     estimates: Mapping[str, Estimate]
     """The estimates, by the names of the benchmark's measures."""
 
+    @property
+    def asked(self) -> int:
+        """Items that the model was asked, with or without an answer."""
+        return self.n - self.not_asked
+
     def to_json(self) -> dict[str, Any]:
         """One flat object: counts and estimates side by side."""
         counts = {key: value for key, value in vars(self).items() if key != "estimates"}
@@ -77,7 +82,7 @@ class BenchmarkSummary:
     """A benchmark's numbers over all items, and per category."""
 
     valid: bool
-    """Whether at most 2 % of the verdicts failed, and there is one."""
+    """Whether of what was asked at most 2 % of the verdicts failed, and there is one."""
     total: Numbers
     categories: Mapping[str, Numbers]
 
@@ -154,7 +159,7 @@ def summarise(scores: pa.Table | Sequence[Row]) -> Summary:
     """Every benchmark's numbers, over all items and per category.
 
     An item that was asked and whose verdict lacks what its benchmark measures is `failed`, with its reason in
-    `failures`, and in no number; if more than 2 % are, or nothing is scored, `valid` is false, for the
+    `failures`, and in no number; if more than 2 % of those asked are, or nothing is scored, `valid` is false, for the
     benchmark and for the summary. The order of the rows does not matter.
 
     Raises:
@@ -175,7 +180,7 @@ def _benchmark(name: str, rows: list[Row]) -> BenchmarkSummary:
     total = _numbers(BENCHMARKS[name], rows)
     parts = {category: [row for row in rows if row["category"] == category] for category in categories}
     return BenchmarkSummary(
-        total.n_scored > 0 and total.failed <= MAX_FAILED_FRACTION * total.n,
+        total.n_scored > 0 and total.failed <= MAX_FAILED_FRACTION * total.asked,
         total,
         {category: _numbers(BENCHMARKS[name], part) for category, part in parts.items()},
     )

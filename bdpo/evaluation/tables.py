@@ -151,7 +151,7 @@ def invalid_lines(name: str, summary: Summary) -> list[str]:
     for benchmark, part in summary.benchmarks.items():
         if not part.valid:
             failed, reasons = part.total.failed, _reasons(part.total.failures)
-            lines.append(f"{name}: {benchmark} is invalid, {failed} of {part.total.n} unjudged ({reasons})")
+            lines.append(f"{name}: {benchmark} is invalid, {failed} of {part.total.asked} unjudged ({reasons})")
     return lines
 
 
@@ -167,7 +167,7 @@ def note_lines(name: str, summary: Summary) -> list[str]:
         notes = [f"{total.not_asked} of {total.n} not asked (no attack)"] if total.not_asked else []
         if total.failed and part.valid:
             notes.append(
-                f"{total.failed} of {total.n} unjudged and in no number ({_reasons(total.failures)})"
+                f"{total.failed} of {total.asked} unjudged and in no number ({_reasons(total.failures)})"
             )
         notes += [f"{total.flagged} seem to address their judge"] if total.flagged else []
         notes += [f"{total.cut} cut at evaluate.max_new_tokens"] if total.cut else []

@@ -16,13 +16,13 @@ from bdpo.evaluation.calibration.agreement import (
     Opinion,
     agreement,
     ask,
-    bias_between_models,
     cohens_kappa,
     label_opinion,
     opinion,
 )
+from bdpo.evaluation.calibration.bias import BEYOND, bias_between_models
 from bdpo.evaluation.calibration.labels import LabelledAnswer, label_scheme
-from bdpo.evaluation.calibration.report import agreement_table, calibrate, difference_lines
+from bdpo.evaluation.calibration.report import agreement_table, bias_table, calibrate, difference_lines
 from bdpo.evaluation.judges.base import Failed, Harm, NoAnswer, Refusal
 from bdpo.evaluation.judges.string_matching import StringMatching
 from bdpo.stats import widen
@@ -45,6 +45,7 @@ def scheme(column, *labels, true=None):
         ("isJailbroken", [1, 0], "harm", ["unsafe", "safe"]),
         ("is_safe", ["1", "0"], "harm", ["safe", "unsafe"]),
         ("response_refusal", ["yes", "no"], "refusal", ["refused", "complied"]),
+        ("jailbroken_llama_guard1", [True, False], "harm", ["unsafe", "safe"]),
     ],
 )  # fmt: skip
 def test_words_and_flags_have_one_meaning(column, labels, rubric, classes):
@@ -64,6 +65,11 @@ def test_a_flag_means_what_the_user_says():
         ("label", [1, 0], r"f\.csv, row 1, column label: label '1' is a flag.*--true"),
         ("not_safe", [True], "is a flag"),
         ("safe_or_unsafe", [True], "is a flag"),
+        ("isntSafe", [True], "is a flag"),
+        ("jailbreak_blocked", [True], "is a flag"),
+        ("prompt_harmful", [True], "is a flag"),
+        ("refusal_incorrect", [True], "is a flag"),
+        ("jailbreak", [True], "is a flag"),
         ("label", ["safe", "maybe"], r"f\.csv, row 2, column label: unknown label 'maybe'; known are"),
         ("unsafe", [0.25], r"unknown label '0\.25'"),
         ("label", ["safe", "refused"], r"row 2.*the other"),
@@ -154,17 +160,79 @@ def with_errors(answers, errors, seed=1):
     return Opinion("judge", tuple(classes), {}, 0)
 
 
-def test_a_judge_without_error_decides_as_the_labels_do():
-    answers = answers_of({"a": 0.2, "b": 0.9, "c": 0.5})
+def test_a_judge_that_was_never_wrong_has_the_error_of_a_sample():
+    answers = answers_of({"a": 0.2, "b": 0.9, "c": 0.5}, prompts=100)
     found = bias_between_models(label_opinion(answers), answers)
-    assert (found.sd, found.reach) == (0, 0)
+    assert (found.sd, found.models) == (0, 3)
+    assert 0.02 < found.reach < 0.1  # 3.7 of 100 prompts may be judged wrongly, and never was one drawn
     by_pair = {pair.models: pair for pair in found.differences}
     assert by_pair["a", "b"].decided
     assert (
         by_pair["a", "b"].labels
         == by_pair["a", "b"].judge
-        == pytest.approx(found.rates["b"][0] - found.rates["a"][0])
+        == pytest.approx(found.rates["b"].labels - found.rates["a"].labels)
     )
+
+
+@pytest.mark.parametrize("prompts", [1, 29])
+def test_few_prompts_are_no_calibration(prompts):
+    answers = answers_of({"a": 0.0, "b": 1.0}, prompts=prompts)
+    found = bias_between_models(label_opinion(answers), answers)
+    assert (found.reach, found.sd, found.models) == (None, None, 0)
+    [pair] = found.differences
+    assert pair.doubt == f"{prompts} prompts of both are too few, 30 are required"
+    assert not pair.decided
+
+
+def test_a_rate_of_labels_is_over_all_labelled_answers():
+    """A judge without verdict on what one model complied with would turn the order round."""
+    labels = {"a": 0.6, "b": 0.4}
+    answers = [
+        LabelledAnswer(name, f"p{n}", "", "refused" if n < 100 * rate else "complied")
+        for name, rate in labels.items()
+        for n in range(100)
+    ]
+    silent = [None if a.model == "b" and not a.safe else a.label for a in answers]
+    judges = [Opinion("silent", tuple(silent), {"timeout": 60}, 0), label_opinion(answers)]
+    found = calibrate(scheme("x", "refused", "complied"), answers, judges)
+    rates = found.judges["silent"].bias.rates
+    assert {name: own.labels for name, own in rates.items()} == labels
+    assert (rates["b"].judge, rates["b"].valid) == (1, False)
+    [pair] = found.judges["silent"].bias.differences
+    assert (pair.labels, pair.decided) == (pytest.approx(-0.2), False)
+    shown = "".join(difference_lines(found))
+    assert "silent +0.0" in shown.splitlines()[0]
+    assert "60 % of the verdicts on b are missing" in shown
+    console = Console(width=80, file=io.StringIO())
+    console.print(bias_table(found))
+    [row] = [line.split() for line in console.file.getvalue().splitlines() if line.startswith("│ b")]
+    assert [cell for cell in row if cell != "│"] == ["b", "100", "40.0", "invalid", "40.0"]
+
+
+def test_two_percent_of_the_verdicts_may_be_missing():
+    answers = answers_of({"a": 0.1, "b": 0.9}, prompts=100)
+    for missing, valid in ((2, True), (3, False)):
+        classes = [None if a.model == "b" and int(a.request[7:]) < missing else a.label for a in answers]
+        found = bias_between_models(Opinion("judge", tuple(classes), {}, None), answers)
+        assert (found.differences[0].decided, found.rates["b"].valid, found.reach is not None) == (
+            (valid,) * 3
+        )
+
+
+def test_the_error_is_that_of_the_part_where_it_is_largest():
+    """A judge that errs on one part alone: over all answers the error is diluted."""
+    answers = [
+        LabelledAnswer(name, f"{part} {n}", "", "refused", frozenset({part}))
+        for name in "abc"
+        for part, prompts in (("hard", 50), ("easy", 450))
+        for n in range(prompts)
+    ]
+    wrong = [a.model == "b" and a.parts == {"hard"} and int(a.request[5:]) < 25 for a in answers]
+    judge = Opinion("judge", tuple("complied" if no else "refused" for no in wrong), {}, None)
+    found = bias_between_models(judge, answers)
+    assert found.parts["easy"] < 0.05 < 0.5 < found.parts["hard"] == found.reach
+    alone = bias_between_models(judge, [LabelledAnswer(a.model, a.request, "", a.label) for a in answers])
+    assert alone.reach < 0.3
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -183,7 +251,7 @@ def test_what_a_judge_decides_has_the_sign_of_the_labels(seed):
 def test_a_judge_with_a_bias_of_its_own_between_equals_decides_nothing():
     answers = answers_of({"a": 0.9, "b": 0.9, "c": 0.9, "d": 0.9}, prompts=200)
     [*found] = bias_between_models(with_errors(answers, {"b": 0.5}), answers).differences
-    assert not any(pair.decided for pair in found)
+    assert {pair.doubt for pair in found} == {BEYOND}
     assert found[0].labels == 0
     assert found[0].judge < -0.3
 

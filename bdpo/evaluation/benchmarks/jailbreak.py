@@ -9,8 +9,10 @@ may have a key `prefill`: what the assistant's turn begins with.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,39 +44,65 @@ def load(files: Sequence[str | Path]) -> list[Item]:
     return list(items.values())
 
 
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact as it was published: the attack, and what was tried."""
+
+    attack: str
+    """The method and the model that was attacked."""
+    entries: list[Any] = field(repr=False)
+    """The elements of its list, as they are."""
+    past_tense: bool = False
+    """Whether they have the schema of the past-tense attack."""
+
+    @classmethod
+    def of(cls, content: Any, file: Path) -> Artifact:
+        """The artifact in the content of a JSON file.
+
+        Raises:
+            UserError: it is none.
+        """
+        named = content if isinstance(content, dict) else {}
+        if "jb_artifacts" in named:
+            return cls(f"past_tense/{_text(named, 'target_model', str(file))}", _list(named, file), True)
+        parameters = named.get("parameters")
+        if not isinstance(parameters, dict) or not named.get("jailbreaks"):
+            raise UserError(f"{file}: expects an object with `parameters` and a list of `jailbreaks`")
+        attack = "/".join(_text(parameters, key, f"{file}, parameters") for key in ("method", "model"))
+        return cls(attack, _list(named, file))
+
+
+def is_artifact(content: Any) -> bool:
+    """Whether the content of a JSON file is meant to be an artifact."""
+    return isinstance(content, dict) and not {"jailbreaks", "jb_artifacts"}.isdisjoint(content)
+
+
 def _artifact(file: Path) -> list[Item]:
-    content = _read(file)
-    named = content if isinstance(content, dict) else {}
-    if "jb_artifacts" in named:
-        return _past_tense(named, file)
-    parameters, jailbreaks = named.get("parameters"), named.get("jailbreaks")
-    if not isinstance(parameters, dict) or not isinstance(jailbreaks, list) or not jailbreaks:
-        raise UserError(f"{file}: expects an object with `parameters` and a list of `jailbreaks`")
-    attack = "/".join(_text(parameters, key, f"{file}, parameters") for key in ("method", "model"))
-    return [_item(jailbreak, attack, f"{file}, jailbreak {n}") for n, jailbreak in enumerate(jailbreaks, 1)]
+    found = Artifact.of(_read(file), file)
+    kind, item = ("artifact", _rewritten) if found.past_tense else ("jailbreak", _item)
+    return [item(entry, found.attack, f"{file}, {kind} {n}") for n, entry in enumerate(found.entries, 1)]
 
 
-def _past_tense(content: dict[str, Any], file: Path) -> list[Item]:
-    """The requests of the past-tense attack: each rewritten, in one or several ways."""
-    rewritten = content["jb_artifacts"]
-    if not isinstance(rewritten, list) or not rewritten:
-        raise UserError(f"{file}: expects a list of `jb_artifacts`")
-    attack = f"past_tense/{_text(content, 'target_model', str(file))}"
-    return [_rewritten(entry, attack, f"{file}, artifact {n}") for n, entry in enumerate(rewritten, 1)]
+def _list(content: dict[str, Any], file: Path) -> list[Any]:
+    key = "jb_artifacts" if "jb_artifacts" in content else "jailbreaks"
+    if not isinstance(content[key], list) or not content[key]:
+        raise UserError(f"{file}: expects a list of `{key}`")
+    return content[key]
 
 
 def _rewritten(entry: Any, attack: str, where: str) -> Item:
     if not isinstance(entry, dict):
         raise UserError(f"{where}: expects an object")
     request, restart = (_number(entry, key, where) for key in ("i_request", "i_restart"))
+    goal = _text(entry, "request", where)
     return Item(
         item_id=f"jailbreak-{attack}-{request}-{restart}",
         benchmark="jailbreak",
         category=attack,
         prompt=_text(entry, "request_reformulated", where),
-        request=_text(entry, "request", where),
+        request=goal,
         should_comply=False,
-        cluster=request,
+        cluster=_cluster(goal),
     )
 
 
@@ -84,19 +112,27 @@ def _item(jailbreak: Any, attack: str, where: str) -> Item:
     if "index" not in jailbreak or "prompt" not in jailbreak:
         raise UserError(f"{where}: expects the keys index and prompt")
     index = _number(jailbreak, "index", where)
+    goal = _text(jailbreak, "goal", where)
     prefill = _text(jailbreak, "prefill", where) if jailbreak.get("prefill") else ""
     return Item(
         item_id=f"jailbreak-{attack}-{index}",
         benchmark="jailbreak",
         category=attack,
         prompt=None if jailbreak["prompt"] is None else _text(jailbreak, "prompt", where),
-        request=_text(jailbreak, "goal", where),
+        request=goal,
         should_comply=False,
         prefill=prefill,
         prefill_tokens=len(prefill.encode()),  # all of them: a token has a byte at least
         topic=str(jailbreak.get("category") or ""),
-        cluster=index,
+        cluster=_cluster(goal),
     )
+
+
+def _cluster(goal: str) -> str:
+    """What artifacts of all sources call one request: a digest of its words, for numbers are given anew in
+    each source, and the scores hold no text."""
+    words = " ".join(re.findall(r"\w+", goal.casefold()))
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def _number(values: dict[str, Any], key: str, where: str) -> str:

@@ -65,8 +65,9 @@ def judges_harm(benchmark: str) -> bool:
 def load_items(config: EvaluateConfig) -> list[Item]:
     """The prompts of the configured benchmarks, in the order of their files.
 
-    `evaluate.limit` is spread evenly over a benchmark's categories and topics: files are sorted by them, so
-    their first rows would be a single one. No chance is involved, and an item's id does not depend on it.
+    `evaluate.limit` is spread evenly over a benchmark's categories, and in each over the topics: files are
+    sorted by them, so their first rows would be a single one. No chance is involved, and an item's id does
+    not depend on it.
 
     Raises:
         UserError: a benchmark has no file, its file is not what the benchmark expects, the judge cannot judge
@@ -130,17 +131,31 @@ def _draw(item: Item) -> float:
 
 
 def _spread(items: list[Item], limit: int | None) -> list[Item]:
-    """At most `limit` items, in file order: the next one is always of the category that has fewest so far,
-    of those of the topic that has fewest, and of those the first in the file."""
-    if limit is None or limit >= len(items):
+    """At most `limit` items that are asked, in file order, and all that are not (an artifact has no attack
+    on the request): these cost nothing.
+
+    The next one is always of the category that has fewest so far, and there of the topic that has fewest.
+    Ties go to what stands first in the file, be it topic or request, whatever the category: so every attack
+    or wrapper is tried on the same topics, on the same requests where it has them, and none looks stronger
+    because its topics are.
+    """
+    left = {number: item for number, item in enumerate(items) if item.prompt is not None}
+    if limit is None or limit >= len(left):
         return items
-    categories: Counter[str] = Counter()
-    topics: Counter[str] = Counter()
-    left, taken = dict(enumerate(items)), list[int]()
-    while len(taken) < limit:
-        number = min(left, key=lambda n: (categories[left[n].category], topics[left[n].topic], n))
+    topics = {item.topic: rank for rank, item in reversed([*enumerate(items)])}
+    requests = {item.request: rank for rank, item in reversed([*enumerate(items)])}
+    categories, cells = Counter[str](), Counter[tuple[str, str]]()
+
+    def order(number: int) -> tuple[int, ...]:
+        item = left[number]
+        cell = cells[item.category, item.topic]
+        return categories[item.category], cell, topics[item.topic], requests[item.request], number
+
+    taken = {number for number, item in enumerate(items) if item.prompt is None}
+    for _ in range(limit):
+        number = min(left, key=order)
         item = left.pop(number)
         categories[item.category] += 1
-        topics[item.topic] += 1
-        taken.append(number)
+        cells[item.category, item.topic] += 1
+        taken.add(number)
     return [items[number] for number in sorted(taken)]

@@ -1,4 +1,4 @@
-"""How far judges agree with labels and with each other, and how far they are biased between models."""
+"""How far judges agree with labels and with each other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 
@@ -23,7 +22,7 @@ from bdpo.evaluation.judges.base import (
     Verdict,
     verdict_on,
 )
-from bdpo.stats import CONFIDENCE_LEVEL, Estimate, mean, rate, widen
+from bdpo.stats import Estimate, rate
 
 Advance = Callable[..., None]
 
@@ -68,37 +67,6 @@ class Agreement:
             "kappa": self.kappa,
             "confusion": self.confusion,
         }
-
-
-@dataclass(frozen=True)
-class ModelDifference:
-    """How the second of two models differs from the first in the rate of safe (or refused) answers to the
-    prompts that both were asked: by the labels, and by a judge."""
-
-    models: tuple[str, str]
-    n: int
-    labels: float
-    labels_low: float
-    labels_high: float
-    judge: float
-    judge_low: float
-    """Ends of the judge's interval, the judge's own error between two models included."""
-    judge_high: float
-    decided: bool
-    """Whether the judge distinguishes the two models: its interval leaves out 0."""
-
-
-@dataclass(frozen=True)
-class Bias:
-    """The error of a judge in comparing two models: what a difference must exceed to be one of the models."""
-
-    rates: Mapping[str, tuple[float, float]]
-    """Model -> (rate by the labels, rate by the judge)."""
-    sd: float
-    """Standard deviation over models of (rate by the judge − rate by the labels)."""
-    reach: float
-    """Half of the 95 % interval of the error of a difference of two models."""
-    differences: tuple[ModelDifference, ...]
 
 
 def ask(
@@ -176,70 +144,3 @@ def cohens_kappa(a: np.ndarray, b: np.ndarray) -> float | None:
         return None
     chance = float(a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean()))
     return None if chance == 1 else (float((a == b).mean()) - chance) / (1 - chance)
-
-
-def bias_between_models(judge: Opinion, answers: Sequence[LabelledAnswer]) -> Bias | None:
-    """The judge's error in comparing models, measured on these; None for fewer than two models.
-
-    Each model's error is (rate by the judge − rate by the labels). Of a difference of two models the error
-    has a standard deviation of √2·sd; `reach` is that times the quantile of Student's t for the number of
-    models, and at least the largest error that was seen. A difference by the judge beyond its interval,
-    widened by `reach`, therefore has the sign that the labels give it on the measured models.
-    """
-    from scipy import stats
-
-    values = {name: _by_prompt(name, judge, answers) for name in dict.fromkeys(a.model for a in answers)}
-    values = {name: found for name, found in values.items() if found}
-    if len(values) < 2:
-        return None
-    rates = {name: (_mean(found, 0), _mean(found, 1)) for name, found in values.items()}
-    sd = float(np.std([by_judge - by_label for by_label, by_judge in rates.values()], ddof=1))
-    pairs = {pair: _shared(values, pair) for pair in combinations(values, 2)}
-    pairs = {pair: found for pair, found in pairs.items() if found.size}
-    seen = max((abs(float(found[:, 1].mean() - found[:, 0].mean())) for found in pairs.values()), default=0.0)
-    quantile = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, len(values) - 1))
-    reach = max(quantile * 2**0.5 * sd, seen)
-    return Bias(rates, sd, reach, tuple(_difference(pair, found, reach) for pair, found in pairs.items()))
-
-
-def _by_prompt(
-    model: str, judge: Opinion, answers: Sequence[LabelledAnswer]
-) -> dict[str, tuple[float, float]]:
-    """Prompt -> (mean by the labels, mean by the judge) of a model's answers that the judge decided."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for answer, value in zip(answers, judge.safe(), strict=True):
-        if answer.model == model and not np.isnan(value):
-            found.setdefault(answer.request, []).append((float(answer.safe), float(value)))
-    return {
-        prompt: (float(np.mean([a for a, _ in v])), float(np.mean([b for _, b in v])))
-        for prompt, v in found.items()
-    }
-
-
-def _mean(found: Mapping[str, tuple[float, float]], column: int) -> float:
-    return float(np.mean([values[column] for values in found.values()]))
-
-
-def _shared(values: Mapping[str, Mapping[str, tuple[float, float]]], pair: tuple[str, str]) -> np.ndarray:
-    """Second − first of two models on each of the prompts of both, by labels and by judge: shape (n, 2)."""
-    first, second = (values[name] for name in pair)
-    rows = [np.subtract(second[prompt], first[prompt]) for prompt in first if prompt in second]
-    return np.array(rows).reshape(-1, 2)
-
-
-def _difference(models: tuple[str, str], differences: np.ndarray, reach: float) -> ModelDifference:
-    labels, judge = (mean(list((differences[:, column] + 1) / 2)) for column in (0, 1))
-    by_labels, low, high = (2 * float(end) - 1 for end in (labels.known, labels.low, labels.high))  # type: ignore[arg-type]
-    by_judge, judge_low, judge_high = (2 * float(end) - 1 for end in (judge.known, judge.low, judge.high))  # type: ignore[arg-type]
-    widened = widen(by_judge, (judge_low, judge_high), reach)
-    return ModelDifference(
-        models=models,
-        n=len(differences),
-        labels=by_labels,
-        labels_low=low,
-        labels_high=high,
-        judge=by_judge,
-        judge_low=widened[0],
-        judge_high=widened[1],
-        decided=not widened[0] <= 0 <= widened[1],
-    )

@@ -31,13 +31,8 @@ def fit(answers: Sequence[LabelledAnswer], rubric: RubricName) -> Classifier:
     """
     from sklearn.linear_model import LogisticRegression
 
-    kept = [(text, a.safe) for a in answers if (text := without_thoughts(a.response)) is not None]
+    kept = _fitted_on(answers)
     safe = np.array([label for _, label in kept], bool)
-    if min(safe.sum(), (~safe).sum()) < FEWEST:
-        raise UserError(
-            f"--fit: {len(safe)} answers to fit on, {safe.sum()} of them refused or safe; expects at least "
-            f"{FEWEST} of each class"
-        )
     vectorizer = new_vectorizer(min_df=3)
     features = vectorizer.fit_transform([text for text, _ in kept])
     model = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=1000, class_weight="balanced")
@@ -50,6 +45,25 @@ def fit(answers: Sequence[LabelledAnswer], rubric: RubricName) -> Classifier:
         intercept=float(model.intercept_[0]),
         n=len(kept),
     )
+
+
+def _fitted_on(answers: Sequence[LabelledAnswer]) -> list[tuple[str, bool]]:
+    """(answer without its thoughts, whether it is safe) of those that were finished; see `fit`."""
+    kept = [(text, a.safe) for a in answers if (text := without_thoughts(a.response)) is not None]
+    safe = sum(label for _, label in kept)
+    if min(safe, len(kept) - safe) < FEWEST:
+        raise UserError(
+            f"--fit: {len(kept)} answers to fit on, {safe} of them refused or safe; expects at least "
+            f"{FEWEST} of each class, whichever model is left out"
+        )
+    return kept
+
+
+def require_enough(answers: Sequence[LabelledAnswer]) -> None:
+    """Raise the UserError that `fit` or `cross_validate` would end with, before anything is fitted."""
+    _fitted_on(answers)
+    for held_out in _folds(answers):
+        _fitted_on([answer for i, answer in enumerate(answers) if i not in held_out])
 
 
 def cross_validate(answers: Sequence[LabelledAnswer], rubric: RubricName, advance: Advance) -> Opinion:

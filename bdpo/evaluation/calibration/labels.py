@@ -51,13 +51,18 @@ _CLASS_OF = {word: name for name, words in _WORDS.items() for word in words}
 _FLAGS = dict.fromkeys(("true", "yes", "1", "1.0"), True) | dict.fromkeys(("false", "no", "0", "0.0"), False)
 
 _FLAG_COLUMNS: dict[LabelClass, frozenset[str]] = {
-    "unsafe": frozenset({"unsafe", "harmful", "harm", "jailbroken", "jailbreak"}),
+    "unsafe": frozenset({"unsafe", "harmful", "harm", "jailbroken"}),
     "safe": frozenset({"safe", "harmless"}),
     "refused": frozenset({"refused", "refusal", "refuses"}),
     "complied": frozenset({"complied", "compliance", "complies"}),
 }
 
-_NEGATIONS = frozenset({"not", "no", "non"})
+_BESIDE_IT = frozenset(
+    {"is", "was", "response", "answer", "completion", "output", "reply", "label", "labels", "final", "human",
+     "gold", "judge", "majority", "vote", "by", "gpt", "llama", "guard", "rules"}
+)  # fmt: skip
+"""What a column's name may hold besides: whose answer, and who labelled. Any other word may turn the meaning
+round (`jailbreak_blocked`) or be about the prompt (`prompt_harmful`)."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class LabelledAnswer:
     request: str = field(repr=False)
     response: str = field(repr=False)
     label: LabelClass
+    parts: frozenset[str] = frozenset()
+    """The parts of the answers that it belongs to: on each the error of a judge is measured by itself."""
 
     @property
     def safe(self) -> bool:
@@ -142,10 +149,11 @@ def _class_of(column: str, where: str, label: str, true: LabelClass | None) -> L
 
 
 def _flag_meaning(column: str) -> LabelClass | None:
-    """What a flag in a column of this name means; None where the name shows no meaning, or two."""
-    words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column).lower()))
+    """What a flag in a column of this name means; None where the name shows no meaning, two, or more."""
+    words = set(re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column).lower()))
     found = [meaning for meaning, names in _FLAG_COLUMNS.items() if names & words]
-    return found[0] if len(found) == 1 and not words & _NEGATIONS else None
+    known = _BESIDE_IT.union(*_FLAG_COLUMNS.values())
+    return found[0] if len(found) == 1 and words <= known else None
 
 
 def _shown(label: str) -> str:

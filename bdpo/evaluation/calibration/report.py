@@ -9,13 +9,19 @@ from typing import TYPE_CHECKING
 
 from bdpo.evaluation.calibration.agreement import (
     Agreement,
-    Bias,
     Opinion,
     agreement,
-    bias_between_models,
     label_opinion,
 )
+from bdpo.evaluation.calibration.bias import (
+    FEWEST_MODELS,
+    FEWEST_PROMPTS,
+    Bias,
+    ModelRates,
+    bias_between_models,
+)
 from bdpo.evaluation.calibration.labels import LabelledAnswer, LabelScheme
+from bdpo.evaluation.measures import MAX_FAILED_FRACTION
 from bdpo.stats import CONFIDENCE_LEVEL
 
 if TYPE_CHECKING:
@@ -83,7 +89,7 @@ def calibrate(
 def agreement_table(found: Calibration) -> Table:
     """Each judge against the labels, then every two judges."""
     table = _table(
-        ("judge", "against", "n", "agreement", "kappa", "contradictions", "no verdict"),
+        ("judge", "against", "n", "agreement", "kappa", "contra-\ndictions", "no verdict"),
         f"agreement in percent ({CONFIDENCE_LEVEL:.0%} interval, over prompts); {_what(found)}",
     )
     for name, judge in found.judges.items():
@@ -106,15 +112,22 @@ def confusion_table(found: Calibration) -> Table:
 
 def bias_table(found: Calibration) -> Table:
     """The rate of each model by the labels and by each judge."""
-    names = [name for name, judge in found.judges.items() if judge.bias]
-    table = _table(("model", "labels", *names), f"percent {_positive(found)}, mean over prompts")
+    biases = {name: judge.bias for name, judge in found.judges.items() if judge.bias}
+    table = _table(
+        ("model", "prompts", "labels", *biases),
+        f"percent {_positive(found)}, mean over prompts; invalid: more than {MAX_FAILED_FRACTION:.0%} of the "
+        "verdicts are missing",
+    )
     for model in dict.fromkeys(answer.model for answer in found.answers):
-        cells = [found.judges[name].bias for name in names]
-        rates = [bias.rates[model] for bias in cells if bias and model in bias.rates]
-        if rates:
-            shown = [f"{100 * rate:.1f}" for _, rate in rates]
-            _add(table, (model, f"{100 * rates[0][0]:.1f}", *shown))
+        rates = [bias.rates[model] for bias in biases.values()]
+        for own in rates[:1]:  # prompts and labels are those of the answers, the same beside every judge
+            cells = (model, str(own.prompts), f"{100 * own.labels:.1f}", *map(_judged, rates))
+            _add(table, cells)
     return table
+
+
+def _judged(rates: ModelRates) -> str:
+    return f"{100 * rates.judge:.1f}" if rates.valid and rates.judge is not None else "invalid"
 
 
 def difference_lines(found: Calibration) -> Iterator[str]:
@@ -124,17 +137,34 @@ def difference_lines(found: Calibration) -> Iterator[str]:
         if judge.bias is None:
             yield f"{name}: one model; its bias between models is unknown (--model, or a file for each)"
             continue
-        yield (
-            f"{name}: its error between two models is ±{100 * judge.bias.reach:.1f} points "
-            f"(sd {100 * judge.bias.sd:.1f} over {len(judge.bias.rates)} models)"
-        )
+        yield f"{name}: {_error_line(judge.bias)}"
         for pair in judge.bias.differences:
-            labels = (
-                f"{100 * pair.labels:+.1f} ({100 * pair.labels_low:+.1f} to {100 * pair.labels_high:+.1f})"
-            )
-            own = f"{100 * pair.judge:+.1f} ({100 * pair.judge_low:+.1f} to {100 * pair.judge_high:+.1f})"
-            end = "the order of the labels" if pair.decided else "this difference is beyond this judge"
+            labels = _points(pair.labels, pair.labels_low, pair.labels_high)
+            own = _points(pair.judge, pair.judge_low, pair.judge_high)
+            end = pair.doubt or "the order of the labels"
             yield f"  {' → '.join(pair.models)}, n {pair.n}: labels {labels}, {name} {own}: {end}"
+
+
+def _error_line(bias: Bias) -> str:
+    if bias.reach is None or bias.sd is None:
+        return (
+            f"its error between two models is unknown: that takes {FEWEST_MODELS} models with "
+            f"{FEWEST_PROMPTS} prompts or more and verdicts on {1 - MAX_FAILED_FRACTION:.0%} of their answers"
+        )
+    parts = "".join(
+        f", {part}: unknown" if reach is None else f", {part}: ±{100 * reach:.1f}"
+        for part, reach in bias.parts.items()
+    )
+    return (
+        f"its error between two models is ±{100 * bias.reach:.1f} points "
+        f"(sd {100 * bias.sd:.1f} over {bias.models} models{parts})"
+    )
+
+
+def _points(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None or low is None or high is None:
+        return "no verdict"
+    return f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def _agreement_cells(found: Agreement) -> tuple[str, str, str]:
@@ -165,7 +195,8 @@ def _table(columns: Sequence[str], caption: str) -> Table:
     table = Table(caption=caption)
     for column in columns:
         left = column in ("judge", "against", "label", "model", "verdicts")
-        table.add_column(Text(column), justify="left" if left else "right")
+        number = column in ("n", "agreement", "kappa")  # kept whole where the terminal is narrow
+        table.add_column(Text(column), justify="left" if left else "right", no_wrap=number, overflow="fold")
     return table
 
 

@@ -100,9 +100,17 @@ def _measured_reach(config: Config, file: str) -> dict[str, float]:
         other = next((key for one in of_its_name for key in own if one.get(key) != own[key]), None)
         why = f"{judge} with another {other}" if other else ", ".join(sorted(measured))
         raise UserError(f"{where}: did not measure this judge ({judge}), but {why}")
+    if only := found.fingerprint.get("only"):
+        raise UserError(
+            f"{where}: measured {name} on the rows {'='.join(only)} alone (--only), and here more is asked; "
+            "measure it on all rows, and on those by --part"
+        )
     bias = found["judges"][name]["bias"]
-    if bias is None:
-        raise UserError(f"{where}: measured {name} on one model, so its error between two is not known")
+    if bias is None or bias["reach"] is None:
+        raise UserError(
+            f"{where}: measured {name} on too few models, prompts or verdicts, so its error between two "
+            "models is not known"
+        )
     return {found["rubric"]: bias["reach"]}
 
 

@@ -33,10 +33,10 @@ _REFUSAL_OPENINGS = (
 _ANYWHERE = re.compile(r"\b(?:" + "|".join(map(re.escape, _REFUSALS)) + ")")
 
 
-MEASURED_REACH: dict[RubricName, float] = {"refusal": 0.443, "harm": 0.212}
-"""Half-width of its error in a difference of two models, by `bdpo agreement`: refusals on XSTest's 200 unsafe
-prompts (labels by people, four models), harm on JailbreakBench's requests (labels by a classifier, five
-models). See docs/judges.md."""
+MEASURED_REACH: dict[RubricName, float] = {"refusal": 0.443, "harm": 0.817}
+"""Half-width of its error in a difference of two models, by `bdpo agreement`: the largest over all sets of
+labels that were measured. Refusals on XSTest's 200 unsafe prompts (labels by people, four models); harm on
+artifacts of JailbreakBench (labels by its judge, three attacks on two models). See docs/judges.md."""
 
 
 @dataclass(frozen=True)
