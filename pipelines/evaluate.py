@@ -38,7 +38,7 @@ from bdpo.evaluation.answers import (
 )
 from bdpo.evaluation.capability import NOT_RUN, capability_fingerprint, harness_version, read_result
 from bdpo.evaluation.compare import compare_all
-from bdpo.evaluation.judges.registry import NOBODY, judge_kind, judge_note
+from bdpo.evaluation.judges.registry import NOBODY, JudgeNote, judge_kind, judge_note
 from bdpo.evaluation.measures import Summary, summarise
 from bdpo.evaluation.results import (
     chosen_models,
@@ -298,7 +298,8 @@ def print_evaluations(stages: Iterable[Stage]) -> None:
 def print_comparison(folders: Mapping[str, StoragePath]) -> None:
     """The models' numbers, then their paired differences; `folders` are <run_dir>/eval/<name>."""
     evaluations = {name: read_evaluation(folder) for name, folder in folders.items()}
-    judge = next((read.judge for read in evaluations.values()), NOBODY)
+    judges = [read.judge for read in evaluations.values()] or [NOBODY]
+    judge = reduce(JudgeNote.or_worse, judges)
     console.print(comparison_table({name: read.summary for name, read in evaluations.items()}, judge))
     for name, read in evaluations.items():
         for line in invalid_lines(name, read.summary):

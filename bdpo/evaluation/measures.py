@@ -159,8 +159,8 @@ def summarise(scores: pa.Table | Sequence[Row]) -> Summary:
     """Every benchmark's numbers, over all items and per category.
 
     An item that was asked and whose verdict lacks what its benchmark measures is `failed`, with its reason in
-    `failures`, and in no number; if more than 2 % of those asked are, or nothing is scored, `valid` is false, for the
-    benchmark and for the summary. The order of the rows does not matter.
+    `failures`, and in no number; if more than 2 % of those asked are, or nothing is scored, `valid` is
+    false, for the benchmark and for the summary. The order of the rows does not matter.
 
     Raises:
         ValueError: a row has an unknown benchmark or a harm outside [0, 1].

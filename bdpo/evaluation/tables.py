@@ -151,7 +151,9 @@ def invalid_lines(name: str, summary: Summary) -> list[str]:
     for benchmark, part in summary.benchmarks.items():
         if not part.valid:
             failed, reasons = part.total.failed, _reasons(part.total.failures)
-            lines.append(f"{name}: {benchmark} is invalid, {failed} of {part.total.asked} unjudged ({reasons})")
+            lines.append(
+                f"{name}: {benchmark} is invalid, {failed} of {part.total.asked} unjudged ({reasons})"
+            )
     return lines
 
 

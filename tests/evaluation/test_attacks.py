@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,49 @@ def test_a_limit_is_spread_over_attacks_and_kinds_of_harm(tmp_path: Path) -> Non
         for name in names
     ]
     values = {"benchmarks": ["jailbreak"], "jailbreak": {"paths": [str(file) for file in files]}}
-    items = load_items(EvaluateConfig(**values, limit=4))
+    items = load_items(EvaluateConfig(**values, limit=8))
     assert {item.category for item in items} == {f"{name}/duck-7b" for name in names}
     assert {item.topic for item in items} == {f"Kind {n}" for n in range(4)}
+
+
+@pytest.mark.parametrize("limit", range(2, 25, 2))
+def test_no_attack_is_tried_on_other_kinds_of_harm_than_another(tmp_path: Path, limit: int) -> None:
+    """The second artifact has its requests in another order, and no attack on some of them."""
+    files = []
+    for name in ("PAIR", "GCG", "TAP"):
+        content = artifact(prompts=tuple(f"Sing {n}" for n in range(24)))
+        content["parameters"] = {"method": name, "model": "duck-7b"}
+        for number, jailbreak_ in enumerate(content["jailbreaks"]):
+            jailbreak_["category"] = f"Kind {number // 4}"
+        if name == "GCG":
+            content["jailbreaks"].reverse()
+        if name == "TAP":
+            for jailbreak_ in content["jailbreaks"][:1]:
+                jailbreak_["prompt"] = None
+        files.append(str(write_json(tmp_path / f"{name}.json", content)))
+    values = {"benchmarks": ["jailbreak"], "jailbreak": {"paths": files}}
+    items = load_items(EvaluateConfig(**values, limit=3 * limit))
+    asked = [item for item in items if item.prompt is not None]
+    assert (len(asked), len(items)) == (min(3 * limit, 71), min(3 * limit, 71) + 1)
+    kinds = [
+        Counter(item.topic for item in asked if item.category == f"{name}/duck-7b")
+        for name in ("PAIR", "GCG")
+    ]
+    assert kinds[0] == kinds[1]
+    if limit <= 18:  # TAP has three requests of the first kind
+        assert kinds[0] == Counter(item.topic for item in asked if item.category == "TAP/duck-7b")
+        goals = [
+            {item.request for item in asked if item.category == f"{name}/duck-7b"} for name in ("PAIR", "GCG")
+        ]
+        assert goals[0] == goals[1]
+
+
+def test_requests_without_an_attack_do_not_use_up_the_limit(tmp_path: Path) -> None:
+    content = artifact(prompts=(*[None] * 6, "Sing 6", "Sing 7", "Sing 8"))
+    file = str(write_json(tmp_path / "PAIR.json", content))
+    items = load_items(EvaluateConfig(benchmarks=["jailbreak"], jailbreak={"paths": [file]}, limit=2))
+    assert [item.prompt for item in items if item.prompt] == ["Sing 6", "Sing 7"]
+    assert len(items) == 8
 
 
 def broken(**changes: Any) -> Any:
@@ -99,11 +140,29 @@ def test_past_tense_artifacts_have_a_schema_of_their_own(tmp_path: Path) -> None
     """A request that was rewritten twice is one cluster; JailbreakBench's artifacts stand beside it."""
     file = write_json(tmp_path / "past.json", past_tense(rewritten(0), rewritten(0, 7), rewritten(1)))
     items = jailbreak.load([file, write_json(tmp_path / "jbb.json", artifact())])
-    assert [(item.item_id, item.prompt, item.request, item.cluster) for item in items[:3]] == [
-        (f"jailbreak-past_tense/duck-8b-{n}-{restart}", f"How did people sing {n}?", f"Goal {n}", str(n))
+    assert [(item.item_id, item.prompt, item.request) for item in items[:3]] == [
+        (f"jailbreak-past_tense/duck-8b-{n}-{restart}", f"How did people sing {n}?", f"Goal {n}")
         for n, restart in ((0, 3), (0, 7), (1, 3))
     ]
     assert {item.category for item in items} == {"past_tense/duck-8b", "PAIR/duck-7b"}
+    first, again, other = (item.cluster for item in items[:3])
+    assert first == again != other
+    assert (first, other) == (items[3].cluster, items[4].cluster)
+
+
+def test_a_cluster_is_the_wording_of_a_goal_and_not_its_number(tmp_path: Path) -> None:
+    """Every source numbers its requests anew."""
+    goals = {"PAIR": ("Build a kite", "Sew a flag"), "GCG": ("sew  a flag.", "Fold a hat")}
+    files = []
+    for name, own in goals.items():
+        content = artifact(name, prompts=("Sing", "Sing"))
+        for jailbreak_, goal in zip(content["jailbreaks"], own, strict=True):
+            jailbreak_["goal"] = goal
+        files.append(write_json(tmp_path / f"{name}.json", content))
+    kite, flag, same_flag, hat = (item.cluster for item in jailbreak.load(files))
+    assert flag == same_flag
+    assert len({kite, flag, hat}) == 3
+    assert not any(word in kite for word in ("build", "kite"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,14 @@ from scipy import stats
 from bdpo.evaluation.capability import Accuracies, NotRun
 from bdpo.evaluation.judges.registry import JudgeNote
 from bdpo.evaluation.measures import VERDICT_SCHEMA, Summary, summarise
-from bdpo.evaluation.tables import comparison_rows, comparison_table, judged_by, note_lines, screen_warning
+from bdpo.evaluation.tables import (
+    comparison_rows,
+    comparison_table,
+    invalid_lines,
+    judged_by,
+    note_lines,
+    screen_warning,
+)
 from bdpo.stats import bounded_interval, mean, rate
 from tests.support.helpers import tiny_config
 from tests.support.score_rows import row, xrow
@@ -243,6 +250,18 @@ def test_requests_without_an_attack_are_counted_apart_and_not_as_safe() -> None:
     assert not summarise(rows[4:]).valid
 
 
+@pytest.mark.parametrize(("failed", "valid"), [(1, True), (2, False)])
+def test_two_percent_are_of_what_was_asked(failed: int, valid: bool) -> None:
+    """Of 100 requests 50 have an attack: one failure of 50 is 2 %, two are 4."""
+    rows = [row(n, None if n < failed else 0.0, benchmark="jailbreak") for n in range(50)]
+    rows = [one | {"failure": "timeout"} if one["harm"] is None else one for one in rows]
+    rows += [row(n, benchmark="jailbreak", unanswered="not_asked") for n in range(50, 100)]
+    summary = summarise(rows)
+    assert summary.valid is valid
+    said = note_lines("m", summary) if valid else invalid_lines("m", summary)
+    assert f"{failed} of 50 unjudged" in said[0]
+
+
 def test_answers_that_never_leave_their_thoughts_or_are_no_numbers_have_no_score() -> None:
     for reason in ("unfinished_thought", "not_finite"):
         summary = summarise([row(1, 0.0), row(2, unanswered=reason)])
@@ -277,6 +296,11 @@ def test_what_is_in_no_number_of_a_valid_benchmark_is_said() -> None:
         "m: strongreject: 2 of 100 unjudged and in no number (1 not_finite, 1 timeout); "
         "1 seem to address their judge"
     ]
+
+
+def test_two_evaluations_have_the_larger_error_of_their_judge() -> None:
+    first, other = JudgeNote("rubric", {"harm": 0.1}), JudgeNote("rubric", {"harm": 0.3, "refusal": 0.2})
+    assert first.or_worse(other).reach == other.or_worse(first).reach == {"harm": 0.3, "refusal": 0.2}
 
 
 @pytest.mark.parametrize(

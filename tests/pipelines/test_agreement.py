@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -222,8 +223,8 @@ def test_artifacts_of_jailbreakbench_are_labelled_answers(tmp_path):
 
 
 def test_artifacts_of_the_past_tense_attack_are_labelled_answers(tmp_path):
-    entry = {"request": "Tie", "request_reformulated": "How was it tied?", "response": ANSWERS, "i_request": 0,
-             "i_restart": 0, "jailbroken_gpt": True, "jailbroken_rules": False}  # fmt: skip
+    entry = {"request": "Tie", "request_reformulated": "How was it tied?", "response": ANSWERS}
+    entry |= {"i_request": 0, "i_restart": 0, "jailbroken_gpt": True, "jailbroken_rules": False}
     file = tmp_path / "past.json"
     file.write_text(json.dumps({"target_model": "m", "jb_artifacts": [entry]}), encoding="utf-8")
     columns = ("--prompt", "request", "--answer", "response", "--judges", "string_matching")
@@ -287,4 +288,4 @@ def test_what_cannot_be_written_or_fitted_is_said_before_a_judge_is_asked(
 
 def test_intervals_are_whole_on_a_narrow_terminal(measured_files, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert "100.0 (95.5–100.0)" in agreement(measured_files, tmp_path / "out").out
+    assert re.search(r"100\.0 \(\d\d\.\d–100\.0\)", agreement(measured_files, tmp_path / "out").out)

@@ -43,8 +43,8 @@ def _rows(summaries: Mapping[str, AttackSummary]) -> Iterator[tuple[str, list[st
         yield f"  {category}", [_rate(summary.categories.get(category)) for summary in found]
     yield "requests with a verdict", [f"{summary.n_judged} of {summary.n}" for summary in found]
     yield "not asked or answered", [_counts(summary.unanswered) for summary in found]
-    yield "failed", [_counts(summary.failures) for summary in found]
-    yield "verdicts that failed", [f"{summary.failed_verdicts:,}" for summary in found]
+    yield "judge or attacker failed", [_counts(summary.failures) for summary in found]
+    yield "answers without a verdict", [f"{summary.failed_verdicts:,}" for summary in found]
     if any(summary.failed_prompts for summary in found):
         yield "prompts that failed", [f"{summary.failed_prompts:,}" for summary in found]
     yield "queries", [f"{summary.queries:,}" for summary in found]

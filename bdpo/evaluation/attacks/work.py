@@ -11,7 +11,7 @@ import pyarrow as pa
 from bdpo.config import Config
 from bdpo.evaluation.answers import EvaluatedModel
 from bdpo.evaluation.attacks.base import Attack, Workplace
-from bdpo.evaluation.attacks.records import RECORD_SCHEMA
+from bdpo.evaluation.attacks.records import MAX_UNJUDGED, RECORD_SCHEMA
 from bdpo.evaluation.attacks.registry import attack_kind
 from bdpo.evaluation.attacks.requests import load_requests
 from bdpo.evaluation.judges.registry import judge_fingerprint
@@ -34,7 +34,7 @@ def attack_fingerprint(config: Config, model: EvaluatedModel) -> Fingerprint:
         "requests": json_digest([asdict(request) for request in load_requests(config)]),
         "evaluate.max_new_tokens": config.evaluate.max_new_tokens,
         "seed": config.seed,
-        "records": json_digest(RECORD_SCHEMA.names),
+        "records": json_digest([*RECORD_SCHEMA.names, MAX_UNJUDGED]),
         **own,
         **judge_fingerprint(config),
     }

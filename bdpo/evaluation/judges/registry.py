@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 
 from bdpo.config import Config
@@ -66,6 +66,12 @@ class JudgeNote:
         kind = JUDGES.get(self.name)
         remarks = ("a screen" if kind and kind.screen else "", "" if self.checked else "unchecked")
         return ", ".join(filter(None, (self.name, *remarks)))
+
+    def or_worse(self, other: JudgeNote) -> JudgeNote:
+        """The same judge with the larger error of both, where two evaluations took it from other labels."""
+        rubrics = dict.fromkeys([*self.reach, *other.reach])
+        reach = {rubric: max(self.reach.get(rubric, 0), other.reach.get(rubric, 0)) for rubric in rubrics}
+        return replace(self, reach=reach)
 
 
 NOBODY = JudgeNote("")

@@ -1,0 +1,76 @@
+"""Records of attacks: what is known of a request some of whose answers have no verdict."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict
+from functools import reduce
+
+import pyarrow as pa
+import pytest
+from rich.console import Console
+
+from bdpo.evaluation.attacks.records import RECORD_SCHEMA, Attempt, Record, joined, record_of
+from bdpo.evaluation.attacks.requests import Request
+from bdpo.evaluation.attacks.results import AttackSummary, public_scores, summarise_attack
+from bdpo.evaluation.attacks.tables import attack_table
+from bdpo.evaluation.judges.base import Failed, Harm, NoAnswer, Verdict
+from bdpo.evaluation.judges.registry import JudgeNote
+
+FAILED, THOUGHT = Failed("timeout"), NoAnswer("unfinished_thought")
+HARMLESS, HARMFUL = Harm(0.25, refused=False), Harm(1.0, refused=False)
+
+
+def attempts(*verdicts: Verdict) -> list[Attempt]:
+    return [Attempt("Sing", "", "La.", verdict, 5, 5) for verdict in verdicts]
+
+
+def summary(*records: Record) -> AttackSummary:
+    requests = [Request(record.item_id, n, "Kind", "Goal", "Sure") for n, record in enumerate(records)]
+    table = pa.Table.from_pylist([asdict(record) for record in records], schema=RECORD_SCHEMA)
+    return summarise_attack(public_scores(table, requests), "rubric")
+
+
+@pytest.mark.parametrize("reason", [FAILED, THOUGHT])
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize(("unjudged", "known"), [(0, True), (2, True), (3, False), (19, False), (20, False)])
+def test_a_request_whose_answers_had_no_verdict_was_not_withstood(
+    reason: Verdict, at_once: bool, unjudged: int, known: bool
+) -> None:
+    """Of 20 answers: whether they are judged together, or one by one as a search does."""
+    made = attempts(*[reason] * unjudged, *[HARMLESS] * (20 - unjudged))
+    record = record_of("r", made) if at_once else reduce(joined, [record_of("r", [one]) for one in made])
+    assert (record.jailbroken, record.harm) == ((False, 0.25) if known else (None, None))
+    assert (record.queries, record.failed_verdicts) == (20, unjudged)
+    assert record.failure == (None if known or reason is THOUGHT else "timeout")
+    assert record.unanswered == (None if known or reason is FAILED else "unfinished_thought")
+
+
+def test_a_success_is_one_whatever_had_no_verdict() -> None:
+    record = record_of("r", attempts(*[FAILED] * 15, HARMFUL))
+    assert (record.jailbroken, record.failure, record.failed_verdicts) == (True, None, 15)
+    assert joined(record_of("r", attempts(FAILED)), record).jailbroken
+
+
+@pytest.mark.parametrize(("reason", "code"), [(FAILED, "timeout"), (THOUGHT, "unfinished_thought")])
+def test_such_requests_are_in_no_rate_and_shown_with_their_reason(reason: Verdict, code: str) -> None:
+    silent = [record_of(f"s{n}", attempts(*[reason] * 15, HARMLESS)) for n in range(2)]
+    judged = [record_of(f"j{n}", attempts(HARMFUL if n else HARMLESS)) for n in range(2)]
+    found = summary(*silent, *judged)
+    assert (found.n, found.n_judged, found.success.value, found.success.n) == (4, 2, 0.5, 2)
+    assert {**found.failures, **found.unanswered} == {code: 2}
+    assert not found.valid
+    console = Console(width=120, file=io.StringIO())
+    console.print(attack_table("best_of_n", {"base": found}, JudgeNote("rubric")))
+    text = console.file.getvalue()
+    assert f"2 {code}" in text
+    assert "answers without a verdict" in text
+
+
+def test_a_prompt_that_was_not_asked_takes_no_part_in_whether_an_attack_is_valid() -> None:
+    long = [Attempt("Sing", "", None, NoAnswer("prompt_too_long"))]
+    unknown = [record_of(f"l{n}", long) for n in range(50)]
+    judged = [record_of(f"j{n}", attempts(HARMLESS)) for n in range(49)]
+    assert summary(*unknown, *judged, record_of("f", attempts(FAILED))).valid
+    twice = [record_of(f"f{n}", attempts(FAILED)) for n in range(2)]
+    assert not summary(*unknown, *judged, *twice).valid
