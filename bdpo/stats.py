@@ -147,30 +147,35 @@ def mean(values: Sequence[float], of: Sequence[str] = ()) -> Estimate:
     return _estimate(value, bounds, n, "gaffke" if count == n else "cluster gaffke", count)
 
 
-def bounded_interval(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def bounded_interval(
+    sums: np.ndarray, sizes: np.ndarray, draws: int = DRAWS
+) -> tuple[np.ndarray, np.ndarray]:
     """The 95 % interval of a mean of values in [0, 1] that come in independent clusters.
 
     Gaffke's bound (Gaffke 2005, "Three test statistics for a nonparametric one-sided hypothesis on the mean
     of a nonnegative variable"; restated by Learned-Miller & Thomas, arXiv 1905.06208), with a cluster as the
-    unit: the Bayesian bootstrap of Σ sums / Σ sizes with one cluster of mean size added that holds zeros for
-    the lower end and ones for the upper end. For single values of 0 and 1 it is Clopper–Pearson. There are no
-    special cases: a single cluster leaves nearly all of [0, 1] open, and ten times 1 is not certain. A
-    percentile bootstrap covers 80 to 88 % where clusters are few or rates near 1; `benchmarks/coverage.py`
-    simulates both.
+    unit: the Bayesian bootstrap of Σ sums / Σ sizes with one cluster added that holds zeros for the lower end
+    and ones for the upper end. Its size is Σ sizes² / Σ sizes, that of the cluster which a value is in on
+    average: unequal clusters count as so many equal ones as Kish's effective number says. (With one of mean
+    size a few large clusters of equal values would leave the true mean out in up to 12 % of samples.) For
+    single values of 0 and 1 it is Clopper–Pearson. There are no special cases: a single cluster leaves nearly
+    all of [0, 1] open, and ten times 1 is not certain. A percentile bootstrap covers 80 to 88 % where
+    clusters are few or rates near 1; `benchmarks/coverage.py` simulates both.
 
     Args:
         sums: the sum of the values of each cluster, shape (…, clusters).
         sizes: the number of values of each cluster, same shape.
+        draws: how often the weights of the clusters are drawn.
 
     Returns:
         The lower and the upper ends, shape (…).
     """
-    tail, added = (1 - CONFIDENCE_LEVEL) / 2, np.asarray(sizes.mean(-1))[..., None]
+    tail, added = (1 - CONFIDENCE_LEVEL) / 2, np.asarray((sizes**2).sum(-1) / sizes.sum(-1))[..., None]
     lows, highs = [], []
     rng, clusters = np.random.default_rng(0), sums.shape[-1]
     rows = max(1, 4_000_000 // (clusters + 1))  # of weights at a time, some 32 MB
-    for first in range(0, DRAWS, rows):
-        weights = rng.exponential(size=(min(rows, DRAWS - first), clusters + 1))
+    for first in range(0, draws, rows):
+        weights = rng.exponential(size=(min(rows, draws - first), clusters + 1))
         own, extra = weights[:, :-1].T, weights[:, -1] * added
         total, count = sums @ own, sizes @ own + extra
         lows.append(total / count)

@@ -143,6 +143,16 @@ def test_clusters_of_equal_outcomes_are_as_many_outcomes(hits: int) -> None:
     assert (found.n, found.clusters) == (60, 20)
 
 
+@pytest.mark.parametrize(("clusters", "items", "rate"), [(50, 313, 0.8), (16, 313, 0.5), (10, 100, 0.5)])
+def test_intervals_cover_where_few_clusters_hold_most_items(clusters: int, items: int, rate: float) -> None:
+    """All items of a cluster have one outcome: of 1,000 intervals at most 5 % miss, but for chance."""
+    random = np.random.default_rng(clusters)
+    shares = random.dirichlet(np.full(clusters, 0.3), 1000)
+    sizes = 1.0 + np.stack([random.multinomial(items - clusters, own) for own in shares])
+    low, high = bounded_interval(sizes * (random.random(sizes.shape) < rate), sizes, draws=1999)
+    assert ((low <= rate) & (rate <= high)).mean() >= 0.93
+
+
 @pytest.mark.parametrize(("clusters", "rate"), [(8, 0.95), (16, 0.99), (24, 0.8)])
 def test_intervals_cover_where_clusters_are_few(clusters: int, rate: float) -> None:
     """Four items each, alike within a cluster: of 400 intervals at most 5 % miss, but for chance."""

@@ -129,6 +129,10 @@ def bias_between_models(judge: Opinion, answers: Sequence[LabelledAnswer]) -> Bi
     )
 
 
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
 def _by_model(judge: Opinion, answers: Sequence[LabelledAnswer]) -> dict[str, dict[str, _Prompt]]:
     found: dict[str, dict[str, _Prompt]] = {}
     for answer, value in zip(answers, judge.safe(), strict=True):
@@ -140,11 +144,11 @@ def _by_model(judge: Opinion, answers: Sequence[LabelledAnswer]) -> dict[str, di
 
 
 def _rates(asked: _Asked) -> ModelRates:
-    decided = [np.mean(prompt.verdicts) for prompt in asked.values() if prompt.verdicts]
+    decided = [_mean(prompt.verdicts) for prompt in asked.values() if prompt.verdicts]
     return ModelRates(
         prompts=len(asked),
-        labels=float(np.mean([np.mean(prompt.labels) for prompt in asked.values()])),
-        judge=float(np.mean(decided)) if decided else None,
+        labels=_mean([_mean(prompt.labels) for prompt in asked.values()]),
+        judge=_mean(decided) if decided else None,
         missing=_missing(asked),
     )
 
@@ -175,15 +179,13 @@ def _error(models: Mapping[str, _Asked]) -> tuple[float | None, float | None]:
 
 def _mean_error(asked: _Asked) -> Estimate:
     """Mean of (judge − labels) over the prompts with verdicts, and its interval in [−1, 1]."""
-    errors = [
-        np.mean(prompt.verdicts) - np.mean(prompt.labels) for prompt in asked.values() if prompt.verdicts
-    ]
+    errors = [_mean(prompt.verdicts) - _mean(prompt.labels) for prompt in asked.values() if prompt.verdicts]
     return _centred(errors)
 
 
-def _centred(values: Sequence[float] | np.ndarray) -> Estimate:
+def _centred(values: Sequence[float]) -> Estimate:
     """The mean of values in [−1, 1], with its interval."""
-    found = mean([(float(value) + 1) / 2 for value in values])
+    found = mean([(value + 1) / 2 for value in values])
     value, low, high = (None if end is None else 2 * end - 1 for end in (found.value, found.low, found.high))
     return Estimate(value, low, high, found.n, found.interval)
 
@@ -204,9 +206,9 @@ def _largest(first: _Asked, second: _Asked) -> float:
 def _compared(first: _Asked, second: _Asked) -> tuple[Estimate, Estimate]:
     """Second − first on the same prompts, by the labels and by the judge."""
     pairs = list(zip(first.values(), second.values(), strict=True))
-    labels = _centred([np.mean(other.labels) - np.mean(one.labels) for one, other in pairs])
+    labels = _centred([_mean(other.labels) - _mean(one.labels) for one, other in pairs])
     decided = [(one.verdicts, other.verdicts) for one, other in pairs if one.verdicts and other.verdicts]
-    return labels, _centred([np.mean(other) - np.mean(one) for one, other in decided])
+    return labels, _centred([_mean(other) - _mean(one) for one, other in decided])
 
 
 def _newcombe(first: Estimate, second: Estimate) -> tuple[float, float]:
