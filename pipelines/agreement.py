@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING
 from bdpo.config import SANDBOX, Config, parse_config
 from bdpo.config.reading import parse_override
 from bdpo.errors import UserError
-from bdpo.evaluation.calibration.reading import Pattern, Request, read_answers
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.paths import StoragePath, storage_path
 from pipelines.runtime.cli import exit_codes, one_line_when_full
+from pipelines.runtime.labelled_answers import Pattern, Request, read_answers
 from pipelines.runtime.progress import console, progress_bar
 
 if TYPE_CHECKING:
