@@ -13,7 +13,7 @@ class SourceAccount:
     """What happened to the rows of one data set; `unread` are columns and message keys without effect.
 
     `changed_by_template` counts kept rows with a text that the chat template cuts or rewrites; the spaces
-    that it trims at both ends do not count.
+    that it trims at both ends do not count. `left_out` are the quarantined rows that are not damaged.
     """
 
     source: str
@@ -21,12 +21,18 @@ class SourceAccount:
     rows: int = 0
     kept: int = 0
     quarantined: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
     excluded: Counter[str] = field(default_factory=Counter)
     not_sampled: int = 0
-    first_bad: str = ""  # where it stands
+    first_damaged: str = ""  # where it stands
     unread: set[str] = field(default_factory=set)
     unread_files: set[str] = field(default_factory=set)
     changed_by_template: int = 0
+
+    @property
+    def damaged(self) -> Counter[str]:
+        """Reason -> bad rows, without those that only a setting or another data set leaves out."""
+        return self.quarantined - self.left_out
 
     def check(self) -> None:
         """Raise a RuntimeError if a row was lost: a mistake of this program."""

@@ -28,7 +28,7 @@ from bdpo.data.account import Account, SourceAccount
 from bdpo.data.checks import check_pair
 from bdpo.data.containers import NumberedRow, RawRow, Unreadable, shown_name
 from bdpo.data.formats import read_pair
-from bdpo.data.formats.base import BadRow, Excluded, Format, Pair
+from bdpo.data.formats.base import BadRow, Excluded, Format, LeftOut, Pair
 from bdpo.data.formats.columns import COMMON_COLUMNS
 from bdpo.data.pairs import ID_COLUMNS, PAIR_SCHEMA, context_of, plain_turns
 from bdpo.data.rendering import Rendered, encode_pairs
@@ -140,7 +140,7 @@ class _Examiner:
         self.config = config
         self.chat = chat
         self.seed = seed
-        self.seen: set[bytes] = set()
+        self.seen: dict[bytes, SourceAccount] = {}  # which data set has the pair
 
     def __call__(
         self, source: Source, account: SourceAccount, rows: list[NumberedRow]
@@ -171,15 +171,15 @@ class _Examiner:
         encoded: tuple[EncodedPair, Rendered] | BadRow,
     ) -> _Usable | BadRow | None:
         pair_id = id_of(pair)
-        if (key := bytes.fromhex(pair_id)[:16]) in self.seen:
-            return BadRow("duplicate")
+        if (first := self.seen.get(key := bytes.fromhex(pair_id)[:16])) is not None:
+            return BadRow("duplicate") if first is account else LeftOut("a pair of another data set, too")
         if isinstance(encoded, BadRow):
             return encoded
-        self.seen.add(key)
         ids, rendered = encoded
         account.unread |= rendered.unwritten | {shown_name(name) for name in pair.unread}
         if source.config.weight < 1 and _draw(self.seed, pair_id) >= source.config.weight * 2**256:
-            return None
+            return None  # another data set may keep it
+        self.seen[key] = account
         arrays = (np.array(part, dtype=np.int32) for part in (ids.prompt, ids.chosen, ids.rejected))
         place = source.reader.place(row)
         return _Usable(account, place, pair_id, pair, tuple(arrays), rendered.changed)  # type: ignore[arg-type]
@@ -226,8 +226,11 @@ def _usable(
             if not isinstance(row, Unreadable) and not row.keys() <= known:
                 account.unread |= {shown_name(name) for name in row.keys() - known}
             if isinstance(outcome, BadRow):
-                account.first_bad = account.first_bad or source.reader.place(number)
                 account.quarantined[str(outcome)] += 1
+                if isinstance(outcome, LeftOut):
+                    account.left_out[str(outcome)] += 1
+                else:
+                    account.first_damaged = account.first_damaged or source.reader.place(number)
                 raw = row.raw if isinstance(row, Unreadable) else row
                 file, number = source.reader.locate(number)
                 place = {"file": file, "row": number} if file else {"row": number}
@@ -245,17 +248,17 @@ def _usable(
 
 
 def _refuse_mostly_bad(config: DataConfig, account: SourceAccount, bad_rows: StoragePath) -> None:
-    """Raise a UserError if more than `data.max_bad_fraction` of the rows of a source are bad."""
-    if account.quarantined.total() > config.max_bad_fraction * account.rows:
+    """Raise a UserError if more than `data.max_bad_fraction` of the rows of a source are damaged."""
+    if (count := account.damaged.total()) > config.max_bad_fraction * account.rows:
         raise UserError(
-            f"data.path={escaped(account.source)}: {account.quarantined.total()} of {account.rows} rows "
-            f"read as {account.format} are bad, more than data.max_bad_fraction={config.max_bad_fraction} "
-            f"({_reasons(account.quarantined)}); the first is {account.first_bad}, all are in {bad_rows}"
+            f"data.path={escaped(account.source)}: {count} of {account.rows} rows read as {account.format} "
+            f"are bad, more than data.max_bad_fraction={config.max_bad_fraction} "
+            f"({_reasons(account.damaged)}); the first is {account.first_damaged}, all are in {bad_rows}"
         )
 
 
 def _reasons(counts: Counter[str]) -> str:
-    return "; ".join(f"{reason} ×{count}" for reason, count in counts.most_common()) or "0"
+    return "; ".join(f"{reason} ×{count}" for reason, count in counts.most_common())
 
 
 def _draw(seed: int, pair_id: str) -> int:
@@ -300,11 +303,8 @@ def _write(pairs: Iterator[_Usable], folder: Path, account: Account, config: Dat
             os.fsync(file.fileno())
         part += 1
     if not part:
-        raise UserError(
-            f"data.path={config.name}: none of {account.rows} rows is usable "
-            f"(bad: {_reasons(account.quarantined)}; excluded by the format: {_reasons(account.excluded)}; "
-            f"not sampled: {account.not_sampled})"
-        )
+        fates = account.quarantined + account.excluded + Counter({"not sampled": account.not_sampled})
+        raise UserError(f"data.path={config.name}: none of {account.rows} rows is usable ({_reasons(fates)})")
 
 
 def _table(batch: list[_Usable]) -> pa.Table:

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 
 from bdpo.config import DataConfig
 from bdpo.data.containers import shown_name
-from bdpo.data.formats.base import BadRow, Pair
+from bdpo.data.formats.base import BadRow, LeftOut, Pair
 from bdpo.data.formats.messages import MEANINGFUL_KEYS
 from bdpo.models.template import GUARD, PROBE, Message
 from bdpo.models.tokenizer import ChatTokenizer, EncodedPair
@@ -70,13 +70,13 @@ def _within_lengths(
         return BadRow(f"{side}: its tokens merge with those that the chat template writes beside it")
     ids = EncodedPair(prompt, chosen, rejected)
     if len(ids.prompt) > data.max_prompt_length:
-        return BadRow("prompt: longer than max_prompt_length")
+        return LeftOut("prompt: longer than max_prompt_length")
     if ids.chosen == ids.rejected:
         return BadRow("chosen equals rejected as the chat template writes them")
     room = data.max_length - len(ids.prompt)
     chosen, rejected = ([*side, chat.end_of_turn_id][:room] for side in (ids.chosen, ids.rejected))
     if chosen == rejected:
-        return BadRow("chosen equals rejected within max_length")
+        return LeftOut("chosen equals rejected within max_length")
     return EncodedPair(ids.prompt, chosen, rejected), rendered
 
 

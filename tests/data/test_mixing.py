@@ -37,8 +37,29 @@ class TestSeveralSources:
             written(tmp_path, name, [pair_row(0), pair_row(i)])
             for i, name in enumerate(("a.jsonl", "b.jsonl"), 1)
         ]
-        account = prepare_here_list(prepare_here, files)
-        assert (account.kept, account.quarantined) == (3, {"duplicate": 1})
+        account = prepare_here_list(prepare_here, files, max_bad_fraction=0.0)
+        assert (account.kept, account.quarantined) == (3, {"a pair of another data set, too": 1})
+
+    def test_a_pair_that_its_weight_leaves_out_of_one_source_is_kept_of_another(
+        self, tmp_path, prepare_here, kept_pairs
+    ):
+        """The kept pairs are those of either draw, in whichever order the sources stand."""
+        rows = [pair_row(i) for i in range(60)]
+        drawn = {"path": written(tmp_path, "a.jsonl", rows[:50]), "weight": 0.2}
+        whole = written(tmp_path, "b.jsonl", rows[10:])
+        kept = []
+        for path in ([drawn, whole], [whole, drawn]):
+            prepare_here_list(prepare_here, path, max_bad_fraction=0.0)
+            kept.append(sorted(pair["chosen"] for pair in kept_pairs()))
+        assert kept[0] == kept[1]
+        assert {row["chosen"] for row in rows[10:]} <= set(kept[0])
+        assert 50 < len(kept[0]) < 60  # some of the ten others are drawn
+
+    def test_a_pair_that_stands_twice_in_one_source_is_a_bad_row(self, tmp_path, prepare_here):
+        files = [written(tmp_path, "a.jsonl", [pair_row(0)]), written(tmp_path, "b.jsonl", [pair_row(1)] * 2)]
+        reason = refusal(prepare_here_list, prepare_here, files, max_bad_fraction=0.1)
+        assert f"data.path={files[1]}: 1 of 2 rows read as preference are bad" in reason
+        assert "(duplicate ×1); the first is row 2" in reason
 
     def test_quarantined_rows_name_their_source(self, tmp_path, prepare_here, quarantined_rows):
         files = [written(tmp_path, f"{i}.jsonl", [pair_row(i), pair_row(5 + i, chosen="")]) for i in range(2)]

@@ -58,6 +58,20 @@ class TestValidation:
             "chosen equals rejected within max_length": 1,
         }
 
+    def test_rows_that_are_too_long_are_not_damaged(self, prepare_here, quarantined_rows):
+        """They are quarantined, but no number of them stops a run unless nothing is left."""
+        rows = [pair_row(0), *(pair_row(i, prompt="p" * 90 + str(i)) for i in range(1, 5))]
+        lengths = {"max_prompt_length": 60, "max_length": 100, "max_bad_fraction": 0.1}
+        account = prepare_here(rows, **lengths)
+        assert (account.kept, account.quarantined) == (1, {"prompt: longer than max_prompt_length": 4})
+        assert [row["row"] for row in quarantined_rows()] == [2, 3, 4, 5]
+        said = refusal(prepare_here, [*rows, pair_row(9, chosen="")], **lengths)
+        assert "1 of 6 rows read as preference are bad" in said
+        assert "(chosen: empty ×1); the first is row 6" in said
+        assert refusal(prepare_here, rows[1:], **lengths).endswith(
+            "none of 4 rows is usable (prompt: longer than max_prompt_length ×4)"
+        )
+
     def test_duplicates(self, prepare_here, kept_pairs):
         other_form = {
             "prompt": [{"content": pair_row(0)["prompt"], "role": "user"}],
@@ -102,9 +116,8 @@ class TestValidation:
         assert prepare_here(rows, max_bad_fraction=0.2).kept == 8
 
     def test_no_pair_left(self, tmp_path, prepare_here):
-        assert "none of 2 rows is usable" in refusal(
-            prepare_here, [pair_row(0, chosen=""), pair_row(1, chosen="")]
-        )
+        said = refusal(prepare_here, [pair_row(0, chosen=""), pair_row(1, chosen="")])
+        assert said.endswith("none of 2 rows is usable (chosen: empty ×2)")
         assert not (tmp_path / "pairs").exists()
 
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -28,6 +28,13 @@ class BadRow(ValueError):
     """The row cannot be used and is quarantined; the message is a short phrase that names a column."""
 
 
+class LeftOut(BadRow):
+    """A sound row that a length of the config or another data set leaves out: no sign of damaged data.
+
+    It is quarantined as others are, but `data.max_bad_fraction` does not count it.
+    """
+
+
 class Excluded(ValueError):
     """The format's own rule leaves this sound row out; it is counted apart from bad rows."""
 
