@@ -7,13 +7,10 @@ What the rows mean is left to `bdpo.data.formats`.
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import csv
-import gzip
 import io
 import json
-import lzma
 import re
 import sys
 from collections import Counter
@@ -25,7 +22,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bdpo.errors import UserError, escaped, first_line
+from bdpo.data.compressions import COMPRESSIONS
+from bdpo.errors import UserError, first_line, printable
 from bdpo.storage import strict_json
 from bdpo.storage.paths import GIT_LFS_POINTER
 from bdpo.storage.strict_json import RepeatedKey
@@ -80,7 +78,7 @@ class DataFile:
 
     def open(self) -> IO[bytes]:
         """The content, decompressed."""
-        opener = _COMPRESSIONS.get(self.path.suffix)
+        opener = COMPRESSIONS.get(self.path.suffix)
         return opener(self.path) if opener else self.path.open("rb")
 
     def lines(self) -> Iterator[bytes]:
@@ -130,14 +128,14 @@ def encoding_of(start: bytes) -> str:
 def kind_of(path: Path) -> str | None:
     """The suffix that decides how a file is read, without that of its compression; None if it is unknown."""
     suffixes = path.suffixes
-    kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in _COMPRESSIONS else path.suffix
+    kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS else path.suffix
     compressed_parquet = kind == ".parquet" and path.suffix != kind  # Parquet compresses itself
     return kind if kind in READERS and not compressed_parquet else None
 
 
 def known_suffixes() -> str:
     """The suffixes that are read, for a message."""
-    return f"{' '.join(READERS)}, the first three also with {' '.join(_COMPRESSIONS)}"
+    return f"{' '.join(READERS)}, the first three also with {' '.join(COMPRESSIONS)}"
 
 
 def read_file(file: DataFile) -> Read:
@@ -154,7 +152,7 @@ def read_file(file: DataFile) -> Read:
     if start == GIT_LFS_POINTER:
         raise UserError(f"{file.name}: a Git LFS pointer instead of the data; fetch it with `git lfs pull`")
     packed = next((what for magic, what in _PACKED.items() if start.startswith(magic)), None)
-    if packed and kind != ".parquet" and file.path.suffix not in _COMPRESSIONS:
+    if packed and kind != ".parquet" and file.path.suffix not in COMPRESSIONS:
         raise UserError(f"{file.name}: its content is {packed}, which its name does not say; rename it")
     return READERS[kind](file) if file.path.stat().st_size else (iter(()), ())
 
@@ -179,6 +177,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def _json(file: DataFile) -> Iterator[NumberedRow]:
+    """The rows of a list, also of one under the key `data` of an object; any other object is one row."""
     try:
         rows = strict_json.loads(file.text())
     except json.JSONDecodeError as error:
@@ -189,6 +188,8 @@ def _json(file: DataFile) -> Iterator[NumberedRow]:
         raise UserError(f"{file.name}: not valid JSON ({_repeated(error)})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file.name}: not valid JSON ({first_line(error)})") from None
+    if isinstance(rows, dict):
+        rows = rows["data"] if isinstance(rows.get("data"), list) else [rows]
     if not isinstance(rows, list):
         raise UserError(f"{file.name}: expects a list of rows, found {type(rows).__name__}")
     return ((number, _object(row)) for number, row in enumerate(rows, 1))
@@ -255,19 +256,16 @@ def _parquet(file: DataFile) -> Read:
         schema = parquet.schema_arrow
         _refuse_repeated(file, schema.names)
         read = [name for name in schema.names if name in file.columns]
-        for name in read:
-            for members in _members(schema.field(name).type):
-                _refuse_repeated(file, members, f"{name}: ")
     return _parquet_rows(file, read), tuple(schema.names)
 
 
-def _members(kind: pa.DataType) -> Iterator[list[str]]:
-    """The names of the members of every object in a column of this type, at any depth."""
+def _repeated_members(kind: pa.DataType) -> Iterator[str]:
+    """The members that stand more than once in an object of a column of this type, at any depth."""
     inner = [kind.field(i) for i in range(kind.num_fields)]
     if pa.types.is_struct(kind):
-        yield [field.name for field in inner]
+        yield from (name for name, count in Counter(field.name for field in inner).items() if count > 1)
     for field in inner:
-        yield from _members(field.type)
+        yield from _repeated_members(field.type)
 
 
 def _parquet_rows(file: DataFile, columns: list[str]) -> Iterator[NumberedRow]:
@@ -275,17 +273,17 @@ def _parquet_rows(file: DataFile, columns: list[str]) -> Iterator[NumberedRow]:
         yield from arrow_rows(parquet.iter_batches(batch_size=ARROW_ROWS, columns=columns))
 
 
-def _refuse_repeated(file: DataFile, names: Iterable[str], where: str = "") -> None:
+def _refuse_repeated(file: DataFile, names: Iterable[str]) -> None:
     for name, count in Counter(names).items():
         if count > 1:
-            raise UserError(f"{file.name}: {where}the column {shown_name(name)} stands {count} times")
+            raise UserError(f"{file.name}: the column {shown_name(name)} stands {count} times")
 
 
 def arrow_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[NumberedRow]:
     """The rows of Arrow batches; one with a value that Python cannot hold is unreadable, the others are not.
 
-    Such are texts that are not UTF-8, dates beyond the year 9999, unknown time zones: the errors are of many
-    classes, of Python, of Arrow and of the library of time zones.
+    Such are texts that are not UTF-8, dates beyond the year 9999, unknown time zones, objects in which a
+    member stands twice: the errors are of many classes, of Python, of Arrow and of the library of time zones.
     """
     number = 0
     for batch in batches:
@@ -306,17 +304,16 @@ def _decode(batch: pa.RecordBatch, index: int) -> RawRow | Unreadable:
             row[column] = batch[column][index].as_py()
         except Exception as error:  # see `arrow_rows`
             row[column] = None
-            what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else _unheld(error)
-            reasons.append(f"{shown_name(column)}: {what}")
+            reasons.append(f"{shown_name(column)}: {_unheld(error, batch.schema.field(column).type)}")
     return Unreadable(reasons[0], row) if reasons else row
 
 
-def _unheld(error: Exception) -> str:
+def _unheld(error: Exception, kind: pa.DataType) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8"
+    if member := next(_repeated_members(kind), None):
+        return f"the member {shown_name(member)} stands twice"
     return f"a value that Python cannot hold ({type(error).__name__})"
-
-
-def _zstd(path: Path) -> IO[bytes]:
-    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
 
 
 READERS: dict[str, Callable[[DataFile], Read]] = {
@@ -324,11 +321,4 @@ READERS: dict[str, Callable[[DataFile], Read]] = {
     ".jsonl": _json_or_lines,
     ".csv": _csv,
     ".parquet": _parquet,
-}
-
-_COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".zst": _zstd,
-    ".xz": lzma.open,
-    ".bz2": bz2.open,
 }

@@ -27,9 +27,8 @@ from bdpo.config.data import SourceConfig
 from bdpo.data.account import Account, SourceAccount
 from bdpo.data.checks import check_pair
 from bdpo.data.containers import NumberedRow, RawRow, Unreadable, shown_name
-from bdpo.data.formats import read_pair
+from bdpo.data.formats import columns_of, read_pair
 from bdpo.data.formats.base import BadRow, Excluded, Format, LeftOut, Pair
-from bdpo.data.formats.columns import COMMON_COLUMNS
 from bdpo.data.pairs import ID_COLUMNS, PAIR_SCHEMA, context_of, plain_turns
 from bdpo.data.rendering import Rendered, encode_pairs
 from bdpo.data.sources import DETECT_ROWS, Source, open_source
@@ -219,7 +218,7 @@ def _usable(
     note: dict[str, str],
     progress: Callable[[int], None],
 ) -> Iterator[_Usable]:
-    known = frozenset({*source.format.columns, *COMMON_COLUMNS})
+    known = columns_of(source.format)
     while batch := list(islice(source.rows, BATCH_ROWS)):
         for (number, row), outcome in examine(source, account, batch):
             account.rows += 1

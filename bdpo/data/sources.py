@@ -11,7 +11,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from bdpo.data.containers import (
     shown_name,
 )
 from bdpo.data.folders import data_files, read_datasets, refuse_split
-from bdpo.data.formats import KNOWN_COLUMNS, detect, format_named
+from bdpo.data.formats import KNOWN_COLUMNS, columns_of, detect, format_named
 from bdpo.data.formats.base import Format
 from bdpo.errors import UserError, error_line, escaped, first_line
 from bdpo.storage.cache import cached_copy
@@ -70,28 +70,38 @@ def open_source(config: SourceConfig) -> Source:
         raise UserError("data.path: is empty; it names a file, a folder or a data set on the hub")
     for name in config.columns.keys() - KNOWN_COLUMNS:
         raise UserError(f"data.columns.{escaped(name)}: no format reads a column of this name")
-    reader = Reader(config)
+    reader = Reader(config, columns_of(configured) if configured else KNOWN_COLUMNS)
     rows = islice(reader, config.limit and min(config.limit, sys.maxsize))
     head = list(islice(rows, DETECT_ROWS))
-    readable = [row for _, row in head if not isinstance(row, Unreadable)]
-    if not readable:
+    seen = [(number, row) for number, found in head if (row := _seen(config, found)) is not None]
+    readable = any(not isinstance(row, Unreadable) for _, row in head)
+    if not readable and (configured or not seen):
         reason = head[0][1].reason if isinstance(head[0][1], Unreadable) else ""
         raise UserError(f"{_name(config)}: no row can be read ({reader.place(head[0][0])}: {reason})")
     for name, column in config.columns.items():
-        if not any(name in row for row in readable):
+        if not any(name in row for _, row in seen):
             others = f", only {', '.join(schema)}" if (schema := reader.schema()) else ""
             raise UserError(
                 f"data.columns.{name}={escaped(column)}: {_name(config)} has no such column{others}"
             )
-    return Source(config, configured or _detected(config, reader, head), chain(head, rows), reader)
+    form = configured or _detected(config, reader, seen)
+    if configured is None and reader.is_columnar():  # a column of another format may spoil rows of this one
+        return replace(open_source(config.model_copy(update={"format": form.name})), config=config)
+    return Source(config, form, chain(head, rows), reader)
 
 
-def _detected(config: SourceConfig, reader: Reader, head: list[NumberedRow]) -> Format:
+def _seen(config: SourceConfig, row: RawRow | Unreadable) -> RawRow | None:
+    """The columns of a row by which its format is found; also of one with a value that cannot be read."""
+    if not isinstance(row, Unreadable):
+        return row
+    return _renaming(config)(row.raw) if isinstance(row.raw, dict) else None
+
+
+def _detected(config: SourceConfig, reader: Reader, rows: list[tuple[int, RawRow]]) -> Format:
     """The one format of the first rows, in whichever files of a folder they are."""
     by_file: dict[str, list[RawRow]] = {}
-    for number, row in head:
-        if not isinstance(row, Unreadable):
-            by_file.setdefault(reader.locate(number)[0], []).append(row)
+    for number, row in rows:
+        by_file.setdefault(reader.locate(number)[0], []).append(row)
     found = {
         file: detect(rows, f"{_name(config)}{file and ', '}{file}", reader.schema())
         for file, rows in by_file.items()
@@ -115,20 +125,30 @@ class Reader:
     """Iterates over the rows of a data set, with the columns renamed, and remembers where they stand.
 
     Rows are numbered through all files of a folder. `declared` are the columns that the files read so far
-    declare for all of their rows; `unread_files` are data files of a folder that belong to no split.
+    declare for all of their rows; `unread_files` are data files of a folder that belong to no split. Of
+    columnar files `columns` are read, by their names in the format.
     """
 
-    def __init__(self, config: SourceConfig) -> None:
+    def __init__(self, config: SourceConfig, columns: frozenset[str]) -> None:
         self.config = config
+        self.columns = frozenset(
+            {config.columns.get(name, name) for name in columns} | {*config.columns.values()}
+        )
         self.declared: set[str] = set()
         self.unread_files: list[str] = []
         self._begun: list[tuple[int, str]] = []  # (the number of rows before a file, its name in the folder)
 
+    def _kind(self) -> str | None:
+        """The kind of the last file; None for what `datasets` reads."""
+        return kind_of(Path((self._begun[-1][1] if self._begun else "") or self.config.path))
+
+    def is_columnar(self) -> bool:
+        """Whether the columns that are read were chosen."""
+        return self._kind() in (None, ".parquet")
+
     def schema(self) -> list[str]:
         """The declared columns for a message, none of CSV: its first line may be a row of texts."""
-        file = self._begun[-1][1] if self._begun else ""
-        is_csv = kind_of(Path(file or self.config.path)) == ".csv"
-        names = [] if is_csv else sorted(map(shown_name, self.declared))
+        names = [] if self._kind() == ".csv" else sorted(map(shown_name, self.declared))
         return [*names[:_MOST_NAMES], *([f"{len(names) - _MOST_NAMES} others"] * (len(names) > _MOST_NAMES))]
 
     def locate(self, number: int) -> tuple[str, int]:
@@ -162,8 +182,7 @@ class Reader:
 
     def _files(self, path: Path) -> Iterator[tuple[str, Callable[[], Read]]]:
         """What is to be read in turn: the files of a folder with their names, else one without a name."""
-        config, name = self.config, _name(self.config)
-        columns = frozenset({*KNOWN_COLUMNS, *config.columns.values()})
+        config, name, columns = self.config, _name(self.config), self.columns
         try:
             is_file, exists = path.is_file(), path.exists()
         except ValueError as error:  # a NUL in the name

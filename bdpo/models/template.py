@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 from bdpo.config.model import RESERVED_TEMPLATE_KWARGS
 from bdpo.errors import UserError
 from bdpo.models.template_variables import free_names
+from bdpo.models.tool_calls import PROBE_ARGUMENTS, PROBE_CALL, with_text_arguments
 from bdpo.models.transformers_private import parsed_template
 
 if TYPE_CHECKING:
@@ -98,8 +99,23 @@ class ChatTemplate:
         Raises:
             TemplateError: the template refuses the conversation.
         """
-        guarded = [{**m, "content": self.guarded(m["content"])} for m in messages]
+        guarded = [{**self._as_taken(m), "content": self.guarded(m["content"])} for m in messages]
         return self._render(guarded, generate, arguments or {})
+
+    def _as_taken(self, message: Message) -> Mapping[str, Any]:
+        """The message with its tool calls as the template takes them: their arguments are objects or JSON."""
+        return with_text_arguments(message) if "tool_calls" in message and self._takes_json else message
+
+    @cached_property
+    def _takes_json(self) -> bool:
+        """Whether the template wants arguments as JSON: of an object it writes the Python, or refuses it."""
+        with suppress(TemplateError):
+            if str(PROBE_ARGUMENTS) not in self._render([QUESTION, PROBE_CALL], False, {}):
+                return False
+        with suppress(TemplateError):
+            self._render([QUESTION, with_text_arguments(PROBE_CALL)], False, {})
+            return True
+        return False
 
     def _render(
         self, messages: Sequence[Mapping[str, Any]], generate: bool, arguments: Mapping[str, Any]

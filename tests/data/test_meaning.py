@@ -117,6 +117,12 @@ def test_what_cannot_be_honoured_is_a_reason(prepare_with, row, reason):
     assert (dict(account.quarantined), kept) == ({reason: 1}, [])
 
 
+@pytest.mark.parametrize("nothing", ["null", " null ", "[]", "", None])
+def test_tools_that_are_the_json_of_nothing_are_none(prepare_with, nothing):
+    account, kept = prepare_with(CHATML, [conversation(tools=nothing)])
+    assert (account.quarantined.total(), len(kept)) == (0, 1)
+
+
 def test_text_parts_are_read_as_the_text_that_they_make(prepare_with):
     """In every message and under every name that publishers give them, they are joined as they stand."""
     in_parts = conversation(

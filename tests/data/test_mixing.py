@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import pytest
 
 from bdpo.config import parse_config
@@ -129,6 +131,11 @@ class TestLabels:
             ("unsafe", True),
             ("safe", False),
         ]
+
+    def test_exact_decimals_are_labels(self, tmp_path, prepare_here, kept_pairs):
+        rows = [pair_row(0, chosen_safe=Decimal(1), rejected_safe=Decimal(0))]
+        prepare_here(write_parquet(tmp_path / "rows.parquet", rows))
+        assert (kept_pairs()[0]["chosen_safe"], kept_pairs()[0]["rejected_safe"]) == (True, False)
 
     @pytest.mark.parametrize("value", [1, 1.0, True])
     def test_exact_numbers_are_labels(self, prepare_here, kept_pairs, value):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 
 import datasets
 import pyarrow as pa
@@ -29,6 +31,10 @@ LINES = "\n".join(map(json.dumps, ROWS))
         ("rows.jsonl", b"\n\n" + LINES.encode("utf-8-sig")[3:] + b"\n\n"),
         ("rows.json", json.dumps(ROWS).encode("utf-8-sig")),
         ("rows.jsonl", LINES.replace("\n", "\r\n").encode()),
+        ("rows.json", json.dumps({"version": 1, "data": ROWS}).encode()),
+        ("rows.json", json.dumps({"data": ROWS}, indent=1).encode()),
+        ("rows.jsonl.bz2", bz2.compress(LINES[:40].encode()) + bz2.compress(LINES[40:].encode())),
+        ("rows.jsonl.xz", lzma.compress(LINES[:40].encode()) + bytes(4) + lzma.compress(LINES[40:].encode())),
     ],
 )
 def test_another_shape_or_encoding_is_read(tmp_path, prepare_here, name, content):
@@ -52,6 +58,12 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abab\nsize 123456
         ("rows.jsonl.gz", LINES.encode(), "cannot be read after row 0"),
         ("rows.jsonl.zst", LINES.encode(), "cannot be read after row 0"),
         ("rows.jsonl.xz", LINES.encode(), "cannot be read after row 0"),
+        ("rows.jsonl.bz2", bz2.compress(LINES.encode()) + b"and more", "cannot be read after row"),
+        ("rows.jsonl.xz", lzma.compress(LINES.encode()) + b"and more", "cannot be read after row"),
+        ("rows.jsonl.gz", gzip.compress(LINES.encode(), mtime=0) + b"and more", "cannot be read after row"),
+        ("rows.jsonl.bz2", bz2.compress(LINES.encode())[:-9], "cannot be read after row"),
+        ("rows.jsonl.xz", lzma.compress(LINES.encode())[:-9], "cannot be read after row"),
+        ("rows.jsonl.bz2", bz2.compress(LINES.encode()) + bytes(4), "cannot be read after row"),
         ("rows.parquet.gz", gzip.compress(b"PAR1", mtime=0), "unknown suffix"),
         ("rows.tsv", b"prompt\tchosen\n", "unknown suffix"),
         ("rows.json", b"nonsense", "not valid JSON"),
@@ -65,6 +77,20 @@ def test_a_useless_file_is_named_and_leaves_nothing(tmp_path, prepare_here, name
     assert str(tmp_path / name) in reason
     assert message in reason
     assert not (tmp_path / "pairs").exists()
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_row_in_a_file_named_json(tmp_path, prepare_here, kept_pairs, indent):
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS[1], indent=indent))
+    assert prepare_here(tmp_path / "rows.json").kept == 1
+    assert kept_pairs()[0]["chosen"] == ROWS[1]["chosen"]
+
+
+def test_bzip2_and_xz_of_many_blocks(tmp_path, prepare_here):
+    lines = "".join(json.dumps(pair_row(i, chosen=str(i) * 999)) + "\n" for i in range(400)).encode()
+    for name, pack in (("rows.jsonl.bz2", bz2.compress), ("rows.jsonl.xz", lzma.compress)):
+        (tmp_path / name).write_bytes(pack(lines))
+        assert prepare_here(tmp_path / name, max_length=9999).kept == 400
 
 
 def test_a_path_that_cannot_be_one(prepare_here):
@@ -98,7 +124,7 @@ def test_a_column_that_is_read_and_repeats_a_member_is_refused(tmp_path, prepare
     column = pa.StructArray.from_arrays([texts, texts, texts], ["role", "content", "content"])
     table = pa.table({"prompt": texts, "chosen": column, "rejected": texts})
     pq.write_table(table, tmp_path / "rows.parquet")
-    assert "chosen: the column content stands 2 times" in refusal(prepare_here, tmp_path / "rows.parquet")
+    assert "chosen: the member content stands twice" in refusal(prepare_here, tmp_path / "rows.parquet")
 
 
 def nested(members):
@@ -160,7 +186,7 @@ def test_a_member_that_stands_twice_is_named_at_any_depth(tmp_path, prepare_here
     function = pa.StructArray.from_arrays([texts, texts], ["name", "name"])
     table = pa.table(dict.fromkeys(ROWS[0], texts) | {"tools": nested({"function": function})})
     pq.write_table(table, tmp_path / "rows.parquet")
-    assert "tools: the column name stands 2 times" in refusal(prepare_here, tmp_path / "rows.parquet")
+    assert "tools: the member name stands twice" in refusal(prepare_here, tmp_path / "rows.parquet")
 
 
 UNKNOWN = [{"frage": f"{SECRET} {i}", "gut": "a", "schlecht": "b"} for i in range(3)]

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
 from math import isnan
 
-from bdpo.data.formats.base import Format, Pair, Row
+from bdpo.data.formats.base import Format, Pair, ReadRow, Row
 from bdpo.data.formats.columns import COMMON_COLUMNS, with_common_columns
 from bdpo.errors import UserError
 
@@ -35,8 +36,15 @@ FORMATS: dict[str, Format] = {name: import_module(f"bdpo.data.formats.{name}").F
 KNOWN_COLUMNS = frozenset({*COMMON_COLUMNS, *(name for form in FORMATS.values() for name in form.columns)})
 
 
+def columns_of(form: Format) -> frozenset[str]:
+    """All columns that are looked at in a row of a format."""
+    return frozenset({*form.columns, *COMMON_COLUMNS})
+
+
 def read_pair(form: Format, row: Row) -> Pair:
     """The pair of a row, with the columns that every format has; a NaN, pandas' null, is a null.
+
+    Columns of the format that hold something, of which it took nothing, are among the pair's `unread`.
 
     Raises:
         BadRow: the row cannot be used.
@@ -44,7 +52,10 @@ def read_pair(form: Format, row: Row) -> Pair:
     """
     if any(isinstance(value, float) and isnan(value) for value in row.values()):
         row = {name: None if value != value else value for name, value in row.items()}
-    return with_common_columns(form.read(row), row)
+    given = ReadRow(row)
+    pair = with_common_columns(form.read(given), row)
+    untaken = given.untaken(form.columns)
+    return replace(pair, unread=pair.unread | untaken) if untaken else pair
 
 
 def format_named(name: str) -> Format:

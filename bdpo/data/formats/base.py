@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from math import inf, isfinite
 from typing import Any, Literal
 
@@ -17,9 +18,14 @@ from bdpo.storage import strict_json
 
 Row = Mapping[str, Any]
 
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+"""What columnar files and CSV put where a row has nothing."""
+
 _DEEPEST = 100  # no tool and no message is nested so deeply
 
 _MOST_BITS = 10_000  # of a whole number: Python does not write one of more than 4,300 digits
+
+_Number = int | float | Decimal  # columnar files may hold whole numbers as decimals
 
 Group = Literal["safe", "unsafe"]
 
@@ -55,7 +61,7 @@ class Pair:
     rejected_safe: bool | None = None
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # of this row alone
-    unread: frozenset[str] = frozenset()  # keys inside columns that the format does not look at
+    unread: frozenset[str] = frozenset()  # columns, and keys inside columns, of which nothing was taken
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,28 @@ class Format:
     fits: Callable[[Row], bool]
     columns: tuple[str, ...]
     expects: str
+
+
+class ReadRow(dict[str, Any]):
+    """A row that remembers of which columns a value was taken."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row)
+        self.taken: set[str] = set()
+
+    def __getitem__(self, column: str) -> Any:
+        self.taken.add(column)
+        return super().__getitem__(column)
+
+    def get(self, column: str, default: Any = None) -> Any:
+        """The value of a column, as of any mapping."""
+        self.taken.add(column)
+        return super().get(column, default)
+
+    def untaken(self, columns: Collection[str]) -> set[str]:
+        """Those of the columns that hold something and of which no value was taken."""
+        rest = (name for name in columns if name not in self.taken)
+        return {name for name in rest if dict.get(self, name) not in EMPTY}
 
 
 def answer(text: str) -> Message:
@@ -136,7 +164,7 @@ def list_cell(row: Row, column: str) -> list[Any]:
 def boolean_cell(row: Row, column: str) -> bool:
     """A required label: true or false, or exactly 0 or 1 as some exports write them."""
     value = cell(row, column)
-    if not isinstance(value, bool | int | float) or value not in (0, 1):
+    if not isinstance(value, _Number) or value not in (0, 1):
         raise BadRow(f"{column}: neither true nor false")
     return bool(value)
 
@@ -144,7 +172,7 @@ def boolean_cell(row: Row, column: str) -> bool:
 def id_cell(row: Row, column: str) -> int:
     """A required response id, 0 or 1; a number as 1.0 is exact, true is not an id."""
     value = cell(row, column)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, _Number):
         raise BadRow(f"{column}: wrong type")
     if value not in (0, 1):
         raise BadRow(f"{column}: neither 0 nor 1")
@@ -158,7 +186,7 @@ def number_cell(row: Row, column: str) -> float:
 
 def checked_number(value: object, column: str) -> float:
     """The value if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, _Number):
         raise BadRow(f"{column}: not a number")
     try:
         number = float(value)
@@ -171,7 +199,7 @@ def checked_number(value: object, column: str) -> float:
 
 def unread_keys(place: str, given: Mapping[str, Any], known: Collection[str]) -> frozenset[str]:
     """The keys of an object that hold something and are not known, each behind its place, for the account."""
-    unread = {key for key, value in given.items() if value not in (None, "", [], {})} - {*known}
+    unread = {key for key, value in given.items() if value not in EMPTY} - {*known}
     return frozenset(f"{place}.{key}" for key in unread)
 
 

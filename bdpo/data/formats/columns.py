@@ -84,6 +84,8 @@ def _json_cell(row: Row, column: str, kind: type) -> Any:
             raise
         except (ValueError, RecursionError):
             raise BadRow(f"{column}: neither a {kind.__name__} nor JSON of one") from None
+        if value is None:  # the JSON of nothing
+            return None
     if not isinstance(value, kind):
         raise BadRow(f"{column}: wrong type")
     return json_value(value, column)

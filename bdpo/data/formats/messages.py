@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bdpo.data.formats.base import (
+    EMPTY,
     BadRow,
     Row,
     answer,
@@ -48,9 +49,6 @@ MEANINGFUL_KEYS = {
     "video",
 }
 
-# Columnar files give every message the keys of all others, as null.
-_NO_CONTENT: tuple[Any, ...] = (None, "", [], {})
-
 _NOT_TEXT = {"image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file"}
 
 
@@ -80,7 +78,7 @@ def _message(turn: Any, column: str, role: str, content: str, roles: dict[str, s
     others = {
         key: json_value(value, column)
         for key, value in turn.items()
-        if key not in (role, content) and value not in _NO_CONTENT and value == value  # NaN: pandas' null
+        if key not in (role, content) and value not in EMPTY and value == value  # NaN: pandas' null
     }
     if speaker == "function_call":
         return _call(turn[content], column)
@@ -88,6 +86,10 @@ def _message(turn: Any, column: str, role: str, content: str, roles: dict[str, s
     text = "" if written is None and others.get("tool_calls") else content_text(written, column)
     for key in others:
         checked_text(key, column)
+    if "tool_calls" in others:
+        others["tool_calls"] = _with_objects(others["tool_calls"], column)
+    if isinstance(call := others.get("function_call"), dict):
+        others["function_call"] = _with_object(call, column)
     return Message(role=roles[speaker], content=text, **others)  # type: ignore[typeddict-item]
 
 
@@ -120,13 +122,48 @@ def _call(value: Any, column: str) -> Message:
     try:
         calls = parsed(checked_text(value, column), column)
         calls = calls if isinstance(calls, list) else [calls]
-        functions = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
+        functions = [
+            {"name": call["name"], "arguments": _object(call["arguments"], column)} for call in calls
+        ]
     except BadRow:
         raise
     except (ValueError, TypeError, KeyError, RecursionError):
         raise BadRow(f"{column}: a function_call is not JSON with name and arguments") from None
     tool_calls = [{"type": "function", "function": function} for function in functions]
-    return Message(role="assistant", content="", tool_calls=json_value(tool_calls, column))
+    json_value(tool_calls, column)  # refuses what cannot be written
+    return Message(role="assistant", content="", tool_calls=tool_calls)
+
+
+def _with_objects(calls: Any, column: str) -> Any:
+    """Tool calls whose arguments are objects, as chat templates expect them; OpenAI's are JSON of one.
+
+    A template writes a text as it writes an object, as JSON: text that is JSON already would be encoded twice.
+    """
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        return calls  # the template decides what it makes of it
+    return [_with_object(call, column) for call in calls]
+
+
+def _with_object(call: dict[str, Any], column: str) -> dict[str, Any]:
+    if isinstance(function := call.get("function"), dict):
+        return {**call, "function": _with_object(function, column)}
+    return {**call, "arguments": _object(call["arguments"], column)} if "arguments" in call else call
+
+
+def _object(arguments: Any, column: str) -> Any:
+    """The object of which a text is the JSON, with its null members; what is no text is returned as it is."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        found = parsed(arguments, column)
+    except BadRow:
+        raise
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise BadRow(f"{column}: arguments of a tool call that are not JSON of an object")
+    json_value(found, column)  # refuses what cannot be written
+    return found
 
 
 def turn_keys(turns: list[Any]) -> tuple[str, str]:
