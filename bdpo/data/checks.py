@@ -7,7 +7,13 @@ import re
 from bdpo.data.formats.base import BadRow, Pair
 from bdpo.data.formats.messages import MEANINGFUL_KEYS
 from bdpo.data.formats.stringified import is_stringified, is_stringified_otherwise
-from bdpo.data.formats.transcript import holds_question, is_other_transcript, is_transcript
+from bdpo.data.formats.transcript import (
+    begins_with_assistant,
+    holds_question,
+    is_other_transcript,
+    is_question_of_transcript,
+    is_transcript,
+)
 from bdpo.models.template import GUARD, Message
 
 # The control tokens of the chat templates of Llama 2 to 4, Mistral, Qwen, Gemma, Phi, Command-R, DeepSeek,
@@ -21,8 +27,6 @@ _TEMPLATE_TOKEN = re.compile(
 
 # What a prompt ends with that was rendered as Vicuna's or Alpaca's template writes it, in words alone.
 _ANSWER_HEADERS = ("ASSISTANT:", "GPT4 Correct Assistant:", "### Response:", "### Assistant:")
-
-_SPEAKER = re.compile(r"\s*(?:GPT4 Correct (?:User|Assistant)|Assistant|ASSISTANT):")
 
 _ENDS = ("</s>", "<eos>")
 
@@ -89,9 +93,9 @@ def _check_not_repeated(pair: Pair) -> None:
 
 
 def _check_question(text: str) -> None:
-    if is_transcript(text):
+    if is_transcript(text) or is_question_of_transcript(text):
         raise BadRow("prompt: a transcript of Human: and Assistant:; set data.format=hh_rlhf")
-    if is_other_transcript(text) or text.lstrip().startswith("GPT4 Correct User:"):
+    if is_other_transcript(text):
         raise BadRow("prompt: a transcript of two speakers; give the messages themselves")
 
 
@@ -105,10 +109,10 @@ def _check_answer(text: str, side: str) -> None:
             "or two whole transcripts with data.format=hh_rlhf"
         )
     if holds_question(text):
-        raise BadRow(f"{side}: holds a turn of Human:; give the answer alone")
+        raise BadRow(f"{side}: holds a turn of the user; give the answer alone")
     if is_other_transcript(text):
         raise BadRow(f"{side}: a transcript of two speakers; give the answer alone")
-    if _SPEAKER.match(text):
+    if begins_with_assistant(text):
         raise BadRow(f"{side}: begins with the name of a speaker; give the text without it")
 
 

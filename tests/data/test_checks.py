@@ -29,6 +29,19 @@ RENDERED = {
     "capitals": f"HUMAN: {ASK}\nASSISTANT: {GOOD}",
     "Vicuna": f"USER: {ASK} ASSISTANT: {GOOD}",
     "User and Bot": f"User: {ASK}\nBot: {GOOD}",
+    "User and AI": f"User: {ASK}\nAI: {GOOD}",
+    "You and Bot": f"You: {ASK}\nBot: {GOOD}\nYou: And then?",
+    "Human and AI": f"Human: {ASK}\nAI: {GOOD}",
+    "small letters": f"human: {ASK}\nassistant: {GOOD}",
+    "small letters of User": f"user: {ASK}\n\nassistant: {GOOD}",
+    "a blank before the colon": f"Human : {ASK}\nAssistant : {GOOD}",
+    "headings": f"### Human: {ASK}\n### Assistant: {GOOD}",
+    "headings after a system turn": f"### System: Be brief.\n\n### Human: {ASK}\n\n### Assistant: {GOOD}",
+    "bold names": f"**Human:** {ASK}\n\n**Assistant:** {GOOD}",
+    "bold names without the colon": f"**User**: {ASK}\n\n**Assistant**: {GOOD}",
+    "names in brackets": f"<human>: {ASK}\n<bot>: {GOOD}",
+    "ChatML without its tokens": f"system\nBe brief.\nuser\n{ASK}\nassistant\n{GOOD}",
+    "Alpaca": f"Below is an instruction.\n\n### Instruction:\n{ASK}\n\n### Response:\n{GOOD}",
     "Human and Assistant": f"\n\nHuman: {ASK}\n\nAssistant: {GOOD}",
     "sentences between tokens": f"{ASK}</s><s>{GOOD}",
     "a list behind a line break": f'\n [\n {{\n "role": "user", "content": "{ASK}"}}]',
@@ -47,6 +60,17 @@ RENDERED_ANSWERS = {
     "the name of a speaker": f"Assistant: {GOOD}",
     "the name in capitals": f" ASSISTANT: {GOOD}",
     "OpenChat's name": f"GPT4 Correct Assistant: {GOOD}",
+    "a bold name": f"**Assistant:** {GOOD}",
+    "a name in small letters": f"assistant: {GOOD}",
+    "the name AI": f"AI: {GOOD}",
+    "the name Bot": f"\nBot: {GOOD}",
+    "Alpaca's heading": f"### Response:\n{GOOD}",
+    "a heading": f"### Assistant: {GOOD}",
+    "another turn of User": f"{GOOD}\n\nUser: And then?",
+    "another turn in small letters": f"{GOOD}\n\nuser: And then?\n\nassistant: Wait.",
+    "another turn in bold": f"{GOOD}\n\n**User:** And then?",
+    "another heading": f"{GOOD}\n### Human: And then?",
+    "another instruction": f"{GOOD}\n\n### Instruction:\nAnd then?",
     "the end of a sentence": f"{GOOD}<eos>",
     "another turn": f"{GOOD}\n\nHuman: And then?\n\nAssistant: Wait.",
     "the beginning of another turn": f"{GOOD}\n\nHuman:",
@@ -61,7 +85,20 @@ PLAIN = (
     "User: root. Assistant: none",
     "Use <s>water</s> <s>milk</s>, and <eos> ends a sentence.",
     "Assistant managers water ferns.",
-    "Bot: a program",
+    "Bot programs: a list",
+    "AI is: a field",
+    "Assistants: Ms. Fern",
+    "**Response:** none",
+    "You: a noun",
+    "User: root\nModel: X200",
+    "Human:\nthe AI: a film",
+    "A script:\n\nUser: hi\n\nBot: ho\n\nUser: bye",
+    "# User: a heading",
+    "### Instruction: a heading",
+    "Question: What?\nAnswer:",
+    "user\ninterface",
+    "The user\nassistant\n",
+    "#",
     '{"role": "admin", "content": "all"}',
     '{"role": "user", "rights": []}',
     "[1, 2]",
@@ -149,6 +186,21 @@ def test_a_later_turn_of_the_user_is_looked_at_too():
     prompt = [("user", "Hi"), ("assistant", "Yes?"), ("user", RENDERED["User and Bot"])]
     turns = [{"role": role, "content": content} for role, content in prompt]
     assert outcome({"prompt": turns, **dict(SIDES)}, "preference").startswith("prompt: a transcript")
+
+
+def test_a_first_turn_alone_names_the_format_that_reads_it():
+    row = {"prompt": f"\n\nHuman: {ASK}", **dict(SIDES)}
+    reason = "prompt: a transcript of Human: and Assistant:; set data.format=hh_rlhf"
+    assert outcome(row, "preference") == reason
+    assert outcome(row, "hh_rlhf") == ([ASK], GOOD, BAD)
+    row["prompt"] = f"### Human: {ASK}"
+    assert outcome(row, "preference").startswith("prompt: a transcript of two speakers")
+
+
+@pytest.mark.parametrize("begin", ["", "The "])
+def test_whole_texts_of_alpaca_are_no_prompt_and_answers(begin):
+    row = {side: f"### Instruction:\n{ASK}\n\n### Response:\n{begin}{text}" for side, text in SIDES}
+    assert outcome(row, "preference_text").startswith("prompt: ")
 
 
 @pytest.mark.parametrize("text", PLAIN)

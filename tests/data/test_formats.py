@@ -147,6 +147,25 @@ class TestPreferenceText:
         row = {"chosen": "We can not", "rejected": "We cannot"}
         assert outcome("preference_text", row) == ([("user", "We")], "can not", "cannot")
 
+    @pytest.mark.parametrize("between", [" ", "\n", "\n\n", " \n"])
+    def test_a_line_break_parts_words_as_a_space_does(self, between):
+        row = {
+            side: f"What is a cat?{between}{text}" for side, text in (("chosen", "Good"), ("rejected", "Bad"))
+        }
+        assert outcome("preference_text", row) == ([("user", "What is a cat?")], "Good", "Bad")
+
+    @pytest.mark.parametrize(
+        ("chosen", "rejected", "meant"),
+        [
+            ("a b", "a b c", ([("user", "a b")], "", "c")),
+            ("a b", "a bc", ([("user", "a")], "b", "bc")),
+            ("a  b", "a  c", ([("user", "a")], "b", "c")),
+            ("a b", "a b", ([("user", "a b")], "", "")),
+        ],
+    )
+    def test_ends(self, chosen, rejected, meant):
+        assert outcome("preference_text", {"chosen": chosen, "rejected": rejected}) == meant
+
     def test_nothing_in_common(self):
         reason = "prompt: chosen and rejected have no first word in common"
         assert outcome("preference_text", {"chosen": "a text", "rejected": "another"}) == reason

@@ -6,25 +6,33 @@ cut somewhere.
 
 from __future__ import annotations
 
-from itertools import takewhile
+from os.path import commonprefix
 
 from bdpo.data.formats.base import BadRow, Format, Pair, Row, answer, question, text_cell
 from bdpo.data.formats.transcript import begins_with_speaker
 
 
 def read(row: Row) -> Pair:
-    """What both texts begin with is the prompt; as in TRL's `extract_prompt`, it is cut between words."""
-    chosen, rejected = text_cell(row, "chosen").split(" "), text_cell(row, "rejected").split(" ")
-    shared = sum(
-        1 for _ in takewhile(lambda words: words[0] == words[1], zip(chosen, rejected, strict=False))
-    )
-    if not shared:
+    """What both texts begin with is the prompt; as TRL's `extract_prompt`, but cut between words.
+
+    The space or the line breaks between prompt and answers belong to neither.
+    """
+    chosen, rejected = text_cell(row, "chosen"), text_cell(row, "rejected")
+    shared = commonprefix([chosen, rejected])
+    if shared and any(_in_a_word(text, len(shared)) for text in (chosen, rejected)):
+        shared = shared.removesuffix(shared.rsplit(maxsplit=1)[-1])
+    if not shared.strip():
         raise BadRow("prompt: chosen and rejected have no first word in common")
     return Pair(
-        [question(" ".join(chosen[:shared]))],
-        answer(" ".join(chosen[shared:])),
-        answer(" ".join(rejected[shared:])),
+        [question(shared.rstrip())],
+        answer(chosen[len(shared) :].lstrip()),
+        answer(rejected[len(shared) :].lstrip()),
     )
+
+
+def _in_a_word(text: str, index: int) -> bool:
+    """Whether a word of the text goes on across this place."""
+    return not (text[index - 1 : index].isspace() or text[index : index + 1].isspace() or index == len(text))
 
 
 def _fits(row: Row) -> bool:

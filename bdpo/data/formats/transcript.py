@@ -16,13 +16,37 @@ _FIRST = re.compile(r"\s*(System|Human|Assistant):")
 _HUMAN = re.compile(r"\s*(?:System:.*?\s)?Human:", re.DOTALL)
 _ASSISTANT = re.compile(r"\sAssistant:")
 
-# The names of speakers in transcripts that no format reads. Blanks alone part a turn from the next only where
-# both names are in capitals, as in Vicuna's template.
-_USER = re.compile(r"\s*(?:(?:System|SYSTEM):.*?\n)?(?:Human|HUMAN|User|USER):", re.DOTALL)
-_REPLY = re.compile(r"\n(?:Assistant|Bot|BOT):|\sASSISTANT:")
 
-# A blank line and one of these names begin a turn wherever they stand in a text.
-_USER_WITHIN = re.compile(r"\n\r?\n(?:Human|HUMAN):")
+def _named(names: str) -> str:
+    """A pattern of the names of speakers, in any case, as `Name:`, `### Name:`, `**Name:**` or `<name>:`."""
+    return rf"(?:#{{1,6}} ?|\*\*|<)?(?i:{names})(?:\*\*|>)? ?:"
+
+
+_USERS = "human|user|you|prompter"
+_ASSISTANTS = "assistant|ai assistant|ai|chatbot|bot|chatgpt|gpt"
+
+# The speakers of transcripts that no format reads. Blanks alone part a turn from the next only where both names
+# are in capitals, as in Vicuna's template. Without its control tokens a rendered text has names on their lines.
+_USER = re.compile(rf"\s*(?:{_named('system')}.*?\n)?{_named(_USERS)}", re.DOTALL)
+_REPLY = re.compile(rf"\n{_named(_ASSISTANTS)}|\sASSISTANT:")
+_BARE_USER = re.compile(r"\s*(?:system\n.*?\n)?user\n", re.DOTALL)
+_BARE_REPLY = re.compile(r"\nassistant(?:\n|\Z)")
+_INSTRUCTION = re.compile(r"\s*(?:Below is an instruction.*?\n)?#{2,6} ?Instruction:", re.DOTALL)
+_RESPONSE = re.compile(r"\n#{2,6} ?Response:")
+
+# A prompt begins so that is a transcript of one turn.
+_ONE_TURN = re.compile(r"\r?\n\s*Human:")
+_ONE_TURN_OF_ANOTHER_KIND = re.compile(r"\s*(?:### ?Human|GPT4 Correct User):")
+
+_ANSWER_NAME = re.compile(
+    rf"\s*(?:GPT4 Correct (?:User|Assistant):|#{{2,6}} ?Response:|{_named(_ASSISTANTS)})"
+)
+
+# One of these begins a turn wherever it stands in a text.
+_USER_WITHIN = re.compile(r"\n\r?\n(?:Human|HUMAN):|\n#{2,6} ?(?:Human|User|Instruction):")
+
+# This one does, too, unless a colon before it introduces an example.
+_USER_BEHIND_TEXT = re.compile(rf"\n\r?\n{_named('user|human')}")
 
 # A system turn can only be the first; the same word later is text.
 _TURN = re.compile(r"(?:\A\s*(System|Human|Assistant)|\n\n(Human|Assistant)):")
@@ -36,15 +60,30 @@ def is_transcript(text: object) -> bool:
     return bool(human and _ASSISTANT.search(human.string, human.end()))
 
 
+def is_question_of_transcript(text: str) -> bool:
+    """Whether a text is the first turn of a transcript that `read_transcript` reads: a line break, Human:."""
+    return bool(_ONE_TURN.match(text))
+
+
 def is_other_transcript(text: str) -> bool:
-    """Whether a text begins with turns of User: and Assistant:, User: and Bot:, or the like."""
-    user = _USER.match(text)
-    return bool(user and _REPLY.search(text, user.end()))
+    """Whether a text begins with turns of User: and Assistant:, You: and Bot:, or the like."""
+    for asked, said in ((_USER, _REPLY), (_BARE_USER, _BARE_REPLY), (_INSTRUCTION, _RESPONSE)):
+        if (user := asked.match(text)) and said.search(text, user.end()):
+            return True
+    return bool(_ONE_TURN_OF_ANOTHER_KIND.match(text))
 
 
 def holds_question(text: str) -> bool:
-    """Whether a turn of Human: begins somewhere in a text, after a blank line."""
-    return bool(_USER_WITHIN.search(text))
+    """Whether a turn of the user begins somewhere in a text."""
+    if _USER_WITHIN.search(text):
+        return True
+    user = _USER_BEHIND_TEXT.search(text)
+    return user is not None and not text[: user.start()].rstrip().endswith(":")
+
+
+def begins_with_assistant(text: str) -> bool:
+    """Whether an answer begins with the name of its speaker."""
+    return bool(_ANSWER_NAME.match(text))
 
 
 def begins_with_speaker(text: object) -> bool:
