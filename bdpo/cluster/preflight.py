@@ -129,7 +129,7 @@ def check_template(config: Config, run: RunDir) -> str | Doubt:
     chat, data = load_tokenizer(config.model), config.data
     audited, bad = first_pairs(data, chat, AUDITED_PAIRS)
     if not audited:
-        raise UserError(f"data.path={data.name}: none of the first rows can be used ({_reasons(bad)})")
+        raise UserError(f"data.path={data.names}: none of the first rows can be used ({_reasons(bad)})")
     encoded = [ids for _, ids in audited]
     bos = chat.tokenizer.bos_token_id
     if bos is not None and any(ids.prompt[:2] == [bos, bos] or ids.chosen[0] == bos for ids in encoded):

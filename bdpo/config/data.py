@@ -9,6 +9,11 @@ from pydantic import AfterValidator, Field, model_validator
 from bdpo.section import Fraction, Positive, Section
 
 
+def _is_none(value: object) -> bool:
+    """Whether a key is as if it were not there: fingerprints do not hold it."""
+    return value is None
+
+
 def _part(bounds: list[float]) -> list[float]:
     if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
         raise ValueError(f"expects [low, high] with 0 <= low < high <= 1, not {bounds}")
@@ -36,7 +41,7 @@ class SelectConfig(Section):
     """Which of the pairs are trained on: those of one group, and between two quantiles of their own group."""
 
     group: Literal["safe", "unsafe"] | None = Field(
-        None, description="the pairs of this group alone", exclude_if=lambda group: group is None
+        None, description="the pairs of this group alone", exclude_if=_is_none
     )
 
     mi_difference: Quantiles | None = Field(
@@ -64,6 +69,10 @@ class _Reading(Section):
     """How the rows of a data set are read."""
 
     format: str = Field("auto", description="a format of docs/data.md; auto looks at the first rows")
+    name: str | None = Field(
+        None, description="configuration of a data set that has several", exclude_if=_is_none
+    )
+    data_dir: str | None = Field(None, description="folder inside a data set on the hub", exclude_if=_is_none)
     split: str = Field("train", description="of a data set on the hub, or saved with its splits")
     limit: Positive | None = Field(None, description="read at most so many rows of a data set")
     columns: Columns = Field(
@@ -91,7 +100,9 @@ class DataConfig(_Reading):
     )
     max_length: Positive = Field(2048, description="tokens of prompt and response together")
     max_prompt_length: Positive = Field(1024, description="longer prompts are quarantined")
-    max_bad_fraction: Fraction = Field(0.05, description="more quarantined rows than this stop the run")
+    max_bad_fraction: Fraction = Field(
+        0.05, description="more bad rows than this stop the run; rows that are too long do not count"
+    )
     select: SelectConfig | None = Field(None, description="train on a part of the pairs, by their scores")
 
     @model_validator(mode="after")
@@ -113,6 +124,6 @@ class DataConfig(_Reading):
         ]
 
     @property
-    def name(self) -> str:
+    def names(self) -> str:
         """The data sets of `path` as a message names them."""
         return ", ".join(source.path for source in self.sources())

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bdpo.data.compressions import COMPRESSIONS
-from bdpo.errors import UserError, first_line, printable
+from bdpo.errors import UserError, escaped, first_line
 from bdpo.storage import strict_json
 from bdpo.storage.paths import GIT_LFS_POINTER
 from bdpo.storage.strict_json import RepeatedKey

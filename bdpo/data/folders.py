@@ -18,7 +18,10 @@ import pyarrow as pa
 
 from bdpo.config.data import SourceConfig
 from bdpo.data.containers import ARROW_ROWS, Read, arrow_rows, kind_of
-from bdpo.errors import UserError, first_line
+from bdpo.errors import UserError, escaped, first_line
+
+# In what the library says where no configuration is named, or one that is not there.
+_CONFIGURATIONS = re.compile(r"(?:among the available configs|Available): \[(.*?)\]")
 
 _INFOS = {"dataset_info.json", "dataset_infos.json"}  # of the library itself
 
@@ -31,22 +34,24 @@ class DataFiles:
     others: list[Path]
 
 
-def data_files(folder: Path, split: str, name: str) -> DataFiles | None:
+def data_files(folder: Path, config: SourceConfig, name: str) -> DataFiles | None:
     """The data files of a folder; None if only `datasets` can read it. `name` is what an error calls it.
 
     Raises:
-        UserError: the folder has no data files, or none of this split.
+        UserError: the folder has no data files, or none of this split or configuration.
     """
     import datasets
 
+    split = config.split
     if is_saved(folder):
         return None
     if pattern := re.search(r"[\[*?]|::", str(folder.resolve())):
         raise UserError(f"{name}: the library datasets takes {pattern[0]} in a path for a pattern; rename it")
     if not re.fullmatch(r"\w+", split):  # train[:10%] is a slice
         return None
-    with _library_errors(name, split, is_folder=True):
-        found = datasets.load_dataset_builder(str(folder)).config.data_files or {}
+    with _library_errors(name, config, is_folder=True):
+        builder = datasets.load_dataset_builder(str(folder), config.name, data_dir=config.data_dir)
+        found = builder.config.data_files or {}
     splits = {str(key): [Path(file) for file in files] for key, files in found.items()}
     files = {file for of_split in splits.values() for file in of_split}
     if not files or not all(file.is_file() and kind_of(file) for file in files):
@@ -58,14 +63,18 @@ def data_files(folder: Path, split: str, name: str) -> DataFiles | None:
     return DataFiles(splits[split], sorted(beside - files))
 
 
-def refuse_split(split: str, name: str, what: str) -> None:
-    """Make sure that no other split than the default is asked of data without splits.
+def refuse_parts(config: SourceConfig, name: str, what: str) -> None:
+    """Make sure that no split, configuration or folder is asked of data that have none.
 
     Raises:
         UserError: one is; it would have no effect.
     """
-    if split != SourceConfig.model_fields["split"].default:
-        raise UserError(f"data.split={split}: {name} is {what}, which has no splits; leave it out")
+    for key, parts in (("split", "splits"), ("name", "configurations"), ("data_dir", "folders")):
+        value = getattr(config, key)
+        if value != SourceConfig.model_fields[key].default:
+            raise UserError(
+                f"data.{key}={escaped(value)}: {name} is {what}, which has no {parts}; leave it out"
+            )
 
 
 def is_saved(folder: Path) -> bool:
@@ -73,27 +82,19 @@ def is_saved(folder: Path) -> bool:
     return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
 
 
-def read_datasets(path: Path, split: str, name: str, columns: frozenset[str]) -> Read:
+def read_datasets(path: Path, config: SourceConfig, name: str, columns: frozenset[str]) -> Read:
     """A folder written by `save_to_disk`, else whatever `load_dataset` finds under that name.
 
     Raises:
-        UserError: it cannot be loaded, or has no such split.
+        UserError: it cannot be loaded, or has no such split or configuration.
     """
     import datasets
 
-    data: Any = {}
-    try:
-        with _library_errors(name, split, path.is_dir()):
-            if is_saved(path):
-                data = datasets.load_from_disk(str(path))
-                if isinstance(data, datasets.Dataset):
-                    refuse_split(split, name, "one that was saved without splits")
-                else:
-                    data = data[split]
-            else:
-                data = datasets.load_dataset(str(path), split=split)
-    except KeyError:
-        raise UserError(f"data.split={split}: {name} has only {', '.join(data)}") from None
+    with _library_errors(name, config, path.is_dir()):
+        if is_saved(path):
+            data: Any = _saved(datasets.load_from_disk(str(path)), config, name)
+        else:
+            data = datasets.load_dataset(str(path), config.name, data_dir=config.data_dir, split=config.split)
     declared = tuple(data.column_names)
     if columns.isdisjoint(declared):  # it would have no rows without a column
         return ((number, {}) for number in range(1, data.num_rows + 1)), declared
@@ -102,16 +103,30 @@ def read_datasets(path: Path, split: str, name: str, columns: frozenset[str]) ->
     return arrow_rows(batch for table in tables for batch in table.to_batches()), declared
 
 
+def _saved(data: Any, config: SourceConfig, name: str) -> Any:
+    """The split of a data set that `save_to_disk` wrote, or of several."""
+    if not isinstance(data, dict):
+        refuse_parts(config, name, "one that was saved without splits")
+        return data
+    if config.split not in data:
+        raise UserError(f"data.split={config.split}: {name} has only {', '.join(data)}")
+    refuse_parts(config.model_copy(update={"split": "train"}), name, "one that was saved with its splits")
+    return data[config.split]
+
+
 @contextmanager
-def _library_errors(name: str, split: str, is_folder: bool) -> Iterator[None]:
+def _library_errors(name: str, config: SourceConfig, is_folder: bool) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
 
     try:
         yield
     except (OSError, ValueError, DatasetsError) as error:
+        if several := _CONFIGURATIONS.search(str(error)):
+            given = f"data.name={escaped(config.name)}" if config.name else "data.name: is not set"
+            raise UserError(f"{given}; {name} has the configurations {escaped(several[1])}") from None
         beginning = "" if is_folder else "no such file, and "
         raise UserError(
-            f"{name}: {beginning}as a data set of split {split} it cannot be loaded "
+            f"{name}: {beginning}as a data set of split {config.split} it cannot be loaded "
             f"({_why_not_loaded(error)})"
         ) from None
 

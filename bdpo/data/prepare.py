@@ -283,7 +283,7 @@ def _sample(pairs: Iterable[_Usable], config: DataConfig, seed: int) -> Iterator
     for group, count in asked.items():
         if found[group] < count:
             raise UserError(
-                f"data.sample.{group}={count}: data.path={config.name} has only {found[group]} such pairs "
+                f"data.sample.{group}={count}: data.path={config.names} has only {found[group]} such pairs "
                 f"(safe {found['safe']}, unsafe {found['unsafe']})"
             )
     kept = ((number, usable) for heap in drawn.values() for _, number, usable in heap)
@@ -303,7 +303,9 @@ def _write(pairs: Iterator[_Usable], folder: Path, account: Account, config: Dat
         part += 1
     if not part:
         fates = account.quarantined + account.excluded + Counter({"not sampled": account.not_sampled})
-        raise UserError(f"data.path={config.name}: none of {account.rows} rows is usable ({_reasons(fates)})")
+        raise UserError(
+            f"data.path={config.names}: none of {account.rows} rows is usable ({_reasons(fates)})"
+        )
 
 
 def _table(batch: list[_Usable]) -> pa.Table:

@@ -30,7 +30,7 @@ from bdpo.data.containers import (
     read_file,
     shown_name,
 )
-from bdpo.data.folders import data_files, read_datasets, refuse_split
+from bdpo.data.folders import data_files, read_datasets, refuse_parts
 from bdpo.data.formats import KNOWN_COLUMNS, columns_of, detect, format_named
 from bdpo.data.formats.base import Format
 from bdpo.errors import UserError, error_line, escaped, first_line
@@ -192,16 +192,16 @@ class Reader:
         if not exists and (kind_of(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.path)):
             raise UserError(f"{name}: no such file or folder")
         if is_file:
-            refuse_split(config.split, name, "a file")
+            refuse_parts(config, name, "a file")
             yield "", partial(read_file, DataFile(path, f"data.path={escaped(str(path))}", columns))
-        elif path.is_dir() and (found := data_files(path, config.split, name)):
+        elif path.is_dir() and (found := data_files(path, config, name)):
             root = path.resolve()
             self.unread_files = [shown_name(file.relative_to(root)) for file in found.others]
             for file in found.files:
                 opened = DataFile(file, f"data.path={escaped(str(file))}", columns)
                 yield escaped(str(file.relative_to(root))), partial(read_file, opened)
         else:
-            yield "", partial(read_datasets, path, config.split, name, columns)
+            yield "", partial(read_datasets, path, config, name, columns)
 
 
 def _name(config: SourceConfig) -> str:

@@ -113,7 +113,7 @@ def setup_section(config: Config, run: RunDir, trained: TrainingRecord | None, a
         rows.append(("method", f"{method.name}: {how}" if how else method.name))
     length = f"steps: {train.max_steps}" if train.max_steps else f"epochs: {train.num_train_epochs:g}"
     rows += [
-        ("data", f"{config.data.name} ({_format_found(config, run)})"),
+        ("data", f"{config.data.names} ({_format_found(config, run)})"),
         ("training", f"{length}, each batch of {train.global_batch_size} pairs"),
         ("learning rate", f"{rate}, {train.lr_scheduler_type}"),
         ("workers", f"{workers_label(train.workers)} x ZeRO-{train.zero_stage}"),

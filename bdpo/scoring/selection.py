@@ -47,7 +47,7 @@ def training_rows(config: Config, run: RunDir) -> pa.Table:
         part = "of those that data.select keeps " if config.data.select else ""
         raise UserError(
             f"method.name={config.method.name}: both responses are unsafe in every pair {part}of "
-            f"data.path={config.data.name}, none is left to train on"
+            f"data.path={config.data.names}, none is left to train on"
         )
     return rows
 
@@ -92,8 +92,8 @@ def require_labels(config: Config, run: RunDir) -> None:
         if unlabelled:
             raise UserError(
                 f"method.name={config.method.name}: requires {' and '.join(LABELS)} of every pair, "
-                f"{unlabelled} of {labels.num_rows} in data.path={config.data.name} lack them; use data with "
-                "safety labels (data.format=pku_saferlhf has them), or another method"
+                f"{unlabelled} of {labels.num_rows} in data.path={config.data.names} lack them; use data "
+                "with safety labels (data.format=pku_saferlhf has them), or another method"
             )
 
 
@@ -103,7 +103,7 @@ def require_benign_pairs(config: Config, run: RunDir) -> None:
         account = prepared_rows(run)
         if account is None or not account["groups"].get("safe"):
             raise UserError(
-                f"tamper: no pair of data.path={config.data.name} has group=safe; name benign data in "
+                f"tamper: no pair of data.path={config.data.names} has group=safe; name benign data in "
                 "tamper.data.path"
             )
 

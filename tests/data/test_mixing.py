@@ -91,7 +91,7 @@ class TestSeveralSources:
             ("a", "dev", "safe"),
             ("b", "test", "safe"),
         ]
-        assert data.name == "a, b"
+        assert data.names == "a, b"
 
 
 def prepare_here_list(prepare_here, path, **config):

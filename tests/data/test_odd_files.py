@@ -197,7 +197,8 @@ def test_columns_that_no_format_knows_are_named(tmp_path, prepare_here, kind):
     source = WRITERS[kind](tmp_path / kind, UNKNOWN)
     message = refusal(prepare_here, source)
     assert f"{source}: columns frage,gut,schlecht fit no known format" in message
-    assert message.endswith("set data.columns")
+    assert "no known format; set data.columns, such as {prompt: question, " in message
+    assert "(preference, preference_text, hh_rlhf, " in message
     columns = {"prompt": "frage", "chosen": "gut", "rejected": "schlecht"}
     message = refusal(prepare_here, source, columns=columns | {"prompt": "farge"})
     assert f"data.columns.prompt=farge: data.path={source} has no such column, only " in message

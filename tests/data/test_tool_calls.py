@@ -1,4 +1,4 @@
-"""Arguments of tool calls are written once, as the chat template writes what it expects: an object, or JSON."""
+"""Arguments of tool calls are written once, as the chat template expects them: an object, or JSON."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ BESIDE = {
         {"prompt"},
     ),
     "rated lists": (
-        {"prompt": "q", "instruction": "other", "generations": ["a", "b"], "ratings": [1, 2], "rating": [2, 1]},
+        {"prompt": "q", "instruction": "o", "generations": ["a", "b"], "ratings": [1, 2], "rating": [2, 1]},
         {"instruction", "rating"},
     ),
     "rated objects": (
@@ -28,7 +28,7 @@ BESIDE = {
         {"generations", "ratings"},
     ),
     "answers": (
-        {"instruction": "q", "chosen": "a", "rejected": "b", "chosen_response": "c", "rejected_response": "d"},
+        {"question": "q", "chosen": "a", "rejected": "b", "chosen_response": "c", "rejected_response": "d"},
         {"chosen_response", "rejected_response"},
     ),
     "empty ones": (

@@ -86,9 +86,18 @@ def detect(rows: Sequence[Row], source: str, schema: Sequence[str] = ()) -> Form
         return FORMATS[fitting[0]]
     if fitting:
         raise UserError(f"{source}: columns fit the formats {' and '.join(sorted(fitting))}; set data.format")
-    expected = "; ".join(f"{name} expects {form.expects}" for name, form in FORMATS.items())
     columns = ",".join(schema) or _known(rows)
-    raise UserError(f"{source}: columns {columns} fit no known format ({expected}); set data.columns")
+    raise UserError(
+        f"{source}: columns {columns} fit no known format; set data.columns, such as "
+        f"{{prompt: question, chosen: good, rejected: bad}}, or data.format ({_nearest(rows)})"
+    )
+
+
+def _nearest(rows: Sequence[Row]) -> str:
+    """What the formats expect that know one of the columns; without any, the names of all formats."""
+    columns = {column for row in rows for column in row}
+    near = [f"{name}: {form.expects}" for name, form in FORMATS.items() if columns & {*form.columns}]
+    return "; ".join(near) or ", ".join(FORMATS)
 
 
 def _known(rows: Sequence[Row]) -> str:

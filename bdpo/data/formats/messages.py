@@ -135,9 +135,9 @@ def _call(value: Any, column: str) -> Message:
 
 
 def _with_objects(calls: Any, column: str) -> Any:
-    """Tool calls whose arguments are objects, as chat templates expect them; OpenAI's are JSON of one.
+    """Tool calls whose arguments are objects, as chat templates expect; OpenAI's are the JSON of one.
 
-    A template writes a text as it writes an object, as JSON: text that is JSON already would be encoded twice.
+    A template writes a text as it writes an object, as JSON: one that is JSON would be encoded twice.
     """
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         return calls  # the template decides what it makes of it

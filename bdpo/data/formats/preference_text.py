@@ -6,10 +6,13 @@ cut somewhere.
 
 from __future__ import annotations
 
-from os.path import commonprefix
+import re
+from itertools import takewhile
 
 from bdpo.data.formats.base import BadRow, Format, Pair, Row, answer, question, text_cell
 from bdpo.data.formats.transcript import begins_with_speaker
+
+_BETWEEN_WORDS = re.compile(r"(?<=\S)(?=\s)")
 
 
 def read(row: Row) -> Pair:
@@ -18,21 +21,15 @@ def read(row: Row) -> Pair:
     The space or the line breaks between prompt and answers belong to neither.
     """
     chosen, rejected = text_cell(row, "chosen"), text_cell(row, "rejected")
-    shared = commonprefix([chosen, rejected])
-    if shared and any(_in_a_word(text, len(shared)) for text in (chosen, rejected)):
-        shared = shared.removesuffix(shared.rsplit(maxsplit=1)[-1])
+    words = zip(_BETWEEN_WORDS.split(chosen), _BETWEEN_WORDS.split(rejected), strict=False)
+    shared = "".join(first for first, _ in takewhile(lambda pair: pair[0] == pair[1], words))
     if not shared.strip():
         raise BadRow("prompt: chosen and rejected have no first word in common")
     return Pair(
-        [question(shared.rstrip())],
+        [question(shared)],
         answer(chosen[len(shared) :].lstrip()),
         answer(rejected[len(shared) :].lstrip()),
     )
-
-
-def _in_a_word(text: str, index: int) -> bool:
-    """Whether a word of the text goes on across this place."""
-    return not (text[index - 1 : index].isspace() or text[index : index + 1].isspace() or index == len(text))
 
 
 def _fits(row: Row) -> bool:

@@ -25,8 +25,9 @@ def _named(names: str) -> str:
 _USERS = "human|user|you|prompter"
 _ASSISTANTS = "assistant|ai assistant|ai|chatbot|bot|chatgpt|gpt"
 
-# The speakers of transcripts that no format reads. Blanks alone part a turn from the next only where both names
-# are in capitals, as in Vicuna's template. Without its control tokens a rendered text has names on their lines.
+# The speakers of transcripts that no format reads. Blanks alone part a turn from the next only where both
+# names are in capitals, as in Vicuna's template. ChatML without its control tokens has names on lines of
+# their own.
 _USER = re.compile(rf"\s*(?:{_named('system')}.*?\n)?{_named(_USERS)}", re.DOTALL)
 _REPLY = re.compile(rf"\n{_named(_ASSISTANTS)}|\sASSISTANT:")
 _BARE_USER = re.compile(r"\s*(?:system\n.*?\n)?user\n", re.DOTALL)
