@@ -17,7 +17,7 @@ PROBE_CALL: dict[str, Any] = {
 }
 
 
-def with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+def with_text_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """A message whose tool calls have their arguments as JSON."""
     calls = message.get("tool_calls")
     texts = {"tool_calls": [_as_text(call) for call in calls]} if isinstance(calls, list) else {}

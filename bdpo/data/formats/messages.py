@@ -144,7 +144,7 @@ def _with_objects(calls: Any, column: str) -> Any:
     return [_with_object(call, column) for call in calls]
 
 
-def _with_object(call: dict[str, Any], column: str) -> dict[str, Any]:
+def _with_object(call: Row, column: str) -> Row:
     if isinstance(function := call.get("function"), dict):
         return {**call, "function": _with_object(function, column)}
     return {**call, "arguments": _object(call["arguments"], column)} if "arguments" in call else call
