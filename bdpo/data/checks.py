@@ -16,13 +16,19 @@ from bdpo.data.formats.transcript import (
 )
 from bdpo.models.template import GUARD, Message
 
-# The control tokens of the chat templates of Llama 2 to 4, Mistral, Qwen, Gemma, Phi, Command-R, DeepSeek,
-# gpt-oss, Zephyr, Nemotron, Granite and OpenChat. A text with one was rendered before, or forges a turn.
+TEMPLATED = "already templated: holds control tokens of a chat template"
+"""The reason against a text that a template has written; `bdpo.data.rendering` asks the model's own."""
+
+# The control tokens of published chat templates, whatever the model. A text with one was rendered before, or
+# forges a turn. Of the form `<|word|>` are those of Llama 3 and 4, Qwen, Phi, Command-R, gpt-oss, Zephyr,
+# Granite, GLM, Kimi, LFM2, OLMo; published answers have thoughts and solutions between such marks, too.
 _TEMPLATE_TOKEN = re.compile(
-    r"<\|(?:im_start|im_end|start_header_id|end_header_id|header_start|header_end|begin_of_text|eot_id|eot"
-    r"|system|user|assistant|end|endoftext|start|message|channel|START_OF_TURN_TOKEN|END_OF_TURN_TOKEN"
-    r"|start_of_role|end_of_role|end_of_text|end_of_turn)\|>|</s><s>|<eos><bos>"
-    r"|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|<extra_id_1>|<｜(?:User|Assistant|end▁of▁sentence)｜>"
+    r"<\|(?!\w*(?i:think|thought|solution))(?:[A-Za-z]\w{3,}|end|eot|eom)\|>"
+    r"|<\|(?:turn|channel|tool)>|<(?:turn|channel|tool)\|>|\[\|(?:system|user|assistant|endofturn)\|\]"
+    r"|</s><s>|<eos><bos>|\A\s*(?:<bos>|<s>(?!.*</s>))|<(?:BOS|EOS|EOP)_TOKEN>|<seed:[be]os>|\[gMASK\]"
+    r"|<(?:start|end)_of_turn>|<(?:beginning|end)_of_sentence>|<extra_id_1>|<｜(?![^｜]*think)[\w▁]+｜>"
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<</?SYS>>",
+    re.DOTALL,
 )
 
 # What a prompt ends with that was rendered as Vicuna's or Alpaca's template writes it, in words alone.
@@ -121,7 +127,7 @@ def _check_text(text: str, column: str) -> None:
         raise BadRow(f"{column}: holds the noncharacters U+FDD0 and U+FDD1")
     if ("<" in text or "[" in text) and _TEMPLATE_TOKEN.search(text):
         remedy = "set data.format=chatml" if _CHATML.match(text) else "give the messages themselves"
-        raise BadRow(f"{column}: holds control tokens of a chat template; {remedy}")
+        raise BadRow(f"{column}: {TEMPLATED}; {remedy}")
     if is_stringified(text):
         raise BadRow(f"{column}: the text of a list of messages, or of one; set data.format=stringified")
     if is_stringified_otherwise(text):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 
 from bdpo.config import DataConfig
+from bdpo.data.checks import TEMPLATED
 from bdpo.data.containers import shown_name
 from bdpo.data.formats.base import BadRow, LeftOut, Pair
 from bdpo.data.formats.messages import MEANINGFUL_KEYS
@@ -115,7 +116,9 @@ class _Rendering:
             raise BadRow("chat_template_kwargs: holds an argument that the chat template does not read")
         self.arguments = arguments_of(pair)
         messages = (*pair.prompt, pair.chosen, pair.rejected)
-        self._has_context = bool(self.arguments) or any(message.keys() - _PLAIN for message in messages)
+        self._has_context = bool(self.arguments) or any(
+            message.keys() - _PLAIN or self.template.holds_thought(message["content"]) for message in messages
+        )
         self.prompt = self._render(pair.prompt)
         self.unwritten: set[str] = set()
 
@@ -160,14 +163,20 @@ class _Rendering:
         return False
 
     def _check_turn(self, index: int, message: Message) -> None:
-        """Make sure that a turn is in what the template writes; it may write an assistant's in part alone."""
+        """Make sure that a turn is in what the template writes; it may write one in part alone.
+
+        Some write the tool calls of an assistant without the text beside them.
+        """
         text = self.template.guarded(message["content"]).strip()
-        if message["role"] == "assistant" or not text or self._is_seen(index, text):
+        if not text or self._is_seen(index, text):
+            return
+        if message["role"] == "assistant" and not MEANINGFUL_KEYS.isdisjoint(message):
             return
         turns = list(self.pair.prompt)
         turns[index] = {**message, "content": PROBE}
         if self._render(turns) == self.prompt:
-            raise BadRow(f"prompt: a {message['role']} turn is not written by the chat template")
+            article = "an" if message["role"] == "assistant" else "a"
+            raise BadRow(f"prompt: {article} {message['role']} turn is not written by the chat template")
 
     def _is_seen(self, index: int, text: str) -> bool:
         """Whether the text of a turn is in the prompt and cannot be there for another reason.
@@ -194,7 +203,8 @@ class _Rendering:
         """A response as the template writes it behind this prompt, with all that the row holds.
 
         Of a pair of texts alone the template writes the response behind a question of one letter, which is
-        shorter; `bdpo.data.fidelity` compares some of them with the complete conversation.
+        shorter; `bdpo.data.fidelity` compares some of them with the complete conversation. Thoughts are none
+        of these: a template may write them where its generation prompt has closed them already, or nowhere.
         """
         message: Message = getattr(self.pair, side)
         if not self._has_context:
@@ -211,7 +221,12 @@ class _Rendering:
         return response
 
     def _refuse_control_tokens(self) -> None:
-        """Contents are guarded against control tokens; what else the template writes is not."""
+        """A text that holds them was rendered before; what else the template writes has no guard."""
+        sides = [*(("prompt", m) for m in self.pair.prompt)]
+        sides += [("chosen", self.pair.chosen), ("rejected", self.pair.rejected)]
+        for side, message in sides:
+            if self.template.is_templated(message["content"]):
+                raise BadRow(f"{side}: {TEMPLATED}; give the messages themselves")
         extras = [
             {key: value for key, value in message.items() if key not in _PLAIN}
             for message in (*self.pair.prompt, self.pair.chosen, self.pair.rejected)

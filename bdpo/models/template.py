@@ -65,6 +65,12 @@ PROBE = "bdpoprobe"
 # noncharacters, which Unicode reserves for such use: no text that is meant for others has them.
 GUARD = "\ufdd0\ufdd1"
 
+# The marks of a thought: <think>, </think>, [THINK], <|START_THINKING|>, <seed:think>. Many templates look
+# for them in the text of an answer and write them themselves. They end no turn and begin none.
+_THOUGHT = re.compile(r"[<\[][^<>\[\]\s]*(?:think|THINK|thought)[^<>\[\]\s]*[>\]]")
+
+_HTML = {"<s>", "</s>"}  # of some tokenizers the begin and the end of a text
+
 
 @dataclass(frozen=True)
 class AssistantTurn:
@@ -267,7 +273,11 @@ class ChatTemplate:
 
     @cached_property
     def _control_spellings(self) -> set[str]:
-        """The added tokens that structure a conversation: special ones, and all that the template writes."""
+        """The added tokens that structure a conversation: special ones, and all that the template writes.
+
+        The marks of thoughts are none of them: a template that splits a thought off an answer has to see
+        them, and all that renders with a template writes them as their tokens.
+        """
         special = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
         turns: list[Message] = [QUESTION, {"role": "assistant", "content": PROBE}, QUESTION]
         written = self._added_tokens.findall(self._render(turns, True, {}))
@@ -275,7 +285,8 @@ class ChatTemplate:
             written += self._added_tokens.findall(
                 self._render([{**QUESTION, "role": "system"}, *turns], True, {})
             )
-        return {*written, *self.tokenizer.all_special_tokens, *special} - {""}
+        found = {*written, *self.tokenizer.all_special_tokens, *special} - {""}
+        return {token for token in found if not _THOUGHT.fullmatch(token)}
 
     @cached_property
     def _control_starts(self) -> tuple[str, ...]:
@@ -284,7 +295,24 @@ class ChatTemplate:
 
     def holds_control_token(self, text: str) -> bool:
         """Whether a text spells a token that structures a conversation."""
-        return self._control_tokens.search(text) is not None
+        return any(start in text for start in self._control_starts) and bool(
+            self._control_tokens.search(text)
+        )
+
+    def is_templated(self, text: str) -> bool:
+        """Whether a text was written by a chat template before: it holds a control token of this one.
+
+        HTML has `<s>` and `</s>`, too, and one or two characters show nothing: some tokenizers have "!" or a
+        line break among their special tokens.
+        """
+        return self.holds_control_token(text) and any(
+            len(found[0].strip()) > 2 and found[0] not in _HTML
+            for found in self._control_tokens.finditer(text)
+        )
+
+    def holds_thought(self, text: str) -> bool:
+        """Whether a text holds a mark of a thought."""
+        return _THOUGHT.search(text) is not None
 
     def guarded(self, text: str) -> str:
         """The text with its control tokens taken apart.

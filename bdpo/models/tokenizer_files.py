@@ -12,6 +12,13 @@ from bdpo.models.loading import warn_once
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# What normalizers and pre-tokenizers of published models differ in: digits, spaces, line breaks, capitals,
+# accents in one character and in two, contractions, code, scripts without spaces, signs of more than a byte.
+_PROBE = (
+    "In 1999 Ünï, nai\u0308ve Ça va?  x1 = [1, 22, 333, 4444];\n\n\tif (a_b != c) { return 'ŐK'; }\r\n"
+    "I'll DON'T   12:34 3.14 ﬁ ① Ｆ 東京都 안녕 สวัสดี \u202fa\u00a0b 👩\u200d🔬…__--##1a2b "
+)
+
 
 def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, an adapter or a judge.
@@ -26,6 +33,9 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
             folder, trust_remote_code=trust_remote_code
         )
         is_empty = not tokenizer("a", add_special_tokens=False)["input_ids"]
+        tokenizer = _of_its_file(tokenizer, folder)
+    except UserError:
+        raise
     except Exception as error:  # of a class that reads what a file of somebody else holds
         if _has_own_code(folder):
             raise UserError(f"{folder}: the tokenizer {OWN_CODE} ({first_line(error)})") from None
@@ -37,6 +47,49 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
             f"{folder}: the tokenizer {OWN_CODE}; {type(tokenizer).__name__} of transformers takes its place"
         )
     return tokenizer
+
+
+def _of_its_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer, if it splits texts as its tokenizer.json says; else what that file says.
+
+    Some classes of transformers 5 take vocabulary and merges from the file and bring their own normalizer and
+    pre-tokenizer, whatever those of the file are. The model was trained with the file's.
+
+    Raises:
+        UserError: the class cannot write every text with that vocabulary, or neither it nor the class for all
+            files does what the file says.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    file = folder / "tokenizer.json"
+    if type(tokenizer) is PreTrainedTokenizerFast or not tokenizer.is_fast or not file.is_file():
+        return tokenizer
+    backend = Tokenizer.from_file(str(file))
+    backend.no_truncation()
+    backend.no_padding()
+    name = type(tokenizer).__name__
+    right = backend.encode(_PROBE, add_special_tokens=False).ids
+    try:
+        if _ids(tokenizer) == right:
+            return tokenizer
+    except Exception as error:  # of the class, or of the library's core, which raises nothing more special
+        raise UserError(
+            f"{folder}: tokenizer_class {name} does not fit tokenizer.json ({first_line(error)})"
+        ) from None
+    of_file: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder)
+    if _ids(of_file) != right:
+        raise UserError(f"{folder}: tokenizer_class {name} splits texts otherwise than tokenizer.json says")
+    warn_once(
+        f"{folder}: tokenizer_class {name} of transformers splits texts otherwise than tokenizer.json says; "
+        "the file is followed"
+    )
+    return of_file
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids: list[int] = tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _has_own_code(folder: Path) -> bool:

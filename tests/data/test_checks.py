@@ -56,6 +56,34 @@ RENDERED = {
     "one message of Python": "\n " + str({"content": GOOD, "role": "assistant"}),
 }
 
+# Of each family, what its template writes.
+RENDERED |= {
+    name: text.replace("Q", ASK)
+    for name, text in {
+        "OpenAssistant": "<|prompter|>Q<|endoftext|><|assistant|>",
+        "Phi-3": "<|user|>\nQ</s>\n<|assistant|>\n",
+        "the begin of a sentence": "<s>Q",
+        "Metharme": "<|user|>Q<|model|>",
+        "human and bot": "<|human|>Q<|bot|>",
+        "GLM": "[gMASK]<sop>Q",
+        "Gemma": "<start_of_turn>user\nQ<end_of_turn>\n",
+        "Gemma's begin": "<bos>Q",
+        "Gemma 4": "<|turn>user\nQ<turn|>",
+        "Gemma 4's channel": "<|channel>thought\n<channel|>Q",
+        "Command-R": "<BOS_TOKEN>Q",
+        "DeepSeek": "<｜begin▁of▁sentence｜>Q",
+        "Hunyuan": "<｜hy_User｜>Q<｜hy_Assistant｜>",
+        "Mistral's system turn": "[SYSTEM_PROMPT]x[/SYSTEM_PROMPT]Q",
+        "Mistral's tools": "[AVAILABLE_TOOLS]x[/AVAILABLE_TOOLS]Q",
+        "MiniMax": "<beginning_of_sentence>user Q<end_of_sentence>",
+        "LFM2": "<|startoftext|>Q",
+        "Kimi": "<|im_user|>user<|im_middle|>Q<|im_end|>",
+        "EXAONE": "[|user|]Q\n[|assistant|]",
+        "Solar": "<|beginoftext|>Q",
+        "Seed": "<seed:bos>user\nQ<seed:eos>",
+    }.items()
+}
+
 RENDERED_ANSWERS = {
     "the name of a speaker": f"Assistant: {GOOD}",
     "the name in capitals": f" ASSISTANT: {GOOD}",
@@ -107,6 +135,10 @@ PLAIN = (
     'The body is {"messages": [{"role": "user", "content": "hi"}]}',
     "(a) {b}",
     "</s> is a tag",
+    "<s>old</s> new <b>and</b> bold",
+    "F# has [| 1; 2 |] and [|x|], Haskell <|> and a <|x|> b",
+    "<think>A fern.</think> Water it. <|begin_of_thought|>So<|end_of_thought|>",
+    "<｜begin▁of▁thinking｜> and <|START_THINKING|>",
 )
 
 

@@ -32,6 +32,19 @@ REASONS = (
     )
 )
 
+# As Qwen3 does it: thoughts are split off the text; of earlier answers they are left out.
+SPLITS_THOUGHTS = (
+    "{% for m in messages %}{% set t = namespace(text=m.content, thought='') %}"
+    "{% if m.role == 'assistant' and '</think>' in m.content %}"
+    "{% set t.text = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% set t.thought = m.content.split('</think>')[0].split('<think>')[-1].strip() %}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
+    "<think>\n{{ t.thought }}\n</think>\n\n{% endif %}{{ t.text }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+
 TOOLS = [{"name": "f", "about": {"b": 1, "a": 2}}]
 
 
@@ -122,6 +135,63 @@ def test_reasoning_of_one_answer_leaves_an_empty_block_in_the_other(prepared):
     answers = [chat.decode(pairs[0][f"{side}_ids"]) for side in ("chosen", "rejected")]
     assert answers == ["<think>hm</think>yes<|im_end|>", "<think></think>no<|im_end|>"]
     assert require(chat, pairs) == 2
+
+
+THOUGHT = "<think>because</think>good"
+
+
+def test_a_thought_that_the_generation_prompt_has_closed_is_a_reason(prepared):
+    """The template writes one block, prompt and answer side by side would have two."""
+    account, pairs = prepared(chat_of(SPLITS_THOUGHTS, enable_thinking=False), row(chosen=THOUGHT))
+    assert dict(account.quarantined) == {
+        "chosen: the chat template writes the prompt or the end of the turn in another way here": 1
+    }
+    assert len(pairs) == 1
+
+
+def test_a_thought_behind_an_open_generation_prompt_is_what_the_template_writes(prepared):
+    chat = chat_of(SPLITS_THOUGHTS, enable_thinking=False)
+    thinks = {"chat_template_kwargs": {"enable_thinking": True}}
+    account, pairs = prepared(chat, row(chosen=THOUGHT, **thinks))
+    assert (account.quarantined, account.sources[0].changed_by_template) == ({}, 1)
+    written = "<think>\nbecause\n</think>\n\ngood<|im_end|>"
+    assert chat.decode(pairs[0]["chosen_ids"]) == written
+    assert pairs[0]["chosen_ids"] == chat.tokenizer(written, add_special_tokens=False)["input_ids"]
+    assert require(chat, pairs) == 2
+
+
+def test_a_thought_that_the_template_leaves_out_of_the_history_is_counted(prepared):
+    chat = chat_of(SPLITS_THOUGHTS, enable_thinking=False)
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": THOUGHT}]
+    turns.append({"role": "user", "content": "How?"})
+    account, pairs = prepared(chat, row(turns))
+    assert (account.quarantined, account.sources[0].changed_by_template) == ({}, 1)
+    assert "assistant\ngood<|im_end|>" in chat.decode(pairs[0]["prompt_ids"])
+    assert "because" not in chat.decode(pairs[0]["prompt_ids"])
+    assert require(chat, pairs) == 2
+
+
+# Families whose control tokens no list of names has: EXAONE, MiniMax, and one of nobody's.
+OWN_MARKS = {
+    "[|user|]": "[|end|]",
+    "]~b]": "[e~[",
+    "{{'{'}}begin}": "{{'{'}}end}",
+}
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize(("begin", "end"), OWN_MARKS.items())
+def test_a_text_with_the_models_own_control_tokens_is_already_templated(prepared, begin, end, column):
+    marks = [mark.replace("{{'{'}}", "{") for mark in (begin, end)]
+    tokenizer = byte_level(["<s>", "</s>", "!", *marks], bos="<s>", eos="</s>")
+    tokenizer.chat_template = CHATML.replace("<|im_start|>", begin).replace("<|im_end|>", end)
+    account, pairs = prepared(
+        ChatTokenizer(tokenizer),
+        row(**{column: f"A cat.{marks[1]}"}),
+        row("In HTML <b>a</b> is bold, <s>b</s> is not!", chosen="No [x], {y} or | z!"),
+    )
+    reason = "already templated: holds control tokens of a chat template; give the messages themselves"
+    assert (dict(account.quarantined), len(pairs)) == ({f"{column}: {reason}": 1}, 2)
 
 
 def test_another_end_of_turn_than_that_of_other_answers_is_a_reason(prepared):

@@ -257,6 +257,24 @@ def test_a_dropped_turn_is_seen_where_its_text_stands_elsewhere(prepare_with, te
     assert (dict(account.quarantined), kept) == ({reason: 1}, [])
 
 
+def test_an_answer_of_the_history_that_the_template_drops_is_a_reason(prepare_with):
+    template = CHATML.replace(
+        "in messages %}", "in messages if m.role != 'assistant' or m == messages[-1] %}", 1
+    )
+    rows = [conversation([user("Hi"), assistant("Yes?"), user("Why?")]), conversation()]
+    account, kept = prepare_with(template, rows)
+    reason = "prompt: an assistant turn is not written by the chat template"
+    assert (dict(account.quarantined), len(kept)) == ({reason: 1}, 1)
+
+
+def test_the_text_beside_a_call_of_a_tool_may_be_left_out(prepare_with):
+    """As in Mistral's template, which writes the call alone."""
+    template = KNOWS_ALL.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}")
+    prompt = [user(), assistant("I look.", tool_calls=[CALL]), {"role": "tool", "content": "rain"}]
+    account, kept = prepare_with(template, [conversation(prompt)])
+    assert (account.quarantined.total(), len(kept), account.sources[0].changed_by_template) == (0, 1, 1)
+
+
 def test_equal_turns_that_the_template_writes_are_kept(prepare_with):
     row = conversation([{"role": "system", "content": "x"}, user("x"), assistant("x"), user("x")])
     account, kept = prepare_with(CHATML, [row])

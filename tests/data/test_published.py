@@ -349,7 +349,7 @@ def test_text_that_is_rendered_already_names_the_format_that_reads_it(prepare_he
 def test_control_tokens_of_any_template_are_recognised(prepare_here, text):
     account = prepare_here([pair_row(0), pair_row(1, prompt=text), pair_row(2, chosen=f"x {text}")])
     reasons = {
-        f"{side}: holds control tokens of a chat template; give the messages themselves"
+        f"{side}: already templated: holds control tokens of a chat template; give the messages themselves"
         for side in ("prompt", "chosen")
     }
     assert set(account.quarantined) == reasons

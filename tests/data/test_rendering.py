@@ -56,7 +56,7 @@ THINKS = CHATML.replace(
     "m.content", "(m.content.split('</think>')[-1] if m.role == 'assistant' else m.content)"
 )
 
-OWN_TOKENS = "the token <|im_end|> ends a turn"
+OWN_TOKENS = "the token </s> ends a turn"
 
 
 @pytest.mark.parametrize(

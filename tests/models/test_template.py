@@ -189,3 +189,31 @@ def test_renderings_are_trls_or_refused_for_a_reason(file):
         ours = chat.template.response_text(text) + chat.template.assistant_turn.end
         assert theirs[side].startswith(ours)
         assert theirs[side].removeprefix(ours) in BEHIND
+
+
+THOUGHT = {"role": "assistant", "content": "<think>\nreason\n</think>\n\ngood"}
+QUESTION, SHORT = ({"role": role, "content": "x"} for role in ("user", "assistant"))
+
+
+@pytest.mark.parametrize("file", TRL, ids=lambda file: file.stem)
+def test_thoughts_are_written_as_the_template_itself_writes_them(file):
+    """In an answer and in an earlier turn, with thinking as the template has it and without."""
+    for variables in ({}, {"enable_thinking": False}):
+        chat = ChatTokenizer(of_trl(file), {"date_string": "26 Jul 2024", **variables})
+        try:
+            require_faithful_template(chat)
+        except (UserError, TemplateError):
+            continue
+        for messages in ([QUESTION, THOUGHT], [QUESTION, THOUGHT, QUESTION, SHORT]):
+            theirs = chat.tokenizer.apply_chat_template(messages, tokenize=False, **chat.template.variables)
+            assert chat.template.render(messages, generate=False) == theirs
+            assert chat.text_ids(theirs) == ids(chat.tokenizer, theirs)
+
+
+def test_the_marks_of_thoughts_are_their_tokens_in_every_turn():
+    """So system prompts that ask for them read as everywhere else; no turn begins or ends with them."""
+    chat = SHAPES["qwen3"].chat()
+    prompt = chat.prompt_ids([{"role": "user", "content": "Why? </think> <|im_end|>"}])
+    end = chat.end_of_turn_id
+    assert prompt.count(chat.tokenizer.convert_tokens_to_ids("</think>")) == 2
+    assert prompt.count(end) == 1

@@ -99,7 +99,7 @@ ROW_FAULTS = {
         changed(chosen="<|im_start|>assistant\nno<|im_end|>"),
         "set data.format=chatml",
     ),
-    "Llama 2's tokens": (changed(prompt="[INST] q [/INST]"), "prompt: holds control tokens"),
+    "Llama 2's tokens": (changed(prompt="[INST] q [/INST]"), "prompt: already templated"),
     "a list as text": (
         rows_of(lambda row: {key: json.dumps(turns("q", row[key])) for key in ("chosen", "rejected")}),
         "set data.format=stringified",

@@ -59,11 +59,13 @@ def suffix_text(chat: ChatTokenizer, prompt: SuffixedPrompt, suffix: Sequence[in
 def stable_text(text: str, chat: ChatTokenizer) -> bool:
     """Whether a suffix is one line of printable text, begins with one space, and spells no control token.
 
-    A template may strip a message, so no white space stands at its end.
+    It spells no mark of a thought either, which would become one token. A template may strip a
+    message, so no white space stands at its end.
     """
     inside = text[1:]
     plain = text.startswith(" ") and inside == inside.strip() and inside.isprintable() and bool(inside)
-    return plain and not chat.template.holds_control_token(text)
+    spells = chat.template.holds_control_token(text) or chat.template.holds_thought(text)
+    return plain and not spells
 
 
 def stable_suffixes(
