@@ -8,6 +8,7 @@ training would import in its course.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -44,6 +45,7 @@ LATER = [
 import_deepspeed()
 for each in LATER:
     importlib.import_module(each)
+gc.freeze()  # so that no process looks for garbage, or for parameters, among what was imported
 
 build_engine = training.build_engine
 
