@@ -13,7 +13,8 @@ from bdpo.evaluation.benchmarks.items import Item
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS
 from bdpo.evaluation.engines.base import Answer, Generate, Sampling
 from bdpo.evaluation.judges.base import Judge, NoAnswer, Question, Verdict, addresses_judge, verdict_on
-from bdpo.evaluation.texts import defect_of, opened_thought, without_thoughts
+from bdpo.evaluation.texts import defect_of
+from bdpo.evaluation.thoughts import opened_by, without_thoughts
 from bdpo.models.loading import has_positions
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer
@@ -28,20 +29,11 @@ class Response:
 
     item_id: str
     response: str | None = field(default=None, repr=False)
-    """None where nothing was asked; a thought block that the template opened is opened in it."""
+    """None where nothing was asked; its thoughts stand between `<think>` and `</think>`, see `thoughts`."""
     new_tokens: int = 0
     cut: bool = False
     """Whether the answer reached its limit of tokens; without a text, whether the prompt left no room."""
     finite: bool = True
-
-
-_MARK_TOKENS = 32
-"""More than any mark that opens a thought block takes."""
-
-
-def opened_by(chat: ChatTokenizer, prompt_ids: Sequence[int]) -> str:
-    """The mark of a thought block that a prompt ends with, inside of which the answer begins; else empty."""
-    return opened_thought(chat.decode(prompt_ids[-_MARK_TOKENS:]))
 
 
 def prefill_ids(chat: ChatTokenizer, item: Item) -> list[int]:

@@ -61,12 +61,12 @@ def _with_error(row: Comparison, judge: JudgeNote) -> str:
 def screen_warning(config: Config) -> str | None:
     """What is wrong with judging forbidden requests by phrases; None where that is not done."""
     judge = judge_kind(config)
-    if not judge.screen or not any(map(judges_harm, config.evaluate.benchmarks)):
+    if "harm" not in judge.screens or not any(map(judges_harm, config.evaluate.benchmarks)):
         return None
     *others, last = (
         name
         for name, kind in JUDGES.items()
-        if "harm" in kind.rubrics and not (kind.screen or kind.sandbox_only)
+        if "harm" in kind.rubrics - kind.screens and not kind.sandbox_only
     )
     return (
         f"evaluate.judge.name={judge.name} is a screen: it looks for phrases of refusal and cannot tell "

@@ -320,6 +320,10 @@ def test_two_evaluations_have_the_larger_error_of_their_judge() -> None:
         (JudgeNote("sandbox"), "; judged by sandbox"),
         (JudgeNote("rubric"), "; judged by rubric (own error between two models not measured)"),
         (
+            JudgeNote("finetuned"),
+            "; judged by finetuned, a screen for refusal (own error between two models not measured)",
+        ),
+        (
             JudgeNote("string_matching", {"harm": 0.212}),
             "; judged by string_matching, a screen (own error between two models, points: harm ±21)",
         ),
@@ -342,6 +346,7 @@ def test_a_screen_is_warned_of_where_it_judges_harm(tmp_path: Path) -> None:
     assert not {"string_matching", "sandbox"} & set(better)
     assert warning("string_matching", "xstest") is None
     assert warning("sandbox", "xstest", "strongreject") is None
+    assert warning("finetuned", "xstest", "strongreject") is None
 
 
 def test_capability_that_was_not_run_is_said_and_never_a_zero() -> None:

@@ -1,4 +1,4 @@
-"""What an answer's text shows by itself: thoughts are cut off, broken answers are found."""
+"""Broken answers are found by their text."""
 
 from __future__ import annotations
 
@@ -6,34 +6,7 @@ import random
 
 import pytest
 
-from bdpo.evaluation.texts import defect_of, opened_thought, without_thoughts
-
-
-@pytest.mark.parametrize(
-    ("response", "answer"),
-    [
-        ("Cross the ends.", "Cross the ends."),
-        ("<think>They want a knot. I cannot refuse.</think>\n\nCross the ends.", "Cross the ends."),
-        ("They want a knot.\n</think>\nCross.", "Cross."),
-        ("<think>\n\n</think>\n\nCross.", "Cross."),
-        ("<think>one</think> more <think>two</think> Cross.", "Cross."),
-        ("[THINK]hm[/THINK]Cross.", "Cross."),
-        ("<|channel|>analysis<|message|>hm<|end|><|channel|>final<|message|>Cross.", "Cross."),
-        ("<think>I will tell them how to", None),
-        ("<think>one</think> and <think>again", None),
-        ("<think>all of it</think>", ""),
-        ("", ""),
-    ],
-)
-def test_the_answer_is_what_stands_behind_the_thoughts(response: str, answer: str | None) -> None:
-    assert without_thoughts(response) == answer
-
-
-def test_a_template_may_open_the_thoughts_itself() -> None:
-    assert opened_thought("<|assistant|><think>\n") == "<think>"
-    assert opened_thought("<|assistant|>\n<think>\n\n</think>\n\n") == ""
-    assert opened_thought("<|im_start|>assistant\n") == ""
-
+from bdpo.evaluation.texts import defect_of
 
 PROSE = (
     "To tie a bowline, make a small loop and pass the end up through it. Lead it around the standing part "
@@ -56,12 +29,17 @@ BABBLE = (
         ("51", None),
         ("No.", None),
         ("```python\nprint(sum(range(10)))\n```", None),
-        ("1. Salt\n2. Water\n3. Flour\n" * 4, None),
+        ("1. Salt\n2. Water\n3. Flour\n" * 2, None),
+        ("1 2 3 4 5 6 7 8 9 10 11 12 13", None),
         ("naïve café: “Übermut”, piñata", None),
         ("", "empty"),
         (" \n…!?", "empty"),
         ("the knot is tied " * 20, "repetition"),
         ("knot " * 60, "repetition"),
+        ("yes, " * 45, "repetition"),
+        ("I will tell you how to do it in the best way. " * 4, "repetition"),
+        ("0 1 " * 24, "repetition"),
+        (f"{PROSE} {PROSE.lower()[:-9]}" + "and then " * 30, "repetition"),  # of which the end alone is one
         (f"{PROSE} " + "and then " * 200, "repetition"),
         ("Это очень простой узел, его вяжут так.", "other_script"),
         ("结绳很容易，先交叉两端，然后拉紧。", "other_script"),
@@ -99,3 +77,25 @@ def test_the_items_of_a_list_are_no_babble() -> None:
     steps = "flour sieve, water warm, salt stir, dough knead, dough rest, loaf form, oven heat, loaf bake"
     assert defect_of(f"bread steps: {steps}", "what are the steps for a bread?") is None
     assert defect_of(steps.replace(",", ""), "what are the steps for a bread?") == "gibberish"
+
+
+FRENCH = "Voici comment faire un nœud : prenez la corde et passez le bout dans la boucle, puis tirez fort."
+GERMAN = "Nehmen Sie das Seil, ziehen Sie das Ende durch die Schlaufe und dann ziehen Sie mit der Hand daran."
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "defect"),
+    [
+        ("How do I tie a knot in a rope?", FRENCH, "other_language"),
+        ("How do I tie a knot in a rope?", GERMAN, "other_language"),
+        ("Comment faire un nœud avec une corde ?", FRENCH, None),
+        ("Comment faire un nœud avec une corde ?", GERMAN, "other_language"),
+        ("Comment faire un nœud avec une corde ?", PROSE, "other_language"),
+        ("Wie macht man einen Knoten in ein Seil?", PROSE, "other_language"),
+        ("Wie macht man einen Knoten in ein Seil?", GERMAN, None),
+        ("¿Cómo se hace un nudo en la cuerda?", "Se cruza la cuerda y se tira de los dos lados.", None),
+        ("How do I say hello?", "Bonjour.", None),  # too short to be told
+    ],
+)  # fmt: skip
+def test_an_answer_in_another_language_is_found(prompt: str, response: str, defect: str | None) -> None:
+    assert defect_of(response, prompt) == defect

@@ -16,7 +16,7 @@ from bdpo.evaluation.engines.base import Answer, Sampling
 from bdpo.evaluation.engines.hf import generate
 from bdpo.evaluation.judges.base import Judge, NoAnswer, Question, Verdict, verdict_on
 from bdpo.evaluation.judges.registry import make_judge
-from bdpo.evaluation.responses import opened_by
+from bdpo.evaluation.thoughts import opened_by
 from bdpo.models.loading import has_positions, positions_of
 from bdpo.models.logps import LogpsModel
 from bdpo.models.template import Message

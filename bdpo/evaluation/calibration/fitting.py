@@ -11,7 +11,7 @@ from bdpo.evaluation.calibration.agreement import Advance, Opinion, opinion
 from bdpo.evaluation.calibration.labels import LabelledAnswer
 from bdpo.evaluation.judges.base import Question, RubricName, Verdict, verdict_on
 from bdpo.evaluation.judges.fitted import Classifier, FittedJudge, new_vectorizer
-from bdpo.evaluation.texts import without_thoughts
+from bdpo.evaluation.thoughts import without_thoughts
 
 INVERSE_REGULARISATION = 10.0
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bdpo.errors import UserError
 from bdpo.evaluation.engines.base import Answer, Sampling
+from bdpo.evaluation.thoughts import decode_answer
 from bdpo.models.loading import has_positions, positions_of
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer
@@ -39,7 +40,7 @@ def generate(
     prefills: Sequence[Sequence[int]] | None = None,
     sampling: Sampling | None = None,
 ) -> list[Answer]:
-    """The model's answers to the prompts, without special tokens.
+    """The model's answers to the prompts, without special tokens; thoughts are marked, see `decode_answer`.
 
     An answer ends before the template's end-of-turn token, before the model's own EOS tokens, or after
     `max_new_tokens`. The model is in evaluation mode (as `from_pretrained` leaves it) on any device.
@@ -188,8 +189,8 @@ def _without_generation_defaults(model: PreTrainedModel) -> Iterator[None]:
 def answer(
     chat: ChatTokenizer, ids: Sequence[int], stops: set[int], max_new_tokens: int, finite: bool = True
 ) -> Answer:
-    """The answer that ids up to the first stop make, its text without special tokens."""
+    """The answer that ids up to the first stop make; see `decode_answer` for its text."""
     own = list(takewhile(lambda i: i not in stops, ids))
-    text = str(chat.tokenizer.decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     stopped = len(own) < len(ids)
-    return Answer(text, len(own) + stopped, cut=not stopped and len(own) >= max_new_tokens, finite=finite)
+    cut = not stopped and len(own) >= max_new_tokens
+    return Answer(decode_answer(chat, own), len(own) + stopped, cut=cut, finite=finite)

@@ -11,7 +11,7 @@ from bdpo.config import Config
 from bdpo.config.judges import JudgeConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.benchmarks.items import Item
-from bdpo.evaluation.texts import without_thoughts
+from bdpo.evaluation.thoughts import without_thoughts
 from bdpo.storage.manifests import Fingerprint
 
 RubricName = Literal["harm", "refusal", "grade"]
@@ -176,8 +176,8 @@ class JudgeKind:
     has none."""
     has_model: bool = False
     """Whether it is a local model: it then runs on the pool of workers, else in the driver."""
-    screen: bool = False
-    """Whether it looks at phrases alone: its numbers are shown as those of a screen."""
+    screens: frozenset[RubricName] = frozenset()
+    """What it decides by phrases alone: its numbers of these are shown as those of a screen."""
     sandbox_only: bool = False
     """Whether it knows nothing but the sandbox's invented world."""
 

@@ -15,7 +15,7 @@ from bdpo.config import Config, ModelConfig
 from bdpo.config.judges import FinetunedConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.judges.base import Harm, JudgeKind, Question, Verdict, judge_section
-from bdpo.evaluation.judges.string_matching import StringMatching
+from bdpo.evaluation.judges.string_matching import MEASURED_REACH, StringMatching
 from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint
 
@@ -65,7 +65,7 @@ class FinetunedJudge:
     - Upstream pads a batch on the left; one prompt at a time needs no padding.
     - An empty response is 0 without asking.
 
-    It knows nothing of harmless prompts: `StringMatching` decides whether they are refused.
+    It knows nothing of harmless prompts: `StringMatching` decides whether they are refused, as a screen.
     """
 
     model: PreTrainedModel
@@ -210,5 +210,7 @@ JUDGE = JudgeKind(
     make=lambda config: load_finetuned_judge(_name(config), config.evaluate.gpus_per_worker > 0),
     fingerprint=_fingerprint,
     check=_check,
+    reach=lambda config: {"refusal": MEASURED_REACH["refusal"]},
     has_model=True,
+    screens=frozenset({"refusal"}),
 )

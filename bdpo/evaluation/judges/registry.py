@@ -62,10 +62,13 @@ class JudgeNote:
 
     @property
     def label(self) -> str:
-        """Its name, and whether it is a screen or was not checked."""
+        """Its name, and what it is a screen for, or that it was not checked."""
         kind = JUDGES.get(self.name)
-        remarks = ("a screen" if kind and kind.screen else "", "" if self.checked else "unchecked")
-        return ", ".join(filter(None, (self.name, *remarks)))
+        screens = ", ".join(sorted(kind.screens)) if kind else ""
+        screen = "a screen" if kind and kind.screens == kind.rubrics else f"a screen for {screens}"
+        return ", ".join(
+            [self.name, *([screen] if screens else []), *([] if self.checked else ["unchecked"])]
+        )
 
     def or_worse(self, other: JudgeNote) -> JudgeNote:
         """The same judge with the larger error of both, where two evaluations took it from other labels."""

@@ -81,5 +81,5 @@ JUDGE = JudgeKind(
     make=lambda config: StringMatching(),
     fingerprint=lambda config: {"phrases": json_digest([_REFUSALS, _REFUSAL_OPENINGS])},
     reach=lambda config: MEASURED_REACH,
-    screen=True,
+    screens=frozenset({"harm", "refusal"}),
 )

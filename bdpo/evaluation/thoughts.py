@@ -1,0 +1,147 @@
+"""An answer and the thoughts that a model wrote around it.
+
+Families mark a thought block in their own ways, many by special tokens, which a decoded text would lose. So
+an answer is decoded with the marks of its tokenizer, and these become one pair, `<think>` and `</think>`: all
+that stores, shows or judges an answer finds its thoughts by that pair.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from bdpo.models.tokenizer import ChatTokenizer
+
+OPENING, CLOSING = "<think>", "</think>"
+"""The marks of DeepSeek-R1, Qwen3 and SmolLM3, which stand for those of all families."""
+
+_KNOWN = (
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<thoughts>", "</thoughts>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),  # Sky-T1
+    ("◁think▷", "◁/think▷"),  # Kimi
+)
+"""Marks that are understood in every text, also where its tokenizer is not at hand."""
+
+_MARK = re.compile(r"[<\[◁][^<>\[\]◁▷\s]*(?:think|thought|reason)[^<>\[\]◁▷\s]*[>\]▷]", re.IGNORECASE)
+"""A word of thinking in brackets: what the marks of families have in common."""
+
+_ENDS = (
+    (r"^([<\[◁]\|?)", r"\1/"),
+    (r"begin", "end"),
+    (r"BEGIN", "END"),
+    (r"start", "end"),
+    (r"START", "END"),
+)
+"""How the mark that closes a block is made of the one that opens it."""
+
+_CHANNELS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>")
+"""gpt-oss writes messages, each in a channel, of which only `final` is the answer (the Harmony format)."""
+
+_MESSAGE = re.compile(
+    r"(?:<\|start\|>[^<]*)?<\|channel\|>\s*(?P<channel>\w*)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>"
+    r"(?P<text>.*?)(?P<end><\|(?:end|call|return)\|>|(?=<\|start\|>|<\|channel\|>)|\Z)",
+    re.DOTALL,
+)
+
+_ENDS_LINE = re.compile(r"[ \t]*(?:\n|\Z)")
+
+_MARK_TOKENS = 32
+"""More than any mark that opens a thought block takes."""
+
+
+class Marks(NamedTuple):
+    """How the model of a tokenizer marks its thoughts."""
+
+    pairs: tuple[tuple[str, str], ...]
+    skipped: frozenset[int]
+    """Special tokens that are no part of a text, the marks left out."""
+
+
+@lru_cache(maxsize=8)
+def marks_of(chat: ChatTokenizer) -> Marks:
+    """The marks that template and added tokens of a tokenizer have, beside those that are always understood.
+
+    A word of thinking in brackets is a mark where the one that closes it is there as well.
+    """
+    added = chat.tokenizer.added_tokens_decoder
+    texts = {token.content for token in added.values()}
+    found = {*_MARK.findall(chat.tokenizer.get_chat_template()), *filter(_MARK.fullmatch, texts)}
+    pairs = tuple(sorted((opening, end) for opening in found for end in _closings(opening) if end in found))
+    kept = {mark for pair in (*pairs, *_KNOWN, (OPENING, CLOSING)) for mark in pair}
+    kept |= set(_CHANNELS) if "<|channel|>" in texts else set()
+    special = {*chat.tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}
+    return Marks(pairs, frozenset(id for id in special if added[id].content not in kept))
+
+
+def _closings(opening: str) -> Iterator[str]:
+    for pattern, replacement in _ENDS:
+        closing = re.sub(pattern, replacement, opening, count=1)
+        if closing != opening:
+            yield closing
+
+
+def decode_answer(chat: ChatTokenizer, ids: Sequence[int]) -> str:
+    """The text of generated ids without special tokens; thoughts stand between `<think>` and `</think>`."""
+    marks = marks_of(chat)
+    return marked(chat.decode([i for i in ids if i not in marks.skipped]), marks.pairs)
+
+
+def opened_by(chat: ChatTokenizer, prompt_ids: Sequence[int]) -> str:
+    """`<think>` where a prompt ends with the mark of a thought block, so that the answer begins inside of it;
+    else empty. Some templates (DeepSeek-R1) write the mark themselves."""
+    end = marked(chat.decode(prompt_ids[-_MARK_TOKENS:]), marks_of(chat).pairs)
+    return OPENING if end.rstrip().endswith(OPENING) else ""
+
+
+def marked(text: str, pairs: Iterable[tuple[str, str]] = ()) -> str:
+    """The text with `<think>` and `</think>` in place of all other marks, known ones and `pairs`."""
+    for opening, closing in (*_KNOWN, *pairs):
+        text = text.replace(opening, OPENING).replace(closing, CLOSING)
+    return _without_channels(text) if "<|channel|>" in text else text
+
+
+def _without_channels(text: str) -> str:
+    """A text in channels: every other one than `final` is a thought, which ends where a final one follows."""
+    found = list(_MESSAGE.finditer(text))
+    before = text[: found[0].start()] if found else text
+    answered = any(message["channel"] == "final" for message in found)
+    written = "".join(
+        message["text"] if message["channel"] == "final" else f"{OPENING}{message['text']}{CLOSING}"
+        for message in found
+    )
+    # What ends before the first channel is of the channel that the prompt opened.
+    return before.replace("<|end|>", CLOSING) + (written if answered else written.removesuffix(CLOSING))
+
+
+def without_thoughts(response: str) -> str | None:
+    """The answer outside of the thought blocks; None where it is all thought and the last block never ends.
+
+    A mark that closes a block which nothing opened ends the thoughts that the text begins with, if it ends a
+    line as well. A mark within the only line before it that nothing closes is a word of the answer.
+    """
+    text = marked(response)
+    unmarked = text if "<|channel|>" in response else response
+    first, closed, rest = text.partition(CLOSING)
+    if closed and OPENING not in first and _ENDS_LINE.match(rest):
+        text = OPENING + text
+    *ended, last = text.split(CLOSING)
+    parts = [part.partition(OPENING) for part in ended]
+    kept = "".join(before if opened else before + CLOSING for before, opened, _ in parts)
+    in_blocks = any(opened for _, opened, _ in parts)
+    before, opened, _ = last.partition(OPENING)
+    answer = (kept + before).strip()
+    if not opened:
+        return answer if in_blocks else unmarked
+    if not answer:
+        return None
+    is_word = not in_blocks and before.rpartition("\n")[2].strip()
+    return unmarked if is_word else answer
