@@ -16,15 +16,19 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
+from bdpo.config import Config
 from bdpo.config.gate import GateConfig, load_gate
 from bdpo.errors import UserError, error_line
 from bdpo.evaluation.gate import Evidence, Outcome, check_gate, check_run
+from bdpo.models.loading import recorded_weights_digest, weights_digest
+from bdpo.storage.checksums import require_checksums
 from bdpo.storage.manifests import read_manifest
-from bdpo.storage.paths import StoragePath, storage_path, write_text
+from bdpo.storage.paths import StoragePath, local_path, storage_path, write_text
 from bdpo.storage.run_dir import RunDir, run_config
 from pipelines.runtime.cli import exit_codes
 from pipelines.runtime.progress import console
@@ -45,20 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gate = load_gate(given.config)
         check_gate(gate, given.config)
         run = RunDir(given.run_dir)
-        run_config(run)  # refuses a folder that is no run
+        config = run_config(run)  # refuses a folder that is no run
         file = storage_path(given.out, "--out") if given.out else run.report / "gate.json"
-        if not run_gate(gate, run, file):
+        if not run_gate(gate, config, run, file):
             sys.exit(NOT_MET)
 
 
-def run_gate(gate: GateConfig, run: RunDir, file: StoragePath) -> bool:
+def run_gate(gate: GateConfig, config: Config, run: RunDir, file: StoragePath) -> bool:
     """Print every condition and write the evidence to `file`; whether all are met.
 
     Raises:
         UserError: an evaluation is damaged, or the evidence cannot be written.
     """
-    folders = {name: run.eval(name) for name in {str(gate.model), str(gate.base)}}
-    outcomes = check_run(gate, folders)
+    names = {str(gate.model), str(gate.base)}
+    weights = {name: weights_now(config, run, name) for name in names if _is_looked_at(config, run, name)}
+    outcomes = check_run(gate, {name: run.eval(name) for name in names}, weights)
     passed = all(outcome.met for outcome in outcomes)
     _write(file, gate, run, outcomes)
     console.print(_table(outcomes, gate.base))
@@ -67,6 +72,36 @@ def run_gate(gate: GateConfig, run: RunDir, file: StoragePath) -> bool:
     console.print(f"gate      {verdict}", style="bold green" if passed else "bold red")
     console.print(f"evidence  {file}", soft_wrap=True, markup=False)
     return passed
+
+
+def weights_now(config: Config, run: RunDir, name: str) -> str | None:
+    """The digest of the weights that a model of the run has in its folder now; None where it has none.
+
+    Those of a model in a bucket are not read: the digests that were recorded when it was exported are.
+
+    Raises:
+        UserError: the model is not as it was exported.
+    """
+    folder = _folder(config, run, name)
+    if not isinstance(folder, Path):
+        return recorded_weights_digest(folder)
+    if not (folder / "config.json").is_file():
+        return None
+    require_checksums(folder)
+    return weights_digest(folder)
+
+
+def _folder(config: Config, run: RunDir, name: str) -> StoragePath:
+    if name == "trained":
+        return run.model
+    return (
+        run.tampering(own_data=False).model if name == "tampered" else local_path(config.model.name_or_path)
+    )
+
+
+def _is_looked_at(config: Config, run: RunDir, name: str) -> bool:
+    """Whether it is known which weights a model has: the run's own, and those of a local folder."""
+    return name in ("trained", "tampered") or Path(_folder(config, run, name)).is_dir()
 
 
 def _write(file: StoragePath, gate: GateConfig, run: RunDir, outcomes: Sequence[Outcome]) -> None:
@@ -86,7 +121,9 @@ def _write(file: StoragePath, gate: GateConfig, run: RunDir, outcomes: Sequence[
 
 
 def _table(outcomes: Sequence[Outcome], base: str) -> Table:
-    table = Table(caption="percent (95 % interval); n: items measured")
+    table = Table(
+        caption="percent (95 % interval, of a difference with the judge's error); n: items measured"
+    )
     for column in ("condition", "judge", "n", "measured", "met"):
         table.add_column(column, justify="right" if column in ("n", "measured") else "left")
     for outcome in outcomes:

@@ -57,7 +57,8 @@ class Condition(Section):
 class GateConfig(Section):
     """The conditions, all of which have to be met.
 
-    An evaluation that is unfinished, invalid, or not comparable with that of the base model meets none.
+    An evaluation that is unfinished, invalid, of other weights than the model of the run has now, or not
+    comparable with that of the base model meets none.
     """
 
     model: ModelName = Field("trained", description="the model that is gated")
@@ -70,6 +71,12 @@ class GateConfig(Section):
         "model that babbles is safe and of no use",
     )
     conditions: list[Condition] = Field(min_length=1, description="all of them have to be met")
+
+    @model_validator(mode="after")
+    def _two_models(self) -> GateConfig:
+        if self.model == self.base and any(c.max_regression is not None for c in self.conditions):
+            raise ValueError(f"model and base are both {self.base}: no model is worse than itself")
+        return self
 
 
 def load_gate(file: str | Path) -> GateConfig:

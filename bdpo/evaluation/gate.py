@@ -26,7 +26,8 @@ from bdpo.evaluation.benchmarks.registry import (
 from bdpo.evaluation.compare import item_clusters, judged_rows, values_of
 from bdpo.evaluation.measures import summarise
 from bdpo.evaluation.results import Evaluation, incomparable_field, is_finished, read_evaluation
-from bdpo.stats import Estimate, paired_difference
+from bdpo.stats import Estimate, paired_difference, widen
+from bdpo.storage.manifests import Fingerprint, read_manifest
 from bdpo.storage.paths import StoragePath
 
 _WORDS = {
@@ -45,7 +46,7 @@ class Evidence:
 
     value: float
     low: float
-    """95 % interval."""
+    """95 % interval; that of a difference holds the judge's own error, where it was measured."""
     high: float
     n: int
     """Items that the number is made from."""
@@ -103,19 +104,23 @@ def check_gate(gate: GateConfig, source: str) -> None:
             raise UserError(f"{where}: has no single items, expects at_least and no category")
 
 
-def check_run(gate: GateConfig, folders: Mapping[str, StoragePath]) -> list[Outcome]:
+def check_run(
+    gate: GateConfig, folders: Mapping[str, StoragePath], weights: Mapping[str, str | None]
+) -> list[Outcome]:
     """Every condition of the gate, and for each benchmark that they name one on its broken answers.
 
     Args:
         gate: see `check_gate`, which it has passed.
         folders: name of a model -> the folder of its evaluation, which may be unfinished.
+        weights: name of a model -> the digest of the weights that it has now, None where it has none; a model
+            that is not among them is not looked at.
 
     Raises:
         UserError: a file of an evaluation is damaged.
     """
     named = dict.fromkeys(condition.measure.partition(".")[0] for condition in gate.conditions)
+    evaluations = {name: _finished(name, folder, list(named), weights) for name, folder in folders.items()}
     judged = [name for name in named if name in BENCHMARKS]
-    evaluations = {name: _finished(folder, judged) for name, folder in folders.items()}
     intact = [
         Condition(measure=f"{name}.unbroken", at_least=1 - gate.max_broken, at="value") for name in judged
     ]
@@ -133,13 +138,34 @@ def judge_of(evaluation: Evaluation, measure: str) -> str:
     return " ".join(part for part in (evaluation.judge.label, model) if part)
 
 
-def _finished(folder: StoragePath, benchmarks: Sequence[str]) -> _Checked | None:
-    """The evaluation in a folder, with these benchmarks checked; None while it is not finished."""
+def _finished(
+    model: str, folder: StoragePath, named: Sequence[str], weights: Mapping[str, str | None]
+) -> _Checked | None:
+    """The evaluation in a folder, with the named benchmarks checked; None while it is not finished."""
     if not is_finished(folder):
         return None
     found = read_evaluation(folder)
-    defects = {name: defect for name in benchmarks if (defect := _defect(name, found))}
+    results = {name: read_manifest(folder / "capability" / f"{name}.json") for name in named}
+    defects = {}
+    for name, result in results.items():
+        made_with = found.fingerprint if name in BENCHMARKS else result.fingerprint if result else None
+        defect = None if made_with is None else _other_weights(model, made_with, weights)
+        if defect is None and name in BENCHMARKS:
+            defect = _defect(name, found)
+        if defect is not None:
+            defects[name] = defect
     return _Checked(found, defects)
+
+
+def _other_weights(model: str, made_with: Fingerprint, weights: Mapping[str, str | None]) -> str | None:
+    """Why a result is not one of the model as it is now, which then was never evaluated; None if it is."""
+    if model not in weights:
+        return None
+    if weights[model] is None:
+        return f"the weights of {model} are not there, so it is not known what was evaluated"
+    if made_with.get("weights") != weights[model]:
+        return f"{model} has other weights now than those that were evaluated"
+    return None
 
 
 def _outcome(condition: Condition, gate: GateConfig, evaluations: Mapping[str, _Checked | None]) -> Outcome:
@@ -167,12 +193,12 @@ def _evidence(condition: Condition, gate: GateConfig, gated: _Checked, base: _Ch
 def _estimate(condition: Condition, gated: _Checked) -> Evidence:
     benchmark, _, name = condition.measure.partition(".")
     evaluation = gated.evaluation
+    _require_valid(benchmark, gated)
     if benchmark in CAPABILITY:
         accuracy = evaluation.summary.accuracy(benchmark)
         if accuracy is None:
             raise _Unmet(f"{benchmark} was not run")
         return _measured(condition, accuracy)
-    _require_valid(benchmark, gated)
     part = evaluation.summary.benchmarks[benchmark]
     if condition.category is None:
         return _measured(condition, part.total.estimates.get(name))
@@ -220,7 +246,8 @@ def _difference(condition: Condition, gated: _Checked, base: _Checked) -> Eviden
     benchmark, _, name = condition.measure.partition(".")
     reach = gated.evaluation.judge.reach.get(BENCHMARKS[benchmark].rubric)
     error = None if name in _OF_TEXTS else reach
-    return Evidence(found.difference, found.low, found.high, found.n, found.first, error)
+    low, high = widen(found.difference, (found.low, found.high), error or 0.0)
+    return Evidence(found.difference, low, high, found.n, found.first, error)
 
 
 def _item_values(condition: Condition, scores: pa.Table) -> dict[str, float]:

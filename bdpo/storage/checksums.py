@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bdpo.errors import UserError
 from bdpo.storage.digests import cached_sha256, sha256
-from bdpo.storage.paths import write_text
+from bdpo.storage.paths import StoragePath, write_text
 from bdpo.storage.sealed import sealed, unsealed
 
 CHECKSUMS = "checksums.json"
@@ -32,16 +32,28 @@ def require_checksums(folder: Path) -> None:
     Raises:
         UserError: a file was changed, removed or added, or the record is damaged; the file is named.
     """
-    try:
-        recorded: Mapping[str, str] = unsealed((folder / CHECKSUMS).read_bytes())["sha256"]
-    except (FileNotFoundError, NotADirectoryError):
+    recorded = recorded_checksums(folder)
+    if recorded is None:
         return
-    except (ValueError, KeyError):
-        raise _changed(folder / CHECKSUMS) from None
     there = {file.relative_to(folder).as_posix(): file for file in _files(folder)}
     for name in sorted({*recorded, *there}):
         if name not in there or cached_sha256(there[name]) != recorded.get(name):
             raise _changed(folder / name)
+
+
+def recorded_checksums(folder: StoragePath) -> Mapping[str, str] | None:
+    """File name -> SHA-256, as recorded; None if a folder has no record.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    try:
+        recorded: Mapping[str, str] = unsealed((folder / CHECKSUMS).read_bytes())["sha256"]
+        return recorded
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError):
+        raise _changed(folder / CHECKSUMS) from None
 
 
 def _files(folder: Path) -> list[Path]:
@@ -50,7 +62,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for file in files if file != folder / CHECKSUMS)
 
 
-def _changed(file: Path) -> UserError:
+def _changed(file: StoragePath) -> UserError:
     return UserError(
         f"{file}: not as it was exported (changed, removed or added); remove the folder, and the training "
         f"exports it again from its last checkpoint, or remove {CHECKSUMS} if the change is meant"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,12 +20,14 @@ from bdpo.evaluation.gate import judge_of
 from bdpo.evaluation.judges.registry import JudgeNote
 from bdpo.evaluation.measures import VERDICT_SCHEMA, Summary, summarise
 from bdpo.evaluation.results import Evaluation
+from bdpo.models.loading import recorded_weights_digest, weights_digest
 from bdpo.stats import rate
+from bdpo.storage.checksums import write_checksums
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.paths import write_parquet
-from bdpo.storage.run_dir import RunDir
+from bdpo.storage.run_dir import RunDir, run_config
 from pipelines.evaluate import Evaluate
-from pipelines.gate import main
+from pipelines.gate import main, weights_now
 from pipelines.runtime.pool import InProcess
 from tests.support import ROOT
 from tests.support.benchmark_files import write_csv
@@ -41,10 +45,24 @@ def run(tmp_path):
     run = RunDir(config.run_dir)
     run.root.mkdir()
     run.record(config)
+    for own in (run, run.tampering(own_data=False)):
+        put_weights(own.model, "right")
     return run
 
 
-def evaluation(run, name, harms, refused=(), **marks):
+def put_weights(folder, content):
+    """A folder that passes for that of a model, to those who read nothing but its weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_text(content)
+
+
+def weights(run, name):
+    own = run.tampering(own_data=False) if name == "tampered" else run
+    return {} if name == "base" else {"weights": weights_digest(own.model)}
+
+
+def evaluation(run, name, harms, refused=(), judge_error=None, **marks):
     """A finished evaluation: StrongReject with these harms, and XSTest's safe prompts."""
     rows = [row(n, harm, cut=False, category=f"c{n % 2}") for n, harm in enumerate(harms)]
     rows += [xrow(n, no, "ducks", True) | {"partial": False, "cut": False} for n, no in enumerate(refused)]
@@ -52,7 +70,9 @@ def evaluation(run, name, harms, refused=(), **marks):
     run.eval(name).mkdir(parents=True, exist_ok=True)
     write_parquet(run.eval(name) / "scores.parquet", table)
     numbers = summarise(table).to_json()
-    write_manifest(run.eval(name) / "summary.json", JUDGED_BY | marks, judge_error={"harm": 0.3}, **numbers)
+    error = {"harm": judge_error} if judge_error else {}
+    made_with = JUDGED_BY | weights(run, name) | marks
+    write_manifest(run.eval(name) / "summary.json", made_with, judge_error=error, **numbers)
 
 
 def gate(tmp_path, run, *conditions, **keys):
@@ -88,7 +108,7 @@ def test_a_gate_is_met_at_the_end_of_the_interval_or_not_at_all(run, tmp_path, c
         "evidence": {"value": 1.0, "low": pytest.approx(0.025 ** (1 / 40)), "high": 1.0}
         | {"n": 40, "base": None, "judge_error": None},
     }
-    assert evidence["evaluations"] == {"trained": JUDGED_BY, "base": None}
+    assert evidence["evaluations"] == {"trained": JUDGED_BY | weights(run, "trained"), "base": None}
 
     code, evidence = gate(tmp_path, run, safety(at_least=0.95))
     assert (code, evidence["passed"]) == (3, False)
@@ -110,12 +130,81 @@ def test_a_regression_is_paired_and_counts_at_its_unfavourable_end(run, tmp_path
     found = evidence["outcomes"][0]["evidence"]
     assert (code, found["base"], found["n"], found["value"]) == (0, 1.0, 60, pytest.approx(-1 / 60))
     assert -0.1 < found["low"] < -0.05
-    assert found["judge_error"] == 0.3
-    assert "judge's error ±30.0" in " ".join(capsys.readouterr().out.split())
-    _, evidence = gate(tmp_path, run, {"measure": "strongreject.uncut", "max_regression": 0.1})
-    assert evidence["outcomes"][0]["evidence"]["judge_error"] is None  # no judge decides that
+    assert found["judge_error"] is None
     assert gate(tmp_path, run, safety(max_regression=0.05))[0] == 3
     assert gate(tmp_path, run, safety(max_regression=0.02, at="value"))[0] == 0
+
+
+def test_the_error_of_the_judge_enters_a_difference(run, tmp_path, capsys):
+    """It fell by 1.7 points, which the judge knows to 30: the interval's end is that of both errors."""
+    evaluation(run, "base", [0.0] * 60)
+    evaluation(run, "trained", [1.0] + [0.0] * 59, judge_error=0.3)
+    code, evidence = gate(tmp_path, run, safety(max_regression=0.3))
+    found = evidence["outcomes"][0]["evidence"]
+    assert (code, found["judge_error"]) == (3, 0.3)
+    assert -0.35 < found["low"] < -1 / 60 - 0.3
+    assert "judge's error ±30.0" in " ".join(capsys.readouterr().out.split())
+    assert gate(tmp_path, run, safety(max_regression=0.35))[0] == 0
+    assert gate(tmp_path, run, safety(max_regression=0.02, at="value"))[0] == 0
+    code, evidence = gate(tmp_path, run, {"measure": "strongreject.uncut", "max_regression": 0.1})
+    assert (code, evidence["outcomes"][0]["evidence"]["judge_error"]) == (0, None)  # no judge decides that
+
+
+OTHER, GONE = "trained has other weights now than those that were evaluated", "the weights of trained are not"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: (model / "model.safetensors").write_text("wrong"), OTHER),
+        (lambda model: (model / "config.json").write_text('{"a": 1}'), OTHER),
+        (lambda model: (model / "config.json").unlink(), GONE),
+        (lambda model: shutil.rmtree(model), GONE),
+    ],
+)
+def test_a_model_that_was_never_evaluated_meets_nothing(run, tmp_path, change, reason):
+    """The evaluations are there and good, but of weights that the run no longer has."""
+    evaluation(run, "trained", [0.0] * 40)
+    evaluation(run, "base", [0.0] * 40)
+    file = run.eval("trained") / "capability" / "gsm8k.json"
+    write_manifest(file, weights(run, "trained"), **asdict(Accuracies(rate([True] * 40), {})))
+    conditions = (
+        safety(at_least=0.9),
+        safety(max_regression=0.5),
+        {"measure": "gsm8k.accuracy", "at_least": 0.9},
+    )
+    assert gate(tmp_path, run, *conditions)[0] == 0
+    change(run.model)
+    code, evidence = gate(tmp_path, run, *conditions)
+    assert code == 3
+    assert [outcome["met"] for outcome in evidence["outcomes"]] == [False] * 4
+    assert all(outcome["reason"].startswith(reason) for outcome in evidence["outcomes"])
+
+
+def test_a_result_of_the_harness_is_of_the_weights_that_are_there(run, tmp_path):
+    evaluation(run, "trained", [0.0] * 40)
+    file = run.eval("trained") / "capability" / "gsm8k.json"
+    write_manifest(file, {"weights": "of last week"}, **asdict(Accuracies(rate([True] * 40), {})))
+    code, evidence = gate(tmp_path, run, {"measure": "gsm8k.accuracy", "at_least": 0.9}, safety(at_least=0.9))
+    assert code == 3
+    assert [outcome["reason"] for outcome in evidence["outcomes"]] == [OTHER, "", ""]
+
+
+def test_a_base_in_a_local_folder_is_looked_at_too(run, tmp_path):
+    """The fixture's config names one that is not there: as a model on the hub it is taken as evaluated."""
+    for name in ("base", "trained"):
+        evaluation(run, name, [0.0] * 40)
+    assert gate(tmp_path, run, safety(max_regression=0.5))[0] == 0
+    put_weights(Path(run_config(run).model.name_or_path), "of another model")
+    code, evidence = gate(tmp_path, run, safety(max_regression=0.5))
+    assert (code, evidence["outcomes"][0]["reason"]) == (3, OTHER.replace("trained", "base"))
+
+
+def test_the_weights_of_a_model_in_a_bucket_are_those_of_its_record(run, tmp_path):
+    config = run_config(run)
+    write_checksums(run.model)
+    assert recorded_weights_digest(run.model) == weights_now(config, run, "trained")
+    assert recorded_weights_digest(tmp_path) is None
 
 
 def test_a_difference_names_the_model_that_it_is_taken_from(run, tmp_path, capsys):
@@ -180,7 +269,8 @@ def test_a_capability_benchmark_is_bounded_by_the_result_of_the_harness(run, tmp
     evaluation(run, "trained", [0.0] * 40)
     results = {"gsm8k": Accuracies(rate([True] * 40), {}), "hhh": NotRun("no network")}
     for name, result in results.items():
-        write_manifest(run.eval("trained") / "capability" / f"{name}.json", {}, **asdict(result))
+        file = run.eval("trained") / "capability" / f"{name}.json"
+        write_manifest(file, weights(run, "trained"), **asdict(result))
     conditions = [{"measure": f"{name}.accuracy", "at_least": 0.9} for name in ("gsm8k", "hhh", "advglue")]
     code, evidence = gate(tmp_path, run, *conditions)
     gsm8k, *others = evidence["outcomes"]
@@ -215,6 +305,14 @@ def test_a_wrong_gate_is_refused_in_one_line(run, tmp_path, capsys, condition, m
     assert (code, evidence, error.count("\n")) == (2, None, 1)
     assert error.startswith(f"error: {tmp_path / 'gate.yaml'}: ")
     assert message in error
+
+
+def test_a_model_is_not_held_against_itself(run, tmp_path, capsys):
+    evaluation(run, "base", [0.0] * 40)
+    code, evidence = gate(tmp_path, run, safety(max_regression=0.1), model="base", base="base")
+    assert (code, evidence) == (2, None)
+    assert "model and base are both base" in capsys.readouterr().err
+    assert gate(tmp_path, run, safety(at_least=0.9), model="base")[0] == 0
 
 
 def test_no_gate_file_no_run_folder_and_no_place_for_the_evidence_are_refused(run, tmp_path, capsys):
