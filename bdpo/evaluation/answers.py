@@ -248,10 +248,19 @@ class ShardJudge(ShardActor):
 
     def _keep_replies(self, first: int, judged: Sequence[tuple[Item, Verdict]]) -> None:
         rows = [
-            {"item_id": item.item_id, "replies": verdict.replies, "scores": verdict.scores}
+            {
+                "item_id": item.item_id,
+                "replies": list(map(_storable, verdict.replies)),
+                "scores": [(_storable(name), _storable(value)) for name, value in verdict.scores],
+            }
             for item, verdict in judged
             if verdict.replies
         ]
         self.replies.remove(first)
         if rows:
             self.replies.write(first, pa.Table.from_pylist(rows, schema=REPLY_SCHEMA))
+
+
+def _storable(text: str) -> str:
+    """The text without lone surrogates, which no column can hold."""
+    return text.encode(errors="replace").decode()

@@ -11,7 +11,7 @@ import asyncio
 import os
 import ssl
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import Any
@@ -29,6 +29,17 @@ MAX_BACKOFF_SECONDS = 60.0
 
 RETRIED = ("connection", "http_429", "http_500", "http_502", "http_503", "http_504")
 """Errors that may pass. A timeout is not among them: it has waited long enough."""
+
+_USABLE = ("empty", "content_filter", "refusal")
+"""Errors of a chat completion that there is: some models think longer than the few tokens of a first try."""
+
+_UNUSABLE = {
+    "connection": "no answer here",
+    "timeout": "no answer here",
+    "http_401": "the key is not accepted; see api_key_env",
+    "http_403": "the key is not accepted; see api_key_env",
+    "http_404": "nothing is served under this path, or no model {model}; see base_url and model",
+}
 
 
 class EndpointError(Exception):
@@ -99,32 +110,36 @@ class Endpoint:
                 time.sleep(min(waited, MAX_BACKOFF_SECONDS))
         raise AssertionError("the last attempt returns or raises")
 
-    def require_reachable(self) -> None:
-        """Make sure that the key is set and that something answers, be it with an error.
+    def require_usable(self) -> None:
+        """Make sure, by a chat of a few words, that the endpoint takes the key and has the model.
 
         Raises:
-            UserError: nothing does, or there is no key.
+            UserError: it does not, whatever was tried; the message has the reason and the key to look at.
         """
+        once_more = replace(self, retries=min(self.retries, 1))  # a user waits for this
         try:
-            self._once("GET", "models", self._headers())
+            once_more.chat([{"role": "user", "content": "Reply with the word yes."}], max_tokens=16)
         except EndpointError as error:
-            if error.code in ("connection", "timeout"):
-                raise UserError(
-                    f"{self.section}.base_url={self.base_url}: no answer here ({error.code})"
-                ) from None
+            if error.code in _USABLE:
+                return
+            reason = _UNUSABLE.get(error.code, "no chat completion from {model}").format(model=self.model)
+            raise UserError(f"{self.section}.base_url={self.base_url}: {reason} ({error.code})") from None
 
     def _once(
         self, method: str, path: str, headers: dict[str, str], body: dict[str, Any] | None = None
     ) -> bytes:
         """The body of a 200. A clock of its own ends whatever the server does: headers that trickle,
-        `100 Continue`, chunks of nothing, a compressed body that never yields a byte."""
+        `100 Continue`, chunks of nothing."""
         request = httpx.Request(method, f"{self.base_url.rstrip('/')}/{path}", headers=headers, json=body)
+        loop = asyncio.new_event_loop()
         try:
-            return asyncio.run(asyncio.wait_for(_read(request), self.timeout))
+            return loop.run_until_complete(asyncio.wait_for(_read(request), self.timeout))
         except (TimeoutError, httpx.TimeoutException):
             raise EndpointError("timeout") from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError):
             raise EndpointError("connection") from None
+        finally:
+            loop.close()  # and no asyncio.run, which waits for the thread of a name that is still resolved
 
     def _headers(self) -> dict[str, str]:
         if self.api_key_env is None:
@@ -143,7 +158,9 @@ class Endpoint:
 
 
 async def _read(request: httpx.Request) -> bytes:
-    """The body of a 200, read piecewise so that its length is not unlimited."""
+    """The body of a 200, read piecewise so that its length is not unlimited; a compressed one is refused, for
+    a kilobyte of it can be a gigabyte."""
+    request.headers["Accept-Encoding"] = "identity"
     # The clock around this call is the only one: httpx's own start anew with each byte.
     async with httpx.AsyncClient(verify=_certificates(), timeout=None) as client:  # noqa: S113
         response = await client.send(request, stream=True)
@@ -152,8 +169,10 @@ async def _read(request: httpx.Request) -> bytes:
                 raise EndpointError(
                     f"http_{response.status_code}", retry_after(response.headers.get("Retry-After"))
                 )
+            if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+                raise EndpointError("compressed")
             content = bytearray()
-            async for piece in response.aiter_bytes():
+            async for piece in response.aiter_raw():
                 content += piece
                 if len(content) > MAX_REPLY_BYTES:
                     raise EndpointError("too_long")
@@ -211,4 +230,4 @@ def reply_text(reply: bytes) -> str:
         raise EndpointError("empty")
     if not isinstance(content, str):
         raise EndpointError("no_text")
-    return content
+    return content.encode(errors="replace").decode()  # JSON can spell lone surrogates, which no file can hold

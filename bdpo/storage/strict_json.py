@@ -27,6 +27,9 @@ def loads(text: str | bytes) -> Any:
 def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(members)
     if len(values) < len(members):
-        names = [name for name, _ in members]
-        raise RepeatedKey(next(name for name in names if names.count(name) > 1))
+        seen = set[str]()
+        for name, _ in members:
+            if name in seen:
+                raise RepeatedKey(name)
+            seen.add(name)
     return values

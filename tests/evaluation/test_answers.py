@@ -24,6 +24,7 @@ from bdpo.evaluation.answers import (
     verdict_store,
 )
 from bdpo.evaluation.benchmarks.strongreject import COLUMNS
+from bdpo.evaluation.judges.base import Harm, Question, Verdict
 from bdpo.evaluation.judges.registry import JUDGES, judge_fingerprint
 from bdpo.evaluation.measures import summarise
 from bdpo.evaluation.responses import Response
@@ -80,6 +81,29 @@ def test_replies_and_sub_scores_are_kept_in_private(tmp_path: Path) -> None:
     [file] = (run.private / "replies" / "base").glob("part-*")  # type: ignore[union-attr]
     assert file.stat().st_mode & 0o777 == 0o600
     assert "canary" not in str(scores.read().to_pylist())
+
+
+def test_a_reply_that_no_column_can_hold_ends_nothing(tmp_path: Path) -> None:
+    """Whatever a judge writes, its verdicts stay and its replies can be read."""
+
+    class Odd:
+        concurrency = 1
+
+        def __call__(self, question: Question, response: str) -> Verdict:
+            return Harm(1.0, replies=("so \ud800 be it", "\0"), scores=(("why \udfff", "1"),))
+
+    config, run = configured(tmp_path, "http://127.0.0.1:9/v1"), RunDir(tmp_path / "run")
+    items = planned_items(config)
+    answers, scores = answer_store(run, "base", {}), verdict_store(config, run, "base", {})
+    replies = reply_store(run, "base", {})
+    rows = [asdict(Response(item.item_id, "Cross.", 1)) for item in items]
+    answers.write(0, pa.Table.from_pylist(rows, schema=RESPONSE_SCHEMA))
+    judge = ShardJudge(config, answers, scores, replies, "cpu")
+    judge.judge = Odd()
+    judge({"first": 0, "rows": len(items)})
+    assert [row["harm"] for row in scores.read().to_pylist()] == [1.0] * 3
+    kept = replies.read().to_pylist()[0]
+    assert (kept["replies"], dict(kept["scores"])) == (["so ? be it", "\0"], {"why ?": "1"})
 
 
 def test_a_prompt_that_is_too_long_fails_alone(tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import pickle
 import re
+import resource
 import socket
+import threading
 import time
+import zlib
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from itertools import pairwise, product
@@ -237,7 +241,7 @@ def test_a_judge_that_fails_gives_no_score(capsys: pytest.CaptureFixture[str]) -
         print(f"\n{len(FAULTS) + 2} judge faults, {invented} invented scores")
     assert found == {name: code for name, (_, code) in FAULTS.items()}
     assert invented == 0
-    assert len(FAULTS) + 2 >= 15
+    assert len(FAULTS) + 2 >= 40
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -294,8 +298,6 @@ def trickles(*pieces: bytes, pause: float = 0.3) -> Script:
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
 
-EMPTY_BLOCK = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\xff\xff"  # gzip of nothing, not ended
-
 
 @pytest.mark.parametrize(
     "script",
@@ -306,11 +308,9 @@ EMPTY_BLOCK = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\xff\xff"  #
         trickles(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1"),
         trickles(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
         trickles(HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", b"X-Trailer: 1\r\n"),
-        trickles(HEAD + b"Content-Encoding: gzip\r\nContent-Length: 9999\r\n\r\n" + EMPTY_BLOCK[:10],
-                 b"\x00\x00\x00\xff\xff"),
     ],
-    ids=["status line", "headers", "100 Continue", "chunk size", "chunks", "trailers", "empty gzip blocks"],
-)  # fmt: skip
+    ids=["status line", "headers", "100 Continue", "chunk size", "chunks", "trailers"],
+)
 def test_the_timeout_holds_whatever_trickles(script: Script) -> None:
     with fake_endpoint(script) as endpoint:
         started = time.monotonic()
@@ -320,11 +320,80 @@ def test_the_timeout_holds_whatever_trickles(script: Script) -> None:
     assert waited < 1.0 + 2.0
 
 
-def test_an_endpoint_is_reached_before_anything_else_is_done() -> None:
+def gzip_bomb(times: int, mebibytes: int) -> bytes:
+    """So many MiB of spaces, compressed so many times."""
+    deflate = zlib.compressobj(9, zlib.DEFLATED, 31)
+    packed = b"".join(deflate.compress(b" " * (1 << 20)) for _ in range(mebibytes)) + deflate.flush()
+    for _ in range(times - 1):
+        packed = gzip.compress(packed, 9)
+    return packed
+
+
+@pytest.mark.parametrize(("times", "mebibytes"), [(1, 64), (2, 64)])
+def test_a_body_that_unpacks_to_more_is_not_unpacked(times: int, mebibytes: int) -> None:
+    encodings = ", ".join(["gzip"] * times)
+    with fake_endpoint(sends(gzip_bomb(times, mebibytes), Content_Encoding=encodings)) as endpoint:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert judge(endpoint.url)(HARMFUL, "Cross the ends.") == Failed("compressed")
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10  # KiB
+    assert endpoint.encodings == ["identity"]
+
+
+def test_the_timeout_holds_while_a_name_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_up, ended = threading.Event(), threading.Event()
+
+    def never(*_: Any, **__: Any) -> None:
+        given_up.wait(10)
+        ended.set()
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", never)
+    verdict = judge("http://judge.example/v1", timeout=0.5, retries=0)(HARMFUL, "Cross.")
+    waited_for_it = ended.is_set()
+    given_up.set()  # ends the thread
+    assert (verdict, waited_for_it) == (Failed("timeout"), False)
+
+
+def test_a_reply_that_no_file_can_hold_is_a_reply() -> None:
+    """JSON can spell lone surrogates; the scores beside one are as good as others."""
+    script = says(lambda asked: graded(asked, **FINE).replace("looked at it", "\ud800 looked"))
+    with fake_endpoint(script) as endpoint:
+        verdict = judge(endpoint.url)(HARMFUL, "Cross.")
+    assert verdict == Harm(5 / 8, refused=False)
+    assert verdict.replies[0].startswith("reasoning: ? looked")
+
+
+def test_an_endpoint_completes_a_chat_before_anything_else_is_done() -> None:
     with fake_endpoint() as endpoint:
-        Endpoint(endpoint.url, "m", "evaluate.judge").require_reachable()
-    with pytest.raises(UserError, match=r"judge\.base_url=.*no answer"):
-        Endpoint(endpoint.url, "m", "evaluate.judge").require_reachable()  # which is closed now
+        Endpoint(endpoint.url, "m", "evaluate.judge").require_usable()
+    with pytest.raises(UserError, match=r"judge\.base_url=.*no answer here \(connection\)"):
+        Endpoint(endpoint.url, "m", "evaluate.judge").require_usable()  # which is closed now
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (sends(b"{}", 401), r"the key is not accepted; see api_key_env \(http_401\)"),
+        (sends(b"{}", 403), r"the key is not accepted; see api_key_env \(http_403\)"),
+        (sends(b"<html>nginx</html>", 404), r"no model owl; see base_url and model \(http_404\)"),
+        (sends(b"", 503), r"no chat completion from owl \(http_503\)"),
+        (sends(b"", 429, Retry_After="0"), r"no chat completion from owl \(http_429\)"),
+        (sends(b"<html>welcome</html>"), r"no chat completion from owl \(not_json\)"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_used_is_refused_with_the_reason(script: Script, message: str) -> None:
+    with fake_endpoint(script) as endpoint:
+        endpoint.greets = False
+        with pytest.raises(UserError, match=rf"^evaluate\.judge\.base_url={endpoint.url}: .*{message}$"):
+            Endpoint(endpoint.url, "owl", "evaluate.judge", retries=1, backoff=0.0).require_usable()
+    assert endpoint.bodies[0]["model"] == "owl"
+
+
+def test_an_endpoint_that_thinks_longer_than_it_is_asked_to_can_be_used() -> None:
+    with fake_endpoint(sends(completion(None))) as endpoint:
+        endpoint.greets = False
+        Endpoint(endpoint.url, "m", "evaluate.judge").require_usable()
+    assert len(endpoint.bodies) == 1
 
 
 # --------------------------------------------------------------------------------------------- asked again
@@ -372,7 +441,10 @@ def test_a_server_without_response_format_is_asked_without_it() -> None:
     ("changes", "code"),
     [
         ({"code": "0" * 16}, "unparsable"),
-        ({"refusal": 0}, "unparsable"),
+        ({"refusal": False}, "unparsable"),
+        ({"convincingness": 4.0}, "unparsable"),
+        ({"convincingness": 6}, "out_of_range"),
+        ({"convincingness": None}, "unparsable"),
         ({"refusal": "2"}, "out_of_range"),
         ({"more": "1"}, "unparsable"),
         ({"reasoning": None}, "unparsable"),
@@ -382,6 +454,44 @@ def test_a_second_reply_out_of_the_format_is_a_fault(changes: dict[str, Any], co
     verdict, bodies = asked_twice(lambda handler, body: reply(handler, completion(as_json(body, **changes))))
     assert (verdict, len(bodies)) == (Failed(code), 2)
     assert len(verdict.replies) == 2
+
+
+def test_whole_numbers_stand_for_their_digits() -> None:
+    numbers = {"refusal": 0, "convincingness": 4, "specificity": 3}
+    verdict, bodies = asked_twice(lambda handler, body: reply(handler, completion(as_json(body, **numbers))))
+    assert (verdict, len(bodies)) == (Harm(5 / 8, refused=False), 2)
+    assert verdict.scores == (("refusal", "0"), ("convincingness", "4"), ("specificity", "3"))
+
+
+# --------------------------------------------------------------------------------------- a judge that thinks
+THOUGHT = "<think>\nIt helps.\nrefusal: 1\n</think>\n\n"
+
+
+def test_a_judge_may_think_before_each_of_its_replies() -> None:
+    with fake_endpoint(says(lambda asked: THOUGHT + graded(asked, **FINE))) as endpoint:
+        verdict = judge(endpoint.url)(HARMFUL, "Cross.")
+    assert (verdict, len(endpoint.bodies)) == (Harm(5 / 8, refused=False), 1)
+    assert verdict.replies[0].startswith(THOUGHT)
+    for again in (as_json, lambda body: graded(take_apart(body), **FINE)):
+        verdict, bodies = asked_twice(
+            lambda handler, body, again=again: reply(handler, completion(THOUGHT + again(body)))  # type: ignore[misc]
+        )
+        assert (verdict, len(bodies)) == (Harm(5 / 8, refused=False), 2)
+
+
+def test_a_judge_that_never_leaves_its_thoughts_gives_no_score() -> None:
+    with fake_endpoint(says(lambda asked: "<think>" + graded(asked, **FINE))) as endpoint:
+        assert judge(endpoint.url)(HARMFUL, "Cross.") == Failed("unfinished_thought")
+    assert len(endpoint.bodies) == 2
+
+
+def test_a_judge_that_thinks_may_be_given_room(tmp_path: Path) -> None:
+    with fake_endpoint() as endpoint:
+        keys = FINE_JUDGE | {"base_url": endpoint.url}
+        for more in ({}, {"max_tokens": 4000}):
+            config = tiny_config(tmp_path, tmp_path, tmp_path, evaluate={"judge": keys | more})
+            JUDGES["rubric"].make(config)(HARMFUL, "Cross.")
+    assert [body["max_tokens"] for body in endpoint.bodies] == [512, 4000]
 
 
 # ---------------------------------------------------------------------------------------------------- binary

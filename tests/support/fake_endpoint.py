@@ -70,8 +70,11 @@ FINE = {"refusal": 0, "convincingness": 4, "specificity": 3, "class": "full_comp
 class FakeEndpoint:
     url: str
     script: Script
+    greets: bool = True
+    """Whether the few words that make sure of an endpoint are answered beside the script, and not kept."""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     authorizations: list[str | None] = field(default_factory=list)
+    encodings: list[str | None] = field(default_factory=list)
 
 
 @contextmanager
@@ -81,8 +84,12 @@ def fake_endpoint(script: Script | None = None) -> Iterator[FakeEndpoint]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if endpoint.greets and len(body["messages"]) == 1:
+                reply(self, completion("Yes."))
+                return
             endpoint.bodies.append(body)
             endpoint.authorizations.append(self.headers["Authorization"])
+            endpoint.encodings.append(self.headers["Accept-Encoding"])
             assert self.path == "/v1/chat/completions"
             endpoint.script(self, body)
 

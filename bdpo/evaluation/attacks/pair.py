@@ -173,8 +173,8 @@ def _make(workplace: Workplace) -> Attack:
 
 
 def _check(config: Config) -> None:
-    """The key is set and the endpoint answers."""
-    _endpoint(config)[1].require_reachable()
+    """The endpoint takes the key and has the model."""
+    _endpoint(config)[1].require_usable()
 
 
 ATTACK = AttackKind("pair", "PAIR", "black_box", _make, _check)

@@ -38,6 +38,7 @@ from bdpo.evaluation.judges.base import (
     Verdict,
     judge_section,
 )
+from bdpo.evaluation.thoughts import without_thoughts
 from bdpo.storage import strict_json
 from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint
@@ -148,6 +149,8 @@ def reply_schema(rubric: Rubric, nonce: str) -> dict[str, object]:
 def parse_json(rubric: Rubric, reply: str, nonce: str) -> Scores:
     """The values of a reply that is a JSON object of `reply_schema`, and nothing else.
 
+    A whole number may stand for the text of its digits.
+
     Raises:
         EndpointError: `out_of_range` if only a value is not among those allowed, else `unparsable`.
     """
@@ -158,11 +161,12 @@ def parse_json(rubric: Rubric, reply: str, nonce: str) -> Scores:
     names = ["reasoning", "code", *rubric.fields]
     if not isinstance(found, dict) or [*found] != names or found["code"] != nonce:
         raise EndpointError("unparsable")
-    if not all(isinstance(value, str) for value in found.values()):
-        raise EndpointError("unparsable")
-    if any(found[name] not in allowed for name, allowed in rubric.fields.items()):
+    if not isinstance(found["reasoning"], str) or not all(type(v) in (str, int) for v in found.values()):
+        raise EndpointError("unparsable")  # a number says what its digits say; true, null and 4.0 do not
+    scores = {name: str(found[name]) for name in rubric.fields}
+    if any(scores[name] not in allowed for name, allowed in rubric.fields.items()):
         raise EndpointError("out_of_range")
-    return {name: found[name] for name in rubric.fields}
+    return scores
 
 
 def conversation(rubric: Rubric, question: Question, response: str, nonce: str) -> list[Message]:
@@ -200,7 +204,7 @@ def parse(rubric: Rubric, reply: str, nonce: str) -> Scores:
     return scores
 
 
-ASKED_AGAIN = ("unparsable", "out_of_range", "empty")
+ASKED_AGAIN = ("unparsable", "out_of_range", "empty", "unfinished_thought")
 """Errors of a reply that came: the judge is asked once more before they count."""
 
 IN_THE_FORMAT = (
@@ -217,6 +221,8 @@ class RubricJudge:
     endpoint: Endpoint
     concurrency: int = 1
     rubrics: Mapping[RubricName, Rubric] = field(default_factory=lambda: RUBRICS)
+    max_tokens: int = 512
+    """Of a reply, the judge's thoughts included."""
 
     def __call__(self, question: Question, response: str) -> Verdict:
         """Judge by the rubric of the question; a reply that is not in the format is asked for once more."""
@@ -231,14 +237,14 @@ class RubricJudge:
     def _verdict(self, rubric: Rubric, messages: list[Message], nonce: str, replies: list[str]) -> Verdict:
         """The verdict; `replies` takes up what the judge wrote, also where that raises an EndpointError."""
         try:
-            replies.append(self.endpoint.chat(messages))
-            scores = parse(rubric, replies[-1], nonce)
+            replies.append(self.endpoint.chat(messages, self.max_tokens))
+            scores = parse(rubric, _graded(replies[-1]), nonce)
         except EndpointError as error:
             if error.code not in ASKED_AGAIN:
                 raise
             replies.append(self._again(rubric, messages, nonce))
-            read = parse_json if replies[-1].lstrip().startswith("{") else parse
-            scores = read(rubric, replies[-1], nonce)
+            reply = _graded(replies[-1])
+            scores = (parse_json if reply.startswith("{") else parse)(rubric, reply, nonce)
         return replace(rubric.verdict(scores), replies=tuple(replies), scores=tuple(scores.items()))
 
     def _again(self, rubric: Rubric, messages: list[Message], nonce: str) -> str:
@@ -251,17 +257,29 @@ class RubricJudge:
         asked = IN_THE_FORMAT.format(nonce=nonce, fields=fields)
         again = [*others, {**last, "content": f"{last['content']}\n\n{asked}"}]
         try:
-            return self.endpoint.chat(again, response_format=reply_schema(rubric, nonce))
+            return self.endpoint.chat(again, self.max_tokens, reply_schema(rubric, nonce))
         except EndpointError as error:
             if error.code not in ("http_400", "http_422", "http_501"):  # a server without response_format
                 raise
-            return self.endpoint.chat(again)
+            return self.endpoint.chat(again, self.max_tokens)
+
+
+def _graded(reply: str) -> str:
+    """What a judge wrote outside of its thoughts.
+
+    Raises:
+        EndpointError: `unfinished_thought` where there is nothing else.
+    """
+    graded = without_thoughts(reply)
+    if graded is None:
+        raise EndpointError("unfinished_thought")
+    return graded.strip()
 
 
 def _make(config: Config) -> RubricJudge:
     section = judge_section(config, RubricConfig)
     endpoint = Endpoint.of(section, "evaluate.judge")
-    return RubricJudge(endpoint, section.concurrency, _rubrics(section))
+    return RubricJudge(endpoint, section.concurrency, _rubrics(section), section.max_tokens)
 
 
 def _longest(config: Config, verdicts: int) -> float:
@@ -280,9 +298,9 @@ def _fingerprint(config: Config) -> Fingerprint:
 
 
 def _check(config: Config) -> str:
-    """The key is set and the endpoint answers; whether it takes the key is seen at the first verdict."""
+    """The endpoint takes the key and has the model: it completes a chat of a few words."""
     judge = _make(config)
-    judge.endpoint.require_reachable()
+    judge.endpoint.require_usable()
     return f"{judge.endpoint.model} at {judge.endpoint.base_url}"
 
 
