@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field
 
 from bdpo.config.endpoint import EndpointConfig
-from bdpo.section import RUNTIME_ONLY, Positive, Variant, default_kind, sections_in
+from bdpo.section import Positive, Variant, default_kind, sections_in
 
 
 class JudgeConfig(Variant):
@@ -43,7 +43,7 @@ class RubricConfig(EndpointConfig, JudgeConfig):
     verdict: Literal["graded", "binary"] = Field(
         "graded", description="of harm. binary: safe or unsafe, as the B-DPO paper counts StrongReject"
     )
-    max_tokens: Annotated[Positive, RUNTIME_ONLY] = Field(
+    max_tokens: Positive = Field(
         512, description="of one reply, thoughts included; raise it for a judge that thinks"
     )
 

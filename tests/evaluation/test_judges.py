@@ -35,7 +35,8 @@ def values(tmp_path_factory, tiny_chat):
     for n, file in enumerate(files):
         Classifier("harm", ("so",), (1.0,), (float(n),), 0.0, n=9).write(file)
     paths = [str(file) for file in files]
-    return {"model": models, "path": paths, "check": (True, False), "verdict": ("graded", "binary")}
+    keys = {"check": (True, False), "verdict": ("graded", "binary"), "max_tokens": (512, 4000)}
+    return keys | {"model": models, "path": paths}
 
 
 @pytest.mark.parametrize("name", KINDS)

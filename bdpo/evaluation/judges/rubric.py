@@ -294,7 +294,11 @@ def _rubrics(section: RubricConfig) -> dict[RubricName, Rubric]:
 
 def _fingerprint(config: Config) -> Fingerprint:
     section = judge_section(config, RubricConfig)
-    return {"evaluate.judge.model": section.model, "rubrics": rubrics_digest(_rubrics(section))}
+    return {
+        "evaluate.judge.model": section.model,
+        "evaluate.judge.max_tokens": section.max_tokens,
+        "rubrics": rubrics_digest(_rubrics(section)),
+    }
 
 
 def _check(config: Config) -> str:
