@@ -101,7 +101,7 @@ def _folder(config: Config, run: RunDir, name: str) -> StoragePath:
 
 def _is_looked_at(config: Config, run: RunDir, name: str) -> bool:
     """Whether it is known which weights a model has: the run's own, and those of a local folder."""
-    return name in ("trained", "tampered") or Path(_folder(config, run, name)).is_dir()
+    return name in ("trained", "tampered") or local_path(config.model.name_or_path).is_dir()
 
 
 def _write(file: StoragePath, gate: GateConfig, run: RunDir, outcomes: Sequence[Outcome]) -> None:
