@@ -25,7 +25,8 @@ from bdpo.config import Config
 from bdpo.config.gate import GateConfig, load_gate
 from bdpo.errors import UserError, error_line
 from bdpo.evaluation.gate import Evidence, Outcome, check_gate, check_run
-from bdpo.models.loading import recorded_weights_digest, weights_digest
+from bdpo.models.folders import recorded_weights_digest
+from bdpo.models.loading import weights_digest
 from bdpo.storage.checksums import require_checksums
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.paths import StoragePath, local_path, storage_path, write_text

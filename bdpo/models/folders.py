@@ -8,14 +8,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from bdpo.errors import UserError, escaped, first_line
 from bdpo.storage import strict_json
-from bdpo.storage.paths import GIT_LFS_POINTER, local_path
+from bdpo.storage.checksums import recorded_checksums
+from bdpo.storage.digests import json_digest
+from bdpo.storage.paths import GIT_LFS_POINTER, StoragePath, local_path
 from bdpo.storage.strict_json import RepeatedKey
+
+OF_WEIGHTS = ("config.json", "*.safetensors", "*.py")
+"""The files of a model whose content its `weights_digest` is made of."""
 
 OWN_CODE = (
     "brings its own code, which is not run; model.trust_remote_code=true runs that of model.name_or_path, "
@@ -120,3 +126,18 @@ def _require_token_ids(file: Path, content: Mapping[str, Any]) -> None:
     for one in ids if isinstance(ids, list) else [ids]:
         if one is not None and type(one) is not int:
             raise UserError(f"{file}: eos_token_id is neither a token id nor a list of them")
+
+
+def recorded_weights_digest(folder: StoragePath) -> str | None:
+    """`weights_digest` of a model that was exported to a folder, from its record: no weights are read.
+
+    None without such a record.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    recorded = recorded_checksums(folder)
+    if recorded is None:
+        return None
+    of_weights = {name for name in recorded for pattern in OF_WEIGHTS if fnmatch(name, pattern)}
+    return json_digest({name: recorded[name] for name in of_weights if "/" not in name})

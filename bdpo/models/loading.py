@@ -12,14 +12,14 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.metadata import version as _version
 from itertools import chain
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packaging.version import InvalidVersion, Version
 
 from bdpo.config import SANDBOX, Config, ModelConfig
 from bdpo.errors import UserError, escaped, first_line
-from bdpo.models.folders import OWN_CODE, named_folder, require_readable_files
+from bdpo.models.folders import OF_WEIGHTS, OWN_CODE, named_folder, require_readable_files
 from bdpo.models.transformers_private import places_of, set_attention, supports_sdpa
 from bdpo.models.weight_files import (
     UNQUANTISED,
@@ -33,9 +33,9 @@ from bdpo.models.weight_files import (
 )
 from bdpo.sandbox import sandbox_seed
 from bdpo.storage.cache import cached_copy
-from bdpo.storage.checksums import recorded_checksums, require_checksums
-from bdpo.storage.digests import cached_sha256, files_digest, json_digest
-from bdpo.storage.paths import StoragePath, local_path
+from bdpo.storage.checksums import require_checksums
+from bdpo.storage.digests import cached_sha256, files_digest
+from bdpo.storage.paths import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -341,30 +341,10 @@ def _partitioned() -> bool:
     return bool(is_deepspeed_zero3_enabled())
 
 
-_OF_WEIGHTS = ("config.json", "*.safetensors", "*.py")
-
-
 def weights_digest(folder: Path) -> str:
     """Digest of weights, config and code of a model: of their content, whatever the folder is called.
 
     A file of weights is read once on a machine, for as long as it is the same file.
     """
-    files = (sorted(folder.glob(pattern)) for pattern in _OF_WEIGHTS)
+    files = (sorted(folder.glob(pattern)) for pattern in OF_WEIGHTS)
     return files_digest(list(chain(*files)), digest_of=cached_sha256)
-
-
-def recorded_weights_digest(folder: StoragePath) -> str | None:
-    """`weights_digest` of a model that was exported to a folder, from its record: no weights are read.
-
-    None without such a record.
-
-    Raises:
-        UserError: the record is damaged.
-    """
-    recorded = recorded_checksums(folder)
-    if recorded is None:
-        return None
-    own = {
-        n: d for n, d in recorded.items() if any(PurePath(n).match(p) for p in _OF_WEIGHTS) and "/" not in n
-    }
-    return json_digest(own)

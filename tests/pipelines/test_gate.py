@@ -20,7 +20,8 @@ from bdpo.evaluation.gate import judge_of
 from bdpo.evaluation.judges.registry import JudgeNote
 from bdpo.evaluation.measures import VERDICT_SCHEMA, Summary, summarise
 from bdpo.evaluation.results import Evaluation
-from bdpo.models.loading import recorded_weights_digest, weights_digest
+from bdpo.models.folders import recorded_weights_digest
+from bdpo.models.loading import weights_digest
 from bdpo.stats import rate
 from bdpo.storage.checksums import write_checksums
 from bdpo.storage.manifests import write_manifest
