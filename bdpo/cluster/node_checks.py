@@ -143,10 +143,13 @@ def check_memory(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str
 
 
 def check_host(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str | Doubt:
-    """What is offloaded to the memory of the nodes fits there, for all workers that a node's GPUs take."""
+    """What the training keeps in the memory of the nodes fits there, for all workers that a node's GPUs take.
+
+    That is what is offloaded, and the copies from which checkpoints are written.
+    """
     train = config.train
-    if train.offload != "cpu":
-        return "nothing is offloaded to it"
+    if train.offload == "nvme" or not train.gpus_per_worker:
+        return "not looked at: states are on NVMe, or all of the training is in it"
     each = memory_need(config, model_shape(config)[0]).host_total / GIB
     wanted = {node.address: each * train.min_workers * _share(train, node) for node in nodes}
     small = [node for node in nodes if node.memory_gib < wanted[node.address]]
@@ -154,12 +157,14 @@ def check_host(config: Config, run: RunDir, nodes: Sequence[NodeFacts]) -> str |
         return f"{each:.1f} GiB for each worker"
     node = max(small, key=lambda node: node.memory_gib)
     found = (
-        f"node {node.address} has {node.memory_gib:.0f} GiB, and train.offload=cpu may put "
-        f"{wanted[node.address]:.0f} there"
+        f"node {node.address} has {node.memory_gib:.0f} GiB, and the training may keep "
+        f"{wanted[node.address]:.0f} there (copies of its checkpoint, and what train.offload puts there)"
     )
     if len(small) < sum(need > 0 for need in wanted.values()):
         return Doubt(f"{found}; set train.accelerator_type to keep training on larger nodes")
-    raise UserError(f"{found}; use nodes with more memory, more nodes with fewer GPUs each, or no offload")
+    raise UserError(
+        f"{found}; use nodes with more memory, more nodes with fewer GPUs each, or no train.offload"
+    )
 
 
 NODE_CHECKS: dict[str, Check] = {

@@ -49,7 +49,8 @@ def chat_of(kind, name):
 def test_the_ids_are_those_of_the_rendered_conversation(kind, name):
     chat = chat_of(kind, name)
     require_faithful_template(chat)
-    pairs = [Pair([question(" Why? \n")], answer(text), answer("never")) for text in ANSWERS]
+    texts = [text for text in ANSWERS if not chat.template.is_templated(text)]
+    pairs = [Pair([question(" Why? \n")], answer(text), answer("never")) for text in texts]
     for pair, encoded in zip(pairs, encode_pairs(chat, pairs, LIMITS), strict=True):
         whole = chat.template.render([*pair.prompt, pair.chosen], generate=False)
         ours = encoded[0].prompt + encoded[0].chosen

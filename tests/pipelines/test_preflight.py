@@ -279,12 +279,14 @@ class TestNodes:
         assert self.judged(values, here, large)["GPU memory"].level == "ok"
         assert self.judged(values, large, small)["GPU memory"].level == "error"
 
-    def test_a_node_without_memory_for_what_is_offloaded(self, values, here):
-        """By hand: 16 bytes a trained parameter in float32 (gradient, two moments, a copy)."""
-        values["train"] |= {"gpus_per_worker": 1.0, "workers": 4, "offload": "cpu"}
+    @pytest.mark.parametrize(("offload", "each"), [("cpu", 16 + 12), (None, 12)])
+    def test_a_node_without_memory_for_what_is_kept_there(self, values, here, offload, each):
+        """By hand, bytes a trained parameter: 16 are offloaded (float32 gradient, moments, copy), and a
+        checkpoint has 12 (two moments and a copy)."""
+        values["train"] |= {"gpus_per_worker": 1.0, "workers": 4, "offload": offload}
         assert self.judged(values, here)["host memory"].level == "ok"  # without GPU nothing runs there
         model = AutoModelForCausalLM.from_pretrained(values["model"]["name_or_path"])
-        part = 16 * sum(p.numel() for p in model.parameters()) / 4 / 2**30
+        part = each * sum(p.numel() for p in model.parameters()) / 4 / 2**30
         two = replace(here, gpu_gib=(80.0, 80.0), memory_gib=2.01 * part)
         assert self.judged(values, two)["host memory"].level == "ok"
         small = replace(two, address="10.0.0.2", memory_gib=1.99 * part)
@@ -306,8 +308,8 @@ class TestNodes:
 
     def test_scratch_for_the_part_of_a_checkpoint_that_is_written_there(self, values, here):
         values["train"] |= {"gpus_per_worker": 0.5, "workers": 8, "zero_stage": 3}
-        # float32: each parameter, its copy and two moments; two GPUs have four of the eight workers
-        part = sum(p.numel() for p in tiny_qwen2().parameters()) * (4 + 12) / 2**30 / 2
+        # float32: a copy of each parameter and two moments; two GPUs have four of the eight workers
+        part = sum(p.numel() for p in tiny_qwen2().parameters()) * 12 / 2**30 / 2
         node = replace(here, gpu_gib=(80.0, 80.0), scratch_gib=SPARE_GIB + 1.01 * part)
         assert self.judged(values, node)["scratch"].level == "ok"
         node = replace(node, scratch_gib=SPARE_GIB + 0.99 * part)

@@ -46,6 +46,7 @@ class TestSpace:
         values["train"] |= {
             "eval_fraction": 0.1,
             "metric_for_best_model": "loss",
+            "save_steps": 100,
             "load_best_model_at_end": True,
         }
         space = {"train.load_best_model_at_end": [False, True]}

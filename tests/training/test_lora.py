@@ -138,7 +138,7 @@ def test_two_zero_3_workers_train_as_one_of_stage_1(scored, tmp_path):
     two = trained(scored, tmp_path / "two", workers=2, train={"lora": lora})
     one = trained(scored, tmp_path / "one", train={"lora": lora, "zero_stage": 1})
     for name in ("loss", "rewards/margins", "grad_norm"):
-        assert metrics(two, name) == pytest.approx(metrics(one, name), rel=1e-5, abs=1e-6), name
+        assert metrics(two, name) == pytest.approx(metrics(one, name), rel=1e-4, abs=1e-6), name
     assert_same_adapter(two, one, rtol=1e-4, atol=1e-5)
 
 
