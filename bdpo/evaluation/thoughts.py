@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from bdpo.models.template import THOUGHT_MARK
+
 if TYPE_CHECKING:
     from bdpo.models.tokenizer import ChatTokenizer
 
@@ -30,9 +32,6 @@ _KNOWN = (
     ("◁think▷", "◁/think▷"),  # Kimi
 )
 """Marks that are understood in every text, also where its tokenizer is not at hand."""
-
-_MARK = re.compile(r"[<\[◁][^<>\[\]◁▷\s]*(?:think|thought|reason)[^<>\[\]◁▷\s]*[>\]▷]", re.IGNORECASE)
-"""A word of thinking in brackets: what the marks of families have in common."""
 
 _ENDS = (
     (r"^([<\[◁]\|?)", r"\1/"),
@@ -74,7 +73,10 @@ def marks_of(chat: ChatTokenizer) -> Marks:
     """
     added = chat.tokenizer.added_tokens_decoder
     texts = {token.content for token in added.values()}
-    found = {*_MARK.findall(chat.tokenizer.get_chat_template()), *filter(_MARK.fullmatch, texts)}
+    found = {
+        *THOUGHT_MARK.findall(chat.tokenizer.get_chat_template()),
+        *filter(THOUGHT_MARK.fullmatch, texts),
+    }
     pairs = tuple(sorted((opening, end) for opening in found for end in _closings(opening) if end in found))
     kept = {mark for pair in (*pairs, *_KNOWN, (OPENING, CLOSING)) for mark in pair}
     kept |= set(_CHANNELS) if "<|channel|>" in texts else set()

@@ -65,9 +65,13 @@ PROBE = "bdpoprobe"
 # noncharacters, which Unicode reserves for such use: no text that is meant for others has them.
 GUARD = "\ufdd0\ufdd1"
 
-# The marks of a thought: <think>, </think>, [THINK], <|START_THINKING|>, <seed:think>. Many templates look
-# for them in the text of an answer and write them themselves. They end no turn and begin none.
-_THOUGHT = re.compile(r"[<\[][^<>\[\]\s]*(?:think|THINK|thought)[^<>\[\]\s]*[>\]]")
+THOUGHT_MARK = re.compile(
+    r"[<\[◁][^<>\[\]◁▷\s]{0,32}(?:think|thought|reason)[^<>\[\]◁▷\s]{0,32}[>\]▷]", re.IGNORECASE
+)
+"""A word of thinking in brackets, which the marks of all families have: `<think>`, `</think>`, `[THINK]`,
+`<|START_THINKING|>`, `<seed:think>`, `◁think▷`. Many templates look for them in the text of an answer and
+write them themselves. They end no turn and begin none. Marks are short: without a limit the search of a long
+word would take quadratic time."""
 
 _HTML = {"<s>", "</s>"}  # of some tokenizers the begin and the end of a text
 
@@ -286,7 +290,7 @@ class ChatTemplate:
                 self._render([{**QUESTION, "role": "system"}, *turns], True, {})
             )
         found = {*written, *self.tokenizer.all_special_tokens, *special} - {""}
-        return {token for token in found if not _THOUGHT.fullmatch(token)}
+        return {token for token in found if not THOUGHT_MARK.fullmatch(token)}
 
     @cached_property
     def _control_starts(self) -> tuple[str, ...]:
@@ -312,7 +316,7 @@ class ChatTemplate:
 
     def holds_thought(self, text: str) -> bool:
         """Whether a text holds a mark of a thought."""
-        return _THOUGHT.search(text) is not None
+        return THOUGHT_MARK.search(text) is not None
 
     def guarded(self, text: str) -> str:
         """The text with its control tokens taken apart.

@@ -60,7 +60,9 @@ FAMILIES = {
     "Command A": ("<|START_THINKING|>", "<|END_THINKING|>"),
     "Qwen3": ("<think>", "</think>"),
     "Seed-OSS": ("<seed:think>", "</seed:think>"),
+    "Kimi": ("◁think▷", "◁/think▷"),
     "named by added tokens alone": ("<|reasoning_start|>", "<|reasoning_end|>"),
+    "in other brackets and letters": ("◁Reason▷", "◁/Reason▷"),
 }
 
 HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")

@@ -217,3 +217,33 @@ def test_the_marks_of_thoughts_are_their_tokens_in_every_turn():
     end = chat.end_of_turn_id
     assert prompt.count(chat.tokenizer.convert_tokens_to_ids("</think>")) == 2
     assert prompt.count(end) == 1
+
+
+MARKS = [
+    "<think>",
+    "</THINK>",
+    "[Think]",
+    "<|START_THINKING|>",
+    "<seed:thought>",
+    "<|reasoning_end|>",
+    "◁/think▷",
+]
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_the_marks_of_every_family_are_thoughts_and_control_nothing(mark):
+    tokenizer = byte_level([*IM, mark])
+    tokenizer.chat_template = chatml()
+    chat = ChatTokenizer(tokenizer)
+    text = f"Why? {mark} x"
+    assert chat.template.holds_thought(text)
+    assert not chat.template.holds_control_token(text)
+    prompt = chat.prompt_ids([{"role": "user", "content": text}])
+    assert prompt.count(tokenizer.convert_tokens_to_ids(mark)) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["<b>I think</b>", "[see the reasons]", "a thought", "<think", "<" + "think" * 200_000 + ">"]
+)
+def test_words_of_thinking_that_are_no_marks(text):
+    assert not SHAPES["qwen3"].chat().template.holds_thought(text)
