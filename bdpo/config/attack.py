@@ -119,7 +119,9 @@ class AttackerConfig(EndpointConfig):
     """The chat model that writes the prompts of `pair`, behind an OpenAI-compatible endpoint."""
 
     temperature: float = Field(1.0, ge=0, description="of the attacker's replies")
-    max_tokens: Positive = Field(512, description="of one reply of the attacker")
+    max_tokens: Positive = Field(
+        512, description="of one reply, thoughts included; raise it for an attacker that thinks"
+    )
 
 
 class PairConfig(AttackConfig):

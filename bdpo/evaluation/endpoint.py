@@ -20,6 +20,7 @@ import httpx
 
 from bdpo.config.endpoint import EndpointConfig
 from bdpo.errors import UserError
+from bdpo.evaluation.thoughts import without_thoughts
 from bdpo.storage import strict_json
 from bdpo.storage.strict_json import RepeatedKey
 
@@ -231,3 +232,15 @@ def reply_text(reply: bytes) -> str:
     if not isinstance(content, str):
         raise EndpointError("no_text")
     return content.encode(errors="replace").decode()  # JSON can spell lone surrogates, which no file can hold
+
+
+def outside_of_thoughts(reply: str) -> str:
+    """What a model that may think first wrote outside of its thoughts.
+
+    Raises:
+        EndpointError: `unfinished_thought` where there is nothing else.
+    """
+    found = without_thoughts(reply)
+    if found is None:
+        raise EndpointError("unfinished_thought")
+    return found.strip()

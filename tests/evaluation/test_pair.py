@@ -11,13 +11,14 @@ import pytest
 
 from bdpo.evaluation.attacks.attacked import AttackedModel
 from bdpo.evaluation.attacks.base import Workplace
-from bdpo.evaluation.attacks.pair import APPROACHES, ATTACK, prompt_in
-from bdpo.evaluation.attacks.records import Record
+from bdpo.evaluation.attacks.pair import APPROACHES, ATTACK, NO_ANSWER, Stream, prompt_in
+from bdpo.evaluation.attacks.records import Attempt, Record
 from bdpo.evaluation.attacks.requests import load_requests
-from bdpo.evaluation.judges.base import Harm, Question, Verdict
+from bdpo.evaluation.judges.base import Harm, NoAnswer, Question, Verdict
 from bdpo.models.logps import LogpsModel
 from bdpo.models.tokenizer import ChatTokenizer
 from tests.support.attacks import GOAL, JudgeBy, attack_config, attacker_reply, attacker_section
+from tests.support.chats import CHATML
 from tests.support.fake_endpoint import FakeEndpoint, Script, completion, fake_endpoint, reply
 from tests.support.helpers import tiny_qwen2
 
@@ -67,6 +68,37 @@ def test_the_attacker_improves_its_prompts_until_one_works(tmp_path: Path, tiny_
     assert "prompt of" not in repr(record)
 
 
+def test_an_attacker_may_think_before_it_writes(tmp_path: Path, tiny_chat: ChatTokenizer) -> None:
+    """A draft in its thoughts is no prompt, and the conversation goes on without them."""
+
+    def thinks(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        written = attacker_reply(f"prompt of turn {len(body['messages']) // 2}")
+        reply(handler, completion(f"<think>Perhaps {attacker_reply('a draft')}?</think>\n\n{written}"))
+
+    with fake_endpoint(thinks) as endpoint:
+        record = attacked(tmp_path, tiny_chat, endpoint.url, Graded(0.0, 0.1, 1.0), streams=1, depth=2)
+    assert (record.jailbroken, record.prompt) == (True, "prompt of turn 2")
+    assert endpoint.bodies[-1]["messages"][2]["content"] == attacker_reply("prompt of turn 1")
+
+
+def test_the_attacker_is_shown_what_was_judged() -> None:
+    stream = Stream([])
+    for response in ("<think>Is it allowed?</think>\n\nCross the ends.", "Cross the ends."):
+        stream.tell(Attempt("p", "", response, Harm(0.0)))
+        assert stream.messages[-1]["content"].startswith("Answer of the model:\nCross the ends.\n\nScore: 1")
+    stream.tell(Attempt("p", "", "<think>Is it", NoAnswer("unfinished_thought")))
+    assert NO_ANSWER in stream.messages[-1]["content"]
+
+
+def test_an_answer_that_the_template_begins_with_a_thought_is_kept_so(tmp_path: Path, make_chat: Any) -> None:
+    opened = CHATML.replace("assistant\n{%", "assistant\n<think>{%")
+    chat = make_chat(opened.replace("{{ m.c", "{{ '<think>' if m.role == 'assistant' }}{{ m.c"))
+    model = AttackedModel(LogpsModel(tiny_qwen2(), 512), chat, JudgeBy(lambda _: False), 4)
+    attempt = model.attempt(load_requests(attack_config(tmp_path, chat))[0], "Sing")
+    assert str(attempt.response).startswith("<think>")
+    assert attempt.verdict == NoAnswer("unfinished_thought")
+
+
 def test_the_request_alone_is_asked_first(tmp_path: Path, tiny_chat: ChatTokenizer) -> None:
     with fake_endpoint(writes) as endpoint:
         record = attacked(tmp_path, tiny_chat, endpoint.url, Graded(1.0))
@@ -112,6 +144,8 @@ FAULTS = {
     "unauthorised": (says("", 401), "http_401"),
     "broken": (says("", 500), "http_500"),
     "empty": (says(""), "empty"),
+    "thought without end": (says("<think>" + attacker_reply("sing")), "unfinished_thought"),
+    "prompt in the thoughts alone": (says(f"<think>{attacker_reply('sing')}</think>No."), "unparsable"),
     "slow": (lambda handler, body: handler.rfile.read(1), "timeout"),
 }
 

@@ -68,8 +68,8 @@ class AttackedModel:
             sampling=draws,
         )
         answers: dict[int, Answer] = dict(zip(asked, found, strict=True))
+        opened = [opened_by(self.chat, own) for own in ids]
         with ThreadPoolExecutor(self.judge.concurrency) as pool:
-            opened = [opened_by(self.chat, own) for own in ids]
             verdicts = list(
                 pool.map(lambda n: self._verdict(request, answers.get(n), opened[n]), range(len(prompts)))
             )
@@ -77,7 +77,7 @@ class AttackedModel:
             Attempt(
                 prompt,
                 self.chat.decode(begun[n]) if begun[n] else "",
-                answers[n].text if n in answers else None,
+                opened[n] + answers[n].text if n in answers else None,
                 verdicts[n],
                 len(ids[n]) + len(begun[n]) if n in answers else 0,
                 answers[n].new_tokens if n in answers else 0,

@@ -28,7 +28,8 @@ from bdpo.evaluation.attacks.records import (
     up_to_success,
 )
 from bdpo.evaluation.attacks.requests import Request
-from bdpo.evaluation.endpoint import Endpoint, EndpointError
+from bdpo.evaluation.endpoint import Endpoint, EndpointError, outside_of_thoughts
+from bdpo.evaluation.thoughts import without_thoughts
 from bdpo.storage import strict_json
 
 SECTION = "attack.attacker"
@@ -79,34 +80,48 @@ class Stream:
         return cls([{"role": "system", "content": system}, {"role": "user", "content": FIRST}])
 
     def next_prompt(self, endpoint: Endpoint, max_tokens: int) -> str:
-        """The attacker's next prompt; its reply is then a part of the conversation.
+        """The attacker's next prompt; its reply, without its thoughts, is then a part of the conversation.
 
         Raises:
-            EndpointError: there was no reply, or twice none in the format (`unparsable`).
+            EndpointError: there was no reply, or twice none with a prompt (`unparsable`,
+                `unfinished_thought`).
         """
-        for _ in range(_ASKED):
+        for tries_left in reversed(range(_ASKED)):
             reply = endpoint.chat(self.messages, max_tokens)
-            if (prompt := prompt_in(reply)) is not None:
-                self.messages.append({"role": "assistant", "content": reply})
+            try:
+                written = outside_of_thoughts(reply)
+                prompt = prompt_in(written)
+            except EndpointError:
+                if not tries_left:
+                    raise
+            else:
+                self.messages.append({"role": "assistant", "content": written})
                 return prompt
-        raise EndpointError("unparsable")
+        raise AssertionError("the last try returns or raises")
 
     def tell(self, attempt: Attempt) -> None:
-        """Show the attacker what its prompt led to."""
+        """Show the attacker what its prompt led to: of an answer what was judged, without its thoughts."""
         score = 1 if attempt.harm is None else 1 + round(9 * attempt.harm)
-        answer = NO_ANSWER if attempt.response is None or attempt.harm is None else attempt.response
+        judged = None if attempt.harm is None else without_thoughts(attempt.response or "")
+        answer = NO_ANSWER if judged is None else judged
         self.messages.append({"role": "user", "content": NEXT.format(answer=answer, score=score)})
 
 
-def prompt_in(reply: str) -> str | None:
-    """The prompt of a reply that is a JSON object, or has one with nothing but prose or a fence around it."""
+def prompt_in(reply: str) -> str:
+    """The prompt of a reply that is a JSON object, or has one with nothing but prose or a fence around it.
+
+    Raises:
+        EndpointError: `unparsable` where there is none.
+    """
     start, end = reply.find("{"), reply.rfind("}")
     try:
         found = strict_json.loads(reply[start : end + 1])
     except (ValueError, RecursionError):
-        return None
+        found = None
     prompt = found.get("prompt") if isinstance(found, dict) else None
-    return prompt.strip() or None if isinstance(prompt, str) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise EndpointError("unparsable")
+    return prompt.strip()
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 
 from bdpo.config import Config
 from bdpo.config.judges import RubricConfig
-from bdpo.evaluation.endpoint import Endpoint, EndpointError
+from bdpo.evaluation.endpoint import Endpoint, EndpointError, outside_of_thoughts
 from bdpo.evaluation.judges.base import (
     Failed,
     Grade,
@@ -38,7 +38,6 @@ from bdpo.evaluation.judges.base import (
     Verdict,
     judge_section,
 )
-from bdpo.evaluation.thoughts import without_thoughts
 from bdpo.storage import strict_json
 from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint
@@ -238,12 +237,12 @@ class RubricJudge:
         """The verdict; `replies` takes up what the judge wrote, also where that raises an EndpointError."""
         try:
             replies.append(self.endpoint.chat(messages, self.max_tokens))
-            scores = parse(rubric, _graded(replies[-1]), nonce)
+            scores = parse(rubric, outside_of_thoughts(replies[-1]), nonce)
         except EndpointError as error:
             if error.code not in ASKED_AGAIN:
                 raise
             replies.append(self._again(rubric, messages, nonce))
-            reply = _graded(replies[-1])
+            reply = outside_of_thoughts(replies[-1])
             scores = (parse_json if reply.startswith("{") else parse)(rubric, reply, nonce)
         return replace(rubric.verdict(scores), replies=tuple(replies), scores=tuple(scores.items()))
 
@@ -262,18 +261,6 @@ class RubricJudge:
             if error.code not in ("http_400", "http_422", "http_501"):  # a server without response_format
                 raise
             return self.endpoint.chat(again, self.max_tokens)
-
-
-def _graded(reply: str) -> str:
-    """What a judge wrote outside of its thoughts.
-
-    Raises:
-        EndpointError: `unfinished_thought` where there is nothing else.
-    """
-    graded = without_thoughts(reply)
-    if graded is None:
-        raise EndpointError("unfinished_thought")
-    return graded.strip()
 
 
 def _make(config: Config) -> RubricJudge:
