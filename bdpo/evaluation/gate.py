@@ -244,8 +244,12 @@ def _difference(condition: Condition, gated: _Checked, base: _Checked) -> Eviden
         [before[item] for item in both], [after[item] for item in both], [of[item] for item in both]
     )
     benchmark, _, name = condition.measure.partition(".")
-    reach = gated.evaluation.judge.reach.get(BENCHMARKS[benchmark].rubric)
-    error = None if name in _OF_TEXTS else reach
+    # The judge's error in a difference is its bias on one model minus its bias on the other. Calibration
+    # measured just that, with the biases of two models in it (see `Bias.reach`): it enters once, not once for
+    # each side. Both sides have the same judge, or they are not compared; what is known of its error may have
+    # changed between the two evaluations, and then the larger one counts.
+    judge = gated.evaluation.judge.or_worse(base.evaluation.judge)
+    error = None if name in _OF_TEXTS else judge.reach.get(BENCHMARKS[benchmark].rubric)
     low, high = widen(found.difference, (found.low, found.high), error or 0.0)
     return Evidence(found.difference, low, high, found.n, found.first, error)
 

@@ -6,7 +6,7 @@ from itertools import combinations
 
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS, is_main, measure_label
 from bdpo.evaluation.compare import compare
-from bdpo.evaluation.results import Evaluation
+from bdpo.evaluation.results import Evaluation, incomparable_field
 from bdpo.evaluation.tables import comparison_rows, invalid_lines, judged_by, note_lines
 from bdpo.reports.page import PageTable, Section
 from bdpo.stats import Difference, p_value, widen
@@ -27,8 +27,8 @@ def evaluation_section(evaluations: dict[str, Evaluation]) -> Section | None:
         for name, read in evaluations.items()
         for line in (*invalid_lines(name, read.summary), *note_lines(name, read.summary))
     ]
-    judge = next(iter(evaluations.values())).judge
-    caption = f"With 95 % intervals over clusters of prompts{judged_by(judge)}."
+    judges = "".join(dict.fromkeys(judged_by(read.judge) for read in evaluations.values()))
+    caption = f"With 95 % intervals over clusters of prompts{judges}."
     table = PageTable(("percent", "n", *evaluations), rows, caption)
     differences = comparison_sentences(evaluations)
     if len(differences) > 1:
@@ -40,13 +40,18 @@ def evaluation_section(evaluations: dict[str, Evaluation]) -> Section | None:
 
 
 def comparison_sentences(evaluations: dict[str, Evaluation], main_only: bool = False) -> list[str]:
-    """The difference of every two models in each measure, as sentences."""
+    """The difference of every two models in each measure, as sentences; one where they do not compare."""
     found = []
     for first, second in combinations(evaluations, 2):
-        for row in compare(evaluations[first].scores, evaluations[second].scores):
+        one, other = evaluations[first], evaluations[second]
+        if field := incomparable_field(one.fingerprint, other.fingerprint):
+            found.append(f"{second} and {first} are not compared: evaluated with different {field}.")
+            continue
+        judge = one.judge.or_worse(other.judge)
+        for row in compare(one.scores, other.scores):
             if not main_only or is_main(row.benchmark, row.measure):
                 label = measure_label(row.benchmark, row.measure)
-                reach = evaluations[second].judge.reach.get(BENCHMARKS[row.benchmark].rubric)
+                reach = judge.reach.get(BENCHMARKS[row.benchmark].rubric)
                 found.append(comparison_sentence(label, first, second, row.difference, reach))
     return found
 

@@ -151,6 +151,17 @@ def test_the_error_of_the_judge_enters_a_difference(run, tmp_path, capsys):
     assert (code, evidence["outcomes"][0]["evidence"]["judge_error"]) == (0, None)  # no judge decides that
 
 
+@pytest.mark.parametrize(("of_base", "of_trained"), [(0.3, 0.1), (0.1, 0.3), (0.3, None), (0.3, 0.3)])
+def test_of_two_errors_of_one_judge_the_larger_enters_once(run, tmp_path, of_base, of_trained):
+    """Both of 0.3 would be 0.42 in quadrature. It was measured anew between the two evaluations."""
+    evaluation(run, "base", [0.0] * 60, judge_error=of_base)
+    evaluation(run, "trained", [1.0] + [0.0] * 59, judge_error=of_trained)
+    code, evidence = gate(tmp_path, run, safety(max_regression=0.3))
+    found = evidence["outcomes"][0]["evidence"]
+    assert (code, found["judge_error"]) == (3, 0.3)
+    assert -0.35 < found["low"] < -1 / 60 - 0.3
+
+
 OTHER, GONE = "trained has other weights now than those that were evaluated", "the weights of trained are not"
 
 
@@ -252,6 +263,10 @@ def test_a_category_is_bounded_by_itself(run, tmp_path):
         (lambda run: evaluation(run, "base", [0.0] * 30 + [None] * 2), "strongreject is invalid"),
         (lambda run: evaluation(run, "trained", [], [False] * 40), "strongreject was not evaluated"),
         (lambda run: evaluation(run, "base", [0.0] * 40, prompts="q"), "evaluated with different prompts"),
+        (
+            lambda run: evaluation(run, "base", [0.0] * 40, **{"evaluate.judge.model": "owl-70b"}),
+            "trained and base were evaluated with different evaluate.judge.model",
+        ),
         (lambda run: change_score(run), "scores.parquet does not give the numbers of summary.json"),
     ],
 )

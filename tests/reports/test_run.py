@@ -14,6 +14,7 @@ from bdpo.config import parse_config
 from bdpo.config.derive import part_of
 from bdpo.evaluation.benchmarks.base import Measure
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS
+from bdpo.evaluation.judges.registry import JudgeNote
 from bdpo.evaluation.measures import summarise
 from bdpo.experiments.arms import Arm, Record, arm_run, base_run
 from bdpo.experiments.definitions import EXPERIMENTS
@@ -24,7 +25,7 @@ from bdpo.experiments.rates import RateTrial
 from bdpo.experiments.results import ArmMeasure, ExperimentResults, arm_differences, arm_table, summarise_arms
 from bdpo.method.losses import METHODS
 from bdpo.reports.cost import TimedStage
-from bdpo.reports.evaluation import comparison_sentence
+from bdpo.reports.evaluation import comparison_sentence, comparison_sentences, evaluation_section
 from bdpo.reports.page import write_page
 from bdpo.reports.run import run_page, setup_section, training_section
 from bdpo.scoring.scores import SCORE_SCHEMA, score_store
@@ -239,6 +240,24 @@ def test_a_comparison_in_words():
     assert "+0.0 points (95 % interval -50.0 to +50.0), p 1" in comparison_sentence(
         "Safety", "dpo", "bdpo", same
     )
+
+
+def test_only_verdicts_of_one_judge_are_compared():
+    """With the larger of the errors that its two evaluations know."""
+
+    def by(judge, reach):
+        [found] = evaluated(table([0.0] * 40))
+        return replace(found, fingerprint={"evaluate.judge": judge}, judge=JudgeNote(judge, reach))
+
+    base = by("rubric", {"harm": 0.2})
+    same = comparison_sentences({"base": base, "trained": by("rubric", {"harm": 0.1})})
+    assert "with the judge's own error" in same[0]
+    assert same == comparison_sentences({"base": by("rubric", {"harm": 0.2}), "trained": by("rubric", {})})
+    assert comparison_sentences({"base": base, "tampered": by("wildguard", {})}) == [
+        "tampered and base are not compared: evaluated with different evaluate.judge."
+    ]
+    page = evaluation_section({"base": base, "tampered": by("wildguard", {})})
+    assert all(judge in page.tables[0].caption for judge in ("judged by rubric", "judged by wildguard"))
 
 
 @pytest.mark.parametrize("name", ["methods", "alpha", "imbalance"])
