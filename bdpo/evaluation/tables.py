@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bdpo.config import Config
 from bdpo.evaluation.benchmarks.base import ACCURACY, Measure
-from bdpo.evaluation.benchmarks.registry import BENCHMARKS, judges_harm, measure_label
+from bdpo.evaluation.benchmarks.registry import BENCHMARKS, measure_label
 from bdpo.evaluation.compare import Comparison
 from bdpo.evaluation.judges.registry import JUDGES, NOBODY, JudgeNote, judge_kind
 from bdpo.evaluation.measures import BenchmarkSummary, Summary
@@ -61,7 +61,8 @@ def _with_error(row: Comparison, judge: JudgeNote) -> str:
 def screen_warning(config: Config) -> str | None:
     """What is wrong with judging forbidden requests by phrases; None where that is not done."""
     judge = judge_kind(config)
-    if "harm" not in judge.screens or not any(map(judges_harm, config.evaluate.benchmarks)):
+    asked = {BENCHMARKS[name].rubric for name in config.evaluate.benchmarks}
+    if "harm" not in asked & judge.screens:
         return None
     *others, last = (
         name

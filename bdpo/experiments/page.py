@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from bdpo.config import Config
-from bdpo.evaluation.benchmarks.registry import BENCHMARKS, is_main, judges_harm
+from bdpo.evaluation.benchmarks.registry import BENCHMARKS, is_main, measures_safety
 from bdpo.evaluation.judges.registry import JudgeNote, judge_note
 from bdpo.evaluation.tables import percent_of
 from bdpo.experiments.arms import arm_folder
@@ -151,7 +151,7 @@ def _results_section(results: ExperimentResults, rows: Sequence[ArmMeasure], jud
 
 
 def _pictures(results: ExperimentResults, rows: Sequence[ArmMeasure], labels: Sequence[str]) -> list[Picture]:
-    up, right = (_first(rows, harm) for harm in (True, False))
+    up, right = (_first(rows, safety) for safety in (True, False))
     pictures = []
     if results.experiment.axis and up:
         shown = [label for label in (up, right) if label]
@@ -180,9 +180,9 @@ def _interval(row: ArmMeasure) -> str:
     return percent_of(row.value, row.low, row.high)
 
 
-def _first(rows: Sequence[ArmMeasure], harm: bool) -> str | None:
+def _first(rows: Sequence[ArmMeasure], safety: bool) -> str | None:
     """The label of the first measure of safety, or of usefulness."""
-    return next((row.label for row in rows if judges_harm(row.benchmark) == harm), None)
+    return next((row.label for row in rows if measures_safety(row.benchmark) == safety), None)
 
 
 def _comparison(row: ArmMeasure) -> Difference:

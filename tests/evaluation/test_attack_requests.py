@@ -7,7 +7,7 @@ import pytest
 from bdpo.config import parse_config
 from bdpo.errors import UserError
 from bdpo.evaluation.attacks.requests import load_requests
-from bdpo.evaluation.benchmarks.registry import BENCHMARKS, judges_harm
+from bdpo.evaluation.benchmarks.registry import BENCHMARKS, measures_safety
 from tests.support.benchmark_files import STRONGREJECT, write_csv
 
 GENERAL = "Sure, here is"
@@ -63,4 +63,4 @@ def test_what_cannot_be_attacked_is_refused(benchmark):
 
 
 def test_only_forbidden_requests_are_attacked():
-    assert all(judges_harm(name) for name, benchmark in BENCHMARKS.items() if benchmark.plain is not None)
+    assert all(measures_safety(name) for name, benchmark in BENCHMARKS.items() if benchmark.plain is not None)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,7 +10,14 @@ from bdpo.config import Config, EvaluateConfig
 from bdpo.config.evaluate import StrongRejectConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.benchmarks import strongreject, xstest
-from bdpo.evaluation.benchmarks.registry import Item, load_items
+from bdpo.evaluation.benchmarks.base import (
+    Benchmark,
+    Measure,
+    compliance_measures,
+    harm_measures,
+    share,
+)
+from bdpo.evaluation.benchmarks.registry import BENCHMARKS, Item, load_items, measures_safety
 from bdpo.evaluation.judges.base import Failed, Harm, Question, Refusal
 from bdpo.evaluation.judges.registry import make_judge
 from bdpo.evaluation.judges.sandbox import SandboxJudge
@@ -121,6 +130,31 @@ def test_xstest_expects_unique_ids_and_known_labels(
 
 
 # -------------------------------------------------------------------------------------------------- judges
+@pytest.mark.parametrize(
+    ("measures", "further", "message"),
+    [
+        (harm_measures()[-1:], {}, "expects one main measure"),
+        ((replace(harm_measures()[-1], main=True),), {}, "of which more is better"),
+        ((*harm_measures(), *compliance_measures()), {}, "expects one main measure"),
+        (compliance_measures(), {"rubric": "refusal", "plain": {}}, "whose rubric is harm"),
+    ],
+)
+def test_a_declaration_that_would_be_shown_the_wrong_way_is_refused(
+    measures: tuple[Measure, ...], further: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(strongreject.BENCHMARK, judged=measures, **further)
+
+
+def test_what_a_benchmark_shows_does_not_depend_on_its_rubric(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark of unsafe prompts may ask for refusals, as XSTest asks for those of safe ones."""
+    refused = Measure("refused", "refused", share("refused", False), main=True)
+    unsafe = Benchmark("unsafe", "Unsafe", "refusal", "safety", lambda config: [], (refused,))
+    monkeypatch.setitem(BENCHMARKS, "unsafe", unsafe)
+    shown = {name: measures_safety(name) for name in ("unsafe", "strongreject", "xstest", "gsm8k")}
+    assert shown == {"unsafe": True, "strongreject": True, "xstest": False, "gsm8k": False}
+
+
 def configured(judge: str) -> Config:
     model = {"name_or_path": "sandbox", "revision": "3"}
     values = {"run_dir": "x", "model": model, "data": {"path": "sandbox"}, "evaluate": {"judge": judge}}

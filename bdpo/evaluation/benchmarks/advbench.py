@@ -49,5 +49,11 @@ def _configured(config: EvaluateConfig) -> list[Item]:
 
 
 BENCHMARK = Benchmark(
-    "advbench", "AdvBench", "harm", _configured, harm_measures(with_rate=True), plain={"suffix": None}
+    name="advbench",
+    label="AdvBench",
+    rubric="harm",
+    purpose="safety",
+    load=_configured,
+    judged=harm_measures(with_rate=True),
+    plain={"suffix": None},
 )

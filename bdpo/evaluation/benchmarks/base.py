@@ -41,6 +41,9 @@ class Benchmark:
     """Value of `evaluate.benchmarks`."""
     label: str
     rubric: RubricName
+    """The question that a judge answers about each response."""
+    purpose: Literal["safety", "usefulness"]
+    """What the main measure shows: how safe a model is, or how useful."""
     load: Callable[[EvaluateConfig], list[Item]]
     """The prompts that the config describes, in the order of the file."""
     judged: tuple[Measure, ...]
@@ -50,7 +53,15 @@ class Benchmark:
     within each category."""
     plain: Mapping[str, Any] | None = None
     """What changes in the config's section so that every request is asked once and as it is, for
-    `bdpo attack`; None where the requests cannot be attacked."""
+    `bdpo attack`; None where the requests cannot be attacked. An attack judges harm, so the rubric is `harm`,
+    and the first digits of an item's id are the request's index in the artifact."""
+
+    def __post_init__(self) -> None:
+        """Refuse a declaration that tables and figures would show the wrong way round."""
+        if [measure.more_is_better for measure in self.judged if measure.main] != [True]:
+            raise ValueError(f"{self.name}: expects one main measure, of which more is better")
+        if self.plain is not None and self.rubric != "harm":
+            raise ValueError(f"{self.name}: plain is for benchmarks whose rubric is harm")
 
     @property
     def measures(self) -> tuple[Measure, ...]:

@@ -169,4 +169,6 @@ def _configured(config: EvaluateConfig) -> list[Item]:
     return load(config.jailbreak.paths)
 
 
-BENCHMARK = Benchmark("jailbreak", "Jailbreak", "harm", _configured, harm_measures(), asks_again=True)
+BENCHMARK = Benchmark(
+    "jailbreak", "Jailbreak", "harm", "safety", _configured, harm_measures(), asks_again=True
+)

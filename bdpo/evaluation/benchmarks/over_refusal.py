@@ -44,4 +44,6 @@ def _configured(config: EvaluateConfig) -> list[Item]:
     return load(config.over_refusal)
 
 
-BENCHMARK = Benchmark("over_refusal", "Over-refusal", "refusal", _configured, compliance_measures())
+BENCHMARK = Benchmark(
+    "over_refusal", "Over-refusal", "refusal", "usefulness", _configured, compliance_measures()
+)

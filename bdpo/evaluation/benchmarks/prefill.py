@@ -50,5 +50,12 @@ def _configured(config: EvaluateConfig) -> list[Item]:
 
 
 BENCHMARK = Benchmark(
-    "prefill", "Prefill", "harm", _configured, harm_measures(), asks_again=True, plain={"tokens": [1]}
+    name="prefill",
+    label="Prefill",
+    rubric="harm",
+    purpose="safety",
+    load=_configured,
+    judged=harm_measures(),
+    asks_again=True,
+    plain={"tokens": [1]},
 )

@@ -56,10 +56,9 @@ def path_label(path: str) -> str:
     return measure_label(*path.split("."))
 
 
-def judges_harm(benchmark: str) -> bool:
-    """Whether a benchmark is of forbidden requests, so that its main measure is safety; all others measure
-    how useful a model is."""
-    return benchmark in BENCHMARKS and BENCHMARKS[benchmark].rubric == "harm"
+def measures_safety(benchmark: str) -> bool:
+    """Whether a benchmark's main measure shows how safe a model is; that of capability shows how useful."""
+    return benchmark in BENCHMARKS and BENCHMARKS[benchmark].purpose == "safety"
 
 
 def load_items(config: EvaluateConfig) -> list[Item]:

@@ -48,6 +48,7 @@ BENCHMARK = Benchmark(
     name="simpleqa",
     label="SimpleQA",
     rubric="grade",
+    purpose="usefulness",
     load=_configured,
     judged=(
         Measure("correct", "correct", _correct, main=True, compared=True, rows="categories"),

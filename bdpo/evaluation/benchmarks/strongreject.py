@@ -63,5 +63,11 @@ def _configured(config: EvaluateConfig) -> list[Item]:
 
 
 BENCHMARK = Benchmark(
-    "strongreject", "StrongReject", "harm", _configured, harm_measures(with_rate=True), plain={}
+    name="strongreject",
+    label="StrongReject",
+    rubric="harm",
+    purpose="safety",
+    load=_configured,
+    judged=harm_measures(with_rate=True),
+    plain={},
 )

@@ -50,4 +50,4 @@ def _configured(config: EvaluateConfig) -> list[Item]:
     return load(strongreject.BENCHMARK.load(config), config.wrapped.wrappers)
 
 
-BENCHMARK = Benchmark("wrapped", "Wrapped", "harm", _configured, harm_measures(), asks_again=True)
+BENCHMARK = Benchmark("wrapped", "Wrapped", "harm", "safety", _configured, harm_measures(), asks_again=True)

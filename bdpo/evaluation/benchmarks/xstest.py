@@ -87,6 +87,7 @@ BENCHMARK = Benchmark(
     name="xstest",
     label="XSTest",
     rubric="refusal",
+    purpose="usefulness",
     load=_configured,
     judged=(
         *compliance_measures(", safe"),

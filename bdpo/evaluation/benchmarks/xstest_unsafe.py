@@ -24,4 +24,6 @@ def _configured(config: EvaluateConfig) -> list[Item]:
     ]
 
 
-BENCHMARK = Benchmark("xstest_unsafe", "XSTest unsafe", "harm", _configured, harm_measures(with_rate=True))
+BENCHMARK = Benchmark(
+    "xstest_unsafe", "XSTest unsafe", "harm", "safety", _configured, harm_measures(with_rate=True)
+)
