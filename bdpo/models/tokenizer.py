@@ -25,6 +25,7 @@ from bdpo.models.loading import model_config, model_folder
 from bdpo.models.placed_texts import NEWLINE, PlacedTexts
 from bdpo.models.template import GUARD, PROBE, QUESTION, ChatTemplate, Message, quoted
 from bdpo.models.tokenizer_files import read_tokenizer
+from bdpo.models.word_ids import WordIds, word_ids
 from bdpo.storage.digests import files_digest, json_digest
 
 if TYPE_CHECKING:
@@ -153,15 +154,29 @@ class ChatTokenizer:
         return [*self.ids_of_texts(texts)]
 
     def ids_of_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """`text_ids` of many texts at once: a fast tokenizer makes no offsets and masks for them."""
-        backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
-        if not hasattr(backend, "encode_batch_fast"):
+        """`text_ids` of many texts at once: word by word, or without a fast tokenizer's offsets and masks."""
+        backend = self._backend
+        if backend is None:
             return [self.text_ids(text) for text in texts]
+        known = [self._words.ids(text) if self._words is not None else None for text in texts]
         backend.no_truncation()  # settings of the tokenizer's file, which transformers sets at every call
         backend.no_padding()
-        plain = [text for text in texts if GUARD not in text]
-        encodings = iter(backend.encode_batch_fast(plain, add_special_tokens=False))
-        return [self.text_ids(text) if GUARD in text else next(encodings).ids for text in texts]
+        rest = [text for text, ids in zip(texts, known, strict=True) if ids is None and GUARD not in text]
+        encodings = iter(backend.encode_batch_fast(rest, add_special_tokens=False))
+        return [
+            ids if ids is not None else self.text_ids(text) if GUARD in text else next(encodings).ids
+            for text, ids in zip(texts, known, strict=True)
+        ]
+
+    @property
+    def _backend(self) -> Any:
+        """The tokenizer of the library `tokenizers`; None if this one is not written with it."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return backend if hasattr(backend, "encode_batch_fast") else None
+
+    @cached_property
+    def _words(self) -> WordIds | None:
+        return word_ids(self._backend)
 
     @cached_property
     def _before(self) -> tuple[str, ...]:
