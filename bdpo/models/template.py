@@ -7,7 +7,7 @@ be true is refused with what it renders.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from bdpo.config.model import RESERVED_TEMPLATE_KWARGS
 from bdpo.errors import UserError
 from bdpo.models.template_variables import free_names
 from bdpo.models.tool_calls import PROBE_ARGUMENTS, PROBE_CALL, with_text_arguments
-from bdpo.models.transformers_private import parsed_template
+from bdpo.models.transformers_private import parsed_template, text_renderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,6 +60,8 @@ class Message(TypedDict):
 
 QUESTION: Message = {"role": "user", "content": "x"}
 PROBE = "bdpoprobe"
+
+_PLAIN = {"role", "content"}
 
 # Put into every control token that a message spells, and taken out again before tokenisation. The two are
 # noncharacters, which Unicode reserves for such use: no text that is meant for others has them.
@@ -132,19 +134,24 @@ class ChatTemplate:
     ) -> str:
         conversation: list[Any] = list(messages)
         try:
-            text = self.tokenizer.apply_chat_template(
-                conversation,
-                chat_template=self._template,
-                tokenize=False,
-                add_generation_prompt=generate,
-                **{**self.variables, **arguments},
-            )
-            text.encode()  # type: ignore[union-attr] # a lone surrogate is no text for any tokenizer
+            if conversation and not arguments and all(message.keys() == _PLAIN for message in conversation):
+                text = self._text_renderer(conversation, generate)
+            else:
+                settings: Any = {**self.variables, **arguments, "chat_template": self._template}
+                text = self.tokenizer.apply_chat_template(
+                    conversation, tokenize=False, add_generation_prompt=generate, **settings
+                )
+            text.encode()  # a lone surrogate is no text for any tokenizer
         except TemplateError:
             raise
         except Exception as error:  # a template is a program, and its author's errors are of any class
             raise TemplateError(f"{type(error).__name__} in the chat template") from error
-        return str(text)
+        return text
+
+    @cached_property
+    def _text_renderer(self) -> Callable[[list[Any], bool], str]:
+        """Most conversations are texts alone: rendered without what transformers does for others."""
+        return text_renderer(self.tokenizer, self._template, self.variables)
 
     def response_text(self, text: str) -> str:
         """An answer as the template writes it, up to the end of turn; see `render` for its guards.
@@ -242,7 +249,8 @@ class ChatTemplate:
 
     @cached_property
     def _template(self) -> str:
-        return _CLOCK + self.tokenizer.get_chat_template()
+        template = self.tokenizer.get_chat_template()
+        return _CLOCK + template if "strftime_now" in template else template
 
     @cached_property
     def free_variables(self) -> frozenset[str]:
@@ -299,9 +307,13 @@ class ChatTemplate:
 
     def holds_control_token(self, text: str) -> bool:
         """Whether a text spells a token that structures a conversation."""
-        return any(start in text for start in self._control_starts) and bool(
-            self._control_tokens.search(text)
-        )
+        return self._may_hold_control_token(text) and bool(self._control_tokens.search(text))
+
+    def _may_hold_control_token(self, text: str) -> bool:
+        for start in self._control_starts:  # noqa: SIM110 - `any` takes longer, and this is asked of every text
+            if start in text:
+                return True
+        return False
 
     def is_templated(self, text: str) -> bool:
         """Whether a text was written by a chat template before: it holds a control token of this one.
@@ -323,7 +335,7 @@ class ChatTemplate:
 
         A guard stands on both sides of each of their characters, so that no neighbour completes another.
         """
-        if not any(start in text for start in self._control_starts):
+        if not self._may_hold_control_token(text):
             return text
         return self._control_tokens.sub(lambda found: GUARD.join(["", *found[0], ""]), text)
 

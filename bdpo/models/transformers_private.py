@@ -7,12 +7,12 @@ what transformers itself does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from jinja2.nodes import Template
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def supports_sdpa(shape: PreTrainedConfig) -> bool:
@@ -45,6 +45,31 @@ def parsed_template(template: str) -> Template:
 
     environment: Any = _compile_jinja_template(template).environment
     return cast("Template", environment.parse(template))
+
+
+def text_renderer(
+    tokenizer: PreTrainedTokenizerBase, template: str, variables: Mapping[str, Any]
+) -> Callable[[list[Any], bool], str]:
+    """`apply_chat_template` with these variables, for messages of role and content alone, which are texts.
+
+    It takes the messages and `add_generation_prompt`. What `apply_chat_template` makes anew at every call, of
+    which most of its time is, is made once: the variables, and the functions that a template may call. Its
+    copies of the messages are left out, which differ from them where they hold more than texts.
+
+    Raises:
+        TemplateError: the template is not Jinja.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template, _plain_template_data
+
+    compiled: Any = _compile_jinja_template(template)
+    compiled.globals = dict(compiled.globals)  # Jinja's chain of mappings is read as a whole at every call
+    known = {"tools": None, "documents": None} | tokenizer.special_tokens_map
+    known |= cast("dict[str, Any]", _plain_template_data(variables))
+
+    def render(messages: list[Any], generate: bool) -> str:
+        return str(compiled.render({**known, "messages": messages, "add_generation_prompt": generate}))
+
+    return render
 
 
 def places_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, dict[str, list[str]]]:

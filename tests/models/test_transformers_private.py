@@ -19,10 +19,12 @@ from bdpo.models.transformers_private import (
     places_of,
     set_attention,
     supports_sdpa,
+    text_renderer,
 )
 from tests.support import ROOT
 from tests.support.architectures import tiny
 from tests.support.chats import byte_tokenizer
+from tests.support.template_shapes import ANSWER, SHAPES
 
 TINY = {
     "hidden_size": 8,
@@ -76,6 +78,48 @@ def test_a_template_is_parsed_as_it_is_rendered():
 def test_a_text_that_is_no_template_is_refused():
     with pytest.raises(TemplateError):
         parsed_template("{% for")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_texts_are_rendered_as_by_transformers(name):
+    shape = SHAPES[name]
+    tokenizer, answer = shape.tokenizer(), {"role": "assistant", "content": ANSWER}
+    render = text_renderer(tokenizer, shape.template, shape.kwargs)
+    for messages in (shape.messages, [*shape.messages, answer], shape.messages):
+        for generate in (True, False):
+            assert render(messages, generate) == tokenizer.apply_chat_template(
+                messages,
+                chat_template=shape.template,
+                tokenize=False,
+                add_generation_prompt=generate,
+                **shape.kwargs,
+            )
+
+
+def test_a_template_of_texts_sees_the_variables_that_transformers_gives_it():
+    """Those that are not set, too, and a class that no template may see; what it assigns is gone with it."""
+    text = (
+        "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ tools is none }}{{ documents is none }}{{ kind }}"
+        "{% if kept is defined %}again{% endif %}{% set kept = namespace(a=1) %}{{ kept.a }}{{ path }}"
+        "{{ messages | tojson }}{% generation %}{{ add_generation_prompt }}{% endgeneration %}"
+    )
+    tokenizer, variables = byte_tokenizer(), {"kind": "own", "eos_token": "<end>", "path": ROOT}
+    render, messages = text_renderer(tokenizer, text, variables), [{"role": "user", "content": "é<a>"}]
+    right = tokenizer.apply_chat_template(
+        messages, chat_template=text, tokenize=False, add_generation_prompt=True, **variables
+    )
+    assert render(messages, True) == render(messages, True) == right
+    assert "<s><end>" in right
+    assert str(ROOT) not in right
+    assert tokenizer.apply_chat_template(messages, chat_template=text, tokenize=False, **variables) != right
+
+
+def test_a_template_of_texts_changes_no_message():
+    text, messages = "{{ messages.append(messages[0]) }}", [{"role": "user", "content": "a"}]
+    render = text_renderer(byte_tokenizer(), text, {})
+    with pytest.raises(TemplateError):
+        render(messages, True)
+    assert messages == [{"role": "user", "content": "a"}]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bloom", "mixtral", "qwen3_moe", "granitemoe"])
