@@ -111,13 +111,20 @@ class _Rendering:
     def __init__(self, chat: ChatTokenizer, pair: Pair) -> None:
         self.template = chat.template
         self.pair = pair
-        self._refuse_control_tokens()
+        self.messages = (*pair.prompt, pair.chosen, pair.rejected)
+        self.is_plain = all(message.keys() == _PLAIN for message in self.messages)
+        every_text = "\n".join(
+            message["content"] for message in self.messages
+        )  # searched once, not one by one
+        self._refuse_control_tokens(every_text)
         if not pair.template_kwargs.keys() <= self.template.free_variables:
             raise BadRow("chat_template_kwargs: holds an argument that the chat template does not read")
         self.arguments = arguments_of(pair)
-        messages = (*pair.prompt, pair.chosen, pair.rejected)
-        self._has_context = bool(self.arguments) or any(
-            message.keys() - _PLAIN or self.template.holds_thought(message["content"]) for message in messages
+        self.roles = tuple(message["role"] for message in pair.prompt)
+        self.texts = [self.template.guarded(message["content"]).strip() for message in pair.prompt]
+        self._joined_texts = "\n".join(self.texts)
+        self._has_context = (
+            bool(self.arguments) or not self.is_plain or self.template.holds_thought(every_text)
         )
         self.prompt = self._render(pair.prompt)
         self.unwritten: set[str] = set()
@@ -131,13 +138,10 @@ class _Rendering:
             without = self.template.render(self.pair.prompt, True, {**self.arguments, "tools": None})
             if without == self.prompt:
                 raise BadRow("tools: not written by the chat template")
-        roles = tuple(message["role"] for message in self.pair.prompt)
-        for index, message in enumerate(self.pair.prompt):
+        for index, (role, message) in enumerate(zip(self.roles, self.pair.prompt, strict=True)):
             self._check_turn(index, message)
-            if roles[index] not in _SPEAKERS and (other := self.template.written_as(roles, index)):
-                raise BadRow(
-                    f"prompt: a {roles[index]} turn, which the chat template writes as the {other}'s"
-                )
+            if role not in _SPEAKERS and (other := self.template.written_as(self.roles, index)):
+                raise BadRow(f"prompt: a {role} turn, which the chat template writes as the {other}'s")
             for key in message.keys() - _PLAIN:
                 without = self._render(_without(self.pair.prompt, index, key))
                 self._note("prompt", key, self.prompt != without)
@@ -153,12 +157,11 @@ class _Rendering:
     def _changes_prompt(self) -> bool:
         """Whether a turn is not found as it is: one behind the other, a system turn in any place."""
         position = 0
-        for message in self.pair.prompt:
-            text = self.template.guarded(message["content"]).strip()
-            found = self.prompt.find(text, 0 if message["role"] == "system" else position)
+        for role, text in zip(self.roles, self.texts, strict=True):
+            found = self.prompt.find(text, 0 if role == "system" else position)
             if found < 0:
                 return True
-            if message["role"] != "system":
+            if role != "system":
                 position = found + len(text)
         return False
 
@@ -167,8 +170,7 @@ class _Rendering:
 
         Some write the tool calls of an assistant without the text beside them.
         """
-        text = self.template.guarded(message["content"]).strip()
-        if not text or self._is_seen(index, text):
+        if not self.texts[index] or self._is_seen(index):
             return
         if message["role"] == "assistant" and not MEANINGFUL_KEYS.isdisjoint(message):
             return
@@ -178,18 +180,18 @@ class _Rendering:
             article = "an" if message["role"] == "assistant" else "a"
             raise BadRow(f"prompt: {article} {message['role']} turn is not written by the chat template")
 
-    def _is_seen(self, index: int, text: str) -> bool:
+    def _is_seen(self, index: int) -> bool:
         """Whether the text of a turn is in the prompt and cannot be there for another reason.
 
         Another turn may hold the same text, and the template may write it itself; its tools and variables may
         decide which turns it writes.
         """
-        others = [*self.pair.prompt[:index], *self.pair.prompt[index + 1 :]]
+        text = self.texts[index]
         return (
             text in self.prompt
             and not self.arguments
-            and self.template.writes_turn(tuple(message["role"] for message in self.pair.prompt), index)
-            and not any(text in self.template.guarded(other["content"]) for other in others)
+            and self.template.writes_turn(self.roles, index)
+            and self._joined_texts.count(text) == 1
         )
 
     def _note(self, column: str, key: str, is_written: bool) -> None:
@@ -220,20 +222,19 @@ class _Rendering:
             )
         return response
 
-    def _refuse_control_tokens(self) -> None:
+    def _refuse_control_tokens(self, every_text: str) -> None:
         """A text that holds them was rendered before; what else the template writes has no guard."""
-        sides = [*(("prompt", m) for m in self.pair.prompt)]
-        sides += [("chosen", self.pair.chosen), ("rejected", self.pair.rejected)]
-        for side, message in sides:
-            if self.template.is_templated(message["content"]):
-                raise BadRow(f"{side}: {TEMPLATED}; give the messages themselves")
+        if self.template.holds_control_token(every_text):
+            sides = (*("prompt" for _ in self.pair.prompt), "chosen", "rejected")
+            for side, message in zip(sides, self.messages, strict=True):
+                if self.template.is_templated(message["content"]):
+                    raise BadRow(f"{side}: {TEMPLATED}; give the messages themselves")
+        if self.is_plain and not self.pair.tools and not self.pair.template_kwargs:
+            return
         extras = [
-            {key: value for key, value in message.items() if key not in _PLAIN}
-            for message in (*self.pair.prompt, self.pair.chosen, self.pair.rejected)
+            {key: value for key, value in message.items() if key not in _PLAIN} for message in self.messages
         ]
         written = [self.pair.tools, *extras, self.pair.template_kwargs]
-        if not any(written):
-            return
         text = json.dumps(written, ensure_ascii=False, default=str)
         if self.template.holds_control_token(text):
             raise BadRow(

@@ -49,10 +49,10 @@ _USER_WITHIN = re.compile(r"\n\r?\n(?:Human|HUMAN):|\n#{2,6} ?(?:Human|User|Inst
 # This one does, too, unless a colon before it introduces an example.
 _USER_BEHIND_TEXT = re.compile(rf"\n\r?\n{_named('user|human')}")
 
-# A system turn can only be the first; the same word later is text.
-_TURN = re.compile(r"(?:\A\s*(System|Human|Assistant)|\n\n(Human|Assistant)):")
+# A turn behind the first: a system turn can only be that, and the same word later is text.
+_TURN = re.compile(r"\n\n(Human|Assistant):")
 
-_TURN_OF_ONE_LINE_BREAK = re.compile(r"(?:\A\s*(System|Human|Assistant)|\n(Human|Assistant)):")
+_TURN_OF_ONE_LINE_BREAK = re.compile(r"\n(Human|Assistant):")
 
 
 def is_transcript(text: object) -> bool:
@@ -117,11 +117,11 @@ def _holds_other_turn(turn: Message, following: Message | None) -> bool:
 
 
 def _split(turn: re.Pattern[str], text: str) -> list[Message]:
-    before, *parts = turn.split(text)
-    if before.strip():
+    first = _FIRST.match(text)
+    if first is None:
         return []
-    speakers = (first or later for first, later in zip(parts[::3], parts[1::3], strict=True))
+    parts = [first[1], *turn.split(text[first.end() :])]
     return [
         Message(role=_SPEAKERS[speaker], content=content.strip())
-        for speaker, content in zip(speakers, parts[2::3], strict=True)
+        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
     ]
