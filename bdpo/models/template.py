@@ -138,8 +138,10 @@ class ChatTemplate:
                 text = self._text_renderer(conversation, generate)
             else:
                 settings: Any = {**self.variables, **arguments, "chat_template": self._template}
-                text = self.tokenizer.apply_chat_template(
-                    conversation, tokenize=False, add_generation_prompt=generate, **settings
+                text = str(
+                    self.tokenizer.apply_chat_template(
+                        conversation, tokenize=False, add_generation_prompt=generate, **settings
+                    )
                 )
             text.encode()  # a lone surrogate is no text for any tokenizer
         except TemplateError:
