@@ -18,7 +18,7 @@ import numpy as np
 
 from bdpo.config import TrainConfig
 from bdpo.models.arrangement import length_sorted_batches
-from bdpo.models.packing import RowLayout
+from bdpo.models.row_layout import RowLayout
 from bdpo.training.batches import deal_micro_batches
 from benchmarks.common import EMPTY_TURN, MAX_LENGTH, MAX_PROMPT_LENGTH, write_section
 

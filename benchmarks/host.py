@@ -24,7 +24,8 @@ import torch
 
 from bdpo.config import Config
 from bdpo.data.pairs import ID_COLUMNS, prefix_groups, read_pairs
-from bdpo.models.packing import Batch, RowLayout
+from bdpo.models.packing import Batch
+from bdpo.models.row_layout import RowLayout
 from bdpo.models.tokenizer import EncodedPair, load_tokenizer
 from bdpo.scoring.reference import reference_logps
 from bdpo.storage.run_dir import RunDir

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bdpo.config import TrainConfig
-from bdpo.models.packing import RowLayout
+from bdpo.models.row_layout import RowLayout
 from bdpo.models.transformers_private import set_attention
 from bdpo.training import memory
 from bdpo.training.batches import TrainingPlan, deal_micro_batches

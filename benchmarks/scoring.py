@@ -18,7 +18,8 @@ import torch
 
 from bdpo.models.arrangement import length_sorted_batches
 from bdpo.models.logps import LogpsModel
-from bdpo.models.packing import PrefixGroups, RowLayout
+from bdpo.models.packing import PrefixGroups
+from bdpo.models.row_layout import RowLayout
 from bdpo.models.tokenizer import EncodedPair
 from bdpo.scoring.reference import reference_logps
 from benchmarks.common import (

@@ -18,7 +18,8 @@ from bdpo.config import TrainConfig
 from bdpo.method.base import PairLogps
 from bdpo.method.losses import Bdpo
 from bdpo.models.logps import LogpsModel, pair_logps
-from bdpo.models.packing import PrefixGroups, RowLayout
+from bdpo.models.packing import PrefixGroups
+from bdpo.models.row_layout import RowLayout
 from bdpo.models.tokenizer import EncodedPair
 from bdpo.scoring.reference import reference_logps
 from bdpo.training.batches import TrainingPlan

@@ -113,9 +113,9 @@ def plan(model: str, data: str, hardware: Hardware) -> tuple[Config, Found]:
         "data": {"path": data, "max_length": 2**20, "max_prompt_length": 2**19},  # nothing is cut yet
     }
     looked = parse_config(values, "init")
-    shape, _ = model_shape(looked)
+    hf_config, _ = model_shape(looked)
     found = look_at(looked, chat_of(model))
-    values["data"] |= _lengths(found, positions_of(shape))
+    values["data"] |= _lengths(found, positions_of(hf_config))
     for section in ("score", "evaluate", "train"):
         values[section] = {"workers": hardware.gpus or 1, "gpus_per_worker": 1.0 if hardware.gpus else 0.0}
     values["train"] |= {
@@ -129,7 +129,7 @@ def plan(model: str, data: str, hardware: Hardware) -> tuple[Config, Found]:
     for keys in PLANS:
         config = parse_config({**values, "train": values["train"] | keys}, "init")
         room = hardware.gpu_memory and SPARE * hardware.gpu_memory * GIB
-        if not room or memory_need(config, shape).gpu_total <= room:
+        if not room or memory_need(config, hf_config).gpu_total <= room:
             break
     return config, found
 

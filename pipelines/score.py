@@ -175,7 +175,7 @@ class Score(ManifestStage):
 
     def _say_if_rows_are_plain(self) -> None:
         from bdpo.models.loading import model_config
-        from bdpo.models.logps import prefix_sharing_obstacle
+        from bdpo.models.row_layout import prefix_sharing_obstacle
 
         why = prefix_sharing_obstacle(model_config(self.config.model), self.config.data.max_length)
         if why:

@@ -75,12 +75,12 @@ def check_model(config: Config, run: RunDir) -> str | Doubt:
     """Tokenizer and template can be used, and the weights are complete."""
     load_tokenizer(config.model)
     require_complete_weights(config.model)
-    shape = model_config(config.model)
-    kind = shape.model_type
-    if config.data.select and config.data.select.ches and not has_plain_lm_head(shape):
+    hf_config = model_config(config.model)
+    kind = hf_config.model_type
+    if config.data.select and config.data.select.ches and not has_plain_lm_head(hf_config):
         raise UserError(f"data.select.ches: {kind} models have no CHES; select by mi_difference")
     found = f"{config.model.name_or_path}: {kind}, {config.model.dtype}"
-    note = newer_than_installed(shape)
+    note = newer_than_installed(hf_config)
     return Doubt(f"{found}; {note}") if note else found
 
 

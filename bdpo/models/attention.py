@@ -16,8 +16,9 @@ from bdpo.config import Config
 from bdpo.errors import first_line
 from bdpo.models.architectures import VOCABULARY, one_layer
 from bdpo.models.loading import model_config, plain_attention
-from bdpo.models.logps import LogpsModel, prefix_sharing_obstacle
+from bdpo.models.logps import LogpsModel
 from bdpo.models.packing import Batch, PrefixGroups
+from bdpo.models.row_layout import prefix_sharing_obstacle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -43,25 +44,25 @@ def attention_of(config: Config, device: torch.device) -> str:
     model = config.model
     if model.attn_implementation not in ("auto", "flex_attention"):
         return model.attn_implementation
-    shape = model_config(model)
-    plain = plain_attention(model, shape)
-    if device.type != "cuda" or prefix_sharing_obstacle(shape, config.data.max_length):
+    hf_config = model_config(model)
+    plain = plain_attention(model, hf_config)
+    if device.type != "cuda" or prefix_sharing_obstacle(hf_config, config.data.max_length):
         return plain
     if model.attn_implementation == "flex_attention":
         return "flex_attention"
-    why = why_not_flex(shape, getattr(torch, model.dtype), device, config.data.max_length)
+    why = why_not_flex(hf_config, getattr(torch, model.dtype), device, config.data.max_length)
     log.info("attention: %s", f"SDPA, for FlexAttention {why}" if why else "FlexAttention")
     return "sdpa" if why else "flex_attention"
 
 
 def why_not_flex(
-    shape: PreTrainedConfig, dtype: torch.dtype, device: torch.device, max_length: int
+    hf_config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, max_length: int
 ) -> str | None:
     """What FlexAttention gets wrong or cannot do here, in words that follow its name, or None."""
     _leave_room_for_compilations()
     try:
         exact, sdpa, flex = (
-            LogpsModel(one_layer(shape, kind, of, device), max_length)
+            LogpsModel(one_layer(hf_config, kind, of, device), max_length)
             for kind, of in (("sdpa", torch.float32), ("sdpa", dtype), ("flex_attention", dtype))
         )
         if not flex.layout.shared:

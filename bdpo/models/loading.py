@@ -93,25 +93,25 @@ def architecture(folder: Path, model: ModelConfig) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
-        shape = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # of a class that validates what a file of somebody else holds
         raise _not_loaded(folder, error) from None
-    if getattr(shape, "quantization_config", None):
+    if getattr(hf_config, "quantization_config", None):
         raise UserError(f"{folder}: config.json is of quantised weights, which are not read; {UNQUANTISED}")
-    set_attention(shape, plain_attention(model, shape))
-    return shape
+    set_attention(hf_config, plain_attention(model, hf_config))
+    return hf_config
 
 
-def plain_attention(model: ModelConfig, shape: PreTrainedConfig) -> str:
+def plain_attention(model: ModelConfig, hf_config: PreTrainedConfig) -> str:
     """The attention of rows that are not shared: there FlexAttention has nothing to skip.
 
     Where `model.attn_implementation` leaves the choice it is SDPA, or eager for architectures without SDPA.
     """
     if model.attn_implementation not in ("auto", "flex_attention"):
         return model.attn_implementation
-    if supports_sdpa(shape):
+    if supports_sdpa(hf_config):
         return "sdpa"
-    warn_once(f"attention: eager, since transformers has no SDPA for {shape.model_type} models")
+    warn_once(f"attention: eager, since transformers has no SDPA for {hf_config.model_type} models")
     return "eager"
 
 
@@ -121,18 +121,18 @@ def warn_once(message: str) -> None:
     log.warning(message)
 
 
-def newer_than_installed(shape: PreTrainedConfig) -> str | None:
+def newer_than_installed(hf_config: PreTrainedConfig) -> str | None:
     """What to look at if a newer transformers wrote config.json, which transformers reads without a word.
 
     A type that the installed one does not know is refused; a type that has changed since may compute
     something else.
     """
-    written, installed = shape.transformers_version or "", _version("transformers")
+    written, installed = hf_config.transformers_version or "", _version("transformers")
     with suppress(InvalidVersion):
         if Version(written).release[:2] > Version(installed).release[:2]:
             return (
                 f"config.json is of transformers {escaped(written)}, installed is {installed}: a newer "
-                f"{shape.model_type} may compute something else"
+                f"{hf_config.model_type} may compute something else"
             )
     return None
 
@@ -150,15 +150,15 @@ def _not_loaded(folder: Path, error: Exception) -> UserError:
     return UserError(f"{folder}: cannot be loaded as a causal language model ({reason})")
 
 
-def positions_of(config: PreTrainedConfig) -> int | None:
+def positions_of(hf_config: PreTrainedConfig) -> int | None:
     """How many positions a model has; None where its config names no limit."""
-    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions: int | None = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
     return positions
 
 
-def has_positions(config: PreTrainedConfig, tokens: int) -> bool:
+def has_positions(hf_config: PreTrainedConfig, tokens: int) -> bool:
     """Whether a model has positions for so many tokens: those of a prompt and of the answer behind it."""
-    positions = positions_of(config)
+    positions = positions_of(hf_config)
     return positions is None or tokens <= positions
 
 
@@ -171,11 +171,10 @@ def require_positions(config: Config) -> None:
     require_positions_for(config.data.max_length, model_config(config.model), config.model.name_or_path)
 
 
-def require_positions_for(max_length: int, model: PreTrainedConfig, name: str) -> None:
+def require_positions_for(max_length: int, hf_config: PreTrainedConfig, name: str) -> None:
     """The same of a model in memory; `name` is what an error calls it."""
-    shape = model.get_text_config()
-    positions = positions_of(shape)
-    rope = getattr(shape, "rope_parameters", None) or {}
+    positions = positions_of(hf_config)
+    rope = getattr(hf_config.get_text_config(), "rope_parameters", None) or {}
     for of_layers in [rope, *(each for each in rope.values() if isinstance(each, dict))]:
         # Of these transformers asks the longest row of a batch.
         if of_layers.get("rope_type") in ("dynamic", "longrope"):
@@ -251,10 +250,10 @@ def without_weights(folder: Path, model: ModelConfig) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    shape, auto = architecture(folder, model), AutoModelForCausalLM
+    hf_config, auto = architecture(folder, model), AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            built: PreTrainedModel = auto.from_config(shape, trust_remote_code=model.trust_remote_code)
+            built: PreTrainedModel = auto.from_config(hf_config, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # as in `architecture`
         raise _not_loaded(folder, error) from None
     return built

@@ -21,11 +21,12 @@ from transformers.cache_utils import DynamicCache
 from bdpo.models.architectures import has_plain_lm_head
 from bdpo.models.branches import Branch, pack_branches, plain_branches
 from bdpo.models.loading import warn_once
-from bdpo.models.packing import Batch, RowLayout, SharedMask
+from bdpo.models.packing import Batch, SharedMask
+from bdpo.models.row_layout import prefix_sharing_obstacle, row_layout
 from bdpo.models.transformers_private import attention_of_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 # Logits that exist at one time: 128 MiB in float32.
@@ -35,12 +36,6 @@ CHUNK_ELEMENTS = 2**25
 # depends on device, kernel and the shape of a batch, and the errors of tokens add up like a random walk.
 # SmolLM2-135M in bfloat16 is 0.07 from itself in float32 (root mean square of 24 responses; largest 0.15).
 ROUNDING = {"float32": 1e-3, "bfloat16": 0.5}
-
-# Architectures known to take a 4-D mask and restarted positions. Every one of them is run
-# by `tests/models/test_architectures.py`.
-SHARED_ROW_MODELS = frozenset(
-    ["gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"]
-)
 
 BOTH = ("chosen", "rejected")
 
@@ -66,24 +61,6 @@ def pair_logps(
     return found.get("chosen", unknown), found.get("rejected", unknown)
 
 
-def prefix_sharing_obstacle(config: PreTrainedConfig, max_length: int) -> str | None:
-    """Why rows cannot be shared in this model, or None; a function of its config alone.
-
-    A 4-D mask takes the place of a sliding window, which is right as long as no sequence of `max_length`
-    tokens is longer than the window. State-space and linear-attention layers look at no mask at all,
-    eager and flash attention take other masks: all models that nobody has looked at get plain rows.
-    """
-    if config.model_type not in SHARED_ROW_MODELS:
-        return f"{config.model_type} models are not known to take a custom mask"
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < max_length:
-        return f"the sliding window of {window} tokens is shorter than data.max_length={max_length}"
-    attention = attention_of_config(config)
-    if attention not in ("sdpa", "flex_attention"):
-        return f"model.attn_implementation={attention} takes no custom mask"
-    return None
-
-
 class LogpsModel(nn.Module):
     """A causal language model of transformers whose outputs are log-probs of responses.
 
@@ -101,12 +78,11 @@ class LogpsModel(nn.Module):
         self.model = model
         self.one_forward = one_forward
         self.chunked = has_plain_lm_head(model.config)
-        why = prefix_sharing_obstacle(model.config, max_length)
-        self.layout = RowLayout(model.config.get_text_config().hidden_size, why is None and self.chunked)
+        self.layout = row_layout(model.config, max_length)
         self.tokens_forwarded = 0  # padding included, since the model was made
         if self.chunked:
             model.set_output_embeddings(LogpsHead(model.get_output_embeddings()))
-        if why:
+        if why := prefix_sharing_obstacle(model.config, max_length):
             warn_once(f"a row for each response instead of one for both: {why}")
 
     def forward(self, batch: Batch, means: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,6 @@ and whatever the host does for it has to be far less.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bdpo.models.arrangement import arrange, grid_cost
+from bdpo.models.arrangement import arrange
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -173,50 +172,6 @@ class Batch:
         parts = [getattr(self, field.name) for field in fields(self)]
         changed: list[Any] = [None if part is None else change(part) for part in parts]
         return Batch(*changed)
-
-
-@dataclass(frozen=True)
-class RowLayout:
-    """How a model of this width takes prefix groups: each in one shared row, or a plain row a response."""
-
-    hidden_size: int
-    shared: bool
-    responses: int = 2
-    """How many responses of each pair are forwarded."""
-
-    def tokens(self, lengths: np.ndarray) -> np.ndarray:
-        """What groups of these lengths, (groups, 1 + responses), take of a grid, int64, (groups,).
-
-        The context once, or a row a response, all as long as the longest. The unit of the lengths below.
-        """
-        if self.shared:
-            return lengths.sum(1, dtype=np.int64)
-        responses = lengths[:, 1:]
-        return responses.shape[1] * (lengths[:, 0].astype(np.int64) + responses.max(1))
-
-    def pack(self, groups: PrefixGroups) -> Batch:
-        """The groups as one batch of rows, on the host."""
-        return pack(groups, self.hidden_size) if self.shared else pack_plain(groups)
-
-    def grid(self, lengths: Sequence[int]) -> tuple[int, int]:
-        """(rows, width) of a batch of pairs of these lengths."""
-        if not self.shared:
-            return self.responses * len(lengths), max(lengths, default=0) // self.responses
-        rows = arrange(lengths, 0, self.hidden_size) if lengths else []
-        return len(rows), max((sum(lengths[index] for index in row) for row in rows), default=0)
-
-    def fits(self, lengths: Sequence[int], tokens: int) -> bool:
-        """Whether the grid of a batch has at most so many tokens; one pair always counts as fitting."""
-        # The grid has at most a row a pair, see `arrange`: that is cheap to compute and mostly enough.
-        return (
-            len(lengths) <= 1
-            or len(lengths) * max(lengths) <= tokens
-            or math.prod(self.grid(lengths)) <= tokens
-        )
-
-    def cost(self, lengths: Sequence[int]) -> float:
-        """Operations of the grid of a batch, see `grid_cost`."""
-        return grid_cost(*self.grid(lengths), self.hidden_size)
 
 
 def pack(groups: PrefixGroups, hidden_size: int) -> Batch:

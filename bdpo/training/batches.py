@@ -22,7 +22,7 @@ from bdpo.config import TrainConfig
 from bdpo.errors import UserError
 
 if TYPE_CHECKING:
-    from bdpo.models.packing import RowLayout
+    from bdpo.models.row_layout import RowLayout
 
 CLOSE_TO_MEAN = 1.01
 """Costliest micro-batch / mean: once it is so close, more exchanges are not worth their time."""

@@ -23,8 +23,9 @@ from bdpo.errors import UserError, first_line
 from bdpo.models.adapters import add_lora
 from bdpo.models.deepspeed_internals import MAX_LIVE_PARAMETERS, REDUCE_BUCKET
 from bdpo.models.loading import model_config, plain_attention
-from bdpo.models.logps import CHUNK_ELEMENTS, LogpsModel, prefix_sharing_obstacle
-from bdpo.models.packing import PrefixGroups, RowLayout
+from bdpo.models.logps import CHUNK_ELEMENTS, LogpsModel
+from bdpo.models.packing import PrefixGroups
+from bdpo.models.row_layout import RowLayout, row_layout
 from bdpo.models.transformers_private import attention_of_config, set_attention
 from bdpo.storage.paths import local_path
 
@@ -86,32 +87,32 @@ def model_shape(config: Config) -> tuple[PreTrainedConfig, str | None]:
     if local or model.name_or_path == SANDBOX or "://" in model.name_or_path:
         return model_config(model), None
     try:
-        shape = AutoConfig.from_pretrained(
+        hf_config = AutoConfig.from_pretrained(
             model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-        set_attention(shape, plain_attention(model, shape))
-        return shape, None
+        set_attention(hf_config, plain_attention(model, hf_config))
+        return hf_config, None
     except (OSError, ValueError) as error:
         known = dict(KNOWN_SHAPES.get(model.name_or_path, {}))
         if not known:
             raise UserError(
                 f"model.name_or_path={model.name_or_path}: config.json is unavailable ({first_line(error)})"
             ) from None
-    shape = AutoConfig.for_model(known.pop("model_type"), **known)
-    set_attention(shape, plain_attention(model, shape))
-    return shape, "shape built into bdpo: the hub is unreachable"
+    hf_config = AutoConfig.for_model(known.pop("model_type"), **known)
+    set_attention(hf_config, plain_attention(model, hf_config))
+    return hf_config, "shape built into bdpo: the hub is unreachable"
 
 
-def memory_need(config: Config, shape: PreTrainedConfig) -> MemoryNeed:
+def memory_need(config: Config, hf_config: PreTrainedConfig) -> MemoryNeed:
     """The peak memory of one of the fewest `train.workers`, in bytes; `gpu` is its own memory without one."""
-    parameters, trainable = parameter_counts(config, shape)
+    parameters, trainable = parameter_counts(config, hf_config)
     gpu, host = model_state_bytes(config, parameters, trainable)
     how = "layers recomputed" if config.train.gradient_checkpointing else "all layers kept"
-    gpu[f"activations, {how}"] = activation_bytes(config, shape)
-    vocabulary, width = shape.vocab_size, shape.hidden_size
+    gpu[f"activations, {how}"] = activation_bytes(config, hf_config)
+    text = hf_config.get_text_config()
     size = 2 if config.model.dtype == "bfloat16" else 4
     # logits of a chunk in the model's dtype and in float32; the head's gradient in both
-    gpu["output head, a chunk at a time"] = CHUNK_ELEMENTS * (4 + size) + vocabulary * width * (4 + size)
+    gpu["output head, a chunk at a time"] = (CHUNK_ELEMENTS + text.vocab_size * text.hidden_size) * (4 + size)
     model_file, optimizer_file = _checkpoint_bytes_each(config)
     partitions = config.train.min_workers if config.train.zero_stage else 1
     copied = trainable * model_file + math.ceil(trainable * optimizer_file / partitions)
@@ -122,9 +123,9 @@ def memory_need(config: Config, shape: PreTrainedConfig) -> MemoryNeed:
     return MemoryNeed(parameters, gpu, host)
 
 
-def parameter_counts(config: Config, shape: PreTrainedConfig) -> tuple[int, int]:
+def parameter_counts(config: Config, hf_config: PreTrainedConfig) -> tuple[int, int]:
     """(all parameters, those that are trained): with LoRA the adapters alone, which count among all."""
-    model = _meta_model(config, shape, shape.num_hidden_layers)
+    model = _meta_model(config, hf_config, hf_config.get_text_config().num_hidden_layers)
     counts = [(p.numel(), p.numel() * p.requires_grad) for p in model.parameters()]
     return sum(count for count, _ in counts), sum(trained for _, trained in counts)
 
@@ -146,13 +147,13 @@ def _cpu_bytes(train: TrainConfig, weights: int, trainable: int) -> dict[str, in
     }
 
 
-def checkpoint_bytes(config: Config, shape: PreTrainedConfig) -> int:
+def checkpoint_bytes(config: Config, hf_config: PreTrainedConfig) -> int:
     """The size of a checkpoint, the parts of all workers together, in bytes.
 
     Of each trained parameter AdamW's two moments, from stage 1 on a float32 copy, and below stage 3 the
     parameter itself; no gradients.
     """
-    _, trainable = parameter_counts(config, shape)
+    _, trainable = parameter_counts(config, hf_config)
     return trainable * sum(_checkpoint_bytes_each(config))
 
 
@@ -195,20 +196,21 @@ def model_state_bytes(
     return gpu, {what: count for what, count in held.items() if what in offloaded}
 
 
-def activation_bytes(config: Config, shape: PreTrainedConfig) -> int:
+def activation_bytes(config: Config, hf_config: PreTrainedConfig) -> int:
     """Bytes that a micro-batch of the longest pairs keeps for its backward, on a GPU.
 
     Models of one and of two layers are run: they differ by what a layer keeps. With gradient checkpointing
     each layer keeps its input alone, and one layer at a time keeps everything while it is recomputed.
     """
-    groups = _longest_pairs(config, shape)
-    one, two = (_saved(_meta_model(config, shape, layers), config, groups) for layers in (1, 2))
+    groups = _longest_pairs(config, hf_config)
+    one, two = (_saved(_meta_model(config, hf_config, layers), config, groups) for layers in (1, 2))
     layer, rest = two - one, 2 * one - two
-    layers = shape.num_hidden_layers
+    layers = hf_config.get_text_config().num_hidden_layers
     if not config.train.gradient_checkpointing:
         return rest + layers * layer
-    tokens = int(row_layout(config, shape).tokens(groups.lengths).sum())
-    kept = tokens * shape.hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
+    layout = training_layout(config, hf_config)
+    states = int(layout.tokens(groups.lengths).sum()) * layout.hidden_size
+    kept = states * (2 if config.model.dtype == "bfloat16" else 4)
     return rest + layer + layers * kept
 
 
@@ -242,18 +244,19 @@ def gpu_memory(train: TrainConfig) -> float | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def _meta_model(config: Config, shape: PreTrainedConfig, layers: int) -> Any:
+def _meta_model(config: Config, hf_config: PreTrainedConfig, layers: int) -> Any:
     from transformers import AutoModelForCausalLM
 
-    shape = copy.deepcopy(shape)
-    shape.num_hidden_layers = layers
-    if getattr(shape, "layer_types", None):
-        shape.layer_types = shape.layer_types[:layers]
+    hf_config = copy.deepcopy(hf_config)
+    text = hf_config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            shape,
+            hf_config,
             dtype=getattr(torch, config.model.dtype),
-            attn_implementation="eager" if attention_of_config(shape) == "eager" else "sdpa",
+            attn_implementation="eager" if attention_of_config(hf_config) == "eager" else "sdpa",
             trust_remote_code=config.model.trust_remote_code,
         )
         if config.train.lora:
@@ -261,22 +264,23 @@ def _meta_model(config: Config, shape: PreTrainedConfig, layers: int) -> Any:
     return model.eval()  # training disables dropout
 
 
-def row_layout(config: Config, shape: PreTrainedConfig) -> RowLayout:
-    """How the rows of a training are laid out."""
-    return RowLayout(shape.hidden_size, prefix_sharing_obstacle(shape, config.data.max_length) is None)
+def training_layout(config: Config, hf_config: PreTrainedConfig) -> RowLayout:
+    """How the rows of a training are laid out, and how many responses of a pair they hold."""
+    return row_layout(hf_config, config.data.max_length, len(config.method.responses))
 
 
-def _longest_pairs(config: Config, shape: PreTrainedConfig) -> PrefixGroups:
+def _longest_pairs(config: Config, hf_config: PreTrainedConfig) -> PrefixGroups:
     """Pairs of the greatest length that fill a micro-batch, or a single pair that exceeds it."""
     data, budget = config.data, config.train.tokens_per_micro_batch
     prompt, response = data.max_prompt_length, data.max_length - data.max_prompt_length
-    responses = len(config.method.responses)
-    longest = int(row_layout(config, shape).tokens(np.array([[prompt] + [response] * responses]))[0])
+    layout = training_layout(config, hf_config)
+    longest = int(layout.tokens(np.array([[prompt] + [response] * layout.responses]))[0])
     pairs = math.ceil(budget / longest)
     part = min(1.0, budget / pairs / longest) if pairs > 1 else 1.0
     lengths = max(1, int(prompt * part)), max(1, int(response * part))
     return PrefixGroups.of(
-        [[number + 1] * lengths[0], *([1] * lengths[1] for _ in range(responses))] for number in range(pairs)
+        [[number + 1] * lengths[0], *([1] * lengths[1] for _ in range(layout.responses))]
+        for number in range(pairs)
     )
 
 
@@ -299,11 +303,14 @@ class _FlashAttention(TorchFunctionMode):
     """Replaces scaled dot-product attention by one that keeps what the memory-efficient GPU kernel keeps.
 
     On the meta device torch would take the plain implementation, which keeps the whole matrix of scores.
+    There no tensor has a value to decide by; transformers asks whether no row is padded, and some row is.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return _Kernel.apply(*args[:3], (kwargs or {}).get("attn_mask"))
+        if func is torch.Tensor.__bool__ and args[0].is_meta:
+            return False
         return func(*args, **(kwargs or {}))
 
 

@@ -18,8 +18,9 @@ from bdpo.data.tokens import mapped_groups
 from bdpo.method.base import PairLogps
 from bdpo.models.ahead import made_ahead
 from bdpo.models.loading import model_config
-from bdpo.models.logps import BOTH, pair_logps, prefix_sharing_obstacle
-from bdpo.models.packing import Batch, PrefixGroups, RowLayout
+from bdpo.models.logps import BOTH, pair_logps
+from bdpo.models.packing import Batch, PrefixGroups
+from bdpo.models.row_layout import RowLayout, row_layout
 from bdpo.models.tokenizer import ChatTokenizer, load_tokenizer
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import TrainingPlan, draw_held_out
@@ -88,10 +89,8 @@ class TrainingPairs:
         weights = config.method.weights(_column(scores["mi_chosen"]), _column(scores["mi_rejected"]))
         unsafe = (pc.equal(table[label], False).fill_null(False).take(rows) for label in LABELS)
         columns = [*(_column(scores[name]) for name in SCORES), *weights, *map(_column, unsafe)]
-        shape = model_config(config.model)
-        plain = prefix_sharing_obstacle(shape, config.data.max_length)
-        width, responses = shape.get_text_config().hidden_size, config.method.responses
-        layout = RowLayout(width, plain is None, len(responses))
+        responses = config.method.responses
+        layout = row_layout(model_config(config.model), config.data.max_length, len(responses))
         groups = mapped_groups(run)[rows.to_numpy()]
         groups = groups.with_responses([BOTH.index(side) for side in responses])
         known = torch.stack(columns, dim=1)

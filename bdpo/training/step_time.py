@@ -15,7 +15,7 @@ import numpy as np
 
 from bdpo.config import Config
 from bdpo.models.logps import CHUNK_ELEMENTS
-from bdpo.training.memory import parameter_counts, row_layout
+from bdpo.training.memory import parameter_counts, training_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -76,59 +76,57 @@ class StepTime:
         return self.required / PEAK / self.seconds
 
 
-def step_time(config: Config, shape: PreTrainedConfig) -> StepTime:
+def step_time(config: Config, hf_config: PreTrainedConfig) -> StepTime:
     """The modelled step of a training on GPUs of the kind `GPU`, on pairs as long as `PAIR`."""
     train, size = config.train, 2 if config.model.dtype == "bfloat16" else 4
     workers, stage, recomputed = train.min_workers, train.zero_stage, int(train.gradient_checkpointing)
-    layout = row_layout(config, shape)
+    text, layout = hf_config.get_text_config(), training_layout(config, hf_config)
     lengths = PAIR[: 1 + layout.responses]
     pairs = max(1.0, train.global_batch_size / workers)
     of_pair = int(layout.tokens(np.array([lengths]))[0])
     micro_steps = math.ceil(pairs * of_pair / train.tokens_per_micro_batch)
     _, width = layout.grid([of_pair] * math.ceil(pairs / micro_steps))
     tokens, responses = round(pairs * of_pair), pairs * sum(lengths[1:])
-    parameters, trained = parameter_counts(config, shape)
-    head = shape.vocab_size * shape.hidden_size
-    layers = parameters - (head if shape.tie_word_embeddings else 2 * head)
+    parameters, trained = parameter_counts(config, hf_config)
+    head = text.vocab_size * text.hidden_size
+    layers = parameters - (head if hf_config.tie_word_embeddings else 2 * head)
     passes = 2 + recomputed + trained / parameters  # forward, gradients of inputs, again, of weights
     of_head = 2 * head * responses * (2 + trained / parameters)
-    operations = passes * forward_operations(shape, layers, tokens, width) + of_head
+    operations = passes * forward_operations(text, layers, tokens, width) + of_head
     share = workers if stage else 1
     return StepTime(
         tokens=tokens,
         micro_steps=micro_steps,
         operations=operations,
         traffic=micro_steps * size * parameters * (2 + recomputed)
-        + _activation_traffic(shape, tokens, size) * (3 + recomputed)
-        + _head_traffic(shape, responses, micro_steps, size)
+        + _activation_traffic(text, tokens, size) * (3 + recomputed)
+        + _head_traffic(text, responses, micro_steps, size)
         + 30 * trained / share,  # AdamW: weight, moments and gradient in float32, and the weight it writes
         communication=_communication(stage, workers, micro_steps, size * parameters, size * trained),
-        host=micro_steps * shape.num_hidden_layers * HOST_MS[stage] / 1000 * (1 + recomputed / 3),
+        host=micro_steps * text.num_hidden_layers * HOST_MS[stage] / 1000 * (1 + recomputed / 3),
         workers=workers,
         required=6 * (layers + head) * train.global_batch_size * of_pair / workers,
     )
 
 
-def forward_operations(shape: PreTrainedConfig, layers: int, tokens: float, width: int) -> float:
+def forward_operations(text: PreTrainedConfig, layers: int, tokens: float, width: int) -> float:
     """Operations of a forward without the head: 2 a token and parameter of the layers, and attention."""
-    heads = shape.num_attention_heads
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    return 2 * layers * tokens + 4 * shape.num_hidden_layers * heads * head_dim * tokens * width
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2 * layers * tokens + 4 * text.num_hidden_layers * heads * head_dim * tokens * width
 
 
-def _activation_traffic(shape: PreTrainedConfig, tokens: float, size: int) -> float:
+def _activation_traffic(text: PreTrainedConfig, tokens: float, size: int) -> float:
     """Bytes of a forward between its matrix products: norms, rotary embedding, SwiGLU, residuals."""
-    a_token = 16 * shape.hidden_size + 5 * (
-        getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
-    )
-    return size * tokens * shape.num_hidden_layers * a_token
+    a_token = 16 * text.hidden_size + 5 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+    return size * tokens * text.num_hidden_layers * a_token
 
 
-def _head_traffic(shape: PreTrainedConfig, responses: float, micro_steps: int, size: int) -> float:
+def _head_traffic(text: PreTrainedConfig, responses: float, micro_steps: int, size: int) -> float:
     """Bytes of the head: logits in both precisions three times, and its gradient added up chunk by chunk."""
-    logits = responses * shape.vocab_size
+    logits = responses * text.vocab_size
     chunks = max(micro_steps, math.ceil(logits / CHUNK_ELEMENTS))
-    return 3 * (4 + size) * logits + chunks * 2 * (4 + size) * shape.vocab_size * shape.hidden_size
+    return 3 * (4 + size) * logits + chunks * 2 * (4 + size) * text.vocab_size * text.hidden_size
 
 
 def _communication(stage: int, workers: int, micro_steps: int, weights: int, gradients: int) -> float:

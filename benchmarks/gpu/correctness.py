@@ -25,7 +25,8 @@ from bdpo.config import Config
 from bdpo.data.pairs import prefix_groups, read_pairs
 from bdpo.models.loading import load_model
 from bdpo.models.logps import LogpsModel, pair_logps
-from bdpo.models.packing import PrefixGroups, RowLayout
+from bdpo.models.packing import PrefixGroups
+from bdpo.models.row_layout import RowLayout
 from bdpo.models.transformers_private import attention_of_config
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.checkpoints import TrainProgress, load_first_intact

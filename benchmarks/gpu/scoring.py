@@ -17,7 +17,8 @@ import torch
 from bdpo.config import ModelConfig
 from bdpo.models.attention import why_not_flex
 from bdpo.models.logps import LogpsModel
-from bdpo.models.packing import PrefixGroups, RowLayout
+from bdpo.models.packing import PrefixGroups
+from bdpo.models.row_layout import RowLayout
 from bdpo.models.tokenizer import EncodedPair
 from bdpo.scoring.reference import reference_logps
 from benchmarks.common import EMPTY_TURN, MAX_LENGTH

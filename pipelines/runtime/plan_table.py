@@ -29,12 +29,12 @@ def print_plan(config: Config, pairs: int | None = None) -> None:
     """
     if pairs is None:
         pairs = expected_pairs(config, RunDir(config.run_dir))
-    shape, remark = model_shape(config)
-    need = memory_need(config, shape)
+    hf_config, remark = model_shape(config)
+    need = memory_need(config, hf_config)
     console.print(_batch_table(config, pairs))
     console.print(_memory_table(config, need))
     if config.train.gpus_per_worker and not config.train.offload:  # a CPU's step of AdamW is not modelled
-        console.print(_step_table(step_time(config, shape)))
+        console.print(_step_table(step_time(config, hf_config)))
     if remark:
         console.print(f"{config.model.name_or_path}: {remark}", soft_wrap=True)
     require_gpu_memory(config, need, gpu_memory(config.train))

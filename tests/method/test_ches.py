@@ -9,7 +9,8 @@ import torch
 
 from bdpo.method.ches import ches
 from bdpo.models.logps import LogpsModel, mean_states
-from bdpo.models.packing import PrefixGroups, RowLayout
+from bdpo.models.packing import PrefixGroups
+from bdpo.models.row_layout import RowLayout
 from bdpo.scoring.reference import reference_logps
 from tests.support.architectures import tiny
 from tests.support.helpers import encoded_pairs

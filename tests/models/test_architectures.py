@@ -12,7 +12,8 @@ from transformers import AutoConfig
 from bdpo.models import architectures
 from bdpo.models import logps as logps_module
 from bdpo.models.architectures import switch_off_dropout, trains_as_it_scores
-from bdpo.models.logps import SHARED_ROW_MODELS, LogpsModel
+from bdpo.models.logps import LogpsModel
+from bdpo.models.row_layout import SHARED_ROW_MODELS
 from tests.support import ROOT
 from tests.support.architectures import COMMON, NOT_TRAINED, OWN_LOGITS, PLAIN_ROWS, SPECIAL, tiny
 from tests.support.helpers import VOCABULARY, encoded_pairs, logps_of, naive_logps

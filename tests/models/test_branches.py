@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bdpo.models.branches import Branch
-from bdpo.models.logps import SHARED_ROW_MODELS, LogpsModel
-from bdpo.models.packing import RowLayout
+from bdpo.models.logps import LogpsModel
+from bdpo.models.row_layout import SHARED_ROW_MODELS, RowLayout
 from tests.support.architectures import tiny
 from tests.support.helpers import VOCABULARY, naive_logps, tiny_qwen2
 

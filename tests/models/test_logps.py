@@ -24,8 +24,9 @@ from transformers import (
 
 import bdpo.models.logps
 from bdpo.models.loading import warn_once
-from bdpo.models.logps import LogpsHead, LogpsModel, prefix_sharing_obstacle
-from bdpo.models.packing import PrefixGroups, RowLayout
+from bdpo.models.logps import LogpsHead, LogpsModel
+from bdpo.models.packing import PrefixGroups
+from bdpo.models.row_layout import RowLayout, prefix_sharing_obstacle
 from bdpo.models.tokenizer import EncodedPair
 from tests.support.helpers import (
     VOCABULARY,

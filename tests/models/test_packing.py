@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
 from bdpo.models.arrangement import arrange, length_sorted_batches
-from bdpo.models.packing import Batch, PrefixGroups, RowLayout
+from bdpo.models.packing import Batch, PrefixGroups
+from bdpo.models.row_layout import RowLayout
 from tests.support.helpers import groups_in_lists
 
 

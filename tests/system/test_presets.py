@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bdpo.config import load_config
 from bdpo.models.loading import load_model, model_config
-from bdpo.models.logps import prefix_sharing_obstacle
+from bdpo.models.row_layout import prefix_sharing_obstacle
 from bdpo.models.tokenizer import load_tokenizer
 from bdpo.scoring.scores import finish_scores, read_scores, score_fingerprint
 from bdpo.scoring.shard_scorer import ShardScorer

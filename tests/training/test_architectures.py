@@ -15,7 +15,7 @@ import torch
 
 from bdpo.data.pairs import read_pairs
 from bdpo.models.loading import load_model
-from bdpo.models.logps import SHARED_ROW_MODELS
+from bdpo.models.row_layout import SHARED_ROW_MODELS
 from bdpo.models.tokenizer import EncodedPair
 from bdpo.scoring.reference import ReferenceScorer
 from bdpo.storage.run_dir import RunDir

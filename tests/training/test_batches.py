@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from bdpo.config import TrainConfig
 from bdpo.errors import UserError
-from bdpo.models.packing import PrefixGroups, RowLayout
+from bdpo.models.packing import PrefixGroups
+from bdpo.models.row_layout import RowLayout
 from bdpo.training.batches import (
     CLOSE_TO_MEAN,
     TrainingPlan,

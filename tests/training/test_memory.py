@@ -11,15 +11,24 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bdpo.config import parse_config
 from bdpo.errors import UserError
 from bdpo.models.logps import LogpsModel
+from bdpo.models.row_layout import RowLayout
+from bdpo.models.transformers_private import set_attention
 from bdpo.training import memory
+from bdpo.training.step_time import step_time
 from pipelines.runtime.plan_table import print_plan, require_memory
 from tests.support.helpers import VOCABULARY
 
 
-def config_of(model="Qwen/Qwen2-7B-Instruct", dtype="bfloat16", data=None, **train):
+def config_of(model="Qwen/Qwen2-7B-Instruct", dtype="bfloat16", data=None, method="bdpo", **train):
     data = {"path": "p", **(data or {})}
     return parse_config(
-        {"run_dir": "r", "model": {"name_or_path": model, "dtype": dtype}, "data": data, "train": train},
+        {
+            "run_dir": "r",
+            "model": {"name_or_path": model, "dtype": dtype},
+            "data": data,
+            "train": train,
+            "method": {"name": method},
+        },
         "test",
     )
 
@@ -108,6 +117,7 @@ SHAPES = {
     "mistral": {"sliding_window": 40},  # plain rows
     "llama": {"num_key_value_heads": 4},
     "gemma": {"head_dim": 8},
+    "stablelm": {},  # plain rows
 }
 
 
@@ -136,13 +146,17 @@ def test_activations_are_what_autograd_keeps_of_a_real_forward(model_type):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            policy(policy.layout.pack(memory._longest_pairs(config, shape)))
+            groups = memory._longest_pairs(config, shape)
+            groups.lengths[-1, -1] -= 1  # a row that is padded, as nearly every batch has one
+            policy(policy.layout.pack(groups))
         return sum(storage.nbytes() for pointer, storage in found.items() if pointer not in own)
 
     all_layers = kept(5)
     assert memory.activation_bytes(config, shape) == pytest.approx(all_layers, rel=0.05)
     layer = (all_layers - kept(1)) / 4
-    tokens = 700 if model_type != "mistral" else 600  # 4 pairs as long as fit; plain rows are padded
+    tokens = (
+        600 if model_type in ("mistral", "stablelm") else 700
+    )  # 4 pairs as long as fit; plain rows are padded
     recomputed = all_layers - 5 * layer + layer + 5 * tokens * 32 * 4
     found = memory.activation_bytes(config_of(gradient_checkpointing=True, **options), shape)
     assert found == pytest.approx(recomputed, rel=0.05)
@@ -169,6 +183,40 @@ def test_a_micro_batch_of_a_known_shape_is_full(monkeypatch, name):
     shape, _ = memory.model_shape(config)
     tokens = memory._longest_pairs(config, shape).lengths.sum()
     assert 0.95 * 8192 < tokens <= 8192
+
+
+@pytest.fixture
+def parts():
+    """A small model of text and pictures, whose config.json has the sizes of the text one level down."""
+    text = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
+        "layer_types": ["full_attention"] * 3,
+    }  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    found = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
+    assert not hasattr(found, "hidden_size")
+    return found
+
+
+def test_of_a_model_of_several_parts_the_text_part_has_the_layers_and_the_head(parts):
+    config = config_of("parts", data={"max_length": 100, "max_prompt_length": 60}, tokens_per_micro_batch=400)
+    need = memory.memory_need(config, parts)
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(parts)
+    assert need.parameters == sum(p.numel() for p in whole.parameters())
+    assert need.gpu["output head, a chunk at a time"] == (memory.CHUNK_ELEMENTS + VOCABULARY * 32) * (4 + 2)
+    assert step_time(config, parts).seconds > 0
+
+
+def test_the_plan_lays_out_as_many_responses_as_the_method_forwards(parts):
+    shape = shape_of("Qwen/Qwen2-7B-Instruct")
+    set_attention(shape, "sdpa")
+    for method, responses in (("dpo", 2), ("sft", 1)):
+        config = config_of(method=method, workers=1)
+        assert memory.training_layout(config, shape) == RowLayout(3584, True, responses)
+        assert memory.training_layout(config, parts) == RowLayout(32, False, responses)
+        assert step_time(config, shape).tokens == (50 + 125 * responses) * config.train.global_batch_size
 
 
 def test_a_gpu_that_is_too_small_is_refused_before_it_is_taken():
