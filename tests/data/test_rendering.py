@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ TRIMS = CHATML.replace("m.content", "m.content | trim")
 TEXTS = st.text(max_size=20)
 
 
+@functools.cache  # not one an example of Hypothesis
 def chat_of(template):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template

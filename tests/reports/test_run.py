@@ -73,16 +73,21 @@ def scores():
 
 @pytest.fixture
 def run(tmp_path, scores):
-    """A finished run of many pairs, with texts where texts are."""
-    config = tiny_config(tmp_path / "run", tmp_path / "gone", tmp_path / "gone.jsonl")
+    """A finished run, with texts where texts are."""
+    return finished_run(tmp_path, scores.slice(0, 2000), 50)
+
+
+def finished_run(folder, scores, steps):
+    """Config and folder of a run that trained so many steps on pairs with these scores."""
+    config = tiny_config(folder / "run", folder / "gone", folder / "gone.jsonl")
     run = RunDir(config.run_dir)
     run.open(config).release()
     write_manifest(run.data / "manifest.json", {}, account=ACCOUNT)
     score_store(run, FINGERPRINT).write(0, scores.replace_schema_metadata({"bdpo.work": "{}"}))
-    write_manifest(run.scores / "manifest.json", FINGERPRINT, rows=PAIRS, seconds=36.0, workers={})
+    write_manifest(run.scores / "manifest.json", FINGERPRINT, rows=len(scores), seconds=36.0, workers={})
     keys = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen")
-    steps = [{"step": step + 1, **dict.fromkeys(keys, step / 1000)} for step in range(5000)]
-    write_text(run.metrics, "".join(sealed(step) + "\n" for step in steps))
+    log = [{"step": step + 1, **dict.fromkeys(keys, step / 1000)} for step in range(steps)]
+    write_text(run.metrics, "".join(sealed(row) + "\n" for row in log))
     for name, harm in (("base", 1.0), ("trained", 0.0)):
         items = table([harm, harm, 0.5, harm], [False, False, True])
         write_parquet(run.eval(name) / "scores.parquet", items)
@@ -93,8 +98,8 @@ def run(tmp_path, scores):
     return config, run
 
 
-def test_a_run_of_200_000_pairs_is_a_small_page(run):
-    config, folder = run
+def test_a_run_of_200_000_pairs_is_a_small_page(tmp_path, scores):
+    config, folder = finished_run(tmp_path, scores, 5000)
     file = folder.report / "report.html"
     write_page(run_page(config, folder, timed_stages(config, folder)), file)
     html = file.read_text()
