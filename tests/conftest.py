@@ -1,10 +1,17 @@
 """How the tests run: their environment, their order, and the fixtures of `tests.support.fixtures`."""
 
+from __future__ import annotations
+
+import functools
 import gc
 import os
 import secrets
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadFileScheduling
 
 os.environ["RAY_ADDRESS"] = "local"  # no test joins another cluster of this machine
 # Ray reads these when it is first imported, whatever test that is, and never again.
@@ -23,6 +30,28 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.disable()  # nothing of what is imported and collected becomes garbage
     if config.getoption("dist", "no") == "no":
         config.pluginmanager.import_plugin("tests.support.fixtures")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    """All files with tests of the marker `ray` go to one process: a cluster costs more than they do.
+
+    Not so those of whole pipelines, which take long themselves.
+    """
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    @functools.cache
+    def is_on_ray(file: str) -> bool:
+        return not file.startswith("tests/system/") and "mark.ray" in (config.rootpath / file).read_text()
+
+    class OneCluster(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "ray" if is_on_ray(file) else file
+
+    return OneCluster(config, log)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

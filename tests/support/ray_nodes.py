@@ -35,6 +35,12 @@ NOTICED_SOON = {
     "RAY_health_check_failure_threshold": "10",
 }
 
+# Workers begin when something runs in them: those that a node begins with are not of a test's environment.
+ON_DEMAND = {"RAY_prestart_worker_first_driver": "0"}
+
+# Of a head: what no command of a test speaks to.
+WITHOUT_SERVICES = ["--include-dashboard=false", "--include-log-monitor=false", "--no-monitor"]
+
 
 def wait_until(true: Callable[[], Any], what: str, seconds: float = 600, every: float = 0.2) -> Any:
     """What `true` returns once it is true; it is asked `every` so many seconds."""
@@ -208,8 +214,8 @@ def session_node(cpus: int = 4, **variables: str) -> Iterator[tuple[str, Path]]:
         port, log = free_ports(1)[0], folder / "start.log"
         environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
         # Ray kills workers when the machine runs out of memory, whoever took it.
-        environment |= {"RAY_memory_monitor_refresh_ms": "0", STATE_TRACKING: "0", **variables}
-        head = ["--head", f"--port={port}", "--include-dashboard=false", f"--num-cpus={cpus}"]
+        environment |= {"RAY_memory_monitor_refresh_ms": "0", STATE_TRACKING: "0", **ON_DEMAND, **variables}
+        head = ["--head", f"--port={port}", f"--num-cpus={cpus}", *WITHOUT_SERVICES]
         node = _started_node(*head, f"--temp-dir={folder}", environment=environment, log=log)
         try:
             yield f"127.0.0.1:{port}", folder
