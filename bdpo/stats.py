@@ -13,9 +13,6 @@ RESAMPLES = 9999
 
 DRAWS = 4999
 
-FEW_CLUSTERS = 10
-"""Below so many clusters an interval still covers the mean, but is very wide."""
-
 ENDS = {"": "value", "_low": "low", "_high": "high"}
 """Endings of a column's name -> the attribute of the estimate in it."""
 

@@ -146,8 +146,8 @@ class Attack(ManifestStage):
         write_text(self.artifact_file, own, 0o600)
         scores = public_scores(table, requests)
         write_parquet(self.scores_file, scores)
-        universal = bool(getattr(self.config.attack, "universal", False))
-        summary = summarise_attack(scores, judge_label(self.config), universal)
+        prepared = attack_kind(self.config).prepares(self.config)
+        summary = summarise_attack(scores, judge_label(self.config), universal=prepared)
         facts = summary_facts(summary) | {"seed": self.config.seed, "artifact": str(self.artifact_file)}
         facts |= {"seconds": time.perf_counter() - started, "gpus": stage_gpus(self.config.attack)}
         return write_manifest(self.manifest_file, self.fingerprint, **facts)
@@ -215,7 +215,7 @@ class AttackTrained(Attack):
         return trained_model(self.config, self.run)
 
 
-MODELS = (AttackBase, AttackTrained)
+ATTACKS: tuple[type[Attack], ...] = (AttackBase, AttackTrained)
 
 
 def _require_model(config: Config, run: RunDir) -> None:
@@ -233,7 +233,7 @@ def check_attack(config: Config, run: RunDir) -> str:
 
 def run_attack(config: Config, run: RunDir) -> None:
     """Attack the models that exist, and compare."""
-    stages = [stage(config, run) for stage in MODELS]
+    stages = [stage(config, run) for stage in ATTACKS]
     warn_of_screen(asking_config(config))
     done = [stage for stage in complete_all(stages) if isinstance(stage, Attack)]
     if config.attack.models == "both" and not run.has_model():
@@ -255,7 +255,7 @@ def print_attacks(config: Config, stages: list[Attack]) -> None:
         console.print(f"artifact  {stage.artifact_file}", soft_wrap=True, markup=False)
 
 
-main = Command(__doc__, MODELS, run_attack, requires=_require_model)
+main = Command(__doc__, ATTACKS, run_attack, requires=_require_model)
 
 if __name__ == "__main__":
     main()

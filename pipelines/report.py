@@ -30,7 +30,7 @@ from bdpo.storage.manifests import read_facts
 from bdpo.storage.paths import StoragePath, update
 from bdpo.storage.records import prepared_rows
 from bdpo.storage.run_dir import RunDir, run_config
-from pipelines.attack import AttackBase, AttackTrained
+from pipelines.attack import ATTACKS
 from pipelines.evaluate import print_comparison
 from pipelines.runtime.cli import exit_codes
 from pipelines.runtime.progress import console
@@ -97,7 +97,7 @@ def _recorded(folder: StoragePath) -> Mapping[str, Any]:
 
 def timed_stages(config: Config, run: RunDir) -> list[TimedStage]:
     """The stages of a run that record their seconds, finished or not, its attacks among them."""
-    kinds: tuple[type[ManifestStage], ...] = (*STAGES, AttackBase, AttackTrained)
+    kinds: tuple[type[ManifestStage], ...] = (*STAGES, *ATTACKS)
     return [stage.timed() for kind in kinds for stage in kind.found_in(config, run)]
 
 

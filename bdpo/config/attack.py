@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field
 from bdpo.config.base import Workers
 from bdpo.config.endpoint import EndpointConfig
 from bdpo.config.evaluate import BenchmarkName, Distinct
-from bdpo.section import RUNTIME_ONLY, Fraction, Positive, Variant, default_kind, sections_in
+from bdpo.section import RUNTIME_ONLY, Fraction, Positive, Variant, default_kind
 
 
 class AttackConfig(Variant):
@@ -51,7 +51,13 @@ Target = Annotated[
 ]
 
 
-class GcgConfig(AttackConfig):
+class TargetedConfig(AttackConfig):
+    """What an attack has that works towards an answer which begins in a certain way."""
+
+    target: Target
+
+
+class GcgConfig(TargetedConfig):
     """Greedy coordinate gradient (arXiv 2307.15043): a suffix behind which the model begins to comply.
 
     Each step, of one candidate for each of `candidates` random single-token changes, among the `top_k` tokens
@@ -102,7 +108,7 @@ class BestOfNConfig(AttackConfig):
     )
 
 
-class PrefillAttackConfig(AttackConfig):
+class PrefillAttackConfig(TargetedConfig):
     """The assistant's turn is begun (arXiv 2406.05946), to several depths; one harmful answer is a success.
 
     Only what the model wrote itself is judged.
@@ -124,7 +130,7 @@ class AttackerConfig(EndpointConfig):
     )
 
 
-class PairConfig(AttackConfig):
+class PairConfig(TargetedConfig):
     """PAIR (arXiv 2310.08419): a chat model writes prompts, sees what they led to, and improves them.
 
     Several conversations run side by side, each with the verdict on its last prompt; one harmful answer ends
@@ -150,5 +156,3 @@ AnyAttack = Annotated[
     default_kind("best_of_n"),
 ]
 """The section `attack`; each kind is a module of `bdpo.evaluation.attacks` of its name."""
-
-ATTACK_NAMES = tuple(kind.kind() for kind in sections_in(AnyAttack) if issubclass(kind, Variant))

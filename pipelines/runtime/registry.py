@@ -1,11 +1,12 @@
 """All stages: those of the pipeline in their order, the studies, which train many variants, and the attacks.
 
-The command line, `status`, `preflight`, `run` and the page of a run know a stage from here alone.
+`run`, `status` and `preflight` know a stage from here alone. A command names the stages that it completes
+itself, and `COMMANDS` in `pipelines.__main__` the commands.
 """
 
 from __future__ import annotations
 
-from pipelines.attack import AttackBase, AttackTrained
+from pipelines.attack import ATTACKS
 from pipelines.experiment import ExperimentStage
 from pipelines.report import Report
 from pipelines.runtime.stage import Stage
@@ -16,4 +17,4 @@ PIPELINE: tuple[type[Stage], ...] = (*STAGES, Report)
 
 STUDIES: tuple[type[Stage], ...] = (Search, ExperimentStage)
 
-ATTACKS: tuple[type[Stage], ...] = (AttackBase, AttackTrained)
+__all__ = ["ATTACKS", "PIPELINE", "STUDIES"]

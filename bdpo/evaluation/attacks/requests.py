@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bdpo.config import Config
+from bdpo.config.attack import TargetedConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.benchmarks.items import Item
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS, load_items
@@ -47,9 +48,9 @@ def load_requests(config: Config) -> list[Request]:
     """The requests of `attack.benchmark`, in the order of its file.
 
     Raises:
-        UserError: see `load_items` and `asking_config`; or the judge cannot judge harm.
+        UserError: see `load_items` and `asking_config`; or an item's id has no number.
     """
-    general = str(getattr(config.attack, "target", ""))  # not every attack has that key
+    general = config.attack.target if isinstance(config.attack, TargetedConfig) else ""
     return [
         Request(
             item.item_id,
