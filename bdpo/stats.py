@@ -74,6 +74,25 @@ def p_value(p: float) -> str:
     return f"{p:.2g}" if p >= 0.001 else "<0.001"
 
 
+def points(share: float) -> str:
+    """A difference of shares in percentage points, as `+3.1`; what rounds to zero has no minus."""
+    return f"{round(100 * share, 1) + 0.0:+.1f}"
+
+
+def points_of(share: float | None, low: float | None, high: float | None) -> str:
+    """A difference of shares with its interval, as `+3.1 (-0.4 to +6.5)`; empty where there is none."""
+    if share is None or low is None or high is None:
+        return ""
+    return f"{points(share)} ({points(low)} to {points(high)})"
+
+
+def percent_of(share: float | None, low: float | None, high: float | None) -> str:
+    """A share in percent with its interval, as `83.1 (79.6–86.5)`; empty where there is none."""
+    if share is None or low is None or high is None:
+        return ""
+    return f"{100 * share:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
 def paired_difference(first: Sequence[float], second: Sequence[float], of: Sequence[str] = ()) -> Difference:
     """Mean of `second` − `first`, pair by pair, with a 95 % interval and a two-sided p-value.
 

@@ -11,7 +11,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from bdpo.cluster.status import expected_pairs
 from bdpo.config import Config, DataConfig, TuneConfig, worker_range
 from bdpo.config.derive import in_words_of_tamper, tampering_config
 from bdpo.data.formats.base import Pair
-from bdpo.data.prepare import first_pairs
+from bdpo.data.prepare import first_pairs, reasons_text
 from bdpo.data.sources import count_rows, open_source
 from bdpo.errors import UserError, error_line
 from bdpo.evaluation.benchmarks.registry import load_items
@@ -129,7 +129,9 @@ def check_template(config: Config, run: RunDir) -> str | Doubt:
     chat, data = load_tokenizer(config.model), config.data
     audited, bad = first_pairs(data, chat, AUDITED_PAIRS)
     if not audited:
-        raise UserError(f"data.path={data.names}: none of the first rows can be used ({_reasons(bad)})")
+        raise UserError(
+            f"data.path={data.names}: none of the first rows can be used ({reasons_text(Counter(bad))})"
+        )
     encoded = [ids for _, ids in audited]
     bos = chat.tokenizer.bos_token_id
     if bos is not None and any(ids.prompt[:2] == [bos, bos] or ids.chosen[0] == bos for ids in encoded):
@@ -141,7 +143,7 @@ def check_template(config: Config, run: RunDir) -> str | Doubt:
     begin = "BOS first" if encoded[0].prompt[0] == bos else "no BOS"
     end = chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn_id)
     found = f"{len(audited)} pairs: {begin}, turns end with {end}"
-    return Doubt(f"{found}, but {_reasons(doubts)}: is that what you want?") if doubts else found
+    return Doubt(f"{found}, but {reasons_text(Counter(doubts))}: is that what you want?") if doubts else found
 
 
 def _doubts(chat: ChatTokenizer, data: DataConfig, pair: Pair, ids: EncodedPair) -> Iterator[str]:
@@ -156,10 +158,6 @@ def _doubts(chat: ChatTokenizer, data: DataConfig, pair: Pair, ids: EncodedPair)
     ours = chat.prompt_ids(pair.prompt) + chat.response_ids(pair.chosen["content"])
     if whole[: len(ours)] != ours:
         yield "the template writes the answer in another way once the conversation continues"
-
-
-def _reasons(phrases: Sequence[str]) -> str:
-    return "; ".join(f"{phrase} ×{count}" for phrase, count in Counter(phrases).most_common())
 
 
 def check_batches(config: Config, run: RunDir) -> str | Doubt:

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field
 
-from bdpo.config.base import Workers
+from bdpo.config.base import Distinct, Workers
 from bdpo.config.endpoint import EndpointConfig
-from bdpo.config.evaluate import BenchmarkName, Distinct
+from bdpo.config.evaluate import BenchmarkName
 from bdpo.section import RUNTIME_ONLY, Fraction, Positive, Variant, default_kind
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, Field
 
 from bdpo.section import RUNTIME_ONLY
 
 SANDBOX = "sandbox"
+
+Value = TypeVar("Value")
 
 
 def _one_or_range(workers: int | list[int]) -> int | list[int]:
@@ -34,6 +36,16 @@ def workers_label(workers: int | list[int]) -> str:
 
 
 Workers = Annotated[int | list[int], AfterValidator(_one_or_range)]
+
+
+def _distinct(values: list[Value]) -> list[Value]:
+    """What is asked twice would count as twice the evidence."""
+    if len(set(values)) < len(values):
+        raise ValueError("names something twice")
+    return values
+
+
+Distinct = AfterValidator(_distinct)
 
 StallSeconds = Annotated[
     float,

@@ -6,11 +6,11 @@ A new benchmark is a section here, its name in `BenchmarkName`, and its module i
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from bdpo.config.base import StallSeconds, Workers
+from bdpo.config.base import Distinct, StallSeconds, Workers
 from bdpo.config.judges import AnyJudge, StringMatchingConfig
 from bdpo.section import RUNTIME_ONLY, Fraction, Positive, Section
 
@@ -18,18 +18,6 @@ AlignedName = Literal["base", "adapter", "trained"]
 
 ModelName = Literal[AlignedName, "tampered"]
 """The evaluated models of a run, in the order of tables; `tampered` is `trained` after the tamper test."""
-
-Value = TypeVar("Value")
-
-
-def _distinct(values: list[Value]) -> list[Value]:
-    """What is asked twice would count as twice the evidence."""
-    if len(set(values)) < len(values):
-        raise ValueError("names something twice")
-    return values
-
-
-Distinct = AfterValidator(_distinct)
 
 
 class FileConfig(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bdpo.config.base import StallSeconds, Workers, worker_range
+from bdpo.config.base import Distinct, StallSeconds, Workers, worker_range
 from bdpo.section import RUNTIME_ONLY, Fraction, Positive, Section
 
 
@@ -60,7 +60,7 @@ class TrainConfig(Section):
     gradient_checkpointing: Annotated[bool, RUNTIME_ONLY] = Field(
         True, description="compute activations again in the backward pass, to save memory"
     )
-    report_to: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], RUNTIME_ONLY] = Field(
+    report_to: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], Distinct, RUNTIME_ONLY] = Field(
         ["tensorboard"], description="besides metrics.jsonl; wandb and mlflow require the extra `tracking`"
     )
     save_minutes: Annotated[float | None, RUNTIME_ONLY] = Field(
@@ -95,8 +95,6 @@ class TrainConfig(Section):
             raise ValueError("offload_parameters requires zero_stage=3 and offload=cpu or nvme")
         if self.offload == "nvme" and (self.zero_stage < 3 or not self.nvme_path):
             raise ValueError("offload=nvme requires zero_stage=3 and nvme_path")
-        if len(set(self.report_to)) < len(self.report_to):
-            raise ValueError("report_to names something twice")
         return self
 
     @model_validator(mode="after")

@@ -252,11 +252,12 @@ def _refuse_mostly_bad(config: DataConfig, account: SourceAccount, bad_rows: Sto
         raise UserError(
             f"data.path={escaped(account.source)}: {count} of {account.rows} rows read as {account.format} "
             f"are bad, more than data.max_bad_fraction={config.max_bad_fraction} "
-            f"({_reasons(account.damaged)}); the first is {account.first_damaged}, all are in {bad_rows}"
+            f"({reasons_text(account.damaged)}); the first is {account.first_damaged}, all are in {bad_rows}"
         )
 
 
-def _reasons(counts: Counter[str]) -> str:
+def reasons_text(counts: Counter[str]) -> str:
+    """`column chosen: null ×12; no prompt ×3`, the most frequent first."""
     return "; ".join(f"{reason} ×{count}" for reason, count in counts.most_common())
 
 
@@ -304,7 +305,7 @@ def _write(pairs: Iterator[_Usable], folder: Path, account: Account, config: Dat
     if not part:
         fates = account.quarantined + account.excluded + Counter({"not sampled": account.not_sampled})
         raise UserError(
-            f"data.path={config.names}: none of {account.rows} rows is usable ({_reasons(fates)})"
+            f"data.path={config.names}: none of {account.rows} rows is usable ({reasons_text(fates)})"
         )
 
 

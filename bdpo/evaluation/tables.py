@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +13,16 @@ from bdpo.evaluation.benchmarks.registry import BENCHMARKS, measure_label
 from bdpo.evaluation.compare import Comparison
 from bdpo.evaluation.judges.registry import JUDGES, NOBODY, JudgeNote, judge_kind
 from bdpo.evaluation.measures import BenchmarkSummary, Summary
-from bdpo.stats import CONFIDENCE_LEVEL, Estimate, p_value, widen
+from bdpo.stats import (
+    CONFIDENCE_LEVEL,
+    Difference,
+    Estimate,
+    p_value,
+    percent_of,
+    points,
+    points_of,
+    widen,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,14 +43,13 @@ def difference_table(rows: Sequence[Comparison], judge: JudgeNote = NOBODY) -> T
         table.add_column(column, justify="left" if column in ("", "models") else "right")
     for row in rows:
         found = row.difference
-        bounds = f" ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
         cells = (
             measure_label(row.benchmark, row.measure),
             " → ".join(row.models),
             str(found.n),
             f"{100 * found.first:.1f}",
             f"{100 * found.second:.1f}",
-            f"{100 * found.difference:+.1f}{bounds}",
+            points_of(found.difference, found.low, found.high),
             p_value(found.p),
             *([_with_error(row, judge)] if judge.reach else []),
         )
@@ -49,13 +58,16 @@ def difference_table(rows: Sequence[Comparison], judge: JudgeNote = NOBODY) -> T
 
 
 def _with_error(row: Comparison, judge: JudgeNote) -> str:
-    """The interval of a difference with the judge's own error between two models in it."""
-    reach, found = judge.reach.get(BENCHMARKS[row.benchmark].rubric), row.difference
-    if reach is None:
-        return "not measured"
+    reach = judge.reach.get(BENCHMARKS[row.benchmark].rubric)
+    return "not measured" if reach is None else with_judge_error(row.difference, reach)
+
+
+def with_judge_error(found: Difference, reach: float) -> str:
+    """The interval of a difference with the judge's own error between two models in it, in points, and
+    whether the difference is then beyond the judge: the interval holds 0."""
     low, high = widen(found.difference, (found.low, found.high), reach)
-    beyond = ": beyond this judge" if low <= 0 <= high else ""
-    return f"{100 * low:+.1f} to {100 * high:+.1f}{beyond}"
+    beyond = ", beyond this judge" if low <= 0 <= high else ""
+    return f"{points(low)} to {points(high)}{beyond}"
 
 
 def screen_warning(config: Config) -> str | None:
@@ -151,15 +163,16 @@ def invalid_lines(name: str, summary: Summary) -> list[str]:
     lines = []
     for benchmark, part in summary.benchmarks.items():
         if not part.valid:
-            failed, reasons = part.total.failed, _reasons(part.total.failures)
+            failed, reasons = part.total.failed, counts_text(part.total.failures)
             lines.append(
                 f"{name}: {benchmark} is invalid, {failed} of {part.total.asked} unjudged ({reasons})"
             )
     return lines
 
 
-def _reasons(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
+def counts_text(counts: Mapping[str, int]) -> str:
+    """`12 too_long, 3 timeout`, the most frequent first; empty where nothing was counted."""
+    return ", ".join(f"{count} {name}" for name, count in Counter(counts).most_common())
 
 
 def note_lines(name: str, summary: Summary) -> list[str]:
@@ -170,12 +183,12 @@ def note_lines(name: str, summary: Summary) -> list[str]:
         notes = [f"{total.not_asked} of {total.n} not asked (no attack)"] if total.not_asked else []
         if total.failed and part.valid:
             notes.append(
-                f"{total.failed} of {total.asked} unjudged and in no number ({_reasons(total.failures)})"
+                f"{total.failed} of {total.asked} unjudged and in no number ({counts_text(total.failures)})"
             )
         notes += [f"{total.flagged} seem to address their judge"] if total.flagged else []
         notes += [f"{total.cut} cut at evaluate.max_new_tokens"] if total.cut else []
         if total.broken:
-            notes.append(f"{sum(total.broken.values())} broken ({_reasons(total.broken)})")
+            notes.append(f"{sum(total.broken.values())} broken ({counts_text(total.broken)})")
         twins = summary.near_twins.get(benchmark)
         notes += [f"{twins} prompts nearly repeat prompts of training pairs"] if twins else []
         if notes:
@@ -195,13 +208,6 @@ def _cell(benchmark: BenchmarkSummary | None, estimate: Estimate | None) -> str:
 def percent(estimate: Estimate) -> str:
     """An estimate in percent with its interval; empty where nothing was measured."""
     return percent_of(estimate.value, estimate.low, estimate.high)
-
-
-def percent_of(value: float | None, low: float | None, high: float | None) -> str:
-    """A value in percent with its interval; empty where there is none."""
-    if value is None or low is None or high is None:
-        return ""
-    return f"{100 * value:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
 def comparison_table(summaries: Mapping[str, Summary], judge: JudgeNote = NOBODY) -> Table:

@@ -12,7 +12,6 @@ import pyarrow.csv
 from bdpo.config import Config
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS, is_main, measures_safety
 from bdpo.evaluation.judges.registry import JudgeNote, judge_note
-from bdpo.evaluation.tables import percent_of
 from bdpo.experiments.arms import arm_folder
 from bdpo.experiments.figures import bars, curve, front
 from bdpo.experiments.rates import RateTrial
@@ -27,7 +26,7 @@ from bdpo.reports.run import (
     setup_section,
     training_section,
 )
-from bdpo.stats import CONFIDENCE_LEVEL, Difference, p_value
+from bdpo.stats import CONFIDENCE_LEVEL, Difference, p_value, percent_of, points_of
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.records import TrainingRecord, training_record
 from bdpo.storage.run_dir import RunDir
@@ -250,10 +249,4 @@ def _all_measures_section(measures: Sequence[ArmMeasure]) -> Section:
 
 
 def _difference(row: ArmMeasure | ArmDifference) -> str:
-    """`+3.1 (-0.4 to +6.5)`, in points; empty without a difference."""
-    if row.difference is None:
-        return ""
-    interval = ""
-    if row.difference_low is not None and row.difference_high is not None:
-        interval = f" ({100 * row.difference_low:+.1f} to {100 * row.difference_high:+.1f})"
-    return f"{100 * row.difference:+.1f}{interval}"
+    return points_of(row.difference, row.difference_low, row.difference_high)

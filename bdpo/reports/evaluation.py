@@ -7,9 +7,9 @@ from itertools import combinations
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS, is_main, measure_label
 from bdpo.evaluation.compare import compare
 from bdpo.evaluation.results import Evaluation, incomparable_field
-from bdpo.evaluation.tables import comparison_rows, invalid_lines, judged_by, note_lines
+from bdpo.evaluation.tables import comparison_rows, invalid_lines, judged_by, note_lines, with_judge_error
 from bdpo.reports.page import PageTable, Section
-from bdpo.stats import Difference, p_value, widen
+from bdpo.stats import Difference, p_value, points
 from bdpo.storage.records import training_record
 from bdpo.storage.run_dir import RunDir
 
@@ -60,18 +60,12 @@ def comparison_sentence(
     measure: str, first: str, second: str, found: Difference, reach: float | None = None
 ) -> str:
     """One comparison as a sentence; `reach` is the judge's own error between two models, if known."""
-
-    def points(value: float) -> str:
-        return f"{round(100 * value, 1) + 0.0:+.1f}"  # + 0.0: no minus before a zero
-
     change = f"{points(found.difference)} points"
     change += f" (95 % interval {points(found.low)} to {points(found.high)})"
     meant = "more than the choice of prompts explains" if found.is_clear else "chance may explain it"
     values = f"{second} {100 * found.second:.1f} %, {first} {100 * found.first:.1f} %"
     if reach is not None:
-        low, high = widen(found.difference, (found.low, found.high), reach)
-        meant += f"; with the judge's own error {points(low)} to {points(high)}"
-        meant += ", beyond this judge" if low <= 0 <= high else ""
+        meant += f"; with the judge's own error {with_judge_error(found, reach)}"
     return f"{measure}: {values}: {change}, p {p_value(found.p)}, {meant}."
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from bdpo.config import Config, TuneConfig, parse_config, workers_label
 from bdpo.evaluation.judges.registry import judge_label
 from bdpo.evaluation.results import Evaluation, finished_models, read_evaluation
-from bdpo.evaluation.tables import percent_of
 from bdpo.reports.cost import TimedStage, cost_section, search_costs, stage_costs
 from bdpo.reports.evaluation import comparison_sentences, evaluation_section, tamper_section
 from bdpo.reports.page import (
@@ -30,7 +29,7 @@ from bdpo.reports.page import (
 from bdpo.reports.scores import QUANTILES, mi_difference, mi_imbalance, mi_scatter, mi_summary
 from bdpo.reports.search import search_figures
 from bdpo.scoring.scores import finished_scores
-from bdpo.stats import ENDS
+from bdpo.stats import ENDS, percent_of
 from bdpo.storage.manifests import read_manifest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import read_parquet, sorted_glob

@@ -96,6 +96,21 @@ def test_an_override_may_fill_an_empty_section(load, empty):
 
 class TestRefusals:
     @pytest.mark.parametrize(
+        "override",
+        [
+            "experiment.seeds=[0, 0]",
+            "experiment.alphas=[1.0, 1.0]",
+            "experiment.betas=[0.1, 0.2, 0.1]",
+            "experiment.learning_rates=[0.001, 0.001]",
+            "train.report_to=[wandb, wandb]",
+            "evaluate.benchmarks=[xstest, xstest]",
+        ],
+    )
+    def test_what_would_count_twice(self, load, override):
+        with pytest.raises(UserError, match=f"{override.partition('=')[0]}: names something twice"):
+            load(override)
+
+    @pytest.mark.parametrize(
         ("override", "key", "meant"),
         [
             ("train.learning_rat=1", "train.learning_rat", "train.learning_rate"),

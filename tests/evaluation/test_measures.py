@@ -24,7 +24,7 @@ from bdpo.evaluation.tables import (
     note_lines,
     screen_warning,
 )
-from bdpo.stats import bounded_interval, mean, rate
+from bdpo.stats import bounded_interval, mean, percent_of, points_of, rate
 from tests.support.helpers import tiny_config
 from tests.support.score_rows import row, xrow
 
@@ -347,6 +347,13 @@ def test_a_screen_is_warned_of_where_it_judges_harm(tmp_path: Path) -> None:
     assert warning("string_matching", "xstest") is None
     assert warning("sandbox", "xstest", "strongreject") is None
     assert warning("finetuned", "xstest", "strongreject") is None
+
+
+def test_shares_and_differences_are_written_in_one_way() -> None:
+    """What rounds to zero has no minus, in whatever table or sentence it stands."""
+    assert points_of(-0.0004, -0.0312, 0.2) == "+0.0 (-3.1 to +20.0)"
+    assert percent_of(0.8312, 0.796, 0.865) == "83.1 (79.6–86.5)"
+    assert points_of(0.1, None, 0.2) == percent_of(None, None, None) == ""
 
 
 def test_capability_that_was_not_run_is_said_and_never_a_zero() -> None:

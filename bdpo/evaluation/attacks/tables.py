@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from bdpo.evaluation.attacks.results import AttackSummary
 from bdpo.evaluation.judges.registry import NOBODY, JudgeNote
-from bdpo.evaluation.tables import judged_by, percent
-from bdpo.stats import CONFIDENCE_LEVEL, Difference, Estimate, p_value, widen
+from bdpo.evaluation.tables import counts_text, judged_by, percent, with_judge_error
+from bdpo.stats import CONFIDENCE_LEVEL, Difference, Estimate, p_value, points
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,8 +42,8 @@ def _rows(summaries: Mapping[str, AttackSummary]) -> Iterator[tuple[str, list[st
     for category in sorted({name for summary in found for name in summary.categories}):
         yield f"  {category}", [_rate(summary.categories.get(category)) for summary in found]
     yield "requests with a verdict", [f"{summary.n_judged} of {summary.n}" for summary in found]
-    yield "not asked or answered", [_counts(summary.unanswered) for summary in found]
-    yield "judge or attacker failed", [_counts(summary.failures) for summary in found]
+    yield "not asked or answered", [counts_text(summary.unanswered) or "0" for summary in found]
+    yield "judge or attacker failed", [counts_text(summary.failures) or "0" for summary in found]
     yield "answers without a verdict", [f"{summary.failed_verdicts:,}" for summary in found]
     if any(summary.failed_prompts for summary in found):
         yield "prompts that failed", [f"{summary.failed_prompts:,}" for summary in found]
@@ -65,20 +65,12 @@ def _median(value: float | None) -> str:
     return "" if value is None else f"{value:,g}"
 
 
-def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "0"
-
-
 def difference_line(difference: Difference, judge: JudgeNote = NOBODY) -> str:
     """The paired comparison in a line, with the judge's own error where it is known."""
-    low, high = 100 * difference.low, 100 * difference.high
-    own, reach = "", judge.reach.get("harm")
-    if reach is not None:
-        least, most = widen(difference.difference, (difference.low, difference.high), reach)
-        own = f"; with the judge's own error {100 * least:+.1f} to {100 * most:+.1f}"
-        own += ", beyond this judge" if least <= 0 <= most else ""
+    low, high, reach = points(difference.low), points(difference.high), judge.reach.get("harm")
+    own = "" if reach is None else f"; with the judge's own error {with_judge_error(difference, reach)}"
     return (
         f"attack success, base → trained: {100 * difference.first:.1f} → {100 * difference.second:.1f}, "
-        f"{100 * difference.difference:+.1f} points ({low:+.1f} to {high:+.1f}), "
+        f"{points(difference.difference)} points ({low} to {high}), "
         f"p {p_value(difference.p)} ({difference.test}), {difference.n} requests, paired{own}"
     )

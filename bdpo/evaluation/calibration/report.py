@@ -22,7 +22,8 @@ from bdpo.evaluation.calibration.bias import (
 )
 from bdpo.evaluation.calibration.labels import LabelledAnswer, LabelScheme
 from bdpo.evaluation.measures import MAX_FAILED_FRACTION
-from bdpo.stats import CONFIDENCE_LEVEL
+from bdpo.evaluation.tables import counts_text, percent
+from bdpo.stats import CONFIDENCE_LEVEL, points_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,7 +95,8 @@ def agreement_table(found: Calibration) -> Table:
     )
     for name, judge in found.judges.items():
         contradictions = judge.opinion.contradictions
-        more = ("–" if contradictions is None else str(contradictions), _failures(judge.opinion))
+        failures = counts_text(judge.opinion.failures) or "0"
+        more = ("–" if contradictions is None else str(contradictions), failures)
         _add(table, (name, "labels", *_agreement_cells(judge.agreement), *more))
     for pair, between in found.between.items():
         _add(table, (*pair, *_agreement_cells(between), "", ""))
@@ -139,8 +141,8 @@ def difference_lines(found: Calibration) -> Iterator[str]:
             continue
         yield f"{name}: {_error_line(judge.bias)}"
         for pair in judge.bias.differences:
-            labels = _points(pair.labels, pair.labels_low, pair.labels_high)
-            own = _points(pair.judge, pair.judge_low, pair.judge_high)
+            labels = points_of(pair.labels, pair.labels_low, pair.labels_high) or "no verdict"
+            own = points_of(pair.judge, pair.judge_low, pair.judge_high) or "no verdict"
             end = pair.doubt or "the order of the labels"
             yield f"  {' → '.join(pair.models)}, n {pair.n}: labels {labels}, {name} {own}: {end}"
 
@@ -161,22 +163,9 @@ def _error_line(bias: Bias) -> str:
     )
 
 
-def _points(value: float | None, low: float | None, high: float | None) -> str:
-    if value is None or low is None or high is None:
-        return "no verdict"
-    return f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-
-
 def _agreement_cells(found: Agreement) -> tuple[str, str, str]:
-    accuracy = found.accuracy
-    shown = "–"
-    if accuracy.low is not None and accuracy.high is not None:
-        shown = f"{100 * accuracy.known:.1f} ({100 * accuracy.low:.1f}–{100 * accuracy.high:.1f})"
-    return str(found.n), shown, "–" if found.kappa is None else f"{found.kappa:.2f}"
-
-
-def _failures(found: Opinion) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in found.failures.items()) or "0"
+    kappa = "–" if found.kappa is None else f"{found.kappa:.2f}"
+    return str(found.n), percent(found.accuracy) or "–", kappa
 
 
 def _positive(found: Calibration) -> str:
