@@ -1,4 +1,4 @@
-"""Each room imports only the rooms above it, and each import takes only what it needs."""
+"""Each room imports only what is listed for it, and each import takes only what it needs."""
 
 import ast
 import json
@@ -10,26 +10,39 @@ import pytest
 
 from tests.support import ROOT
 
-ROOMS = (
-    "errors",
-    "stats",
-    "section",
-    "method",
-    "config",
-    "storage",
-    "sandbox",
-    "models",
-    "data",
-    "scoring",
-    "training",
-    "evaluation",
-    "variants",
-    "search",
-    "cluster",
-    "reports",
-    "experiments",
-)
-"""The rooms of `bdpo` from the top down: a room may import those before it, and no other."""
+IMPORTS = {
+    "errors": [],
+    "stats": [],
+    "section": [],
+    "method": ["section"],
+    "config": ["errors", "section", "method"],
+    "storage": ["errors", "config"],
+    "sandbox": ["errors", "config", "storage"],
+    "models": ["errors", "config", "storage", "sandbox"],
+    "data": ["errors", "config", "storage", "models"],
+    "scoring": ["errors", "method", "config", "storage", "models", "data"],
+    "training": ["errors", "method", "config", "storage", "models", "data"],
+    "evaluation": ["errors", "stats", "config", "storage", "sandbox", "models"],
+    "variants": ["errors", "stats", "config", "storage", "evaluation"],
+    "search": ["errors", "method", "config", "storage", "training", "variants"],
+    "cluster": [
+        "errors",
+        "config",
+        "storage",
+        "models",
+        "data",
+        "scoring",
+        "training",
+        "evaluation",
+        "variants",
+        "search",
+    ],
+    "reports": ["stats", "method", "config", "storage", "scoring", "evaluation"],
+    "experiments": ["errors", "stats", "config", "storage", "scoring", "evaluation", "variants", "reports"],
+}
+"""The rooms of `bdpo` from the top down -> the rooms that each may import, which stand before it."""
+
+ROOMS = tuple(IMPORTS)
 
 FORBIDDEN = {"bdpo": {"ray", "pipelines", "tune"}, "pipelines": {"tune"}, "tune": set()}
 
@@ -75,13 +88,56 @@ def test_the_table_of_rooms_has_their_order():
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_the_rooms_above_it(room):
-    allowed = set(ROOMS[: ROOMS.index(room) + 1])
-    for file in files_of(room):
-        for name in imported(file):
-            package, _, rest = name.partition(".")
-            if package == "bdpo" and rest:
-                assert rest.split(".")[0] in allowed, f"{file} imports {name}"
+def test_a_room_imports_the_rooms_that_are_listed_for_it_and_no_other(room):
+    assert set(IMPORTS[room]) <= set(ROOMS[: ROOMS.index(room)]), "not above it"
+    found = {
+        name.split(".")[1] for file in files_of(room) for name in imported(file) if name.startswith("bdpo.")
+    }
+    assert found - {room} == set(IMPORTS[room])
+
+
+TORCH = (
+    "evaluation.attacks.attacked",
+    "evaluation.attacks.coordinate",
+    "evaluation.attacks.gcg",
+    "evaluation.attacks.suffixes",
+    "evaluation.engines.hf",
+    "method.ches",
+    "models.architectures",
+    "models.attention",
+    "models.branches",
+    "models.deepspeed_internals",
+    "models.layers",
+    "models.logps",
+    "models.oom",
+    "models.packing",
+    "sandbox.model",
+    "scoring.in_memory",
+    "scoring.reference",
+    "scoring.shard_scorer",
+    "training.checkpoints",
+    "training.engine",
+    "training.export",
+    "training.loop",
+    "training.memory",
+    "training.pairs",
+    "training.resharding",
+    "training.saving",
+)
+"""The modules of `bdpo` that import torch or transformers at their top: all that they do needs it."""
+
+SLOW = {"torch", "transformers", "ray", "deepspeed", "datasets"}
+
+
+def test_slow_libraries_are_imported_at_the_top_of_the_listed_modules_alone():
+    """Ray, DeepSpeed and datasets at that of none."""
+    found = {}
+    for file in sorted((ROOT / "bdpo").rglob("*.py")):
+        names = set(re.findall(r"^(?:import|from) (\w+)", file.read_text(encoding="utf-8"), re.MULTILINE))
+        if slow := names & SLOW:
+            found[".".join(file.relative_to(ROOT / "bdpo").with_suffix("").parts)] = slow
+    assert sorted(found) == sorted(TORCH)
+    assert set().union(*found.values()) == {"torch", "transformers"}
 
 
 WITHOUT_TORCH = {
@@ -96,12 +152,10 @@ WITHOUT_TORCH = {
     "search",
     "reports",
 }
-
-# Room -> the slow libraries that its modules may import at their top; Ray and DeepSpeed in no room.
-SLOW = {room: set() if room in WITHOUT_TORCH else {"torch", "transformers"} for room in ROOMS}
+"""The rooms that can be imported without torch: they import no module at their top that imports it."""
 
 # Imports the rooms one after the other, those of few needs first; prints which slow libraries each brought.
-IMPORTS = """
+IMPORT_ALL = """
 import importlib, json, sys
 slow, brought = {"ray", "deepspeed", "torch", "transformers", "datasets"}, {}
 for room, modules in json.loads(sys.argv[1]):
@@ -117,17 +171,18 @@ print(json.dumps(brought))
 def brought():
     """What the import of each room's modules brought in, of a process of its own."""
     rooms = [("bdpo", ["bdpo"])]
-    for room in sorted(ROOMS, key=lambda room: len(SLOW[room])):
+    for room in sorted(ROOMS, key=lambda room: room not in WITHOUT_TORCH):
         files = [file.relative_to(ROOT).with_suffix("") for file in files_of(room)]
         rooms.append((room, [".".join(file.parts) for file in files]))
-    command = [sys.executable, "-c", IMPORTS, json.dumps(rooms)]
+    command = [sys.executable, "-c", IMPORT_ALL, json.dumps(rooms)]
     done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
     return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("room", ["bdpo", *ROOMS])
-def test_a_room_imports_slow_libraries_only_where_all_of_it_needs_them(brought, room):
-    assert set(brought[room]) <= SLOW.get(room, set())
+def test_a_room_brings_in_slow_libraries_only_with_modules_that_need_them(brought, room):
+    without = room in WITHOUT_TORCH | {"bdpo"}
+    assert set(brought[room]) <= (set() if without else {"torch", "transformers"})
 
 
 INTERNALS = {

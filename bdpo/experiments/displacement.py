@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from bdpo.config import Config
-from bdpo.experiments.arms import Arm, method_params, rescored
+from bdpo.experiments.arms import Arm, method_params
 from bdpo.experiments.experiment import Experiment, Finding
-from bdpo.experiments.jobs import Job
+from bdpo.experiments.jobs import Job, trained_scores
 from bdpo.reports.page import COLOURS, GREY, PageTable, Picture, Section, legend_below, plain_axes
 from bdpo.scoring.scores import finished_scores
 from bdpo.stats import CONFIDENCE_LEVEL, ENDS, Estimate, mean_of_many, rate
@@ -197,11 +197,7 @@ def displacement_finding(pairs: Mapping[str, pa.Table]) -> Finding:
 
 def _findings(run: RunDir, trained: Sequence[Job]) -> list[Finding]:
     """The displacement of each arm whose trained models have scored the pairs."""
-    after = dict[str, list[pa.Table]]()
-    for job in trained:
-        _, folder = rescored(job.config, job.run)
-        if (folder.scores / "manifest.json").is_file():
-            after.setdefault(job.arm, []).append(finished_scores(folder)[1])
+    after = trained_scores(trained)
     if not after:
         return []
     before = finished_scores(run)[1]

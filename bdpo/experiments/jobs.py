@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from bdpo.config import Config
 from bdpo.config.derive import part_of
 from bdpo.evaluation.answers import prompts_fingerprint
 from bdpo.evaluation.judges.registry import judge_fingerprint
 from bdpo.evaluation.results import asked_and_judged, is_valid, missing_capability
 from bdpo.experiments.arms import Arm, arm_run, rescored
+from bdpo.scoring.scores import finished_scores
 from bdpo.storage.manifests import read_manifest, require_same_fingerprint
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
@@ -97,3 +100,17 @@ def jobs_of(
 def rate_jobs(config: Config, run: RunDir, trials: Sequence[Arm]) -> list[Job]:
     """The arms of a search for learning rates: at the first seed, on the prompts of a search."""
     return jobs_of(part_of(config, "search"), run, trials, config.experiment.seeds[:1])
+
+
+def trained_scores(jobs: Sequence[Job]) -> dict[str, list[pa.Table]]:
+    """The pairs of each arm as its trained models scored them, a table for each job that has done so.
+
+    Of an experiment with `rescores`. The columns are those of the scores of a run, so `ref_…` is the log-prob
+    of the model that scored: here the trained one.
+    """
+    found = dict[str, list[pa.Table]]()
+    for job in jobs:
+        _, run = rescored(job.config, job.run)
+        if (run.scores / "manifest.json").is_file():
+            found.setdefault(job.arm, []).append(finished_scores(run)[1])
+    return found
