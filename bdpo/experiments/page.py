@@ -125,18 +125,19 @@ def _pairs(trained: TrainingRecord) -> str:
 def _results_section(results: ExperimentResults, rows: Sequence[ArmMeasure], judge: JudgeNote) -> Section:
     """The main measures of each arm, as a table, figures and a sentence for each test."""
     labels, reference = list(dict.fromkeys(row.label for row in rows)), results.arms[0].name
-    tested = [row for row in rows if row.p is not None]
     text = [
         comparison_sentence(
-            row.label, reference, row.arm, _comparison(row), judge.reach.get(BENCHMARKS[row.benchmark].rubric)
+            row.label, reference, row.arm, row.compared, judge.reach.get(BENCHMARKS[row.benchmark].rubric)
         )
-        for row in tested
+        for row in rows
+        if row.compared is not None
     ]
+    tests = len(text)
     if reference not in {row.arm for row in rows}:
         text.append(f"No arm is tested: {reference}, with which all others are compared, has no result.")
-    if tested:
+    if tests:
         text.append(
-            f"Intervals and p are over clusters of prompts, for these seeds; {len(tested)} tests, without a "
+            f"Intervals and p are over clusters of prompts, for these seeds; {tests} tests, without a "
             "correction for their number. Where an interval excludes 0 and p is above 0.05, few clusters "
             "differ, and p is the more reliable of the two."
         )
@@ -172,7 +173,7 @@ def _by_arm(rows: Sequence[ArmMeasure], labels: Sequence[str]) -> dict[str, list
 
 
 def _cell(row: ArmMeasure) -> str:
-    return _interval(row) + ("" if row.p is None else f", p {p_value(row.p)}")
+    return _interval(row) + ("" if row.compared is None else f", p {p_value(row.compared.p)}")
 
 
 def _interval(row: ArmMeasure) -> str:
@@ -182,13 +183,6 @@ def _interval(row: ArmMeasure) -> str:
 def _first(rows: Sequence[ArmMeasure], safety: bool) -> str | None:
     """The label of the first measure of safety, or of usefulness."""
     return next((row.label for row in rows if measures_safety(row.benchmark) == safety), None)
-
-
-def _comparison(row: ArmMeasure) -> Difference:
-    """The difference in a row, as `paired_difference` returns it."""
-    numbers = {name: getattr(row, name) for name in ("first", "second", "difference", "p")}
-    bounds = {end: getattr(row, f"difference_{end}") for end in ("low", "high")}
-    return Difference(row.paired_n or 0, test="", **numbers, **bounds)
 
 
 def _rates_section(config: Config, rates: Sequence[RateTrial]) -> Section:
@@ -216,7 +210,7 @@ def _rates_section(config: Config, rates: Sequence[RateTrial]) -> Section:
 def _differences_section(differences: Sequence[ArmDifference]) -> Section:
     """How every two arms differ."""
     rows = [
-        (f"{row.arm} − {row.reference}", row.label, str(row.paired_n), _difference(row), p_value(row.p))
+        (f"{row.arm} − {row.reference}", row.label, str(row.compared.n), *_difference(row.compared))
         for row in differences
     ]
     text = [
@@ -239,8 +233,7 @@ def _all_measures_section(measures: Sequence[ArmMeasure]) -> Section:
             _interval(row),
             f"{100 * row.seed_low:.1f}",
             f"{100 * row.seed_high:.1f}",
-            _difference(row),
-            "" if row.p is None else p_value(row.p),
+            *_difference(row.compared),
         )
         for row in measures
     ]
@@ -248,5 +241,8 @@ def _all_measures_section(measures: Sequence[ArmMeasure]) -> Section:
     return Section("All measures", tables=[table], folded=True)
 
 
-def _difference(row: ArmMeasure | ArmDifference) -> str:
-    return points_of(row.difference, row.difference_low, row.difference_high)
+def _difference(found: Difference | None) -> tuple[str, str]:
+    """(`+3.1 (-0.4 to +6.5)`, in points; p); both are empty without a comparison."""
+    if found is None:
+        return "", ""
+    return points_of(found.difference, found.low, found.high), p_value(found.p)

@@ -20,14 +20,14 @@ from bdpo.experiments.experiment import Experiment, Finding
 from bdpo.experiments.jobs import Job
 from bdpo.experiments.rates import RateTrial
 from bdpo.reports.cost import TimedStage
-from bdpo.stats import Estimate, mean, paired_difference
+from bdpo.stats import Difference, Estimate, mean, paired_difference
 
 BASE = "base"
 
 
 @dataclass(frozen=True)
 class ArmMeasure:
-    """One measure of one arm; from `paired_n` on None if it is not tested."""
+    """One measure of one arm."""
 
     arm: str
     benchmark: str
@@ -40,13 +40,8 @@ class ArmMeasure:
     high: float
     seed_low: float
     seed_high: float
-    paired_n: int | None = None
-    first: float | None = None
-    second: float | None = None
-    difference: float | None = None
-    difference_low: float | None = None
-    difference_high: float | None = None
-    p: float | None = None
+    compared: Difference | None = None
+    """How the arm differs from the reference; None if it is not tested."""
 
     @property
     def label(self) -> str:
@@ -62,13 +57,7 @@ class ArmDifference:
     arm: str
     benchmark: str
     measure: str
-    paired_n: int
-    first: float
-    second: float
-    difference: float
-    difference_low: float | None
-    difference_high: float | None
-    p: float
+    compared: Difference
 
     @property
     def label(self) -> str:
@@ -98,10 +87,35 @@ class ExperimentResults:
 
 
 def arm_table(kind: type[ArmMeasure | ArmDifference | RateTrial], rows: Sequence[Any]) -> pa.Table:
-    """Rows of one kind as a table with a column for each field, also without any row."""
+    """Rows of one kind as a table, also without any row; a comparison is in columns of its own."""
     types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
-    schema = pa.schema([(one.name, types[str(one.type).partition(" ")[0]]) for one in fields(kind)])
-    return pa.Table.from_pylist([asdict(row) for row in rows], schema=schema)
+    columns: list[tuple[str, pa.DataType]] = []
+    for one in fields(kind):
+        if one.name == "compared":
+            columns += [
+                (name, types["int" if number == "n" else "float"]) for name, number in _COMPARED.items()
+            ]
+        else:
+            columns.append((one.name, types[str(one.type).partition(" ")[0]]))
+    return pa.Table.from_pylist([_flat(asdict(row)) for row in rows], schema=pa.schema(columns))
+
+
+_COMPARED = {
+    "paired_n": "n",
+    "first": "first",
+    "second": "second",
+    "difference": "difference",
+    "difference_low": "low",
+    "difference_high": "high",
+    "p": "p",
+}
+"""Column of a comparison -> its name in `Difference`."""
+
+
+def _flat(row: dict[str, Any]) -> Mapping[str, Any]:
+    """A row with the numbers of its comparison in columns of their own, empty where it has none."""
+    found = row.pop("compared", None) or {}
+    return row | {column: found.get(number) for column, number in _COMPARED.items()}
 
 
 def summarise_arms(evaluations: dict[str, list[Evaluation]], reference: str) -> list[ArmMeasure]:
@@ -109,9 +123,9 @@ def summarise_arms(evaluations: dict[str, list[Evaluation]], reference: str) -> 
 
     `value` is the mean over prompts and seeds; `low` and `high` its 95 % interval over clusters, see `mean`;
     `seed_low` and `seed_high` the lowest and highest value of a single seed. Prompts with a verdict at some
-    seeds alone count at none and are `dropped`. `difference` (`second` − `first`), its interval and `p`
-    compare with the arm `reference`, where it is there, over the `paired_n` prompts of both, each prompt's
-    mean over the seeds: how much other seeds would change is not in them. Of capability benchmarks only sums
+    seeds alone count at none and are `dropped`. `compared` is the difference from the arm `reference`, where
+    it is there, over the prompts of both, each prompt's mean over the seeds: how much other seeds would
+    change is not in it. Of capability benchmarks only sums
     are known: the mean of the seeds and of their bounds, without a test.
     """
     values = {arm: [item_values(seed.scores) for seed in seeds] for arm, seeds in evaluations.items()}
@@ -124,11 +138,11 @@ def summarise_arms(evaluations: dict[str, list[Evaluation]], reference: str) -> 
                 continue
             each = [float(np.mean([seed[key][item] for item in means])) for seed in seeds]
             estimate = mean(list(means.values()), [of[item] for item in means])
-            tested: Mapping[str, Any] = {}
+            compared = None
             if arm != reference and reference in values:
                 first = [seed.get(key, {}) for seed in values[reference]]
-                tested = _tested(item_means(first)[0], means, of)
-            rows.append(_measure(arm, key, each, estimate, dropped=dropped, **tested))
+                compared = _compared(item_means(first)[0], means, of)
+            rows.append(_measure(arm, key, each, estimate, dropped=dropped, compared=compared))
         rows += _capability(arm, [seed.summary for seed in evaluations[arm]])
     return rows
 
@@ -147,8 +161,8 @@ def arm_differences(evaluations: dict[str, list[Evaluation]]) -> list[ArmDiffere
     of, rows = _all_clusters(evaluations), []
     for first, second in combinations(means, 2):
         for key, items in means[first].items():
-            if tested := _tested(items, means[second].get(key, {}), of):
-                rows.append(ArmDifference(first, second, *key, **tested))
+            if compared := _compared(items, means[second].get(key, {}), of):
+                rows.append(ArmDifference(first, second, *key, compared))
     return rows
 
 
@@ -173,7 +187,7 @@ _VALUES = ("value", "low", "high")
 
 
 def _measure(arm: str, key: MeasureKey, each: Sequence[float], over: Estimate, **further: Any) -> ArmMeasure:
-    """`each` has the value of each seed, `over` that of all; `further` has `dropped` and the test."""
+    """`each` has the value of each seed, `over` that of all; `further` has `dropped` and `compared`."""
     benchmark, measure = key
     return ArmMeasure(
         arm,
@@ -188,17 +202,15 @@ def _measure(arm: str, key: MeasureKey, each: Sequence[float], over: Estimate, *
     )
 
 
-def _tested(
+def _compared(
     first: Mapping[str, float], second: Mapping[str, float], of: Mapping[str, str]
-) -> Mapping[str, Any]:
-    """How the second differs from the first on the prompts of both; nothing where there are none."""
+) -> Difference | None:
+    """How the second differs from the first on the prompts of both; None where there are none."""
     both = sorted(first.keys() & second.keys())
     if not both:
-        return {}
+        return None
     a, b = ([side[item] for item in both] for side in (first, second))
-    compared = paired_difference(a, b, [of[item] for item in both])
-    names = {"n": "paired_n", "low": "difference_low", "high": "difference_high"}
-    return {names.get(key, key): value for key, value in asdict(compared).items() if key != "test"}
+    return paired_difference(a, b, [of[item] for item in both])
 
 
 def item_means(seeds: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], int]:

@@ -46,6 +46,7 @@ def test_an_arm_that_is_better_everywhere_is_found_to_be():
         if row["arm"] == "b" and row["measure"] == "safety"
     )
     assert row["difference"] == 0.5
+    assert 0 < row["difference_low"] < 0.5 <= row["difference_high"]
     assert row["p"] < 0.001
 
 
