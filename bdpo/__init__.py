@@ -1,7 +1,8 @@
 """Safety alignment of language models with Balanced DPO (arXiv 2603.22829).
 
-This package is the method and everything that is not Ray. Data flows one way:
-data -> tokens -> packing -> logps -> mi -> losses -> training -> evaluation.
+This package is the method and everything that is not Ray. A preference pair goes one way through its parts:
+`data` prepares it, `models` computes its log-probs, `scoring` its mutual information, `method` its loss,
+`training` trains on it; `evaluation` measures what became of the model.
 
 For Python code of one's own it offers the method as functions of tensors, and scoring and evaluation in
 memory (docs/python.md). They are imported when they are first asked for, so that `import bdpo` does not wait

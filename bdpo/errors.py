@@ -1,7 +1,8 @@
 """The two kinds of failure of a run, each an exception of its own.
 
-A `UserError` is something the user can mend: wrong config, input or environment. The command line
-prints it as one line and exits with 2. Everything else is a failure of the run and exits with 1.
+A `UserError` is something the user can fix: wrong config, input or environment. The command line
+prints it as one line and exits with 2, as it does with a `StorageUnavailable` and with a cluster that has no
+room for the run (`pipelines.runtime.stalls.NoRoom`). Everything else is a failure of the run: exit code 1.
 """
 
 from __future__ import annotations

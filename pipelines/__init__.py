@@ -1,1 +1,1 @@
-"""One thin module per stage: parse the config, build the Ray objects, call bdpo."""
+"""The commands: stages over a run folder, and tools beside them; `runtime` is what they share."""

@@ -53,7 +53,7 @@ from pipelines.runtime.judge_check import check_judge
 from pipelines.runtime.pool import Executor, RayPool, ShardWork
 from pipelines.runtime.progress import console
 from pipelines.runtime.stage import ManifestStage, complete_all
-from pipelines.train import Train
+from pipelines.train import OfTrainedModel
 
 if TYPE_CHECKING:
     from bdpo.cluster.preflight import Check
@@ -198,16 +198,10 @@ class AttackBase(Attack):
     """The attack on the model that the config names."""
 
 
-class AttackTrained(Attack):
+class AttackTrained(OfTrainedModel, Attack):
     """The attack on the run's own model."""
 
     model_name = "trained"
-    model_from = Train
-
-    @property
-    def has_inputs(self) -> bool:
-        """Whether the model is trained."""
-        return self.run.has_model()
 
     @cached_property
     def model(self) -> EvaluatedModel:

@@ -64,7 +64,7 @@ from pipelines.runtime.pool import Executor, RayPool, ShardWork
 from pipelines.runtime.progress import console, progress_bar
 from pipelines.runtime.stage import ManifestStage, Stage, complete_all
 from pipelines.runtime.stalls import watched_tasks
-from pipelines.train import Train
+from pipelines.train import OfTrainedModel
 
 if TYPE_CHECKING:
     from bdpo.cluster.preflight import Check
@@ -250,17 +250,11 @@ class EvaluateAdapter(Evaluate):
 
 
 @dataclass(frozen=True)
-class EvaluateTrained(Evaluate):
+class EvaluateTrained(OfTrainedModel, Evaluate):
     """The run's own model."""
 
     model_name: str = "trained"
-    model_from = Train
     trained_on_pairs = True
-
-    @property
-    def has_inputs(self) -> bool:
-        """Whether the model is trained."""
-        return self.run.has_model()
 
 
 MODELS = (EvaluateBase, EvaluateAdapter, EvaluateTrained)

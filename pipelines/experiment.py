@@ -45,7 +45,7 @@ def run_experiment(config: Config, run: RunDir, name: str) -> None:
     """Run the arms that are missing, then write and print the results of all of them.
 
     Raises:
-        UserError: an arm met a fault that the user can mend; the others are done by then, and on the page.
+        UserError: an arm met a fault that the user can fix; the others are done by then, and on the page.
         RuntimeError: an arm failed in another way; likewise.
     """
     from pipelines.runtime.experiment_results import write_results
@@ -153,7 +153,7 @@ def _run_jobs(arms: Arms, concurrent: int, folder: StoragePath) -> dict[str, Fai
 
 
 def _raise(failures: Mapping[str, Failure]) -> None:
-    """End the command if an arm has no result, if possible with a fault that the user can mend."""
+    """End the command if an arm has no result, if possible with a fault that the user can fix."""
     for name, failure in failures.items():
         if failure.cause == Cause.USER:
             raise UserError(f"arm {name}: {failure.error.removeprefix('UserError: ')}")
@@ -212,7 +212,7 @@ def _check_arms(config: Config, run: RunDir) -> str:
     return check_evaluation(config, "an experiment", searched=bool(config.experiment.learning_rates))
 
 
-main = Command(__doc__, (ExperimentStage,), run_experiment, choice=tuple(EXPERIMENTS))
+main = Command(__doc__, (ExperimentStage,), choice=tuple(EXPERIMENTS))
 
 if __name__ == "__main__":
     main()

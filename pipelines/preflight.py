@@ -121,7 +121,7 @@ def check_upload(folder: Path) -> str:
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """The table, a row a check."""
+    """The table, one row per check."""
     table = Table(title="preflight", title_justify="left")
     table.add_column("check")
     table.add_column("")

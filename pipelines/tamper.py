@@ -26,29 +26,27 @@ from bdpo.storage.run_dir import RunDir
 from pipelines.evaluate import Evaluate, EvaluateBase, EvaluateTrained, print_evaluations
 from pipelines.prepare import Prepare
 from pipelines.runtime.cli import Command
-from pipelines.runtime.stage import ManifestStage, complete_all
-from pipelines.train import Train
+from pipelines.runtime.stage import ManifestStage, Stage, complete_all
+from pipelines.train import OfTrainedModel, Train
 
 if TYPE_CHECKING:
     from bdpo.cluster.preflight import Check
 
 
-class Tamper(ManifestStage):
-    """Trains the aligned model on benign data, in a folder of its own."""
-
-    name = "tamper"
-    section = "train"
-    model_from = Train
+class OfTamperTest(Stage):
+    """A stage of the tamper test."""
 
     @property
     def applies(self) -> bool:
         """Whether the config asks for a tamper test."""
         return self.config.tamper is not None
 
-    @property
-    def has_inputs(self) -> bool:
-        """Whether there is an aligned model."""
-        return self.run.has_model()
+
+class Tamper(OfTamperTest, OfTrainedModel, ManifestStage):
+    """Trains the aligned model on benign data, in a folder of its own."""
+
+    name = "tamper"
+    section = "train"
 
     @cached_property
     def training(self) -> Train:
@@ -101,17 +99,12 @@ class Tamper(ManifestStage):
 
 
 @dataclass(frozen=True)
-class EvaluateTampered(Evaluate):
+class EvaluateTampered(OfTamperTest, Evaluate):
     """The run's own model after the tamper test."""
 
     model_name: str = "tampered"
     model_from = Tamper
     trained_on_pairs = True
-
-    @property
-    def applies(self) -> bool:
-        """Whether the config asks for a tamper test."""
-        return self.config.tamper is not None
 
     @property
     def has_inputs(self) -> bool:

@@ -37,7 +37,7 @@ from pipelines.runtime.cli import Command
 from pipelines.runtime.cluster import connect, require_capacity
 from pipelines.runtime.fit import fit, recovery_line
 from pipelines.runtime.progress import console, progress_bar
-from pipelines.runtime.stage import ManifestStage
+from pipelines.runtime.stage import ManifestStage, Stage
 
 if TYPE_CHECKING:
     from bdpo.cluster.preflight import Check
@@ -151,6 +151,17 @@ class Train(ManifestStage):
         with _progress(run, Tracking(config, run), steps):
             fit(config, run, scores, self.fingerprint)
         return steps
+
+
+class OfTrainedModel(Stage):
+    """A stage that works on the model that is trained in the run folder."""
+
+    model_from = Train
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether the model is trained."""
+        return self.run.has_model()
 
 
 def train_fingerprint(config: Config, run: RunDir) -> Fingerprint:

@@ -30,7 +30,7 @@ from bdpo.reports.page import write_figure
 from bdpo.reports.search import search_figures
 from bdpo.scoring.selection import training_rows
 from bdpo.search.space import check_space, number_of_trials, product_keys
-from bdpo.search.sweep import Sweep
+from bdpo.search.sweep import Sweep, read_trials
 from bdpo.search.trials import Trial, check_rungs, end_of, results_table, winner
 from bdpo.storage.manifests import Fingerprint, read_manifest, write_manifest
 from bdpo.storage.paths import (
@@ -227,10 +227,9 @@ class Search(Stage):
 
     def status(self) -> StageStatus:
         """How many trials there are of each status, see `bdpo.search.trials.end_of`."""
-        sweep = Sweep(self.config, self.run, {})
-        trials = sweep.trials()
+        trials = read_trials(self.run)
         done = read_manifest(self.run.tune / "summary.json") is not None
-        counts = Counter(str(sweep.end_of(trial)) for trial in trials)
+        counts = Counter(str(end_of(trial, trials, self.config.tune)) for trial in trials)
         of = number_of_trials(self.config)
         return StageStatus.of(self.name, done, bool(trials), trials=len(trials), of=of, **counts)
 

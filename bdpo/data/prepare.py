@@ -171,7 +171,9 @@ class _Examiner:
     ) -> _Usable | BadRow | None:
         pair_id = id_of(pair)
         if (first := self.seen.get(key := bytes.fromhex(pair_id)[:16])) is not None:
-            return BadRow("duplicate") if first is account else LeftOut("a pair of another data set, too")
+            if first is account:
+                return BadRow("duplicate")
+            return LeftOut("duplicate of a pair of another data set")
         if isinstance(encoded, BadRow):
             return encoded
         ids, rendered = encoded

@@ -152,7 +152,7 @@ class Reader:
         return [*names[:_MOST_NAMES], *([f"{len(names) - _MOST_NAMES} others"] * (len(names) > _MOST_NAMES))]
 
     def locate(self, number: int) -> tuple[str, int]:
-        """The file of a folder in which a row stands (else ""), and the number of the row there."""
+        """The file in which a row stands, "" if the data are no folder, and the number of the row in it."""
         before, file = next(begun for begun in reversed(self._begun) if begun[0] < number)
         return file, number - before
 

@@ -38,7 +38,7 @@ _BINS = 10
 
 
 def displaced_pairs(before: pa.Table, after: Sequence[pa.Table]) -> pa.Table:
-    """A row a pair: `group`, the `SIGNS`, and the change of its log-probs in nats, mean over models.
+    """One row per pair: `group`, the `SIGNS`, and the change of its log-probs in nats, mean over models.
 
     `change` is the change of log π(y_w | x), `change_rejected` that of log π(y_l | x).
 
@@ -120,7 +120,7 @@ def _spearman(sign: pa.ChunkedArray, change: np.ndarray) -> Estimate:
 
 
 def displacement_figure(arms: Mapping[str, pa.Table], sign: str) -> Figure:
-    """The mean change of log π(y_w | x) in each tenth of the pairs by a sign, a line an arm."""
+    """The mean change of log π(y_w | x) in each tenth of the pairs by a sign, one line per arm."""
     figure, axes = plain_axes(4.6, 3.4)
     for number, (arm, pairs) in enumerate(arms.items()):
         tenths = [mean_of_many(changes) for changes in _tenths(pairs, sign)]

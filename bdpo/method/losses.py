@@ -41,8 +41,8 @@ class Bdpo(Balanced):
         """−log σ(β·(a_w·Δ_w − a_l·Δ_l)) with a_w = α·ω_w and a_l = α·ω_l.
 
         With `balance_on` = `gradient` the value is that of plain DPO, −log σ(β·h) with h = Δ_w − Δ_l, and its
-        gradient is −β·σ(−β·h)·(a_w·∇lp_w − a_l·∇lp_l). Both are readings: we do not know which one the paper
-        means.
+        gradient is −β·σ(−β·h)·(a_w·∇lp_w − a_l·∇lp_l). The paper can be read either way, and we do
+        not know which one it means.
         """
         weights = pairs.weight_chosen, pairs.weight_rejected
         return _weighted_dpo(self, pairs, weights, on=self.balance_on)

@@ -27,7 +27,7 @@ SHARED_ROW_MODELS = frozenset(
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How a model of this width takes prefix groups: each in one shared row, or a plain row a response."""
+    """How a model of this width takes prefix groups: one shared row for each, or a plain one per response."""
 
     hidden_size: int
     shared: bool
@@ -37,7 +37,7 @@ class RowLayout:
     def tokens(self, lengths: np.ndarray) -> np.ndarray:
         """What groups of these lengths, (groups, 1 + responses), take of a grid, int64, (groups,).
 
-        The context once, or a row a response, all as long as the longest. The unit of the lengths below.
+        The context once, or one row per response, all as long as the longest. The unit of the lengths below.
         """
         if self.shared:
             return lengths.sum(1, dtype=np.int64)
@@ -57,7 +57,7 @@ class RowLayout:
 
     def fits(self, lengths: Sequence[int], tokens: int) -> bool:
         """Whether the grid of a batch has at most so many tokens; one pair always counts as fitting."""
-        # The grid has at most a row a pair, see `arrange`: that is cheap to compute and mostly enough.
+        # The grid has at most one row per pair, see `arrange`: that is cheap to compute and mostly enough.
         return (
             len(lengths) <= 1
             or len(lengths) * max(lengths) <= tokens

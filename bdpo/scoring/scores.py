@@ -127,7 +127,7 @@ def unscorable_error(run: RunDir, reasons: Mapping[int, str]) -> UserError:
     if len(reasons) > MAX_UNSCORABLE:
         return UserError(f"score: stopped, more than {MAX_UNSCORABLE} pairs cannot be scored: {named}")
     return UserError(
-        f"score: {len(reasons)} pairs cannot be scored, all others are: {named}; mend the cause, and "
+        f"score: {len(reasons)} pairs cannot be scored, all others are: {named}; fix the cause, and "
         "the same command scores these alone, or remove them from data.path and start over with fresh=true"
     )
 

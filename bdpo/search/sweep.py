@@ -67,12 +67,8 @@ class Sweep:
         return trial_config(self.config, trial.params, str(self.folder(trial.name).root))
 
     def trials(self) -> list[Trial]:
-        """Every trial that was suggested, in the order of suggestion.
-
-        A search asks for them before each decision, so on object storage they are read many at a time.
-        """
-        found = at_once(_read_trial, sorted_glob(self.run.tune / "trials", "*"))
-        return [trial for trial in found if trial is not None]
+        """See `read_trials`."""
+        return read_trials(self.run)
 
     def trial(self, name: str) -> Trial:
         """A trial, read from its files.
@@ -156,6 +152,15 @@ class Sweep:
         run, retried = self.folder(trial.name), trial.failure is not None and trial.failure.retried
         if end != End.OPEN and (end == End.COMPLETED or not retried):
             discard(run.train, *([run.model, run.adapter] if model else []))
+
+
+def read_trials(run: RunDir) -> list[Trial]:
+    """Every trial that was suggested in a run folder, in the order of suggestion.
+
+    A search asks for them before each decision, so on object storage they are read many at a time.
+    """
+    found = at_once(_read_trial, sorted_glob(run.tune / "trials", "*"))
+    return [trial for trial in found if trial is not None]
 
 
 def _read_trial(folder: StoragePath) -> Trial | None:

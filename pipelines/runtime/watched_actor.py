@@ -18,7 +18,7 @@ REFUSAL = "refusal"
 class WatchedActor:
     """An actor of a pool, `actor(**arguments)`, that reports its start, every shard and its signs of life.
 
-    A `UserError` of the actor, which no other attempt would mend, is returned in place of a shard. Raised, it
+    A `UserError` of the actor, which no other attempt would fix, is returned in place of a shard. Raised, it
     would count as a lost shard or a dead actor: the model would be loaded again for each that may be lost.
     """
 

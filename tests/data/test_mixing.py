@@ -40,7 +40,7 @@ class TestSeveralSources:
             for i, name in enumerate(("a.jsonl", "b.jsonl"), 1)
         ]
         account = prepare_here_list(prepare_here, files, max_bad_fraction=0.0)
-        assert (account.kept, account.quarantined) == (3, {"a pair of another data set, too": 1})
+        assert (account.kept, account.quarantined) == (3, {"duplicate of a pair of another data set": 1})
 
     def test_a_pair_that_its_weight_leaves_out_of_one_source_is_kept_of_another(
         self, tmp_path, prepare_here, kept_pairs

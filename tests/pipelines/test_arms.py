@@ -121,7 +121,7 @@ def test_what_diverged_with_another_config_is_run(prepared):
     assert Arms.of([changed]).open_names() == [changed.name]
 
 
-def test_the_command_ends_with_what_the_user_can_mend():
+def test_the_command_ends_with_what_the_user_can_fix():
     wrong = Failure(End.FAILED, "UserError: train.lora: none fits", Cause.USER)
     failures = {"a, seed 0": DIVERGED, "b, seed 0": wrong}
     with pytest.raises(UserError, match=r"^arm b, seed 0: train\.lora: none fits$"):

@@ -88,7 +88,7 @@ def test_changed_source_does_not_find_an_old_folder(builds, tmp_path, monkeypatc
     assert sandbox_folder(0) != original
 
 
-def test_unusable_cache_is_the_users_to_mend(tmp_path, monkeypatch):
+def test_unusable_cache_is_the_users_to_fix(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("BDPO_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="BDPO_CACHE"):

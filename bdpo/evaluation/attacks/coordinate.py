@@ -70,8 +70,8 @@ def draw_candidates(
 ) -> list[list[int]]:
     """Suffixes with one token changed, position and token uniform among the `top_k` of the position.
 
-    `gradient` is minus infinity nowhere and plus infinity where a token is not allowed; `shape` is (how many,
-    top_k). Those that change nothing, or were drawn before, are left out.
+    `gradient` is infinity where a token is not allowed, and finite everywhere else; `shape` is (number of
+    suffixes, top_k). Those that change nothing, or were drawn before, are left out.
     """
     count, top_k = shape
     allowed = int(gradient[0].isfinite().sum())

@@ -53,5 +53,5 @@ class Generate(Protocol):
         prefills: Sequence[Sequence[int]] | None = None,
         sampling: Sampling | None = None,
     ) -> list[Answer]:
-        """Answers, one a prompt; greedy without `sampling`."""
+        """Answers, one per prompt; greedy without `sampling`."""
         ...

@@ -8,7 +8,8 @@ to rounding, which on a GPU depends on the batch.
 pass through Ray's object store (which spills to disk, outside `private/`), and a shard would be committed by
 another stage than the one that made it.
 
-Written against vLLM 0.33.0. Wants the extra `vllm` and a GPU. Left out: adapters, engines over several nodes.
+Written against vLLM 0.33.0. It requires the extra `vllm` and a GPU. Left out: adapters, engines over
+several nodes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _MEMORY = 0.9  # of what an actor has of a GPU: vLLM takes it all at once, for w
 
 
 class VLLMEngine:
-    """A `bdpo.evaluation.engines.hf.Generate` for prompts no longer than those named when it is made."""
+    """A `bdpo.evaluation.engines.base.Generate` for prompts no longer than those named when it is made."""
 
     def __init__(
         self,

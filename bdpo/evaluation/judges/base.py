@@ -170,7 +170,7 @@ class JudgeKind:
     """Raises a UserError if it knows nothing of one of these prompts; None where it can judge any."""
     reach: Callable[[Config], Mapping[RubricName, float]] = lambda config: {}
     """Rubric -> half-width of the judge's own error in a difference of two models, as `bdpo agreement`
-    measured it, see `bdpo.evaluation.calibration.agreement.Bias`; empty where it was not measured."""
+    measured it, see `bdpo.evaluation.calibration.bias.Bias`; empty where it was not measured."""
     longest: Callable[[Config, int], float] = lambda config, verdicts: 0.0
     """Seconds that so many verdicts may take by limits of the judge's own, as those of an endpoint; 0 if it
     has none."""

@@ -45,7 +45,7 @@ CHECKED = "evaluate.judge.check"
 
 @dataclass(frozen=True)
 class JudgeNote:
-    """What a number of a judge must be read with."""
+    """What a reader must know about the judge behind a number."""
 
     name: str
     reach: Mapping[str, float] = field(default_factory=dict)
