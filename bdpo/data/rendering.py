@@ -123,9 +123,6 @@ class _Rendering:
         self.roles = tuple(message["role"] for message in pair.prompt)
         self.texts = [self.template.guarded(message["content"]).strip() for message in pair.prompt]
         self._joined_texts = "\n".join(self.texts)
-        self._has_context = (
-            bool(self.arguments) or not self.is_plain or self.template.holds_thought(every_text)
-        )
         self.prompt = self._render(pair.prompt)
         self.unwritten: set[str] = set()
 
@@ -204,16 +201,12 @@ class _Rendering:
     def _response(self, side: Literal["chosen", "rejected"]) -> str:
         """A response as the template writes it behind this prompt, with all that the row holds.
 
-        Of a pair of texts alone the template writes the response behind a question of one letter, which is
-        shorter; `bdpo.data.fidelity` compares some of them with the complete conversation. Thoughts are none
-        of these: a template may write them where its generation prompt has closed them already, or nowhere.
+        Of every row the template writes the complete conversation: a system turn, or a word in the question,
+        may decide what it writes before an answer.
         """
-        message: Message = getattr(self.pair, side)
-        if not self._has_context:
-            return self.template.response_text(message["content"])
-        turns = [*self.pair.prompt, message]
+        turns: list[Message] = [*self.pair.prompt, getattr(self.pair, side)]
         whole = self._conversation(turns)
-        for key in message.keys() - _PLAIN:
+        for key in turns[-1].keys() - _PLAIN:
             self._note(side, key, whole != self._conversation(_without(turns, -1, key)))
         response = self.template.answer_text(self.prompt, whole)
         if response is None:

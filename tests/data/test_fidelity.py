@@ -78,20 +78,17 @@ def require(chat, pairs, max_length=2048):
 
 
 def test_a_pair_of_which_the_template_makes_something_else_is_named_by_its_id(prepared):
-    """A template that writes a long question in another way once it is answered."""
-    chat = chat_of(SHORTENS)
-    _, pairs = prepared(chat, row("secret, very secret"))
-    assert require(chat, pairs[1:]) == 1
-    with pytest.raises(
-        UserError, match=f"pair {pairs[0]['pair_id']}, chosen: the chat template does not"
-    ) as no:
-        require(chat, pairs)
+    """Pairs that were prepared by another template, which did not shorten a question that is answered."""
+    _, pairs = prepared(chat_of(CHATML), row("secret, very secret"))
+    assert require(chat_of(SHORTENS), pairs[1:]) == 1
+    with pytest.raises(UserError, match=f"pair {pairs[0]['pair_id']}: was prepared, but cannot") as no:
+        require(chat_of(SHORTENS), pairs)
     assert "secret" not in str(no.value)
 
 
-@pytest.mark.parametrize("extra", [{"id": "7"}, {"timestamp": 3}])
-def test_a_key_without_effect_does_not_exempt_a_row(prepared, extra):
-    """The same template, and a row with a key that no template reads."""
+@pytest.mark.parametrize("extra", [{}, {"id": "7"}, {"timestamp": 3}])
+def test_no_row_is_exempt_from_what_the_template_writes(prepared, extra):
+    """The same template; a key that no template reads changes nothing."""
     question = {"role": "user", "content": "secret, very secret", **extra}
     account, pairs = prepared(chat_of(SHORTENS), row([question]), row([question | {"content": "short"}]))
     assert dict(account.quarantined) == {

@@ -89,9 +89,53 @@ def test_texts_that_the_template_writes_otherwise_are_noticed(template, prompt, 
 
 def test_a_system_turn_may_stand_in_the_last_question():
     """So it does in Mistral's template."""
-    system = "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n{% endif %}"
+    system = (
+        "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}"
+        "{% if m == asked[-1] and messages[0].role == 'system' %}{{ messages[0].content }}\n{% endif %}"
+    )
     template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
     template = template.replace("{{ m.content }}", system + "{{ m.content }}")
     prompt = [{"role": "system", "content": "Be kind."}, question("q"), answer("a"), question("r")]
     rendered = render_pair(chat_of(template), Pair(prompt, answer("b"), answer("c")))
     assert (rendered.changed, rendered.prompt.count("Be kind.\nr<|im_end|>")) == (False, 1)
+
+
+def test_a_system_turn_that_the_answer_takes_away_is_a_reason():
+    """The template writes it into the last turn of all, which is the question until there is an answer."""
+    system = (
+        "{% if loop.last and m.role == 'user' and messages[0].role == 'system' %}"
+        "{{ messages[0].content }}\n{% endif %}"
+    )
+    template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    chat = chat_of(template.replace("{{ m.content }}", system + "{{ m.content }}"))
+    prompt = [{"role": "system", "content": "Be kind."}, question("q")]
+    with pytest.raises(BadRow, match="chosen: the chat template writes the prompt"):
+        render_pair(chat, Pair(prompt, answer("b"), answer("c")))
+
+
+SYSTEM_OPENS_A_THOUGHT = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' and messages[0].role == 'system' %}<think></think>{% endif %}{{ m.content }}",
+)
+
+NO_THINK = CHATML.replace(
+    "assistant\n{% endif %}",
+    "assistant\n{% if '/no_think' in messages[-1].content %}<think></think>{% endif %}{% endif %}",
+)
+
+
+def test_a_response_is_what_the_template_writes_behind_this_prompt():
+    """A template may write more before an answer because of a turn that few rows have."""
+    chat, system = chat_of(SYSTEM_OPENS_A_THOUGHT), {"role": "system", "content": "Be kind."}
+    rows = [Pair(prompt, answer("a"), answer("b")) for prompt in ([question("q")], [system, question("q")])]
+    plain, thinking = (render_pair(chat, pair) for pair in rows)
+    assert (plain.chosen, plain.changed) == ("a", False)
+    assert (thinking.chosen, thinking.rejected) == ("<think></think>a", "<think></think>b")
+    assert thinking.changed
+
+
+def test_a_word_that_changes_the_generation_prompt_alone_is_a_reason():
+    chat = chat_of(NO_THINK)
+    assert render_pair(chat, Pair([question("q")], answer("a"), answer("b"))).chosen == "a"
+    with pytest.raises(BadRow, match="chosen: the chat template writes the prompt or the end of the turn"):
+        render_pair(chat, Pair([question("/no_think q")], answer("a"), answer("b")))
