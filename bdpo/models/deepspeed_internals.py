@@ -120,7 +120,8 @@ def import_deepspeed() -> ModuleType:
 
     mlflow, which its autotuner imports where it is installed, is three quarters of the time that the import
     takes. Every engine imports the Muon optimizer, which is compiled where it is defined: for that torch
-    imports its compiler, which takes a worker two seconds.
+    imports its compiler, which takes a worker two seconds. On a CPU every process group compiles an op in C++,
+    which takes a minute on a new machine, and which inference with tensor parallelism alone calls.
     """
     unasked = "mlflow" not in sys.modules
     if unasked:
@@ -133,15 +134,8 @@ def import_deepspeed() -> ModuleType:
     from deepspeed.runtime import compiler
 
     compiler.compile = lambda: compiler.dummy_decorator
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def build_shared_memory_op() -> None:
-    """Compile (once per extensions folder) the op by which CPU workers communicate."""
-    import_deepspeed()
-    from deepspeed.comm.torch import build_shm_op
-
-    build_shm_op()
 
 
 def async_io_builder() -> Any:

@@ -23,7 +23,6 @@ from bdpo.models.attention import attention_of
 from bdpo.models.deepspeed_internals import (
     ClippingAdamW,
     async_io_builder,
-    build_shared_memory_op,
     full_shape,
     import_deepspeed,
     trained_weights,
@@ -187,7 +186,7 @@ def _offload(train: TrainConfig) -> dict[str, str | bool | None]:
     return {"device": train.offload, "nvme_path": train.nvme_path, "pin_memory": pinned}
 
 
-def _require_async_io() -> Any:
+def _async_io() -> Any:
     """The builder of DeepSpeed's op for NVMe.
 
     Raises:
@@ -203,17 +202,16 @@ def _require_async_io() -> Any:
 
 
 def _choose_accelerator(train: TrainConfig) -> None:
-    """Choose DeepSpeed's CPU accelerator on a machine without a GPU, and compile its ops once.
+    """Choose DeepSpeed's CPU accelerator on a machine without a GPU, and compile what NVMe requires once.
 
     torch compiles extensions under a lock file. A killed process leaves that file behind, and every later
     process waits for it for ever. The kernel releases our own lock when its process dies, so whoever holds it
     knows that no other process compiles, and may remove torch's stale lock files.
     """
-    if torch.cuda.is_available():
-        if train.offload == "nvme":
-            _require_async_io()
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if train.offload != "nvme":
         return
-    os.environ["DS_ACCELERATOR"] = "cpu"
     # An op is built against one torch by one ninja, whose log another version takes for outdated: of two
     # environments each would build the op anew for the other, which takes minutes.
     built_by = [sys.prefix, torch.__version__, shutil.which("ninja")]
@@ -222,9 +220,7 @@ def _choose_accelerator(train: TrainConfig) -> None:
     with machine_lock(folder / "build.lock"):
         for stale in folder.rglob("lock"):
             stale.unlink()
-        build_shared_memory_op()
-        if train.offload == "nvme":
-            _require_async_io().load()
+        _async_io().load()
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
