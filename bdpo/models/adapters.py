@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bdpo.config import SANDBOX, Config, LoraConfig, ModelConfig
 from bdpo.errors import UserError, escaped, first_line
-from bdpo.models.folders import named_folder, read_json_object, require_readable_files
+from bdpo.models.folders import named_folder, read_json_object, reason_of, require_readable_files
 from bdpo.models.loading import load_model, model_folder, require_finite, without_weights
 from bdpo.models.weight_files import counted, require_finite_files, tensor_types
 from bdpo.storage.checksums import require_checksums
@@ -173,7 +173,7 @@ def _adapted(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
             adapted = PeftModel.from_pretrained(model, folder, torch_device="cpu")
     except Exception as error:  # of classes that read what a file of somebody else holds
         _raise_out_of_memory(error)
-        reason = f"unknown value {error}" if isinstance(error, KeyError) else first_line(error)
+        reason = reason_of(error, folder / "adapter_config.json")
         raise UserError(f"{folder}: does not fit {escaped(name)} as an adapter ({reason})") from None
     _refuse_incomplete(folder, set(get_peft_model_state_dict(adapted)))
     return adapted

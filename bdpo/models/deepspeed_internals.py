@@ -120,8 +120,8 @@ def import_deepspeed() -> ModuleType:
 
     mlflow, which its autotuner imports where it is installed, is three quarters of the time that the import
     takes. Every engine imports the Muon optimizer, which is compiled where it is defined: for that torch
-    imports its compiler, which takes a worker two seconds. On a CPU every process group compiles an op in C++,
-    which takes a minute on a new machine, and which inference with tensor parallelism alone calls.
+    imports its compiler, which takes a worker two seconds. On a CPU every process group compiles an op in
+    C++, which takes a minute on a new machine, and which inference with tensor parallelism alone calls.
     """
     unasked = "mlflow" not in sys.modules
     if unasked:

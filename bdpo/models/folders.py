@@ -6,7 +6,7 @@ What transformers would skip in silence, such as a damaged generation_config.jso
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
 from itertools import chain
@@ -118,6 +118,25 @@ def read_json_object(file: Path) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds no JSON object")
     return content
+
+
+def reason_of(error: Exception, file: Path) -> str:
+    """What transformers or PEFT say of a model in one line; of a value, which key of the JSON file has it."""
+    if not isinstance(error, KeyError):
+        return first_line(error)
+    value = error.args[0] if error.args else None
+    key = next(_keys_of(value, read_json_object(file)), None)
+    return (
+        f"{file.name}: {escaped(key)}={escaped(str(value))} is unknown" if key else f"unknown value {error}"
+    )
+
+
+def _keys_of(value: object, content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, held in content.items():
+        if held == value:
+            yield prefix + key
+        elif isinstance(held, Mapping):
+            yield from _keys_of(value, held, f"{prefix}{key}.")
 
 
 def _require_token_ids(file: Path, content: Mapping[str, Any]) -> None:

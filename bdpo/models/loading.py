@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import InvalidVersion, Version
 
 from bdpo.config import SANDBOX, Config, ModelConfig
-from bdpo.errors import UserError, escaped, first_line
-from bdpo.models.folders import OF_WEIGHTS, OWN_CODE, named_folder, require_readable_files
+from bdpo.errors import UserError, escaped
+from bdpo.models.folders import OF_WEIGHTS, OWN_CODE, named_folder, reason_of, require_readable_files
 from bdpo.models.transformers_private import places_of, set_attention, supports_sdpa
 from bdpo.models.weight_files import (
     UNQUANTISED,
@@ -144,7 +144,7 @@ def _not_loaded(folder: Path, error: Exception) -> UserError:
         return UserError(f"{folder}: the model {OWN_CODE}")
     if "does not recognize this architecture" in text or "Unrecognized model in" in text:
         return UserError(f"{folder}: transformers {_version('transformers')} knows no model of this type")
-    reason = f"unknown value {error}" if isinstance(error, KeyError) else first_line(error)
+    reason = reason_of(error, folder / "config.json")
     if "automatic conversion" in text:  # its report would follow, which `_quiet` hides
         reason = "some of the tensors that it puts together are missing, or of another shape"
     return UserError(f"{folder}: cannot be loaded as a causal language model ({reason})")
@@ -231,8 +231,9 @@ def require_complete_weights(model: ModelConfig, key: str = "model.name_or_path"
 def _require_complete(folder: Path, model: ModelConfig) -> None:
     """The same of the model in a folder."""
     require_numbered(folder, places_of(without_weights(folder, model), files_of_tensors(folder)))
+    settings = {"device_map": "meta", "dtype": model.dtype}
     # `ignore_mismatched_sizes`, so that the report has them all.
-    loaded, report = _from_pretrained(folder, model, device_map="meta", ignore_mismatched_sizes=True)
+    loaded, report = _from_pretrained(folder, model, **settings, ignore_mismatched_sizes=True)
     _refuse_incomplete(folder, report)
     prefix = f"{loaded.base_model_prefix}."  # which the names in a file may lack
     for tied in loaded.all_tied_weights_keys.items():

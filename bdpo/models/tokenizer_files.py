@@ -42,11 +42,22 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         raise UserError(f"{folder}: no tokenizer can be loaded ({first_line(error)})") from None
     if is_empty:  # what transformers makes of no files
         raise UserError(f"{folder}: no tokenizer can be loaded (its vocabulary is empty)")
+    if dropout := _dropout(tokenizer):
+        raise UserError(
+            f"{folder / 'tokenizer.json'}: model.dropout={dropout} would give a text other ids each time; "
+            "set it to null"
+        )
     if _has_own_code(folder) and not trust_remote_code:
         warn_once(
             f"{folder}: the tokenizer {OWN_CODE}; {type(tokenizer).__name__} of transformers takes its place"
         )
     return tokenizer
+
+
+def _dropout(tokenizer: PreTrainedTokenizerBase) -> float | None:
+    """How often the tokenizer leaves out a merge at random; of a kind without merges, or in Python, never."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return getattr(getattr(backend, "model", None), "dropout", None)
 
 
 def _of_its_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:

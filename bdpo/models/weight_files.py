@@ -10,8 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bdpo.errors import UserError, first_line
-from bdpo.models.folders import require_fetched
+from bdpo.errors import UserError, escaped, first_line
+from bdpo.models.folders import read_json_object, require_fetched
 
 if TYPE_CHECKING:
     import torch
@@ -77,11 +77,15 @@ def weight_files(folder: Path) -> list[Path]:
     if not named.endswith(".index.json"):
         return [folder / named]
     index = folder / named
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [folder / shard for shard in sorted(shards)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: is no index of weights") from None
+    content = read_json_object(index)
+    shards = content["weight_map"].values() if isinstance(content.get("weight_map"), dict) else ()
+    if not shards or not all(isinstance(shard, str) for shard in shards):
+        raise UserError(f"{index}: is no index of weights (weight_map: tensor -> file)")
+    if not isinstance(content.get("metadata"), dict):
+        raise UserError(f"{index}: has no metadata, which transformers reads; an empty object will do")
+    if outside := sorted(shard for shard in shards if Path(shard).name != shard):
+        raise UserError(f"{index}: names files that are not in its folder ({escaped(some_names(outside))})")
+    return [folder / shard for shard in sorted(set(shards))]
 
 
 def _named_weights(folder: Path) -> str | None:

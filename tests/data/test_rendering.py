@@ -115,7 +115,8 @@ def test_a_system_turn_that_the_answer_takes_away_is_a_reason():
 
 SYSTEM_OPENS_A_THOUGHT = CHATML.replace(
     "{{ m.content }}",
-    "{% if m.role == 'assistant' and messages[0].role == 'system' %}<think></think>{% endif %}{{ m.content }}",
+    "{% if m.role == 'assistant' and messages[0].role == 'system' %}<think></think>{% endif %}"
+    "{{ m.content }}",
 )
 
 NO_THINK = CHATML.replace(

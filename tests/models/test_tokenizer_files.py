@@ -73,3 +73,14 @@ def test_a_class_that_does_what_the_file_says_stays(tmp_path):
     train_tokenizer(["Hello 12"] * 9, 270).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     assert type(read_tokenizer(tmp_path)) is Qwen2Tokenizer
+
+
+def test_a_tokenizer_that_draws_its_merges_is_refused(tmp_path):
+    """With dropout, as in training some tokenizers, each reading of a text would give other ids."""
+    byte_tokenizer([("1", "2")]).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["dropout"] = 0.5
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tokenizer.json: model.dropout=0.5 would give a text other ids"):
+        read_tokenizer(tmp_path)

@@ -27,7 +27,8 @@ def sharded(folder):
 
 
 def index(folder, weight_map):
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    content = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
 
 
 def configured(folder):
@@ -137,11 +138,24 @@ def test_a_missing_shard_is_named(tmp_path):
     assert refusal(tmp_path) == f"the model: files of weights are missing ({SECOND})"
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": [1]}', '{"weight_map": null}'])
+NO_INDEX = {
+    "[]": "holds no JSON object",
+    "{": "cannot be read as JSON",
+    '{"weight_map": [1]}': "is no index of weights",
+    '{"weight_map": null}': "is no index of weights",
+    '{"weight_map": {}}': "is no index of weights",
+    '{"weight_map": {"a": 1}}': "is no index of weights",
+    '{"weight_map": {"a": "x", "a": "y"}}': "the key a stands twice",
+    json.dumps({"weight_map": {"a": FIRST}}): "has no metadata, which transformers reads",
+    '{"metadata": {}, "weight_map": {"a": "../x.safetensors"}}': "names files that are not in its folder (../x.",
+}
+
+
+@pytest.mark.parametrize("content", NO_INDEX)
 def test_an_index_that_is_none_is_refused(tmp_path, content):
     sharded(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(content)
-    assert "model.safetensors.index.json: is no index of weights" in refusal(tmp_path)
+    assert f"model.safetensors.index.json: {NO_INDEX[content]}" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

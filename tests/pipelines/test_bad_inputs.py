@@ -403,7 +403,14 @@ MODEL_FAULTS = {
     "a tokenizer of another type": (edited("tokenizer.json", b"[]"), "no tokenizer can be loaded"),
     "weights that are a folder": (folder_for_weights, "model.safetensors: damaged weights"),
     "weights that lie elsewhere": (link_for_weights, "model.safetensors: damaged weights"),
-    "a rope of no kind": (config_with(rope_scaling={"rope_type": "spiral"}), "unknown value 'spiral'"),
+    "a rope of no kind": (
+        config_with(rope_scaling={"rope_type": "spiral"}),
+        "config.json: rope_scaling.rope_type=spiral is unknown",
+    ),
+    "an activation of no kind": (
+        config_with(hidden_act="bend"),
+        "config.json: hidden_act=bend is unknown",
+    ),
     "a vocabulary of words": (config_with(vocab_size="many"), "Validation error for field 'vocab_size': "),
     "quantised weights": (
         config_with(quantization_config={"quant_method": "fp8"}),
@@ -531,7 +538,10 @@ ADAPTER_FAULTS = {
     ),
     "no config": (edited("adapter_config.json", None), "adapter_config.json"),
     "a config that is a list": (edited("adapter_config.json", b"[]"), "adapter_config.json: holds no JSON"),
-    "a kind that PEFT does not know": (adapter_with(peft_type="NONESUCH"), "unknown value 'NONESUCH'"),
+    "a kind that PEFT does not know": (
+        adapter_with(peft_type="NONESUCH"),
+        "adapter_config.json: peft_type=NONESUCH is unknown",
+    ),
     "another rank": (adapter_with(r=3), "does not fit"),
     "modules that the model lacks": (adapter_with(target_modules=["nonesuch"]), "does not fit"),
     "a tensor too few": (
