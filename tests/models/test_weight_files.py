@@ -147,7 +147,7 @@ NO_INDEX = {
     '{"weight_map": {"a": 1}}': "is no index of weights",
     '{"weight_map": {"a": "x", "a": "y"}}': "the key a stands twice",
     json.dumps({"weight_map": {"a": FIRST}}): "has no metadata, which transformers reads",
-    '{"metadata": {}, "weight_map": {"a": "../x.safetensors"}}': "names files that are not in its folder (../x.",
+    '{"metadata": {}, "weight_map": {"a": "../x.safetensors"}}': "names files that are not in its folder",
 }
 
 
