@@ -9,6 +9,7 @@ from bdpo.data.formats.messages import MEANINGFUL_KEYS
 from bdpo.data.formats.stringified import is_stringified, is_stringified_otherwise
 from bdpo.data.formats.transcript import (
     begins_with_assistant,
+    ends_with_assistant,
     holds_question,
     is_other_transcript,
     is_question_of_transcript,
@@ -30,9 +31,6 @@ _TEMPLATE_TOKEN = re.compile(
     r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<</?SYS>>",
     re.DOTALL,
 )
-
-# What a prompt ends with that was rendered as Vicuna's or Alpaca's template writes it, in words alone.
-_ANSWER_HEADERS = ("ASSISTANT:", "GPT4 Correct Assistant:", "### Response:", "### Assistant:")
 
 _ENDS = ("</s>", "<eos>")
 
@@ -64,21 +62,18 @@ def check_pair(pair: Pair) -> None:
         if _is_empty(message):
             raise BadRow(f"{side}: {'invisible characters alone' if message['content'].strip() else 'empty'}")
         _check_text(message["content"], side)
-        _check_answer(message["content"], side)
+        _check_answer(message["content"], f"{side}:")
     if pair.chosen == pair.rejected:
         raise BadRow("chosen equals rejected")
     for message in pair.prompt:
         if message["role"] in ("user", "assistant") and _is_empty(message):
             raise BadRow(f"prompt: a turn of the {message['role']} without text")
         _check_text(message["content"], "prompt")
-    _check_not_repeated(pair)
-    if pair.prompt[-1]["content"].rstrip().endswith(_ANSWER_HEADERS):
-        raise BadRow(
-            "prompt: ends where an answer begins, as a rendered one does; give the messages themselves"
-        )
-    for message in pair.prompt:
         if message["role"] == "user":
             _check_question(message["content"])
+        elif message["role"] == "assistant":
+            _check_answer(message["content"], "prompt: an earlier answer")
+    _check_not_repeated(pair)
 
 
 def _is_empty(message: Message) -> bool:
@@ -99,27 +94,35 @@ def _check_not_repeated(pair: Pair) -> None:
 
 
 def _check_question(text: str) -> None:
+    """Make sure that a turn of the user is one; it may end with `</s>`, of which it may ask."""
     if is_transcript(text) or is_question_of_transcript(text):
         raise BadRow("prompt: a transcript of Human: and Assistant:; set data.format=hh_rlhf")
+    if ends_with_assistant(text):
+        raise BadRow(
+            "prompt: ends where an answer begins, as a rendered one does; give the messages themselves"
+        )
     if is_other_transcript(text):
         raise BadRow("prompt: a transcript of two speakers; give the messages themselves")
+    if begins_with_assistant(text):
+        raise BadRow("prompt: begins with the name of the assistant; give the messages themselves")
 
 
-def _check_answer(text: str, side: str) -> None:
+def _check_answer(text: str, place: str) -> None:
+    """Make sure that an answer is one, and not rendered; `place` begins the reason."""
     for end in _ENDS:
         if text.rstrip().endswith(end) and "<s>" not in text:
-            raise BadRow(f"{side}: ends with {end}, the end of a rendered answer; give the text without it")
+            raise BadRow(f"{place} ends with {end}, the end of a rendered answer; give the text without it")
     if is_transcript(text):
         raise BadRow(
-            f"{side}: holds turns of Human: and Assistant:; give the answer alone, "
+            f"{place} holds turns of Human: and Assistant:; give the answer alone, "
             "or two whole transcripts with data.format=hh_rlhf"
         )
     if holds_question(text):
-        raise BadRow(f"{side}: holds a turn of the user; give the answer alone")
+        raise BadRow(f"{place} holds a turn of the user; give the answer alone")
     if is_other_transcript(text):
-        raise BadRow(f"{side}: a transcript of two speakers; give the answer alone")
+        raise BadRow(f"{place} is a transcript of two speakers; give the answer alone")
     if begins_with_assistant(text):
-        raise BadRow(f"{side}: begins with the name of a speaker; give the text without it")
+        raise BadRow(f"{place} begins with the name of a speaker; give the text without it")
 
 
 def _check_text(text: str, column: str) -> None:

@@ -106,7 +106,23 @@ RENDERED_ANSWERS = {
     "a turn of the user and more": f"{GOOD}\n\nHuman: And then?\n\nI wait.",
 }
 
+RENDERED_QUESTIONS = {
+    "a name behind it": f"{ASK}\n\nAssistant:",
+    "a name and a blank": f"{ASK}\nAssistant: ",
+    "a name behind a blank": f"{ASK}\n AI:\n",
+    "another name": f"{ASK}\nBot:",
+    "a name in brackets": f"{ASK}\n<bot>:",
+    "a bold name": f"{ASK}\n\n**Assistant:**",
+    "capitals": f"{ASK} ASSISTANT:",
+    "Alpaca's heading behind it": f"{ASK}\n\n### Response:\n",
+    "a name before it": f"Assistant: {ASK}",
+    "Alpaca's heading before it": f"### Response: {ASK}",
+}
+
 PLAIN = (
+    "Which of these is the Assistant: Ms. Fern or the AI:",
+    "Write to the assistant:\nAI: a field\nBot: a program",
+    "Here is a talk:\nHuman: hi\nAssistant: ho",
     "Human: is that a word?",
     "The human asked.\nHuman: hi\nAssistant: ho",
     "Minutes.\n\nAssistant: Ms. Fern\n\nHuman resources: none",
@@ -182,12 +198,22 @@ def test_a_whole_transcript_on_one_side_is_refused(side):
         "Human: a\nmore\nAssistant: b\n\nHuman: c\n\nAssistant: d",
         "Human: a\nAssistant: b\nHuman: c\n\nAssistant: d",
         "Human: a\n\nAssistant: b\nHuman: c\n\nAssistant: d",
+        "Human: a\n\nAssistant: b\nHuman: c\nAssistant: d",
+        "Human: a\n\nAssistant: b\nHuman: c\nAssistant: d\n\nHuman: e\n\nAssistant: f",
     ],
 )
 def test_turns_that_are_parted_in_two_ways_are_refused(text):
     row = {"chosen": text, "rejected": f"{text} e"}
     reason = "chosen: some turns are parted by a blank line, others by a line break alone"
     assert outcome(row, "hh_rlhf") == reason
+
+
+def test_a_transcript_may_end_with_an_answer_that_quotes_another():
+    quote = "A short one:\nHuman: hi\nAssistant: ho"
+    row = {
+        side: f"Human: {ASK}\n\nAssistant: {text}" for side, text in (("chosen", quote), ("rejected", BAD))
+    }
+    assert outcome(row, "hh_rlhf") == ([ASK], quote, BAD)
 
 
 def test_transcripts_beside_a_plain_prompt_name_the_format_that_reads_them():
@@ -214,10 +240,21 @@ def test_a_rendered_answer_is_refused_by_its_column(name, column):
     assert reason.startswith(f"{column}: ")
 
 
-def test_a_later_turn_of_the_user_is_looked_at_too():
-    prompt = [("user", "Hi"), ("assistant", "Yes?"), ("user", RENDERED["User and Bot"])]
-    turns = [{"role": role, "content": content} for role, content in prompt]
-    assert outcome({"prompt": turns, **dict(SIDES)}, "preference").startswith("prompt: a transcript")
+@pytest.mark.parametrize("name", [*RENDERED, *RENDERED_QUESTIONS])
+@pytest.mark.parametrize("place", [0, 2])
+def test_every_rendered_turn_of_the_user_is_refused(name, place):
+    contents = ["Hi", "Yes?", ASK]
+    contents[place] = (RENDERED | RENDERED_QUESTIONS)[name]
+    reason = outcome(conversation(*contents), "preference")
+    assert isinstance(reason, str)
+    assert reason.startswith("prompt: ")
+
+
+@pytest.mark.parametrize("name", [*RENDERED, *RENDERED_ANSWERS])
+def test_a_rendered_answer_in_the_history_is_refused(name):
+    reason = outcome(conversation("Hi", (RENDERED | RENDERED_ANSWERS)[name], ASK), "preference")
+    assert isinstance(reason, str)
+    assert reason.startswith("prompt: ")
 
 
 def test_a_first_turn_alone_names_the_format_that_reads_it():
@@ -240,6 +277,7 @@ def test_a_plain_text_is_kept(text):
     for column in ("prompt", "chosen", "rejected"):
         row = {"prompt": ASK, **dict(SIDES), column: text}
         assert outcome(row, "preference") == ([row["prompt"]], row["chosen"], row["rejected"])
+    assert outcome(conversation(text, text, ASK), "preference") == ([text, text, ASK], GOOD, BAD)
 
 
 @pytest.mark.parametrize("written", [json.dumps, str])

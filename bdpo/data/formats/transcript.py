@@ -43,6 +43,12 @@ _ANSWER_NAME = re.compile(
     rf"\s*(?:GPT4 Correct (?:User|Assistant):|#{{2,6}} ?Response:|{_named(_ASSISTANTS)})"
 )
 
+# A prompt ends so that was rendered: with a name on a line of its own, or as a template writes it anywhere.
+_ANSWER_HEADER = re.compile(
+    rf"(?:\n[ \t]*{_named(_ASSISTANTS)}(?:\*\*)?|(?:ASSISTANT|GPT4 Correct Assistant|#{{2,6}} ?Response"
+    r"|#{2,6} ?Assistant):)\s*\Z"
+)
+
 # One of these begins a turn wherever it stands in a text.
 _USER_WITHIN = re.compile(r"\n\r?\n(?:Human|HUMAN):|\n#{2,6} ?(?:Human|User|Instruction):")
 
@@ -83,8 +89,13 @@ def holds_question(text: str) -> bool:
 
 
 def begins_with_assistant(text: str) -> bool:
-    """Whether an answer begins with the name of its speaker."""
+    """Whether a text begins with the name of the assistant."""
     return bool(_ANSWER_NAME.match(text))
+
+
+def ends_with_assistant(text: str) -> bool:
+    """Whether a text ends with the header of an answer that would follow."""
+    return bool(_ANSWER_HEADER.search(text))
 
 
 def begins_with_speaker(text: object) -> bool:
@@ -110,10 +121,17 @@ def read_transcript(row: Row, column: str) -> list[Message]:
 
 
 def _holds_other_turn(turn: Message, following: Message | None) -> bool:
-    """Whether a turn of the other speaker seems to begin inside a turn; an answer may quote one."""
+    """Whether a turn of the other speaker seems to begin inside a turn; an answer may quote one.
+
+    An answer that quotes turns of both says so with a colon before them.
+    """
+    text = turn["content"]
     if turn["role"] == "user":
-        return "\nAssistant:" in turn["content"]
-    return following is not None and following["role"] == turn["role"] and "\nHuman:" in turn["content"]
+        return "\nAssistant:" in text
+    before, human, behind = text.partition("\nHuman:")
+    if "\nAssistant:" in behind and not before.rstrip().endswith(":"):
+        return True
+    return bool(human) and following is not None and following["role"] == turn["role"]
 
 
 def _split(turn: re.Pattern[str], text: str) -> list[Message]:
