@@ -21,7 +21,15 @@ from bdpo.config.experiment import ExperimentConfig
 from bdpo.config.explain import explain
 from bdpo.config.kinds import change_kind, written_out
 from bdpo.config.model import ModelConfig
-from bdpo.config.reading import Dumper, parse_override, read_yaml, require_tree, set_value, short
+from bdpo.config.reading import (
+    Dumper,
+    parse_override,
+    read_yaml,
+    require_distinct,
+    require_tree,
+    set_value,
+    short,
+)
 from bdpo.config.score import ScoreConfig
 from bdpo.config.secrets import refuse_secrets
 from bdpo.config.tamper import TamperConfig
@@ -91,6 +99,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
         UserError: one line that names the file, or the override that is wrong, and the key, with the
             nearest known key.
     """
+    require_distinct(overrides)
     values = read_yaml(Path(file))
     for override in overrides:
         _lay_over(values, override)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ _MOST_VALUES = 100_000  # aliases make a few lines of YAML into more than any me
 _LONGEST = 4096  # bytes: PATH_MAX of Linux, and no other text of a config is longer
 
 _SHOWN = 100  # characters of a text in a message
+
+_OTHER_BASE = re.compile(r"[-+]?(?:0[0-9_]+|[0-9_]+(?::[0-9]+)+)")
 
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # control characters, lone surrogates
 
@@ -33,10 +35,20 @@ class Loader(yaml.SafeLoader):
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Refuses what YAML 1.1 reads as octal (`010` is 8) or as of base 60 (`1:30` is 90)."""
+        number: int = super().construct_yaml_int(node)
+        if _OTHER_BASE.fullmatch(node.value):
+            problem = f"{node.value} is {number} in YAML; write that, or quote it if it is text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return number
+
 
 class Dumper(yaml.SafeDumper):
     """Quotes a text that `Loader` would read as a number: a revision `12e5`, for one."""
 
+
+Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
 
 for _yaml in (Loader, Dumper):
     _yaml.add_implicit_resolver(
@@ -76,7 +88,26 @@ def parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {short(override)}: expects section.key=value")
-    return key, _load(text, f"override {short(key)}")
+    value = _load(text, f"override {short(key)}")
+    node = yaml.compose(text, Loader)
+    if text[node.end_mark.index if node else 0 :].strip():  # YAML would cut it off
+        raise UserError(f"override {short(key)}: what stands behind # is a comment in YAML; quote the value")
+    return key, value
+
+
+def require_distinct(overrides: Sequence[str]) -> None:
+    """Make sure that no override undoes another: one of the same key, or of the section around it.
+
+    Raises:
+        UserError: one does; it is named.
+    """
+    keys: list[str] = []
+    for override in overrides:
+        key = override.partition("=")[0]
+        if undone := next((one for one in keys if one == key or one.startswith(f"{key}.")), None):
+            what = "stands twice" if undone == key else f"replaces all of {short(key)}, {short(undone)} too"
+            raise UserError(f"override {short(key)}: {what}; leave one of them out")
+        keys.append(key)
 
 
 def set_value(values: dict[str, Any], key: str, value: Any, source: str = "override") -> None:

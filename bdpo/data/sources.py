@@ -80,7 +80,9 @@ def open_source(config: SourceConfig) -> Source:
         raise UserError(f"{_name(config)}: no row can be read ({reader.place(head[0][0])}: {reason})")
     for name, column in config.columns.items():
         if not any(name in row for _, row in seen):
-            others = f", only {', '.join(schema)}" if (schema := reader.schema()) else ""
+            own = {f"{one} (in the file)": one for one in config.columns} | config.columns
+            there = sorted(own.get(one, one) for one in reader.schema())
+            others = f", only {', '.join(map(shown_name, there))}" if there else ""
             raise UserError(
                 f"data.columns.{name}={escaped(column)}: {_name(config)} has no such column{others}"
             )

@@ -64,10 +64,10 @@ def _with_error(row: Comparison, judge: JudgeNote) -> str:
 
 def with_judge_error(found: Difference, reach: float) -> str:
     """The interval of a difference with the judge's own error between two models in it, in points, and
-    whether the difference is then beyond the judge: the interval holds 0."""
+    whether the difference is too small for the judge: the interval holds 0."""
     low, high = widen(found.difference, (found.low, found.high), reach)
-    beyond = ", beyond this judge" if low <= 0 <= high else ""
-    return f"{points(low)} to {points(high)}{beyond}"
+    doubt = ", too small for this judge" if low <= 0 <= high else ""
+    return f"{points(low)} to {points(high)}{doubt}"
 
 
 def screen_warning(config: Config) -> str | None:

@@ -103,6 +103,15 @@ def test_a_file(tmp_path, text, said):
         ("train=5", "override train: key train: expects a section with keys, got 5"),
         ("method=3", "override method: key method: expects a section with keys, got 3"),
         ("method.name=[dpo]", "override method.name: key method.name: expects one of bdpo, "),
+        (
+            "seed=010",
+            "override seed: not valid YAML (010 is 8 in YAML; write that, or quote it if it is text)",
+        ),
+        ("seed=1:30", "override seed: not valid YAML (1:30 is 90 in YAML"),
+        ("data.path=a #1.jsonl", "override data.path: what stands behind # is a comment in YAML; quote the"),
+        ("data.path=#1.jsonl", "override data.path: what stands behind # is a comment in YAML; quote the"),
+        ("score.workers=2", "override score.workers: stands twice; leave one of them out"),
+        ("score={workers: 2}", "override score: replaces all of score, score.workers too; leave one of them"),
         ("seed.deep=1", "override seed.deep: key seed: Input should be a valid integer"),
         (
             "model.dtype=\u202ebf16",
@@ -111,7 +120,21 @@ def test_a_file(tmp_path, text, said):
     ],
 )
 def test_an_override(tmp_path, override, said):
-    assert refusal(tmp_path, NEEDED, "train.workers=1", override).startswith(said)
+    assert refusal(tmp_path, NEEDED, "score.workers=1", override).startswith(said)
+
+
+def test_a_value_in_quotes_may_hold_any_sign(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(NEEDED)
+    assert load_config(file, ["data.path='a #1.jsonl'"]).data.path == "a #1.jsonl"
+    assert load_config(file, ["data.path=a#1.jsonl"]).data.path == "a#1.jsonl"
+
+
+def test_a_key_may_refine_a_section_that_is_given_before(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(NEEDED)
+    score = load_config(file, ["score={workers: 3}", "score.gpus_per_worker=0"]).score
+    assert (score.workers, score.gpus_per_worker) == (3, 0)
 
 
 @pytest.mark.parametrize("path", ["a" * 5000, "a\0b"])

@@ -20,7 +20,7 @@ from bdpo.evaluation.calibration.agreement import (
     label_opinion,
     opinion,
 )
-from bdpo.evaluation.calibration.bias import BEYOND, bias_between_models
+from bdpo.evaluation.calibration.bias import TOO_SMALL, bias_between_models
 from bdpo.evaluation.calibration.labels import LabelledAnswer, label_scheme
 from bdpo.evaluation.calibration.report import agreement_table, bias_table, calibrate, difference_lines
 from bdpo.evaluation.judges.base import Failed, Harm, NoAnswer, Refusal
@@ -251,7 +251,7 @@ def test_what_a_judge_decides_has_the_sign_of_the_labels(seed):
 def test_a_judge_with_a_bias_of_its_own_between_equals_decides_nothing():
     answers = answers_of({"a": 0.9, "b": 0.9, "c": 0.9, "d": 0.9}, prompts=200)
     [*found] = bias_between_models(with_errors(answers, {"b": 0.5}), answers).differences
-    assert {pair.doubt for pair in found} == {BEYOND}
+    assert {pair.doubt for pair in found} == {TOO_SMALL}
     assert found[0].labels == 0
     assert found[0].judge < -0.3
 

@@ -18,7 +18,7 @@ FEWEST_PROMPTS = 30
 
 FEWEST_MODELS = 2
 
-BEYOND = "this difference is beyond this judge"
+TOO_SMALL = "this difference is too small for this judge"
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def _differences(models: Mapping[str, _Asked], reach: float | None) -> Iterator[
         low, high = judge.low, judge.high
         if low is not None and high is not None and reach is not None:
             low, high = widen(judge.known, (low, high), reach)
-            doubt = doubt or (BEYOND if low <= 0 <= high else None)
+            doubt = doubt or (TOO_SMALL if low <= 0 <= high else None)
         by_labels = (labels.known, *_ends(labels))
         yield ModelDifference(names, len(shared), *by_labels, judge.value, low, high, doubt)
 
