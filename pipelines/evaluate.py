@@ -40,6 +40,7 @@ from bdpo.evaluation.capability import NOT_RUN, capability_fingerprint, harness_
 from bdpo.evaluation.compare import compare_all
 from bdpo.evaluation.judges.registry import NOBODY, JudgeNote, judge_kind, judge_note
 from bdpo.evaluation.measures import Summary, summarise
+from bdpo.evaluation.reference import ShardReference, logp_store, reference_fingerprint, with_logps
 from bdpo.evaluation.results import (
     chosen_models,
     is_valid,
@@ -115,7 +116,8 @@ class Evaluate(ManifestStage):
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Model, prompts, how they are answered, and the judge."""
-        return verdict_store(self.config, self.run, self.model_name, self._answers).fingerprint
+        judged = verdict_store(self.config, self.run, self.model_name, self._answers).fingerprint
+        return {**judged, **reference_fingerprint(self.config)}
 
     def has_results(self, manifest: Manifest) -> bool:
         """Whether enough verdicts were given; else the judge is asked again for those that are missing."""
@@ -156,6 +158,12 @@ class Evaluate(ManifestStage):
         longest = kind.longest(self.config, rows)
         judge.complete_shards(ShardWork(f"judge {name}", ShardJudge, to_judge, scores, total, rows, longest))
         table = scores.read().sort_by("item_id")
+        if evaluate.reference_logps:
+            logps = logp_store(self.config, self.run, name, self._answers)
+            to_forward = {"config": self.config, "answers": answers, "logps": logps}
+            title = f"log-probs of {name}"
+            executor.complete_shards(ShardWork(title, ShardReference, to_forward, logps, total, rows))
+            table = with_logps(table, logps.read())
         write_parquet(self.folder / "scores.parquet", table)
         seconds = time.perf_counter() - started
         summary = summarise(table).to_json()

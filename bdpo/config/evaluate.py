@@ -197,6 +197,10 @@ class EvaluateConfig(Section):
     samples: Positive = Field(
         1, description="answers to each prompt, of a temperature above 0; a prompt is then a cluster"
     )
+    reference_logps: bool = Field(
+        False,
+        description="the base model forwards all answers, too; those that it finds very unlikely are broken",
+    )
     batch_size: Annotated[Positive, RUNTIME_ONLY] = Field(
         32, description="prompts generated for together, and committed together"
     )

@@ -18,8 +18,11 @@ from bdpo.storage.manifests import Fingerprint, read_facts, read_manifest
 from bdpo.storage.paths import StoragePath, read_parquet, sorted_glob
 from bdpo.storage.run_dir import RunDir
 
-MODEL_FIELDS = frozenset({"weights", "tokenizer", "chat_template", "template_kwargs", "dtype", "adapter"})
-"""The fields of a fingerprint that are the evaluated model's, see `EvaluatedModel.fingerprint`."""
+MODEL_FIELDS = frozenset(
+    {"weights", "tokenizer", "chat_template", "template_kwargs", "dtype", "adapter", "reference"}
+)
+"""The fields of a fingerprint that are the evaluated model's, see `EvaluatedModel.fingerprint`, or its base's
+(`reference`)."""
 
 
 def asked_and_judged(fingerprint: Fingerprint) -> Fingerprint:

@@ -11,6 +11,7 @@ from bdpo.config import Config
 from bdpo.config.derive import part_of
 from bdpo.evaluation.answers import prompts_fingerprint
 from bdpo.evaluation.judges.registry import judge_fingerprint
+from bdpo.evaluation.reference import reference_fingerprint
 from bdpo.evaluation.results import asked_and_judged, is_valid, missing_capability
 from bdpo.experiments.arms import Arm, arm_run, rescored
 from bdpo.scoring.scores import finished_scores
@@ -78,7 +79,8 @@ class Job:
         if summary is not None:
             # The weights are those of the training's manifest: they need not be read again.
             asked = prompts_fingerprint(self.config) | judge_fingerprint(self.config)
-            require_same_fingerprint(verdicts, asked_and_judged(summary.fingerprint), asked)
+            asked |= reference_fingerprint(self.config)
+            require_same_fingerprint(verdicts, *map(asked_and_judged, (summary.fingerprint, asked)))
 
     def progress(self) -> str:
         """How the job ended; of an open one what it is doing."""
