@@ -25,7 +25,6 @@ from bdpo.config.reading import (
     Dumper,
     parse_override,
     read_yaml,
-    require_distinct,
     require_tree,
     set_value,
     short,
@@ -99,7 +98,6 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
         UserError: one line that names the file, or the override that is wrong, and the key, with the
             nearest known key.
     """
-    require_distinct(overrides)
     values = read_yaml(Path(file))
     for override in overrides:
         _lay_over(values, override)

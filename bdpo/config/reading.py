@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -93,21 +93,6 @@ def parse_override(override: str) -> tuple[str, Any]:
     if text[node.end_mark.index if node else 0 :].strip():  # YAML would cut it off
         raise UserError(f"override {short(key)}: what stands behind # is a comment in YAML; quote the value")
     return key, value
-
-
-def require_distinct(overrides: Sequence[str]) -> None:
-    """Make sure that no override undoes another: one of the same key, or of the section around it.
-
-    Raises:
-        UserError: one does; it is named.
-    """
-    keys: list[str] = []
-    for override in overrides:
-        key = override.partition("=")[0]
-        if undone := next((one for one in keys if one == key or one.startswith(f"{key}.")), None):
-            what = "stands twice" if undone == key else f"replaces all of {short(key)}, {short(undone)} too"
-            raise UserError(f"override {short(key)}: {what}; leave one of them out")
-        keys.append(key)
 
 
 def set_value(values: dict[str, Any], key: str, value: Any, source: str = "override") -> None:

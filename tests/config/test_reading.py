@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bdpo.config import load_config
+from bdpo.config import ScoreConfig, load_config
 from bdpo.config.reading import parse_override, parse_yaml
 from bdpo.errors import UserError
 
@@ -110,8 +110,6 @@ def test_a_file(tmp_path, text, said):
         ("seed=1:30", "override seed: not valid YAML (1:30 is 90 in YAML"),
         ("data.path=a #1.jsonl", "override data.path: what stands behind # is a comment in YAML; quote the"),
         ("data.path=#1.jsonl", "override data.path: what stands behind # is a comment in YAML; quote the"),
-        ("score.workers=2", "override score.workers: stands twice; leave one of them out"),
-        ("score={workers: 2}", "override score: replaces all of score, score.workers too; leave one of them"),
         ("seed.deep=1", "override seed.deep: key seed: Input should be a valid integer"),
         (
             "model.dtype=\u202ebf16",
@@ -130,11 +128,13 @@ def test_a_value_in_quotes_may_hold_any_sign(tmp_path):
     assert load_config(file, ["data.path=a#1.jsonl"]).data.path == "a#1.jsonl"
 
 
-def test_a_key_may_refine_a_section_that_is_given_before(tmp_path):
+def test_the_last_override_wins(tmp_path):
+    """A script that has overrides of its own may be given others; a section replaces all of its keys."""
     file = tmp_path / "run.yaml"
-    file.write_text(NEEDED)
-    score = load_config(file, ["score={workers: 3}", "score.gpus_per_worker=0"]).score
-    assert (score.workers, score.gpus_per_worker) == (3, 0)
+    file.write_text(NEEDED + "score: {tokens_per_batch: 7}\n")
+    score = load_config(file, ["score.workers=2", "score={workers: 3}", "score.gpus_per_worker=0"]).score
+    default = ScoreConfig().tokens_per_batch
+    assert (score.workers, score.gpus_per_worker, score.tokens_per_batch) == (3, 0, default)
 
 
 @pytest.mark.parametrize("path", ["a" * 5000, "a\0b"])

@@ -66,7 +66,9 @@ def test_a_run_whose_template_shortens_answered_questions_is_refused(config, tmp
     assert "{{ m.content }}" in text
     shortened = "{{ m.content[:9] if loop.length > 1 else m.content }}"
     file.write_text(text.replace("{{ m.content }}", shortened), encoding="utf-8")
-    with pytest.raises(UserError, match="the chat template does not write prompt, response and end of turn"):
+    with pytest.raises(
+        UserError, match="the chat template writes the prompt or the end of the turn in another"
+    ):
         complete(config)
 
 
