@@ -10,6 +10,8 @@ from bdpo.models.template import Message
 
 _START, _END = "<|im_start|>", "<|im_end|>"
 
+_HEADER = f"{_START}assistant"
+
 _TURN = re.compile(re.escape(_START) + r"(\w+)(?:\n|\Z)(.*?)(?:" + re.escape(_END) + r"\s*|\Z)", re.DOTALL)
 
 
@@ -20,7 +22,8 @@ def read(row: Row) -> Pair:
     prompt = _turns(row, "prompt")
     if prompt[-1]["role"] == "assistant" and not prompt[-1]["content"]:
         prompt.pop()
-    return Pair(prompt, _response(row, "chosen"), _response(row, "rejected"))
+    newline = "\n" if row["prompt"].endswith(_HEADER) else ""  # of the header, where the prompt lacks it
+    return Pair(prompt, _response(row, "chosen", newline), _response(row, "rejected", newline))
 
 
 def _turns(row: Row, column: str) -> list[Message]:
@@ -36,8 +39,11 @@ def _turns(row: Row, column: str) -> list[Message]:
     return messages
 
 
-def _response(row: Row, column: str) -> Message:
-    text = text_cell(row, column).rstrip().removesuffix(_END)
+def _response(row: Row, column: str, newline: str) -> Message:
+    """The answer without the end of its turn and what follows that; nothing inside the answer is trimmed."""
+    text = text_cell(row, column).removeprefix(newline)
+    if (whole := text.rstrip()).endswith(_END):
+        text = whole.removesuffix(_END)
     if _START in text or _END in text:
         raise BadRow(f"{column}: not exactly one answer in ChatML")
     return answer(text)

@@ -24,9 +24,10 @@ def read(row: Row) -> Pair:
     """`instruction` (or `question`), followed by `input` on a line of its own; `history` comes before it.
 
     Without an instruction `input` is the prompt. The responses are `chosen` and `rejected`, or
-    `chosen_response` and `rejected_response`.
+    `chosen_response` and `rejected_response`. Columns with the same text are written once.
     """
-    parts = [text_cell(row, column) for column in (*_PROMPTS, "input") if row.get(column)]
+    columns = (column for column in (*_PROMPTS, "input") if row.get(column))
+    parts = dict.fromkeys(text_cell(row, column) for column in columns)  # equal ones are one
     if not parts:
         raise BadRow("instruction: missing")
     prompt = [*_history(row), question("\n".join(parts))]

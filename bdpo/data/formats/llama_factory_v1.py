@@ -15,7 +15,11 @@ def read(row: Row) -> Pair:
     The `loss_weight` of a message is for supervised training; a preference is over the last turn.
     """
     chosen, rejected = (_conversation(row, column) for column in _COLUMNS)
-    return Pair(*split_conversations(chosen, rejected, _COLUMNS))
+    weighted = (
+        column for column in _COLUMNS if any(turn.get("loss_weight") is not None for turn in row[column])
+    )
+    unread = frozenset(f"{column}[].loss_weight" for column in weighted)
+    return Pair(*split_conversations(chosen, rejected, _COLUMNS), unread=unread)
 
 
 def _conversation(row: Row, column: str) -> list[Message]:

@@ -34,7 +34,7 @@ _OBJECTS = {"answers": ("rank", "answer"), "completions": ("overall_score", "res
 def read(row: Row) -> Pair:
     """The answer that is rated best against the one that is rated worst; of equals the first.
 
-    An answer without rating is not one of them.
+    An answer whose rating or text is null or NaN is not one of them.
 
     Raises:
         Excluded: fewer than two answers are rated, or all alike, so there is nothing to prefer.
@@ -75,8 +75,13 @@ def _rated(row: Row) -> Rated:
     return [
         (checked_number(rating, column), checked_text(text, "generations"))
         for rating, text in pairs
-        if rating is not None and text is not None
+        if _is_held(rating) and _is_held(text)
     ]
+
+
+def _is_held(value: object) -> bool:
+    """Whether it is neither null nor NaN, which is the null of pandas."""
+    return value is not None and value == value
 
 
 def _objects(row: Row, column: str) -> Rated:
@@ -87,9 +92,9 @@ def _objects(row: Row, column: str) -> Rated:
     for given in answers:
         refuse_media(given, f"{column}.")
     return [
-        (checked_number(given[rating], f"{column}.{rating}"), checked_text(given.get(text), column))
+        (checked_number(given[rating], f"{column}.{rating}"), checked_text(given[text], column))
         for given in answers
-        if given.get(rating) is not None
+        if _is_held(given.get(rating)) and _is_held(given.get(text))
     ]
 
 
