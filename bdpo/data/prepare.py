@@ -44,6 +44,9 @@ PART_ROWS = 8 * ROW_GROUP
 BATCH_ROWS = 256  # rows that are rendered and tokenised at a time
 
 
+_Labels = tuple[str | None, bool | None, bool | None]  # group, chosen_safe, rejected_safe
+
+
 @dataclass(frozen=True)
 class _Usable:
     """A pair that passed every check, its token ids, and where its row stands."""
@@ -139,7 +142,7 @@ class _Examiner:
         self.config = config
         self.chat = chat
         self.seed = seed
-        self.seen: dict[bytes, SourceAccount] = {}  # which data set has the pair
+        self.seen: dict[bytes, tuple[SourceAccount, _Labels]] = {}  # which data set has the pair
 
     def __call__(
         self, source: Source, account: SourceAccount, rows: list[NumberedRow]
@@ -170,17 +173,19 @@ class _Examiner:
         encoded: tuple[EncodedPair, Rendered] | BadRow,
     ) -> _Usable | BadRow | None:
         pair_id = id_of(pair)
+        labels = (pair.group, pair.chosen_safe, pair.rejected_safe)
         if (first := self.seen.get(key := bytes.fromhex(pair_id)[:16])) is not None:
-            if first is account:
-                return BadRow("duplicate")
-            return LeftOut("duplicate of a pair of another data set")
+            other = "" if first[1] == labels else ", with other labels"  # those of the first row are kept
+            if first[0] is account:
+                return BadRow(f"duplicate{other}")
+            return LeftOut(f"duplicate of a pair of another data set{other}")
         if isinstance(encoded, BadRow):
             return encoded
         ids, rendered = encoded
         account.unread |= rendered.unwritten | {shown_name(name) for name in pair.unread}
         if source.config.weight < 1 and _draw(self.seed, pair_id) >= source.config.weight * 2**256:
             return None  # another data set may keep it
-        self.seen[key] = account
+        self.seen[key] = account, labels
         arrays = (np.array(part, dtype=np.int32) for part in (ids.prompt, ids.chosen, ids.rejected))
         place = source.reader.place(row)
         return _Usable(account, place, pair_id, pair, tuple(arrays), rendered.changed)  # type: ignore[arg-type]

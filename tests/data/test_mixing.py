@@ -169,3 +169,11 @@ def test_an_unknown_format_is_named_with_the_nearest(prepare_here):
         prepare_here, [pair_row(0)], format="shargpt"
     )
     assert "it is one of auto, preference" in refusal(prepare_here, [pair_row(0)], format="zzz")
+
+
+def test_a_pair_that_stands_twice_with_other_labels_has_its_own_reason(tmp_path, prepare_here):
+    row = {"prompt": "What sings at dawn?", "chosen": "A lark.", "rejected": "A stone."}
+    again = [row | {"group": "safe"}, row | {"group": "unsafe"}, row | {"group": "safe"}]
+    other = {"prompt": "What swims?", "chosen": "A pike.", "rejected": "A stone."}
+    source = write_jsonl(tmp_path / "rows.jsonl", [*again, other])
+    assert prepare_here(source).quarantined == {"duplicate, with other labels": 1, "duplicate": 1}
