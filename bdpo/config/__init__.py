@@ -21,14 +21,7 @@ from bdpo.config.experiment import ExperimentConfig
 from bdpo.config.explain import explain
 from bdpo.config.kinds import change_kind, written_out
 from bdpo.config.model import ModelConfig
-from bdpo.config.reading import (
-    Dumper,
-    parse_override,
-    read_yaml,
-    require_tree,
-    set_value,
-    short,
-)
+from bdpo.config.reading import Dumper, parse_override, read_yaml, require_tree, set_value, short
 from bdpo.config.score import ScoreConfig
 from bdpo.config.secrets import refuse_secrets
 from bdpo.config.tamper import TamperConfig

@@ -1,9 +1,8 @@
 """Prepared pairs against the chat template: what was encoded is what the template itself writes.
 
-A template is checked with a probe when it is loaded (`bdpo.models.tokenizer`), and a row that holds tools,
-variables or further message keys when it is rendered. Texts of users show what no probe does, such as a
-template that shortens long questions; so every run compares some of its pairs with the template's own
-rendering of the complete conversation.
+A template is checked with a probe when it is loaded (`bdpo.models.tokenizer`), and every row when it is
+rendered (`bdpo.data.rendering`). Pairs may have been prepared long before, by another template or tokenizer;
+so every run compares some of its pairs, text for text and id for id, with what the template writes now.
 """
 
 from __future__ import annotations

@@ -19,10 +19,8 @@ from bdpo.data.checks import TEMPLATED
 from bdpo.data.containers import shown_name
 from bdpo.data.formats.base import BadRow, LeftOut, Pair
 from bdpo.data.formats.messages import MEANINGFUL_KEYS
-from bdpo.models.template import GUARD, PROBE, Message
+from bdpo.models.template import GUARD, PLAIN, PROBE, Message
 from bdpo.models.tokenizer import ChatTokenizer, EncodedPair
-
-_PLAIN = {"role", "content"}
 
 _SPEAKERS = {"user", "assistant"}
 
@@ -112,11 +110,8 @@ class _Rendering:
         self.template = chat.template
         self.pair = pair
         self.messages = (*pair.prompt, pair.chosen, pair.rejected)
-        self.is_plain = all(message.keys() == _PLAIN for message in self.messages)
-        every_text = "\n".join(
-            message["content"] for message in self.messages
-        )  # searched once, not one by one
-        self._refuse_control_tokens(every_text)
+        self.is_plain = all(message.keys() == PLAIN for message in self.messages)
+        self._refuse_control_tokens()
         if not pair.template_kwargs.keys() <= self.template.free_variables:
             raise BadRow("chat_template_kwargs: holds an argument that the chat template does not read")
         self.arguments = arguments_of(pair)
@@ -139,7 +134,7 @@ class _Rendering:
             self._check_turn(index, message)
             if role not in _SPEAKERS and (other := self.template.written_as(self.roles, index)):
                 raise BadRow(f"prompt: a {role} turn, which the chat template writes as the {other}'s")
-            for key in message.keys() - _PLAIN:
+            for key in message.keys() - PLAIN:
                 without = self._render(_without(self.pair.prompt, index, key))
                 self._note("prompt", key, self.prompt != without)
         chosen, rejected = self._response("chosen"), self._response("rejected")
@@ -149,7 +144,7 @@ class _Rendering:
     def _writes(self, message: Message, response: str) -> bool:
         """Whether the text of a response is what stands there; beside it may be tool calls or thoughts."""
         text = self.template.guarded(message["content"]).strip()
-        return text in response if message.keys() - _PLAIN else text == response.strip()
+        return text in response if message.keys() - PLAIN else text == response.strip()
 
     def _changes_prompt(self) -> bool:
         """Whether a turn is not found as it is: one behind the other, a system turn in any place."""
@@ -206,7 +201,7 @@ class _Rendering:
         """
         turns: list[Message] = [*self.pair.prompt, getattr(self.pair, side)]
         whole = self._conversation(turns)
-        for key in turns[-1].keys() - _PLAIN:
+        for key in turns[-1].keys() - PLAIN:
             self._note(side, key, whole != self._conversation(_without(turns, -1, key)))
         response = self.template.answer_text(self.prompt, whole)
         if response is None:
@@ -215,9 +210,10 @@ class _Rendering:
             )
         return response
 
-    def _refuse_control_tokens(self, every_text: str) -> None:
+    def _refuse_control_tokens(self) -> None:
         """A text that holds them was rendered before; what else the template writes has no guard."""
-        if self.template.holds_control_token(every_text):
+        # Most rows hold none: all texts of a row are searched at once, and one by one only where one does.
+        if self.template.holds_control_token("\n".join(message["content"] for message in self.messages)):
             sides = (*("prompt" for _ in self.pair.prompt), "chosen", "rejected")
             for side, message in zip(sides, self.messages, strict=True):
                 if self.template.is_templated(message["content"]):
@@ -225,7 +221,7 @@ class _Rendering:
         if self.is_plain and not self.pair.tools and not self.pair.template_kwargs:
             return
         extras = [
-            {key: value for key, value in message.items() if key not in _PLAIN} for message in self.messages
+            {key: value for key, value in message.items() if key not in PLAIN} for message in self.messages
         ]
         written = [self.pair.tools, *extras, self.pair.template_kwargs]
         text = json.dumps(written, ensure_ascii=False, default=str)

@@ -61,7 +61,7 @@ class Message(TypedDict):
 QUESTION: Message = {"role": "user", "content": "x"}
 PROBE = "bdpoprobe"
 
-_PLAIN = {"role", "content"}
+PLAIN = {"role", "content"}  # the keys of a message that is a text alone
 
 # Put into every control token that a message spells, and taken out again before tokenisation. The two are
 # noncharacters, which Unicode reserves for such use: no text that is meant for others has them.
@@ -133,7 +133,7 @@ class ChatTemplate:
     ) -> str:
         conversation: list[Any] = list(messages)
         try:
-            if conversation and not arguments and all(message.keys() == _PLAIN for message in conversation):
+            if conversation and not arguments and all(message.keys() == PLAIN for message in conversation):
                 text = self._text_renderer(conversation, generate)
             else:
                 settings: Any = {**self.variables, **arguments, "chat_template": self._template}
