@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,8 +41,14 @@ RawRow = dict[str, Any]
 
 NumberedRow = tuple[int, RawRow | Unreadable]
 
-Read = tuple[Iterator[NumberedRow], tuple[str, ...]]
-"""The rows of a file, and the columns that it declares once for all of them (none for JSON)."""
+
+class Read(NamedTuple):
+    """The rows of a file, the columns that it declares once for all of them, what stands beside the rows."""
+
+    rows: Iterator[NumberedRow]
+    columns: tuple[str, ...] = ()  # none for JSON
+    beside: tuple[str, ...] = ()  # keys of an object of JSON that has its rows under `data`
+
 
 ARROW_ROWS = 1024  # rows that a columnar file is read in at a time
 
@@ -154,7 +160,7 @@ def read_file(file: DataFile) -> Read:
     packed = next((what for magic, what in _PACKED.items() if start.startswith(magic)), None)
     if packed and kind != ".parquet" and file.path.suffix not in COMPRESSIONS:
         raise UserError(f"{file.name}: its content is {packed}, which its name does not say; rename it")
-    return READERS[kind](file) if file.path.stat().st_size else (iter(()), ())
+    return READERS[kind](file) if file.path.stat().st_size else Read(iter(()))
 
 
 def _json_or_lines(file: DataFile) -> Read:
@@ -164,8 +170,8 @@ def _json_or_lines(file: DataFile) -> Read:
     named_lines = ".jsonl" in file.path.suffixes
     is_list = first.startswith(b"[") and not (named_lines and _is_json(first) and next(lines, None))
     if is_list or not (named_lines or (_is_json(first) and next(lines, None))):
-        return _json(file), ()
-    return _json_lines(file), ()
+        return _json(file)
+    return Read(_json_lines(file))
 
 
 def _is_json(line: bytes) -> bool:
@@ -176,8 +182,9 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _json(file: DataFile) -> Iterator[NumberedRow]:
+def _json(file: DataFile) -> Read:
     """The rows of a list, also of one under the key `data` of an object; any other object is one row."""
+    beside: tuple[str, ...] = ()
     try:
         rows = strict_json.loads(file.text())
     except json.JSONDecodeError as error:
@@ -188,11 +195,26 @@ def _json(file: DataFile) -> Iterator[NumberedRow]:
         raise UserError(f"{file.name}: not valid JSON ({_repeated(error)})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file.name}: not valid JSON ({first_line(error)})") from None
-    if isinstance(rows, dict):
-        rows = rows["data"] if isinstance(rows.get("data"), list) else [rows]
+    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
+        beside = tuple(key for key in rows if key != "data")
+        if others := [key for key in beside if _holds_rows(rows[key], file.columns)]:
+            raise UserError(
+                f"{file.name}: has rows under data and under {shown_name(others[0])}; those of one key are "
+                "read, give each its own file"
+            )
+        rows = rows["data"]
+    elif isinstance(rows, dict):
+        rows = [rows]
     if not isinstance(rows, list):
         raise UserError(f"{file.name}: expects a list of rows, found {type(rows).__name__}")
-    return ((number, _object(row)) for number, row in enumerate(rows, 1))
+    return Read(((number, _object(row)) for number, row in enumerate(rows, 1)), beside=beside)
+
+
+def _holds_rows(value: Any, columns: frozenset[str]) -> bool:
+    """Whether a list of JSON has an object with a column that is read."""
+    return isinstance(value, list) and any(
+        isinstance(one, dict) and not columns.isdisjoint(one) for one in value
+    )
 
 
 def _json_lines(file: DataFile) -> Iterator[NumberedRow]:
@@ -237,7 +259,7 @@ def _csv(file: DataFile) -> Read:
     except csv.Error as error:
         raise UserError(f"{file.name}: not valid CSV at line 1 ({error})") from None
     _refuse_repeated(file, columns)
-    return _csv_rows(file, reader), columns
+    return Read(_csv_rows(file, reader), columns)
 
 
 def _csv_rows(file: DataFile, reader: csv.DictReader[str]) -> Iterator[NumberedRow]:
@@ -256,7 +278,7 @@ def _parquet(file: DataFile) -> Read:
         schema = parquet.schema_arrow
         _refuse_repeated(file, schema.names)
         read = [name for name in schema.names if name in file.columns]
-    return _parquet_rows(file, read), tuple(schema.names)
+    return Read(_parquet_rows(file, read), tuple(schema.names))
 
 
 def _repeated_members(kind: pa.DataType) -> Iterator[str]:

@@ -97,10 +97,10 @@ def read_datasets(path: Path, config: SourceConfig, name: str, columns: frozense
             data = datasets.load_dataset(str(path), config.name, data_dir=config.data_dir, split=config.split)
     declared = tuple(data.column_names)
     if columns.isdisjoint(declared):  # it would have no rows without a column
-        return ((number, {}) for number in range(1, data.num_rows + 1)), declared
+        return Read(((number, {}) for number in range(1, data.num_rows + 1)), declared)
     data = data.select_columns([column for column in declared if column in columns])
     tables = data.with_format("arrow").iter(batch_size=ARROW_ROWS)
-    return arrow_rows(batch for table in tables for batch in table.to_batches()), declared
+    return Read(arrow_rows(batch for table in tables for batch in table.to_batches()), declared)
 
 
 def _saved(data: Any, config: SourceConfig, name: str) -> Any:

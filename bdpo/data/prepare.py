@@ -172,16 +172,16 @@ class _Examiner:
         pair: Pair,
         encoded: tuple[EncodedPair, Rendered] | BadRow,
     ) -> _Usable | BadRow | None:
-        pair_id = id_of(pair)
+        if isinstance(encoded, BadRow):
+            return encoded
+        ids, rendered = encoded
+        pair_id = id_of(rendered.written)
         labels = (pair.group, pair.chosen_safe, pair.rejected_safe)
         if (first := self.seen.get(key := bytes.fromhex(pair_id)[:16])) is not None:
             other = "" if first[1] == labels else ", with other labels"  # those of the first row are kept
             if first[0] is account:
                 return BadRow(f"duplicate{other}")
             return LeftOut(f"duplicate of a pair of another data set{other}")
-        if isinstance(encoded, BadRow):
-            return encoded
-        ids, rendered = encoded
         account.unread |= rendered.unwritten | {shown_name(name) for name in pair.unread}
         if source.config.weight < 1 and _draw(self.seed, pair_id) >= source.config.weight * 2**256:
             return None  # another data set may keep it
@@ -192,7 +192,11 @@ class _Examiner:
 
 
 def id_of(pair: Pair) -> str:
-    """The digest of what distinguishes a pair from others: all its texts and arguments, not its labels."""
+    """The digest of what distinguishes a pair from others: all its texts and arguments, not its labels.
+
+    Message keys that the chat template does not write make no difference, so it is given the pair without
+    them (`Rendered.written`).
+    """
     texts = [plain_turns(pair.prompt), pair.chosen["content"], pair.rejected["content"]]
     context = context_of(pair)
     return json_digest([*texts, context] if context else texts)
@@ -250,6 +254,7 @@ def _usable(
                 yield outcome
         progress(len(batch))
     account.unread |= {shown_name(name) for name in source.reader.declared if name not in known}
+    account.unread |= {f"{shown_name(name)} (beside the rows)" for name in source.reader.beside_rows}
     account.unread_files |= set(source.reader.unread_files)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -32,8 +32,9 @@ class Rendered:
     prompt: str
     chosen: str
     rejected: str
-    unwritten: set[str] = field(default_factory=set)  # message keys without effect
-    changed: bool = False  # whether a text is written in part or in other words, beyond trimming at both ends
+    written: Pair  # without the message keys that the template does not write
+    unwritten: set[str]  # the names of those
+    changed: bool  # whether a text is written in part or in other words, beyond trimming at both ends
 
 
 def encode_pairs(
@@ -130,16 +131,23 @@ class _Rendering:
             without = self.template.render(self.pair.prompt, True, {**self.arguments, "tools": None})
             if without == self.prompt:
                 raise BadRow("tools: not written by the chat template")
+        prompt: list[Message] = list(self.pair.prompt)
         for index, (role, message) in enumerate(zip(self.roles, self.pair.prompt, strict=True)):
             self._check_turn(index, message)
             if role not in _SPEAKERS and (other := self.template.written_as(self.roles, index)):
                 raise BadRow(f"prompt: a {role} turn, which the chat template writes as the {other}'s")
-            for key in message.keys() - PLAIN:
-                without = self._render(_without(self.pair.prompt, index, key))
-                self._note("prompt", key, self.prompt != without)
-        chosen, rejected = self._response("chosen"), self._response("rejected")
-        written = self._writes(self.pair.chosen, chosen) and self._writes(self.pair.rejected, rejected)
-        return Rendered(self.prompt, chosen, rejected, self.unwritten, not written or self._changes_prompt())
+            for key in sorted(message.keys() - PLAIN):
+                turns = _without(prompt, index, key)
+                if not self._is_written("prompt", key, self.prompt, self._render(turns)):
+                    prompt = turns
+        chosen, chosen_message = self._response("chosen")
+        rejected, rejected_message = self._response("rejected")
+        is_whole = self._writes(self.pair.chosen, chosen) and self._writes(self.pair.rejected, rejected)
+        changed = not is_whole or self._changes_prompt()
+        written = self.pair
+        if self.unwritten:
+            written = replace(written, prompt=prompt, chosen=chosen_message, rejected=rejected_message)
+        return Rendered(self.prompt, chosen, rejected, written, self.unwritten, changed)
 
     def _writes(self, message: Message, response: str) -> bool:
         """Whether the text of a response is what stands there; beside it may be tool calls or thoughts."""
@@ -186,29 +194,37 @@ class _Rendering:
             and self._joined_texts.count(text) == 1
         )
 
-    def _note(self, column: str, key: str, is_written: bool) -> None:
-        """Refuse a key that means something and is not written; the account names any other."""
-        if not is_written:
-            if key in MEANINGFUL_KEYS:
-                raise BadRow(f"{column}: {key} is not written by the chat template")
-            self.unwritten.add(f"{column}[].{shown_name(key)}")
+    def _is_written(self, column: str, key: str, text: str, without: str) -> bool:
+        """Whether a text has something of a key; the account names one of which it has nothing.
 
-    def _response(self, side: Literal["chosen", "rejected"]) -> str:
-        """A response as the template writes it behind this prompt, with all that the row holds.
+        Raises:
+            BadRow: it has nothing of a key that means something.
+        """
+        if text != without:
+            return True
+        if key in MEANINGFUL_KEYS:
+            raise BadRow(f"{column}: {key} is not written by the chat template")
+        self.unwritten.add(f"{column}[].{shown_name(key)}")
+        return False
+
+    def _response(self, side: Literal["chosen", "rejected"]) -> tuple[str, Message]:
+        """A response as the template writes it behind this prompt, and its message without unwritten keys.
 
         Of every row the template writes the complete conversation: a system turn, or a word in the question,
         may decide what it writes before an answer.
         """
         turns: list[Message] = [*self.pair.prompt, getattr(self.pair, side)]
         whole = self._conversation(turns)
-        for key in turns[-1].keys() - PLAIN:
-            self._note(side, key, whole != self._conversation(_without(turns, -1, key)))
+        for key in sorted(turns[-1].keys() - PLAIN):
+            without = _without(turns, -1, key)
+            if not self._is_written(side, key, whole, self._conversation(without)):
+                turns = without
         response = self.template.answer_text(self.prompt, whole)
         if response is None:
             raise BadRow(
                 f"{side}: the chat template writes the prompt or the end of the turn in another way here"
             )
-        return response
+        return response, turns[-1]
 
     def _refuse_control_tokens(self) -> None:
         """A text that holds them was rendered before; what else the template writes has no guard."""

@@ -127,8 +127,9 @@ class Reader:
     """Iterates over the rows of a data set, with the columns renamed, and remembers where they stand.
 
     Rows are numbered through all files of a folder. `declared` are the columns that the files read so far
-    declare for all of their rows; `unread_files` are data files of a folder that belong to no split. Of
-    columnar files `columns` are read, by their names in the format.
+    declare for all of their rows, `beside_rows` keys of their JSON that hold no rows; `unread_files` are data
+    files of a folder that belong to no split. Of columnar files `columns` are read, by their names in the
+    format.
     """
 
     def __init__(self, config: SourceConfig, columns: frozenset[str]) -> None:
@@ -137,6 +138,7 @@ class Reader:
             {config.columns.get(name, name) for name in columns} | {*config.columns.values()}
         )
         self.declared: set[str] = set()
+        self.beside_rows: set[str] = set()
         self.unread_files: list[str] = []
         self._begun: list[tuple[int, str]] = []  # (the number of rows before a file, its name in the folder)
 
@@ -168,8 +170,9 @@ class Reader:
         try:
             for file, read in self._files(local_source(self.config)):
                 self._begun.append((before := number, file))
-                rows, declared = read()
+                rows, declared, beside = read()
                 self.declared |= _renaming(self.config)(dict.fromkeys(declared, "")).keys()
+                self.beside_rows |= set(beside)
                 change = _change(self.config, file)
                 for row_number, row in rows:
                     number = before + row_number

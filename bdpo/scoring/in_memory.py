@@ -114,14 +114,14 @@ def score_pairs(
     chat = borrowed_chat(model, tokenizer, template_kwargs)
     require_positions_for(data.max_length, model.config, "the model")
     read = _read(pairs, data)
-    encoded = _encoded(chat, read, data)
+    encoded, pair_ids = zip(*_encoded(chat, read, data), strict=True)
     unconditional = chat.unconditional_ids(score.unconditional)
     with _with_logps(model, data.max_length) as logps:
         scores = reference_scores(logps, PrefixGroups.of(encoded), unconditional, score.tokens_per_batch)
     # A clone of a tensor of the inference mode can be saved for a backward; that tensor itself cannot.
     own = {name: values.clone() for name, values in scores.items()}
     prompts, chosen, rejected = zip(*encoded, strict=True)
-    return ScoredPairs(tuple(map(id_of, read)), prompts, chosen, rejected, **own)
+    return ScoredPairs(pair_ids, prompts, chosen, rejected, **own)
 
 
 def _sections(settings: ScoringSettings) -> tuple[DataConfig, ScoreConfig, dict[str, Any]]:
@@ -153,11 +153,11 @@ def _read(rows: Sequence[Mapping[str, Any]], data: DataConfig) -> list[Pair]:
     return pairs
 
 
-def _encoded(chat: ChatTokenizer, pairs: Sequence[Pair], data: DataConfig) -> list[EncodedPair]:
-    """The token ids of each pair."""
+def _encoded(chat: ChatTokenizer, pairs: Sequence[Pair], data: DataConfig) -> list[tuple[EncodedPair, str]]:
+    """The token ids of each pair and its `pair_id`, that of `bdpo.data.prepare`."""
     encoded = encode_pairs(chat, pairs, data)
     _refuse({number: str(one) for number, one in enumerate(encoded) if isinstance(one, BadRow)})
-    return [one[0] for one in encoded if not isinstance(one, BadRow)]
+    return [(one[0], id_of(one[1].written)) for one in encoded if not isinstance(one, BadRow)]
 
 
 def _refuse(reasons: Mapping[int, str]) -> None:

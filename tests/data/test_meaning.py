@@ -400,3 +400,30 @@ def test_the_name_of_a_column_cannot_move_the_cursor(prepare_here):
 def test_a_pair_that_is_empty_else_has_no_context(prepare_here, kept_pairs):
     prepare_here([pair_row(0)])
     assert kept_pairs()[0]["context"] is None
+
+
+def test_a_key_that_the_template_does_not_write_makes_no_other_pair(prepare_with, kept_pairs):
+    plain = conversation()
+    others = [
+        conversation([{**user(), "id": number}], assistant("yes", weight=number)) for number in range(2)
+    ]
+    account, kept = prepare_with(CHATML, [*others, plain])
+    assert (dict(account.quarantined), len(kept)) == ({"duplicate": 2}, 1)
+    assert account.sources[0].unread == {"prompt[].id", "chosen[].weight"}
+    ids = {pair["pair_id"] for pair in kept_pairs()}
+    prepare_with(CHATML, [plain])
+    assert {pair["pair_id"] for pair in kept_pairs()} == ids
+
+
+def test_a_key_that_the_template_writes_makes_another_pair(prepare_with):
+    rows = [conversation(chosen=assistant("yes", reasoning_content=text)) for text in ("hm", "oh")]
+    account, kept = prepare_with(KNOWS_ALL, rows)
+    assert (dict(account.quarantined), len(kept)) == ({}, 2)
+
+
+def test_of_two_keys_that_stand_for_each_other_one_is_written(prepare_with):
+    template = CHATML.replace("{{ m.content }}", "{{ m.name or m.alias or '' }}{{ m.content }}")
+    rows = [conversation([{**user(), "name": name, "alias": name}, assistant("a"), user()]) for name in "ab"]
+    account, kept = prepare_with(template, rows)
+    assert (dict(account.quarantined), len(kept)) == ({}, 2)
+    assert account.sources[0].unread == {"prompt[].alias"}

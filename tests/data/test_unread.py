@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support.data_files import refusal, write_jsonl, write_parquet
+from tests.support.data_files import pair_row, refusal, write_json, write_jsonl, write_parquet
 
 TURN = {"role": "user", "content": "Rain?"}
 
@@ -103,3 +103,18 @@ def test_a_mapped_column_leaves_its_name_in_the_file_unread(tmp_path, prepare_he
     account = prepare_here(tmp_path / "rows.parquet", columns={"prompt": "question"})
     assert (account.kept, account.sources[0].unread) == (2, {"prompt (in the file)"})
     assert kept_pairs()[0]["prompt"][0]["content"] == "x"
+
+
+def test_keys_beside_the_rows_of_a_json_file_are_named(tmp_path, prepare_here):
+    content = {"version": 1, "prompt": "none", "authors": [{"name": "a"}], "data": [pair_row(0), pair_row(1)]}
+    account = prepare_here(write_json(tmp_path / "rows.json", content))
+    assert account.kept == 2
+    assert account.sources[0].unread == {
+        f"{key} (beside the rows)" for key in ("version", "prompt", "authors")
+    }
+
+
+def test_rows_under_two_keys_are_refused(tmp_path, prepare_here):
+    content = {"data": [pair_row(0)], "test": ["", pair_row(1)]}
+    message = refusal(prepare_here, write_json(tmp_path / "rows.json", content))
+    assert "rows.json: has rows under data and under test" in message
