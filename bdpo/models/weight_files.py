@@ -35,8 +35,8 @@ def require_weight_files(folder: Path, name: str) -> None:
     """Make sure of all that can be known of the weights without reading them; `name` names the folder.
 
     Raises:
-        UserError: there are none, one is missing, damaged or cut, weights are quantised, or the folder holds
-            the same tensors in another file, or an adapter.
+        UserError: there are none, one is missing, damaged or cut, weights are quantised, an index names
+            another file for a tensor, or the folder holds the same tensors in another file, or an adapter.
     """
     there = sorted(folder.glob("*.safetensors"))
     if not there:
@@ -53,16 +53,22 @@ def require_weight_files(folder: Path, name: str) -> None:
         raise UserError(f"{name}: the folder has neither {_SINGLE} nor {_INDEX}, which names other files")
     if missing:
         raise UserError(f"{name}: files of weights are missing ({some_names(missing)})")
-    tensors: set[str] = set()
+    tensors: dict[str, str] = {}
     for file in read + [one for one in there if one not in read and not _OTHER_KINDS.fullmatch(one.name)]:
         found = _plain_tensors(file) if file in read else set(tensor_types(file))
-        if again := sorted(tensors & found):
+        if again := sorted(tensors.keys() & found):
             raise UserError(
                 f"{name}: {file.name} holds other weights of the model ({some_names(again)}) beside "
                 f"{some_names([one.name for one in read if one != file])}; leave those that are meant in the "
                 "folder"
             )
-        tensors |= found if file in read else set()
+        tensors |= dict.fromkeys(found, file.name) if file in read else {}
+    if (index := _first_file(folder)) not in read:
+        for tensor, shard in _weight_map(index).items():
+            if (actual := tensors.get(tensor, shard)) != shard:
+                raise UserError(
+                    f"{index}: names {escaped(shard)} for {escaped(tensor)}, which is in {actual}"
+                )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -71,12 +77,26 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         UserError: an index of sharded weights is damaged.
     """
+    first = _first_file(folder)
+    if not first.name.endswith(".index.json"):
+        return [first]
+    return [folder / shard for shard in sorted(set(_weight_map(first).values()))]
+
+
+def _first_file(folder: Path) -> Path:
+    """The file that is opened first: that of all weights, or the index of the others."""
     named = _named_weights(folder)
     if named is None:
         named = _INDEX if (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file() else _SINGLE
-    if not named.endswith(".index.json"):
-        return [folder / named]
-    index = folder / named
+    return folder / named
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> the name of its file, as an index of sharded weights has it.
+
+    Raises:
+        UserError: it is damaged.
+    """
     content = read_json_object(index)
     shards = content["weight_map"].values() if isinstance(content.get("weight_map"), dict) else ()
     if not shards or not all(isinstance(shard, str) for shard in shards):
@@ -85,7 +105,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"{index}: has no metadata, which transformers reads; an empty object will do")
     if outside := sorted(shard for shard in shards if Path(shard).name != shard):
         raise UserError(f"{index}: names files that are not in its folder ({escaped(some_names(outside))})")
-    return [folder / shard for shard in sorted(set(shards))]
+    return dict(content["weight_map"])
 
 
 def _named_weights(folder: Path) -> str | None:

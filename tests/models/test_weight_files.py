@@ -118,6 +118,13 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
     )
 
 
+def test_an_index_that_names_another_shard_for_a_tensor_is_refused(tmp_path):
+    sharded(tmp_path)
+    index(tmp_path, {"model.norm.weight": SECOND, "lm_head.weight": SECOND, "of.a.buffer": FIRST})
+    message = refusal(tmp_path)
+    assert message.endswith(f"index.json: names {SECOND} for model.norm.weight, which is in {FIRST}")
+
+
 def test_an_adapter_beside_its_model_is_refused(tmp_path):
     """transformers applies it wherever peft is installed: the same folder would be two models."""
     single(tmp_path)
