@@ -18,7 +18,7 @@ from bdpo.config.base import SANDBOX, worker_range, workers_label
 from bdpo.config.data import DataConfig
 from bdpo.config.evaluate import EvaluateConfig
 from bdpo.config.experiment import ExperimentConfig
-from bdpo.config.explain import explain
+from bdpo.config.explain import explain, one_of
 from bdpo.config.kinds import change_kind, written_out
 from bdpo.config.model import ModelConfig
 from bdpo.config.reading import Dumper, parse_override, read_yaml, require_tree, set_value, short
@@ -76,6 +76,15 @@ class Config(Section):
             raise ValueError(
                 "train.zero_stage=0 requires model.dtype=float32: DeepSpeed keeps float32 master weights of "
                 "a bfloat16 model from stage 1 on"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_logged(self) -> Config:
+        given, logged = self.train.metric_for_best_model, ("loss", *self.method.metrics)
+        if given and given.removeprefix("eval_") not in logged:
+            raise ValueError(
+                f"train.metric_for_best_model: with method.name={self.method.name} {one_of(logged, given)}"
             )
         return self
 

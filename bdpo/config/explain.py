@@ -32,9 +32,9 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     if problem["type"] == "missing":
         return f"key {key} is missing"
     if problem["type"] == "union_tag_invalid":
-        return f"key {key}.name: {_one_of(context['expected_tags'], context['tag'])}"
+        return f"key {key}.name: {_one_of_quoted(context['expected_tags'], context['tag'])}"
     if problem["type"] == "literal_error":
-        return f"key {key}: {_one_of(context['expected'], problem['input'])}"
+        return f"key {key}: {_one_of_quoted(context['expected'], problem['input'])}"
     if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"key {key}: expects a section with keys, got {shown(problem['input'])}"
     message = problem["msg"].removeprefix("Value error, ")
@@ -128,9 +128,14 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _one_of(expected: str, given: Any) -> str:
-    """What a key with named values expects; `expected` has them in quotes, as pydantic writes them."""
-    names = re.findall(r"'([^']*)'", expected)
+def one_of(names: Sequence[str], given: Any) -> str:
+    """What a key with named values expects, and which of them was meant."""
     close = difflib.get_close_matches(str(given), names, 1, _SIMILAR)
     meant = f"; did you mean {close[0]}?" if close else ""
-    return f"expects one of {', '.join(names) or expected}, got {shown(given)}{meant}"
+    return f"expects one of {', '.join(names)}, got {shown(given)}{meant}"
+
+
+def _one_of_quoted(expected: str, given: Any) -> str:
+    """The same of names that stand in quotes, as pydantic writes them."""
+    names = re.findall(r"'([^']*)'", expected)
+    return one_of(names or [expected], given)

@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 
 Side = Literal["chosen", "rejected"]
 
+PAIR_METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+"""What is logged of every loss that compares two responses, by TRL's names."""
+
+BALANCE_METRICS = ("balance/weight_chosen", "balance/weight_rejected", "balance/margins")
+"""What is logged of a loss that weighs them."""
+
 
 @dataclass(frozen=True)
 class PairLogps:
@@ -93,6 +106,14 @@ class Method(Variant, ABC):
     responses: ClassVar[tuple[Side, ...]] = ("chosen", "rejected")
     """The responses of a pair that the loss looks at; the policy forwards no other."""
 
+    own_metrics: ClassVar[tuple[str, ...]] = ()
+    """What the loss logs beside what its base class does."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names in `LossOutput.metrics`, known before anything is computed."""
+        return self.own_metrics
+
     @property
     def product_keys(self) -> tuple[str, ...]:
         """Keys that stand in the loss as their product alone: a search over them searches one number."""
@@ -125,6 +146,11 @@ class Preference(Method):
 
     beta: float = Field(0.1, gt=0, description="strength of the reference")
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """`PAIR_METRICS` and the method's own."""
+        return (*PAIR_METRICS, *self.own_metrics)
+
     def rewards(self, pairs: PairLogps) -> tuple[torch.Tensor, torch.Tensor]:
         """(β·Δ_w, β·Δ_l)."""
         delta_chosen, delta_rejected = pairs.deltas
@@ -139,6 +165,11 @@ class Anchored(Preference):
     """
 
     nll_weight: float = Field(0.0, ge=0, description="weight λ of −lp_w/|y_w|, which is added to the loss")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those of every comparison, and the likelihood if it is part of the loss."""
+        return (*super().metrics, *(("nll_loss",) if self.nll_weight else ()))
 
     def output(
         self,
@@ -167,15 +198,9 @@ def loss_output(
     rewards: tuple[torch.Tensor, torch.Tensor],
     **more: torch.Tensor,
 ) -> LossOutput:
-    """The loss with TRL's metrics of the pairs, and `more` metrics of the method's own."""
-    reward_chosen, reward_rejected = rewards
-    metrics = {
-        "rewards/chosen": reward_chosen,
-        "rewards/rejected": reward_rejected,
-        "rewards/margins": reward_chosen - reward_rejected,
-        "rewards/accuracies": (reward_chosen > reward_rejected).float(),
-        "logps/chosen": pairs.policy_chosen,
-        "logps/rejected": pairs.policy_rejected,
-        **more,
-    }
+    """The loss with `PAIR_METRICS`, and `more` metrics of the method's own."""
+    chosen, rejected = rewards
+    compared = chosen, rejected, chosen - rejected, (chosen > rejected).float()
+    values = *compared, pairs.policy_chosen, pairs.policy_rejected
+    metrics = dict(zip(PAIR_METRICS, values, strict=True)) | more
     return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Discriminator, Field
 
-from bdpo.method.base import Anchored, LossOutput, Method, PairLogps, log_sigmoid
+from bdpo.method.base import BALANCE_METRICS, Anchored, LossOutput, Method, PairLogps, log_sigmoid
 from bdpo.method.mi import Balanced
 from bdpo.method.reference_free import Cpo, Orpo, Sft, Simpo
 from bdpo.section import default_kind, sections_in
@@ -68,6 +68,7 @@ class DpoSf(Anchored):
     """
 
     arxiv = "2603.22829"
+    own_metrics = BALANCE_METRICS
     name: Literal["dpo_sf"] = "dpo_sf"
     alpha: float = Field(1.5, gt=0, description="scaling factor, of which `side_weight` makes the weights")
     side_weight: Literal["alpha/2", "alpha"] = Field("alpha/2", description="weight a of each response")
@@ -88,6 +89,7 @@ class Dpo(Anchored):
     """Plain DPO."""
 
     arxiv = "2305.18290"
+    own_metrics = BALANCE_METRICS
     name: Literal["dpo"] = "dpo"
 
     def loss(self, pairs: PairLogps) -> LossOutput:
@@ -214,6 +216,7 @@ class CalDpo(Anchored):
     """
 
     arxiv = "2412.14516"
+    own_metrics = ("calibration_loss",)
     name: Literal["cal_dpo"] = "cal_dpo"
     beta: float = Field(
         0.1, gt=0, description="the log-ratios are drawn to ±1/(2β); the scale of the rewards"
@@ -266,11 +269,7 @@ def _weighted_dpo(
     weigh = _weigh if on == "margin" else _weigh_gradient
     chosen, rejected = (weigh(reward, a) for reward, a in zip(rewards, weights, strict=True))
     margins = chosen - rejected
-    balance = {
-        "balance/weight_chosen": weights[0],
-        "balance/weight_rejected": weights[1],
-        "balance/margins": margins,
-    }
+    balance = dict(zip(BALANCE_METRICS, (*weights, margins), strict=True))
     return method.output(-log_sigmoid(margins), pairs, rewards, **balance)
 
 

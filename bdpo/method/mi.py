@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from bdpo.method.base import Anchored, Method
+from bdpo.method.base import BALANCE_METRICS, Anchored, Method
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,8 @@ def mutual_information(
 
 class Balanced(Anchored):
     """A method that weighs the two responses of a pair by their mutual information."""
+
+    own_metrics = BALANCE_METRICS
 
     balance: Literal["ratio", "softmax", "none"] = Field(
         "ratio", description="rule by which mutual information becomes shares"

@@ -30,6 +30,7 @@ class Cpo(Preference):
 
     arxiv = "2401.08417"
     requires_reference = False
+    own_metrics = ("nll_loss",)
     name: Literal["cpo"] = "cpo"
     cpo_alpha: float = Field(1.0, ge=0, description="weight of the chosen response's likelihood")
 
@@ -67,6 +68,7 @@ class Sft(Method):
     arxiv = "2203.02155"
     requires_reference = False
     responses: ClassVar[tuple[Side, ...]] = ("chosen",)
+    own_metrics = ("logps/chosen",)
     name: Literal["sft"] = "sft"
 
     def loss(self, pairs: PairLogps) -> LossOutput:
@@ -83,6 +85,7 @@ class Orpo(Preference):
 
     arxiv = "2403.07691"
     requires_reference = False
+    own_metrics = ("nll_loss", "log_odds_chosen", "log_odds_ratio")
     name: Literal["orpo"] = "orpo"
     beta: float = Field(0.1, gt=0, description="weight λ of the odds ratio; the scale of the logged rewards")
 

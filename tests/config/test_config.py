@@ -285,6 +285,26 @@ class TestRefusals:
         named = override.partition("=")[0]
         assert refusal(load, override).startswith(f"override {named}: key {key}: ")
 
+    @pytest.mark.parametrize("given", ["loss", "eval_loss", "eval_balance/margins", "rewards/accuracies"])
+    def test_a_metric_that_the_method_logs_may_choose_the_best_model(self, load, given):
+        kept = {"eval_fraction": 0.1, "save_steps": 100, "metric_for_best_model": given}
+        assert load(train=kept).train.best_metric == f"eval_{given.removeprefix('eval_')}"
+
+    @pytest.mark.parametrize(
+        ("method", "given", "hint"),
+        [
+            ("bdpo", "rewards/accuracy", "; did you mean rewards/accuracies?"),
+            ("bdpo", "nll_loss", "; did you mean loss?"),  # which it logs with nll_weight
+            ("sft", "balance/margins", ""),
+        ],
+    )
+    def test_a_metric_that_the_method_does_not_log_is_refused(self, load, method, given, hint):
+        kept = {"eval_fraction": 0.1, "save_steps": 100}
+        message = refusal(load, f"train.metric_for_best_model={given}", method={"name": method}, train=kept)
+        assert "train.metric_for_best_model" in message
+        assert f"with method.name={method} expects one of loss, " in message
+        assert message.endswith(f"got '{given}'{hint}")
+
     @pytest.mark.parametrize("override", ["train.workers", "=3", "seed.deeper.still=1", "train.workers=[1"])
     def test_malformed_overrides_are_named(self, load, override):
         assert override.partition("=")[0] in refusal(load, override, seed=1)

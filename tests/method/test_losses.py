@@ -237,6 +237,14 @@ def test_a_method_looks_at_the_responses_that_it_names(name, side):
     assert any(values.isnan().any() for values in without.metrics.values()) == looked_at
 
 
+@pytest.mark.parametrize(
+    ("name", "keys"), [*((n, {}) for n in METHODS), *((n, {"nll_weight": 1.0}) for n in ANCHORED)]
+)
+def test_a_method_logs_the_metrics_that_it_names(name, keys):
+    method = METHODS[name](**keys)
+    assert sorted(method.metrics) == sorted(method.loss(random_pairs()).metrics)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_metrics_require_no_gradient(name):
     """They are summed over micro-batches: with a graph each would keep its activations alive."""
