@@ -131,8 +131,12 @@ class Attack(ManifestStage):
         return attack_fingerprint(self.config, self.model)
 
     def has_results(self, manifest: Manifest) -> bool:
-        """Whether enough requests have a verdict, and the artifact is there."""
-        return bool(manifest["valid"]) and self.artifact_file.is_file() and self.scores_file.is_file()
+        """Whether enough requests have a verdict, all numbers are there, and the artifact is.
+
+        A summary of fewer numbers, of an older version, is made again from the records.
+        """
+        whole = bool(manifest["valid"]) and AttackSummary.__dataclass_fields__.keys() <= manifest.keys()
+        return whole and self.artifact_file.is_file() and self.scores_file.is_file()
 
     def make(self) -> Manifest:
         """Attack, write the artifact, summarise."""

@@ -197,6 +197,23 @@ def test_requests_that_failed_are_tried_again_and_are_in_no_rate(
     assert attacked(config).summary().n_judged == REQUESTS
 
 
+def test_a_summary_that_lacks_a_number_is_made_again_without_an_attack(
+    tmp_path: Path, tiny_chat: ChatTokenizer, judged: Any
+) -> None:
+    def refuse(response: str) -> bool:
+        raise AssertionError("asked again")
+
+    judged(JudgeBy(lambda response: True))
+    config = attack_config(tmp_path, tiny_chat, n=1)
+    stage = attacked(config)
+    manifest = stage.finished()
+    assert manifest is not None
+    older = {name: value for name, value in manifest.items() if name != "beyond_direct"}
+    write_manifest(stage.manifest_file, manifest.fingerprint, **older)
+    judged(JudgeBy(refuse))
+    assert attacked(config).summary().success.value == 1.0
+
+
 def test_a_prompt_that_leaves_no_room_is_null_and_not_safe(tmp_path: Path, tiny_chat: ChatTokenizer) -> None:
     config = attack_config(tmp_path, tiny_chat, n=2)
     long = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_new_tokens": 512})})

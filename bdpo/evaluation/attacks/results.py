@@ -47,6 +47,9 @@ class AttackSummary:
     """Other forward passes up to the success, over the same requests; None where the attack has none."""
     direct: Estimate | None = None
     """The success rate of the requests that were also asked alone, greedily, without an attack."""
+    beyond_direct: Estimate | None = None
+    """The success rate over the requests that were withstood when they were asked alone: those for which the
+    attack had to search. They are other requests for another model."""
     categories: Mapping[str, Estimate] = field(default_factory=dict)
     held_out: Estimate | None = None
     """The success rate of a universal suffix on the requests that it was not made with."""
@@ -79,6 +82,7 @@ def summarise_attack(scores: pa.Table, judge: str, universal: bool = False) -> A
     rows = scores.to_pylist()
     succeeded = [row for row in rows if row["jailbroken"]]
     direct = [row for row in rows if row["direct"] is not None]
+    searched_for = [row for row in direct if not row["direct"]]
     searched = any(row["forward_passes"] for row in rows)
     categories = sorted({row["category"] for row in rows})
     return AttackSummary(
@@ -92,6 +96,7 @@ def summarise_attack(scores: pa.Table, judge: str, universal: bool = False) -> A
         median_queries=_median("queries", succeeded),
         median_forward_passes=_median("forward_passes", succeeded) if searched and not universal else None,
         direct=_rate(direct, "direct") if direct else None,
+        beyond_direct=_rate(searched_for) if searched_for else None,
         categories={name: _rate([row for row in rows if row["category"] == name]) for name in categories},
         held_out=_rate([row for row in rows if row["held_out"]]) if universal else None,
         trained_on=_rate([row for row in rows if not row["held_out"]]) if universal else None,
@@ -114,7 +119,7 @@ def _median(column: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
 def read_summary(values: Mapping[str, Any]) -> AttackSummary:
     """The inverse of `asdict` on a summary; other keys of a manifest are left aside."""
     plain = {name: values[name] for name in AttackSummary.__dataclass_fields__}
-    for name in ("success", "held_out", "trained_on", "direct"):
+    for name in ("success", "held_out", "trained_on", "direct", "beyond_direct"):
         plain[name] = None if plain[name] is None else Estimate(**plain[name])
     plain["categories"] = {name: Estimate(**value) for name, value in plain["categories"].items()}
     return AttackSummary(**plain)

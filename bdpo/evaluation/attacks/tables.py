@@ -36,6 +36,7 @@ def _rows(summaries: Mapping[str, AttackSummary]) -> Iterator[tuple[str, list[st
     yield "attack success", [_rate(summary.success, summary.valid) for summary in found]
     if any(summary.direct for summary in found):
         yield "  direct request alone", [_rate(summary.direct) for summary in found]
+        yield "  requests withstood alone", [_rate(summary.beyond_direct) for summary in found]
     if any(summary.held_out for summary in found):
         yield "  held-out requests", [_rate(summary.held_out) for summary in found]
         yield "  requests of the suffix", [_rate(summary.trained_on) for summary in found]
