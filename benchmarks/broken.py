@@ -32,6 +32,7 @@ WAYS = (
     *(("weights scaled", factor) for factor in (1.0, 1.5, 2.0, 3.0)),
     *(("noise, of the standard deviation of each matrix", share) for share in (0.25, 0.5, 1.0)),
     *(("layer zeroed, at this share of the depth", share) for share in (0.0, 0.5, 0.99)),
+    ("layers zeroed, three from this share of the depth on", 0.34),
     *(("temperature", temperature) for temperature in (1.0, 1.5, 5.0)),
 )
 
@@ -44,7 +45,8 @@ def broken(config: ModelConfig, way: str, strength: float) -> Any:
     layers, generator = model.model.layers, torch.Generator().manual_seed(0)
     with torch.no_grad():
         if way.startswith("layer"):
-            for weights in layers[int(strength * len(layers))].parameters():
+            first, count = int(strength * len(layers)), 3 if way.startswith("layers") else 1
+            for weights in layers[first : first + count].parameters():
                 weights.zero_()
         for weights in model.parameters():
             if way == "weights scaled":
