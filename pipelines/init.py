@@ -20,9 +20,11 @@ import yaml
 from bdpo.config import Config, parse_config
 from bdpo.data.prepare import first_pairs
 from bdpo.data.sources import count_rows, open_source
-from bdpo.errors import UserError, first_line
+from bdpo.errors import UserError
+from bdpo.models.folders import named_folder
 from bdpo.models.loading import positions_of
 from bdpo.models.tokenizer import ChatTokenizer, faithful_chat
+from bdpo.models.tokenizer_files import read_tokenizer, require_chat_template
 from pipelines.runtime.cli import exit_codes
 
 LOOKED_AT = 100
@@ -73,14 +75,8 @@ def chat_of(model: str) -> ChatTokenizer:
     Raises:
         UserError: it cannot be loaded, or its chat template is missing or cannot be used.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # of a class that reads what a file of somebody else holds
-        raise UserError(f"--model {model}: no tokenizer can be loaded ({first_line(error)})") from None
-    if not tokenizer.chat_template:
-        raise UserError(f"--model {model}: the tokenizer has no chat template; a chat model is required")
+    tokenizer = read_tokenizer(named_folder(model, "--model", with_weights=False))
+    require_chat_template(tokenizer, f"--model {model}", "a chat model is required")
     return faithful_chat(tokenizer, {}, f"--model {model}")
 
 

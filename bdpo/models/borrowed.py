@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from bdpo.errors import UserError
 from bdpo.models.tokenizer import ChatTokenizer, faithful_chat, require_embedded
+from bdpo.models.tokenizer_files import require_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,8 +27,7 @@ def borrowed_chat(
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expects a PreTrainedModel of transformers, not a {type(model).__name__}")
-    if not tokenizer.chat_template:
-        raise UserError("tokenizer: has no chat template; set tokenizer.chat_template")
+    require_chat_template(tokenizer, "tokenizer", "set tokenizer.chat_template")
     chat = faithful_chat(tokenizer, template_kwargs, "tokenizer")
     require_embedded(tokenizer, model.config, "tokenizer")
     return chat

@@ -44,8 +44,10 @@ _JSON_OBJECTS = (
 )
 
 
-def named_folder(name: str, key: str, revision: str | None = None) -> Path:
+def named_folder(name: str, key: str, revision: str | None = None, with_weights: bool = True) -> Path:
     """A folder of this machine, or the hub's snapshot; `key` is what errors name.
+
+    Without its weights a model of the hub is a small download.
 
     Raises:
         UserError: there is none.
@@ -55,11 +57,11 @@ def named_folder(name: str, key: str, revision: str | None = None) -> Path:
         return folder
     if name.startswith(("/", "~", ".")):
         raise UserError(f"{key}={escaped(name)}: no such folder")
-    return _hub_snapshot(name, revision, key)
+    return _hub_snapshot(name, revision, key, _HUB_FILES if with_weights else _TEXTS)
 
 
-def _hub_snapshot(name: str, revision: str | None, key: str) -> Path:
-    """The cached snapshot of a hub repository; `key` is what an error names.
+def _hub_snapshot(name: str, revision: str | None, key: str, patterns: list[str]) -> Path:
+    """The cached snapshot of the files of a hub repository; `key` is what an error names.
 
     Raises:
         UserError: there is none, or it is unavailable.
@@ -70,7 +72,7 @@ def _hub_snapshot(name: str, revision: str | None, key: str) -> Path:
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns="consolidated*"
+                name, revision=revision, allow_patterns=patterns, ignore_patterns="consolidated*"
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

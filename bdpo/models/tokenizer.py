@@ -24,7 +24,7 @@ from bdpo.errors import UserError, escaped, first_line
 from bdpo.models.loading import model_config, model_folder
 from bdpo.models.placed_texts import NEWLINE, PlacedTexts
 from bdpo.models.template import GUARD, PROBE, QUESTION, ChatTemplate, Message, quoted
-from bdpo.models.tokenizer_files import read_tokenizer
+from bdpo.models.tokenizer_files import read_tokenizer, require_chat_template
 from bdpo.models.word_ids import WordIds, word_ids
 from bdpo.storage.digests import files_digest, json_digest
 
@@ -217,19 +217,10 @@ def load_tokenizer(model: ModelConfig) -> ChatTokenizer:
     tokenizer = read_tokenizer(folder, model.trust_remote_code)
     if model.chat_template:
         tokenizer.chat_template = read_template(model.chat_template)
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"model.name_or_path={model.name_or_path}: the tokenizer has no chat template; "
-            "set model.chat_template to a Jinja file"
-        )
-    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
-        names = ", ".join(map(escaped, tokenizer.chat_template))
-        raise UserError(
-            f"model.name_or_path={model.name_or_path}: of the tokenizer's chat templates ({names}) none is "
-            "called default; set model.chat_template to the file of one"
-        )
+    name = f"model.name_or_path={model.name_or_path}"
+    require_chat_template(tokenizer, name, "set model.chat_template to a Jinja file")
     chat = faithful_chat(tokenizer, model.template_kwargs, str(folder))
-    require_embedded(tokenizer, shape, f"model.name_or_path={model.name_or_path}")
+    require_embedded(tokenizer, shape, name)
     return chat
 
 

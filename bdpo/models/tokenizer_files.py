@@ -1,11 +1,11 @@
-"""The tokenizer of a folder, as transformers reads its files."""
+"""The tokenizer of a folder, as transformers reads its files, and whether it has a chat template."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bdpo.errors import UserError, first_line
+from bdpo.errors import UserError, escaped, first_line
 from bdpo.models.folders import OWN_CODE, read_json_object
 from bdpo.models.loading import warn_once
 
@@ -52,6 +52,22 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
             f"{folder}: the tokenizer {OWN_CODE}; {type(tokenizer).__name__} of transformers takes its place"
         )
     return tokenizer
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, remedy: str) -> None:
+    """Make sure that a tokenizer has a chat template, and among several one to take.
+
+    Raises:
+        UserError: it has not; the message begins with `name` and ends with `remedy`.
+    """
+    templates = tokenizer.chat_template
+    if not templates:
+        raise UserError(f"{name}: the tokenizer has no chat template; {remedy}")
+    if isinstance(templates, dict) and "default" not in templates:
+        names = ", ".join(map(escaped, templates))
+        raise UserError(
+            f"{name}: of the tokenizer's chat templates ({names}) none is called default; {remedy}"
+        )
 
 
 def _dropout(tokenizer: PreTrainedTokenizerBase) -> float | None:

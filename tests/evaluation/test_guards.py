@@ -188,7 +188,7 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_asked(tmp_pa
 
 def test_llama_guard_requires_a_template_of_its_own(tmp_path):
     config = guard(tmp_path, "llama_guard", "safe", template=None)
-    with pytest.raises(UserError, match="no chat template, which llama_guard requires"):
+    with pytest.raises(UserError, match=r"no chat template; llama_guard requires one$"):
         judge_kind(config).check(config)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 
 from bdpo.config import load_config
+from bdpo.errors import UserError
 from bdpo.training.memory import GIB, memory_need, model_shape
 from pipelines import init
 from tests.support.commands import run_command
@@ -91,3 +95,19 @@ def test_what_cannot_be_read_is_named_in_one_line(folder, tmp_path, monkeypatch)
         assert (done.code, done.err.count("\n")) == (2, 1), done.err
         assert message in done.err
         assert not (tmp_path / "x.yaml").exists()
+
+
+def test_the_tokenizer_is_read_as_in_every_command(folder, tmp_path):
+    """With the same checks: AutoTokenizer alone reads one that gives a text other ids each time."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    file = tmp_path / "model/tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["dropout"] = 0.5
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tokenizer\.json: model\.dropout=0\.5 would give"):
+        init.chat_of(str(tmp_path / "model"))
+    (tmp_path / "model/chat_template.jinja").unlink()
+    content["model"]["dropout"] = None
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"^--model .*: the tokenizer has no chat template; a chat model is"):
+        init.chat_of(str(tmp_path / "model"))

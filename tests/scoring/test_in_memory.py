@@ -183,8 +183,14 @@ def test_the_base_of_a_model_with_an_adapter_is_scored_as_the_page_says(tiny_cha
 
 def test_a_model_or_tokenizer_that_cannot_score_is_refused(tiny_chat, make_chat):
     rows = invented_pairs(2)
-    with pytest.raises(UserError, match=r"^tokenizer: has no chat template; set tokenizer.chat_template$"):
-        score(tiny_qwen2(), byte_tokenizer(), rows)
+    several = byte_tokenizer()
+    several.chat_template = {"tool_use": CHATML}
+    for tokenizer, message in (
+        (byte_tokenizer(), "the tokenizer has no chat template"),
+        (several, r"of the tokenizer's chat templates \(tool_use\) none is called default"),
+    ):
+        with pytest.raises(UserError, match=f"^tokenizer: {message}; set tokenizer.chat_template$"):
+            score(tiny_qwen2(), tokenizer, rows)
     unfaithful = make_chat(CHATML.partition("{% if add_generation_prompt")[0]).tokenizer
     with pytest.raises(UserError, match=r"^tokenizer: chat template"):
         score(tiny_qwen2(), unfaithful, rows)

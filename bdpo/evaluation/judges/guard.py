@@ -28,7 +28,7 @@ from bdpo.models.loading import (
 )
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer, require_embedded
-from bdpo.models.tokenizer_files import read_tokenizer
+from bdpo.models.tokenizer_files import read_tokenizer, require_chat_template
 from bdpo.models.weight_files import require_finite_files, weight_files
 from bdpo.storage.digests import files_digest, json_digest
 from bdpo.storage.manifests import Fingerprint
@@ -110,12 +110,7 @@ def load_tokenizer_of(guard: Guard, folder: Path) -> ChatTokenizer:
     tokenizer = read_tokenizer(folder)
     if guard.template is not None:
         tokenizer.chat_template = guard.template
-    templates = tokenizer.chat_template
-    if not templates or (isinstance(templates, dict) and "default" not in templates):
-        raise UserError(
-            f"{_KEY}={folder}: the tokenizer has no chat template, which {guard.name} requires, or none "
-            "that is called default"
-        )
+    require_chat_template(tokenizer, f"{_KEY}={folder}", f"{guard.name} requires one")
     try:
         chat = ChatTokenizer(tokenizer)
         chat.prompt_ids([Message(role="user", content="x"), Message(role="assistant", content="y")])
