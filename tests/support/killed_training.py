@@ -27,7 +27,7 @@ from bdpo.scoring.scores import read_scores
 from bdpo.storage.metrics_log import MetricsLog
 from tests.support import ROOT
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
-from tests.support.ray_nodes import NOTICED_SOON
+from tests.support.ray_nodes import NOTICED_SOON, ON_DEMAND
 from tests.support.scored_run import scored_run
 from tests.support.training import launch
 
@@ -57,10 +57,10 @@ class Account:
 
 
 class Nodes:
-    """A head without CPUs for the driver, and nodes of one CPU: one more than there are workers."""
+    """A head without CPUs for the driver, and nodes of one CPU: as many as workers, and spare ones."""
 
-    def __init__(self, workers: int) -> None:
-        self.workers, self.environment = workers, dict(os.environ)
+    def __init__(self, workers: int, spare: int = 1) -> None:
+        self.nodes, self.environment = workers + spare, dict(os.environ)
 
     def __enter__(self) -> Nodes:
         # A folder of its own: in /tmp/ray a bare ray.init() of somebody else would find this cluster.
@@ -68,13 +68,13 @@ class Nodes:
         os.environ |= {"RAY_TMPDIR": self.folder, "RAY_AUTH_MODE": "token"}
         # Nothing but this script is to kill.
         os.environ |= {"RAY_memory_monitor_refresh_ms": "0"}
-        os.environ |= NOTICED_SOON
+        os.environ |= NOTICED_SOON | ON_DEMAND
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 0, "include_dashboard": False}
+        head = {"num_cpus": 0, "include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        for _ in range(self.workers + 1):
+        for _ in range(self.nodes):
             self.cluster.add_node(num_cpus=1)
         return self
 
@@ -142,8 +142,8 @@ class Nodes:
 
 @pytest.fixture(scope="module")
 def training_nodes():
-    """Room for two workers, and a node more."""
-    with Nodes(workers=2) as nodes:
+    """Room for two workers; one that is killed has its place taken by a new one."""
+    with Nodes(workers=2, spare=0) as nodes:
         yield nodes
 
 
@@ -185,13 +185,16 @@ def disturb(
     seed: int,
     overrides: Sequence[str],
 ) -> Account:
-    """Train, killing what `kills` say at steps drawn with the seed; the account, without `partial`."""
+    """Train, killing what `kills` say at steps drawn with the seed; the account, without `partial`.
+
+    Each kill is drawn from the first part of the steps that are left, so that all of them find their moment.
+    """
     rng, account = random.Random(seed), Account()
     steps = len(rows(run.parent / "undisturbed"))
     driver = nodes.command("train", config, run, *overrides)
-    for kind, moment in kills:
+    for left, (kind, moment) in zip(range(len(kills), 0, -1), kills, strict=True):
         done = len(rows(run))
-        step = rng.randint(done, max(done, steps - 2))
+        step = rng.randint(done, done + max(0, steps - 2 - done) // left)
         before = checkpoints(run)
         while driver.poll() is None and not is_moment(run, moment, step, before):
             time.sleep(0.002)
