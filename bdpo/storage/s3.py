@@ -48,6 +48,7 @@ class LimitedS3FileSystem(S3FileSystem):
         Raises:
             StorageUnavailable: the limit has passed without an answer.
         """
+        await self.set_session()  # it takes a second on a busy machine, which is not the endpoint's
         loop, sent = asyncio.get_running_loop(), request.get("Body")
         end = loop.time() + self.limit + (len(sent) if isinstance(sent, bytes) else 0) / SLOWEST
         last: Exception | None = None

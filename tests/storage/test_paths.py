@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import fsspec
 import pytest
 from upath import UPath
 
@@ -36,7 +35,7 @@ from bdpo.storage.paths import (
 from bdpo.storage.run_dir import RunDir, run_config
 from tests.support import ROOT
 from tests.support.helpers import save_model, tiny_config
-from tests.support.s3_server import SECRET
+from tests.support.s3_server import SECRET, new_filesystems
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -394,9 +393,8 @@ class TestErrors:
             port = free.getsockname()[1]
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("BDPO_STORAGE_SECONDS", "1")
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        assert "connect" in self.said(f"{bucket}/run", tmp_path)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        with new_filesystems():
+            assert "connect" in self.said(f"{bucket}/run", tmp_path)
 
     def test_a_prefix_of_something_else(self, bucket, tmp_path):
         folder = storage_path(f"{bucket}/{tmp_path.name}", "x")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 import time
 
-import fsspec
 import pytest
+from fsspec.asyn import sync
 
 from bdpo.errors import StorageUnavailable, UserError
 from bdpo.storage.cache import cached_copy
@@ -16,7 +17,7 @@ from bdpo.storage.paths import read_bytes, sorted_glob, storage_path, write_byte
 from bdpo.storage.run_dir import RunDir
 from tests.support.bad_servers import bad_server
 from tests.support.helpers import tiny_config
-from tests.support.s3_server import SECRET
+from tests.support.s3_server import SECRET, new_filesystems
 
 SECONDS = 0.3
 
@@ -42,9 +43,8 @@ def _short(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "planted-access-key-id")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    yield
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with new_filesystems():
+        yield
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,7 @@ def test_what_the_server_says_last_is_in_the_line(monkeypatch):
     for way, said in {"refusing": "Could not connect", "unavailable": "Service Unavailable"}.items():
         with bad_server(way) as url:
             monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-            fsspec.get_filesystem_class("s3").clear_instance_cache()
-            with pytest.raises(StorageUnavailable, match=f"the last error: .*{said}"):
+            with new_filesystems(), pytest.raises(StorageUnavailable, match=f"the last error: .*{said}"):
                 read_bytes(storage_path("s3://bucket/run/file.json", "x"))
 
 
@@ -123,10 +122,32 @@ def test_a_bucket_that_answers_again_is_no_failure(bucket, tmp_path, monkeypatch
 
     monkeypatch.setattr(s3.S3FileSystem, "_call_s3", at_first_unavailable)
     monkeypatch.setenv(VARIABLE, "20")
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    write_bytes(file, b"here")
-    assert calls == ["put_object"] * 3
-    assert read_bytes(file) == b"here"
+    with new_filesystems():
+        write_bytes(file, b"here")
+        assert calls == ["put_object"] * 3
+        assert read_bytes(file) == b"here"
+
+
+def test_the_limit_of_a_request_begins_when_its_client_is_there(bucket, monkeypatch):
+    """Not before: botocore reads its tables for the first client, for seconds on a busy machine."""
+    from bdpo.storage import s3
+
+    build = s3.S3FileSystem.set_session
+
+    async def build_slowly(self, *arguments, **options):
+        if self._s3 is None:
+            await asyncio.sleep(2 * SECONDS)
+        return await build(self, *arguments, **options)
+
+    async def answer_at_once(self, method, *arguments, **request):
+        await self.set_session()
+        return {"Contents": []}
+
+    monkeypatch.setattr(s3.S3FileSystem, "set_session", build_slowly)
+    monkeypatch.setattr(s3.S3FileSystem, "_call_s3", answer_at_once)
+    filesystem = storage_path(bucket, "x").fs
+    answer = sync(filesystem.loop, filesystem._call_s3, "list_objects_v2", Bucket="bucket")
+    assert answer == {"Contents": []}
 
 
 def test_another_process_has_the_limits_too(monkeypatch):

@@ -37,6 +37,16 @@ def s3_server() -> Iterator[str]:
 
 
 @contextmanager
+def new_filesystems() -> Iterator[None]:
+    """Those of S3 that are used in the block are made in it, with its environment, and forgotten after it."""
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    try:
+        yield
+    finally:
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@contextmanager
 def s3_bucket(server: str) -> Iterator[str]:
     """A new bucket, which the environment gives access to meanwhile. Yields the bucket's URL."""
     environment = {
@@ -50,5 +60,5 @@ def s3_bucket(server: str) -> Iterator[str]:
 
         name = f"bdpo-tests-{secrets.token_hex(4)}"
         boto3.client("s3").create_bucket(Bucket=name)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()  # one may be of a server before
-        yield f"s3://{name}"
+        with new_filesystems():
+            yield f"s3://{name}"
