@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
-    """All files with tests of the marker `ray` go to one process: a cluster costs more than they do.
+    """The files of a room with tests of the marker `ray` go to one process: a cluster costs more than these.
 
     Not so those of whole pipelines, which take long themselves.
     """
@@ -46,12 +46,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
     def is_on_ray(file: str) -> bool:
         return not file.startswith("tests/system/") and "mark.ray" in (config.rootpath / file).read_text()
 
-    class OneCluster(LoadFileScheduling):
+    class OneClusterARoom(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "ray" if is_on_ray(file) else file
+            return f"ray in {file.rpartition('/')[0]}" if is_on_ray(file) else file
 
-    return OneCluster(config, log)
+    return OneClusterARoom(config, log)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -25,6 +25,12 @@ def account(training_inputs, training_nodes):
     return kill_training(training_nodes, training_inputs / "config.yaml", training_inputs, kills, 0, [])
 
 
+def test_a_training_that_is_killed_ends_with_the_same_weights(account):
+    """`kill_training` itself compares weights and metrics."""
+    assert len(account.kills) == account.recovered == 3
+    assert account.partial == 0
+
+
 def test_a_checkpoint_that_was_copied_and_never_committed_is_not_resumed_from(tmp_path):
     """A worker dies between the last byte and the commit: training resumes from the one before."""
     from pipelines.runtime.recovery import remove_uncommitted
@@ -59,9 +65,3 @@ def test_steps_without_a_record_of_how_they_were_made_are_not_resumed_from(train
     (run.train / "begun.json").unlink()
     with pytest.raises(UserError, match="no intact checkpoint to resume from"):
         _begin(config, run, {"seed": 0}, 9)
-
-
-def test_a_training_that_is_killed_ends_with_the_same_weights(account):
-    """`kill_training` itself compares weights and metrics."""
-    assert len(account.kills) == account.recovered == 3
-    assert account.partial == 0
