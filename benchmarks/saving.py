@@ -25,9 +25,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from bdpo.config import Config, parse_config
 from bdpo.storage.digests import sha256
 from bdpo.storage.run_dir import RunDir
-from bdpo.training.checkpoints import STATE, TrainProgress
+from bdpo.training.checkpoints import TrainProgress
 from bdpo.training.engine import build_engine
 from bdpo.training.launcher import Launcher
+from bdpo.training.resharding import STATE
 from bdpo.training.saving import CheckpointSaver
 from benchmarks.common import write_section
 

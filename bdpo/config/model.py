@@ -11,9 +11,10 @@ from bdpo.section import Section
 
 RESERVED_TEMPLATE_KWARGS = frozenset((
     "messages", "conversation", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt",
-    "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
-    "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now", "raise_exception", "bos_token",
-    "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+    "continue_final_message", "sanitize_control_tokens", "padding", "truncation", "max_length",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now",
+    "raise_exception", "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
+    "mask_token",
 ))  # fmt: skip
 """What every rendering decides by itself: a key of that name would contradict it."""
 

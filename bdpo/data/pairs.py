@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 _IDS = pa.list_(pa.int32())
 
-LABELS = ["chosen_safe", "rejected_safe"]
-
 ID_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
 PAIR_SCHEMA = pa.schema(

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bdpo.config import Config
-from bdpo.data.pairs import ID_COLUMNS, LABELS, all_pairs, count_pairs
+from bdpo.data.formats.columns import LABELS
+from bdpo.data.pairs import ID_COLUMNS, all_pairs, count_pairs
 from bdpo.errors import UserError
 from bdpo.scoring.scores import SCORE_SCHEMA, read_scores
 from bdpo.storage.records import prepared_rows
@@ -142,4 +143,4 @@ def count_tokens(run: RunDir) -> pa.Table:
 
 
 def _labels(run: RunDir) -> pa.Table:
-    return all_pairs(run.pairs, LABELS)
+    return all_pairs(run.pairs, [*LABELS])

@@ -27,10 +27,7 @@ from bdpo.storage.digests import sha256
 from bdpo.storage.paths import StoragePath, read_bytes
 from bdpo.storage.sealed import sealed, unsealed
 from bdpo.training.launcher import Checkpoint, Metrics
-from bdpo.training.resharding import load_resharded
-
-STATE = "state"
-"""The folder of DeepSpeed's files in a checkpoint: what DeepSpeed calls its tag."""
+from bdpo.training.resharding import STATE, load_resharded
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from bdpo.config import Config
-from bdpo.data.pairs import LABELS, all_pairs
+from bdpo.data.formats.columns import LABELS
+from bdpo.data.pairs import all_pairs
 from bdpo.data.tokens import mapped_groups
 from bdpo.method.base import PairLogps
 from bdpo.models.ahead import made_ahead

@@ -38,6 +38,9 @@ from bdpo.models.deepspeed_internals import (
     partition_sizes,
 )
 
+STATE = "state"
+"""The folder of DeepSpeed's files in a checkpoint: what DeepSpeed calls its tag."""
+
 Shapes = Sequence[Mapping[str, torch.Size]]
 """The parameters of each group of the optimizer, in order: name -> shape."""
 
@@ -64,14 +67,14 @@ def load_resharded(engine: Any, folder: Path, workers: int, strict: bool) -> Non
     temporary folder; with ZeRO 1 and 2 the model's weights as well.
     """
     if engine.zero_optimization_stage() == 0:
-        engine.load_checkpoint(str(folder), tag="state", load_module_strict=strict)
+        engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=strict)
         return
     with tempfile.TemporaryDirectory(prefix="bdpo-resharded-") as scratch:
-        state = Path(scratch) / "state"
+        state = Path(scratch) / STATE
         state.mkdir()
         share = Share(dist.get_rank(), dist.get_world_size())
-        _write_share(engine, folder / "state", state, workers, share)
-        engine.load_checkpoint(scratch, tag="state", load_module_strict=strict)
+        _write_share(engine, folder / STATE, state, workers, share)
+        engine.load_checkpoint(scratch, tag=STATE, load_module_strict=strict)
 
 
 def _write_share(engine: Any, old: Path, new: Path, workers: int, share: Share) -> None:

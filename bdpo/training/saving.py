@@ -29,8 +29,9 @@ from bdpo.models.deepspeed_internals import checkpoint_states
 from bdpo.storage.digests import sha256
 from bdpo.storage.paths import write_text
 from bdpo.storage.run_dir import RunDir
-from bdpo.training.checkpoints import STATE, CheckpointPart, TrainProgress
+from bdpo.training.checkpoints import CheckpointPart, TrainProgress
 from bdpo.training.launcher import Launcher, Metrics, Phase
+from bdpo.training.resharding import STATE
 
 
 class Staging:

@@ -3,13 +3,16 @@
 # ruff: noqa: E501 (templates are easier to read unbroken)
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 import trl
 from jinja2 import TemplateError
 from jinja2.meta import find_undeclared_variables
+from transformers import PreTrainedTokenizerBase
 
+from bdpo.config.model import RESERVED_TEMPLATE_KWARGS
 from bdpo.models.template_variables import free_names
 from bdpo.models.transformers_private import parsed_template
 from tests.support.chats import byte_tokenizer
@@ -125,3 +128,9 @@ def test_no_name_of_jinjas_that_is_left_out_has_an_effect(file):
     assert free <= reported
     for name in reported - free:
         assert render(text, **{name: "bdpo"}) == render(text)
+
+
+def test_no_variable_of_a_template_may_be_an_argument_of_its_rendering():
+    """Of apply_chat_template as it is installed: such a key would never reach the template."""
+    arguments = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+    assert arguments - {"self", "kwargs"} <= RESERVED_TEMPLATE_KWARGS
