@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _IDS = pa.list_(pa.int32())
 
+PairIds = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""The token ids of prompt, chosen and rejected, int32."""
+
 ID_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
 PAIR_SCHEMA = pa.schema(
@@ -64,6 +67,26 @@ def context_of(pair: Pair) -> dict[str, Any] | None:
     if pair.template_kwargs:
         context["template_kwargs"] = pair.template_kwargs
     return context or None
+
+
+def table_of(prepared: Iterable[tuple[str, Pair, PairIds]]) -> pa.Table:
+    """The rows of `PAIR_SCHEMA` of some pairs, with their names and token ids."""
+    names, pairs, ids = zip(*prepared, strict=True)
+    contexts = [context_of(pair) for pair in pairs]
+    columns: dict[str, Any] = {
+        "pair_id": names,
+        "prompt": [plain_turns(pair.prompt) for pair in pairs],
+        "chosen": [pair.chosen["content"] for pair in pairs],
+        "rejected": [pair.rejected["content"] for pair in pairs],
+        "group": [pair.group for pair in pairs],
+        "chosen_safe": [pair.chosen_safe for pair in pairs],
+        "rejected_safe": [pair.rejected_safe for pair in pairs],
+        "context": [json.dumps(context) if context else None for context in contexts],
+    }
+    for name, arrays in zip(ID_COLUMNS, zip(*ids, strict=True), strict=True):
+        offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+        columns[name] = pa.ListArray.from_arrays(offsets, np.concatenate(arrays))
+    return pa.table(columns, schema=PAIR_SCHEMA)
 
 
 def pair_of(row: Mapping[str, Any]) -> Pair:

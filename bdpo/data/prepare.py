@@ -7,19 +7,20 @@ file and nowhere else.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import heapq
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bdpo.config import DataConfig
@@ -29,7 +30,7 @@ from bdpo.data.checks import check_pair
 from bdpo.data.containers import NumberedRow, RawRow, Unreadable, shown_name
 from bdpo.data.formats import columns_of, read_pair
 from bdpo.data.formats.base import BadRow, Excluded, Format, LeftOut, Pair
-from bdpo.data.pairs import ID_COLUMNS, PAIR_SCHEMA, context_of, plain_turns
+from bdpo.data.pairs import PairIds, context_of, plain_turns, table_of
 from bdpo.data.rendering import Rendered, encode_pairs
 from bdpo.data.sources import DETECT_ROWS, Source, open_source
 from bdpo.errors import UserError, escaped
@@ -44,18 +45,16 @@ PART_ROWS = 8 * ROW_GROUP
 BATCH_ROWS = 256  # rows that are rendered and tokenised at a time
 
 
-_Labels = tuple[str | None, bool | None, bool | None]  # group, chosen_safe, rejected_safe
-
-
 @dataclass(frozen=True)
 class _Usable:
-    """A pair that passed every check, its token ids, and where its row stands."""
+    """A pair that passed every check, its token ids, and where it stands: the number of its row."""
 
+    source: Source
     account: SourceAccount
-    row: str  # where it stands, for a message
+    row: int
     pair_id: str
     pair: Pair
-    ids: tuple[np.ndarray, np.ndarray, np.ndarray]  # of prompt, chosen, rejected; int32
+    ids: PairIds
     changed: bool  # whether the chat template writes other texts than those of its messages
 
 
@@ -77,7 +76,7 @@ def prepare(
             bad, none is usable, or there are fewer pairs than `data.sample` asks for.
     """
     account = Account()
-    with atomic_folder(out) as unfinished:
+    with atomic_folder(out) as unfinished, _rare_collections():
         bad_rows = quarantine / "quarantine.jsonl"
         with private_file(bad_rows) as bad:
             pairs = _all_usable(config, _Examiner(config, chat, seed), account, bad, progress, bad_rows)
@@ -86,6 +85,17 @@ def prepare(
             _write(pairs, unfinished, account, config)
         account.check()
         return account
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Garbage is collected when a batch of rows has ended: with Python's own thresholds 40 times a batch."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(100_000, *thresholds[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def usable_pair(form: Format, row: RawRow | Unreadable, source: SourceConfig) -> Pair:
@@ -142,7 +152,9 @@ class _Examiner:
         self.config = config
         self.chat = chat
         self.seed = seed
-        self.seen: dict[bytes, tuple[SourceAccount, _Labels]] = {}  # which data set has the pair
+        # Which data set has the pair (the id of its account), and its labels. Of tuples of numbers and texts
+        # the garbage collector keeps no record, so millions of them do not slow it down.
+        self.seen: dict[bytes, tuple[int, str | None, bool | None, bool | None]] = {}
 
     def __call__(
         self, source: Source, account: SourceAccount, rows: list[NumberedRow]
@@ -178,17 +190,16 @@ class _Examiner:
         pair_id = id_of(rendered.written)
         labels = (pair.group, pair.chosen_safe, pair.rejected_safe)
         if (first := self.seen.get(key := bytes.fromhex(pair_id)[:16])) is not None:
-            other = "" if first[1] == labels else ", with other labels"  # those of the first row are kept
-            if first[0] is account:
+            other = "" if first[1:] == labels else ", with other labels"  # those of the first row are kept
+            if first[0] == id(account):
                 return BadRow(f"duplicate{other}")
             return LeftOut(f"duplicate of a pair of another data set{other}")
         account.unread |= rendered.unwritten | {shown_name(name) for name in pair.unread}
         if source.config.weight < 1 and _draw(self.seed, pair_id) >= source.config.weight * 2**256:
             return None  # another data set may keep it
-        self.seen[key] = account, labels
-        arrays = (np.array(part, dtype=np.int32) for part in (ids.prompt, ids.chosen, ids.rejected))
-        place = source.reader.place(row)
-        return _Usable(account, place, pair_id, pair, tuple(arrays), rendered.changed)  # type: ignore[arg-type]
+        self.seen[key] = id(account), *labels
+        arrays = (np.fromiter(part, np.int32, len(part)) for part in (ids.prompt, ids.chosen, ids.rejected))
+        return _Usable(source, account, row, pair_id, pair, tuple(arrays), rendered.changed)  # type: ignore[arg-type]
 
 
 def id_of(pair: Pair) -> str:
@@ -287,7 +298,8 @@ def _sample(pairs: Iterable[_Usable], config: DataConfig, seed: int) -> Iterator
         group = usable.pair.group
         if group is None:
             raise UserError(
-                f"data.sample: {usable.row} of data.path={escaped(usable.account.source)} has no group"
+                f"data.sample: {usable.source.reader.place(usable.row)} of "
+                f"data.path={escaped(usable.account.source)} has no group"
             )
         found[group] += 1
         heapq.heappush(drawn[group], (-_draw(seed, usable.pair_id), number, usable))
@@ -311,7 +323,8 @@ def _write(pairs: Iterator[_Usable], folder: Path, account: Account, config: Dat
             usable.account.changed_by_template += usable.changed
             account.groups[usable.pair.group or "none"] += 1
         with (folder / f"part-{part:05d}.parquet").open("wb") as file:
-            pq.write_table(_table(batch), file, row_group_size=ROW_GROUP)
+            pairs_table = table_of((one.pair_id, one.pair, one.ids) for one in batch)
+            pq.write_table(pairs_table, file, row_group_size=ROW_GROUP)
             os.fsync(file.fileno())
         part += 1
     if not part:
@@ -319,27 +332,3 @@ def _write(pairs: Iterator[_Usable], folder: Path, account: Account, config: Dat
         raise UserError(
             f"data.path={config.names}: none of {account.rows} rows is usable ({reasons_text(fates)})"
         )
-
-
-def _table(batch: list[_Usable]) -> pa.Table:
-    pairs = [usable.pair for usable in batch]
-    contexts = [context_of(pair) for pair in pairs]
-    columns: dict[str, Any] = {
-        "pair_id": [usable.pair_id for usable in batch],
-        "prompt": [plain_turns(pair.prompt) for pair in pairs],
-        "chosen": [pair.chosen["content"] for pair in pairs],
-        "rejected": [pair.rejected["content"] for pair in pairs],
-        "group": [pair.group for pair in pairs],
-        "chosen_safe": [pair.chosen_safe for pair in pairs],
-        "rejected_safe": [pair.rejected_safe for pair in pairs],
-        "context": [json.dumps(context) if context else None for context in contexts],
-    }
-    for index, name in enumerate(ID_COLUMNS):
-        columns[name] = _lists([usable.ids[index] for usable in batch])
-    return pa.table(columns, schema=PAIR_SCHEMA)
-
-
-def _lists(arrays: list[np.ndarray]) -> pa.ListArray:
-    """One list<int32> column of some arrays."""
-    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
-    return pa.ListArray.from_arrays(offsets, np.concatenate(arrays))

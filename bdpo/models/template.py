@@ -307,7 +307,7 @@ class ChatTemplate:
         return tuple({token[0] for token in self._control_spellings})
 
     def _may_hold_control_token(self, text: str) -> bool:
-        return any(start in text for start in self._control_starts)
+        return any(map(text.__contains__, self._control_starts))  # faster than a generator
 
     def holds_control_token(self, text: str) -> bool:
         """Whether a text spells a token that structures a conversation."""

@@ -95,7 +95,7 @@ def begins_with_assistant(text: str) -> bool:
 
 def ends_with_assistant(text: str) -> bool:
     """Whether a text ends with the header of an answer that would follow."""
-    return bool(_ANSWER_HEADER.search(text))
+    return text.rstrip().endswith((":", ":**")) and bool(_ANSWER_HEADER.search(text))
 
 
 def begins_with_speaker(text: object) -> bool:
