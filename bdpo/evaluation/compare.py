@@ -38,17 +38,19 @@ def compare(first: pa.Table, second: pa.Table) -> list[Comparison]:
 
     Benchmarks that put one request into every category (attack, depth, wrapper) are compared by category.
     Items without a verdict in either are left out of the pair, and `n` is how many remain. A measure
-    with the values of one before it is left out: under a judge of yes and no `safe_rate` is `safety`.
+    with the values of one before it on the same items is left out: under a judge of yes and no `safe_rate` is
+    `safety`.
     """
     results: list[Comparison] = []
     others, of = item_values(second), item_clusters(first)
-    tested: list[tuple[str, list[float], list[float]]] = []
+    tested: list[tuple[str, list[str], list[float], list[float]]] = []
     for (benchmark, measure), values in item_values(first).items():
         other = others.get((benchmark, measure), {})
         both = [item for item in other if item in values]
         a, b = ([side[item] for item in both] for side in (values, other))
-        if both and (benchmark, a, b) not in tested:
-            tested.append((benchmark, a, b))
+        values_of_both = (benchmark, both, a, b)
+        if both and values_of_both not in tested:
+            tested.append(values_of_both)
             difference = paired_difference(a, b, [of[item] for item in both])
             results.append(Comparison(benchmark, measure, difference))
     return results

@@ -91,6 +91,23 @@ def test_measures_of_the_same_values_are_one_test() -> None:
     assert [line.measure for line in compare(first, second)] == ["safety"]
 
 
+def test_every_category_is_a_test_though_its_values_are_those_of_another() -> None:
+    """The depths of a prefill that all changed alike: none of them is missing."""
+    depths = ("005 tokens", "010 tokens", "020 tokens")
+
+    def scores(harm: float) -> pa.Table:
+        marks = [
+            {"benchmark": "prefill", "category": depth, "item_id": f"{depth}-{n}"}
+            for depth in depths
+            for n in range(3)
+        ]
+        return table([row(0, harm) | mark for mark in marks])
+
+    assert [line.measure for line in compare(scores(1.0), scores(0.0))] == [
+        f"safety, {depth}" for depth in depths
+    ]
+
+
 def test_models_without_a_common_item_are_not_compared() -> None:
     assert compare(table([row(1, 1.0)]), table([row(2, 1.0)])) == []
     assert compare(table([row(1, 1.0)]), table([row(1, None)])) == []
