@@ -53,6 +53,9 @@ _MESSAGE = re.compile(
 
 _ENDS_LINE = re.compile(r"[ \t]*(?:\n|\Z)")
 
+_JOINED = re.compile(r"[\w.!?…。！？]")
+"""What has a mark beside it without a blank; a mark that is a word of the text has a blank or a quote."""
+
 _MARK_TOKENS = 32
 """More than any mark that opens a thought block takes."""
 
@@ -127,13 +130,14 @@ def _without_channels(text: str) -> str:
 def without_thoughts(response: str) -> str | None:
     """The answer outside of the thought blocks; None where it is all thought and the last block never ends.
 
-    A mark that closes a block which nothing opened ends the thoughts that the text begins with, if it ends a
-    line as well. A mark within the only line before it that nothing closes is a word of the answer.
+    A mark that closes a block which nothing opened ends the thoughts that the text begins with, unless it is
+    a word of a sentence: the mark begins or ends a line, or joins what is beside it. A mark within the only
+    line before it that nothing closes is a word of the answer.
     """
     text = marked(response)
     unmarked = text if "<|channel|>" in response else response
     first, closed, rest = text.partition(CLOSING)
-    if closed and OPENING not in first and _ENDS_LINE.match(rest):
+    if closed and OPENING not in first and _ends_thoughts(first, rest):
         text = OPENING + text
     *ended, last = text.split(CLOSING)
     parts = [part.partition(OPENING) for part in ended]
@@ -147,3 +151,9 @@ def without_thoughts(response: str) -> str | None:
         return None
     is_word = not in_blocks and before.rpartition("\n")[2].strip()
     return unmarked if is_word else answer
+
+
+def _ends_thoughts(before: str, rest: str) -> bool:
+    begins_line = not before.rpartition("\n")[2].strip()
+    joined = _JOINED.match(before[-1:]) or re.match(r"\w", rest)
+    return begins_line or bool(joined or _ENDS_LINE.match(rest))

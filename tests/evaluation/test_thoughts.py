@@ -19,6 +19,11 @@ from tests.support.tokenizers import byte_level
         ("Cross the ends.", "Cross the ends."),
         ("<think>They want a knot. I cannot refuse.</think>\n\nCross the ends.", "Cross the ends."),
         ("They want a knot.\n</think>\nCross.", "Cross."),
+        ("They want a knot. I cannot.</think>Cross.", "Cross."),
+        ("They want a knot. I cannot.</think> Cross.", "Cross."),
+        ("They want a knot, I cannot</think>**Cross.**", "**Cross.**"),
+        ("They want a knot.\n</think> Cross.", "Cross."),
+        ("我不能。</think>“好的”", "“好的”"),
         ("<think>\n\n</think>\n\nCross.", "Cross."),
         ("<think>one</think>\n<think>two</think> Cross.", "Cross."),
         ("<think>one</think>First. <think>two</think>Cross.", "First. Cross."),
@@ -32,6 +37,7 @@ from tests.support.tokenizers import byte_level
         ("Cross the ends.\n<think>Was that", "Cross the ends."),
         ("Put it in <think> tags: cross the ends.", "Put it in <think> tags: cross the ends."),
         ("The tag </think> ends it. Cross.", "The tag </think> ends it. Cross."),
+        ("Split at `</think>`, then cross.", "Split at `</think>`, then cross."),
         ("<think>I will tell them how to", None),
         ("<think>one</think>\n<think>again", None),
         ("<think>all of it</think>", ""),
@@ -52,7 +58,7 @@ def test_the_answer_is_what_stands_outside_of_the_thoughts(response: str, text: 
 
 def test_many_marks_are_read_in_one_pass() -> None:
     assert without_thoughts("<think>" * 200_000) is None
-    assert without_thoughts("</think>x" * 200_000) == "</think>x" * 200_000
+    assert without_thoughts("a </think> x" * 200_000) == "a </think> x" * 200_000
 
 
 FAMILIES = {
