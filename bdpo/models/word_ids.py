@@ -13,7 +13,6 @@ import json
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
 from itertools import chain, product
 from typing import TYPE_CHECKING, Any
 
@@ -39,45 +38,27 @@ _PROBES = (
 
 _MOST_WORDS, _LONGEST_WORD = 2**17, 64  # others are not kept
 
-_RUNS = [f"{c} " for c in _CHARACTERS if c.isspace()]  # a blank behind white space
 
-
-class _Remembered(dict[str, tuple[int, ...]]):
-    """The ids of the words seen so far; those of a new one are computed."""
-
-    def __init__(self, compute: Callable[[str], tuple[int, ...]]) -> None:
-        super().__init__()
-        self._compute = compute
-
-    def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = self._compute(word)
-        if len(self) < _MOST_WORDS and len(word) <= _LONGEST_WORD:
-            self[word] = ids
-        return ids
-
-
-class WordIds:
-    """The ids of texts. All `expressions` cut a text, in turn, after its added tokens were taken out.
-
-    Where no word goes on behind a blank, a text is parted at its blanks first, which is far faster than an
-    expression: the ids of each part, with the blank before it, are remembered as those of a word are.
-    """
+class WordIds(dict[str, tuple[int, ...]]):
+    """The ids of the added tokens and of the words seen so far. All `expressions` cut a text, in turn."""
 
     def __init__(self, backend: Tokenizer, expressions: list[str]) -> None:
         from tokenizers import pre_tokenizers
 
         tokens = {token.content: (number,) for number, token in backend.get_added_tokens_decoder().items()}
+        super().__init__(tokens)
         longest_first = sorted(map(re.escape, tokens), key=len, reverse=True)
         self._added = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
         self._cuts = [re.compile(_of_python(expression)) for expression in expressions]
         self._model = backend.model
         self._bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        self._words = _Remembered(self._ids_of_word)
-        self._words.update(tokens)
-        self._behind_blank = _Remembered(lambda part: (*self._ids_of_words(f" {part}"),))
-        self._parts_at_blanks = not any(" " in token for token in tokens) and all(
-            self.cut(probe) == [*chain.from_iterable(map(self.cut, _parts(probe)))] for probe in _PROBES
-        )
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ((written, _),) = self._bytes.pre_tokenize_str(word)
+        ids = tuple(token.id for token in self._model.tokenize(written))
+        if len(self) < _MOST_WORDS and len(word) <= _LONGEST_WORD:
+            self[word] = ids
+        return ids
 
     def ids(self, text: str) -> list[int] | None:
         """The ids of a text; None if it has other characters than those of Windows-1252."""
@@ -86,11 +67,10 @@ class WordIds:
                 text.encode("cp1252")
             except UnicodeEncodeError:
                 return None
-        if not self._parts_at_blanks or any(map(text.__contains__, _RUNS)):
-            return [*self._ids_of_words(text)]
-        first, *others = text.split(" ")
-        known = map(self._behind_blank.__getitem__, others)
-        return [*self._ids_of_words(first), *chain.from_iterable(known)]
+        words: list[str] = []
+        for number, piece in enumerate(self._added.split(text)):  # every second one is an added token
+            words += [piece] if number % 2 else self.cut(piece)
+        return [*chain.from_iterable(map(self.__getitem__, words))]
 
     def cut(self, text: str) -> list[str]:
         """The words of a text without added tokens."""
@@ -98,21 +78,6 @@ class WordIds:
         for cut in self._cuts:
             words = [*chain.from_iterable(map(cut.findall, words))]
         return words
-
-    def _ids_of_words(self, text: str) -> Iterator[int]:
-        words: list[str] = []
-        for number, piece in enumerate(self._added.split(text)):  # every second one is an added token
-            words += [piece] if number % 2 else self.cut(piece)
-        return chain.from_iterable(map(self._words.__getitem__, words))
-
-    def _ids_of_word(self, word: str) -> tuple[int, ...]:
-        ((written, _),) = self._bytes.pre_tokenize_str(word)
-        return tuple(token.id for token in self._model.tokenize(written))
-
-
-def _parts(text: str) -> list[str]:
-    """A text parted before each blank that stands behind something else than white space."""
-    return re.split(r"(?<=\S)(?= )", text)
 
 
 def word_ids(backend: Tokenizer) -> WordIds | None:
@@ -134,6 +99,8 @@ def word_ids(backend: Tokenizer) -> WordIds | None:
         with warnings.catch_warnings(action="error"):
             words = WordIds(backend, expressions)
     except (KeyError, re.error, FutureWarning):  # a class that is not written out, or no syntax of Python's
+        return None
+    if any(cut.groups for cut in words._cuts):  # `findall` would find what is in the group alone
         return None
     for probe in _PROBES:
         spans = [span for _, span in backend.pre_tokenizer.pre_tokenize_str(probe)]
