@@ -7,7 +7,6 @@ What the rows mean is left to `bdpo.data.formats`.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import json
@@ -17,12 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bdpo.data.compressions import COMPRESSIONS
+from bdpo.data.data_file import DataFile
 from bdpo.errors import UserError, escaped, first_line
 from bdpo.storage import strict_json
 from bdpo.storage.paths import GIT_LFS_POINTER
@@ -64,79 +64,18 @@ _PACKED = {
     b"PAR1": "Parquet",
 }
 
-# The longer of two that begin alike comes first.
-_ENCODINGS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """A file of rows; `name` is what errors call it, `columns` are those that are read of declared ones."""
-
-    path: Path
-    name: str
-    columns: frozenset[str]
-
-    def open(self) -> IO[bytes]:
-        """The content, decompressed."""
-        opener = COMPRESSIONS.get(self.path.suffix)
-        return opener(self.path) if opener else self.path.open("rb")
-
-    def lines(self) -> Iterator[bytes]:
-        """The lines in UTF-8 without a byte order mark, whatever encoding the file's own mark names.
-
-        Raises:
-            UserError: a file in UTF-16 or UTF-32 is not in that encoding.
-        """
-        with self.open() as file:
-            encoding = encoding_of(file.read(4))
-        with self.open() as file:
-            if encoding in ("utf-8", "utf-8-sig"):
-                first = file.readline()
-                yield first.removeprefix(codecs.BOM_UTF8)
-                yield from file
-                return
-            try:
-                for line in io.TextIOWrapper(file, encoding, newline="\n"):
-                    yield line.encode(errors="surrogatepass")
-            except UnicodeError:
-                raise UserError(
-                    f"{self.name}: not {encoding.upper()}, which its byte order mark names"
-                ) from None
-
-    def text(self) -> str:
-        """The complete content as text, in UTF-8 or the encoding of its byte order mark.
-
-        Raises:
-            UserError: it is not in that encoding.
-        """
-        with self.open() as file:
-            data = file.read()
-        encoding = encoding_of(data[:4])
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
-            name = encoding.upper().removesuffix("-SIG")
-            raise UserError(f"{self.name}: not {name} at byte {error.start} (line {line})") from None
-
-
-def encoding_of(start: bytes) -> str:
-    """The encoding that a file's byte order mark names, UTF-8 without one."""
-    return next((encoding for mark, encoding in _ENCODINGS if start.startswith(mark)), "utf-8")
-
 
 def kind_of(path: Path) -> str | None:
     """The suffix that decides how a file is read, without that of its compression; None if it is unknown."""
-    suffixes = path.suffixes
-    kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS else path.suffix
-    compressed_parquet = kind == ".parquet" and path.suffix != kind  # Parquet compresses itself
+    suffixes = _suffixes(path)
+    is_compressed = len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS
+    kind = suffixes[-2] if is_compressed else "".join(suffixes[-1:])
+    compressed_parquet = kind == ".parquet" and is_compressed  # Parquet compresses itself
     return kind if kind in READERS and not compressed_parquet else None
+
+
+def _suffixes(path: Path) -> list[str]:
+    return [suffix.lower() for suffix in path.suffixes]
 
 
 def known_suffixes() -> str:
@@ -158,7 +97,7 @@ def read_file(file: DataFile) -> Read:
     if start == GIT_LFS_POINTER:
         raise UserError(f"{file.name}: a Git LFS pointer instead of the data; fetch it with `git lfs pull`")
     packed = next((what for magic, what in _PACKED.items() if start.startswith(magic)), None)
-    if packed and kind != ".parquet" and file.path.suffix not in COMPRESSIONS:
+    if packed and kind != ".parquet" and file.path.suffix.lower() not in COMPRESSIONS:
         raise UserError(f"{file.name}: its content is {packed}, which its name does not say; rename it")
     return READERS[kind](file) if file.path.stat().st_size else Read(iter(()))
 
@@ -167,7 +106,7 @@ def _json_or_lines(file: DataFile) -> Read:
     """JSON and JSON Lines under either suffix: the first character and line decide which one it is."""
     lines = (line for line in file.lines() if line.strip())
     first = next(lines, b"").lstrip()
-    named_lines = ".jsonl" in file.path.suffixes
+    named_lines = ".jsonl" in _suffixes(file.path)
     is_list = first.startswith(b"[") and not (named_lines and _is_json(first) and next(lines, None))
     if is_list or not (named_lines or (_is_json(first) and next(lines, None))):
         return _json(file)
@@ -228,8 +167,12 @@ def _json_line(line: bytes) -> RawRow | Unreadable:
         reason = "not UTF-8"
     except RepeatedKey as error:
         reason = _repeated(error)
-    except (ValueError, RecursionError):
+    except json.JSONDecodeError:
         reason = "UTF-16 or UTF-32 without a byte order mark, or damaged" if b"\0" in line else "not JSON"
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError:  # Python reads no number of more than 4,300 digits
+        reason = "holds a number of too many digits"
     return Unreadable(reason, line.decode(errors="backslashreplace"))
 
 

@@ -11,17 +11,22 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 
 from bdpo.config.data import SourceConfig
-from bdpo.data.containers import ARROW_ROWS, Read, arrow_rows, kind_of
+from bdpo.data.containers import ARROW_ROWS, NumberedRow, Read, Unreadable, arrow_rows, kind_of
 from bdpo.errors import UserError, escaped, first_line
 
 # In what the library says where no configuration is named, or one that is not there.
 _CONFIGURATIONS = re.compile(r"(?:among the available configs|Available): \[(.*?)\]")
+
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+
+_OTHER_ROWS = {".tsv", ".arrow", ".feather", ".orc", ".avro", ".xlsx", ".zip", ".tar"}
 
 _INFOS = {"dataset_info.json", "dataset_infos.json"}  # of the library itself
 
@@ -47,8 +52,6 @@ def data_files(folder: Path, config: SourceConfig, name: str) -> DataFiles | Non
         return None
     if pattern := re.search(r"[\[*?]|::", str(folder.resolve())):
         raise UserError(f"{name}: the library datasets takes {pattern[0]} in a path for a pattern; rename it")
-    if not re.fullmatch(r"\w+", split):  # train[:10%] is a slice
-        return None
     with _library_errors(name, config, is_folder=True):
         builder = datasets.load_dataset_builder(str(folder), config.name, data_dir=config.data_dir)
         found = builder.config.data_files or {}
@@ -56,11 +59,26 @@ def data_files(folder: Path, config: SourceConfig, name: str) -> DataFiles | Non
     files = {file for of_split in splits.values() for file in of_split}
     if not files or not all(file.is_file() and kind_of(file) for file in files):
         return None
+    if not re.fullmatch(r"\w+", split):  # of files the library guesses types, and reads dates from texts
+        raise UserError(f"data.split={escaped(split)}: slices of local files are not read; set data.limit")
     if split not in splits:
         raise UserError(f"data.split={split}: {name} has only {', '.join(splits)}")
     root = Path(os.path.commonpath([file.parent for file in files]))
-    beside = {file for file in root.rglob("*.*") if kind_of(file) and file.name not in _INFOS}
+    beside = {file for file in root.rglob("*.*") if _may_hold_rows(file) and file.name not in _INFOS}
     return DataFiles(splits[split], sorted(beside - files))
+
+
+def _may_hold_rows(file: Path) -> bool:
+    return kind_of(file) is not None or file.suffix.lower() in _OTHER_ROWS
+
+
+def columns_of_folders(file: str) -> dict[str, str]:
+    """The columns that the names of folders give to all rows of a file, as Hive and Spark partition data.
+
+    `file` is the path of the file in its data set, such as `group=safe/part-0.parquet`.
+    """
+    named = (folder.partition("=") for folder in PurePath(file).parts[:-1] if "=" in folder)
+    return {column: "" if value == _HIVE_NULL else unquote(value) for column, _, value in named}
 
 
 def refuse_parts(config: SourceConfig, name: str, what: str) -> None:
@@ -100,7 +118,18 @@ def read_datasets(path: Path, config: SourceConfig, name: str, columns: frozense
         return Read(((number, {}) for number in range(1, data.num_rows + 1)), declared)
     data = data.select_columns([column for column in declared if column in columns])
     tables = data.with_format("arrow").iter(batch_size=ARROW_ROWS)
-    return Read(arrow_rows(batch for table in tables for batch in table.to_batches()), declared)
+    rows = arrow_rows(batch for table in tables for batch in table.to_batches())
+    # Values of several types in one column are texts of JSON in the library's tables.
+    json = datasets.Features({name: one for name, one in data.features.items() if "Json(" in repr(one)})
+    return Read(_decoded(rows, json) if json else rows, declared)
+
+
+def _decoded(rows: Iterator[NumberedRow], features: Any) -> Iterator[NumberedRow]:
+    for number, row in rows:
+        if isinstance(row, Unreadable):
+            yield number, row
+        else:
+            yield number, row | features.decode_example({name: row[name] for name in features})
 
 
 def _saved(data: Any, config: SourceConfig, name: str) -> Any:

@@ -12,7 +12,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ import pyarrow as pa
 
 from bdpo.config.data import DataConfig, SourceConfig
 from bdpo.data.containers import (
-    DataFile,
     NumberedRow,
     RawRow,
     Read,
@@ -30,7 +29,8 @@ from bdpo.data.containers import (
     read_file,
     shown_name,
 )
-from bdpo.data.folders import data_files, read_datasets, refuse_parts
+from bdpo.data.data_file import DataFile
+from bdpo.data.folders import columns_of_folders, data_files, read_datasets, refuse_parts
 from bdpo.data.formats import KNOWN_COLUMNS, columns_of, detect, format_named
 from bdpo.data.formats.base import Format
 from bdpo.errors import UserError, error_line, escaped, first_line
@@ -171,9 +171,11 @@ class Reader:
             for file, read in self._files(local_source(self.config)):
                 self._begun.append((before := number, file))
                 rows, declared, beside = read()
-                self.declared |= _renaming(self.config)(dict.fromkeys(declared, "")).keys()
+                of_folders = columns_of_folders(file)
+                named = dict.fromkeys([*of_folders, *declared], "")
+                self.declared |= _renaming(self.config)(named).keys()
                 self.beside_rows |= set(beside)
-                change = _change(self.config, file)
+                change = _change(self.config, file, of_folders)
                 for row_number, row in rows:
                     number = before + row_number
                     yield number, row if isinstance(row, Unreadable) or change is None else change(row)
@@ -247,12 +249,20 @@ def _fingerprint(source: SourceConfig) -> Fingerprint:
     return {"data.path": content, **{f"data.{name}": value for name, value in keys.items()}}
 
 
-def _change(config: SourceConfig, file: str) -> Callable[[RawRow], RawRow] | None:
-    """What is done to every row of a file before its format reads it; None for nothing."""
-    rename = _renaming(config) if config.columns else None
-    if kind_of(Path(file or config.path)) != ".csv":
-        return rename
-    return (lambda row: _typed(rename(row))) if rename else _typed
+def _change(config: SourceConfig, file: str, of_folders: dict[str, str]) -> Callable[[RawRow], RawRow] | None:
+    """What is done to every row of a file before its format reads it; None for nothing.
+
+    It gets the columns that its folders name unless it has them, and columns are renamed. The values of CSV
+    and of names are texts.
+    """
+    steps: list[Callable[[RawRow], RawRow]] = []
+    if of_folders:
+        steps.append(lambda row: of_folders | row)
+    if config.columns:
+        steps.append(_renaming(config))
+    if of_folders or kind_of(Path(file or config.path)) == ".csv":
+        steps.append(_typed)
+    return (lambda row: reduce(lambda changed, step: step(changed), steps, row)) if steps else None
 
 
 def _renaming(config: SourceConfig) -> Callable[[RawRow], RawRow]:
@@ -292,12 +302,13 @@ _CSV_NUMBERS = ("overall_preference", "preference_strength")
 
 
 def _typed(row: RawRow) -> RawRow:
-    """A CSV holds texts alone: those of a typed column are read; one that cannot be stays a text."""
+    """The row with the texts of typed columns read; one that cannot be stays a text."""
+    texts = {column: value for column, value in row.items() if isinstance(value, str)}
     typed = {
-        column: _CSV_TYPES[column].get(row[column].strip().lower(), row[column])
-        for column in row.keys() & _CSV_TYPES.keys()
+        column: _CSV_TYPES[column].get(texts[column].strip().lower(), texts[column])
+        for column in texts.keys() & _CSV_TYPES.keys()
     }
     for column in _CSV_NUMBERS:
-        if column in row and re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", row[column]):
-            typed[column] = float(row[column])
+        if column in texts and re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", texts[column]):
+            typed[column] = float(texts[column])
     return row | typed

@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from bdpo.data.containers import DataFile, Unreadable, kind_of, read_file, shown_name
+from bdpo.data.containers import Unreadable, kind_of, read_file, shown_name
+from bdpo.data.data_file import DataFile
 from bdpo.errors import UserError
 from bdpo.evaluation.benchmarks.jailbreak import Artifact, is_artifact
 from bdpo.evaluation.calibration.labels import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 
+import datasets
 import pytest
 
 from bdpo.data.account import account_line
@@ -115,6 +116,54 @@ def test_a_damaged_file_is_named(folder, prepare_here, name, content, message):
     assert str(folder) in said
 
 
-def test_a_slice_of_a_split_is_read_by_the_library(folder, prepare_here, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    assert prepare_here(folder, split="train[:2]").rows == 2
+def test_a_slice_of_local_files_is_refused(folder, prepare_here):
+    said = refusal(prepare_here, folder, split="train[:2]")
+    assert said == "data.split=train[:2]: slices of local files are not read; set data.limit"
+
+
+def test_a_saved_data_set_with_values_of_several_types_is_read_as_it_was(folder, prepare_here, kept_pairs):
+    """The library keeps such a column as texts of JSON, a text in quotes."""
+    rows = [
+        {"prompt": "q1", "chosen": 'a\n"b"', "rejected": "é", "note": 1},
+        {"prompt": "q2", "chosen": [{"role": "assistant", "content": "a"}], "rejected": "c", "note": 1},
+        {"prompt": "q3", "chosen": None, "rejected": "c", "note": 1},
+    ]
+    write_jsonl(folder / "a.jsonl", rows)
+    data = datasets.load_dataset("json", data_files=str(folder / "a.jsonl"), split="train", cache_dir=folder)
+    data.save_to_disk(folder / "saved")
+    account = prepare_here(folder / "saved")
+    assert (account.kept, account.quarantined) == (2, {"chosen: null": 1})
+    assert [pair["chosen"] for pair in kept_pairs()] == ['a\n"b"', "a"]
+
+
+def test_the_names_of_folders_are_columns(folder, prepare_here, kept_pairs):
+    """Spark and Hive write the columns by which they part the rows into the names of folders alone."""
+    for group, rows in (("safe", ROWS[:3]), ("unsafe", ROWS[3:])):
+        part = folder / f"kind={group}" / "note=a%20b" / "chosen_safe=true"
+        part.mkdir(parents=True)
+        write_parquet(part / "part-0.parquet", rows)
+    (folder / "a.jsonl").unlink()
+    account = prepare_here(folder, columns={"group": "kind"})
+    assert (account.kept, account.groups, account.sources[0].unread) == (
+        5,
+        {"safe": 3, "unsafe": 2},
+        {"note"},
+    )
+    assert {pair["chosen_safe"] for pair in kept_pairs()} == {True}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_column_of_the_file_comes_before_the_name_of_its_folder(folder, prepare_here, kept_pairs, kind):
+    (folder / "a.jsonl").unlink()
+    part = folder / "group=safe" / "chosen_safe=__HIVE_DEFAULT_PARTITION__"
+    part.mkdir(parents=True)
+    write = {"csv": write_csv, "jsonl": write_jsonl}[kind]
+    write(part / f"b.{kind}", [row | {"group": "unsafe"} for row in ROWS])
+    assert prepare_here(folder).kept == 5
+    assert {(pair["group"], pair["chosen_safe"]) for pair in kept_pairs()} == {("unsafe", None)}
+
+
+@pytest.mark.parametrize("name", ["b.JSONL", "b.tsv"])
+def test_a_file_of_rows_that_is_not_read_is_named(folder, prepare_here, name):
+    write_jsonl(folder / name, ROWS[3:])
+    assert prepare_here(folder).sources[0].unread_files == {name}

@@ -427,3 +427,46 @@ def test_of_two_keys_that_stand_for_each_other_one_is_written(prepare_with):
     account, kept = prepare_with(template, rows)
     assert (dict(account.quarantined), len(kept)) == ({}, 2)
     assert account.sources[0].unread == {"prompt[].alias"}
+
+
+NOTHING = {
+    "function_call": {"name": None, "arguments": None},
+    "images": [None],
+    "image": {"bytes": None, "path": None},
+    "reasoning_content": float("nan"),
+}
+
+
+@pytest.mark.parametrize("key", NOTHING)
+@pytest.mark.parametrize("place", ["message", "row"])
+def test_members_that_are_all_null_are_nothing(prepare_with, key, place):
+    """Arrow gives every object the members of all, and pandas writes NaN for null."""
+    row = conversation([{**user(), key: NOTHING[key]}]) if place == "message" else conversation()
+    account, _ = prepare_with(CHATML, [row | ({key: NOTHING[key]} if place == "row" else {})])
+    assert account.kept == 2
+
+
+@pytest.mark.parametrize("part", [{"image_url": {"url": "x"}}, {"type": "text", "image": "x.png"}])
+def test_a_content_part_with_more_than_its_text_is_a_reason(prepare_with, part):
+    account, _ = prepare_with(CHATML, [conversation([user([{"text": "q", **part}])])])
+    assert account.quarantined == {"prompt: a content part with a key that is not read": 1}
+
+
+@pytest.mark.parametrize("given", [{"type": "text", "index": None}, {"type": "text", "annotations": ["a"]}])
+def test_other_keys_of_a_content_part_are_no_part_of_its_text(prepare_with, given):
+    account, _ = prepare_with(CHATML, [conversation([user([{"text": "q", **given}])])])
+    assert account.kept == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"prompt": "q", "chosen": "a", "rejected": "b", "note": ' + "9" * 5000 + "}", "too many digits"),
+        ('{"prompt": "q", "note": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+    ],
+)
+def test_json_that_python_does_not_read_is_not_called_something_else(prepare_with, tmp_path, line, reason):
+    file = tmp_path / "odd.jsonl"
+    file.write_text(json.dumps(pair_row("sound")) + f"\n{line}\n")
+    account, _ = prepare_with(CHATML, file)
+    assert [reason in found for found in account.quarantined] == [True]

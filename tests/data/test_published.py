@@ -310,6 +310,39 @@ def test_history_comes_before_the_instruction():
     assert prompt == [("system", "S"), ("user", "Hi"), ("assistant", "Hello."), ("user", ASK)]
 
 
+def test_rated_answers_to_an_instruction_with_an_input():
+    row = {"instruction": "Translate:", "input": ASK, "history": [["a", "b"]]}
+    row |= {"generations": [BAD, GOOD], "ratings": [1, 2]}
+    pair = read_pair(detect([row], "rows"), row)
+    assert pair.prompt == [user("a"), assistant("b"), user(f"Translate:\n{ASK}")]
+    assert (pair.chosen, pair.unread) == (assistant(GOOD), frozenset())
+
+
+@pytest.mark.parametrize(
+    ("form", "row"),
+    [
+        ("preference", {"prompt": None, **WHOLE}),
+        (
+            "instruction",
+            {
+                "question": ASK,
+                "chosen": None,
+                "rejected": None,
+                "chosen_response": GOOD,
+                "rejected_response": BAD,
+            },
+        ),
+    ],
+)
+def test_a_null_column_hides_no_other(form, row):
+    assert texts(read_pair(FORMATS[form], row)) == ([("user", ASK)], GOOD, BAD)
+
+
+def test_a_blank_instruction_is_none():
+    row = {"instruction": "  ", "input": ASK, "chosen": GOOD, "rejected": BAD}
+    assert read_pair(FORMATS["instruction"], row).prompt == [user()]
+
+
 @pytest.mark.parametrize("separator", ["\n\n", "\n"])
 def test_transcripts_with_a_system_turn_and_other_separators(separator):
     begin = f"System: Be brief.{separator}Human: Hi{separator}Assistant: Yes?{separator}Human: {ASK}"

@@ -99,7 +99,7 @@ def test_jsonl_rows_are_numbered_by_line(tmp_path):
     lines += [b"[" * 100_000, b'{"prompt": "\xff"}']
     rows = dict(read_numbered(write_jsonl(tmp_path / "rows.jsonl", lines)))
     reasons = {n: row.reason for n, row in rows.items() if isinstance(row, Unreadable)}
-    assert reasons == {5: "not JSON", 6: "not an object", 7: "not JSON", 8: "not UTF-8"}
+    assert reasons == {5: "not JSON", 6: "not an object", 7: "nested too deeply", 8: "not UTF-8"}
     assert (rows[1], rows[4]) == (pair_row(1), pair_row(4))
 
 

@@ -153,7 +153,7 @@ def test_a_judge_that_cannot_be_asked_stops_it_before_the_model_is(
 
 
 def test_a_tokenizer_without_template_is_refused(benchmarks: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="tokenizer: has no chat template"):
+    with pytest.raises(UserError, match="tokenizer: the tokenizer has no chat template; set"):
         bdpo.evaluate_model(tiny_qwen2(), byte_tokenizer(), benchmarks)
 
 

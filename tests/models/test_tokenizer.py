@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from transformers import LlamaConfig
 
 from bdpo.config import ModelConfig
 from bdpo.errors import UserError
@@ -18,6 +19,7 @@ from bdpo.models.tokenizer import (
     faithful_chat,
     load_tokenizer,
     read_template,
+    require_embedded,
     tokenizer_fingerprint,
 )
 from tests.support.chats import CHATML, MISTRAL, byte_tokenizer
@@ -323,3 +325,11 @@ class TestLoadTokenizer:
         with pytest.raises(UserError, match="the chat template cannot be rendered") as caught:
             load_tokenizer(ModelConfig(name_or_path=str(folder)))
         assert "\n" not in str(caught.value)
+
+
+def test_ids_beyond_the_embedding_are_refused():
+    tokenizer = byte_tokenizer()
+    last = max(tokenizer.get_vocab().values())
+    require_embedded(tokenizer, LlamaConfig(vocab_size=last + 1), "m")
+    with pytest.raises(UserError, match=f"^m: the tokenizer has ids up to {last}, the model has {last} "):
+        require_embedded(tokenizer, LlamaConfig(vocab_size=last), "m")

@@ -18,9 +18,6 @@ from bdpo.storage import strict_json
 
 Row = Mapping[str, Any]
 
-EMPTY: tuple[Any, ...] = (None, "", [], {})
-"""What columnar files and CSV put where a row has nothing."""
-
 _DEEPEST = 100  # no tool and no message is nested so deeply
 
 _MOST_BITS = 10_000  # of a whole number: Python does not write one of more than 4,300 digits
@@ -99,7 +96,7 @@ class ReadRow(dict[str, Any]):
     def untaken(self, columns: Collection[str]) -> set[str]:
         """Those of the columns that hold something and of which no value was taken."""
         rest = (name for name in columns if name not in self.taken)
-        return {name for name in rest if dict.get(self, name) not in EMPTY}
+        return {name for name in rest if not is_empty(dict.get(self, name))}
 
 
 def answer(text: str) -> Message:
@@ -199,8 +196,20 @@ def checked_number(value: object, column: str) -> float:
 
 def unread_keys(place: str, given: Mapping[str, Any], known: Collection[str]) -> frozenset[str]:
     """The keys of an object that hold something and are not known, each behind its place, for the account."""
-    unread = {key for key, value in given.items() if value not in EMPTY} - {*known}
+    unread = {key for key, value in given.items() if not is_empty(value)} - {*known}
     return frozenset(f"{place}.{key}" for key in unread)
+
+
+def is_empty(value: Any, depth: int = 0) -> bool:
+    """Whether a value is what columnar files and CSV put where a row has nothing; NaN is pandas' null.
+
+    Columnar files give an object that a row does not have all its members, each null.
+    """
+    if isinstance(value, Mapping):
+        value = [*value.values()]
+    if isinstance(value, list | tuple):
+        return depth < _DEEPEST and all(is_empty(part, depth + 1) for part in value)
+    return value is None or value == "" or (not depth and value != value)
 
 
 def json_value(value: Any, column: str, depth: int = 0) -> Any:

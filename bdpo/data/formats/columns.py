@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from bdpo.data.formats.base import BadRow, Group, Pair, Row, boolean_cell, checked_text, json_value, parsed
+from bdpo.data.formats.base import (
+    BadRow,
+    Group,
+    Pair,
+    Row,
+    boolean_cell,
+    checked_text,
+    is_empty,
+    json_value,
+    parsed,
+)
 from bdpo.models.template import Message
 
 SYSTEM = ("system", "system_prompt")
@@ -49,7 +59,7 @@ def with_common_columns(pair: Pair, row: Row) -> Pair:
 def refuse_media(given: Row, place: str = "") -> None:
     """Make sure that a row, or an object in it whose `place` is named, holds no images, videos or sounds."""
     for key in MEDIA:
-        if given.get(key):
+        if not is_empty(given.get(key)):
             raise BadRow(f"{place}{key}: not empty, and only text is read")
 
 

@@ -9,13 +9,14 @@ from bdpo.data.formats.base import (
     Row,
     answer,
     checked_text,
+    is_empty,
     list_cell,
     question,
     text_cell,
 )
 from bdpo.models.template import Message
 
-_PROMPTS = ("instruction", "question")
+INSTRUCTION_COLUMNS = ("instruction", "question", "input")
 
 _RESPONSES = {"chosen": ("chosen", "chosen_response"), "rejected": ("rejected", "rejected_response")}
 
@@ -26,16 +27,24 @@ def read(row: Row) -> Pair:
     Without an instruction `input` is the prompt. The responses are `chosen` and `rejected`, or
     `chosen_response` and `rejected_response`. Columns with the same text are written once.
     """
-    columns = (column for column in (*_PROMPTS, "input") if row.get(column))
-    parts = dict.fromkeys(text_cell(row, column) for column in columns)  # equal ones are one
+    return Pair(instruction_prompt(row), _response(row, "chosen"), _response(row, "rejected"))
+
+
+def instruction_prompt(row: Row) -> list[Message]:
+    """The turns of `history`, and one of the user.
+
+    Raises:
+        BadRow: a column is malformed, or there is neither an instruction nor an input.
+    """
+    columns = (column for column in INSTRUCTION_COLUMNS if not is_empty(row.get(column)))
+    parts = dict.fromkeys(text for column in columns if (text := text_cell(row, column)).strip())
     if not parts:
         raise BadRow("instruction: missing")
-    prompt = [*_history(row), question("\n".join(parts))]
-    return Pair(prompt, _response(row, "chosen"), _response(row, "rejected"))
+    return [*_history(row), question("\n".join(parts))]
 
 
 def _response(row: Row, side: str) -> Message:
-    column = next((name for name in _RESPONSES[side] if name in row), side)
+    column = next((name for name in _RESPONSES[side] if row.get(name) is not None), side)
     return answer(text_cell(row, column))
 
 
@@ -53,7 +62,7 @@ def _history(row: Row) -> list[Message]:
 
 
 def _fits(row: Row) -> bool:
-    asks = not row.keys().isdisjoint((*_PROMPTS, "input")) and "prompt" not in row
+    asks = not row.keys().isdisjoint(INSTRUCTION_COLUMNS) and "prompt" not in row
     return asks and all(
         any(isinstance(row.get(column), str) for column in columns) for columns in _RESPONSES.values()
     )
@@ -63,6 +72,6 @@ FORMAT = Format(
     name="instruction",
     read=read,
     fits=_fits,
-    columns=(*_PROMPTS, "input", "history", *_RESPONSES["chosen"], *_RESPONSES["rejected"]),
+    columns=(*INSTRUCTION_COLUMNS, "history", *_RESPONSES["chosen"], *_RESPONSES["rejected"]),
     expects="instruction,chosen,rejected or instruction,chosen_response,rejected_response as texts",
 )

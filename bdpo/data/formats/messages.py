@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from bdpo.data.formats.base import (
-    EMPTY,
     BadRow,
     Row,
     answer,
     cell,
     checked_text,
+    is_empty,
     json_value,
     list_cell,
     parsed,
@@ -49,6 +49,9 @@ MEANINGFUL_KEYS = {
     "video",
 }
 
+# The keys of a part that is a text; the later ones say nothing of what it means.
+_PART_KEYS = {"type", "text", "value", "id", "index", "annotations", "logprobs", "cache_control"}
+
 _NOT_TEXT = {"image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file"}
 
 
@@ -78,7 +81,7 @@ def _message(turn: Any, column: str, role: str, content: str, roles: dict[str, s
     others = {
         key: json_value(value, column)
         for key, value in turn.items()
-        if key not in (role, content) and value not in EMPTY and value == value  # NaN: pandas' null
+        if key not in (role, content) and not is_empty(value)
     }
     if speaker == "function_call":
         return _call(turn[content], column)
@@ -114,6 +117,8 @@ def _part_text(part: Any, column: str) -> str:
         raise BadRow(f"{column}: a content part is not text, and only text is read")
     if kind not in ("text", "input_text", "output_text"):
         raise BadRow(f"{column}: unknown type of content part")
+    if any(key not in _PART_KEYS and not is_empty(value) for key, value in part.items()):
+        raise BadRow(f"{column}: a content part with a key that is not read")
     return checked_text(part.get("text", part.get("value")), column)  # `value` is LLaMA-Factory's name
 
 

@@ -26,8 +26,10 @@ def read(row: Row) -> Pair:
     Raises:
         BadRow: a cell is malformed, or such a `prompt` is no turn of the conversations.
     """
-    repeats = isinstance(row.get("prompt"), str) and all(_is_conversation(row.get(side)) for side in _SIDES)
-    if "prompt" in row and not repeats:
+    are_conversations = all(_is_conversation(row.get(side)) for side in _SIDES)
+    repeats = isinstance(row.get("prompt"), str) and are_conversations
+    has_no_prompt = row.get("prompt") is None and are_conversations  # a column that other rows have
+    if "prompt" in row and not repeats and not has_no_prompt:
         return Pair(prompt_cell(row), response_cell(row, "chosen"), response_cell(row, "rejected"))
     if isinstance(row.get("chosen"), str):
         raise BadRow("prompt: missing")

@@ -22,6 +22,7 @@ from bdpo.data.formats.base import (
 )
 from bdpo.data.formats.columns import refuse_media
 from bdpo.data.formats.hh_rlhf import prompt_of_transcript
+from bdpo.data.formats.instruction import INSTRUCTION_COLUMNS, instruction_prompt
 from bdpo.data.formats.messages import prompt_cell
 from bdpo.data.formats.transcript import is_transcript
 from bdpo.models.template import Message
@@ -48,10 +49,13 @@ def read(row: Row) -> Pair:
 
 
 def _prompt(row: Row) -> list[Message]:
+    """The prompt; without one the instruction and its input, as the format `instruction` reads them."""
     column = "prompt" if row.get("prompt") is not None else "instruction"
     if is_transcript(row.get(column)):
         return prompt_of_transcript(row, column)
-    return prompt_cell(row, column)
+    if column == "prompt" or isinstance(row.get(column), list):
+        return prompt_cell(row, column)
+    return instruction_prompt(row)
 
 
 def _unread(row: Row) -> frozenset[str]:
@@ -112,6 +116,6 @@ FORMAT = Format(
     name="ranked",
     read=read,
     fits=_fits,
-    columns=("prompt", "instruction", "answers", "completions", "generations", "ratings", "rating"),
+    columns=("prompt", *INSTRUCTION_COLUMNS, "history", *_OBJECTS, "generations", "ratings", "rating"),
     expects="prompt,answers with rank, or instruction,generations,ratings",
 )
