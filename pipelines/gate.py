@@ -25,10 +25,11 @@ from bdpo.config import Config
 from bdpo.config.gate import GateConfig, load_gate
 from bdpo.errors import UserError, error_line
 from bdpo.evaluation.gate import Evidence, Outcome, check_gate, check_run
+from bdpo.models.adapters import adapter_digest, adapter_folder
 from bdpo.models.folders import recorded_weights_digest
 from bdpo.models.loading import weights_digest
 from bdpo.storage.checksums import require_checksums
-from bdpo.storage.manifests import read_manifest
+from bdpo.storage.manifests import Fingerprint, read_manifest
 from bdpo.storage.paths import StoragePath, local_path, storage_path, write_text
 from bdpo.storage.run_dir import RunDir, run_config
 from pipelines.runtime.cli import exit_codes
@@ -63,7 +64,7 @@ def run_gate(gate: GateConfig, config: Config, run: RunDir, file: StoragePath) -
         UserError: an evaluation is damaged, or the evidence cannot be written.
     """
     names = {str(gate.model), str(gate.base)}
-    weights = {name: weights_now(config, run, name) for name in names if _is_looked_at(config, run, name)}
+    weights = {name: weights_now(config, run, name) for name in names}
     outcomes = check_run(gate, {name: run.eval(name) for name in names}, weights)
     passed = all(outcome.met for outcome in outcomes)
     _write(file, gate, run, outcomes)
@@ -75,21 +76,42 @@ def run_gate(gate: GateConfig, config: Config, run: RunDir, file: StoragePath) -
     return passed
 
 
-def weights_now(config: Config, run: RunDir, name: str) -> str | None:
-    """The digest of the weights that a model of the run has in its folder now; None where it has none.
+def weights_now(config: Config, run: RunDir, name: str) -> Fingerprint:
+    """The digests of the weights that a model of the run has now, by field of an evaluation's fingerprint.
 
-    Those of a model in a bucket are not read: the digests that were recorded when it was exported are.
+    A digest is None where there are no weights. What is on the hub has none.
 
     Raises:
-        UserError: the model is not as it was exported.
+        UserError: the model, or the adapter, is not as it was exported.
     """
-    folder = _folder(config, run, name)
+    found: Fingerprint = {}
+    if _is_looked_at(config, run, name):
+        found["weights"] = _model_digest(_folder(config, run, name))
+    if name == "adapter" and not _is_on_hub(config.evaluate.adapter):
+        found["adapter"] = _adapter_digest(config.evaluate.adapter)
+    return found
+
+
+def _model_digest(folder: StoragePath) -> str | None:
+    """That of a model in a bucket is not made anew: the one that was recorded at its export is taken."""
     if not isinstance(folder, Path):
         return recorded_weights_digest(folder)
     if not (folder / "config.json").is_file():
         return None
     require_checksums(folder)
     return weights_digest(folder)
+
+
+def _adapter_digest(adapter: str | None) -> str | None:
+    if adapter is None or not (local_path(adapter) / "adapter_config.json").is_file():
+        return None
+    return adapter_digest(adapter_folder(adapter, "evaluate.adapter"))
+
+
+def _is_on_hub(adapter: str | None) -> bool:
+    return (
+        adapter is not None and not local_path(adapter).is_dir() and not adapter.startswith(("/", "~", "."))
+    )
 
 
 def _folder(config: Config, run: RunDir, name: str) -> StoragePath:

@@ -105,21 +105,23 @@ def check_gate(gate: GateConfig, source: str) -> None:
 
 
 def check_run(
-    gate: GateConfig, folders: Mapping[str, StoragePath], weights: Mapping[str, str | None]
+    gate: GateConfig, folders: Mapping[str, StoragePath], weights: Mapping[str, Fingerprint]
 ) -> list[Outcome]:
     """Every condition of the gate, and for each benchmark that they name one on its broken answers.
 
     Args:
         gate: see `check_gate`, which it has passed.
         folders: name of a model -> the folder of its evaluation, which may be unfinished.
-        weights: name of a model -> the digest of the weights that it has now, None where it has none; a model
-            that is not among them is not looked at.
+        weights: name of a model -> the digests of the weights that it has now, by field of the fingerprint of
+            an evaluation (`weights`, `adapter`), None where there are none; other fields are not looked at.
 
     Raises:
         UserError: a file of an evaluation is damaged.
     """
     named = dict.fromkeys(condition.measure.partition(".")[0] for condition in gate.conditions)
-    evaluations = {name: _finished(name, folder, list(named), weights) for name, folder in folders.items()}
+    evaluations = {
+        name: _finished(name, folder, list(named), weights[name]) for name, folder in folders.items()
+    }
     judged = [name for name in named if name in BENCHMARKS]
     intact = [
         Condition(measure=f"{name}.unbroken", at_least=1 - gate.max_broken, at="value") for name in judged
@@ -138,9 +140,7 @@ def judge_of(evaluation: Evaluation, measure: str) -> str:
     return " ".join(part for part in (evaluation.judge.label, model) if part)
 
 
-def _finished(
-    model: str, folder: StoragePath, named: Sequence[str], weights: Mapping[str, str | None]
-) -> _Checked | None:
+def _finished(model: str, folder: StoragePath, named: Sequence[str], weights: Fingerprint) -> _Checked | None:
     """The evaluation in a folder, with the named benchmarks checked; None while it is not finished."""
     if not is_finished(folder):
         return None
@@ -157,13 +157,11 @@ def _finished(
     return _Checked(found, defects)
 
 
-def _other_weights(model: str, made_with: Fingerprint, weights: Mapping[str, str | None]) -> str | None:
+def _other_weights(model: str, made_with: Fingerprint, weights: Fingerprint) -> str | None:
     """Why a result is not one of the model as it is now, which then was never evaluated; None if it is."""
-    if model not in weights:
-        return None
-    if weights[model] is None:
+    if None in weights.values():
         return f"the weights of {model} are not there, so it is not known what was evaluated"
-    if made_with.get("weights") != weights[model]:
+    if any(made_with.get(field) != digest for field, digest in weights.items()):
         return f"{model} has other weights now than those that were evaluated"
     return None
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from bdpo.config.gate import GateConfig
@@ -20,6 +21,7 @@ from bdpo.evaluation.gate import judge_of
 from bdpo.evaluation.judges.registry import JudgeNote
 from bdpo.evaluation.measures import VERDICT_SCHEMA, Summary, summarise
 from bdpo.evaluation.results import Evaluation
+from bdpo.models.adapters import adapter_digest
 from bdpo.models.folders import recorded_weights_digest
 from bdpo.models.loading import weights_digest
 from bdpo.stats import rate
@@ -60,7 +62,7 @@ def put_weights(folder, content):
 
 def weights(run, name):
     own = run.tampering(own_data=False) if name == "tampered" else run
-    return {} if name == "base" else {"weights": weights_digest(own.model)}
+    return {} if name in ("base", "adapter") else {"weights": weights_digest(own.model)}
 
 
 def evaluation(run, name, harms, refused=(), judge_error=None, **marks):
@@ -212,10 +214,38 @@ def test_a_base_in_a_local_folder_is_looked_at_too(run, tmp_path):
     assert (code, evidence["outcomes"][0]["reason"]) == (3, OTHER.replace("trained", "base"))
 
 
+def put_adapter(folder, rank):
+    """A folder that passes for that of an adapter, to those who read nothing but its files."""
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"r": rank}))
+    save_file({"a": torch.zeros(1)}, folder / "adapter_model.safetensors")
+
+
+def test_an_adapter_is_the_one_that_was_evaluated(tmp_path):
+    adapter, base = tmp_path / "adapter", tmp_path / "model"
+    evaluate = {"adapter": str(adapter)}
+    config = tiny_config(tmp_path / "run", base, tmp_path / "pairs", evaluate=evaluate)
+    run = RunDir(config.run_dir)
+    run.root.mkdir()
+    run.record(config)
+    put_weights(base, "right")
+    put_adapter(adapter, rank=8)
+    marks = {"weights": weights_digest(base), "adapter": adapter_digest(adapter)}
+    evaluation(run, "adapter", [0.0] * 40, **marks)
+    assert gate(tmp_path, run, safety(at_least=0.9), model="adapter")[0] == 0
+    put_adapter(adapter, rank=16)
+    code, evidence = gate(tmp_path, run, safety(at_least=0.9), model="adapter")
+    assert (code, evidence["outcomes"][0]["reason"]) == (3, OTHER.replace("trained", "adapter"))
+    shutil.rmtree(adapter)
+    code, evidence = gate(tmp_path, run, safety(at_least=0.9), model="adapter")
+    assert code == 3
+    assert evidence["outcomes"][0]["reason"].startswith(GONE.replace("trained", "adapter"))
+
+
 def test_the_weights_of_a_model_in_a_bucket_are_those_of_its_record(run, tmp_path):
     config = run_config(run)
     write_checksums(run.model)
-    assert recorded_weights_digest(run.model) == weights_now(config, run, "trained")
+    assert {"weights": recorded_weights_digest(run.model)} == weights_now(config, run, "trained")
     assert recorded_weights_digest(tmp_path) is None
 
 
