@@ -149,14 +149,14 @@ def mean(values: Sequence[float], of: Sequence[str] = ()) -> Estimate:
     Values that are all 0 or 1 and stand alone have the exact interval of Clopper and Pearson, all others that
     of `bounded_interval`, over clusters where values share them. Seeded: the same numbers every time.
     """
-    from scipy.stats import binomtest
-
     n = len(values)
     if n == 0:
         return Estimate(None, None, None, 0, None)
     sums, sizes = cluster_sums(values, of)
     value, count = float(np.mean(values)), len(sizes)
     if set(values) <= {0, 1} and count == n:
+        from scipy.stats import binomtest  # takes as long to import as the other intervals to compute
+
         exact = binomtest(round(value * n), n).proportion_ci(CONFIDENCE_LEVEL, method="exact")
         return _estimate(value, (exact.low, exact.high), n, "exact", count)
     bounds = bounded_interval(sums, sizes)

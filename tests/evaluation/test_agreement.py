@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from itertools import combinations
 
 import numpy as np
@@ -26,6 +28,7 @@ from bdpo.evaluation.calibration.report import agreement_table, bias_table, cali
 from bdpo.evaluation.judges.base import Failed, Harm, NoAnswer, Refusal
 from bdpo.evaluation.judges.string_matching import StringMatching
 from bdpo.stats import widen
+from tests.support import ROOT
 
 
 def scheme(column, *labels, true=None):
@@ -283,3 +286,13 @@ def test_a_calibration_is_shown_without_texts():
     assert "its bias between models is unknown" in shown
     assert list(found.between) == [("one", "two")]
     assert found.to_json()["judges"]["one"]["accuracy"] == 1
+
+
+def test_intervals_over_prompts_do_without_the_distributions_of_scipy() -> None:
+    """`scipy.stats` takes a second or two to import, as long as all else of a calibration by strings."""
+    code = (
+        "import sys, bdpo.evaluation.calibration.report; from bdpo.stats import mean; "
+        "mean([0.0, 0.5, 1.0]); mean([0, 1, 1], ['a', 'a', 'b']); "
+        "sys.exit('scipy.stats' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
