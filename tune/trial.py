@@ -86,6 +86,7 @@ class Trials:
                 bound = last.base - tune.max_over_refusal
                 values = (last.objective.known, last.constrained.known, bound)
                 numbers = [f"{100 * value:.1f}" for value in values]
+                numbers[0] += " broken" if last.broken else ""
             params = [trial.params[key] for key in tune.space]
             chosen = [f"{v:g}" if isinstance(v, float) else str(v) for v in params]
             end = end_of(trial, trials, tune)

@@ -66,6 +66,9 @@ class TuneConfig(Section):
     max_over_refusal: Fraction = Field(
         0.05, description="how far the constraint may be below that of the base model"
     )
+    max_broken: Fraction = Field(
+        0.1, description="how many more of the answers may be broken than of the base model's, as a share"
+    )
     rungs: list[float] = Field(
         [0.25, 0.5, 1.0], min_length=1, description="shares of a trial's steps after which it is evaluated"
     )

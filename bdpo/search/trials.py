@@ -125,6 +125,7 @@ def _last_rung(rung: Rung, tune: TuneConfig) -> dict[str, float | None]:
     measured = rung.measured
     row: dict[str, float | None] = {"step": rung.step, "score": measured.score, "finished": rung.finished}
     row |= {"feasible": measured.violation <= 0, "least": measured.base - tune.max_over_refusal}
+    row["broken"] = measured.broken
     for name, estimate in (("objective", measured.objective), ("constraint", measured.constrained)):
         row |= estimate.columns(name) | {f"{name}_n": estimate.n}
     return row

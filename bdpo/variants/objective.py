@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from bdpo.config import Config, TuneConfig
 from bdpo.errors import UserError
-from bdpo.evaluation.benchmarks.registry import known_measures
+from bdpo.evaluation.benchmarks.registry import BENCHMARKS, known_measures
 from bdpo.evaluation.measures import Summary, summarise
 from bdpo.evaluation.tables import invalid_lines
 from bdpo.stats import Estimate
@@ -32,7 +32,10 @@ class Measured:
     base: float
     """`tune.constraint` of the base model on the same prompts."""
     violation: float
-    """How far `constrained` is below the bound; the variant is feasible if this is at most 0."""
+    """How far `constrained` is below its bound, or `broken` if that is more; the variant is feasible if this is
+    at most 0."""
+    broken: float = 0.0
+    """How far the share of broken answers is beyond `tune.max_broken` more than the base model's."""
 
     @property
     def score(self) -> float:
@@ -67,7 +70,7 @@ class HeldOut:
 
 
 def check_held_out(tune: TuneConfig, scores: pa.Table, base_scores: pa.Table) -> HeldOut:
-    """Whether the chosen variant is within `tune.max_over_refusal` on the held-out prompts, too.
+    """Whether the chosen variant is within `tune.max_over_refusal` and `max_broken` on held-out prompts, too.
 
     It was chosen as the best of many within the bound on other prompts, so that some of it is luck.
 
@@ -79,14 +82,20 @@ def check_held_out(tune: TuneConfig, scores: pa.Table, base_scores: pa.Table) ->
         found = measure(tune, scores, base_scores)
     except InvalidEvaluation as error:
         return HeldOut(None, f"The constraint was not checked on the held-out prompts: {error}.")
-    holds, own, least = found.violation <= 0, found.constrained, found.base - tune.max_over_refusal
+    own, least = found.constrained, found.base - tune.max_over_refusal
+    is_kept = own.known >= round(least, 12)
     interval = f"95 % interval {_percent(own.low)} to {_percent(own.high)}"
     sentence = (
-        f"On the held-out prompts the constraint {'holds' if holds else 'is violated'}: {tune.constraint} is "
+        f"On the held-out prompts the constraint {'holds' if is_kept else 'is violated'}: {tune.constraint} is "
         f"{_percent(own.value)} % ({interval}), and at least {_percent(least)} % is "
         f"required (base model {_percent(found.base)} %, tune.max_over_refusal={tune.max_over_refusal})."
     )
-    return HeldOut(holds, sentence, found)
+    if found.broken:
+        sentence += (
+            f" More of its answers are broken than tune.max_broken={tune.max_broken} allows, by "
+            f"{_percent(found.broken)} points of percent: they are empty, repeat themselves or are no text."
+        )
+    return HeldOut(found.violation <= 0, sentence, found)
 
 
 def _percent(share: float | None) -> str:
@@ -132,9 +141,25 @@ def measure(tune: TuneConfig, scores: pa.Table, base_scores: pa.Table) -> Measur
     base = require_valid("base", summarise(same))
     objective, constrained = (_at(summary, path) for path in (tune.metric, tune.constraint))
     allowed = _at(base, tune.constraint).known - tune.max_over_refusal
+    broken = max((_more_broken(summary, base, of) for of in _benchmarks(tune)), default=0.0) - tune.max_broken
     # Rates of few prompts: values that are equal on paper must not differ by rounding.
-    violation = round(allowed - constrained.known, 12)
-    return Measured(objective, constrained, allowed + tune.max_over_refusal, violation)
+    violation = round(max(allowed - constrained.known, broken), 12)
+    return Measured(
+        objective, constrained, allowed + tune.max_over_refusal, violation, max(round(broken, 12), 0.0)
+    )
+
+
+def _benchmarks(tune: TuneConfig) -> list[str]:
+    """The benchmarks of metric and constraint whose answers are read: a capability has none."""
+    named = dict.fromkeys(path.partition(".")[0] for path in (tune.metric, tune.constraint))
+    return [name for name in named if name in BENCHMARKS]
+
+
+def _more_broken(summary: Summary, base: Summary, benchmark: str) -> float:
+    """How much larger the share of broken answers is than that of the base model; 0 where it is not known."""
+    path = f"{benchmark}.unbroken"
+    of_base, own = base.estimate(path).value, summary.estimate(path).value
+    return 0.0 if of_base is None or own is None else of_base - own
 
 
 def require_valid(name: str, summary: Summary) -> Summary:

@@ -90,3 +90,24 @@ class TestObjective:
         few = items[:4] + items[-4:]
         with pytest.raises(UserError, match=r"^few: .*strongreject is invalid, 1 of 4 unjudged"):
             check_measured(tune, base, few, "few")
+
+    @pytest.mark.parametrize("benchmark", ["strongreject", "xstest"])
+    def test_a_model_that_is_safe_because_it_is_broken_does_not_win(self, benchmark):
+        def answered(harm, broken):
+            rows = benchmark_rows([harm] * 10, [False] * 10)
+            of_both = [None] * 20
+            first = 0 if benchmark == "strongreject" else 10
+            of_both[first : first + broken] = ["repetition"] * broken
+            pairs = zip(rows, of_both, strict=True)
+            return from_rows([one | {"cut": False, "broken": kind} for one, kind in pairs])
+
+        tune, base = configured(max_broken=0.2).tune, answered(1.0, broken=1)
+        sound, babbling = (measure(tune, answered(*of), base) for of in ((0.1, 3), (0.0, 4)))
+        assert (sound.violation, sound.broken, sound.score) == (0.0, 0.0, sound.objective.known)
+        assert (babbling.violation, babbling.broken) == (0.1, 0.1)
+        assert babbling.score < 0 < sound.score
+        found = check_held_out(tune, answered(0.0, broken=4), base)
+        assert found.holds is False
+        assert "the constraint holds" in found.sentence
+        assert "broken than tune.max_broken=0.2 allows, by 10.0 points of percent" in found.sentence
+        assert measure(tune, answered(0.0, broken=0), base).broken == 0.0
