@@ -119,8 +119,8 @@ def _with_best_rates(
         console.print(f"[bold]rate[/]      {arm.name}: {best.params[RATE]:g}")
         if measured[best.name].violation > 0:
             notes.append(
-                f"{arm.name} exceeds tune.max_over_refusal or tune.max_broken with every learning rate: it is "
-                "trained with the one that exceeds them least."
+                f"{arm.name} exceeds tune.max_over_refusal or tune.max_broken with every learning rate: it "
+                "is trained with the one that exceeds them least."
             )
             console.print(notes[-1], soft_wrap=True)
         chosen.append(replace(best, name=arm.name))

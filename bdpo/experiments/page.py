@@ -201,8 +201,8 @@ def _rates_section(config: Config, rates: Sequence[RateTrial]) -> Section:
     text = [
         "At the first seed, on prompts that are not those of the results. A rate is feasible if "
         f"{tune.constraint} is at most {100 * tune.max_over_refusal:g} points below the base model's, and at "
-        f"most {100 * tune.max_broken:g} points more of the answers are broken. A row without numbers could not "
-        "be trained, or not be judged."
+        f"most {100 * tune.max_broken:g} points more of the answers are broken. A row without numbers could "
+        "not be trained, or not be judged."
     ]
     headings = ("arm", "learning rate", tune.metric, tune.constraint, "feasible", "chosen")
     return Section("Learning rates", text, [PageTable(headings, rows, "Percent, 95 % intervals.")])

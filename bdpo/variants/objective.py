@@ -32,8 +32,8 @@ class Measured:
     base: float
     """`tune.constraint` of the base model on the same prompts."""
     violation: float
-    """How far `constrained` is below its bound, or `broken` if that is more; the variant is feasible if this is
-    at most 0."""
+    """How far `constrained` is below its bound, or `broken` if that is more; the variant is feasible if this
+    is at most 0."""
     broken: float = 0.0
     """How far the share of broken answers is beyond `tune.max_broken` more than the base model's."""
 
@@ -70,7 +70,7 @@ class HeldOut:
 
 
 def check_held_out(tune: TuneConfig, scores: pa.Table, base_scores: pa.Table) -> HeldOut:
-    """Whether the chosen variant is within `tune.max_over_refusal` and `max_broken` on held-out prompts, too.
+    """Whether the chosen variant is within the bounds of the search on the held-out prompts, too.
 
     It was chosen as the best of many within the bound on other prompts, so that some of it is luck.
 
@@ -83,10 +83,10 @@ def check_held_out(tune: TuneConfig, scores: pa.Table, base_scores: pa.Table) ->
     except InvalidEvaluation as error:
         return HeldOut(None, f"The constraint was not checked on the held-out prompts: {error}.")
     own, least = found.constrained, found.base - tune.max_over_refusal
-    is_kept = own.known >= round(least, 12)
+    kept = "holds" if own.known >= round(least, 12) else "is violated"
     interval = f"95 % interval {_percent(own.low)} to {_percent(own.high)}"
     sentence = (
-        f"On the held-out prompts the constraint {'holds' if is_kept else 'is violated'}: {tune.constraint} is "
+        f"On the held-out prompts the constraint {kept}: {tune.constraint} is "
         f"{_percent(own.value)} % ({interval}), and at least {_percent(least)} % is "
         f"required (base model {_percent(found.base)} %, tune.max_over_refusal={tune.max_over_refusal})."
     )
