@@ -258,7 +258,7 @@ def test_the_keys_of_tune_in_the_fingerprint_are_those_of_searches_on_disk(tmp_p
     assert {key for key in fingerprint if key.startswith("tune.")} == {
         *(f"tune.space.{key}" for key in config.tune.space),
         *("tune.space", "tune.searcher", "tune.metric", "tune.constraint", "tune.max_over_refusal"),
-        *("tune.rungs", "tune.reduction_factor", "tune.rung_limit"),
+        *("tune.rungs", "tune.reduction_factor", "tune.rung_limit", "tune.max_broken"),
     }
     dimensions = config.model_dump()["tune"]["space"]
     assert [fingerprint[f"tune.space.{key}"] for key in config.tune.space] == list(dimensions.values())
