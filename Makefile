@@ -13,8 +13,8 @@ submit: $(VENV)/installed  ## COMMAND as a job on the cluster at RAY_API_SERVER_
 	$(BIN)/python -m pipelines.preflight --upload .
 	$(BIN)/ray job submit $(SUBMIT) --working-dir . -- $(COMMAND)
 
-test: $(VENV)/installed  ## all tests but those of the complete system; four files at a time, those of a room that need Ray on one cluster
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not system" --ignore=tests/system $(PYTEST)
+test: $(VENV)/installed  ## all tests but those of the complete system; three files at a time, those of a room that need Ray on one cluster
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not system" --ignore=tests/system $(PYTEST)
 
 test-system: $(VENV)/installed  ## complete pipelines, real kills, S3, jobs and sweeps
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m system
