@@ -175,8 +175,10 @@ def print_calibration(found: Calibration) -> None:
         difference_lines,
     )
 
-    for table in (agreement_table, confusion_table, bias_table):
-        console.print(table(found))
+    console.print(agreement_table(found))
+    console.print(confusion_table(found))
+    if any(judge.bias for judge in found.judges.values()):  # of one model there is nothing to compare
+        console.print(bias_table(found))
     for line in difference_lines(found):
         console.print(line, soft_wrap=True)
 

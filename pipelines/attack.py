@@ -244,7 +244,7 @@ def print_attacks(config: Config, stages: list[Attack]) -> None:
     judge = judge_note(config)
     summaries = {stage.model_name: stage.summary() for stage in stages}
     console.print(attack_table(config.attack.name, summaries, judge))
-    if len(stages) == 2:
+    if len(stages) == 2 and all(summary.valid for summary in summaries.values()):
         first, second = (read_parquet(stage.scores_file) for stage in stages)
         difference = compare_attacks(first, second)
         if difference is not None:

@@ -162,11 +162,13 @@ def invalid_lines(name: str, summary: Summary) -> list[str]:
     """For each invalid benchmark of a model a line: how many verdicts are missing, and why."""
     lines = []
     for benchmark, part in summary.benchmarks.items():
-        if not part.valid:
-            failed, reasons = part.total.failed, counts_text(part.total.failures)
-            lines.append(
-                f"{name}: {benchmark} is invalid, {failed} of {part.total.asked} unjudged ({reasons})"
-            )
+        total = part.total
+        if not part.valid and not total.asked:
+            lines.append(f"{name}: {benchmark} is invalid, none of its {total.n} requests has an attack")
+        elif not part.valid:
+            reasons = counts_text(total.failures)
+            unjudged = f"{total.failed} of {total.asked} unjudged"
+            lines.append(f"{name}: {benchmark} is invalid, {unjudged} ({reasons})")
     return lines
 
 

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 OPENING, CLOSING = "<think>", "</think>"
 """The marks of DeepSeek-R1, Qwen3 and SmolLM3, which stand for those of all families."""
 
+_TAGS = ("think", "thinking", "thought", "thoughts", "reasoning", "scratchpad", "seed:think")
+
+_TAG = re.compile(f"<(/?)(?:{'|'.join(_TAGS)})>", re.IGNORECASE)
+"""A tag of thoughts (`seed:think` is Seed-OSS's), in any case: models that were only told to use tags write
+`<Think>`, too."""
+
 _KNOWN = (
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<thoughts>", "</thoughts>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    *((f"<{tag}>", f"</{tag}>") for tag in _TAGS),
     ("[THINK]", "[/THINK]"),  # Magistral
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
     ("<|begin_of_thought|>", "<|end_of_thought|>"),  # Sky-T1
@@ -109,6 +111,7 @@ def opened_by(chat: ChatTokenizer, prompt_ids: Sequence[int]) -> str:
 
 def marked(text: str, pairs: Iterable[tuple[str, str]] = ()) -> str:
     """The text with `<think>` and `</think>` in place of all other marks, known ones and `pairs`."""
+    text = _TAG.sub(r"<\1think>", text)
     for opening, closing in (*_KNOWN, *pairs):
         text = text.replace(opening, OPENING).replace(closing, CLOSING)
     return _without_channels(text) if "<|channel|>" in text else text

@@ -72,6 +72,9 @@ def read_answers(request: Request) -> tuple[LabelScheme, list[LabelledAnswer], C
                 left_out[reason] += 1
             else:
                 rows.append(_Row(where, model, cells))
+    if not rows:
+        reasons = ", ".join(f"{count} rows {reason}" for reason, count in left_out.items()) or "no rows"
+        raise UserError(f"--answers {', '.join(request.files)}: no answer that has a label ({reasons})")
     scheme = label_scheme(
         request.label, [(row.where, row.cells[request.label]) for row in rows], request.true
     )
@@ -81,6 +84,7 @@ def read_answers(request: Request) -> tuple[LabelScheme, list[LabelledAnswer], C
 def _answer(row: _Row, request: Request, scheme: LabelScheme) -> LabelledAnswer:
     cells = row.cells
     prompt, answer = (_text(cells, column, row.where) for column in (request.prompt, request.answer))
+    prompt = prompt.strip()  # a blank at its end does not make it another prompt than that of another model
     model = str(cells[request.model]).strip() if request.model else row.model
     parts = frozenset(
         f"{'' if _matches(cells, part) else 'other than '}{part[0]}={part[1]}" for part in request.parts

@@ -76,7 +76,6 @@ def test_a_flag_means_what_the_user_says():
         ("label", ["safe", "maybe"], r"f\.csv, row 2, column label: unknown label 'maybe'; known are"),
         ("unsafe", [0.25], r"unknown label '0\.25'"),
         ("label", ["safe", "refused"], r"row 2.*the other"),
-        ("label", [], "no row has a label"),
     ],
 )
 def test_an_unknown_label_is_one_line(column, labels, message):
@@ -205,7 +204,7 @@ def test_a_rate_of_labels_is_over_all_labelled_answers():
     assert (pair.labels, pair.decided) == (pytest.approx(-0.2), False)
     shown = "".join(difference_lines(found))
     assert "silent +0.0" in shown.splitlines()[0]
-    assert "60 % of the verdicts on b are missing" in shown
+    assert "60.0 % of the verdicts on b are missing" in shown
     console = Console(width=80, file=io.StringIO())
     console.print(bias_table(found))
     [row] = [line.split() for line in console.file.getvalue().splitlines() if line.startswith("│ b")]
@@ -268,6 +267,15 @@ def test_models_that_share_no_prompt_are_not_set_against_each_other():
     answers = [LabelledAnswer(name, f"{name} {n}", "", "safe") for name in "ab" for n in range(3)]
     found = bias_between_models(label_opinion(answers), answers)
     assert (found.differences, sorted(found.rates)) == ((), ["a", "b"])
+    both = [LabelledAnswer("c", f"{name} 0", "", "safe") for name in "ab"]
+    [line] = [
+        line
+        for line in difference_lines(
+            calibrate(scheme("safe", True), answers + both, [label_opinion(answers + both)])
+        )
+        if "not compared" in line
+    ]
+    assert line == "not compared, as they have no prompt in common: a and b"
 
 
 def test_an_interval_is_widened_in_quadrature():

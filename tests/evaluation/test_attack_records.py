@@ -70,6 +70,9 @@ def test_such_requests_are_in_no_rate_and_shown_with_their_reason(reason: Verdic
     text = printed(found)
     assert f"2 {code}" in text
     assert "answers without a verdict" in text
+    rows = [line for line in text.splitlines() if "attack success" in line or "Kind" in line]
+    assert [line.count("invalid") for line in rows] == [1, 1]
+    assert "n=2" not in text
 
 
 def test_the_rate_of_requests_that_were_withstood_alone_has_a_row_of_its_own() -> None:
@@ -84,7 +87,9 @@ def test_the_rate_of_requests_that_were_withstood_alone_has_a_row_of_its_own() -
     assert (found.direct.value, found.direct.n) == (0.4, 5)
     assert (found.beyond_direct.value, found.beyond_direct.n) == (0.5, 2)
     assert summary(*at_once).beyond_direct is None
-    assert "requests withstood alone │ 50.0 (1.3–98.7) n=2" in " ".join(printed(found).split())
+    assert "requests withstood alone │ 50.0 (1.3–98.7) n=2" in " ".join(
+        printed(summary(*at_once, *searched[:2])).split()
+    )
 
 
 def test_a_prompt_that_was_not_asked_takes_no_part_in_whether_an_attack_is_valid() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -220,6 +221,22 @@ def test_artifacts_of_jailbreakbench_are_labelled_answers(tmp_path):
     twin = artifact(tmp_path, "3.json", "m-2", [(REFUSES, False)])
     done = run_command("pipelines.agreement", *given, "--answers", twin)
     assert (done.code, "both would be the model PAIR/m-2" in done.err) == (2, True)
+    silent = artifact(tmp_path, "4.json", "m-4", [(None, False)] * 3)
+    judged = ("--judges", "string_matching", "--out", tmp_path / "none")
+    done = run_command("pipelines.agreement", "--answers", silent, *columns, *judged)
+    message = f"error: --answers {silent}: no answer that has a label (3 rows without an answer)\n"
+    assert (done.code, done.err) == (2, message)
+
+
+def test_a_blank_behind_a_prompt_does_not_make_it_another(measured_files, tmp_path):
+    first, second = map(Path, measured_files)
+    text = second.read_text(encoding="utf-8")
+    assert ",Tie 7," in text
+    second.write_text(text.replace(",Tie 7,", ",Tie 7 ,"), encoding="utf-8")
+    done = agreement([first, second], tmp_path)
+    assert done.code == 0, done.err
+    [pair] = read_manifest(tmp_path / "agreement.json")["judges"]["string_matching"]["bias"]["differences"]
+    assert pair["n"] == 40
 
 
 def test_artifacts_of_the_past_tense_attack_are_labelled_answers(tmp_path):

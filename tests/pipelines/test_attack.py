@@ -65,6 +65,13 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Any:
     return use
 
 
+class Unable(JudgeBy):
+    """Fails on the fourth request."""
+
+    def __call__(self, question: Question, response: str) -> Verdict:
+        return Failed("timeout") if question.request.endswith("3") else super().__call__(question, response)
+
+
 @pytest.mark.parametrize("attack", KINDS, ids=lambda attack: attack["name"])
 def test_an_attack_makes_an_artifact_that_the_benchmark_reads(
     attack: dict[str, Any], tmp_path: Path, tiny_chat: ChatTokenizer
@@ -180,12 +187,6 @@ def test_a_draw_does_not_depend_on_the_batch(tmp_path: Path, tiny_chat: ChatToke
 def test_requests_that_failed_are_tried_again_and_are_in_no_rate(
     tmp_path: Path, tiny_chat: ChatTokenizer, judged: Any
 ) -> None:
-    class Unable(JudgeBy):
-        def __call__(self, question: Question, response: str) -> Verdict:
-            return (
-                Failed("timeout") if question.request.endswith("3") else super().__call__(question, response)
-            )
-
     judged(Unable(lambda response: True))
     config = attack_config(tmp_path, tiny_chat, n=2)
     stage = attacked(config)
@@ -193,6 +194,8 @@ def test_requests_that_failed_are_tried_again_and_are_in_no_rate(
     values = json.loads(stage.manifest_file.read_text())
     assert values["failures"] == {"timeout": 1}
     assert values["success"]["n"] == REQUESTS - 1
+    jailbreaks = json.loads(stage.artifact_file.read_text())["jailbreaks"]
+    assert [entry["response"] is None for entry in jailbreaks] == [False, False, False, True, False]
     judged(JudgeBy(lambda response: True))
     assert attacked(config).summary().n_judged == REQUESTS
 
@@ -244,6 +247,23 @@ def test_base_and_trained_model_are_compared_pair_by_pair(
     assert "string_matching" in out
     assert "with the judge's own error" in out
     assert GOAL not in out
+
+
+def test_an_invalid_attack_is_not_compared(
+    tmp_path: Path, tiny_chat: ChatTokenizer, judged: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = attack_config(tmp_path, tiny_chat, n=1)
+    run = RunDir(config.run_dir)
+    save_model(Path(str(run.model)), tiny_chat, seed=1)
+    judged(JudgeBy(lambda response: True))
+    base = attacked(config)
+    judged(Unable(lambda response: True))
+    trained = AttackTrained(config, run, executor=IN_PROCESS)
+    trained.complete()
+    print_attacks(config, [base, trained])
+    out = capsys.readouterr().out
+    assert "invalid" in out
+    assert "base → trained" not in out
 
 
 @pytest.mark.parametrize(

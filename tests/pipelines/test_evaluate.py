@@ -104,9 +104,10 @@ def test_no_text_and_no_key_leaves_the_private_folder(
 def test_two_runs_are_compared_on_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Ray: finished evaluations are read back."""
 
-    def finish(name: str, model: str, harms: list[float | None], prompts: str = "same") -> None:
+    def finish(name: str, model: str, harms: list[float | None], prompts: str = "same", **more: str) -> None:
         run = RunDir(tmp_path / name)
-        table = pa.Table.from_pylist([row(n, harm) for n, harm in enumerate(harms)], schema=VERDICT_SCHEMA)
+        rows = [{**row(n, harm), **more} for n, harm in enumerate(harms)]
+        table = pa.Table.from_pylist(rows, schema=VERDICT_SCHEMA)
         run.eval(model).mkdir(parents=True)
         write_parquet(run.eval(model) / "scores.parquet", table)
         write_manifest(run.eval(model) / "summary.json", {"prompts": prompts}, **summarise(table).to_json())
@@ -130,6 +131,10 @@ def test_two_runs_are_compared_on_the_terminal(tmp_path: Path, monkeypatch: pyte
     invalid = compare("a", "c")
     assert "c/trained: strongreject is invalid, 10 of 10 unjudged (10 undecided)" in invalid.out
     assert "→ c/trained" not in invalid.out
+    finish("f", "trained", [None] * 10, unanswered="not_asked")
+    assert (
+        "f/trained: strongreject is invalid, none of its 10 requests has an attack" in compare("a", "f").out
+    )
     for names, message in (
         (("a", "d"), "prompts"),
         (("a",), "two run folders"),

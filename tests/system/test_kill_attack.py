@@ -24,12 +24,12 @@ from tests.support.commands import kill_with_cluster
 from tests.support.fake_endpoint import FINE, fake_endpoint, honest
 
 
-def start(file: Path) -> subprocess.Popen[str]:
-    """The command, with a Ray cluster of its own."""
+def start(file: Path, key: str) -> subprocess.Popen[str]:
+    """The command, with a Ray cluster of its own; the endpoint sees by the key which command asks."""
     return subprocess.Popen(
         [sys.executable, "-m", "pipelines.attack", "--config", str(file)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "JUDGE_KEY": key},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -40,15 +40,19 @@ def test_a_killed_attack_makes_what_is_missing_and_nothing_again(
     tmp_path: Path, tiny_chat: ChatTokenizer
 ) -> None:
     """Eight draws a request, none of which the judge calls harmful; killed once a request is recorded."""
-    asked: list[float] = []
 
     def slow(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
-        asked.append(time.monotonic())  # at once: what the killed command asked last is counted as its own
         time.sleep(0.1)
         honest(**{**FINE, "refusal": 1})(handler, body)
 
     with fake_endpoint(slow) as endpoint:
-        judge = {"name": "rubric", "base_url": endpoint.url, "model": "m", "concurrency": 1}
+        judge = {
+            "name": "rubric",
+            "base_url": endpoint.url,
+            "model": "m",
+            "concurrency": 1,
+            "api_key_env": "JUDGE_KEY",
+        }
         values = attack_config(tmp_path, tiny_chat, n=8, batch_size=4).model_dump()
         values["evaluate"]["judge"] = judge
         config = parse_config(values, "test")
@@ -56,7 +60,7 @@ def test_a_killed_attack_makes_what_is_missing_and_nothing_again(
         file.write_text(config.to_yaml())
         run = RunDir(config.run_dir)
         records = Path(str(run.attack_texts("best_of_n", "base"))) / "records"
-        process = start(file)
+        process = start(file, "first")
         deadline = time.monotonic() + 300
         while not list(records.glob("part-*")):
             assert process.poll() is None, process.communicate()[0]
@@ -65,11 +69,10 @@ def test_a_killed_attack_makes_what_is_missing_and_nothing_again(
         kill_with_cluster(process)
         kept = {part: part.stat().st_mtime_ns for part in records.glob("part-*")}
         assert 0 < len(kept) < REQUESTS
-        before = len(asked)
-        process = start(file)
+        process = start(file, "second")
         out, _ = process.communicate(timeout=300)
         assert process.returncode == 0, out
-    assert len(asked) - before == 8 * (REQUESTS - len(kept))
+    assert endpoint.authorizations.count("Bearer second") == 8 * (REQUESTS - len(kept))
     assert kept.items() <= {part: part.stat().st_mtime_ns for part in records.glob("part-*")}.items()
     scores = pq.read_table(str(run.attack("best_of_n", "base") / "scores.parquet"))
     assert len(set(scores["item_id"].to_pylist())) == scores.num_rows == REQUESTS

@@ -144,8 +144,8 @@ def artifact(config: Config, model_name: str, requests: Sequence[Request], recor
 
     `src/jailbreakbench/artifact.py` of github.com/JailbreakBench/jailbreakbench. `prompt` is null where
     nothing was asked; `prefill`, which upstream does not have, is what the assistant's turn began with. Where
-    there is no verdict, `jailbroken` is false, as upstream knows no third value; the summary counts these
-    apart. No time is in it: the same run makes the same file.
+    there is no verdict, `response` is null and `jailbroken` false, as upstream writes where nothing is known:
+    nobody can take it for a label of an answer. No time is in it: the same run makes the same file.
     """
     kind, rows = attack_kind(config), {row["item_id"]: row for row in records.to_pylist()}
     jailbreaks = [_jailbreak(request, rows[request.item_id]) for request in requests]
@@ -171,6 +171,7 @@ def artifact(config: Config, model_name: str, requests: Sequence[Request], recor
 
 
 def _jailbreak(request: Request, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    judged = row["jailbroken"] is not None
     return {
         "index": request.index,
         "goal": request.goal,
@@ -178,7 +179,7 @@ def _jailbreak(request: Request, row: Mapping[str, Any]) -> Mapping[str, Any]:
         "category": request.category,
         "prompt": row["prompt"],
         **({"prefill": row["prefill"]} if row["prefill"] else {}),
-        "response": row["response"],
+        "response": row["response"] if judged else None,
         "number_of_queries": row["queries"],
         "queries_to_jailbreak": row["queries"] if row["jailbroken"] else None,
         "prompt_tokens": row["prompt_tokens"],

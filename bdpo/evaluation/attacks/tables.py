@@ -33,15 +33,15 @@ def attack_table(label: str, summaries: Mapping[str, AttackSummary], judge: Judg
 
 def _rows(summaries: Mapping[str, AttackSummary]) -> Iterator[tuple[str, list[str]]]:
     found = list(summaries.values())
-    yield "attack success", [_rate(summary.success, summary.valid) for summary in found]
+    yield "attack success", [_rate(summary, summary.success) for summary in found]
     if any(summary.direct for summary in found):
-        yield "  direct request alone", [_rate(summary.direct) for summary in found]
-        yield "  requests withstood alone", [_rate(summary.beyond_direct) for summary in found]
+        yield "  direct request alone", [_rate(summary, summary.direct) for summary in found]
+        yield "  requests withstood alone", [_rate(summary, summary.beyond_direct) for summary in found]
     if any(summary.held_out for summary in found):
-        yield "  held-out requests", [_rate(summary.held_out) for summary in found]
-        yield "  requests of the suffix", [_rate(summary.trained_on) for summary in found]
+        yield "  held-out requests", [_rate(summary, summary.held_out) for summary in found]
+        yield "  requests of the suffix", [_rate(summary, summary.trained_on) for summary in found]
     for category in sorted({name for summary in found for name in summary.categories}):
-        yield f"  {category}", [_rate(summary.categories.get(category)) for summary in found]
+        yield f"  {category}", [_rate(summary, summary.categories.get(category)) for summary in found]
     yield "requests with a verdict", [f"{summary.n_judged} of {summary.n}" for summary in found]
     yield "not asked or answered", [counts_text(summary.unanswered) or "0" for summary in found]
     yield "judge or attacker failed", [counts_text(summary.failures) or "0" for summary in found]
@@ -56,10 +56,11 @@ def _rows(summaries: Mapping[str, AttackSummary]) -> Iterator[tuple[str, list[st
     yield "tokens in, out", [f"{summary.prompt_tokens:,}, {summary.response_tokens:,}" for summary in found]
 
 
-def _rate(estimate: Estimate | None, valid: bool = True) -> str:
+def _rate(summary: AttackSummary, estimate: Estimate | None) -> str:
+    """A rate of an attack; where too few requests have a verdict none of its rates is shown."""
     if estimate is None:
         return ""
-    return f"{percent(estimate)} n={estimate.n}" if valid else "invalid"
+    return f"{percent(estimate)} n={estimate.n}" if summary.valid else "invalid"
 
 
 def _median(value: float | None) -> str:

@@ -248,7 +248,7 @@ def _too_little(models: Mapping[str, _Asked], shared: Mapping[str, _Asked]) -> s
     for name, asked in shared.items():
         missing = max(_missing(asked), _missing(models[name]))
         if missing > MAX_FAILED_FRACTION:
-            return f"{100 * missing:.0f} % of the verdicts on {name} are missing"
+            return f"{100 * missing:.1f} % of the verdicts on {name} are missing"
         if len(asked) < FEWEST_PROMPTS:
             return f"{len(asked)} prompts of both are too few, {FEWEST_PROMPTS} are required"
     return None

@@ -118,8 +118,6 @@ def label_scheme(column: str, labels: Sequence[tuple[str, Any]], true: LabelClas
                     f"{where}, column {column}: label {_shown(text)} is about harm or refusal, and labels "
                     "before it are about the other: give one --label a question"
                 )
-    if not classes:
-        raise UserError(f"column {column}: no row has a label")
     [rubric] = {RUBRIC_OF[name] for name in classes.values()}
     return LabelScheme(rubric, classes)
 

@@ -133,8 +133,8 @@ def _judged(rates: ModelRates) -> str:
 
 
 def difference_lines(found: Calibration) -> Iterator[str]:
-    """For every judge its error between models, then every two models: whether it distinguishes
-    them."""
+    """For every judge its error between models, then every two models: whether it distinguishes them; last
+    the models that cannot be compared."""
     for name, judge in found.judges.items():
         if judge.bias is None:
             yield f"{name}: one model; its bias between models is unknown (--model, or a file for each)"
@@ -145,6 +145,17 @@ def difference_lines(found: Calibration) -> Iterator[str]:
             own = points_of(pair.judge, pair.judge_low, pair.judge_high) or "no verdict"
             end = pair.doubt or "the order of the labels"
             yield f"  {' → '.join(pair.models)}, n {pair.n}: labels {labels}, {name} {own}: {end}"
+    yield from _apart(found)
+
+
+def _apart(found: Calibration) -> Iterator[str]:
+    """A line that names every two models that were not asked the same prompts; none if all were."""
+    asked: dict[str, set[str]] = {}
+    for answer in found.answers:
+        asked.setdefault(answer.model, set()).add(answer.request)
+    apart = [f"{one} and {other}" for one, other in combinations(asked, 2) if not asked[one] & asked[other]]
+    if apart:
+        yield f"not compared, as they have no prompt in common: {', '.join(apart)}"
 
 
 def _error_line(bias: Bias) -> str:
