@@ -24,7 +24,7 @@ from bdpo.errors import UserError, escaped, first_line
 from bdpo.models.loading import model_config, model_folder
 from bdpo.models.placed_texts import NEWLINE, PlacedTexts
 from bdpo.models.template import GUARD, PROBE, QUESTION, ChatTemplate, Message, quoted
-from bdpo.models.tokenizer_files import read_tokenizer, require_chat_template
+from bdpo.models.tokenizer_files import read_tokenizer, require_chat_template, tokenizer_files
 from bdpo.models.word_ids import WordIds, word_ids
 from bdpo.storage.digests import files_digest, json_digest
 
@@ -312,10 +312,8 @@ def require_embedded(tokenizer: PreTrainedTokenizerBase, shape: PreTrainedConfig
 
 def tokenizer_fingerprint(model: ModelConfig) -> dict[str, str]:
     """Digests of all that decides which ids a text becomes: tokenizer files and chat template."""
-    patterns = ("*tok*", "vocab*", "merges*", "*.model")
-    files = {file for pattern in patterns for file in model_folder(model).glob(pattern)}
     return {
-        "tokenizer": files_digest(sorted(files)),
+        "tokenizer": files_digest(tokenizer_files(model_folder(model))),
         "chat_template": json_digest(load_tokenizer(model).tokenizer.chat_template),
         **({"template_kwargs": json_digest(model.template_kwargs)} if model.template_kwargs else {}),
     }

@@ -20,6 +20,13 @@ _PROBE = (
 )
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that decide which ids a text becomes, in the order of their names; templates are not among
+    them."""
+    patterns = ("*tok*", "vocab*", "merges*", "*.model")
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
+
+
 def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, an adapter or a judge.
 

@@ -16,7 +16,13 @@ from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 from bdpo.config import Config
 from bdpo.errors import UserError
 from bdpo.evaluation.judges.base import Harm, Question, Refusal
-from bdpo.evaluation.judges.finetuned import PROMPT, FinetunedJudge, digit_ids, load_finetuned_judge
+from bdpo.evaluation.judges.finetuned import (
+    PROMPT,
+    FinetunedJudge,
+    digit_ids,
+    finetuned_digest,
+    load_finetuned_judge,
+)
 from bdpo.evaluation.judges.registry import judge_kind
 from tests.support.helpers import tiny_config
 
@@ -143,6 +149,16 @@ def test_an_adapter_needs_its_files(tmp_path: Path) -> None:
         UserError, match=r"evaluate\.judge\.model=.*neither config\.json nor adapter_config\.json"
     ):
         load_finetuned_judge(str(tmp_path), on_gpu=False)
+
+
+def test_another_tokenizer_is_another_judge(folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    assert finetuned_digest(str(other)) == finetuned_digest(str(folder))
+    text = (other / "tokenizer_config.json").read_text(encoding="utf-8")
+    (other / "tokenizer_config.json").write_text(
+        text.replace("{", '{"padding_side": "left", ', 1), encoding="utf-8"
+    )
+    assert finetuned_digest(str(other)) != finetuned_digest(str(folder))
 
 
 def judged_by(name: Path, tmp_path: Path) -> Config:

@@ -16,7 +16,7 @@ from bdpo.config.judges import FinetunedConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.judges.base import Harm, JudgeKind, Question, Verdict, judge_section
 from bdpo.evaluation.judges.string_matching import MEASURED_REACH, StringMatching
-from bdpo.storage.digests import json_digest
+from bdpo.storage.digests import files_digest, json_digest
 from bdpo.storage.manifests import Fingerprint
 
 if TYPE_CHECKING:
@@ -112,13 +112,15 @@ def digit_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def finetuned_digest(name: str) -> str:
-    """Digest of the judge's own weights and of the prompt; an adapter's base is part of its config."""
+    """Digest of the judge's own weights, of its tokenizer and of the prompt; an adapter's base is part of its
+    config."""
     from bdpo.models.adapters import adapter_digest
     from bdpo.models.loading import weights_digest
+    from bdpo.models.tokenizer_files import tokenizer_files
 
     source = _source(name)
     digest = adapter_digest if source.is_adapter else weights_digest
-    return json_digest([digest(source.folder), PROMPT])
+    return json_digest([digest(source.folder), files_digest(tokenizer_files(source.folder)), PROMPT])
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from bdpo.models.loading import (
 )
 from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer, require_embedded
-from bdpo.models.tokenizer_files import read_tokenizer, require_chat_template
+from bdpo.models.tokenizer_files import read_tokenizer, require_chat_template, tokenizer_files
 from bdpo.models.weight_files import require_finite_files, weight_files
 from bdpo.storage.digests import files_digest, json_digest
 from bdpo.storage.manifests import Fingerprint
@@ -145,8 +145,7 @@ def guard_kind(guard: Guard) -> JudgeKind:
     def fingerprint(config: Config) -> Fingerprint:
         model = _model(config)
         folder = model_folder(model, _KEY)
-        patterns = ("*tok*", "vocab*", "merges*", "*.model", "*.jinja")
-        read = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+        read = sorted({*tokenizer_files(folder), *folder.glob("*.jinja")})
         digest = json_digest([weights_digest(folder), files_digest(read), guard.template])
         return {"evaluate.judge.model": model.name_or_path, "judge_weights": digest}
 
