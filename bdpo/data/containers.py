@@ -25,7 +25,7 @@ from bdpo.data.compressions import COMPRESSIONS
 from bdpo.data.data_file import DataFile
 from bdpo.errors import UserError, escaped, first_line
 from bdpo.storage import strict_json
-from bdpo.storage.paths import GIT_LFS_POINTER
+from bdpo.storage.paths import require_fetched
 from bdpo.storage.strict_json import RepeatedKey
 
 
@@ -92,10 +92,9 @@ def read_file(file: DataFile) -> Read:
     kind = kind_of(file.path)
     if kind is None:
         raise UserError(f"{file.name}: unknown suffix, expects one of {known_suffixes()}")
+    require_fetched(file.path, file.name)
     with file.path.open("rb") as opened:
-        start = opened.read(len(GIT_LFS_POINTER))
-    if start == GIT_LFS_POINTER:
-        raise UserError(f"{file.name}: a Git LFS pointer instead of the data; fetch it with `git lfs pull`")
+        start = opened.read(max(map(len, _PACKED)))
     packed = next((what for magic, what in _PACKED.items() if start.startswith(magic)), None)
     if packed and kind != ".parquet" and file.path.suffix.lower() not in COMPRESSIONS:
         raise UserError(f"{file.name}: its content is {packed}, which its name does not say; rename it")

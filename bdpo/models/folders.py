@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
@@ -17,7 +16,7 @@ from bdpo.errors import UserError, escaped, first_line
 from bdpo.storage import strict_json
 from bdpo.storage.checksums import recorded_checksums
 from bdpo.storage.digests import json_digest
-from bdpo.storage.paths import GIT_LFS_POINTER, StoragePath, local_path
+from bdpo.storage.paths import StoragePath, local_path, require_fetched
 from bdpo.storage.strict_json import RepeatedKey
 
 OF_WEIGHTS = ("config.json", "*.safetensors", "*.py")
@@ -92,17 +91,6 @@ def require_readable_files(folder: Path) -> None:
     for name in _JSON_OBJECTS:
         if os.path.lexists(folder / name):  # a link to nothing is a file that is lost, not one left out
             _require_token_ids(folder / name, read_json_object(folder / name))
-
-
-def require_fetched(file: Path) -> None:
-    """Make sure that a file is not the pointer to it that Git leaves where LFS is not installed.
-
-    Raises:
-        UserError: it is; the file is named.
-    """
-    with suppress(OSError), file.open("rb") as opened:  # of one that cannot be read its reader complains
-        if opened.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER:
-            raise UserError(f"{file}: a Git LFS pointer instead of the file; fetch it with `git lfs pull`")
 
 
 def read_json_object(file: Path) -> Mapping[str, Any]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdpo.errors import UserError, escaped, first_line
-from bdpo.models.folders import read_json_object, require_fetched
+from bdpo.models.folders import read_json_object
+from bdpo.storage.paths import require_fetched
 
 if TYPE_CHECKING:
     import torch

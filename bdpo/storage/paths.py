@@ -19,7 +19,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from inspect import signature
 from pathlib import Path
@@ -39,7 +39,7 @@ StoragePath: TypeAlias = Path | UPath
 
 Found = TypeVar("Found")
 
-GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """What a file begins with that Git has not fetched from its large file storage."""
 
 MARKERS = ("manifest.json", "config.json", "adapter_config.json")
@@ -49,6 +49,19 @@ MARKERS = ("manifest.json", "config.json", "adapter_config.json")
 def local_path(name: str) -> Path:
     """A path of this machine; `~` is the home folder, while the `~name` of no user stays a name."""
     return Path(os.path.expanduser(name))
+
+
+def require_fetched(file: Path, name: str | None = None) -> None:
+    """Make sure that a file is not the pointer to it that Git leaves where LFS is not installed.
+
+    Raises:
+        UserError: it is; the file is named, by `name` where it has another one.
+    """
+    with suppress(OSError), file.open("rb") as opened:  # of one that cannot be read its reader complains
+        if opened.read(len(_GIT_LFS_POINTER)) == _GIT_LFS_POINTER:
+            raise UserError(
+                f"{name or file}: a Git LFS pointer instead of the file; fetch it with `git lfs pull`"
+            )
 
 
 def storage_path(name: str | StoragePath, key: str) -> StoragePath:

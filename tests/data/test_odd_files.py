@@ -48,8 +48,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abab\nsize 123456
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.jsonl", LFS, "a Git LFS pointer instead of the data"),
-        ("rows.parquet", LFS, "a Git LFS pointer instead of the data"),
+        ("rows.jsonl", LFS, "a Git LFS pointer instead of the file"),
+        ("rows.parquet", LFS, "a Git LFS pointer instead of the file"),
         ("rows.csv", b"prompt,chosen,rejected,chosen\nq,a,b,c\n", "the column chosen stands 2 times"),
         ("rows.json", b'[{"prompt": "q", "prompt": "r"}]', "the key prompt stands twice"),
         ("rows.jsonl", LINES.encode("utf-16")[:-1], "not UTF-16, which its byte order mark names"),

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from bdpo.config import EvaluateConfig
+from bdpo.config.evaluate import OverRefusalConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.benchmarks import (
     jailbreak,
+    over_refusal,
     prefill,
     simpleqa,
     strongreject,
@@ -124,6 +126,18 @@ def test_a_broken_artifact_is_refused_by_place(tmp_path: Path, content: Any, mes
         jailbreak.load([file])
     assert str(error.value).startswith(str(file))
     assert SECRET not in str(error.value)
+
+
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path: Path) -> None:
+    for name, read in (
+        ("a.json", lambda file: jailbreak.load([file])),
+        ("a.csv", strongreject.load),
+        ("a.jsonl", lambda file: over_refusal.load(OverRefusalConfig(path=str(file)))),
+    ):
+        file = tmp_path / name
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abab\nsize 12345678\n")
+        with pytest.raises(UserError, match=f"{name}: a Git LFS pointer instead of the file"):
+            read(file)
 
 
 def past_tense(*entries: Any, **changes: Any) -> Any:

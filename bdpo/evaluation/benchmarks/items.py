@@ -11,6 +11,7 @@ from typing import Any
 
 from bdpo.errors import UserError
 from bdpo.storage import strict_json
+from bdpo.storage.paths import require_fetched
 from bdpo.storage.strict_json import RepeatedKey
 
 CLUSTER = "cluster"
@@ -130,6 +131,7 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 def _open(file: Path) -> io.StringIO:
     """Bytes that are not UTF-8 become lone surrogates, so that the cell that has them can be named."""
+    require_fetched(file)
     try:
         return io.StringIO(file.read_bytes().decode("utf-8-sig", "surrogateescape"), newline="")
     except OSError as error:

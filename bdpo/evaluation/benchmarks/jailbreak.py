@@ -21,6 +21,7 @@ from bdpo.errors import UserError
 from bdpo.evaluation.benchmarks.base import Benchmark, harm_measures
 from bdpo.evaluation.benchmarks.items import Item
 from bdpo.storage import strict_json
+from bdpo.storage.paths import require_fetched
 from bdpo.storage.strict_json import RepeatedKey
 
 
@@ -153,6 +154,7 @@ def _text(values: dict[str, Any], key: str, where: str) -> str:
 
 
 def _read(file: Path) -> Any:
+    require_fetched(file)
     try:
         return strict_json.loads(file.read_text(encoding="utf-8"))
     except RepeatedKey:
