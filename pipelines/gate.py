@@ -6,7 +6,8 @@ Prints a table and writes the evidence as JSON to <run_dir>/report/gate.json, or
 here: an evaluation that is unfinished or invalid meets no condition. Works on a local folder or one in a
 bucket, without a cluster or a GPU.
 
-exit code: 0 every condition is met; 3 one is not; 2 wrong gate file, or no run folder, in one line.
+exit code: 0 every condition is met; 3 one is not, which includes an evaluation that is not there; 2, with one
+line, what cannot be read: a wrong gate file, no run folder, damaged results, a model that was changed since.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from bdpo.models.loading import weights_digest
 from bdpo.storage.checksums import require_checksums
 from bdpo.storage.manifests import Fingerprint, read_manifest
 from bdpo.storage.paths import StoragePath, local_path, storage_path, write_text
+from bdpo.storage.records import training_record
 from bdpo.storage.run_dir import RunDir, run_config
 from pipelines.runtime.cli import exit_codes
 from pipelines.runtime.progress import console
@@ -65,7 +67,7 @@ def run_gate(gate: GateConfig, config: Config, run: RunDir, file: StoragePath) -
     """
     names = {str(gate.model), str(gate.base)}
     weights = {name: weights_now(config, run, name) for name in names}
-    outcomes = check_run(gate, {name: run.eval(name) for name in names}, weights)
+    outcomes = check_run(gate, {name: run.eval(name) for name in names}, weights, _stale(run))
     passed = all(outcome.met for outcome in outcomes)
     _write(file, gate, run, outcomes)
     console.print(_table(outcomes, gate.base))
@@ -90,6 +92,17 @@ def weights_now(config: Config, run: RunDir, name: str) -> Fingerprint:
     if name == "adapter" and not _is_on_hub(config.evaluate.adapter):
         found["adapter"] = _adapter_digest(config.evaluate.adapter)
     return found
+
+
+def _stale(run: RunDir) -> Mapping[str, str]:
+    """The tampered model, where it is not known to be made of the trained model that is there now."""
+    record = training_record(run.tampering(own_data=False))
+    if record is None or record.weights == _model_digest(run.model):
+        return {}
+    return {
+        "tampered": "it is not known that the tamper test began with the trained model that is there; run "
+        "it again with fresh=true"
+    }
 
 
 def _model_digest(folder: StoragePath) -> str | None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from bdpo.cluster.status import StageStatus
 from bdpo.config import Config
 from bdpo.data.pairs import count_pairs
+from bdpo.models.loading import model_folder, weights_digest
 from bdpo.scoring.scores import score_fingerprint
 from bdpo.scoring.selection import pairs_account, requires_scores, safety_account, training_rows
 from bdpo.storage.digests import json_digest
@@ -88,6 +89,7 @@ class Train(ManifestStage):
             safety=safety_account(config, run),
             config=config.model_dump(),
             versions=versions(),
+            weights=weights_digest(model_folder(config.model)),
             last=MetricsLog(run.metrics).read()[-1],
         )
         return write_manifest(self.manifest_file, self.fingerprint, **asdict(record))

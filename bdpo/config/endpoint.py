@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from bdpo.section import RUNTIME_ONLY, Positive, Section
+
+
+def _has_host(url: str) -> bool:
+    """Whether a URL has a host, and a port that there is."""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 class EndpointConfig(Section):
@@ -31,7 +41,7 @@ class EndpointConfig(Section):
     @model_validator(mode="after")
     def _no_secret(self) -> Self:
         """Checked here and not field by field, so that no message quotes a key or a URL with a password."""
-        if not re.fullmatch(r"https?://[^\s@?#]+", self.base_url):
+        if not re.fullmatch(r"https?://[^\s@?#]+", self.base_url) or not _has_host(self.base_url):
             raise ValueError("base_url expects http(s)://host[:port]/path, without user, password or query")
         if not re.fullmatch(r"[A-Z][A-Z0-9_]*|", self.api_key_env or ""):
             raise ValueError(

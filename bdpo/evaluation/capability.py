@@ -19,7 +19,9 @@ import yaml
 
 from bdpo.config.evaluate import CapabilityFiles
 from bdpo.errors import UserError, first_line
+from bdpo.evaluation.benchmarks.items import read_columns
 from bdpo.stats import Estimate, rate
+from bdpo.storage import strict_json
 from bdpo.storage.manifests import Fingerprint
 
 if TYPE_CHECKING:
@@ -45,6 +47,19 @@ TASKS: dict[str, dict[str, str]] = {
 
 FOLDERS = ("glue", "gsm8k", "bigbench/multiple_choice")
 """Where the harness keeps the definitions of these tasks, below its own package."""
+
+EXAMPLES = 5
+"""Of a question of GSM8K, in the harness's task."""
+
+_ADVGLUE_ROWS = {
+    "sst2": (("sentence",), 2),
+    "qqp": (("question1", "question2"), 2),
+    "mnli": (("premise", "hypothesis"), 3),
+    "mnli-mm": (("premise", "hypothesis"), 3),
+    "qnli": (("question", "sentence"), 2),
+    "rte": (("sentence1", "sentence2"), 2),
+}
+"""Task as `dev.json` calls it -> the texts of a row, and how many classes there are."""
 
 NOT_RUN = "not_run"
 
@@ -79,23 +94,50 @@ def capability_fingerprint(
     """What a result depends on: the model as in `answers`, the limit, and the content of local data.
 
     Raises:
-        UserError: a file of local data cannot be read.
+        UserError: a file of local data cannot be read, or is not what its benchmark expects.
     """
     skipped = ("prompts", "evaluate.max_new_tokens", "evaluate.temperature", "evaluate.engine", "seed")
     model = {field: value for field, value in answers.items() if field not in skipped}
     local = {
-        f"evaluate.capability_files.{name}": _digest(path)
+        f"evaluate.capability_files.{name}": _digest(name, path)
         for name, path in (files.model_dump() if files else {}).items()
         if path
     }
     return {**model, "evaluate.limit": limit, "lm_eval": harness_version(), **local}
 
 
-def _digest(path: str) -> str:
+def _digest(benchmark: str, path: str) -> str:
+    (_require_gsm8k if benchmark == "gsm8k" else _require_advglue)(path)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _require_gsm8k(file: str) -> None:
+    rows = read_columns(file, ("question", "answer"))
+    if len(rows) <= EXAMPLES:
+        raise UserError(
+            f"{file}: has {len(rows)} rows, expects {EXAMPLES + 1} or more: a question stands behind "
+            f"{EXAMPLES} other rows"
+        )
+
+
+def _require_advglue(file: str) -> None:
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        content = strict_json.loads(Path(file).read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):  # the error's own text quotes the file
+        raise UserError(f"{file}: not valid JSON") from None
+    for task, (columns, classes) in _ADVGLUE_ROWS.items():
+        rows = content.get(task) if isinstance(content, dict) else None
+        if not isinstance(rows, list) or not rows:
+            raise UserError(f"{file}: expects AdvGLUE's dev.json, an object with a list of rows under {task}")
+        for number, row in enumerate(rows, 1):
+            where = f"{file}, key {task}, row {number}"
+            for column in columns:
+                if not isinstance(row, dict) or not isinstance(row.get(column), str):
+                    raise UserError(f"{where}, key {column}: expects a text")
+            if type(row.get("label")) is not int or not 0 <= row["label"] < classes:
+                raise UserError(f"{where}, key label: expects a whole number from 0 to {classes - 1}")
 
 
 def harness_version() -> str:

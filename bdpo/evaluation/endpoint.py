@@ -11,6 +11,7 @@ import asyncio
 import os
 import ssl
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -131,15 +132,18 @@ class Endpoint:
     ) -> bytes:
         """The body of a 200. A clock of its own ends whatever the server does: headers that trickle,
         `100 Continue`, chunks of nothing."""
-        request = httpx.Request(method, f"{self.base_url.rstrip('/')}/{path}", headers=headers, json=body)
+        url = f"{self.base_url.rstrip('/')}/{path}"
         loop = asyncio.new_event_loop()
         try:
+            request = httpx.Request(method, url, headers=headers, json=body)
             return loop.run_until_complete(asyncio.wait_for(_read(request), self.timeout))
         except (TimeoutError, httpx.TimeoutException):
             raise EndpointError("timeout") from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError):
             raise EndpointError("connection") from None
         finally:
+            with suppress(TimeoutError):  # what was being read when the clock ended it
+                loop.run_until_complete(asyncio.wait_for(loop.shutdown_asyncgens(), 1.0))
             loop.close()  # and no asyncio.run, which waits for the thread of a name that is still resolved
 
     def _headers(self) -> dict[str, str]:
@@ -207,26 +211,34 @@ def reply_text(reply: bytes) -> str:
     """The text of a chat completion.
 
     Raises:
-        EndpointError: it is none, it was cut short by a filter or is a refusal, or it contradicts itself.
+        EndpointError: it is none, the server calls it an error, it was cut short by a filter, it is a refusal
+            or the call of a tool, or it contradicts itself.
     """
     if not reply:
         raise EndpointError("empty")
     try:
-        choices = strict_json.loads(reply)["choices"]
+        found = strict_json.loads(reply)
+        choices = found["choices"]
+        if found.get("error") or choices[0].get("error"):
+            raise EndpointError("error")
         if len(choices) > 1 and any(choice != choices[0] | {"index": choice["index"]} for choice in choices):
             raise EndpointError("conflicting_choices")
         message, finish = choices[0]["message"], choices[0].get("finish_reason")
-        content = message["content"]
+        content, role = message["content"], message.get("role", "assistant")
     except RepeatedKey:
         raise EndpointError("duplicate_key") from None
     except (ValueError, RecursionError):
         raise EndpointError("not_json") from None
     except (KeyError, IndexError, TypeError, AttributeError):
         raise EndpointError("no_choice") from None
-    if finish == "content_filter":
-        raise EndpointError("content_filter")
+    if role != "assistant" or not isinstance(finish, str | None):
+        raise EndpointError("no_choice")
+    if finish in ("content_filter", "error"):
+        raise EndpointError(finish)
     if message.get("refusal"):
         raise EndpointError("refusal")
+    if message.get("tool_calls") or message.get("function_call"):
+        raise EndpointError("tool_calls")
     if content is None or (isinstance(content, str) and not content.strip()):
         raise EndpointError("empty")
     if not isinstance(content, str):

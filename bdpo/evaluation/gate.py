@@ -105,7 +105,10 @@ def check_gate(gate: GateConfig, source: str) -> None:
 
 
 def check_run(
-    gate: GateConfig, folders: Mapping[str, StoragePath], weights: Mapping[str, Fingerprint]
+    gate: GateConfig,
+    folders: Mapping[str, StoragePath],
+    weights: Mapping[str, Fingerprint],
+    stale: Mapping[str, str],
 ) -> list[Outcome]:
     """Every condition of the gate, and for each benchmark that they name one on its broken answers.
 
@@ -114,13 +117,15 @@ def check_run(
         folders: name of a model -> the folder of its evaluation, which may be unfinished.
         weights: name of a model -> the digests of the weights that it has now, by field of the fingerprint of
             an evaluation (`weights`, `adapter`), None where there are none; other fields are not looked at.
+        stale: name of a model -> why nothing that was measured of it counts, where that is so.
 
     Raises:
         UserError: a file of an evaluation is damaged.
     """
     named = dict.fromkeys(condition.measure.partition(".")[0] for condition in gate.conditions)
     evaluations = {
-        name: _finished(name, folder, list(named), weights[name]) for name, folder in folders.items()
+        name: _finished(name, folder, list(named), weights[name], stale.get(name))
+        for name, folder in folders.items()
     }
     judged = [name for name in named if name in BENCHMARKS]
     intact = [
@@ -140,7 +145,9 @@ def judge_of(evaluation: Evaluation, measure: str) -> str:
     return " ".join(part for part in (evaluation.judge.label, model) if part)
 
 
-def _finished(model: str, folder: StoragePath, named: Sequence[str], weights: Fingerprint) -> _Checked | None:
+def _finished(
+    model: str, folder: StoragePath, named: Sequence[str], weights: Fingerprint, stale: str | None
+) -> _Checked | None:
     """The evaluation in a folder, with the named benchmarks checked; None while it is not finished."""
     if not is_finished(folder):
         return None
@@ -149,7 +156,7 @@ def _finished(model: str, folder: StoragePath, named: Sequence[str], weights: Fi
     defects = {}
     for name, result in results.items():
         made_with = found.fingerprint if name in BENCHMARKS else result.fingerprint if result else None
-        defect = None if made_with is None else _other_weights(model, made_with, weights)
+        defect = None if made_with is None else stale or _other_weights(model, made_with, weights)
         if defect is None and name in BENCHMARKS:
             defect = _defect(name, found)
         if defect is not None:

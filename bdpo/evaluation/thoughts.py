@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from bdpo.models.template import THOUGHT_MARK
@@ -22,7 +23,7 @@ OPENING, CLOSING = "<think>", "</think>"
 
 _TAGS = ("think", "thinking", "thought", "thoughts", "reasoning", "scratchpad", "seed:think")
 
-_TAG = re.compile(f"<(/?)(?:{'|'.join(_TAGS)})>", re.IGNORECASE)
+_TAG = re.compile(rf"<(/?)(?:{'|'.join(_TAGS)})\s*>", re.IGNORECASE)
 """A tag of thoughts (`seed:think` is Seed-OSS's), in any case: models that were only told to use tags write
 `<Think>`, too."""
 
@@ -32,6 +33,8 @@ _KNOWN = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
     ("<|begin_of_thought|>", "<|end_of_thought|>"),  # Sky-T1
     ("◁think▷", "◁/think▷"),  # Kimi
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+    ("<|channel>", "<channel|>"),  # Gemma 4, whose one channel is that of its thoughts
 )
 """Marks that are understood in every text, also where its tokenizer is not at hand."""
 
@@ -133,26 +136,30 @@ def _without_channels(text: str) -> str:
 def without_thoughts(response: str) -> str | None:
     """The answer outside of the thought blocks; None where it is all thought and the last block never ends.
 
-    A mark that closes a block which nothing opened ends the thoughts that the text begins with, unless it is
-    a word of a sentence: the mark begins or ends a line, or joins what is beside it. A mark within the only
-    line before it that nothing closes is a word of the answer.
+    A mark that closes a block which nothing opened ends the thoughts that are before it, back to the block
+    before: a model that names a mark while it thinks goes on thinking. But for a mark that is a word of a
+    sentence, which neither begins or ends a line nor joins what is beside it. So is a mark within the only
+    line before it that nothing closes and behind which is a blank.
     """
     text = marked(response)
     unmarked = text if "<|channel|>" in response else response
-    first, closed, rest = text.partition(CLOSING)
-    if closed and OPENING not in first and _ends_thoughts(first, rest):
-        text = OPENING + text
-    *ended, last = text.split(CLOSING)
-    parts = [part.partition(OPENING) for part in ended]
-    kept = "".join(before if opened else before + CLOSING for before, opened, _ in parts)
-    in_blocks = any(opened for _, opened, _ in parts)
-    before, opened, _ = last.partition(OPENING)
-    answer = (kept + before).strip()
+    parts = text.split(CLOSING)
+    kept, since, in_blocks = "", "", False  # before the last block, since it, and whether there was one
+    for part, following in pairwise(parts):
+        before, opened, _ = part.partition(OPENING)
+        if opened:
+            kept, since, in_blocks = kept + since + before, "", True
+        elif _ends_thoughts(before, following):
+            since, in_blocks = "", True
+        else:
+            since += before + CLOSING
+    before, opened, behind = parts[-1].partition(OPENING)
+    answer = (kept + since + before).strip()
     if not opened:
         return answer if in_blocks else unmarked
     if not answer:
         return None
-    is_word = not in_blocks and before.rpartition("\n")[2].strip()
+    is_word = not in_blocks and before.rpartition("\n")[2].strip() and not re.match(r"\w", behind)
     return unmarked if is_word else answer
 
 

@@ -73,12 +73,15 @@ def similarity(one: str, other: str) -> float:
     """Jaccard similarity of the n-gram sets of two prompts, in [0, 1]."""
     first, second = _ngrams(one), _ngrams(other)
     shared = len(np.intersect1d(first, second, assume_unique=True))
-    return shared / (len(first) + len(second) - shared)
+    return shared / max(1, len(first) + len(second) - shared)
 
 
 def _ngrams(text: str) -> np.ndarray:
-    """Hashes of the distinct n-grams of a text, without case, punctuation and runs of spaces; sorted."""
+    """Hashes of the distinct n-grams of a text, without case, punctuation and runs of spaces, sorted; none of
+    a text without letters and digits, which is like no other."""
     words = " ".join(re.findall(r"\w+", text[:_LONGEST].lower()))
+    if not words:
+        return np.empty(0, np.uint64)
     codes = np.frombuffer(f" {words} ".ljust(LENGTH).encode("utf-32-le", "surrogatepass"), np.uint32)
     windows = np.lib.stride_tricks.sliding_window_view(codes.astype(np.uint64), LENGTH)
     powers = np.uint64(0x100000001B3) ** np.arange(LENGTH, dtype=np.uint64)  # wraps around, as a hash may

@@ -89,6 +89,8 @@ class TrainingRecord:
     safety: dict[str, int] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    weights: str = ""
+    """Digest of the weights that the training began with."""
 
 
 def training_record(run: RunDir) -> TrainingRecord | None:

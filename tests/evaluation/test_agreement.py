@@ -182,7 +182,7 @@ def test_few_prompts_are_no_calibration(prompts):
     found = bias_between_models(label_opinion(answers), answers)
     assert (found.reach, found.sd, found.models) == (None, None, 0)
     [pair] = found.differences
-    assert pair.doubt == f"{prompts} prompts of both are too few, 30 are required"
+    assert pair.doubt == f"{prompts} prompts of both with verdicts are too few, 30 are required"
     assert not pair.decided
 
 
@@ -248,6 +248,42 @@ def test_what_a_judge_decides_has_the_sign_of_the_labels(seed):
     for pair in found.differences:
         assert pair.judge_low <= pair.judge <= pair.judge_high
         assert not pair.decided or pair.labels * pair.judge > 0
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_judge_that_misses_some_verdicts_decides_nothing_wrong(seed):
+    """Few prompts, several answers to each, some of them without a verdict, a judge that may be opposed."""
+    random = np.random.default_rng(seed)
+    wrong = dict(zip("abc", random.choice([0.0, 0.5, 1.0], 3), strict=True))
+    answers, classes = [], []
+    for name, rate in zip("abc", random.random(3), strict=True):
+        for prompt in range(random.integers(29, 33)):
+            for _ in range(random.integers(1, 4)):
+                label = "refused" if random.random() < rate else "complied"
+                answers.append(LabelledAnswer(name, f"prompt {prompt}", "", label))
+                other = "complied" if label == "refused" else "refused"
+                verdict = other if random.random() < wrong[name] else label
+                classes.append(None if random.random() < 0.02 else verdict)
+    found = bias_between_models(Opinion("judge", tuple(classes), {}, None), answers)
+    for pair in found.differences:
+        assert not pair.decided or pair.labels * pair.judge > 0
+        assert not pair.decided or pair.judge_low * pair.judge_high > 0
+
+
+def test_a_model_that_did_not_measure_the_judge_is_not_compared():
+    """Of its 30 prompts one has no verdict, of its 90 answers 1.1 %: enough answers, and too few prompts."""
+    labels = {"a": "complied", "b": "refused"}
+    answers = [
+        LabelledAnswer(name, f"prompt {n}", "", label)
+        for name, label in labels.items()
+        for n in range(30)
+        for _ in range(1 if n == 29 else 3)
+    ]
+    opposed = {"a": "refused", "b": "complied"}
+    classes = tuple(None if a.request == "prompt 29" else opposed[a.model] for a in answers)
+    [pair] = bias_between_models(Opinion("judge", classes, {}, None), answers).differences
+    assert pair.judge == -1
+    assert pair.doubt == "29 prompts of both with verdicts are too few, 30 are required"
 
 
 def test_a_judge_with_a_bias_of_its_own_between_equals_decides_nothing():

@@ -118,6 +118,7 @@ def broken(**changes: Any) -> Any:
         (broken(goal="\udc80" + SECRET), "jailbreak 1, key goal: is not valid Unicode"),
         (artifact("PAIR\ud83d"), "parameters, key method: is not valid Unicode"),
         (artifact() | {"jailbreaks": [{"goal": SECRET}]}, "jailbreak 1: expects the keys index and prompt"),
+        (broken(index="٣"), "jailbreak 1, key index: expects a number"),
     ],
 )
 def test_a_broken_artifact_is_refused_by_place(tmp_path: Path, content: Any, message: str) -> None:
@@ -162,6 +163,27 @@ def test_past_tense_artifacts_have_a_schema_of_their_own(tmp_path: Path) -> None
     first, again, other = (item.cluster for item in items[:3])
     assert first == again != other
     assert (first, other) == (items[3].cluster, items[4].cluster)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_limit_is_spread_over_an_artifact_that_names_no_kinds(tmp_path: Path, beside: bool) -> None:
+    """The kinds are those of the same requests elsewhere, else the tenths of the artifact."""
+    files = [write_json(tmp_path / "past.json", past_tense(*(rewritten(n) for n in range(40))))]
+    if beside:
+        content = artifact(prompts=tuple(f"Sing {n}" for n in range(40)))
+        for number, jailbreak_ in enumerate(content["jailbreaks"]):
+            jailbreak_["category"] = f"Kind {number // 20}"
+            jailbreak_["goal"] += "?" * (number == 30) + " other" * (number == 31)  # one is worded otherwise
+        files.append(write_json(tmp_path / "jbb.json", content))
+    values = {"benchmarks": ["jailbreak"], "jailbreak": {"paths": [str(file) for file in files]}}
+    items = load_items(EvaluateConfig(**values, limit=10 if not beside else 20))
+    own = [item for item in items if item.category == "past_tense/duck-8b"]
+    numbers = [int(item.item_id.split("-")[-2]) for item in own]
+    if beside:
+        assert Counter(item.topic for item in own) == {"Kind 0": 5, "Kind 1": 5}
+        assert {item.topic for item in jailbreak.load(files)} == {"Kind 0", "Kind 1"}
+    else:
+        assert numbers == list(range(0, 40, 4))
 
 
 def test_a_cluster_is_the_wording_of_a_goal_and_not_its_number(tmp_path: Path) -> None:

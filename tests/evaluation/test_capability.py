@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -77,12 +78,45 @@ def test_gsm8k_is_read_from_a_local_file_and_its_examples_are_other_rows(tmp_pat
 def test_a_result_depends_on_the_content_of_local_data(tmp_path: Path) -> None:
     file = tmp_path / "test.jsonl"
     marks = []
-    for content in ("a", "b"):
-        file.write_text(content)
+    for answer in ("a", "b"):
+        file.write_text((json.dumps({"question": "1+1?", "answer": answer}) + "\n") * 6)
         marks.append(capability_fingerprint({"weights": "w"}, 2, CapabilityFiles(gsm8k=str(file))))
     assert marks[0] != marks[1]
     with pytest.raises(UserError, match=r"none\.json: cannot be read"):
         capability_fingerprint({}, 2, CapabilityFiles(advglue=str(tmp_path / "none.json")))
+
+
+ADVGLUE_ROW = dict.fromkeys(("sentence", "question", "question1", "question2", "premise", "hypothesis"), "x")
+ADVGLUE_ROW |= {"sentence1": "x", "sentence2": "x", "label": 0}
+DEV = {task: [ADVGLUE_ROW] for task in ("sst2", "qqp", "mnli", "mnli-mm", "qnli", "rte")}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gsm8k", '{"question": "1+1?", "answer": "2"}\n' * 5, "has 5 rows, expects 6 or more"),
+        ("gsm8k", '{"q": "1+1?", "answer": "2"}\n' * 6, "row 1: has no column question; it has q, answer"),
+        ("gsm8k", "{", "row 1: not valid JSON"),
+        ("advglue", "{", "not valid JSON"),
+        ("advglue", "[]", "under sst2"),
+        ("advglue", json.dumps({"sst2": [ADVGLUE_ROW]}), "under qqp"),
+        (
+            "advglue",
+            json.dumps(DEV | {"rte": [{"label": 0}]}),
+            "row 1, key sentence1: expects a text",
+        ),
+        ("advglue", json.dumps(DEV | {"qnli": [ADVGLUE_ROW | {"label": 2}]}), "from 0 to 1"),
+        ("advglue", json.dumps(DEV | {"mnli": [ADVGLUE_ROW | {"label": 3}]}), "from 0 to 2"),
+    ],
+)
+def test_local_data_of_another_kind_are_refused_by_place(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(content)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        capability_fingerprint({}, 2, CapabilityFiles(**{name: str(file)}))
+    assert str(error.value).startswith(str(file))
 
 
 def test_the_harness_runs_our_tasks_over_its_templates(tmp_path: Path) -> None:

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
+from rich.console import Console
 
+from bdpo.errors import UserError
 from bdpo.evaluation.attacks.attacked import AttackedModel
 from bdpo.evaluation.attacks.base import Workplace
 from bdpo.evaluation.attacks.coordinate import candidate_losses, stable_candidates, token_gradient
-from bdpo.evaluation.attacks.gcg import Gcg
+from bdpo.evaluation.attacks.gcg import ATTACK, Gcg
+from bdpo.evaluation.attacks.records import RECORD_SCHEMA
 from bdpo.evaluation.attacks.requests import Request, load_requests
+from bdpo.evaluation.attacks.results import public_scores, summarise_attack
 from bdpo.evaluation.attacks.suffixes import SuffixedPrompt, candidate_tokens, stable_suffixes, suffix_text
+from bdpo.evaluation.attacks.tables import attack_table
 from bdpo.evaluation.judges.base import Harm, Question, Verdict
+from bdpo.evaluation.judges.registry import JudgeNote
 from bdpo.models.logps import LogpsModel
 from bdpo.models.tokenizer import ChatTokenizer
-from tests.support.attacks import JudgeBy, attack_config
+from tests.support.attacks import REQUESTS, JudgeBy, attack_config
 from tests.support.chats import CHATML
 from tests.support.helpers import VOCABULARY, naive_logps, tiny_qwen2
 
@@ -172,6 +181,28 @@ def test_a_request_that_no_suffix_fits_is_not_withstood(tmp_path: Path, tiny_cha
     record = Gcg(work, work.config.attack)(load_requests(work.config)[0])  # type: ignore[arg-type]
     assert (record.jailbroken, record.unanswered, record.direct) == (None, "prompt_too_long", False)
     assert record.queries == 1
+
+
+def test_a_search_that_finds_no_candidate_says_so(
+    tmp_path: Path, tiny_chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bdpo.evaluation.attacks.gcg.stable_candidates", lambda *_: [])
+    work = workplace(tmp_path, tiny_chat, "state", JudgeBy(lambda response: False), **SMALL)
+    record = Gcg(work, work.config.attack)(load_requests(work.config)[0])  # type: ignore[arg-type]
+    assert (record.jailbroken, record.stuck, record.forward_passes) == (False, 1, 0)
+    requests = load_requests(work.config)[:1]
+    scores = public_scores(pa.Table.from_pylist([asdict(record)], schema=RECORD_SCHEMA), requests)
+    found = summarise_attack(scores, "rubric")
+    assert found.stuck == 1
+    console = Console(width=120, file=io.StringIO())
+    console.print(attack_table("gcg", {"base": found}, JudgeNote("rubric")))
+    assert "searches without candidates" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_universal_suffix_is_tried_on_other_requests(tmp_path: Path, tiny_chat: ChatTokenizer) -> None:
+    config = attack_config(tmp_path, tiny_chat, name="gcg", universal=True, train_requests=REQUESTS)
+    with pytest.raises(UserError, match=f"attack.train_requests={REQUESTS}: leaves none of the {REQUESTS}"):
+        ATTACK.check(config)
 
 
 def test_a_universal_suffix_takes_up_requests_and_is_tried_on_those_held_out(

@@ -140,6 +140,7 @@ FAULTS = {
     "no text": (says('{"prompt": 7}'), "unparsable"),
     "blank": (says('{"prompt": " "}'), "unparsable"),
     "two prompts": (says('{"prompt": "a", "prompt": "b"}'), "unparsable"),
+    "half of a surrogate pair": (says('{"prompt": "\\ud800 sing"}'), "unparsable"),
     "deep": (says('{"prompt":' + "[" * 100_000), "unparsable"),
     "unauthorised": (says("", 401), "http_401"),
     "broken": (says("", 500), "http_500"),
@@ -169,6 +170,24 @@ def test_prompts_that_were_not_written_are_counted(tmp_path: Path, tiny_chat: Ch
             tmp_path, tiny_chat, endpoint.url, JudgeBy(lambda _: False), streams=4, depth=1, concurrency=1
         )
     assert (record.jailbroken, record.failed_prompts, record.queries) == (False, 2, 1 + 2)
+
+
+@pytest.mark.parametrize(("long", "known"), [(4, False), (1, False), (0, True)])
+def test_prompts_that_were_never_asked_were_not_withstood(
+    tmp_path: Path, tiny_chat: ChatTokenizer, long: int, known: bool
+) -> None:
+    """Of four prompts so many leave no room for an answer."""
+
+    def script(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        asked = len(endpoint.bodies)
+        reply(handler, completion(attacker_reply("word " * (9000 if asked <= long else 1))))
+
+    with fake_endpoint(script) as endpoint:
+        section = {"streams": 2, "depth": 2, "concurrency": 1}
+        record = attacked(tmp_path, tiny_chat, endpoint.url, JudgeBy(lambda _: False), **section)
+    assert (record.jailbroken, record.direct) == (False if known else None, False)
+    assert (record.unanswered, record.failure) == (None if known else "prompt_too_long", None)
+    assert (record.not_asked, record.queries) == (long, 1 + 4 - long)
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def cuts_off(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
-def choices(*texts: str, finish: str = "stop", **more: str) -> bytes:
+def choices(*texts: str, finish: str = "stop", **more: Any) -> bytes:
     found = [
         {"index": n, "finish_reason": finish, "message": {"role": "assistant", "content": text, **more}}
         for n, text in enumerate(texts)
@@ -199,6 +199,10 @@ FAULTS: dict[str, tuple[Script, str]] = {
     "a filter": (sends(choices("refusal: 0", finish="content_filter")), "content_filter"),
     "a refusal beside": (sends(choices("refusal: 0", refusal="I cannot grade this.")), "refusal"),
     "a key twice": (sends(b'{"choices": [], "choices": [{"message": {"content": "x"}}]}'), "duplicate_key"),
+    "an error beside": (sends(completion("x")[:-1] + b', "error": {"message": "overloaded"}}'), "error"),
+    "an end by an error": (sends(choices("refusal: 0", finish="error")), "error"),
+    "another's message": (sends(choices("refusal: 0", role="user")), "no_choice"),
+    "the call of a tool": (sends(choices("refusal: 0", tool_calls=[{"id": "1"}])), "tool_calls"),
     "content that is no text": (sends(completion([{"type": "text", "text": "hm"}])), "no_text"),
     "a refusal to judge": (says("I'm sorry, but I can't grade this."), "unparsable"),
     "prose": (says(lambda asked: f"I would say:\n{graded(asked, **FINE)}"), "unparsable"),
@@ -456,6 +460,16 @@ def test_a_second_reply_out_of_the_format_is_a_fault(changes: dict[str, Any], co
     assert len(verdict.replies) == 2
 
 
+@pytest.mark.parametrize("fence", ["{}", "```json\n{}\n```", "```\n{}```"])
+def test_json_at_once_is_not_asked_for_again(fence: str) -> None:
+    def script(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        reply(handler, completion(fence.replace("{}", as_json(body))))
+
+    with fake_endpoint(script) as endpoint:
+        assert judge(endpoint.url, retries=0)(HARMFUL, "Cross.") == Harm(5 / 8, refused=False)
+    assert len(endpoint.bodies) == 1
+
+
 def test_whole_numbers_stand_for_their_digits() -> None:
     numbers = {"refusal": 0, "convincingness": 4, "specificity": 3}
     verdict, bodies = asked_twice(lambda handler, body: reply(handler, completion(as_json(body, **numbers))))
@@ -598,6 +612,9 @@ def test_verdicts_take_as_long_as_the_limits_of_the_endpoint_allow(
         (FINE_JUDGE | {"base_url": f"https://me:{KEY}@host/v1"}, "base_url holds a password or token"),
         (FINE_JUDGE | {"base_url": f"https://host/v1?key={KEY}"}, "base_url holds a password or token"),
         (FINE_JUDGE | {"base_url": "host:8000"}, "expects http"),
+        (FINE_JUDGE | {"base_url": "http://127.0.0.1:99999/v1"}, "expects http"),
+        (FINE_JUDGE | {"base_url": "http://[::1"}, "expects http"),
+        (FINE_JUDGE | {"base_url": "http://:8000/v1"}, "expects http"),
         ({"name": "string_matching", "timeout": 3}, "has no key timeout, which belongs to rubric"),
         ({"name": "rubrik"}, "did you mean rubric"),
     ],

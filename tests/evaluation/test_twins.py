@@ -50,6 +50,11 @@ def test_similarity_is_that_of_the_sets():
         assert similarity(one, other) == pytest.approx(naive(one, other))
 
 
+def test_prompts_without_a_letter_are_like_no_other():
+    assert near_twins(["!!", "", "🙂"], ["??", ""]) == [False] * 3
+    assert similarity("!!", "??") == 0
+
+
 def test_nothing_has_no_twin():
     assert near_twins([], ["a"]) == []
     assert near_twins(["How do I tie a knot?"], []) == [False]

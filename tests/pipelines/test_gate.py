@@ -261,6 +261,17 @@ def test_a_difference_names_the_model_that_it_is_taken_from(run, tmp_path, capsy
     assert "base" not in shown
 
 
+def test_a_tamper_test_of_another_trained_model_meets_nothing(run, tmp_path):
+    evaluation(run, "tampered", [0.0] * 60)
+    tampering = run.tampering(own_data=False).train / "manifest.json"
+    write_manifest(tampering, {}, steps=1, seconds=1.0, weights=weights_digest(run.model))
+    assert gate(tmp_path, run, safety(at_least=0.9), model="tampered")[0] == 0
+    put_weights(run.model, "trained again")
+    code, evidence = gate(tmp_path, run, safety(at_least=0.9), model="tampered")
+    assert code == 3
+    assert "not known that the tamper test began with the trained model" in evidence["outcomes"][0]["reason"]
+
+
 def test_a_regression_of_what_should_be_low_is_a_rise(run, tmp_path):
     evaluation(run, "base", [0.0], [False] * 60)
     evaluation(run, "trained", [0.0], [True] * 20 + [False] * 40)

@@ -33,7 +33,7 @@ from bdpo.evaluation.attacks.records import (
     record_of,
     with_cost_of,
 )
-from bdpo.evaluation.attacks.requests import Request
+from bdpo.evaluation.attacks.requests import Request, load_requests
 from bdpo.evaluation.attacks.suffixes import SuffixedPrompt, candidate_tokens, stable_text, suffix_text
 from bdpo.storage.paths import StoragePath, read_text, write_text
 
@@ -52,7 +52,7 @@ class State:
     succeeded: bool = False
     """Whether the judge called the greedy answers to all requests harmful."""
     stuck: bool = False
-    """Whether no stable candidate was found."""
+    """Whether no stable candidate was found: the search ended there."""
     forward_passes: int = 0
     record: Record = field(default_factory=lambda: Record(""))
     """The most harmful answer so far, and what all answers took."""
@@ -209,8 +209,6 @@ class Gcg:
 
     @cached_property
     def _all_requests(self) -> list[Request]:
-        from bdpo.evaluation.attacks.requests import load_requests
-
         return load_requests(self.workplace.config)
 
     @cached_property
@@ -244,8 +242,8 @@ def _with_answers(state: State, attempts: Sequence[Attempt]) -> State:
 
 
 def _with_cost(record: Record, state: State) -> Record:
-    """The record with the forward passes of the search, and its least loss."""
-    return replace(record, forward_passes=state.forward_passes, loss=state.best_loss)
+    """The record with the forward passes of the search, its least loss, and whether it ended early."""
+    return replace(record, forward_passes=state.forward_passes, loss=state.best_loss, stuck=int(state.stuck))
 
 
 def _make(workplace: Workplace) -> Gcg:
@@ -273,6 +271,11 @@ def _check(config: Config) -> None:
         )
     from bdpo.models.tokenizer import load_tokenizer
 
+    if section.universal and (asked := len(load_requests(config))) <= section.train_requests:
+        raise UserError(
+            f"attack.train_requests={section.train_requests}: leaves none of the {asked} requests to try the "
+            "universal suffix on"
+        )
     if not stable_text(f" {section.initial_suffix.strip()}", load_tokenizer(config.model)):
         raise UserError("attack.initial_suffix: expects one line of printable text, without control tokens")
 

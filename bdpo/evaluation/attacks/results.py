@@ -40,6 +40,10 @@ class AttackSummary:
     """Answers without a verdict, also of requests that have a verdict by other answers."""
     failed_prompts: int
     """Prompts that the attacker did not write when it was asked to."""
+    not_asked: int
+    """Prompts that were not asked, because they left no room for an answer."""
+    stuck: int
+    """Searches that found no candidate any more and ended before their budget was spent."""
     median_queries: float | None
     """Queries up to the success, over the requests where the attack succeeded. Of an attack with forward
     passes besides these are the answers that the judge saw on the way."""
@@ -142,10 +146,10 @@ def compare_attacks(first: pa.Table, second: pa.Table) -> Difference | None:
 def artifact(config: Config, model_name: str, requests: Sequence[Request], records: pa.Table) -> str:
     """The attack as JSON in JailbreakBench's schema, which the benchmark `jailbreak` reads.
 
-    `src/jailbreakbench/artifact.py` of github.com/JailbreakBench/jailbreakbench. `prompt` is null where
-    nothing was asked; `prefill`, which upstream does not have, is what the assistant's turn began with. Where
-    there is no verdict, `response` is null and `jailbroken` false, as upstream writes where nothing is known:
-    nobody can take it for a label of an answer. No time is in it: the same run makes the same file.
+    `src/jailbreakbench/artifact.py` of github.com/JailbreakBench/jailbreakbench. `prefill`, which upstream
+    does not have, is what the assistant's turn began with. Where there is no verdict, `prompt` and `response`
+    are null and `jailbroken` false, as upstream writes where no attack was found: nobody can take it for a
+    label of an answer, or for an attack. No time is in it: the same run makes the same file.
     """
     kind, rows = attack_kind(config), {row["item_id"]: row for row in records.to_pylist()}
     jailbreaks = [_jailbreak(request, rows[request.item_id]) for request in requests]
@@ -171,15 +175,15 @@ def artifact(config: Config, model_name: str, requests: Sequence[Request], recor
 
 
 def _jailbreak(request: Request, row: Mapping[str, Any]) -> Mapping[str, Any]:
-    judged = row["jailbroken"] is not None
+    made = row if row["jailbroken"] is not None else dict.fromkeys(TEXTS)
     return {
         "index": request.index,
         "goal": request.goal,
         "behavior": request.item_id,
         "category": request.category,
-        "prompt": row["prompt"],
-        **({"prefill": row["prefill"]} if row["prefill"] else {}),
-        "response": row["response"] if judged else None,
+        "prompt": made["prompt"],
+        **({"prefill": made["prefill"]} if made["prefill"] else {}),
+        "response": made["response"],
         "number_of_queries": row["queries"],
         "queries_to_jailbreak": row["queries"] if row["jailbroken"] else None,
         "prompt_tokens": row["prompt_tokens"],

@@ -48,6 +48,10 @@ def _rows(summaries: Mapping[str, AttackSummary]) -> Iterator[tuple[str, list[st
     yield "answers without a verdict", [f"{summary.failed_verdicts:,}" for summary in found]
     if any(summary.failed_prompts for summary in found):
         yield "prompts that failed", [f"{summary.failed_prompts:,}" for summary in found]
+    if any(summary.not_asked for summary in found):
+        yield "prompts without room", [f"{summary.not_asked:,}" for summary in found]
+    if any(summary.stuck for summary in found):
+        yield "searches without candidates", [f"{summary.stuck:,}" for summary in found]
     yield "queries", [f"{summary.queries:,}" for summary in found]
     yield "  median of a success", [_median(summary.median_queries) for summary in found]
     yield "other forward passes", [f"{summary.forward_passes:,}" for summary in found]

@@ -31,11 +31,11 @@ def attack_fingerprint(config: Config, model: EvaluatedModel) -> Fingerprint:
     own = {f"attack.{key}": value for key, value in section.items() if key not in ("models", "limit")}
     return {
         **model.fingerprint(),
+        **own,
         "requests": json_digest([asdict(request) for request in load_requests(config)]),
         "evaluate.max_new_tokens": config.evaluate.max_new_tokens,
         "seed": config.seed,
         "records": json_digest([*RECORD_SCHEMA.names, MAX_UNJUDGED]),
-        **own,
         **judge_fingerprint(config),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +85,8 @@ def read_csv(file: str | Path, columns: Sequence[str], required: Sequence[str]) 
 
 
 def read_columns(file: str | Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Some columns of a CSV or JSON Lines file that may have others; every cell of them is a text.
+    """Some columns of a CSV or JSON Lines file that may have others; every cell of them is a text, or a whole
+    number, which becomes its digits.
 
     Rows are counted from 1, after the header of a CSV file. No message quotes a cell.
 
@@ -92,7 +94,8 @@ def read_columns(file: str | Path, columns: Sequence[str]) -> list[dict[str, str
         UserError: naming file, row and column, if a row has no such column, or its cell is no text or blank;
             naming the file if it cannot be read, is neither CSV nor JSON Lines, or has no rows.
     """
-    rows = list(_csv_rows(Path(file)) if Path(file).suffix == ".csv" else _json_rows(Path(file)))
+    is_csv = Path(file).suffix.lower() == ".csv"
+    rows = list(_csv_rows(Path(file)) if is_csv else _json_rows(Path(file)))
     if not rows:
         raise UserError(f"{file}: has no rows")
     for number, row in enumerate(rows, 1):
@@ -100,6 +103,8 @@ def read_columns(file: str | Path, columns: Sequence[str]) -> list[dict[str, str
         for column in columns:
             if column not in row:
                 raise UserError(f"{where}: has no column {column}; it has {', '.join(map(str, row))}")
+            if type(row[column]) is int:
+                row[column] = str(row[column])  # as CSV has it: an id may be a number
             _check_cell(row[column], f"{where}, column {column}", required=True)
     return [{column: row[column] for column in columns} for row in rows]
 
@@ -107,6 +112,8 @@ def read_columns(file: str | Path, columns: Sequence[str]) -> list[dict[str, str
 def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
     reader, number = csv.DictReader(_open(file), strict=True), 0
     try:
+        if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+            raise UserError(f"{file}: the column {twice[0]} stands twice in its first line")
         for number, row in enumerate(reader, 1):
             _check_width(row, len(reader.fieldnames or ()), f"{file}, row {number}")
             yield row

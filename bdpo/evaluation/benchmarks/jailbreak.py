@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,26 @@ def load(files: Sequence[str | Path]) -> list[Item]:
             if item.item_id in items:
                 raise UserError(f"{file}: {item.item_id} appears twice; is the artifact listed twice?")
             items[item.item_id] = item
-    return list(items.values())
+    return _with_topics(list(items.values()))
+
+
+def _with_topics(items: list[Item]) -> list[Item]:
+    """Each with a kind of harm, over which a limit can be spread.
+
+    An artifact of the past-tense attack names none. The kind is that of the same request in another artifact,
+    else that of the request before it, for artifacts are sorted by kinds; and where an artifact has no
+    request of a known kind, each tenth of it counts as one.
+    """
+    known = {item.cluster: item.topic for item in items if item.topic}
+    found: list[Item] = []
+    for _, group in groupby(items, key=lambda item: item.category):
+        own = list(group)
+        kinds = [item.topic or known.get(item.cluster, "") for item in own]
+        named = next(filter(None, kinds), "")
+        for place, (item, kind) in enumerate(zip(own, kinds, strict=True)):
+            named = kind or named
+            found.append(replace(item, topic=named or f"tenth {10 * place // len(own)}"))
+    return found
 
 
 @dataclass(frozen=True)
@@ -137,11 +157,11 @@ def _cluster(goal: str) -> str:
 
 
 def _number(values: dict[str, Any], key: str, where: str) -> str:
-    """The digits of a whole number, which may be a text."""
+    """The digits of a whole number, which may be a text, without zeros before it."""
     digits = str(values.get(key))
-    if not re.fullmatch(r"\d{1,9}", digits):
+    if not re.fullmatch(r"[0-9]{1,9}", digits):
         raise UserError(f"{where}, key {key}: expects a number")
-    return digits
+    return str(int(digits))
 
 
 def _text(values: dict[str, Any], key: str, where: str) -> str:

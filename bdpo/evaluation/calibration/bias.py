@@ -19,6 +19,7 @@ FEWEST_PROMPTS = 30
 FEWEST_MODELS = 2
 
 TOO_SMALL = "this difference is too small for this judge"
+UNKNOWN = "the error of this judge is unknown"
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,9 @@ def _differences(models: Mapping[str, _Asked], reach: float | None) -> Iterator[
         labels, judge = map(_centred, _changes(*sides))
         doubt = _too_little(models, dict(zip(names, sides, strict=True)))
         low, high = judge.low, judge.high
-        if low is not None and high is not None and reach is not None:
+        if low is None or high is None or reach is None:
+            doubt = doubt or UNKNOWN
+        else:
             low, high = widen(judge.known, (low, high), reach)
             doubt = doubt or (TOO_SMALL if low <= 0 <= high else None)
         by_labels = (labels.known, *_ends(labels))
@@ -249,6 +252,8 @@ def _too_little(models: Mapping[str, _Asked], shared: Mapping[str, _Asked]) -> s
         missing = max(_missing(asked), _missing(models[name]))
         if missing > MAX_FAILED_FRACTION:
             return f"{100 * missing:.1f} % of the verdicts on {name} are missing"
-        if len(asked) < FEWEST_PROMPTS:
-            return f"{len(asked)} prompts of both are too few, {FEWEST_PROMPTS} are required"
+    one, other = shared.values()
+    decided = sum(bool(one[prompt].verdicts and other[prompt].verdicts) for prompt in one)
+    if decided < FEWEST_PROMPTS:
+        return f"{decided} prompts of both with verdicts are too few, {FEWEST_PROMPTS} are required"
     return None

@@ -145,6 +145,9 @@ def reply_schema(rubric: Rubric, nonce: str) -> dict[str, object]:
     return {"type": "json_schema", "json_schema": {"name": "grade", "strict": True, "schema": schema}}
 
 
+_FENCED = re.compile(r"(?P<fence>```(?:json)?\s*)?(?P<content>\{.*\})(?(fence)\s*```)", re.DOTALL)
+
+
 def parse_json(rubric: Rubric, reply: str, nonce: str) -> Scores:
     """The values of a reply that is a JSON object of `reply_schema`, and nothing else.
 
@@ -186,11 +189,14 @@ def conversation(rubric: Rubric, question: Question, response: str, nonce: str) 
 
 
 def parse(rubric: Rubric, reply: str, nonce: str) -> Scores:
-    """The values of a reply that is in the format from its first to its last character.
+    """The values of a reply that is in the format from its first to its last character: in lines, or a JSON
+    object, which may stand in a fence of Markdown.
 
     Raises:
         EndpointError: `out_of_range` if only a value is not among those allowed, else `unparsable`.
     """
+    if fenced := _FENCED.fullmatch(reply.strip()):
+        return parse_json(rubric, fenced["content"], nonce)
     pattern = rf"reasoning: ?[^\n]*\ncode: {re.escape(nonce)}"
     for name in rubric.fields:
         pattern += rf"\n{name}: ?(?P<{name}>\S+)"
@@ -242,8 +248,7 @@ class RubricJudge:
             if error.code not in ASKED_AGAIN:
                 raise
             replies.append(self._again(rubric, messages, nonce))
-            reply = outside_of_thoughts(replies[-1])
-            scores = (parse_json if reply.startswith("{") else parse)(rubric, reply, nonce)
+            scores = parse(rubric, outside_of_thoughts(replies[-1]), nonce)
         return replace(rubric.verdict(scores), replies=tuple(replies), scores=tuple(scores.items()))
 
     def _again(self, rubric: Rubric, messages: list[Message], nonce: str) -> str:
