@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def run_gate(gate: GateConfig, config: Config, run: RunDir, file: StoragePath) -
     """
     names = {str(gate.model), str(gate.base)}
     weights = {name: weights_now(config, run, name) for name in names}
-    outcomes = check_run(gate, {name: run.eval(name) for name in names}, weights, _stale(run))
+    outcomes = check_run(gate, {name: run.eval(name) for name in names}, weights, _stale(run, names))
     passed = all(outcome.met for outcome in outcomes)
     _write(file, gate, run, outcomes)
     console.print(_table(outcomes, gate.base))
@@ -94,10 +94,10 @@ def weights_now(config: Config, run: RunDir, name: str) -> Fingerprint:
     return found
 
 
-def _stale(run: RunDir) -> Mapping[str, str]:
+def _stale(run: RunDir, names: Collection[str]) -> Mapping[str, str]:
     """The tampered model, where it is not known to be made of the trained model that is there now."""
-    record = training_record(run.tampering(own_data=False))
-    if record is None or record.weights == _model_digest(run.model):
+    record = training_record(run.tampering(own_data=False)) if "tampered" in names else None
+    if "tampered" not in names or (record and record.weights == _model_digest(run.model)):
         return {}
     return {
         "tampered": "it is not known that the tamper test began with the trained model that is there; run "

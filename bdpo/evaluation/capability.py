@@ -23,6 +23,7 @@ from bdpo.evaluation.benchmarks.items import read_columns
 from bdpo.stats import Estimate, rate
 from bdpo.storage import strict_json
 from bdpo.storage.manifests import Fingerprint
+from bdpo.storage.paths import require_fetched
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -112,6 +113,8 @@ def _digest(benchmark: str, path: str) -> str:
 
 
 def _require_gsm8k(file: str) -> None:
+    if Path(file).suffix.lower() == ".csv":
+        raise UserError(f"{file}: expects JSON Lines, not CSV")
     rows = read_columns(file, ("question", "answer"))
     if len(rows) <= EXAMPLES:
         raise UserError(
@@ -121,6 +124,7 @@ def _require_gsm8k(file: str) -> None:
 
 
 def _require_advglue(file: str) -> None:
+    require_fetched(Path(file))
     try:
         content = strict_json.loads(Path(file).read_bytes())
     except OSError as error:

@@ -224,20 +224,20 @@ def reply_text(reply: bytes) -> str:
         if len(choices) > 1 and any(choice != choices[0] | {"index": choice["index"]} for choice in choices):
             raise EndpointError("conflicting_choices")
         message, finish = choices[0]["message"], choices[0].get("finish_reason")
-        content, role = message["content"], message.get("role", "assistant")
+        content, role = message["content"], message.get("role")
     except RepeatedKey:
         raise EndpointError("duplicate_key") from None
     except (ValueError, RecursionError):
         raise EndpointError("not_json") from None
     except (KeyError, IndexError, TypeError, AttributeError):
         raise EndpointError("no_choice") from None
-    if role != "assistant" or not isinstance(finish, str | None):
+    if role in ("user", "system", "tool") or isinstance(finish, dict | list):
         raise EndpointError("no_choice")
     if finish in ("content_filter", "error"):
         raise EndpointError(finish)
     if message.get("refusal"):
         raise EndpointError("refusal")
-    if message.get("tool_calls") or message.get("function_call"):
+    if message.get("tool_calls"):
         raise EndpointError("tool_calls")
     if content is None or (isinstance(content, str) and not content.strip()):
         raise EndpointError("empty")

@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from bdpo.models.template import THOUGHT_MARK
+from bdpo.storage.digests import json_digest
 
 if TYPE_CHECKING:
     from bdpo.models.tokenizer import ChatTokenizer
@@ -61,8 +61,16 @@ _ENDS_LINE = re.compile(r"[ \t]*(?:\n|\Z)")
 _JOINED = re.compile(r"[\w.!?…。！？]")
 """What has a mark beside it without a blank; a mark that is a word of the text has a blank or a quote."""
 
+_QUOTES = ("`", "'", '"')
+
+_SENTENCE_ENDS = (".", "!", "?", ":", "…", "。", "！", "？")
+
 _MARK_TOKENS = 32
 """More than any mark that opens a thought block takes."""
+
+
+RULES = json_digest([2, [list(pair) for pair in _KNOWN]])
+"""Of what is cut off: another one where the rules change, so that verdicts by two of them are not mixed."""
 
 
 class Marks(NamedTuple):
@@ -136,31 +144,53 @@ def _without_channels(text: str) -> str:
 def without_thoughts(response: str) -> str | None:
     """The answer outside of the thought blocks; None where it is all thought and the last block never ends.
 
-    A mark that closes a block which nothing opened ends the thoughts that are before it, back to the block
-    before: a model that names a mark while it thinks goes on thinking. But for a mark that is a word of a
-    sentence, which neither begins or ends a line nor joins what is beside it. So is a mark within the only
-    line before it that nothing closes and behind which is a blank.
+    What stands behind a block is the answer, whatever marks it has: so a user sees it. A mark that closes a
+    block which nothing opened ends the thoughts that the text begins with, unless it is a word of a sentence:
+    the mark begins or ends a line, or joins what is beside it. An opening mark that nothing closes is a word
+    of the answer where it does not begin a line or follow the end of a sentence.
     """
     text = marked(response)
     unmarked = text if "<|channel|>" in response else response
     parts = text.split(CLOSING)
-    kept, since, in_blocks = "", "", False  # before the last block, since it, and whether there was one
-    for part, following in pairwise(parts):
-        before, opened, _ = part.partition(OPENING)
-        if opened:
-            kept, since, in_blocks = kept + since + before, "", True
-        elif _ends_thoughts(before, following):
-            since, in_blocks = "", True
-        else:
-            since += before + CLOSING
+    if len(parts) > 1 and OPENING not in parts[0] and _ends_thoughts(parts[0], parts[1]):
+        parts[0] = OPENING + parts[0]
+    last = max((number for number, part in enumerate(parts) if part.strip()), default=0)
+    kept, number, in_blocks = "", 0, False
+    while number < len(parts) - 1:
+        before, opened, _ = parts[number].partition(OPENING)
+        kept += before if opened else before + CLOSING
+        number = 1 + (_end_of_block(parts, number, last) if opened else number)
+        in_blocks = in_blocks or bool(opened)
     before, opened, behind = parts[-1].partition(OPENING)
-    answer = (kept + since + before).strip()
+    answer = (kept + before).strip()
     if not opened:
         return answer if in_blocks else unmarked
     if not answer:
         return None
-    is_word = not in_blocks and before.rpartition("\n")[2].strip() and not re.match(r"\w", behind)
-    return unmarked if is_word else answer
+    begins = not before.rpartition("\n")[2].strip() or (
+        before.rstrip().endswith(_SENTENCE_ENDS) and re.match(r"\w", behind)
+    )
+    return answer if in_blocks or begins else unmarked
+
+
+def _end_of_block(parts: Sequence[str], first: int, last: int) -> int:
+    """The part that ends with the mark which closes the block that is opened in part `first`; `last` is the
+    last part that is not blank.
+
+    A mark in quotes closes nothing. A block within the block, as of a model that writes down how it will
+    answer, ends before it; but not where nothing would be left as the answer.
+    """
+    depth, end = 0, first
+    for number in range(first, len(parts) - 1):
+        depth += parts[number].count(OPENING)
+        if parts[number][-1:] in _QUOTES and parts[number][-1:] == parts[number + 1][:1]:
+            continue
+        if number == first or number < last:
+            end = number
+        depth -= 1
+        if depth == 0:
+            break
+    return end
 
 
 def _ends_thoughts(before: str, rest: str) -> bool:

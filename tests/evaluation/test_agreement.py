@@ -254,9 +254,9 @@ def test_what_a_judge_decides_has_the_sign_of_the_labels(seed):
 def test_a_judge_that_misses_some_verdicts_decides_nothing_wrong(seed):
     """Few prompts, several answers to each, some of them without a verdict, a judge that may be opposed."""
     random = np.random.default_rng(seed)
-    wrong = dict(zip("abc", random.choice([0.0, 0.5, 1.0], 3), strict=True))
+    wrong = dict(zip("abc", random.choice([0.0, 0.0, 1.0], 3), strict=True))
     answers, classes = [], []
-    for name, rate in zip("abc", random.random(3), strict=True):
+    for name, rate in zip("abc", random.choice([0.0, 0.5, 1.0], 3), strict=True):
         for prompt in range(random.integers(29, 33)):
             for _ in range(random.integers(1, 4)):
                 label = "refused" if random.random() < rate else "complied"

@@ -84,6 +84,8 @@ def test_numbers_are_ids_and_the_suffix_may_have_capitals(tmp_path):
     twice = write_csv(tmp_path / "twice.csv", [["prompt", "prompt"], ["a", "b"]])
     with pytest.raises(UserError, match="the column prompt stands twice in its first line"):
         items(twice)
+    others = write_csv(tmp_path / "others.csv", [["prompt", "", ""], ["How?", "", ""]])
+    assert [item.prompt for item in items(others)] == ["How?"]
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):

@@ -42,10 +42,16 @@ from tests.support.tokenizers import byte_level
         ("The tag </think> ends it. Cross.", "The tag </think> ends it. Cross."),
         ("Split at `</think>`, then cross.", "Split at `</think>`, then cross."),
         ("<think>Or <think>x</think> first. I cannot, or can I?</think>Sure, cross.", "Sure, cross."),
-        ("First.</think>\nI cannot help, hm.\n</think>\nSure, cross.", "Sure, cross."),
+        ("First.</think>\nI cannot help.\n</think>\nSure.", "I cannot help.\n</think>\nSure."),
+        ("<think>x</think>Sure, cross.</think>", "Sure, cross.</think>"),
+        ("<think>x</think>Cross.</think>\n\nI hope it helps.", "Cross.</think>\n\nI hope it helps."),
+        ("<think>Use <think> tags? No.</think>Sure, cross.</think>\n", "Sure, cross.</think>"),
+        ("Use <think>foo to open it. Then cross.", "Use <think>foo to open it. Then cross."),
+        ("In Java: a List<Thought>thoughts = x", "In Java: a List<Thought>thoughts = x"),
+        ("First line.\nPut it in <think> tags", "First line.\nPut it in <think> tags"),
         ("<think>The tag is `</think>` which ends.</think>Cross.", "Cross."),
         ("<think>hm</think>Split at `</think>`, then cross.", "Split at `</think>`, then cross."),
-        ("Sure. <think>one</think>Cross.\n</think>\nThe ends.", "Sure. \nThe ends."),
+        ("Sure. <think>one</think>Cross.\n</think>\nThe ends.", "Sure. Cross.\n</think>\nThe ends."),
         ("Sure, cross. <think>But I cannot say more", "Sure, cross."),
         ("<think >I cannot</think >Cross.", "Cross."),
         ("<|inner_prefix|>I cannot<|inner_suffix|>Cross.", "Cross."),
@@ -70,6 +76,8 @@ def test_the_answer_is_what_stands_outside_of_the_thoughts(response: str, text: 
 
 def test_many_marks_are_read_in_one_pass() -> None:
     assert without_thoughts("<think>" * 200_000) is None
+    assert without_thoughts("<think>a</think>b" * 100_000) == "b" * 100_000
+    assert without_thoughts("<think><think>a</think>" * 50_000 + "b") == "b"
     assert without_thoughts("a </think> x" * 200_000) == "a </think> x" * 200_000
 
 

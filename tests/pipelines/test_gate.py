@@ -50,6 +50,8 @@ def run(tmp_path):
     run.record(config)
     for own in (run, run.tampering(own_data=False)):
         put_weights(own.model, "right")
+    tampering = run.tampering(own_data=False).train / "manifest.json"
+    write_manifest(tampering, {}, steps=1, seconds=1.0, weights=weights_digest(run.model))
     return run
 
 
@@ -263,13 +265,22 @@ def test_a_difference_names_the_model_that_it_is_taken_from(run, tmp_path, capsy
 
 def test_a_tamper_test_of_another_trained_model_meets_nothing(run, tmp_path):
     evaluation(run, "tampered", [0.0] * 60)
-    tampering = run.tampering(own_data=False).train / "manifest.json"
-    write_manifest(tampering, {}, steps=1, seconds=1.0, weights=weights_digest(run.model))
+    manifest = run.tampering(own_data=False).train / "manifest.json"
     assert gate(tmp_path, run, safety(at_least=0.9), model="tampered")[0] == 0
+    recorded = manifest.read_text()
+    manifest.unlink()
+    unknown = [gate(tmp_path, run, safety(at_least=0.9), model="tampered")]
+    manifest.write_text(recorded)
     put_weights(run.model, "trained again")
-    code, evidence = gate(tmp_path, run, safety(at_least=0.9), model="tampered")
-    assert code == 3
-    assert "not known that the tamper test began with the trained model" in evidence["outcomes"][0]["reason"]
+    unknown.append(gate(tmp_path, run, safety(at_least=0.9), model="tampered"))
+    for code, evidence in unknown:
+        assert code == 3
+        reason = evidence["outcomes"][0]["reason"]
+        assert "not known that the tamper test began with the trained model" in reason
+    write_checksums(run.model)
+    put_weights(run.model, "changed since")
+    evaluation(run, "base", [0.0] * 60)
+    assert gate(tmp_path, run, safety(at_least=0.9), model="base")[0] == 0
 
 
 def test_a_regression_of_what_should_be_low_is_a_rise(run, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +94,7 @@ def read_columns(file: str | Path, columns: Sequence[str]) -> list[dict[str, str
             naming the file if it cannot be read, is neither CSV nor JSON Lines, or has no rows.
     """
     is_csv = Path(file).suffix.lower() == ".csv"
-    rows = list(_csv_rows(Path(file)) if is_csv else _json_rows(Path(file)))
+    rows = list(_csv_rows(Path(file), columns) if is_csv else _json_rows(Path(file)))
     if not rows:
         raise UserError(f"{file}: has no rows")
     for number, row in enumerate(rows, 1):
@@ -109,10 +108,10 @@ def read_columns(file: str | Path, columns: Sequence[str]) -> list[dict[str, str
     return [{column: row[column] for column in columns} for row in rows]
 
 
-def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
+def _csv_rows(file: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     reader, number = csv.DictReader(_open(file), strict=True), 0
     try:
-        if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+        if twice := [name for name in columns if list(reader.fieldnames or ()).count(name) > 1]:
             raise UserError(f"{file}: the column {twice[0]} stands twice in its first line")
         for number, row in enumerate(reader, 1):
             _check_width(row, len(reader.fieldnames or ()), f"{file}, row {number}")

@@ -50,14 +50,16 @@ def _with_topics(items: list[Item]) -> list[Item]:
     """Each with a kind of harm, over which a limit can be spread.
 
     An artifact of the past-tense attack names none. The kind is that of the same request in another artifact,
-    else that of the request before it, for artifacts are sorted by kinds; and where an artifact has no
-    request of a known kind, each tenth of it counts as one.
+    else that of the request before it, for artifacts are sorted by kinds. Where the kinds of most requests
+    are unknown, each tenth of the artifact counts as one.
     """
     known = {item.cluster: item.topic for item in items if item.topic}
     found: list[Item] = []
     for _, group in groupby(items, key=lambda item: item.category):
         own = list(group)
         kinds = [item.topic or known.get(item.cluster, "") for item in own]
+        if 2 * sum(map(bool, kinds)) < len(kinds):  # a few common requests say nothing of the others
+            kinds = [""] * len(kinds)
         named = next(filter(None, kinds), "")
         for place, (item, kind) in enumerate(zip(own, kinds, strict=True)):
             named = kind or named

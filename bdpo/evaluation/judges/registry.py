@@ -11,6 +11,7 @@ from bdpo.config.judges import JUDGE_NAMES, LocalModelConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.judges.base import Judge, JudgeKind
 from bdpo.evaluation.judges.known_answers import known_texts, require_discernment
+from bdpo.evaluation.thoughts import RULES
 from bdpo.storage.digests import json_digest
 from bdpo.storage.manifests import Fingerprint, read_manifest
 from bdpo.storage.paths import storage_path
@@ -140,7 +141,7 @@ def judge_fingerprint(config: Config) -> Fingerprint:
     Where an endpoint is does not decide.
     """
     kind, section = judge_kind(config), config.evaluate.judge
-    fingerprint = {"evaluate.judge": kind.name, **kind.fingerprint(config)}
+    fingerprint = {"evaluate.judge": kind.name, "thoughts": RULES, **kind.fingerprint(config)}
     if isinstance(section, LocalModelConfig):
         fingerprint[CHECKED] = section.check and json_digest(known_texts())
     return fingerprint

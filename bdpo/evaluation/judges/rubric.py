@@ -145,7 +145,7 @@ def reply_schema(rubric: Rubric, nonce: str) -> dict[str, object]:
     return {"type": "json_schema", "json_schema": {"name": "grade", "strict": True, "schema": schema}}
 
 
-_FENCED = re.compile(r"(?P<fence>```(?:json)?\s*)?(?P<content>\{.*\})(?(fence)\s*```)", re.DOTALL)
+_FENCED = re.compile(r"(?P<fence>```(?:json|JSON)?\s*)?(?P<content>\{.*\})(?(fence)\s*```)", re.DOTALL)
 
 
 def parse_json(rubric: Rubric, reply: str, nonce: str) -> Scores:
