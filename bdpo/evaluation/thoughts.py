@@ -145,16 +145,17 @@ def without_thoughts(response: str) -> str | None:
     """The answer outside of the thought blocks; None where it is all thought and the last block never ends.
 
     What stands behind a block is the answer, whatever marks it has: so a user sees it. A mark that closes a
-    block which nothing opened ends the thoughts that the text begins with, unless it is a word of a sentence:
-    the mark begins or ends a line, or joins what is beside it. An opening mark that nothing closes is a word
-    of the answer where it does not begin a line or follow the end of a sentence.
+    block which nothing opened ends the thoughts that the text begins with, unless nothing stands behind it or
+    it is a word of a sentence: else the mark begins or ends a line, or joins what is beside it. An opening
+    mark that nothing closes is a word of the answer where it does not begin a line or follow the end of a
+    sentence.
     """
     text = marked(response)
     unmarked = text if "<|channel|>" in response else response
     parts = text.split(CLOSING)
-    if len(parts) > 1 and OPENING not in parts[0] and _ends_thoughts(parts[0], parts[1]):
-        parts[0] = OPENING + parts[0]
     last = max((number for number, part in enumerate(parts) if part.strip()), default=0)
+    if last and OPENING not in parts[0] and _ends_thoughts(parts[0], parts[1]):
+        parts[0] = OPENING + parts[0]
     kept, number, in_blocks = "", 0, False
     while number < len(parts) - 1:
         before, opened, _ = parts[number].partition(OPENING)
@@ -162,15 +163,11 @@ def without_thoughts(response: str) -> str | None:
         number = 1 + (_end_of_block(parts, number, last) if opened else number)
         in_blocks = in_blocks or bool(opened)
     before, opened, behind = parts[-1].partition(OPENING)
-    answer = (kept + before).strip()
-    if not opened:
-        return answer if in_blocks else unmarked
-    if not answer:
+    if opened and not (kept + before).strip():
         return None
-    begins = not before.rpartition("\n")[2].strip() or (
-        before.rstrip().endswith(_SENTENCE_ENDS) and re.match(r"\w", behind)
-    )
-    return answer if in_blocks or begins else unmarked
+    if not opened or not _begins_thoughts(before, behind):
+        return (kept + parts[-1]).strip() if in_blocks else unmarked
+    return (kept + before).strip()
 
 
 def _end_of_block(parts: Sequence[str], first: int, last: int) -> int:
@@ -191,6 +188,11 @@ def _end_of_block(parts: Sequence[str], first: int, last: int) -> int:
         if depth == 0:
             break
     return end
+
+
+def _begins_thoughts(before: str, behind: str) -> bool:
+    begins_line = not before.rpartition("\n")[2].strip()
+    return begins_line or bool(before.rstrip().endswith(_SENTENCE_ENDS) and re.match(r"\w", behind))
 
 
 def _ends_thoughts(before: str, rest: str) -> bool:
