@@ -96,8 +96,10 @@ def weights_now(config: Config, run: RunDir, name: str) -> Fingerprint:
 
 def _stale(run: RunDir, names: Collection[str]) -> Mapping[str, str]:
     """The tampered model, where it is not known to be made of the trained model that is there now."""
-    record = training_record(run.tampering(own_data=False)) if "tampered" in names else None
-    if "tampered" not in names or (record and record.weights == _model_digest(run.model)):
+    if "tampered" not in names:
+        return {}
+    record = training_record(run.tampering(own_data=False))
+    if record is not None and record.weights == _model_digest(run.model):
         return {}
     return {
         "tampered": "it is not known that the tamper test began with the trained model that is there; run "

@@ -33,3 +33,8 @@ def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise RepeatedKey(name)
             seen.add(name)
     return values
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text is without halves of surrogate pairs, which JSON can spell and no file can hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

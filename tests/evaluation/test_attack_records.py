@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict, replace
 from functools import reduce
 
 import pyarrow as pa
 import pytest
-from rich.console import Console
 
 from bdpo.evaluation.attacks.records import RECORD_SCHEMA, Attempt, Record, joined, record_of
 from bdpo.evaluation.attacks.requests import Request
 from bdpo.evaluation.attacks.results import AttackSummary, public_scores, summarise_attack
-from bdpo.evaluation.attacks.tables import attack_table
 from bdpo.evaluation.judges.base import Failed, Harm, NoAnswer, Verdict
-from bdpo.evaluation.judges.registry import JudgeNote
+from tests.support.attacks import printed_attack
 
 FAILED, THOUGHT = Failed("timeout"), NoAnswer("unfinished_thought")
 HARMLESS, HARMFUL = Harm(0.25, refused=False), Harm(1.0, refused=False)
@@ -29,13 +26,6 @@ def summary(*records: Record) -> AttackSummary:
     requests = [Request(record.item_id, n, "Kind", "Goal", "Sure") for n, record in enumerate(records)]
     table = pa.Table.from_pylist([asdict(record) for record in records], schema=RECORD_SCHEMA)
     return summarise_attack(public_scores(table, requests), "rubric")
-
-
-def printed(found: AttackSummary) -> str:
-    console = Console(width=120, file=io.StringIO())
-    console.print(attack_table("gcg", {"base": found}, JudgeNote("rubric")))
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text
 
 
 @pytest.mark.parametrize("reason", [FAILED, THOUGHT])
@@ -62,7 +52,7 @@ def test_a_prompt_that_was_not_asked_is_an_attempt_of_which_nothing_is_known(
     record = record_of("r", [*attempts(*[HARMLESS] * (10 - too_long)), *unasked])
     assert (record.jailbroken, record.unanswered) == ((False, None) if known else (None, "prompt_too_long"))
     assert (record.not_asked, record.queries, record.failed_verdicts) == (too_long, 10 - too_long, 0)
-    assert ("prompts without room" in printed(summary(record))) == bool(too_long)
+    assert ("prompts without room" in printed_attack(summary(record))) == bool(too_long)
 
 
 def test_a_success_is_one_whatever_had_no_verdict() -> None:
@@ -79,7 +69,7 @@ def test_such_requests_are_in_no_rate_and_shown_with_their_reason(reason: Verdic
     assert (found.n, found.n_judged, found.success.value, found.success.n) == (4, 2, 0.5, 2)
     assert {**found.failures, **found.unanswered} == {code: 2}
     assert not found.valid
-    text = printed(found)
+    text = printed_attack(found)
     assert f"2 {code}" in text
     assert "answers without a verdict" in text
     rows = [line for line in text.splitlines() if "attack success" in line or "Kind" in line]
@@ -100,7 +90,7 @@ def test_the_rate_of_requests_that_were_withstood_alone_has_a_row_of_its_own() -
     assert (found.beyond_direct.value, found.beyond_direct.n) == (0.5, 2)
     assert summary(*at_once).beyond_direct is None
     assert "requests withstood alone │ 50.0 (1.3–98.7) n=2" in " ".join(
-        printed(summary(*at_once, *searched[:2])).split()
+        printed_attack(summary(*at_once, *searched[:2])).split()
     )
 
 

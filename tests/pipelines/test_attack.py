@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -229,39 +230,39 @@ def test_a_prompt_that_leaves_no_room_is_null_and_not_safe(tmp_path: Path, tiny_
     assert [item.prompt for item in items] == [None] * REQUESTS
 
 
-def test_base_and_trained_model_are_compared_pair_by_pair(
+@pytest.fixture
+def print_both(
     tmp_path: Path, tiny_chat: ChatTokenizer, judged: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = attack_config(tmp_path, tiny_chat, n=1)
-    run = RunDir(config.run_dir)
-    save_model(Path(str(run.model)), tiny_chat, seed=1)
-    judged(JudgeBy(lambda response: True))
-    base = attacked(config)
-    judged(JudgeBy(lambda response: False))
-    trained = AttackTrained(config, run, executor=IN_PROCESS)
-    assert trained.has_inputs
-    trained.complete()
-    print_attacks(config, [base, trained])
-    out = capsys.readouterr().out
+) -> Callable[[JudgeBy], str]:
+    """print_both(judge): what is printed of a base model that always gives in, and of a trained one that this
+    judge judges."""
+
+    def printed(judge: JudgeBy) -> str:
+        config = attack_config(tmp_path, tiny_chat, n=1)
+        run = RunDir(config.run_dir)
+        save_model(Path(str(run.model)), tiny_chat, seed=1)
+        judged(JudgeBy(lambda response: True))
+        base = attacked(config)
+        judged(judge)
+        trained = AttackTrained(config, run, executor=IN_PROCESS)
+        assert trained.has_inputs
+        trained.complete()
+        print_attacks(config, [base, trained])
+        return capsys.readouterr().out
+
+    return printed
+
+
+def test_base_and_trained_model_are_compared_pair_by_pair(print_both: Callable[[JudgeBy], str]) -> None:
+    out = print_both(JudgeBy(lambda response: False))
     assert "base → trained: 100.0 → 0.0, -100.0 points" in out
     assert "string_matching" in out
     assert "with the judge's own error" in out
     assert GOAL not in out
 
 
-def test_an_invalid_attack_is_not_compared(
-    tmp_path: Path, tiny_chat: ChatTokenizer, judged: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = attack_config(tmp_path, tiny_chat, n=1)
-    run = RunDir(config.run_dir)
-    save_model(Path(str(run.model)), tiny_chat, seed=1)
-    judged(JudgeBy(lambda response: True))
-    base = attacked(config)
-    judged(Unable(lambda response: True))
-    trained = AttackTrained(config, run, executor=IN_PROCESS)
-    trained.complete()
-    print_attacks(config, [base, trained])
-    out = capsys.readouterr().out
+def test_an_invalid_attack_is_not_compared(print_both: Callable[[JudgeBy], str]) -> None:
+    out = print_both(Unable(lambda response: True))
     assert "invalid" in out
     assert "base → trained" not in out
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from bdpo.config import Config, parse_config
+from bdpo.evaluation.attacks.results import AttackSummary
+from bdpo.evaluation.attacks.tables import attack_table
 from bdpo.evaluation.judges.base import Harm, Question, Verdict
+from bdpo.evaluation.judges.registry import JudgeNote
 from bdpo.models.tokenizer import ChatTokenizer
 from pipelines.runtime.pool import InProcess, ShardWork
 from tests.support.benchmark_files import write_csv
@@ -47,6 +53,14 @@ def attacker_section(url: str, **changes: Any) -> dict[str, Any]:
 def attacker_reply(prompt: str) -> str:
     """What an attacker that keeps to the format replies."""
     return json.dumps({"improvement": "none", "prompt": prompt})
+
+
+def printed_attack(found: AttackSummary) -> str:
+    """The table of an attack on the base model, as the terminal shows it."""
+    console = Console(width=120, file=io.StringIO())
+    console.print(attack_table("gcg", {"base": found}, JudgeNote("rubric")))
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
 
 
 @dataclass(frozen=True)

@@ -119,14 +119,9 @@ def prompt_in(reply: str) -> str:
     except (ValueError, RecursionError):
         found = None
     prompt = found.get("prompt") if isinstance(found, dict) else None
-    if not isinstance(prompt, str) or not prompt.strip() or not _is_unicode(prompt):
+    if not isinstance(prompt, str) or not prompt.strip() or not strict_json.is_unicode(prompt):
         raise EndpointError("unparsable")
     return prompt.strip()
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text is without halves of surrogate pairs, which JSON can spell and no template can write."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @dataclass(frozen=True)

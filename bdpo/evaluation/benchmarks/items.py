@@ -160,7 +160,7 @@ def _check_cell(cell: Any, where: str, required: bool) -> None:
         raise UserError(f"{where}: is missing")
     if not isinstance(cell, str):
         raise UserError(f"{where}: expects a text")
-    if any("\ud800" <= character <= "\udfff" for character in cell):  # how `_open` reads other bytes
+    if not strict_json.is_unicode(cell):  # lone surrogates are how `_open` reads other bytes
         raise UserError(f"{where}: is not UTF-8")
     if required and not cell.strip():
         raise UserError(f"{where}: is empty")

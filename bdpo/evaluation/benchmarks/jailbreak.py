@@ -170,7 +170,7 @@ def _text(values: dict[str, Any], key: str, where: str) -> str:
     value = values.get(key)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}, key {key}: expects a text that is not empty")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if not strict_json.is_unicode(value):
         raise UserError(f"{where}, key {key}: is not valid Unicode (half of a surrogate pair)")
     return value
 
