@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import runpy
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import psutil
+
+from tests.support import ROOT
 
 
 class Ended(NamedTuple):
@@ -46,6 +49,18 @@ def run_command(module: str, *arguments: object) -> Ended:
     return Ended(code, out.getvalue(), err.getvalue())
 
 
+def start_alone(*arguments: object, **variables: str) -> subprocess.Popen[str]:
+    """`python arguments` with a Ray cluster of its own, whichever the tests of this process joined."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": "local"} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def kill_with_cluster(driver: subprocess.Popen[Any]) -> None:
     """kill -9 of a command that started a Ray cluster, which dies with it; returns when all of it is gone.
 
@@ -53,6 +68,7 @@ def kill_with_cluster(driver: subprocess.Popen[Any]) -> None:
     report its end to a GCS that is gone.
     """
     cluster = psutil.Process(driver.pid).children(recursive=True)
+    assert any(process.name() == "raylet" for process in cluster), "its cluster is another's"
     driver.kill()
     driver.wait()
     for process in cluster:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -18,6 +15,7 @@ from bdpo.variants.ends import Cause, End, Failure
 from bdpo.variants.objective import Measured
 from tests.support import ROOT
 from tests.support.benchmark_files import write_csv
+from tests.support.commands import start_alone
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
 
 PAIRS = 22
@@ -70,22 +68,8 @@ def sweep_config(folder, chat, **evaluate):
 
 
 def start(folder, *arguments, **variables):
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "RAY_worker_niceness": "0",
-        "RAY_AUTH_MODE": "token",
-        "PYTHONPATH": f"{folder}:{ROOT}",
-        "COUNTED": str(folder / "counted"),
-        **variables,
-    }
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    counted = {"PYTHONPATH": f"{folder}:{ROOT}", "COUNTED": str(folder / "counted")}
+    return start_alone(*arguments, **counted, **variables)
 
 
 def wait_for(process, file):

@@ -25,9 +25,7 @@ def folder(tmp_path_factory, tiny_chat):
     values = sweep_config(folder, tiny_chat).model_dump() | {"experiment": {"seeds": [SEED]}}
     values["train"]["workers"] = 1
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    process = start(
-        folder, "-m", "pipelines.experiment", "balanced-subset", *arguments(folder), RAY_ADDRESS="local"
-    )
+    process = start(folder, "-m", "pipelines.experiment", "balanced-subset", *arguments(folder))
     wait_for(process, arm(folder, "balanced").eval("trained") / "summary.json")
     kill_with_cluster(process)
     return folder

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -20,26 +17,17 @@ from pipelines.attack import AttackBase
 from pipelines.status import run_status
 from tests.support import ROOT
 from tests.support.attacks import IN_PROCESS, REQUESTS, attack_config
-from tests.support.commands import kill_with_cluster
+from tests.support.commands import kill_with_cluster, start_alone
 from tests.support.fake_endpoint import FINE, fake_endpoint, honest
-
-
-def start(file: Path, key: str) -> subprocess.Popen[str]:
-    """The command, with a Ray cluster of its own; the endpoint sees by the key which command asks."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.attack", "--config", str(file)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "JUDGE_KEY": key},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def test_a_killed_attack_makes_what_is_missing_and_nothing_again(
     tmp_path: Path, tiny_chat: ChatTokenizer
 ) -> None:
-    """Eight draws a request, none of which the judge calls harmful; killed once a request is recorded."""
+    """Eight draws a request, none of which the judge calls harmful; killed once a request is recorded.
+
+    The endpoint sees by the key which of the two commands asks.
+    """
 
     def slow(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         time.sleep(0.1)
@@ -60,18 +48,19 @@ def test_a_killed_attack_makes_what_is_missing_and_nothing_again(
         file.write_text(config.to_yaml())
         run = RunDir(config.run_dir)
         records = Path(str(run.attack_texts("best_of_n", "base"))) / "records"
-        process = start(file, "first")
+        command = "-m", "pipelines.attack", "--config", file
+        process = start_alone(*command, JUDGE_KEY="first")
         deadline = time.monotonic() + 300
         while not list(records.glob("part-*")):
-            assert process.poll() is None, process.communicate()[0]
+            assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.01)
         kill_with_cluster(process)
         kept = {part: part.stat().st_mtime_ns for part in records.glob("part-*")}
         assert 0 < len(kept) < REQUESTS
-        process = start(file, "second")
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, out
+        process = start_alone(*command, JUDGE_KEY="second")
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
     assert endpoint.authorizations.count("Bearer second") == 8 * (REQUESTS - len(kept))
     assert kept.items() <= {part: part.stat().st_mtime_ns for part in records.glob("part-*")}.items()
     scores = pq.read_table(str(run.attack("best_of_n", "base") / "scores.parquet"))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,23 +11,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from tests.support import ROOT
-from tests.support.commands import kill_with_cluster
+from tests.support.commands import kill_with_cluster, start_alone
 from tests.support.evaluation import ITEMS, KEY, answers, canary_files, train_parrot, write_config
 from tests.support.fake_endpoint import FINE, fake_endpoint, honest, take_apart
 
 
 def start(file: Path) -> subprocess.Popen[str]:
-    """The command, with a Ray cluster of its own."""
-    environment = {"OMP_NUM_THREADS": "1", "JUDGE_KEY": KEY, "RAY_worker_niceness": "0"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.evaluate", "--config", str(file)],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return start_alone("-m", "pipelines.evaluate", "--config", file, JUDGE_KEY=KEY)
 
 
 def evaluate(file: Path) -> str:

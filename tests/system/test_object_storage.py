@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 
 import pyarrow.parquet as pq
@@ -21,8 +18,7 @@ from bdpo.storage.cache import local_copy
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.paths import write_bytes
 from bdpo.storage.run_dir import RunDir
-from tests.support import ROOT
-from tests.support.commands import kill_with_cluster
+from tests.support.commands import kill_with_cluster, start_alone
 from tests.support.helpers import invented_pairs, save_model, tiny_config, write_jsonl
 from tests.support.s3_server import SECRET
 from tests.support.training import launch
@@ -57,12 +53,10 @@ def config_of(run_dir, inputs):
 
 
 def start(stage, config_file, *arguments):
-    arguments = [sys.executable, "-m", f"pipelines.{stage}", *arguments, "--config", str(config_file)]
-    # A cluster of its own, whose workers have the key of the bucket: that of the session was started without.
+    # The workers of its own cluster have the key of the bucket: that of the session was started without.
     # Ray kills workers when the machine runs out of memory, whoever took it.
-    environment = os.environ | {"RAY_ADDRESS": "local", "RAY_memory_monitor_refresh_ms": "0"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    arguments = f"pipelines.{stage}", *arguments, "--config", config_file
+    return start_alone("-m", *arguments, RAY_memory_monitor_refresh_ms="0")
 
 
 def command(stage, config_file, *arguments):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +16,7 @@ from pipelines.run import run_pipeline
 from pipelines.runtime import pool
 from pipelines.runtime.registry import PIPELINE
 from pipelines.runtime.stage import outputs_of
-from tests.support import ROOT
+from tests.support.commands import start_alone
 from tests.support.pipeline import PAIRS, pipeline, pipeline_inputs
 
 
@@ -31,11 +28,10 @@ def inputs(tmp_path_factory, tiny_chat):
 @pytest.fixture(scope="module")
 def finished(inputs):
     """The whole pipeline, run once; returns what it printed."""
-    command = [sys.executable, "-m", "pipelines.run", "--config", inputs / "config.yaml"]
-    environment = os.environ | {"RAY_ADDRESS": "local"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process = start_alone("-m", "pipelines.run", "--config", inputs / "config.yaml")
+    out, err = process.communicate(timeout=1200)
+    assert process.returncode == 0, err
+    return out
 
 
 def snapshot(folder):

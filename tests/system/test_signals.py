@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
@@ -14,7 +11,7 @@ import pytest
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
 from pipelines.status import run_status
-from tests.support import ROOT
+from tests.support.commands import start_alone
 from tests.support.pipeline import pipeline_inputs
 from tests.support.ray_nodes import wait_until
 
@@ -34,10 +31,7 @@ STAGES = {
 
 
 def start(inputs):
-    command = [sys.executable, "-m", "pipelines.run", "--config", inputs / "config.yaml", "train.workers=1"]
-    environment = os.environ | {"RAY_ADDRESS": "local"}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+    return start_alone("-m", "pipelines.run", "--config", inputs / "config.yaml", "train.workers=1")
 
 
 def test_a_run_that_is_interrupted_in_every_stage_is_finished_by_the_same_command(inputs):

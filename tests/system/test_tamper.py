@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,8 +16,7 @@ from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
 from pipelines.prepare import Prepare
 from pipelines.tamper import Tamper
-from tests.support import ROOT
-from tests.support.commands import kill_with_cluster, run_command
+from tests.support.commands import kill_with_cluster, run_command, start_alone
 from tests.support.helpers import save_model
 from tests.support.pipeline import PAIRS, TAMPER_SETTINGS, pipeline_inputs
 
@@ -92,17 +88,10 @@ def test_a_killed_one_resumes_and_tampers_as_much(inputs: Path, undisturbed: Tam
     config, run = aligned_run(inputs, tmp_path / "run")
     training = Tamper(config, run).training.run
     before, checkpoints = digest(run), Path(str(training.train)) / "ray"
-    process = subprocess.Popen(
-        [sys.executable, "-m", *tamper(inputs, run)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "RAY_ADDRESS": "local"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = start_alone("-m", *tamper(inputs, run))
     deadline = time.monotonic() + 300
     while len(list(checkpoints.glob("checkpoint_*"))) < 2:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
     kill_with_cluster(process)
