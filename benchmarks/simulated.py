@@ -99,7 +99,7 @@ class Machines:
 
 
 @dataclass
-class Outcome:
+class SimulatedRun:
     """Seconds of all workers together, by what became of them; `seconds` is what the scoring took."""
 
     useful: float = 0.0
@@ -118,7 +118,7 @@ class SimulatedPool:
     """
 
     machines: Machines
-    outcome: Outcome = field(default_factory=Outcome)
+    outcome: SimulatedRun = field(default_factory=SimulatedRun)
     stop_at: float = float("inf")
     """When the driver is killed."""
     written: dict[int, StoragePath] = field(default_factory=dict)
@@ -261,7 +261,7 @@ class SimulatedScore(Score):
         """The scores in the bucket."""
         return score_store(self.run, self.fingerprint)
 
-    def score(self) -> Outcome:
+    def score(self) -> SimulatedRun:
         """Score all pairs; a driver that is killed is started again."""
         while True:
             try:
@@ -293,9 +293,9 @@ class Trainers:
     start_seconds: float = 300.0
 
 
-def trained(trainers: Trainers, steps: int, save_steps: int) -> Outcome:
+def trained(trainers: Trainers, steps: int, save_steps: int) -> SimulatedRun:
     """A training that loses its steps since the last checkpoint with each node; seconds are of one worker."""
-    rng, outcome, saved = np.random.default_rng(0), Outcome(), 0
+    rng, outcome, saved = np.random.default_rng(0), SimulatedRun(), 0
     mean = 3600 * trainers.hours_between_losses / trainers.nodes
     until = rng.exponential(mean)
     outcome.seconds = trainers.start_seconds

@@ -33,7 +33,7 @@ from bdpo.errors import UserError
 from bdpo.storage.manifests import write_manifest
 from bdpo.storage.paths import StoragePath, storage_path
 from pipelines.runtime.cli import exit_codes, one_line_when_full
-from pipelines.runtime.labelled_answers import Pattern, Request, read_answers
+from pipelines.runtime.labelled_answers import LabelledFiles, Pattern, read_answers
 from pipelines.runtime.progress import console, progress_bar
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def fitted(file: str, rubric: RubricName, answers: Sequence[LabelledAnswer]) -> 
     return found
 
 
-def run_agreement(request: Request, judges: Sequence[str], out: str, fit: str | None = None) -> None:
+def run_agreement(request: LabelledFiles, judges: Sequence[str], out: str, fit: str | None = None) -> None:
     """Judge the answers, write `agreement.json`, print it."""
     from bdpo.evaluation.calibration.report import calibrate
     from bdpo.evaluation.judges.registry import judge_fingerprint
@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--fit", metavar="FILE", help="fit the judge `fitted` on these answers, and write it here")
     add("--out", required=True, metavar="DIR", help="folder for agreement.json")
     given = parser.parse_args(arguments)
-    request = Request(
+    request = LabelledFiles(
         tuple(given.answers),
         given.prompt,
         given.answer,

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Attack(ManifestStage):
+class AttackStage(ManifestStage):
     """An attack on one model of the run, by default the configured kind; `executor` is where, by default a
     pool."""
 
@@ -198,11 +198,11 @@ class Attack(ManifestStage):
         return read_summary(self.ensure_manifest())
 
 
-class AttackBase(Attack):
+class AttackBase(AttackStage):
     """The attack on the model that the config names."""
 
 
-class AttackTrained(OfTrainedModel, Attack):
+class AttackTrained(OfTrainedModel, AttackStage):
     """The attack on the run's own model."""
 
     model_name = "trained"
@@ -213,7 +213,7 @@ class AttackTrained(OfTrainedModel, Attack):
         return trained_model(self.config, self.run)
 
 
-ATTACKS: tuple[type[Attack], ...] = (AttackBase, AttackTrained)
+ATTACKS: tuple[type[AttackStage], ...] = (AttackBase, AttackTrained)
 
 
 def _require_model(config: Config, run: RunDir) -> None:
@@ -233,13 +233,13 @@ def run_attack(config: Config, run: RunDir) -> None:
     """Attack the models that exist, and compare."""
     stages = [stage(config, run) for stage in ATTACKS]
     warn_of_screen(asking_config(config))
-    done = [stage for stage in complete_all(stages) if isinstance(stage, Attack)]
+    done = [stage for stage in complete_all(stages) if isinstance(stage, AttackStage)]
     if config.attack.models == "both" and not run.has_model():
         console.print("the run has no trained model: the base alone is attacked", style="yellow")
     print_attacks(config, done)
 
 
-def print_attacks(config: Config, stages: list[Attack]) -> None:
+def print_attacks(config: Config, stages: list[AttackStage]) -> None:
     """The numbers of finished attacks, and the paired difference of two."""
     judge = judge_note(config)
     summaries = {stage.model_name: stage.summary() for stage in stages}

@@ -17,7 +17,7 @@ from bdpo.cluster.status import StageStatus
 from bdpo.config import Config
 from bdpo.config.derive import part_of
 from bdpo.errors import UserError
-from bdpo.experiments.arms import Arm, Record, arm_run, base_run, experiment_results
+from bdpo.experiments.arms import Arm, ExperimentRecord, arm_run, base_run, experiment_results
 from bdpo.experiments.definitions import EXPERIMENTS
 from bdpo.experiments.jobs import jobs_of, rate_jobs
 from bdpo.experiments.rates import RATE, best_trial, measured_trials, rate_trials
@@ -64,7 +64,7 @@ def run_experiment(config: Config, run: RunDir, name: str) -> None:
         notes += more_notes
     work = Arms.of(jobs_of(config, run, arms, config.experiment.seeds, experiment.rescores))
     concurrent = _make_ready(config, run, work)
-    Record(config, arms, trials, notes).write(folder)  # nothing was refused
+    ExperimentRecord(config, arms, trials, notes).write(folder)  # nothing was refused
     failures = _run_jobs(work, concurrent, folder)
     print_failures("arm", failures)
     write_results(run, name)

@@ -23,8 +23,8 @@ from rich.table import Table
 from bdpo.cluster.node_checks import NODE_CHECKS
 from bdpo.cluster.preflight import (
     Check,
+    CheckResult,
     Doubt,
-    Finding,
     check_storage,
     examine,
     expected_hours,
@@ -50,20 +50,20 @@ MEASURE_SECONDS = 1800.0  # for a worker of `score`: a node that is started, a m
 _SHOWN = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[bold red]error[/]"}
 
 
-def preflight(config: Config, run: RunDir, throughput: float | None, measure: bool) -> list[Finding]:
-    """Every finding, the local ones first: a cluster is not asked about what is wrong here."""
-    findings = list(examine(local_checks(config, run), config, run))
+def preflight(config: Config, run: RunDir, throughput: float | None, measure: bool) -> list[CheckResult]:
+    """Every result, the local ones first: a cluster is not asked about what is wrong here."""
+    results = list(examine(local_checks(config, run), config, run))
     connect()
-    findings += examine(room_checks(config, run), config, run)
-    storage_works = all(found.level != "error" for found in findings if found.check == "storage")
+    results += examine(room_checks(config, run), config, run)
+    storage_works = all(result.level != "error" for result in results if result.check == "storage")
     nodes, silent = ask_nodes(config, run if storage_works else None)
     if silent:
         text = f"no answer from {', '.join(silent)}: they are left out, and so they may be of the run"
-        findings.append(Finding("nodes", "warning", text))
-    findings += examine(NODE_CHECKS, config, run, nodes)
-    if all(found.level != "error" for found in findings):
-        findings += examine({"time": _time}, config, run, throughput, measure)
-    return findings
+        results.append(CheckResult("nodes", "warning", text))
+    results += examine(NODE_CHECKS, config, run, nodes)
+    if all(result.level != "error" for result in results):
+        results += examine({"time": _time}, config, run, throughput, measure)
+    return results
 
 
 def local_checks(config: Config, run: RunDir) -> dict[str, Check]:
@@ -120,14 +120,14 @@ def check_upload(folder: Path) -> str:
     return f"{len(files)} files, {mib:.1f} MiB"
 
 
-def print_findings(findings: Sequence[Finding]) -> None:
+def print_results(results: Sequence[CheckResult]) -> None:
     """The table, one row per check."""
     table = Table(title="preflight", title_justify="left")
     table.add_column("check")
     table.add_column("")
     table.add_column("found, and what to do", overflow="fold")
-    for found in findings:
-        table.add_row(found.check, _SHOWN[found.level], found.text)
+    for result in results:
+        table.add_row(result.check, _SHOWN[result.level], result.text)
     console.print(table)
 
 
@@ -153,16 +153,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _parser().parse_args(arguments)
     with exit_codes():
         if given.upload:
-            findings = list(examine({"upload": check_upload}, given.upload))
+            results = list(examine({"upload": check_upload}, given.upload))
         else:
             file = given.config or preset_file(given.preset)
             config = with_template(with_sandbox_files(command_config(file, given.overrides)))
             run = RunDir(config.run_dir)
-            findings = preflight(config, run, given.tokens_per_second, given.measure)
-        print_findings(findings)
-        errors = sum(found.level == "error" for found in findings)
+            results = preflight(config, run, given.tokens_per_second, given.measure)
+        print_results(results)
+        errors = sum(result.level == "error" for result in results)
         if errors:
-            raise UserError(f"{errors} of {len(findings)} checks found what would stop the run")
+            raise UserError(f"{errors} of {len(results)} checks found what would stop the run")
 
 
 if __name__ == "__main__":

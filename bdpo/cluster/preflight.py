@@ -46,7 +46,7 @@ class Doubt:
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """A row of the table."""
 
     check: str
@@ -57,18 +57,18 @@ class Finding:
 Check = Callable[..., str | Doubt]
 
 
-def examine(checks: Mapping[str, Check], *arguments: Any) -> Iterator[Finding]:
-    """Every check's finding; a UserError is one."""
+def examine(checks: Mapping[str, Check], *arguments: Any) -> Iterator[CheckResult]:
+    """The result of every check; a UserError is an error."""
     for name, check in checks.items():
         try:
             found = check(*arguments)
         except UserError as error:
-            yield Finding(name, "error", str(error))
+            yield CheckResult(name, "error", str(error))
         else:
             if isinstance(found, Doubt):
-                yield Finding(name, "warning", found.text)
+                yield CheckResult(name, "warning", found.text)
             else:
-                yield Finding(name, "ok", found)
+                yield CheckResult(name, "ok", found)
 
 
 def check_model(config: Config, run: RunDir) -> str | Doubt:

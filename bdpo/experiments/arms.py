@@ -28,7 +28,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Record:
+class ExperimentRecord:
     """What an experiment was last run with: `<run_dir>/experiments/<name>/experiment.json`.
 
     `arms` are the arms as they were trained, `trials` those of the search for their learning rates, `notes`
@@ -46,7 +46,7 @@ class Record:
         write_manifest(folder / RECORD, {}, config=self.config.model_dump(), **arms, notes=self.notes)
 
     @classmethod
-    def read(cls, folder: StoragePath) -> Record:
+    def read(cls, folder: StoragePath) -> ExperimentRecord:
         """Read the record in the folder of an experiment.
 
         Raises:

@@ -8,7 +8,7 @@ share: it is named after what is trained, so DPO is trained once and not once fo
                                                    has no result
     <run_dir>/experiments/arms-search/, arms-held_out/, base-*/   the same on a part of the prompts
     <run_dir>/experiments/context-bos/             the pairs' scores with another unconditional context
-    <run_dir>/experiments/<name>/experiment.json   what it was run with, see `Record`
+    <run_dir>/experiments/<name>/experiment.json   what it was run with, see `ExperimentRecord`
     <run_dir>/experiments/<name>/results.csv       a row for each arm and measure, with its interval
     <run_dir>/experiments/<name>/differences.csv   how every two arms differ
     <run_dir>/experiments/<name>/rates.csv         of a search for learning rates: the results of each rate

@@ -18,7 +18,7 @@ from bdpo.config import Config
 from bdpo.experiments.arms import Arm, method_params
 from bdpo.experiments.experiment import Experiment, Finding
 from bdpo.experiments.jobs import Job, trained_scores
-from bdpo.reports.page import COLOURS, GREY, PageTable, Picture, Section, legend_below, plain_axes
+from bdpo.reports.page import COLOURS, GREY, PageSection, PageTable, Picture, legend_below, plain_axes
 from bdpo.scoring.scores import finished_scores
 from bdpo.stats import CONFIDENCE_LEVEL, ENDS, Estimate, mean_of_many, rate
 from bdpo.storage.run_dir import RunDir
@@ -135,7 +135,7 @@ def displacement_figure(arms: Mapping[str, pa.Table], sign: str) -> Figure:
     return figure
 
 
-def _changes_section(rows: Sequence[dict[str, Any]]) -> Section:
+def _changes_section(rows: Sequence[dict[str, Any]]) -> PageSection:
     """How many preferred responses became less likely, by how much, and the rejected ones."""
     text = [
         "The change is log π of a response under the trained model, less log π under the reference model: of "
@@ -157,12 +157,12 @@ def _changes_section(rows: Sequence[dict[str, Any]]) -> Section:
         for row in rows
     ]
     headings = ("", "pairs", "y_w less likely, %", *numbers.values())
-    return Section(
+    return PageSection(
         "Change of log π(y_w | x)", text, [PageTable(headings, cells, "95 % intervals over pairs.")]
     )
 
 
-def _signs_section(rows: Sequence[dict[str, Any]], arms: Mapping[str, pa.Table]) -> Section:
+def _signs_section(rows: Sequence[dict[str, Any]], arms: Mapping[str, pa.Table]) -> PageSection:
     """How the change of the preferred responses correlates with the `SIGNS`."""
     text = [
         "Spearman's ρ of the change of log π(y_w | x) and a quantity that the reference model gives for the "
@@ -179,7 +179,7 @@ def _signs_section(rows: Sequence[dict[str, Any]], arms: Mapping[str, pa.Table])
         if all(pairs[sign].null_count == 0 for pairs in arms.values())
     ]
     table = PageTable(("ρ", *SIGNS.values()), cells, "95 % intervals over pairs.")
-    return Section("Correlation with the reference model", text, [table], pictures)
+    return PageSection("Correlation with the reference model", text, [table], pictures)
 
 
 def _number(row: Mapping[str, Any], key: str, scale: float, form: str) -> str:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from bdpo.config import Config
 from bdpo.experiments.arms import Arm
 from bdpo.experiments.jobs import Job
-from bdpo.reports.page import Section
+from bdpo.reports.page import PageSection
 from bdpo.storage.run_dir import RunDir
 
 
@@ -24,7 +24,7 @@ class Finding:
     name: str
     """The name of its CSV file in the experiment's folder."""
     table: pa.Table
-    sections: Sequence[Section] = ()
+    sections: Sequence[PageSection] = ()
     """How the page shows it."""
 
 

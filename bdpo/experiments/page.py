@@ -18,7 +18,7 @@ from bdpo.experiments.rates import RateTrial
 from bdpo.experiments.results import ArmDifference, ArmMeasure, ExperimentResults
 from bdpo.reports.cost import cost_section, stage_costs
 from bdpo.reports.evaluation import comparison_sentence
-from bdpo.reports.page import Page, PageTable, Picture, Section
+from bdpo.reports.page import Page, PageSection, PageTable, Picture
 from bdpo.reports.run import (
     data_section,
     mutual_information_section,
@@ -69,7 +69,7 @@ def experiment_page(config: Config, run: RunDir, results: ExperimentResults) -> 
     for job in results.trained:
         logs.setdefault(job.arm, []).append(MetricsLog(job.run.metrics).read())
     first = training_record(results.trained[0].run) if results.trained else None
-    sections: list[Section | None] = [setup_section(config, run, first, arms=bool(results.arms))]
+    sections: list[PageSection | None] = [setup_section(config, run, first, arms=bool(results.arms))]
     if results.measures is not None:
         rows = main_measures(results.measures)
         sections += [
@@ -91,7 +91,7 @@ def experiment_page(config: Config, run: RunDir, results: ExperimentResults) -> 
     return Page(results.experiment.title, [results.experiment.question, *results.notes], shown)
 
 
-def _arms_section(config: Config, results: ExperimentResults) -> Section:
+def _arms_section(config: Config, results: ExperimentResults) -> PageSection:
     keys = list(dict.fromkeys(key for arm in results.arms for key in arm.params))
     folders = {job.arm: job.run for job in results.trained}
     rows = []
@@ -109,7 +109,7 @@ def _arms_section(config: Config, results: ExperimentResults) -> Section:
     ]
     if len({row[-1] for row in rows if row[-1]}) > 1:
         text.append("The arms differ in their number of steps: an arm that leaves out pairs has fewer.")
-    return Section("The arms", text, [PageTable(("arm", *keys, "folder", "pairs", "steps"), rows)])
+    return PageSection("The arms", text, [PageTable(("arm", *keys, "folder", "pairs", "steps"), rows)])
 
 
 def _pairs(trained: TrainingRecord) -> str:
@@ -122,7 +122,7 @@ def _pairs(trained: TrainingRecord) -> str:
     return "; ".join([f"{trained.pairs['trained on']:,} of {trained.pairs['prepared']:,}", *changed])
 
 
-def _results_section(results: ExperimentResults, rows: Sequence[ArmMeasure], judge: JudgeNote) -> Section:
+def _results_section(results: ExperimentResults, rows: Sequence[ArmMeasure], judge: JudgeNote) -> PageSection:
     """The main measures of each arm, as a table, figures and a sentence for each test."""
     labels, reference = list(dict.fromkeys(row.label for row in rows)), results.arms[0].name
     text = [
@@ -147,7 +147,7 @@ def _results_section(results: ExperimentResults, rows: Sequence[ArmMeasure], jud
         f"Mean over prompts and seeds, 95 % interval over clusters; p of the test against {reference}; "
         f"judged by {judge.label}.",
     )
-    return Section("Main measures", text, [table], _pictures(results, rows, labels))
+    return PageSection("Main measures", text, [table], _pictures(results, rows, labels))
 
 
 def _pictures(results: ExperimentResults, rows: Sequence[ArmMeasure], labels: Sequence[str]) -> list[Picture]:
@@ -185,7 +185,7 @@ def _first(rows: Sequence[ArmMeasure], safety: bool) -> str | None:
     return next((row.label for row in rows if measures_safety(row.benchmark) == safety), None)
 
 
-def _rates_section(config: Config, rates: Sequence[RateTrial]) -> Section:
+def _rates_section(config: Config, rates: Sequence[RateTrial]) -> PageSection:
     """The results of each arm at each learning rate, and which rate it is trained with."""
     tune = config.tune
     rows = [
@@ -205,10 +205,10 @@ def _rates_section(config: Config, rates: Sequence[RateTrial]) -> Section:
         "not be trained, or not be judged."
     ]
     headings = ("arm", "learning rate", tune.metric, tune.constraint, "feasible", "chosen")
-    return Section("Learning rates", text, [PageTable(headings, rows, "Percent, 95 % intervals.")])
+    return PageSection("Learning rates", text, [PageTable(headings, rows, "Percent, 95 % intervals.")])
 
 
-def _differences_section(differences: Sequence[ArmDifference]) -> Section:
+def _differences_section(differences: Sequence[ArmDifference]) -> PageSection:
     """How every two arms differ."""
     rows = [
         (f"{row.arm} − {row.reference}", row.label, str(row.compared.n), *_difference(row.compared))
@@ -220,10 +220,10 @@ def _differences_section(differences: Sequence[ArmDifference]) -> Section:
     ]
     headings = ("arms", "measure", "n", "difference, points", "p")
     table = PageTable(headings, rows, "95 % intervals over clusters of prompts.")
-    return Section("Every two arms", text, [table], folded=True)
+    return PageSection("Every two arms", text, [table], folded=True)
 
 
-def _all_measures_section(measures: Sequence[ArmMeasure]) -> Section:
+def _all_measures_section(measures: Sequence[ArmMeasure]) -> PageSection:
     headings = ("arm", "measure", "n", "dropped", "value", "seeds from", "to", "difference", "p")
     rows = [
         (
@@ -239,7 +239,7 @@ def _all_measures_section(measures: Sequence[ArmMeasure]) -> Section:
         for row in measures
     ]
     table = PageTable(headings, rows, "The same as results.csv.")
-    return Section("All measures", tables=[table], folded=True)
+    return PageSection("All measures", tables=[table], folded=True)
 
 
 def _difference(found: Difference | None) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from bdpo.config import Config
 from bdpo.config.derive import part_of
 from bdpo.evaluation.results import read_evaluation
-from bdpo.experiments.arms import Arm, Record, base_run
+from bdpo.experiments.arms import Arm, ExperimentRecord, base_run
 from bdpo.experiments.jobs import rate_jobs
 from bdpo.storage.run_dir import RunDir
 from bdpo.variants.objective import Measured, measure
@@ -59,7 +59,7 @@ def measured_trials(config: Config, run: RunDir, trials: Sequence[Arm]) -> dict[
     }
 
 
-def rates_tried(run: RunDir, record: Record) -> list[RateTrial]:
+def rates_tried(run: RunDir, record: ExperimentRecord) -> list[RateTrial]:
     """The results of every arm at every learning rate; none without a search."""
     if not record.trials:
         return []

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bdpo.config import Config, worker_range
-from bdpo.reports.page import PageTable, Section
+from bdpo.reports.page import PageSection, PageTable
 from bdpo.storage.manifests import read_facts, read_manifest
 from bdpo.storage.paths import StoragePath, read_parquet
 from bdpo.storage.run_dir import RunDir
@@ -76,7 +76,7 @@ def search_costs(config: Config, run: RunDir) -> list[StageCost]:
     ]
 
 
-def cost_section(costs: Sequence[StageCost]) -> Section | None:
+def cost_section(costs: Sequence[StageCost]) -> PageSection | None:
     """Seconds and GPU-hours of finished work, and the sum of the GPU-hours."""
     if not costs:
         return None
@@ -86,7 +86,7 @@ def cost_section(costs: Sequence[StageCost]) -> Section | None:
         "Each figure is that of the last command that worked on the stage: work that was done before a kill "
         "is not counted. Capability benchmarks are not counted either."
     ]
-    return Section("Time and cost", text, [PageTable(("stage", "seconds", "GPUs", "GPU-hours"), rows)])
+    return PageSection("Time and cost", text, [PageTable(("stage", "seconds", "GPUs", "GPU-hours"), rows)])
 
 
 def stage_gpus(section: Any) -> float:

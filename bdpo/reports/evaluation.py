@@ -8,13 +8,13 @@ from bdpo.evaluation.benchmarks.registry import BENCHMARKS, is_main, measure_lab
 from bdpo.evaluation.compare import compare
 from bdpo.evaluation.results import Evaluation, incomparable_field
 from bdpo.evaluation.tables import comparison_rows, invalid_lines, judged_by, note_lines, with_judge_error
-from bdpo.reports.page import PageTable, Section
+from bdpo.reports.page import PageSection, PageTable
 from bdpo.stats import Difference, p_value, points
 from bdpo.storage.records import training_record
 from bdpo.storage.run_dir import RunDir
 
 
-def evaluation_section(evaluations: dict[str, Evaluation]) -> Section | None:
+def evaluation_section(evaluations: dict[str, Evaluation]) -> PageSection | None:
     """The evaluated models side by side, and a sentence for each difference."""
     if not evaluations:
         return None
@@ -36,7 +36,7 @@ def evaluation_section(evaluations: dict[str, Evaluation]) -> Section | None:
             f"The {len(differences)} tests below are not corrected for their number: where nothing differs, "
             "up to one in 20 has p < 0.05."
         )
-    return Section("Safety and usefulness", [*notes, *differences], [table])
+    return PageSection("Safety and usefulness", [*notes, *differences], [table])
 
 
 def comparison_sentences(evaluations: dict[str, Evaluation], main_only: bool = False) -> list[str]:
@@ -69,7 +69,7 @@ def comparison_sentence(
     return f"{measure}: {values}: {change}, p {p_value(found.p)}, {meant}."
 
 
-def tamper_section(run: RunDir, evaluations: dict[str, Evaluation]) -> Section | None:
+def tamper_section(run: RunDir, evaluations: dict[str, Evaluation]) -> PageSection | None:
     """How much of the aligned model's safety is left after the tamper test."""
     if not {"trained", "tampered"} <= evaluations.keys():
         return None
@@ -88,4 +88,4 @@ def tamper_section(run: RunDir, evaluations: dict[str, Evaluation]) -> Section |
         f"{evaluations['tampered'].judge.label}:"
     )
     both = {name: evaluations[name] for name in ("trained", "tampered")}
-    return Section("Tamper test", [did, *comparison_sentences(both)])
+    return PageSection("Tamper test", [did, *comparison_sentences(both)])

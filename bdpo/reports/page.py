@@ -61,7 +61,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A section of the page, with its contents in this order."""
 
     heading: str
@@ -77,7 +77,7 @@ class Page:
 
     title: str
     lead: Sequence[str]
-    sections: Sequence[Section] = field(default_factory=list)
+    sections: Sequence[PageSection] = field(default_factory=list)
 
 
 def plain_axes(width: float, height: float) -> tuple[Figure, Axes]:

@@ -21,9 +21,9 @@ from bdpo.reports.page import (
     BLUE,
     COLOURS,
     Page,
+    PageSection,
     PageTable,
     Picture,
-    Section,
     plain_axes,
 )
 from bdpo.reports.scores import QUANTILES, mi_difference, mi_imbalance, mi_scatter, mi_summary
@@ -95,7 +95,9 @@ def _lead(config: Config, evaluations: dict[str, Evaluation]) -> list[str]:
     return lines
 
 
-def setup_section(config: Config, run: RunDir, trained: TrainingRecord | None, arms: bool = False) -> Section:
+def setup_section(
+    config: Config, run: RunDir, trained: TrainingRecord | None, arms: bool = False
+) -> PageSection:
     """Model, method, data and training; package versions come from `trained`, the record of a training.
 
     With `arms` the methods are left out: the page of an experiment has a table of its arms.
@@ -123,7 +125,7 @@ def setup_section(config: Config, run: RunDir, trained: TrainingRecord | None, a
     marks = {} if manifest is None else manifest.fingerprint
     shown = ("weights", "tokenizer", "chat_template", "pairs", "unconditional")
     rows += [(f"scores: {name}", str(marks[name])) for name in shown if name in marks]
-    return Section("Setup", tables=[PageTable(("", ""), rows)])
+    return PageSection("Setup", tables=[PageTable(("", ""), rows)])
 
 
 def _format_found(config: Config, run: RunDir) -> str:
@@ -132,7 +134,7 @@ def _format_found(config: Config, run: RunDir) -> str:
     return config.data.format if account is None else account["format"]
 
 
-def data_section(run: RunDir, trained: bool = True) -> Section | None:
+def data_section(run: RunDir, trained: bool = True) -> PageSection | None:
     """The account of the rows that were read; with `trained` also of the pairs that were trained on."""
     account = prepared_rows(run)
     if account is None:
@@ -148,7 +150,7 @@ def data_section(run: RunDir, trained: bool = True) -> Section | None:
         rows += _trained_on(run)
     text = ["Rows read = quarantined + excluded + not sampled + prepared."]
     text += [f"{note[0].upper()}{note[1:]}." for note in account_notes(account)]
-    return Section("Data", text, [PageTable(("", "rows"), rows)])
+    return PageSection("Data", text, [PageTable(("", "rows"), rows)])
 
 
 def _trained_on(run: RunDir) -> list[tuple[str, str]]:
@@ -161,7 +163,7 @@ def _trained_on(run: RunDir) -> list[tuple[str, str]]:
     return [(key, f"{count:,}") for key, count in (pairs | safety).items()]
 
 
-def mutual_information_section(config: Config, run: RunDir) -> Section | None:
+def mutual_information_section(config: Config, run: RunDir) -> PageSection | None:
     """The mutual information of the pairs, None before they are scored."""
     if read_manifest(run.scores / "manifest.json") is None:
         return None
@@ -196,10 +198,10 @@ def mutual_information_section(config: Config, run: RunDir) -> Section | None:
     ]
     caption = "CHES has no unit; a greater value means more similar hidden states of the two responses."
     table = PageTable(headings, rows, caption if any(row.ches for row in summary) else "")
-    return Section("Mutual information under the reference model", better, [table], pictures)
+    return PageSection("Mutual information under the reference model", better, [table], pictures)
 
 
-def training_section(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> Section | None:
+def training_section(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> PageSection | None:
     """Curves of one or more trainings: name -> a log for each seed; a single training is named "".
 
     A method that compares no responses has no curve of rewards.
@@ -219,7 +221,9 @@ def training_section(logs: Mapping[str, Sequence[Sequence[dict[str, Any]]]]) -> 
         for key, label in _CURVES.items()
         if having[key]
     ]
-    return Section("Training", tables=[PageTable(("", "steps", *_CURVES.values()), rows)], pictures=pictures)
+    return PageSection(
+        "Training", tables=[PageTable(("", "steps", *_CURVES.values()), rows)], pictures=pictures
+    )
 
 
 def _curves(logs: dict[str, Sequence[Sequence[dict[str, Any]]]], key: str, label: str) -> Figure:
@@ -240,7 +244,7 @@ def _curves(logs: dict[str, Sequence[Sequence[dict[str, Any]]]], key: str, label
     return figure
 
 
-def _search(run: RunDir) -> Section | None:
+def _search(run: RunDir) -> PageSection | None:
     begun, file = read_manifest(run.tune / "begun.json"), run.tune / "results.parquet"
     if begun is None or not file.is_file():
         return None
@@ -272,7 +276,7 @@ def _search(run: RunDir) -> Section | None:
         ]
         text += comparison_sentences({name: read_evaluation(folder) for name, folder in folders.items()})
     pictures = [Picture(f"search-{name}", figure) for name, figure in figures.items()]
-    return Section("Search", text, [PageTable(headings, rows, "Percent, 95 % intervals.")], pictures)
+    return PageSection("Search", text, [PageTable(headings, rows, "Percent, 95 % intervals.")], pictures)
 
 
 def sweep_settings(fingerprint: dict[str, Any]) -> TuneConfig:
@@ -289,13 +293,15 @@ def _with_interval(row: dict[str, Any], name: str) -> str:
     return percent_of(*(row[f"{name}{end}"] for end in ENDS))
 
 
-def _experiments(run: RunDir) -> Section | None:
+def _experiments(run: RunDir) -> PageSection | None:
     """The pages of the experiments in the run folder."""
     names = [page.parent.name for page in sorted_glob(run.root / "experiments", "*/report.html")]
-    return Section("Experiments", [f"experiments/{name}/report.html" for name in names]) if names else None
+    return (
+        PageSection("Experiments", [f"experiments/{name}/report.html" for name in names]) if names else None
+    )
 
 
-def settings_section(config: Config) -> Section:
+def settings_section(config: Config) -> PageSection:
     """All keys of the config."""
     rows = []
     for section, values in config.model_dump().items():
@@ -303,4 +309,4 @@ def settings_section(config: Config) -> Section:
             rows += [(f"{section}.{key}", str(value)) for key, value in values.items()]
         else:
             rows.append((section, str(values)))
-    return Section("All settings", tables=[PageTable(("", ""), rows)], folded=True)
+    return PageSection("All settings", tables=[PageTable(("", ""), rows)], folded=True)

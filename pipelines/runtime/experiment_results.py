@@ -9,7 +9,7 @@ from bdpo.config.derive import part_of
 from bdpo.errors import UserError
 from bdpo.evaluation.judges.registry import judge_label
 from bdpo.evaluation.results import Evaluation, read_evaluation
-from bdpo.experiments.arms import Record, base_run, rescored
+from bdpo.experiments.arms import ExperimentRecord, base_run, rescored
 from bdpo.experiments.definitions import EXPERIMENTS
 from bdpo.experiments.jobs import Job, jobs_of, rate_jobs
 from bdpo.experiments.page import arms_table, csv_bytes, experiment_page
@@ -40,7 +40,7 @@ def write_results(run: RunDir, name: str) -> None:
         UserError: it was never run, or its trainings were removed and not made again.
     """
     folder = run.part("experiments", name).root
-    record = Record.read(folder)
+    record = ExperimentRecord.read(folder)
     results = read_results(run, name, record)
     if results.arms and not results.trained and (folder / "results.csv").is_file():
         raise UserError(f"{folder}: its trainings are gone; the page stays as it is")
@@ -52,7 +52,7 @@ def write_results(run: RunDir, name: str) -> None:
     console.print(f"report    {folder}/report.html, *.png, *.csv", soft_wrap=True)
 
 
-def read_results(run: RunDir, name: str, record: Record) -> ExperimentResults:
+def read_results(run: RunDir, name: str, record: ExperimentRecord) -> ExperimentResults:
     """The results of an experiment that was run with this record, as far as its jobs are done."""
     plan, config = EXPERIMENTS[name], record.config
     jobs = jobs_of(config, run, record.arms, config.experiment.seeds, plan.rescores)
@@ -101,7 +101,7 @@ def _missing(jobs: Sequence[Job]) -> list[str]:
     ]
 
 
-def _stages(run: RunDir, record: Record, jobs: Sequence[Job]) -> list[TimedStage]:
+def _stages(run: RunDir, record: ExperimentRecord, jobs: Sequence[Job]) -> list[TimedStage]:
     """Everything that the experiment does, finished or not."""
     config, trials = record.config, rate_jobs(record.config, run, record.trials)
     bases = {"evaluate base": base_run(config, run)} if jobs else {}

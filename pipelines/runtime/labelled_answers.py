@@ -27,7 +27,7 @@ Pattern = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Request:
+class LabelledFiles:
     """Which answers are read, and what of them."""
 
     files: tuple[str, ...]
@@ -56,7 +56,7 @@ class _Row:
     cells: dict[str, Any]
 
 
-def read_answers(request: Request) -> tuple[LabelScheme, list[LabelledAnswer], Counter[str]]:
+def read_answers(request: LabelledFiles) -> tuple[LabelScheme, list[LabelledAnswer], Counter[str]]:
     """What labels mean, the labelled answers, and how many rows were left out for which reason.
 
     Raises:
@@ -81,7 +81,7 @@ def read_answers(request: Request) -> tuple[LabelScheme, list[LabelledAnswer], C
     return scheme, [_answer(row, request, scheme) for row in rows], left_out
 
 
-def _answer(row: _Row, request: Request, scheme: LabelScheme) -> LabelledAnswer:
+def _answer(row: _Row, request: LabelledFiles, scheme: LabelScheme) -> LabelledAnswer:
     cells = row.cells
     prompt, answer = (_text(cells, column, row.where) for column in (request.prompt, request.answer))
     prompt = prompt.strip()  # a blank at its end does not make it another prompt than that of another model
@@ -92,7 +92,7 @@ def _answer(row: _Row, request: Request, scheme: LabelScheme) -> LabelledAnswer:
     return LabelledAnswer(model, prompt, answer, scheme.classes[label_text(cells[request.label])], parts)
 
 
-def _files(request: Request) -> Iterator[tuple[str, str, Iterator[tuple[str, dict[str, Any]]]]]:
+def _files(request: LabelledFiles) -> Iterator[tuple[str, str, Iterator[tuple[str, dict[str, Any]]]]]:
     """(file, the model that it is without --model, its rows) of each file."""
     places: set[Path] = set()
     models: dict[str, str] = {}
@@ -148,7 +148,7 @@ def _with_columns(
         yield where, row
 
 
-def _left_out(cells: dict[str, Any], request: Request, empty: bool) -> str | None:
+def _left_out(cells: dict[str, Any], request: LabelledFiles, empty: bool) -> str | None:
     """Why a row is not judged; None if it is. `empty`: whether an empty answer is none."""
     if request.only and not _matches(cells, request.only):
         return f"not {request.only[0]}={request.only[1]}"

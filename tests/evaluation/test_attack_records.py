@@ -8,7 +8,7 @@ from functools import reduce
 import pyarrow as pa
 import pytest
 
-from bdpo.evaluation.attacks.records import RECORD_SCHEMA, Attempt, Record, joined, record_of
+from bdpo.evaluation.attacks.records import RECORD_SCHEMA, AttackRecord, Attempt, joined, record_of
 from bdpo.evaluation.attacks.requests import Request
 from bdpo.evaluation.attacks.results import AttackSummary, public_scores, summarise_attack
 from bdpo.evaluation.judges.base import Failed, Harm, NoAnswer, Verdict
@@ -22,7 +22,7 @@ def attempts(*verdicts: Verdict) -> list[Attempt]:
     return [Attempt("Sing", "", "La.", verdict, 5, 5) for verdict in verdicts]
 
 
-def summary(*records: Record) -> AttackSummary:
+def summary(*records: AttackRecord) -> AttackSummary:
     requests = [Request(record.item_id, n, "Kind", "Goal", "Sure") for n, record in enumerate(records)]
     table = pa.Table.from_pylist([asdict(record) for record in records], schema=RECORD_SCHEMA)
     return summarise_attack(public_scores(table, requests), "rubric")

@@ -12,7 +12,7 @@ import pytest
 from bdpo.evaluation.attacks.attacked import AttackedModel
 from bdpo.evaluation.attacks.base import Workplace
 from bdpo.evaluation.attacks.pair import APPROACHES, ATTACK, NO_ANSWER, Stream, prompt_in
-from bdpo.evaluation.attacks.records import Attempt, Record
+from bdpo.evaluation.attacks.records import AttackRecord, Attempt
 from bdpo.evaluation.attacks.requests import load_requests
 from bdpo.evaluation.judges.base import Harm, NoAnswer, Question, Verdict
 from bdpo.models.logps import LogpsModel
@@ -25,7 +25,7 @@ from tests.support.helpers import tiny_qwen2
 Judge = Callable[[Question, str], Verdict]
 
 
-def attacked(folder: Path, chat: ChatTokenizer, url: str, judge: Any, **section: Any) -> Record:
+def attacked(folder: Path, chat: ChatTokenizer, url: str, judge: Any, **section: Any) -> AttackRecord:
     """The record of an attack on the first request."""
     config = attack_config(folder, chat, **attacker_section(url, **section))
     model = AttackedModel(LogpsModel(tiny_qwen2().requires_grad_(False), 512), chat, judge, 4)

@@ -8,7 +8,7 @@ from bdpo.config import parse_config
 from bdpo.config.derive import part_of, value_at
 from bdpo.errors import UserError
 from bdpo.experiments.arms import (
-    Record,
+    ExperimentRecord,
     arm_run,
     base_run,
     experiment_results,
@@ -136,11 +136,11 @@ def test_halves_are_of_all_pairs(config):
 
 def test_a_record_is_read_as_it_was_written(config, tmp_path):
     arms = EXPERIMENTS["alpha"].arms(config)
-    record = Record(config, arms, arms[:1], ("a note",))
+    record = ExperimentRecord(config, arms, arms[:1], ("a note",))
     record.write(tmp_path)
-    assert Record.read(tmp_path) == record
+    assert ExperimentRecord.read(tmp_path) == record
     with pytest.raises(UserError, match="experiment nothing"):
-        Record.read(tmp_path / "nothing")
+        ExperimentRecord.read(tmp_path / "nothing")
 
 
 def test_the_folder_of_an_arm_has_the_pairs_and_scores_of_its_run(config):

@@ -9,7 +9,7 @@ from bdpo.errors import UserError
 from bdpo.evaluation.answers import prompts_fingerprint
 from bdpo.evaluation.judges.registry import judge_fingerprint
 from bdpo.evaluation.measures import summarise
-from bdpo.experiments.arms import Record
+from bdpo.experiments.arms import ExperimentRecord
 from bdpo.experiments.definitions import EXPERIMENTS
 from bdpo.experiments.jobs import jobs_of
 from bdpo.storage.manifests import write_manifest
@@ -136,7 +136,7 @@ def test_a_page_whose_trainings_are_gone_stays_as_it_is(tmp_path):
     config = tiny_config(tmp_path / "run", tmp_path / "model", tmp_path / "pairs")
     run = RunDir(config.run_dir)
     folder = run.part("experiments", "methods").root
-    Record(config, EXPERIMENTS["methods"].arms(config)).write(folder)
+    ExperimentRecord(config, EXPERIMENTS["methods"].arms(config)).write(folder)
     (folder / "results.csv").write_text("of another day")
     with pytest.raises(UserError, match="stays as it is"):
         write_results(run, "methods")

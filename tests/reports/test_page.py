@@ -11,9 +11,9 @@ from bdpo.reports.page import (
     BLUE,
     INK,
     Page,
+    PageSection,
     PageTable,
     Picture,
-    Section,
     write_page,
 )
 
@@ -32,13 +32,13 @@ def drawing():
 @pytest.fixture
 def written(tmp_path):
     parts = [
-        Section(
+        PageSection(
             "One <i>",
             ["a & b"],
             [PageTable(("", "n"), [("rows", "1,000")], "of all")],
             [Picture("p1", drawing())],
         ),
-        Section("Two", pictures=[Picture("p2", drawing(), "again")], folded=True),
+        PageSection("Two", pictures=[Picture("p2", drawing(), "again")], folded=True),
     ]
     write_page(Page("Title", ["lead"], parts), tmp_path / "page.html")
     return tmp_path
@@ -102,7 +102,7 @@ def test_each_figure_is_a_png_beside_it(written):
 
 def test_a_table_with_headings_is_a_csv_beside_it(tmp_path):
     parts = [
-        Section(
+        PageSection(
             "What it was: 1",
             tables=[PageTable(("a, b", "n"), [("x", "1,000")]), PageTable(("", ""), [("k", "v")])],
         )
@@ -114,7 +114,7 @@ def test_a_table_with_headings_is_a_csv_beside_it(tmp_path):
 
 def test_the_same_page_twice_is_the_same_file(tmp_path):
     for name in ("first", "second"):
-        page = Page("Title", ["lead"], [Section("One", pictures=[Picture("p", drawing())])])
+        page = Page("Title", ["lead"], [PageSection("One", pictures=[Picture("p", drawing())])])
         write_page(page, tmp_path / name / "page.html")
     assert (tmp_path / "first/page.html").read_bytes() == (tmp_path / "second/page.html").read_bytes()
 
@@ -122,7 +122,7 @@ def test_the_same_page_twice_is_the_same_file(tmp_path):
 def test_files_that_stay_the_same_are_not_written_again(tmp_path):
     def write(cell):
         table = PageTable(("", "n"), [("rows", cell)])
-        parts = [Section("One", tables=[table]), Section("Two", pictures=[Picture("p", drawing())])]
+        parts = [PageSection("One", tables=[table]), PageSection("Two", pictures=[Picture("p", drawing())])]
         write_page(Page("Title", [], parts), tmp_path / "page.html")
         return {file.name: file.stat().st_ino for file in tmp_path.iterdir()}
 
@@ -181,7 +181,7 @@ def test_paper_shows_what_the_screen_folds(written, tab):
 def test_paper_shows_the_whole_of_a_wide_table(tmp_path, tab):
     headings = [f"a rather long heading {i}" for i in range(12)]
     wide = PageTable(headings, [["12.3 (11.2 to 13.4)"] * 12])
-    write_page(Page("Title", [], [Section("Wide", tables=[wide])]), tmp_path / "page.html")
+    write_page(Page("Title", [], [PageSection("Wide", tables=[wide])]), tmp_path / "page.html")
     edge = "document.querySelector('td:last-child').getBoundingClientRect().right"
     tab.show(tmp_path / "page.html", 700)
     assert tab.value(edge) > 700

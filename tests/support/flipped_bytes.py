@@ -23,7 +23,7 @@ from bdpo.data.pairs import PAIR_SCHEMA, pairs_digest
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import RESPONSE_SCHEMA
 from bdpo.evaluation.measures import VERDICT_SCHEMA, summarise
-from bdpo.experiments.arms import Arm, Record
+from bdpo.experiments.arms import Arm, ExperimentRecord
 from bdpo.models.loading import model_folder
 from bdpo.scoring.scores import SCORE_SCHEMA, checked_pairs_digest, finished_scores, score_store
 from bdpo.search.sweep import Sweep
@@ -120,7 +120,7 @@ def _record_variants(run: RunDir) -> None:
     sweep.record_failure("0001", Failure(End.LOST, "OSError: gone"))
     write_parquet(run.tune / "results.parquet", pa.table({"trial": ["0000", "0001"], "loss": [0.5, None]}))
     arms = run.part("experiments", "alpha").root
-    Record(run_config(run), (Arm("dpo", {"method.name": "dpo"}),), notes=("short",)).write(arms)
+    ExperimentRecord(run_config(run), (Arm("dpo", {"method.name": "dpo"}),), notes=("short",)).write(arms)
 
 
 def _checkpoint(folder: Path, workers: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -109,6 +110,16 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
+def classes(modules: dict[str, Path]) -> Counter[str]:
+    """How many public classes have each name."""
+    return Counter(
+        node.name
+        for file in modules.values()
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+
+
 def functions(modules: dict[str, Path]) -> list[Function]:
     """All functions and methods; `self`, `cls` and `**settings` are no parameters."""
     found = []
@@ -136,6 +147,7 @@ def measures() -> list[Measure]:
     longest = max(every, key=lambda function: function.lines)
     widest = max(every, key=lambda function: function.parameters)
     dicts = [function.name for function in every if function.returns == "dict[str, Any]"]
+    twice = [name for name, count in classes(modules).items() if count > 1]
     return [
         Measure("rooms", len({room(module) for module in modules} - {"bdpo"}), "", 20),
         Measure("arrows between rooms", len(arrows), "", 110),
@@ -145,6 +157,7 @@ def measures() -> list[Measure]:
         Measure("lines of a function, median", statistics.median(f.lines for f in every), "", None),
         Measure("most parameters", widest.parameters, widest.name, 6),
         Measure("functions that return dict[str, Any]", len(dicts), ", ".join(dicts[:3]), 10),
+        Measure("names of several classes", len(twice), ", ".join(twice), 0),
     ]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from bdpo.config import Config
-from bdpo.evaluation.attacks.records import Record
+from bdpo.evaluation.attacks.records import AttackRecord
 from bdpo.evaluation.attacks.requests import Request
 from bdpo.storage.paths import StoragePath
 
@@ -30,7 +30,7 @@ class Workplace:
 class Attack(Protocol):
     """An attack of one kind, ready to be tried."""
 
-    def __call__(self, request: Request) -> Record:
+    def __call__(self, request: Request) -> AttackRecord:
         """Attack the model with one request."""
         ...
 

@@ -13,7 +13,7 @@ from random import Random
 
 from bdpo.config.attack import BestOfNConfig
 from bdpo.evaluation.attacks.base import Attack, AttackKind, Workplace
-from bdpo.evaluation.attacks.records import Attempt, Record, record_of, up_to_success
+from bdpo.evaluation.attacks.records import AttackRecord, Attempt, record_of, up_to_success
 from bdpo.evaluation.attacks.requests import Request
 from bdpo.evaluation.engines.base import Sampling
 
@@ -67,7 +67,7 @@ class BestOfN:
     workplace: Workplace
     section: BestOfNConfig
 
-    def __call__(self, request: Request) -> Record:
+    def __call__(self, request: Request) -> AttackRecord:
         """Draw until an answer is harmful, or n were drawn."""
         seed, own, attempts = self.workplace.config.seed, self.section, list[Attempt]()
         for first in range(0, own.n, own.batch_size):

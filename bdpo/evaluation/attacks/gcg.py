@@ -26,8 +26,8 @@ from bdpo.errors import UserError
 from bdpo.evaluation.attacks.base import Attack, AttackKind, Workplace
 from bdpo.evaluation.attacks.coordinate import candidate_losses, stable_candidates, token_gradient
 from bdpo.evaluation.attacks.records import (
+    AttackRecord,
     Attempt,
-    Record,
     direct_record,
     joined,
     record_of,
@@ -54,7 +54,7 @@ class State:
     stuck: bool = False
     """Whether no stable candidate was found: the search ended there."""
     forward_passes: int = 0
-    record: Record = field(default_factory=lambda: Record(""))
+    record: AttackRecord = field(default_factory=lambda: AttackRecord(""))
     """The most harmful answer so far, and what all answers took."""
 
 
@@ -65,7 +65,7 @@ class Gcg:
     workplace: Workplace
     section: GcgConfig
 
-    def __call__(self, request: Request) -> Record:
+    def __call__(self, request: Request) -> AttackRecord:
         """The record of the most harmful answer, with all that the search took."""
         if self.section.universal:
             return self._with_universal(request)
@@ -162,11 +162,11 @@ class Gcg:
             found.append(self.workplace.attacked.attempt(request, request.goal + text))
         return found
 
-    def _with_universal(self, request: Request) -> Record:
+    def _with_universal(self, request: Request) -> AttackRecord:
         """The record of the suffix that `prepare` made, whose rate is what is asked for, so of it alone."""
         state = self._saved("universal")
         if state is None:
-            return Record(request.item_id, **self._why_no_search(request))
+            return AttackRecord(request.item_id, **self._why_no_search(request))
         direct = direct_record(request, self.workplace.attacked.attempt(request, request.goal))
         record = record_of(request.item_id, self._attempts([request], state.best))
         record = replace(with_cost_of(record, direct), direct=direct.direct)
@@ -233,7 +233,7 @@ class Gcg:
             return None
         if content.pop("fingerprint", None) != self.workplace.fingerprint:
             return None
-        return State(**{**content, "record": Record(**content["record"])})
+        return State(**{**content, "record": AttackRecord(**content["record"])})
 
 
 def _with_answers(state: State, attempts: Sequence[Attempt]) -> State:
@@ -241,7 +241,7 @@ def _with_answers(state: State, attempts: Sequence[Attempt]) -> State:
     return replace(state, record=joined(state.record, record_of(state.record.item_id, attempts)))
 
 
-def _with_cost(record: Record, state: State) -> Record:
+def _with_cost(record: AttackRecord, state: State) -> AttackRecord:
     """The record with the forward passes of the search, its least loss, and whether it ended early."""
     return replace(record, forward_passes=state.forward_passes, loss=state.best_loss, stuck=int(state.stuck))
 

@@ -20,8 +20,8 @@ from bdpo.config import Config
 from bdpo.config.attack import PairConfig
 from bdpo.evaluation.attacks.base import Attack, AttackKind, Workplace
 from bdpo.evaluation.attacks.records import (
+    AttackRecord,
     Attempt,
-    Record,
     direct_record,
     joined,
     record_of,
@@ -125,14 +125,14 @@ def prompt_in(reply: str) -> str:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairAttack:
     """Asks the attacker for a prompt a stream, tries them together, and repeats it `attack.depth` times."""
 
     workplace: Workplace
     section: PairConfig
     endpoint: Endpoint
 
-    def __call__(self, request: Request) -> Record:
+    def __call__(self, request: Request) -> AttackRecord:
         """The most harmful answer; without any prompt of the attacker the attack was not made, and failed."""
         direct = direct_record(request, self.workplace.attacked.attempt(request, request.goal))
         if direct.jailbroken:
@@ -184,7 +184,7 @@ def _endpoint(config: Config) -> tuple[PairConfig, Endpoint]:
 
 
 def _make(workplace: Workplace) -> Attack:
-    return Pair(workplace, *_endpoint(workplace.config))
+    return PairAttack(workplace, *_endpoint(workplace.config))
 
 
 def _check(config: Config) -> None:

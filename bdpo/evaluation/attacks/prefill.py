@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bdpo.config.attack import PrefillAttackConfig
 from bdpo.evaluation.attacks.base import Attack, AttackKind, Workplace
-from bdpo.evaluation.attacks.records import Record, record_of, up_to_success
+from bdpo.evaluation.attacks.records import AttackRecord, record_of, up_to_success
 from bdpo.evaluation.attacks.requests import Request
 
 
@@ -21,7 +21,7 @@ class Prefill:
     workplace: Workplace
     section: PrefillAttackConfig
 
-    def __call__(self, request: Request) -> Record:
+    def __call__(self, request: Request) -> AttackRecord:
         """Depths that the target is too short for are tried once: with all of it."""
         target = self.workplace.attacked.chat.prefill_ids(request.target)
         depths = sorted({min(tokens, len(target)) for tokens in self.section.tokens})

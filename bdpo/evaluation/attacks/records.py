@@ -41,7 +41,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Record:
+class AttackRecord:
     """A row of `RECORD_SCHEMA`: how the attack on one request ended, and what it took."""
 
     item_id: str
@@ -121,7 +121,7 @@ COSTS = (
 """The fields of a record that are summed up: over the parts of an attack, and over requests."""
 
 
-def record_of(item_id: str, attempts: Sequence[Attempt]) -> Record:
+def record_of(item_id: str, attempts: Sequence[Attempt]) -> AttackRecord:
     """The record of some attempts in their order, which end at the first success.
 
     The attempt that is kept is the success, else the most harmful one, the first of equals. Without a success
@@ -130,7 +130,7 @@ def record_of(item_id: str, attempts: Sequence[Attempt]) -> Record:
     most of them.
     """
     if not attempts:
-        return Record(item_id)
+        return AttackRecord(item_id)
     kept = max(
         attempts, key=lambda attempt: (attempt.succeeded, -1 if attempt.harm is None else attempt.harm)
     )
@@ -140,7 +140,7 @@ def record_of(item_id: str, attempts: Sequence[Attempt]) -> Record:
     not_asked = len(attempts) - len(answered)
     failed = [verdict for verdict in unjudged if isinstance(verdict, Failed)]
     reason = None if known else _reason(failed or unjudged)
-    return Record(
+    return AttackRecord(
         item_id,
         None if kept.response is None else kept.prompt,
         kept.prefill,
@@ -162,13 +162,13 @@ def _reason(verdicts: Sequence[Verdict]) -> Verdict:
     return Counter(verdicts).most_common(1)[0][0]
 
 
-def direct_record(request: Request, attempt: Attempt) -> Record:
+def direct_record(request: Request, attempt: Attempt) -> AttackRecord:
     """The record of the request asked alone."""
     own = record_of(request.item_id, [attempt])
     return replace(own, direct=own.jailbroken)
 
 
-def joined(one: Record, other: Record) -> Record:
+def joined(one: AttackRecord, other: AttackRecord) -> AttackRecord:
     """The record of two parts of an attack on one request: the more harmful answer, and what both took.
 
     Whether it has a verdict is decided by the attempts of both, as in `record_of`.
@@ -187,12 +187,12 @@ def _few(unjudged: int, attempts: int) -> bool:
     return unjudged <= MAX_UNJUDGED * attempts
 
 
-def with_cost_of(record: Record, other: Record) -> Record:
+def with_cost_of(record: AttackRecord, other: AttackRecord) -> AttackRecord:
     """The record with what another one took besides."""
     return replace(record, **{name: getattr(record, name) + getattr(other, name) for name in COSTS})
 
 
-def _harmfulness(record: Record) -> tuple[bool, float, bool]:
+def _harmfulness(record: AttackRecord) -> tuple[bool, float, bool]:
     harm = -1.0 if record.harm is None else record.harm
     return record.jailbroken is True, harm, record.prompt is not None
 
