@@ -41,6 +41,8 @@ from pipelines.runtime.progress import console, progress_bar
 from pipelines.runtime.stage import ManifestStage, Stage
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from bdpo.cluster.preflight import Check
     from bdpo.training.tracking import Tracking
 
@@ -80,12 +82,13 @@ class Train(ManifestStage):
     def make(self) -> Manifest:
         """Train from the newest intact checkpoint to the end."""
         config, run, started = self.config, self.run, time.perf_counter()
-        steps = self._fit()
+        rows = training_rows(config, run)
+        steps = self._fit(rows)
         record = TrainingRecord(
             steps=steps,
             seconds=time.perf_counter() - started,
             recoveries=MetricsLog(run.recoveries).read(),
-            pairs=pairs_account(config, run, training_rows(config, run)),
+            pairs=pairs_account(config, run, rows),
             safety=safety_account(config, run),
             config=config.model_dump(),
             versions=versions(),
@@ -136,13 +139,12 @@ class Train(ManifestStage):
 
         print_plan(self.config)
 
-    def _fit(self) -> int:
-        """Run Ray Train to the end; returns the number of optimizer steps."""
+    def _fit(self, scores: pa.Table) -> int:
+        """Run Ray Train over the pairs of `scores` to the end; returns the number of optimizer steps."""
         from bdpo.training.tracking import Tracking
         from pipelines.runtime.plan_table import print_plan
 
         config, run, train = self.config, self.run, self.config.train
-        scores = training_rows(config, run)
         _print_selection(config, run, scores.num_rows)
         steps = plan_without_lengths(scores.num_rows, train, config.seed).total_steps
         print_plan(config, scores.num_rows)
@@ -172,9 +174,11 @@ def train_fingerprint(config: Config, run: RunDir) -> Fingerprint:
     What is not in it may change between a kill and the resume.
     """
     sections = {"method": config.method.fingerprint(), "train": config.train.fingerprint()}
-    select = config.data.select
+    select, read = config.data.select, score_fingerprint(config, run)
+    if not requires_scores(config):
+        del read["unconditional"]  # the pairs are read without a log-probability
     return {
-        "scores": json_digest(score_fingerprint(config, run)),
+        "scores": json_digest(read),
         "seed": config.seed,
         "data.select": select and select.model_dump(),
         **{f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()},
