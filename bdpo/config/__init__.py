@@ -46,6 +46,7 @@ __all__ = [
     "TuneConfig",
     "load_config",
     "parse_config",
+    "recorded_config",
     "worker_range",
     "workers_label",
 ]
@@ -120,9 +121,14 @@ def _lay_over(values: dict[str, Any], override: str) -> None:
 
 
 def parse_config(values: dict[str, Any], source: str) -> Config:
-    """Validate plain values; `source` is what an error message names."""
+    """Validate plain values that a user wrote; `source` is what an error message names."""
     require_tree(values, source)
     refuse_secrets(values, source)
+    return recorded_config(values, source)
+
+
+def recorded_config(values: dict[str, Any], source: str) -> Config:
+    """Validate plain values that a command wrote: they were searched for secrets, which is slow, before."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:

@@ -15,15 +15,16 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from functools import cache
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from bdpo.config.endpoint import EndpointConfig
 from bdpo.errors import UserError
 from bdpo.evaluation.thoughts import without_thoughts
 from bdpo.storage import strict_json
 from bdpo.storage.strict_json import RepeatedKey
+
+if TYPE_CHECKING:
+    import httpx
 
 MAX_REPLY_BYTES = 1 << 20
 
@@ -132,6 +133,8 @@ class Endpoint:
     ) -> bytes:
         """The body of a 200. A clock of its own ends whatever the server does: headers that trickle,
         `100 Continue`, chunks of nothing."""
+        import httpx  # status needs no HTTP
+
         url = f"{self.base_url.rstrip('/')}/{path}"
         loop = asyncio.new_event_loop()
         try:
@@ -165,6 +168,8 @@ class Endpoint:
 async def _read(request: httpx.Request) -> bytes:
     """The body of a 200, read piecewise so that its length is not unlimited; a compressed one is refused, for
     a kilobyte of it can be a gigabyte."""
+    import httpx
+
     request.headers["Accept-Encoding"] = "identity"
     # The clock around this call is the only one: httpx's own start anew with each byte.
     async with httpx.AsyncClient(verify=_certificates(), timeout=None) as client:  # noqa: S113
@@ -189,6 +194,8 @@ async def _read(request: httpx.Request) -> bytes:
 @cache
 def _certificates() -> ssl.SSLContext:
     """Read once: it takes longer than a request."""
+    import httpx
+
     return httpx.create_ssl_context()
 
 

@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 
-from bdpo.config import Config, parse_config
+from bdpo.config import Config, recorded_config
 from bdpo.config.derive import Params, trial_config, value_at
 from bdpo.errors import UserError
 from bdpo.evaluation.answers import trained_model
@@ -58,7 +58,7 @@ class ExperimentRecord:
             command = f"python -m pipelines.experiment {folder.name}"
             raise UserError(f"{file}: not found; run `{command}` first")
         arms, trials = (tuple(Arm(**arm) for arm in values[name]) for name in ("arms", "trials"))
-        return cls(parse_config(values["config"], str(file)), arms, trials, tuple(values["notes"]))
+        return cls(recorded_config(values["config"], str(file)), arms, trials, tuple(values["notes"]))
 
 
 def as_method(config: Config, name: str) -> Config:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bdpo.config import Config, TuneConfig, parse_config, workers_label
+from bdpo.config import Config, TuneConfig, recorded_config, workers_label
 from bdpo.evaluation.judges.registry import judge_label
 from bdpo.evaluation.results import Evaluation, finished_models, read_evaluation
 from bdpo.reports.cost import TimedStage, cost_section, search_costs, stage_costs
@@ -77,7 +77,7 @@ def run_page(config: Config, run: RunDir, stages: Sequence[TimedStage]) -> Page:
 def trained_config(config: Config, run: RunDir) -> Config:
     """The config with which the model in a run folder was trained, `config` if there is no model."""
     record = training_record(run)
-    return parse_config(dict(record.config), str(run.train)) if record and record.config else config
+    return recorded_config(dict(record.config), str(run.train)) if record and record.config else config
 
 
 def run_evaluations(run: RunDir) -> dict[str, Evaluation]:

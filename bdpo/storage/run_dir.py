@@ -29,7 +29,7 @@ from pathlib import Path
 import yaml
 from filelock import Timeout
 
-from bdpo.config import Config, parse_config
+from bdpo.config import Config, recorded_config
 from bdpo.errors import UserError, error_line
 from bdpo.storage.digests import json_digest
 from bdpo.storage.lease import HeldFolder, Lease, lock, lock_holder
@@ -164,7 +164,7 @@ def run_config(run: RunDir) -> Config:
         text, _, digest = read_text(run.config).rpartition(_DIGEST_LINE)
         if digest.strip() != json_digest(text):
             raise ValueError("the digest does not match")
-        return parse_config(yaml.safe_load(text), str(run.config))
+        return recorded_config(yaml.safe_load(text), str(run.config))
     except (ValueError, yaml.YAMLError):
         raise UserError(
             f"{run.config}: damaged, or not written by this version of bdpo; "
