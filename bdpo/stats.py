@@ -93,11 +93,13 @@ def percent_of(share: float | None, low: float | None, high: float | None) -> st
     return f"{100 * share:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float], of: Sequence[str] = ()) -> Difference:
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[str] = ()
+) -> Difference:
     """Mean of `second` − `first`, pair by pair, with a 95 % interval and a two-sided p-value.
 
-    Values are in [0, 1]. `of` names the cluster of each pair: interval and p are over clusters, for pairs of
-    one are not independent. The interval is that of `mean` for the differences, which lie in [−1, 1]. The
+    Values are in [0, 1]. `clusters` has the name of each pair's cluster: interval and p are over clusters,
+    for pairs of one are not independent. The interval is that of `mean` for the differences, in [−1, 1]. The
     p-value of outcomes that are all 0 or 1 and stand alone is McNemar's exact one, the sign test of the pairs
     that differ; of others that of a sign-flip permutation test, which is that test's extension and holds its
     level where a bootstrap p-value is too small. Seeded: the same numbers every time.
@@ -106,7 +108,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float], of: Seque
 
     a, b = np.asarray(first, float), np.asarray(second, float)
     difference = b - a
-    sums, sizes = cluster_sums(difference, of)
+    sums, sizes = cluster_sums(difference, clusters)
     low, high = bounded_interval((sums + sizes) / 2, sizes)  # of (d + 1) / 2, which is in [0, 1]
     if len(sizes) == len(a) and set(a) | set(b) <= {0.0, 1.0}:
         test, changed = "mcnemar", int(np.count_nonzero(difference))
@@ -138,13 +140,13 @@ def _mean_difference(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
     return np.asarray(np.mean(a - b, axis=axis))
 
 
-def rate(outcomes: Sequence[bool], of: Sequence[str] = ()) -> Estimate:
+def rate(outcomes: Sequence[bool], clusters: Sequence[str] = ()) -> Estimate:
     """The share of true outcomes, with its interval; see `mean`."""
-    return mean([float(outcome) for outcome in outcomes], of)
+    return mean([float(outcome) for outcome in outcomes], clusters)
 
 
-def mean(values: Sequence[float], of: Sequence[str] = ()) -> Estimate:
-    """The mean of values in [0, 1] with its 95 % interval; `of` names the cluster of each.
+def mean(values: Sequence[float], clusters: Sequence[str] = ()) -> Estimate:
+    """The mean of values in [0, 1] with its 95 % interval; `clusters` has each value's.
 
     Values that are all 0 or 1 and stand alone have the exact interval of Clopper and Pearson, all others that
     of `bounded_interval`, over clusters where values share them. Seeded: the same numbers every time.
@@ -152,7 +154,7 @@ def mean(values: Sequence[float], of: Sequence[str] = ()) -> Estimate:
     n = len(values)
     if n == 0:
         return Estimate(None, None, None, 0, None)
-    sums, sizes = cluster_sums(values, of)
+    sums, sizes = cluster_sums(values, clusters)
     value, count = float(np.mean(values)), len(sizes)
     if set(values) <= {0, 1} and count == n:
         from scipy.stats import binomtest  # takes as long to import as the other intervals to compute
@@ -201,11 +203,13 @@ def bounded_interval(
     return low, high
 
 
-def cluster_sums(values: Sequence[float] | np.ndarray, of: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(the sum of the values, their number) of each cluster; of each value where `of` is empty."""
-    if not len(of):
+def cluster_sums(
+    values: Sequence[float] | np.ndarray, clusters: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(the sum of the values, their number) of each cluster; of each value where `clusters` is empty."""
+    if not len(clusters):
         return np.asarray(values, float), np.ones(len(values))
-    _, number = np.unique(np.asarray(of), return_inverse=True)
+    _, number = np.unique(np.asarray(clusters), return_inverse=True)
     return np.bincount(number, weights=values), np.bincount(number).astype(float)
 
 
