@@ -20,21 +20,21 @@ VOCABULARY = 64  # of the layer
 
 
 def one_layer(
-    shape: PreTrainedConfig, attention: str, dtype: torch.dtype, device: torch.device
+    hf_config: PreTrainedConfig, attention: str, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """The first layer of the model: its true heads, next to nothing else; always the same random weights."""
-    return _build(_first_layer(shape), attention).to(dtype).to(device).eval()
+    return _build(_first_layer(hf_config), attention).to(dtype).to(device).eval()
 
 
-def has_plain_lm_head(shape: PreTrainedConfig) -> bool:
+def has_plain_lm_head(hf_config: PreTrainedConfig) -> bool:
     """Whether a model's logits are its output head applied to its last hidden state, to rounding.
 
     Some scale or cap them (Cohere, Granite, Gemma 2). What cannot be built or run is taken for one of those.
     """
-    if shape.get_text_config() is not shape:  # of a model of several parts this would build all of them
+    if hf_config.get_text_config() is not hf_config:  # it has several parts, all of which would be built
         return False
-    kind: Any = type(shape)
-    return _has_plain_lm_head(kind, shape.to_json_string(use_diff=False))
+    kind: Any = type(hf_config)
+    return _has_plain_lm_head(kind, hf_config.to_json_string(use_diff=False))
 
 
 @lru_cache
@@ -55,7 +55,7 @@ def _has_plain_lm_head(kind: Any, values: str) -> bool:
     return True
 
 
-def trains_as_it_scores(shape: PreTrainedConfig) -> bool:
+def trains_as_it_scores(hf_config: PreTrainedConfig) -> bool:
     """Whether a model without dropout computes the same logits in training mode as in evaluation mode.
 
     Some do not: PhiMoE routes tokens to experts at random in training, by a jitter that is part of what it
@@ -64,7 +64,7 @@ def trains_as_it_scores(shape: PreTrainedConfig) -> bool:
     """
     try:
         with torch.device("cpu"), torch.inference_mode():
-            model = _build(_first_layer(shape), "eager").float().eval()
+            model = _build(_first_layer(hf_config), "eager").float().eval()
             switch_off_dropout(model)
             ids = (torch.arange(2, 2 + 2 * 24).view(2, 24) % VOCABULARY).flip(0)
             scored = model(input_ids=ids, use_cache=False).logits
@@ -100,22 +100,25 @@ def _set_dropout_rates_to_zero(holder: Any) -> None:
             setattr(holder, name, 0.0)
 
 
-def _first_layer(shape: PreTrainedConfig) -> PreTrainedConfig:
-    shape = copy.deepcopy(shape)
-    shape.num_hidden_layers, shape.vocab_size = 1, VOCABULARY
+def _first_layer(hf_config: PreTrainedConfig) -> PreTrainedConfig:
+    hf_config = copy.deepcopy(hf_config)
+    hf_config.num_hidden_layers, hf_config.vocab_size = 1, VOCABULARY
     for width in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
-        if getattr(shape, width, None):
-            setattr(shape, width, 64)
-    shape.initializer_range = 2 / math.sqrt(shape.hidden_size)  # so that tokens choose whom they look at
-    shape.pad_token_id = shape.bos_token_id = shape.eos_token_id = None
-    if len(getattr(shape, "layer_types", None) or ()) > 1:
-        shape.layer_types = shape.layer_types[:1]
-    return shape
+        if getattr(hf_config, width, None):
+            setattr(hf_config, width, 64)
+    # so that tokens choose whom they look at
+    hf_config.initializer_range = 2 / math.sqrt(hf_config.hidden_size)
+    hf_config.pad_token_id = hf_config.bos_token_id = hf_config.eos_token_id = None
+    if len(getattr(hf_config, "layer_types", None) or ()) > 1:
+        hf_config.layer_types = hf_config.layer_types[:1]
+    return hf_config
 
 
-def _build(shape: PreTrainedConfig, attention: str) -> Any:
+def _build(hf_config: PreTrainedConfig, attention: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(shape, attn_implementation=attention, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(
+            hf_config, attn_implementation=attention, trust_remote_code=False
+        )

@@ -213,14 +213,14 @@ def load_tokenizer(model: ModelConfig) -> ChatTokenizer:
             `model.template_kwargs`, or it has none and `model.chat_template` names none.
     """
     folder = model_folder(model)
-    shape = model_config(model)  # first, since a tokenizer reads config.json as well
+    hf_config = model_config(model)  # first, since a tokenizer reads config.json as well
     tokenizer = read_tokenizer(folder, model.trust_remote_code)
     if model.chat_template:
         tokenizer.chat_template = read_template(model.chat_template)
     name = f"model.name_or_path={model.name_or_path}"
     require_chat_template(tokenizer, name, "set model.chat_template to a Jinja file")
     chat = faithful_chat(tokenizer, model.template_kwargs, str(folder))
-    require_embedded(tokenizer, shape, name)
+    require_embedded(tokenizer, hf_config, name)
     return chat
 
 
@@ -295,13 +295,13 @@ def _require_read(template: ChatTemplate, kwargs: Mapping[str, Any]) -> None:
         raise UserError(f"model.template_kwargs.{escaped(name)}: the chat template does not read it; {hint}")
 
 
-def require_embedded(tokenizer: PreTrainedTokenizerBase, shape: PreTrainedConfig, name: str) -> None:
+def require_embedded(tokenizer: PreTrainedTokenizerBase, hf_config: PreTrainedConfig, name: str) -> None:
     """Make sure that the model has an embedding for each token; of the padding token nothing is asked.
 
     Raises:
         UserError: it has not; the message begins with `name`.
     """
-    rows = getattr(shape.get_text_config(), "vocab_size", None)
+    rows = getattr(hf_config.get_text_config(), "vocab_size", None)
     ids = set(tokenizer.get_vocab().values()) - {tokenizer.pad_token_id}
     if rows is not None and max(ids) >= rows:
         raise UserError(

@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def supports_sdpa(shape: PreTrainedConfig) -> bool:
+def supports_sdpa(hf_config: PreTrainedConfig) -> bool:
     """Whether the causal language model of an architecture has SDPA or brings code of its own."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if type(shape) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return True
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(shape)]
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
     return bool(kind._supports_sdpa)
 
 
-def attention_of_config(shape: PreTrainedConfig) -> str | None:
+def attention_of_config(hf_config: PreTrainedConfig) -> str | None:
     """The attention that a model of this config has, or will be built with."""
-    return shape._attn_implementation
+    return hf_config._attn_implementation
 
 
-def set_attention(shape: PreTrainedConfig, attention: str) -> None:
+def set_attention(hf_config: PreTrainedConfig, attention: str) -> None:
     """Have models of this config built with an attention."""
-    shape._attn_implementation = attention
+    hf_config._attn_implementation = attention
 
 
 def parsed_template(template: str) -> Template:

@@ -108,11 +108,12 @@ def _load_policy(config: Config, ds_config: dict[str, Any]) -> Any:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attention = attention_of(config, device)  # tries small models, which zero.Init would partition
-    folder, shape = model_folder(config.model), model_config(config.model)
-    if not trains_as_it_scores(shape):
+    folder, hf_config = model_folder(config.model), model_config(config.model)
+    if not trains_as_it_scores(hf_config):
         raise UserError(
-            f"model.name_or_path={config.model.name_or_path}: {shape.model_type} models compute something "
-            "else in training than in evaluation (random routing); it can be scored and evaluated alone"
+            f"model.name_or_path={config.model.name_or_path}: {hf_config.model_type} models compute "
+            "something else in training than in evaluation (random routing); it can be scored and "
+            "evaluated alone"
         )
     if config.train.zero_stage == 3:
         require_on_first_worker(lambda: require_complete_weights(config.model))

@@ -169,14 +169,14 @@ def load_finetuned_judge(name: str, on_gpu: bool) -> FinetunedJudge:
     return FinetunedJudge(model.to(device).eval(), tokenizer)  # type: ignore[arg-type]
 
 
-def _tokenizer(source: _Source, shape: PreTrainedConfig) -> PreTrainedTokenizerBase:
+def _tokenizer(source: _Source, hf_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """The judge's tokenizer, of which the model has an embedding for each token."""
     from bdpo.models.tokenizer import require_embedded
     from bdpo.models.tokenizer_files import read_tokenizer
 
     tokenizer = read_tokenizer(source.folder)
     digit_ids(tokenizer)
-    require_embedded(tokenizer, shape, f"{_KEY}={source.folder}")
+    require_embedded(tokenizer, hf_config, f"{_KEY}={source.folder}")
     return tokenizer
 
 
