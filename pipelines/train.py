@@ -203,7 +203,7 @@ def _print_selection(config: Config, run: RunDir, pairs: int) -> None:
 
 @contextmanager
 def _progress(run: RunDir, tracking: Tracking, total_steps: int) -> Iterator[None]:
-    """A bar and trackers that follow metrics.jsonl, which the first worker writes; a line a recovery."""
+    """A bar and trackers that follow the first worker's metrics.jsonl; a line for each recovery."""
     # On object storage each look at the log is a request, and its worker writes it no more often.
     seconds = 0.5 if isinstance(run.metrics, Path) else MetricsLog.WRITE_SECONDS
     stop, seen = threading.Event(), MetricsLog(run.recoveries).read()

@@ -144,7 +144,8 @@ class Reader:
 
     def _kind(self) -> str | None:
         """The kind of the last file; None for what `datasets` reads."""
-        return kind_of(Path((self._begun[-1][1] if self._begun else "") or self.config.path))
+        name = self._begun[-1][1] if self._begun else ""
+        return kind_of(Path(name or self.config.path))
 
     def is_columnar(self) -> bool:
         """Whether the columns that are read were chosen."""

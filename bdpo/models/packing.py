@@ -193,7 +193,7 @@ def pack(groups: PrefixGroups, hidden_size: int) -> Batch:
         return torch.from_numpy(values)
 
     def of_responses(values: np.ndarray) -> np.ndarray:
-        """(groups, 1 + responses) -> a value a cell, 0 in a context."""
+        """(groups, 1 + responses) -> one value per cell, 0 in a context."""
         return np.repeat(np.hstack([np.zeros_like(values[:, :1]), values[:, 1:]]), lengths.reshape(-1))
 
     positions = of_responses(np.broadcast_to(groups.lengths[:, :1], lengths.shape)) + _ranges(0, lengths)

@@ -73,7 +73,7 @@ class VLLMEngine:
         prefills: Sequence[Sequence[int]] | None = None,
         sampling: Sampling | None = None,
     ) -> list[Answer]:
-        """See `bdpo.evaluation.engines.hf.generate`."""
+        """See `bdpo.evaluation.engines.base.Generate`."""
         prompt_ids = begun_ids(self.chat, prompts, prefills)
         settings = sampling_settings(prompt_ids, max_new_tokens, self.stops, sampling)
         outputs = self.llm.generate(
