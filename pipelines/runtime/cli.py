@@ -38,15 +38,15 @@ class Command:
     """A command over a run folder: it completes some stages. Calling the object is the command line.
 
     Exit 0 done; 2 wrong config, input or environment; 1 the run failed. `--inspect` and `--dry-run` exist if
-    a stage has them. `run` is called with config and run folder instead of completing one stage after the
-    other. Of `choice` the first argument names one, which each stage, and `run`, get as a third argument.
+    a stage has them. `completed_by`, called with config and run folder, completes the stages in its own way.
+    Of `choice` the first argument names one, which each stage gets as a third argument.
     `requires`, called with config and run folder, refuses what the command cannot work with, before the
     inputs of the stages are checked. `fresh=true` then discards what the stages make, but for `keeps`.
     """
 
     what: str | None
     stages: Sequence[type[Stage]]
-    run: Callable[..., object] | None = None
+    completed_by: Callable[[Config, RunDir], object] | None = None
     choice: Sequence[str] = ()
     requires: Callable[[Config, RunDir], object] | None = None
     keeps: Sequence[type[Stage]] = ()
@@ -86,10 +86,10 @@ class Command:
         if config.fresh:
             discard(*outputs_of(stage for stage in stages if type(stage) not in self.keeps))
         with one_line_when_full(f"run_dir={run.root}"):
-            if self.run is None:
+            if self.completed_by is None:
                 complete_all(stages)
             else:
-                self.run(resolved, run, *chosen)
+                self.completed_by(resolved, run)
             run.record(config)
 
     def _parser(self) -> argparse.ArgumentParser:
