@@ -16,7 +16,7 @@ from bdpo.evaluation.benchmarks.base import Measure
 from bdpo.evaluation.benchmarks.registry import BENCHMARKS
 from bdpo.evaluation.judges.registry import JudgeNote
 from bdpo.evaluation.measures import summarise
-from bdpo.experiments.arms import Arm, Record, arm_run, base_run
+from bdpo.experiments.arms import Arm, ExperimentRecord, arm_run, base_run
 from bdpo.experiments.definitions import EXPERIMENTS
 from bdpo.experiments.displacement import displaced_pairs, displacement_finding
 from bdpo.experiments.jobs import Job
@@ -518,7 +518,7 @@ def test_the_tables_of_an_experiment_that_searched_its_learning_rates(run):
             done(arm_run(held_out, folder, arm, seed)[1], "trained", table([harm] * 4))
     done(base_run(held_out, folder), "base", table([0.5] * 4))
     own = folder.part("experiments", "displacement").root
-    Record(held_out, arms, tuple(trials)).write(own)
+    ExperimentRecord(held_out, arms, tuple(trials)).write(own)
     write_results(folder, "displacement")
 
     def read(name):
@@ -598,7 +598,7 @@ def test_a_run_in_a_folder_called_experiments_is_a_run(tmp_path, name, monkeypat
 def test_an_experiment_is_known_by_its_record(run, monkeypatch):
     config, folder = run
     own = folder.part("experiments", "imbalance").root
-    Record(config, ()).write(own)
+    ExperimentRecord(config, ()).write(own)
     monkeypatch.setattr(sys, "argv", ["report", str(own)])
     report.main()
     assert "Figure 2" in (own / "report.html").read_text()
