@@ -32,7 +32,11 @@ COMPARED = ("trial", "status", "step", "objective", "constraint", "score", "winn
 def start(run: Path, overrides: list[str], ray_dir: Path) -> subprocess.Popen[bytes]:
     """The command, with a Ray of its own."""
     arguments = ["--config", str(CONFIG), f"run_dir={run}", "tune.max_concurrent_trials=1", *overrides]
-    environment = {**os.environ, "RAY_TMPDIR": str(ray_dir), "RAY_AUTH_MODE": "token"}
+    environment = os.environ | {
+        "RAY_ADDRESS": "local",
+        "RAY_TMPDIR": str(ray_dir),
+        "RAY_AUTH_MODE": "token",
+    }
     with run.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "tune.search", *arguments],
