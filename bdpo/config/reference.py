@@ -88,6 +88,12 @@ def methods_page() -> str:
             if method.arxiv
             else f"Requires {_requires(method)}.",
             _table(method, "method.", keys) if keys else "It has no keys.",
+            *(
+                line
+                for key in keys
+                for inner in sections_in(method.model_fields[key].annotation)
+                for line in _section(inner, f"method.{key}", level=3)
+            ),
         ]
     return "\n\n".join(lines) + "\n"
 

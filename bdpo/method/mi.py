@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from bdpo.method.base import BALANCE_METRICS, Anchored, Method
+from bdpo.section import Positive, Section
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,22 @@ def mutual_information(
     return (cond_logps - uncond_logps) / num_tokens
 
 
+class Reestimate(Section):
+    """Mutual information that is computed again from the policy while it is trained, for the weights alone.
+
+    The paper names it as future work. The log-probs of the reference in the loss stay what they were scored
+    as, and so do the weights of held-out pairs, whose losses would not compare otherwise.
+    """
+
+    every: Literal["epoch"] | Positive = Field(
+        "epoch", description="before each epoch but the first, or after so many steps"
+    )
+    source: Literal["policy", "mix"] = Field(
+        "policy", description="the estimate: that of the policy, or its mean with that of the reference"
+    )
+    momentum: float = Field(0.0, ge=0, lt=1, description="share of the old values that the new ones keep")
+
+
 class Balanced(Anchored):
     """A method that weighs the two responses of a pair by their mutual information."""
 
@@ -39,6 +56,9 @@ class Balanced(Anchored):
     min_share: float = Field(0.05, ge=0, le=0.5, description="neither response gets a smaller share")
     balance_on: Literal["margin", "gradient"] = Field(
         "margin", description="where the weights act: inside the sigmoid, or on the gradients alone"
+    )
+    reestimate: Reestimate | None = Field(
+        None, description="compute the mutual information again in the course of the training"
     )
 
     def shares(self, mi_chosen: torch.Tensor, mi_rejected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,6 +89,11 @@ class Balanced(Anchored):
     def strength(self) -> float:
         """The total of the two weights."""
         return 1.0
+
+
+def reestimate_of(method: Method) -> Reestimate | None:
+    """How the method's mutual information is computed again during a training; None if it is not."""
+    return method.reestimate if isinstance(method, Balanced) else None
 
 
 def mi_floor_of(method: Method) -> float:

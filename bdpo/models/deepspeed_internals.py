@@ -11,7 +11,7 @@ DeepSpeed is imported inside functions: it chooses its accelerator and patches t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -148,9 +148,11 @@ def async_io_builder() -> Any:
 
 
 def checkpoint_states(
-    engine: Any, folder: Path, tag: str, copied: Callable[[str, Any], Any]
+    engine: Any, folder: Path, tag: str, copied: Callable[[str, Any], Any], further: Mapping[str, Any]
 ) -> dict[Path, Any]:
     """What DeepSpeed would save in the files of a checkpoint, as `copied(name of the file, state)`, by file.
+
+    The states in `further` are saved beside the model's; `engine.load_checkpoint` returns them.
 
     Every worker must call this. The states are copied while the engine saves: it may not hold them together
     afterwards. States on NVMe, which DeepSpeed copies as files, are in `folder` then, and nothing else.
@@ -174,7 +176,9 @@ def checkpoint_states(
     engine._copy_recovery_script = lambda path: None
     try:
         # The parameters that LoRA freezes are in the base model already.
-        engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+        engine.save_checkpoint(
+            str(folder), tag, dict(further), save_latest=False, exclude_frozen_parameters=True
+        )
     finally:
         engine.checkpoint_engine = own
         del engine._copy_recovery_script

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from bdpo.errors import UserError
@@ -37,6 +38,24 @@ class TrainProgress:
     step: int = 0
     epoch: float = 0.0
     num_tokens: int = 0
+
+
+MUTUAL_INFORMATION = "mutual_information"
+"""What a checkpoint has beside the model's state where the balance weights follow the policy."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint gave back beside the engine's state.
+
+    `mi` is the mutual information in force, (pairs, 2), None where it is that of the scores; `damaged` are
+    the checkpoints before this one, each with its defect.
+    """
+
+    progress: TrainProgress
+    mi: torch.Tensor | None
+    checkpoint: str
+    damaged: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -70,13 +89,10 @@ class CheckpointPart:
             raise ValueError(f"no key {error}") from None
 
 
-def load_first_intact(
-    engine: Any, checkpoints: Sequence[Checkpoint]
-) -> tuple[TrainProgress, str, dict[str, str]]:
+def load_first_intact(engine: Any, checkpoints: Sequence[Checkpoint]) -> Restored:
     """Restore the engine from the first intact one of `checkpoints`.
 
-    Every worker must call this with the same checkpoints. Returns the progress, the name of the checkpoint,
-    and the checkpoints before it that are damaged, each with its defect.
+    Every worker must call this with the same checkpoints.
 
     Raises:
         UserError: no checkpoint is intact.
@@ -91,7 +107,7 @@ def load_first_intact(
             dist.all_gather_object(found, _defect_of_share(Path(folder)))
             defect = next(filter(None, found), None)
             if defect is None:
-                return _load(engine, Path(folder)), name, damaged
+                return Restored(*_load(engine, Path(folder)), name, damaged)
             damaged[name] = defect
     raise no_intact_checkpoint(damaged)
 
@@ -140,7 +156,7 @@ def _defect_of_share(folder: Path) -> str | None:
     return next(filter(None, (part_defect(folder, rank) for rank in ranks)), None)
 
 
-def _load(engine: Any, folder: Path) -> TrainProgress:
+def _load(engine: Any, folder: Path) -> tuple[TrainProgress, torch.Tensor | None]:
     part, workers = CheckpointPart.read(folder, 0), dist.get_world_size()
     if engine.zero_nvme_offload_optimizer():  # DeepSpeed 0.19 restores the weights, but not the moments
         raise UserError(
@@ -149,7 +165,7 @@ def _load(engine: Any, folder: Path) -> TrainProgress:
         )
     all_trained = all(parameter.requires_grad for parameter in engine.module.parameters())
     if part.workers != workers:
-        load_resharded(engine, folder, part.workers, all_trained)
-        return part.progress
-    engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=all_trained)
-    return part.progress
+        further = load_resharded(engine, folder, part.workers, all_trained)
+    else:
+        _, further = engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=all_trained)
+    return part.progress, further.get(MUTUAL_INFORMATION)

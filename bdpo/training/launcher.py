@@ -17,6 +17,7 @@ class Phase(StrEnum):
 
     START = "the start of the training"
     STEP = "an optimizer step"
+    REESTIMATION = "a part of the estimation of mutual information"
     EVALUATION = "an evaluation on held-out pairs"
     CHECKPOINT = "the copy of a checkpoint"
     WRITING = "the wait for a checkpoint to be written"

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ import torch.distributed as dist
 from bdpo.config import Config, TrainConfig
 from bdpo.errors import UserError
 from bdpo.method.base import LossOutput, PairLogps
-from bdpo.models.ahead import made_ahead
 from bdpo.models.logps import ROUNDING
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
@@ -31,6 +29,7 @@ from bdpo.training.engine import build_engine
 from bdpo.training.export import export_model
 from bdpo.training.launcher import Checkpoint, Launcher, Metrics, Phase, Reported
 from bdpo.training.pairs import PackedPairs, Step, TrainingPairs
+from bdpo.training.reestimation import OnlineBalance
 from bdpo.training.rungs import Rungs
 from bdpo.training.saving import CheckpointSaver
 
@@ -59,8 +58,9 @@ def train(
     engine = build_engine(config, plan.total_steps, plan.warmup_steps)
     log = MetricsLog(run.metrics)
     with CheckpointSaver(engine, run, config.train, launcher) as saver:
-        progress = _resume(engine, run, log, launcher.reported)
-        for work in made_ahead(partial(pairs.step, plan), range(progress.step, plan.total_steps)):
+        balance = OnlineBalance(engine, pairs, plan, launcher)
+        progress = _resume(engine, run, log, launcher.reported, balance)
+        for work in balance.steps(progress.step):
             at = progress.step
             if rungs and at in rungs.steps:
                 launcher.begins(Phase.EXPORT)
@@ -75,6 +75,7 @@ def train(
             step = progress.step + 1
             progress = TrainProgress(step, step / plan.steps_per_epoch, progress.num_tokens + tokens)
             metrics |= asdict(progress) | {"tokens_per_second": tokens / (time.perf_counter() - started)}
+            metrics |= balance.metrics
             halts = step == plan.total_steps or (rungs is not None and step in rungs.steps)
             if held_out and (halts or step % config.train.eval_steps == 0):
                 launcher.begins(Phase.EVALUATION)
@@ -83,7 +84,7 @@ def train(
                 log.append(metrics)
             if saver.due(step) or halts:
                 log.flush()
-                saver.save(progress, metrics)
+                saver.save(progress, metrics, balance.mi)
             if halts:
                 saver.finish()
     launcher.begins(Phase.EXPORT)
@@ -141,7 +142,11 @@ def best_first(train: TrainConfig, reported: Sequence[Reported]) -> list[Checkpo
 
 
 def _resume(
-    engine: Any, run: RunDir, log: MetricsLog, reported: Callable[[], Sequence[Reported]]
+    engine: Any,
+    run: RunDir,
+    log: MetricsLog,
+    reported: Callable[[], Sequence[Reported]],
+    balance: OnlineBalance,
 ) -> TrainProgress:
     """Restore the newest intact checkpoint and record the recovery; without checkpoints, begin at step 0."""
     newest_first = sorted(reported(), key=lambda r: r.metrics["step"], reverse=True)
@@ -150,7 +155,10 @@ def _resume(
     logged = log.read()
     dist.barrier()  # every worker has read the log before the first one shortens it
     if newest_first:
-        progress, name, damaged = load_first_intact(engine, [r.checkpoint for r in newest_first])
+        restored = load_first_intact(engine, [r.checkpoint for r in newest_first])
+        progress, name, damaged = restored.progress, restored.checkpoint, restored.damaged
+        if restored.mi is not None:
+            balance.set(restored.mi)
     if dist.get_rank() == 0:
         if newest_first or logged:
             reached = logged[-1]["step"] if logged else 0

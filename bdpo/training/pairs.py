@@ -27,6 +27,8 @@ from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import TrainingPlan, draw_held_out
 
 SCORES = ("ref_chosen_logps", "ref_rejected_logps", "chosen_tokens", "rejected_tokens")
+WEIGHTS = slice(len(SCORES), len(SCORES) + 2)
+"""The columns of `known` that the method makes of mutual information."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Step:
 class TrainingPairs:
     """Pairs and what is known of them, row by row: no text, and token ids in a file that is mapped.
 
-    `known` is float32, (pairs, 8), as in PackedPairs; unknown values are NaN.
+    `known` is float32, (pairs, 8), as in PackedPairs; unknown values are NaN. `mi` is the mutual information
+    that its weights are made of, in nats per token, float32, (pairs, 2): chosen and rejected.
     """
 
     config: Config
@@ -74,6 +77,7 @@ class TrainingPairs:
     ids: pa.ChunkedArray
     groups: PrefixGroups
     known: torch.Tensor
+    mi: torch.Tensor
 
     @classmethod
     def load(cls, config: Config, run: RunDir, scores: pa.Table) -> TrainingPairs:
@@ -87,7 +91,8 @@ class TrainingPairs:
         rows = pc.index_in(scores["pair_id"], table["pair_id"].combine_chunks())
         if rows.null_count:
             raise RuntimeError(f"{run.scores}: not the scores of the pairs in {run.pairs}")
-        weights = config.method.weights(_column(scores["mi_chosen"]), _column(scores["mi_rejected"]))
+        mi = [_column(scores[name]) for name in ("mi_chosen", "mi_rejected")]
+        weights = config.method.weights(*mi)
         unsafe = (pc.equal(table[label], False).fill_null(False).take(rows) for label in LABELS)
         columns = [*(_column(scores[name]) for name in SCORES), *weights, *map(_column, unsafe)]
         responses = config.method.responses
@@ -95,7 +100,8 @@ class TrainingPairs:
         groups = mapped_groups(run)[rows.to_numpy()]
         groups = groups.with_responses([BOTH.index(side) for side in responses])
         known = torch.stack(columns, dim=1)
-        return cls(config, load_tokenizer(config.model), layout, scores["pair_id"], groups, known)
+        chat = load_tokenizer(config.model)
+        return cls(config, chat, layout, scores["pair_id"], groups, known, torch.stack(mi, dim=1))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -121,8 +127,14 @@ class TrainingPairs:
         return self._take(np.delete(np.arange(len(self)), out)), self._take(np.array(out))
 
     def _take(self, rows: np.ndarray) -> TrainingPairs:
-        known = self.known[torch.from_numpy(rows)]
-        return replace(self, ids=self.ids.take(rows), groups=self.groups[rows], known=known)
+        known, mi = (values[torch.from_numpy(rows)] for values in (self.known, self.mi))
+        return replace(self, ids=self.ids.take(rows), groups=self.groups[rows], known=known, mi=mi)
+
+    def weighed_by(self, mi: torch.Tensor) -> TrainingPairs:
+        """The same pairs with the weights that the method makes of another `mi`."""
+        known = self.known.clone()
+        known[:, WEIGHTS] = torch.stack(self.config.method.weights(*mi.unbind(1)), dim=1)
+        return replace(self, known=known, mi=mi)
 
     def packed(self, indices: list[int], counts: bool = True) -> PackedPairs:
         """Some pairs as a micro-batch, in pinned memory where there is a GPU."""

@@ -60,21 +60,25 @@ class Share:
         return torch.cat([part, part.new_zeros(length - part.numel())])
 
 
-def load_resharded(engine: Any, folder: Path, workers: int, strict: bool) -> None:
+def load_resharded(engine: Any, folder: Path, workers: int, strict: bool) -> Mapping[str, Any]:
     """Load a checkpoint of another number of `workers` into the engine; every worker must call this.
+
+    Returns what was saved beside the model's state.
 
     Each worker reads all files of the optimizer, of which it keeps its share, and writes that share to its
     temporary folder; with ZeRO 1 and 2 the model's weights as well.
     """
+    further: Mapping[str, Any]
     if engine.zero_optimization_stage() == 0:
-        engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=strict)
-        return
+        _, further = engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=strict)
+        return further
     with tempfile.TemporaryDirectory(prefix="bdpo-resharded-") as scratch:
         state = Path(scratch) / STATE
         state.mkdir()
         share = Share(dist.get_rank(), dist.get_world_size())
         _write_share(engine, folder / STATE, state, workers, share)
-        engine.load_checkpoint(scratch, tag=STATE, load_module_strict=strict)
+        _, further = engine.load_checkpoint(scratch, tag=STATE, load_module_strict=strict)
+        return further
 
 
 def _write_share(engine: Any, old: Path, new: Path, workers: int, share: Share) -> None:

@@ -29,7 +29,7 @@ from bdpo.models.deepspeed_internals import checkpoint_states
 from bdpo.storage.digests import sha256
 from bdpo.storage.paths import write_text
 from bdpo.storage.run_dir import RunDir
-from bdpo.training.checkpoints import CheckpointPart, TrainProgress
+from bdpo.training.checkpoints import MUTUAL_INFORMATION, CheckpointPart, TrainProgress
 from bdpo.training.launcher import Launcher, Metrics, Phase
 from bdpo.training.resharding import STATE
 
@@ -92,8 +92,10 @@ class CheckpointSaver:
         steps, limit = self.train.save_steps, self.train.minutes_between_saves
         return bool(steps and step % steps == 0) or (limit is not None and minutes >= limit)
 
-    def save(self, progress: TrainProgress, metrics: Metrics) -> None:
+    def save(self, progress: TrainProgress, metrics: Metrics, mi: torch.Tensor | None) -> None:
         """Copy this worker's part of the engine's state, and begin to write it.
+
+        `mi` is the mutual information in force, (pairs, 2), where it is not that of the scores.
 
         Raises:
             UserError: a part, of this checkpoint or of the one before, could not be written.
@@ -102,7 +104,8 @@ class CheckpointSaver:
         self.launcher.begins(Phase.CHECKPOINT)
         folder = self.staging.new()
         try:
-            states = checkpoint_states(self.engine, folder, STATE, self.copies.copy)
+            further = {} if mi is None else {MUTUAL_INFORMATION: mi}
+            states = checkpoint_states(self.engine, folder, STATE, self.copies.copy, further)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise _unwritten(progress) from error

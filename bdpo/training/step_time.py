@@ -109,6 +109,22 @@ def step_time(config: Config, hf_config: PreTrainedConfig) -> StepTime:
     )
 
 
+def estimation_share(config: Config, hf_config: PreTrainedConfig) -> float:
+    """Operations of an estimation of the policy's mutual information, as a share of an epoch's.
+
+    Both are of pairs as long as `PAIR`, without attention: two forwards, behind the prompt and alone, against
+    forward and backward.
+    """
+    text, layout = hf_config.get_text_config(), training_layout(config, hf_config)
+    parameters, trained = parameter_counts(config, hf_config)
+    head = text.vocab_size * text.hidden_size
+    layers = parameters - (head if hf_config.tie_word_embeddings else 2 * head)
+    tokens, responses = int(layout.tokens(np.array([PAIR]))[0]), sum(PAIR[1:])
+    passes = 2 + trained / parameters
+    of_training = layers * tokens * (passes + config.train.gradient_checkpointing) + head * responses * passes
+    return (layers * (tokens + responses) + 2 * head * responses) / of_training
+
+
 def forward_operations(text: PreTrainedConfig, layers: int, tokens: float, width: int) -> float:
     """Operations of a forward without the head: 2 a token and parameter of the layers, and attention."""
     heads = text.num_attention_heads

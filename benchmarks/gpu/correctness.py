@@ -140,7 +140,7 @@ def trained(
     """The engine after the last step, and the losses; a checkpoint is kept on the way, or begun from."""
     plan = plan_of(data)
     engine = build_engine(config, plan.total_steps, plan.warmup_steps)
-    first = load_first_intact(engine, [Kept(str(start))])[0].step if start else 0
+    first = load_first_intact(engine, [Kept(str(start))]).progress.step if start else 0
     losses = []
 
     def report(folder: Path, _: dict[str, float]) -> None:
@@ -152,7 +152,7 @@ def trained(
     with CheckpointSaver(engine, RunDir(config.run_dir), config.train, launcher) as saver:
         for step in range(first, plan.total_steps):
             if keep and step == RESUMED_AT:
-                saver.save(TrainProgress(step), {})
+                saver.save(TrainProgress(step), {}, None)
             losses.append(train_step(engine, data, data.step(plan, step))["loss"])
         saver.finish()
     return engine, losses

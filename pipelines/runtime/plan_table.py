@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.table import Table
 
 from bdpo.cluster.status import expected_pairs
 from bdpo.config import Config, workers_label
+from bdpo.method.mi import reestimate_of
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import plan_without_lengths
 from bdpo.training.memory import (
@@ -16,8 +19,12 @@ from bdpo.training.memory import (
     model_shape,
     require_gpu_memory,
 )
-from bdpo.training.step_time import GPU, PAIR, StepTime, step_time
+from bdpo.training.reestimation import estimation_steps
+from bdpo.training.step_time import GPU, PAIR, StepTime, estimation_share, step_time
 from pipelines.runtime.progress import console
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def print_plan(config: Config, pairs: int | None = None) -> None:
@@ -31,7 +38,7 @@ def print_plan(config: Config, pairs: int | None = None) -> None:
         pairs = expected_pairs(config, RunDir(config.run_dir))
     hf_config, remark = model_shape(config)
     need = memory_need(config, hf_config)
-    console.print(_batch_table(config, pairs))
+    console.print(_batch_table(config, pairs, hf_config))
     console.print(_memory_table(config, need))
     if config.train.gpus_per_worker and not config.train.offload:  # a CPU's step of AdamW is not modelled
         console.print(_step_table(step_time(config, hf_config)))
@@ -46,7 +53,7 @@ def require_memory(config: Config) -> None:
         require_gpu_memory(config, memory_need(config, model_shape(config)[0]), known)
 
 
-def _batch_table(config: Config, pairs: int | None) -> Table:
+def _batch_table(config: Config, pairs: int | None, hf_config: PreTrainedConfig) -> Table:
     train = config.train
     table = Table(title="training", title_justify="left", show_header=False)
     per_worker = f"{train.gpus_per_worker:g} GPU" if train.gpus_per_worker else "1 CPU"
@@ -60,6 +67,10 @@ def _batch_table(config: Config, pairs: int | None) -> Table:
         steps = f"{plan.total_steps:,}, {plan.steps_per_epoch:,} an epoch, {plan.warmup_steps} to warm up"
         table.add_row("pairs", f"{len(plan.lengths):,}")
         table.add_row("steps", steps)
+        if times := len(estimation_steps(reestimate_of(config.method), plan)):
+            share = estimation_share(config, hf_config)
+            row = f"estimated {times:,} more times, each {share:.2f} of an epoch's operations, modelled"
+            table.add_row("mutual information", row)
     return table
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2Model
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
 from bdpo.config import parse_config
+from bdpo.models.logps import LogpsModel
+from bdpo.models.packing import PrefixGroups
 from bdpo.models.transformers_private import set_attention
 from bdpo.training import step_time as model
 from bdpo.training.memory import KNOWN_SHAPES
@@ -51,6 +54,32 @@ def test_communication_is_a_multiple_of_the_weights(stage, batch, times):
     found = modelled(zero_stage=stage, global_batch_size=batch)
     assert found.communication == pytest.approx(times * weights * 7 / 8)
     assert modelled(zero_stage=stage, workers=1).communication == 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_share_of_an_estimation_is_what_torch_counts(checkpointing):
+    """Two forwards of pairs as long as the model's, against forward and backward; attention is 3 % of it."""
+    shape = Qwen2Config(**SHAPE | {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512})
+    set_attention(shape, "sdpa")
+    language_model = Qwen2ForCausalLM(shape).train()
+    if checkpointing:
+        language_model.gradient_checkpointing_enable()
+    logps = LogpsModel(language_model, sum(model.PAIR))
+    rng = np.random.default_rng(0)
+    pairs = PrefixGroups.of([[rng.integers(1000, size=n) for n in model.PAIR] for _ in range(4)])
+    given, alone = (logps.layout.pack(groups) for groups in (pairs, pairs.behind([1, 2])))
+
+    def estimate():
+        with torch.no_grad():
+            logps(given), logps(alone)
+
+    estimation, training = (
+        flops(language_model, work)[0] for work in (estimate, lambda: logps(given).sum().backward())
+    )
+    values = {"run_dir": "r", "model": {"name_or_path": "m"}, "data": {"path": "p"}}
+    train = {"gradient_checkpointing": checkpointing}
+    share = model.estimation_share(parse_config(values | {"train": train}, "test"), shape)
+    assert share == pytest.approx(estimation / training, rel=0.06)
 
 
 def test_the_step_is_the_longest_of_what_overlaps():
