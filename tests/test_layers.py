@@ -121,6 +121,7 @@ TORCH = (
     "training.loop",
     "training.memory",
     "training.pairs",
+    "training.reestimation",
     "training.resharding",
     "training.saving",
 )

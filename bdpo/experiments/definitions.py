@@ -1,4 +1,4 @@
-"""The paper's experiments: what each changes of a run's config.
+"""The paper's experiments, and those beyond it: what each changes of a run's config.
 
 An arm is trained once for each seed, on the pairs and scores of the run, in a folder that all experiments
 share: it is named after what is trained, so DPO is trained once and not once for every experiment.
@@ -121,6 +121,27 @@ BETA = Experiment(
     "The strength β of the reference", "How much does β matter?", _over("beta"), axis="method.beta"
 )
 
+
+def _following(config: Config) -> tuple[Arm, ...]:
+    """The weights of the scores, and two that follow the policy as often as the config has it."""
+    bdpo = method_params("bdpo", config)
+    own = value_at(config, "method.reestimate")
+    settings = own.model_dump() if own else {"every": "epoch"}
+    return (
+        Arm("bdpo", bdpo | {"method.reestimate": None}),
+        *(
+            Arm(f"follows-{source}", bdpo | {"method.reestimate": settings | {"source": source}})
+            for source in ("policy", "mix")
+        ),
+    )
+
+
+REESTIMATION = Experiment(
+    "Balance weights that follow the policy",
+    "Does it help to estimate the mutual information again while the policy changes?",
+    _following,
+)
+
 EXPERIMENTS = {
     "imbalance": IMBALANCE,
     "balanced-subset": BALANCED_SUBSET,
@@ -129,4 +150,5 @@ EXPERIMENTS = {
     "alpha": ALPHA,
     "beta": BETA,
     "displacement": DISPLACEMENT,
+    "reestimation": REESTIMATION,
 }

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from bdpo.method.mi import Reestimate, mutual_information, reestimate_of
+from bdpo.config import Config
+from bdpo.method.mi import mutual_information, reestimate_of
 from bdpo.models.ahead import made_ahead
 from bdpo.models.packing import PrefixGroups
 from bdpo.training.batches import TrainingPlan, deal_micro_batches
@@ -52,7 +53,7 @@ class OnlineBalance:
 
     def steps(self, first: int) -> Iterator[Step]:
         """The steps of the plan from this one on; before some of them the weights are made anew."""
-        before = estimation_steps(self.reestimate, self.plan)
+        before = estimation_steps(self.pairs.config, self.plan)
         ends = [step for step in (*before, self.plan.total_steps) if step > first]
         for start, end in pairwise([first, *ends]):
             if start in before:
@@ -68,8 +69,9 @@ class OnlineBalance:
         self.set(kept * self.pairs.mi + (1 - kept) * mi)
 
 
-def estimation_steps(reestimate: Reestimate | None, plan: TrainingPlan) -> range:
+def estimation_steps(config: Config, plan: TrainingPlan) -> range:
     """The steps of the plan before which the mutual information is estimated again."""
+    reestimate = reestimate_of(config.method)
     if reestimate is None:
         return range(0)
     every = plan.steps_per_epoch if reestimate.every == "epoch" else reestimate.every

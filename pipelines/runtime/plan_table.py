@@ -8,7 +8,6 @@ from rich.table import Table
 
 from bdpo.cluster.status import expected_pairs
 from bdpo.config import Config, workers_label
-from bdpo.method.mi import reestimate_of
 from bdpo.storage.run_dir import RunDir
 from bdpo.training.batches import plan_without_lengths
 from bdpo.training.memory import (
@@ -67,7 +66,7 @@ def _batch_table(config: Config, pairs: int | None, hf_config: PreTrainedConfig)
         steps = f"{plan.total_steps:,}, {plan.steps_per_epoch:,} an epoch, {plan.warmup_steps} to warm up"
         table.add_row("pairs", f"{len(plan.lengths):,}")
         table.add_row("steps", steps)
-        if times := len(estimation_steps(reestimate_of(config.method), plan)):
+        if times := len(estimation_steps(config, plan)):
             share = estimation_share(config, hf_config)
             row = f"estimated {times:,} more times, each {share:.2f} of an epoch's operations, modelled"
             table.add_row("mutual information", row)

@@ -27,6 +27,7 @@ ARMS = {
     "alpha": ["dpo", "alpha-0.5", "alpha-1.0", "alpha-1.5", "alpha-2.0", "alpha-2.5", "alpha-3.0"],
     "beta": ["dpo", "beta-0.02", "beta-0.05", "beta-0.1", "beta-0.2", "beta-0.5"],
     "displacement": ["dpo", "bdpo"],
+    "reestimation": ["bdpo", "follows-policy", "follows-mix"],
 }
 
 
