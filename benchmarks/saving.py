@@ -66,10 +66,10 @@ def measure(folder: Path) -> tuple[dict[str, float], int]:
 
     config = config_of(folder)
     with CheckpointSaver(engine, RunDir(config.run_dir), config.train, Launcher(list, drop)) as saver:
-        timed("the first copy, whose memory is new", lambda: saver.save(TrainProgress(), {}, None))
+        timed("the first copy, whose memory is new", lambda: saver.save(TrainProgress(), {}, {}))
         for _ in range(ROUNDS):
             saver.finish()
-            timed("a copy", lambda: saver.save(TrainProgress(), {}, None))
+            timed("a copy", lambda: saver.save(TrainProgress(), {}, {}))
             saver.finish()
             timed("writing and hashing", lambda: write_and_hash(engine, folder / "direct"))
             size = sum(file.stat().st_size for file in (folder / "direct").rglob("*") if file.is_file())

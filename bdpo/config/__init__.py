@@ -29,6 +29,7 @@ from bdpo.config.train import LoraConfig, TrainConfig
 from bdpo.config.tune import Range, TuneConfig
 from bdpo.errors import UserError
 from bdpo.method.losses import AnyMethod, Bdpo
+from bdpo.method.mi import reestimate_of
 from bdpo.section import Section
 
 __all__ = [
@@ -86,6 +87,17 @@ class Config(Section):
         if given and given.removeprefix("eval_") not in logged:
             raise ValueError(
                 f"train.metric_for_best_model: with method.name={self.method.name} {one_of(logged, given)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mutual_information_is_estimated_again(self) -> Config:
+        reestimate, train = reestimate_of(self.method), self.train
+        only_epoch = train.num_train_epochs == 1 and train.max_steps is None
+        if reestimate and reestimate.every == "epoch" and only_epoch:
+            raise ValueError(
+                "method.reestimate.every=epoch requires train.num_train_epochs above 1, for it is before each "
+                "epoch but the first; or set a number of steps"
             )
         return self
 

@@ -86,11 +86,11 @@ def arm_run(config: Config, run: RunDir, arm: Arm, seed: int) -> tuple[Config, R
 def arm_folder(config: Config, arm: Arm) -> str:
     """`bdpo-alpha-2.0`: the method, and every key in which the arm differs from the run with that method."""
     method: str = arm.params["method.name"]
-    unchanged = as_method(config, method)
+    unchanged, settings = as_method(config, method), trial_config(config, arm.params, config.run_dir)
     changed = [
         f"{key.rpartition('.')[2]}-{json.dumps(value)}"
         for key, value in arm.params.items()
-        if value != value_at(unchanged, key)
+        if value_at(settings, key) != value_at(unchanged, key)
     ]
     return re.sub(r"[^A-Za-z0-9._+]+", "-", "-".join([method, *changed])).replace("+", "").strip("-")
 

@@ -25,9 +25,9 @@ from dataclasses import asdict
 import pyarrow as pa
 
 from bdpo.config import Config
-from bdpo.config.derive import value_at
+from bdpo.config.derive import trial_config, value_at
 from bdpo.errors import UserError
-from bdpo.experiments.arms import Arm, method_params
+from bdpo.experiments.arms import Arm, as_method, method_params
 from bdpo.experiments.displacement import DISPLACEMENT
 from bdpo.experiments.experiment import Experiment, Finding
 from bdpo.experiments.jobs import Job
@@ -125,8 +125,9 @@ BETA = Experiment(
 def _following(config: Config) -> tuple[Arm, ...]:
     """The weights of the scores, and two that follow the policy as often as the config has it."""
     bdpo = method_params("bdpo", config)
-    own = value_at(config, "method.reestimate")
-    settings = own.model_dump() if own else {"every": "epoch"}
+    own = value_at(as_method(config, "bdpo"), "method.reestimate") or {}
+    filled = trial_config(config, bdpo | {"method.reestimate": dict(own)}, config.run_dir)
+    settings = value_at(filled, "method.reestimate").model_dump()
     return (
         Arm("bdpo", bdpo | {"method.reestimate": None}),
         *(

@@ -6,9 +6,9 @@ optimised less. The exact form of the shares is our reading of the paper, hence 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bdpo.method.base import BALANCE_METRICS, Anchored, Method
 from bdpo.section import Positive, Section
@@ -60,6 +60,12 @@ class Balanced(Anchored):
     reestimate: Reestimate | None = Field(
         None, description="compute the mutual information again in the course of the training"
     )
+
+    @model_validator(mode="after")
+    def _reestimation_matters(self) -> Self:
+        if self.reestimate and (self.balance == "none" or not self.sharpness or self.min_share == 0.5):
+            raise ValueError("reestimate: the weights are equal whatever the mutual information is")
+        return self
 
     def shares(self, mi_chosen: torch.Tensor, mi_rejected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(ω_w, ω_l) of each pair, ω_w + ω_l = 1; inputs in nats per token, all shapes (pairs,).

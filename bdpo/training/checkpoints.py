@@ -15,12 +15,11 @@ check costs each node only what it is about to read anyway.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from bdpo.errors import UserError
@@ -40,20 +39,15 @@ class TrainProgress:
     num_tokens: int = 0
 
 
-MUTUAL_INFORMATION = "mutual_information"
-"""What a checkpoint has beside the model's state where the balance weights follow the policy."""
-
-
 @dataclass(frozen=True)
 class Restored:
     """What a checkpoint gave back beside the engine's state.
 
-    `mi` is the mutual information in force, (pairs, 2), None where it is that of the scores; `damaged` are
-    the checkpoints before this one, each with its defect.
+    `further` is what was saved with it; `damaged` are the checkpoints before this one, each with its defect.
     """
 
     progress: TrainProgress
-    mi: torch.Tensor | None
+    further: Mapping[str, Any]
     checkpoint: str
     damaged: dict[str, str]
 
@@ -156,7 +150,7 @@ def _defect_of_share(folder: Path) -> str | None:
     return next(filter(None, (part_defect(folder, rank) for rank in ranks)), None)
 
 
-def _load(engine: Any, folder: Path) -> tuple[TrainProgress, torch.Tensor | None]:
+def _load(engine: Any, folder: Path) -> tuple[TrainProgress, Mapping[str, Any]]:
     part, workers = CheckpointPart.read(folder, 0), dist.get_world_size()
     if engine.zero_nvme_offload_optimizer():  # DeepSpeed 0.19 restores the weights, but not the moments
         raise UserError(
@@ -168,4 +162,4 @@ def _load(engine: Any, folder: Path) -> tuple[TrainProgress, torch.Tensor | None
         further = load_resharded(engine, folder, part.workers, all_trained)
     else:
         _, further = engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=all_trained)
-    return part.progress, further.get(MUTUAL_INFORMATION)
+    return part.progress, further

@@ -60,14 +60,15 @@ def train(
     with CheckpointSaver(engine, run, config.train, launcher) as saver:
         balance = OnlineBalance(engine, pairs, plan, launcher)
         progress = _resume(engine, run, log, launcher.reported, balance)
-        for work in balance.steps(progress.step):
-            at = progress.step
-            if rungs and at in rungs.steps:
+        steps = balance.steps(progress.step)
+        while progress.step < plan.total_steps:
+            if rungs and progress.step in rungs.steps:
                 launcher.begins(Phase.EXPORT)
-                _export_for_rung(engine, pairs, run, rungs, at)
+                _export_for_rung(engine, pairs, run, rungs, progress.step)
                 launcher.begins(Phase.DECISION)
-                if not _all_agree(rungs.wait(at)):
+                if not _all_agree(rungs.wait(progress.step)):
                     return
+            work = next(steps)
             launcher.begins(Phase.STEP)
             started = time.perf_counter()
             metrics = train_step(engine, pairs, work)
@@ -84,7 +85,7 @@ def train(
                 log.append(metrics)
             if saver.due(step) or halts:
                 log.flush()
-                saver.save(progress, metrics, balance.mi)
+                saver.save(progress, metrics, balance.state)
             if halts:
                 saver.finish()
     launcher.begins(Phase.EXPORT)
@@ -157,8 +158,7 @@ def _resume(
     if newest_first:
         restored = load_first_intact(engine, [r.checkpoint for r in newest_first])
         progress, name, damaged = restored.progress, restored.checkpoint, restored.damaged
-        if restored.mi is not None:
-            balance.set(restored.mi)
+        balance.restore(restored.further)
     if dist.get_rank() == 0:
         if newest_first or logged:
             reached = logged[-1]["step"] if logged else 0

@@ -14,7 +14,7 @@ import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from bdpo.models.deepspeed_internals import checkpoint_states
 from bdpo.storage.digests import sha256
 from bdpo.storage.paths import write_text
 from bdpo.storage.run_dir import RunDir
-from bdpo.training.checkpoints import MUTUAL_INFORMATION, CheckpointPart, TrainProgress
+from bdpo.training.checkpoints import CheckpointPart, TrainProgress
 from bdpo.training.launcher import Launcher, Metrics, Phase
 from bdpo.training.resharding import STATE
 
@@ -92,10 +92,8 @@ class CheckpointSaver:
         steps, limit = self.train.save_steps, self.train.minutes_between_saves
         return bool(steps and step % steps == 0) or (limit is not None and minutes >= limit)
 
-    def save(self, progress: TrainProgress, metrics: Metrics, mi: torch.Tensor | None) -> None:
-        """Copy this worker's part of the engine's state, and begin to write it.
-
-        `mi` is the mutual information in force, (pairs, 2), where it is not that of the scores.
+    def save(self, progress: TrainProgress, metrics: Metrics, further: Mapping[str, Any]) -> None:
+        """Copy this worker's part of the engine's state, and begin to write it; `further` is saved with it.
 
         Raises:
             UserError: a part, of this checkpoint or of the one before, could not be written.
@@ -104,7 +102,6 @@ class CheckpointSaver:
         self.launcher.begins(Phase.CHECKPOINT)
         folder = self.staging.new()
         try:
-            further = {} if mi is None else {MUTUAL_INFORMATION: mi}
             states = checkpoint_states(self.engine, folder, STATE, self.copies.copy, further)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)

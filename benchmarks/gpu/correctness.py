@@ -152,7 +152,7 @@ def trained(
     with CheckpointSaver(engine, RunDir(config.run_dir), config.train, launcher) as saver:
         for step in range(first, plan.total_steps):
             if keep and step == RESUMED_AT:
-                saver.save(TrainProgress(step), {}, None)
+                saver.save(TrainProgress(step), {}, {})
             losses.append(train_step(engine, data, data.step(plan, step))["loss"])
         saver.finish()
     return engine, losses

@@ -6,6 +6,7 @@ import shutil
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,21 +17,26 @@ from transformers import AutoModelForCausalLM
 
 from bdpo.config import parse_config
 from bdpo.data.pairs import prefix_groups, read_pairs
+from bdpo.errors import UserError
 from bdpo.method.losses import Bdpo
 from bdpo.method.mi import Reestimate
 from bdpo.models.tokenizer import load_tokenizer
 from bdpo.storage.metrics_log import MetricsLog
 from bdpo.storage.run_dir import RunDir
+from bdpo.training.batches import plan_without_lengths
 from bdpo.training.launcher import Launcher
-from bdpo.training.reestimation import OnlineBalance
+from bdpo.training.reestimation import OnlineBalance, estimation_steps
+from bdpo.training.rungs import Rungs
 from tests.support.helpers import groups_in_lists, naive_logps
 from tests.support.killed_training import same
-from tests.support.training import PAIRS, copied, launch, score, weights
+from tests.support.training import PAIRS, copied, errors, launch, score, weights
 
 pytestmark = pytest.mark.long
 
 TRAIN = {"num_train_epochs": 2, "save_steps": 1, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
 MIX = {"every": 2, "source": "mix", "momentum": 0.25}
+
+LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.1}, "learning_rate": 1e-2}
 
 # The learning rate does not depend on the number of steps: a shorter training ends where a longer one was.
 VARIANTS = {
@@ -39,7 +45,9 @@ VARIANTS = {
     "epoch": ({}, {}),
     "mix": ({}, MIX),
     "stage 2": ({"zero_stage": 2}, {}),
-    "lora": ({"lora": {"r": 4, "alpha": 8, "dropout": 0.1}, "learning_rate": 1e-2}, {}),
+    "stage 0": ({"zero_stage": 0}, {}),
+    "lora": (LORA, {}),
+    "lora, one epoch": (LORA | {"num_train_epochs": 1}, None),
 }
 
 
@@ -73,7 +81,7 @@ def reference(scored):
 def in_force(run, step):
     """What the checkpoint of a step has of the mutual information, by worker."""
     files = sorted((run.root / "checkpoints" / str(step) / "state").glob("*model_states.pt"))
-    return [torch.load(file, weights_only=False)["mutual_information"].double() for file in files]
+    return [torch.load(file, weights_only=False)["balance"]["mi"].double() for file in files]
 
 
 def naive_mi(run):
@@ -142,10 +150,17 @@ def test_what_is_in_force_is_logged(runs, reference):
 
 
 def test_dropout_takes_no_part(runs):
-    """Of an adapter that is still zero: two estimates of the same weights would differ otherwise."""
-    states = in_force(runs["lora"], 4)
-    assert same(states[0], states[-1])
-    assert states[0].isfinite().all()
+    """The estimate is that of the merged model, which has none."""
+    for mi in in_force(runs["lora"], 4):
+        torch.testing.assert_close(mi, naive_mi(runs["lora, one epoch"]), rtol=1e-4, atol=1e-4)
+
+
+def test_the_rows_of_a_model_that_takes_no_shared_ones(make_chat, tiny_chat, tmp_path):
+    bloom = score(tmp_path, tiny_chat, architecture="bloom")
+    configs = [variant(bloom, tmp_path / name, name) for name in ("one epoch", "epoch")]
+    launch(configs)
+    expected = naive_mi(RunDir(configs[0].run_dir))
+    torch.testing.assert_close(*in_force(RunDir(configs[1].run_dir), 4), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -172,15 +187,63 @@ def test_a_resumed_training_ends_exactly_as_the_undisturbed_one(runs, resumed, n
     assert same(in_force(run, 6), in_force(runs[name], 6))
 
 
-def test_one_worker_trains_as_two_from_the_start_and_from_their_checkpoint(scored, runs, tmp_path):
-    configs = [variant(scored, tmp_path / "alone", "epoch")]
-    configs += [variant(scored, tmp_path / "less", "epoch", [runs["epoch"].root / "checkpoints" / "4"])]
-    shutil.copy(runs["epoch"].metrics, tmp_path / "less")
-    launch(configs)
-    for config in configs:
-        ours, theirs = weights(RunDir(config.run_dir)), weights(runs["epoch"])
-        for name in theirs:
-            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-4)
+STAGES = "epoch", "stage 2", "stage 0"
+
+
+@pytest.fixture(scope="module")
+def alone(scored, runs, tmp_path_factory):
+    """One worker's trainings: from the start, from checkpoints of two workers, from one of other pairs."""
+    folder = tmp_path_factory.mktemp("alone")
+    configs = [variant(scored, folder / "start", "epoch")]
+    for name in STAGES:
+        checkpoint = runs[name].root / "checkpoints" / "4"
+        configs += [variant(scored, folder / name, name, [checkpoint])]
+        shutil.copy(runs[name].metrics, folder / name)
+    configs += [variant(scored, folder / "other", "stage 0", [runs["stage 0"].root / "checkpoints" / "4"])]
+    scores = pq.read_table(folder / "other" / "scores.parquet")
+    pq.write_table(scores.take([1, 0, *range(2, PAIRS)]), folder / "other" / "scores.parquet")
+    launch(configs, may_stop=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["start", *STAGES])
+def test_one_worker_trains_as_two_from_the_start_and_from_their_checkpoint(runs, alone, name):
+    run = RunDir(alone / name)
+    ours, theirs = weights(run), weights(runs["epoch"])
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-4)
+    torch.testing.assert_close(in_force(run, 6)[0], in_force(runs["epoch"], 6)[0], rtol=0, atol=1e-4)
+
+
+def test_weights_of_other_pairs_are_refused(alone):
+    [said] = errors(alone / "other")
+    assert said.startswith("the checkpoint has balance weights of other pairs than those that are trained on")
+
+
+def test_a_trial_that_stands_at_a_rung_estimates_only_if_it_goes_on(scored, tmp_path):
+    """The rung is after the third step, before which the second epoch's weights would be made."""
+    config = variant(scored, tmp_path / "run", "epoch")
+    Rungs(tmp_path / "run" / "rungs", (3,)).stop()
+    (tmp_path / "run" / "fault.py").write_text("training.OnlineBalance._estimate = None\n")
+    launch([config], rungs=[3])
+    assert [row["step"] for row in rows(RunDir(config.run_dir))] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("equal", [{"balance": "none"}, {"sharpness": 0.0}, {"min_share": 0.5}])
+def test_equal_weights_are_not_estimated_again(equal):
+    with pytest.raises(ValueError, match="reestimate: the weights are equal whatever"):
+        Bdpo(reestimate=Reestimate(), **equal)
+
+
+def test_an_estimation_that_never_comes_is_refused(scored):
+    values = scored.model_dump() | {"method": {"name": "bdpo", "reestimate": {}}}
+    with pytest.raises(UserError, match=r"method\.reestimate\.every=epoch requires train\.num_train_epochs"):
+        parse_config(values, "test")
+    values["method"]["reestimate"] = {"every": 3}
+    config = parse_config(values, "test")
+    said = r"every=3: the mutual information is never estimated again in the 3 steps .*\(3 an epoch\)"
+    with pytest.raises(UserError, match=said):
+        estimation_steps(config, plan_without_lengths(PAIRS, config.train, 0))
 
 
 @given(
@@ -194,12 +257,16 @@ def test_steps_are_made_once_and_in_order_wherever_a_training_begins(every, of_e
     first, made, estimated = round(part * total), [], []
     plan = SimpleNamespace(total_steps=total, steps_per_epoch=of_epoch)
     config = SimpleNamespace(method=Bdpo(reestimate=Reestimate(every=every)))
-    pairs = SimpleNamespace(config=config, mi=torch.zeros(1, 2), step=lambda plan, number: number)
+    pairs: Any = SimpleNamespace(config=config, mi=torch.zeros(1, 2), step=lambda plan, number: number)
     pairs.weighed_by = lambda mi: pairs
     balance = OnlineBalance(None, pairs, plan, Launcher(list, lambda *_: None))
     balance._estimate = lambda: estimated.append(first + len(made))
+    apart = of_epoch if every == "epoch" else every
+    if apart >= total:
+        with pytest.raises(UserError, match="never estimated again"):
+            next(balance.steps(first))
+        return
     for step in balance.steps(first):
         made.append(step)
-    apart = of_epoch if every == "epoch" else every
     assert made == list(range(first, total))
     assert estimated == [step for step in range(max(first, 1), total) if step % apart == 0]

@@ -34,10 +34,10 @@ SLOW_AND_BY_DEEPSPEED = """
 import time
 from bdpo.training import saving
 class Both(saving.CheckpointSaver):
-    def save(self, progress, metrics, mi):
+    def save(self, progress, metrics, further):
         folder = run.root / "deepspeed" / str(progress.step)
         self.engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True)
-        super().save(progress, metrics, mi)
+        super().save(progress, metrics, further)
 def slow(*arguments, write=saving._write):
     time.sleep(0.5)
     write(*arguments)
@@ -169,7 +169,7 @@ class Unwritable:
 def save_and_then(saves, later):
     """Save a checkpoint, wait until it is written, or is not, and call the method `later`."""
     with saves:
-        saves.save(TrainProgress(1), {}, None)
+        saves.save(TrainProgress(1), {}, {})
         saves.writing.future.exception()
         later(saves)
 
@@ -179,7 +179,7 @@ def save_and_then(saves, later):
     "later",
     [
         lambda saves: saves.due(2),
-        lambda saves: saves.save(TrainProgress(2), {}, None),
+        lambda saves: saves.save(TrainProgress(2), {}, {}),
         lambda saves: saves.finish(),
     ],
 )
@@ -206,7 +206,7 @@ def test_what_cannot_be_written_is_not_reported_and_takes_no_room(
 def test_what_was_begun_and_not_reported_takes_no_room_when_a_training_stops(tmp_path, monkeypatch):
     saves, reported = saver(tmp_path, monkeypatch)
     with saves:
-        saves.save(TrainProgress(1), {}, None)
+        saves.save(TrainProgress(1), {}, {})
         assert list(tmp_path.iterdir())
     assert not reported
     assert not list(tmp_path.iterdir())
