@@ -96,7 +96,7 @@ class Config(Section):
         only_epoch = train.num_train_epochs == 1 and train.max_steps is None
         if reestimate and reestimate.every == "epoch" and only_epoch:
             raise ValueError(
-                "method.reestimate.every=epoch requires train.num_train_epochs above 1, for it is before each "
+                "method.reestimate.every=epoch requires train.num_train_epochs above 1, being before each "
                 "epoch but the first; or set a number of steps"
             )
         return self
