@@ -135,8 +135,8 @@ def policy_mutual_information(engine: Any, pairs: TrainingPairs, launcher: Launc
         groups = pairs.groups[piece]
         # Its tokens alone: `behind` copies all that its groups may look into, which is a mapped file here.
         alone = PrefixGroups.in_a_row(groups.tokens_in_order(), groups.lengths).behind(unconditional)
-        logps = [_logps(engine, pairs, each).view(-1, 2) for each in (groups, alone)]
-        mi[piece] = mutual_information(*logps, torch.from_numpy(groups.lengths[:, 1:]))
+        given, by_itself = (_logps(engine, pairs, each).view(-1, 2) for each in (groups, alone))
+        mi[piece] = mutual_information(given, by_itself, torch.from_numpy(groups.lengths[:, 1:]))
     engine.train()
     bad = (~mi.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
