@@ -9,7 +9,7 @@ from bdpo.evaluation.compare import compare
 from bdpo.evaluation.results import Evaluation, incomparable_field
 from bdpo.evaluation.tables import comparison_rows, invalid_lines, judged_by, note_lines, with_judge_error
 from bdpo.reports.page import PageSection, PageTable
-from bdpo.stats import Difference, p_value, points
+from bdpo.stats import SIGNIFICANT, Difference, p_value, points
 from bdpo.storage.records import training_record
 from bdpo.storage.run_dir import RunDir
 
@@ -63,6 +63,8 @@ def comparison_sentence(
     change = f"{points(found.difference)} points"
     change += f" (95 % interval {points(found.low)} to {points(found.high)})"
     meant = "more than the choice of prompts explains" if found.is_clear else "chance may explain it"
+    if found.p < SIGNIFICANT and not found.is_clear:
+        meant = f"the interval includes 0: {meant}"
     values = f"{second} {100 * found.second:.1f} %, {first} {100 * found.first:.1f} %"
     if reach is not None:
         meant += f"; with the judge's own error {with_judge_error(found, reach)}"

@@ -71,7 +71,8 @@ def run_page(config: Config, run: RunDir, stages: Sequence[TimedStage]) -> Page:
         settings_section(config),
     ]
     title = f"{config.method.name} on {config.model.name_or_path}"
-    return Page(title, _lead(config, evaluations), [section for section in sections if section is not None])
+    lead = _lead(run, config.seed, evaluations)
+    return Page(title, lead, [section for section in sections if section is not None])
 
 
 def trained_config(config: Config, run: RunDir) -> Config:
@@ -85,8 +86,8 @@ def run_evaluations(run: RunDir) -> dict[str, Evaluation]:
     return {name: read_evaluation(folder) for name, folder in finished_models(run).items()}
 
 
-def _lead(config: Config, evaluations: dict[str, Evaluation]) -> list[str]:
-    lines = [f"Run folder {config.run_dir}, seed {config.seed}."]
+def _lead(run: RunDir, seed: int, evaluations: dict[str, Evaluation]) -> list[str]:
+    lines = [f"Run folder {run.root}, seed {seed}."]  # it may have been moved since the config was recorded
     if "base" in evaluations and "trained" in evaluations:
         both = {name: evaluations[name] for name in ("base", "trained")}
         lines += comparison_sentences(both, main_only=True)

@@ -240,7 +240,9 @@ def test_a_comparison_in_words():
     )
     assert "chance may explain it" in comparison_sentence("Safety", "dpo", "bdpo", replace(row, p=0.4))
     unsure = replace(row, low=-0.1, p=0.04)  # test and interval do not agree
-    assert "chance may explain it" in comparison_sentence("Safety", "dpo", "bdpo", unsure)
+    assert "p 0.04, the interval includes 0: chance may explain it." in comparison_sentence(
+        "Safety", "dpo", "bdpo", unsure
+    )
     same = replace(row, second=0.5, difference=-1e-17, low=-0.5, high=0.5, p=1.0)
     assert "+0.0 points (95 % interval -50.0 to +50.0), p 1" in comparison_sentence(
         "Safety", "dpo", "bdpo", same
@@ -572,11 +574,12 @@ def test_the_page_of_an_experiment_without_its_reference_says_so(run):
 
 def test_a_model_is_shown_with_the_config_that_it_was_trained_with(run):
     config, folder = run
-    trained = config.model_copy(update={"method": METHODS["ipo"]()})
+    trained = config.model_copy(update={"method": METHODS["ipo"](), "run_dir": "before it was moved"})
     record = TrainingRecord(1, 2.0, config=trained.model_dump(), versions={"ray": "9.9"})
     write_manifest(folder.train / "manifest.json", {}, **asdict(record))
     page = run_page(config, folder, timed_stages(config, folder))
     assert page.title.startswith("ipo on")
+    assert page.lead[0].startswith(f"Run folder {folder.root}, seed ")
     write_page(page, folder.report / "report.html")
     assert "ray 9.9" in (folder.report / "report.html").read_text()
 
