@@ -19,14 +19,14 @@ ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval; all of it is None where nothing was measured."""
+    """A number with its 95 % interval; all of it is None or NaN where nothing was measured."""
 
     value: float | None
     low: float | None
     high: float | None
     n: int
     interval: str | None
-    """How the interval was made: `exact` (Clopper–Pearson), `gaffke`, `cluster gaffke`, or `t`."""
+    """How it was made: `exact` (Clopper–Pearson), `gaffke`, `cluster gaffke`, `t`, or `Fisher's z`."""
     clusters: int | None = None
     """How many independent parts the values are in, where that was counted."""
 

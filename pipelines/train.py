@@ -88,7 +88,7 @@ class Train(ManifestStage):
             steps=steps,
             seconds=time.perf_counter() - started,
             recoveries=MetricsLog(run.recoveries).read(),
-            pairs=pairs_account(config, run, rows),
+            pairs=pairs_account(run, rows),
             safety=safety_account(config, run),
             config=config.model_dump(),
             versions=versions(),

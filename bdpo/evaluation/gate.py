@@ -26,6 +26,7 @@ from bdpo.evaluation.benchmarks.registry import (
 from bdpo.evaluation.compare import item_clusters, judged_rows, values_of
 from bdpo.evaluation.measures import summarise
 from bdpo.evaluation.results import Evaluation, incomparable_field, is_finished, read_evaluation
+from bdpo.evaluation.tables import why_invalid
 from bdpo.stats import Estimate, paired_difference, widen
 from bdpo.storage.manifests import Fingerprint, read_manifest
 from bdpo.storage.paths import StoragePath
@@ -224,7 +225,7 @@ def _defect(benchmark: str, evaluation: Evaluation) -> str | None:
     if part is None:
         return f"{benchmark} was not evaluated"
     if not part.valid:
-        return f"{benchmark} is invalid: {part.total.failed} of {part.total.n} answers have no verdict"
+        return why_invalid(benchmark, part)
     own = evaluation.scores.filter(pc.equal(evaluation.scores["benchmark"], benchmark))
     if summarise(own).benchmarks.get(benchmark) != part:
         return f"scores.parquet does not give the numbers of summary.json for {benchmark}"

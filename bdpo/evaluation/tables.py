@@ -160,16 +160,16 @@ def _capability_rows(summaries: Sequence[Summary]) -> list[ComparisonRow]:
 
 def invalid_lines(name: str, summary: Summary) -> list[str]:
     """For each invalid benchmark of a model a line: how many verdicts are missing, and why."""
-    lines = []
-    for benchmark, part in summary.benchmarks.items():
-        total = part.total
-        if not part.valid and not total.asked:
-            lines.append(f"{name}: {benchmark} is invalid, none of its {total.n} requests has an attack")
-        elif not part.valid:
-            reasons = counts_text(total.failures)
-            unjudged = f"{total.failed} of {total.asked} unjudged"
-            lines.append(f"{name}: {benchmark} is invalid, {unjudged} ({reasons})")
-    return lines
+    parts = summary.benchmarks.items()
+    return [f"{name}: {why_invalid(benchmark, part)}" for benchmark, part in parts if not part.valid]
+
+
+def why_invalid(benchmark: str, part: BenchmarkSummary) -> str:
+    """Why an invalid benchmark has no number: nothing of it was asked, or too many verdicts are missing."""
+    total = part.total
+    if not total.asked:
+        return f"{benchmark} is invalid, none of its {total.n} requests has an attack"
+    return f"{benchmark} is invalid, {total.failed} of {total.asked} unjudged ({counts_text(total.failures)})"
 
 
 def counts_text(counts: Mapping[str, int]) -> str:

@@ -126,7 +126,8 @@ def _following(config: Config) -> tuple[Arm, ...]:
     """The weights of the scores, and two that follow the policy as often as the config has it."""
     bdpo = method_params("bdpo", config)
     own = value_at(as_method(config, "bdpo"), "method.reestimate") or {}
-    filled = trial_config(config, bdpo | {"method.reestimate": dict(own)}, config.run_dir)
+    follows = bdpo | {"method.reestimate": dict(own)}
+    filled = trial_config(config, follows, config.run_dir, source="experiment reestimation")
     settings = value_at(filled, "method.reestimate").model_dump()
     return (
         Arm("bdpo", bdpo | {"method.reestimate": None}),

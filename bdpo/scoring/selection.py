@@ -38,8 +38,7 @@ def training_rows(config: Config, run: RunDir) -> pa.Table:
             it can use none of the pairs.
     """
     require_labels(config, run)
-    rows = read_scores(config, run) if requires_scores(config) else count_tokens(run)
-    keep = selected(config, rows)
+    rows, keep = _selected_rows(config, run)
     if config.method.requires_safety_labels:
         labels = _labels(run)
         keep &= pc.or_(labels["chosen_safe"], labels["rejected_safe"]).to_numpy()
@@ -51,6 +50,12 @@ def training_rows(config: Config, run: RunDir) -> pa.Table:
             f"data.path={config.data.names}, none is left to train on"
         )
     return rows
+
+
+def _selected_rows(config: Config, run: RunDir) -> tuple[pa.Table, np.ndarray]:
+    """Rows of SCORE_SCHEMA of all prepared pairs, and which of them `data.select` keeps."""
+    rows = read_scores(config, run) if requires_scores(config) else count_tokens(run)
+    return rows, selected(config, rows)
 
 
 def selected(config: Config, scores: pa.Table) -> np.ndarray:
@@ -110,10 +115,14 @@ def require_benign_pairs(config: Config, run: RunDir) -> None:
 
 
 def safety_account(config: Config, run: RunDir) -> dict[str, int]:
-    """How many pairs are kept, swapped and dropped by their safety labels; empty without such a method."""
+    """How many pairs are kept, swapped and dropped by their safety labels, of those that `data.select` keeps.
+
+    Empty if the method requires no labels.
+    """
     if not config.method.requires_safety_labels:
         return {}
-    labels = _labels(run)
+    _, keep = _selected_rows(config, run)
+    labels = _labels(run).filter(pa.array(keep))
     chosen, rejected = (labels[name].to_numpy() for name in LABELS)
     return {
         "kept": int(chosen.sum()),
@@ -122,7 +131,7 @@ def safety_account(config: Config, run: RunDir) -> dict[str, int]:
     }
 
 
-def pairs_account(config: Config, run: RunDir, rows: pa.Table) -> dict[str, int]:
+def pairs_account(run: RunDir, rows: pa.Table) -> dict[str, int]:
     """How many pairs are prepared, how many of them are trained on (`rows`), and of which groups."""
     groups = Counter(rows["group"].to_pylist())
     of_group = {f"trained on, {group or 'no group'}": groups[group] for group in ("safe", "unsafe", None)}

@@ -1,7 +1,7 @@
 """The training loop of one worker, without Ray: steps, evaluation, checkpoints, export.
 
-The launcher (Ray Train in `pipelines.train`, or plain processes) initialises the process group and decides
-where checkpoints go. No reference model is ever loaded: its log-probs of every pair are in the scores.
+The launcher (Ray Train in `pipelines.runtime.fit`, or plain processes) initialises the process group and
+decides where checkpoints go. No reference model is ever loaded: its log-probs of every pair are in the scores.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def train(
             tokens = pairs.tokens(work.pairs)
             step = progress.step + 1
             progress = TrainProgress(step, step / plan.steps_per_epoch, progress.num_tokens + tokens)
-            metrics |= asdict(progress) | {"tokens_per_second": tokens / (time.perf_counter() - started)}
-            metrics |= balance.metrics
+            speed = {"tokens_per_second": tokens / (time.perf_counter() - started)}
+            metrics |= asdict(progress) | speed | balance.metrics
             halts = step == plan.total_steps or (rungs is not None and step in rungs.steps)
             if held_out and (halts or step % config.train.eval_steps == 0):
                 launcher.begins(Phase.EVALUATION)
@@ -220,7 +220,7 @@ def _export_for_rung(engine: Any, data: TrainingPairs, run: RunDir, rungs: Rungs
     The model is not exported again if an earlier process of this training did: somebody may be reading it.
     """
     if not _all_agree(rungs.exported(step)):
-        export_model(engine, data, run)
+        export_model(engine, data, run, probe=step == rungs.steps[0])
         dist.barrier()
         if dist.get_rank() == 0:
             rungs.mark_exported(step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +219,8 @@ def test_a_universal_suffix_takes_up_requests_and_is_tried_on_those_held_out(
     assert sum(record.forward_passes for record in records) == state["forward_passes"]
     assert sum(record.queries for record in records) == 1 + 2 + 3 + 2 * len(records)
     assert all(record.direct for record in records)
+
+    long = replace(requests[-1], goal="x" * 400)  # fits alone, and not with a suffix
+    record = attack(long)
+    assert (record.jailbroken, record.unanswered, record.direct) == (None, "prompt_too_long", True)
+    assert (record.queries, record.held_out) == (1, True)

@@ -33,7 +33,8 @@ ARMS = {
 
 @pytest.fixture
 def config(tmp_path):
-    return tiny_config(tmp_path / "run", tmp_path / "model", tmp_path / "pairs", method={"beta": 0.3})
+    changes = {"method": {"beta": 0.3}, "train": {"num_train_epochs": 2}}
+    return tiny_config(tmp_path / "run", tmp_path / "model", tmp_path / "pairs", **changes)
 
 
 def settings_of(config, name, seed=7):

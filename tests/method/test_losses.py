@@ -199,7 +199,7 @@ CHANGED |= {"balance_on": "gradient", "side_weight": "alpha", "nll_weight": 0.7}
 
 @pytest.mark.parametrize(("name", "key"), [(n, k) for n, m in METHODS.items() for k in m.model_fields])
 def test_every_key_of_a_method_changes_its_loss(name, key):
-    """Of pairs whose weights are the method's own."""
+    """Of pairs whose weights are the method's own, from a mutual information that stays what it is."""
     generator = torch.Generator().manual_seed(1)
     mi = [torch.rand(8, generator=generator, dtype=torch.float64) for _ in range(2)]
 
@@ -207,7 +207,7 @@ def test_every_key_of_a_method_changes_its_loss(name, key):
         weights = dict(zip(("weight_chosen", "weight_rejected"), method.weights(*mi), strict=True))
         return method.loss(replace(random_pairs(), **weights)).loss
 
-    if key != "name":
+    if key not in ("name", "reestimate"):
         assert not torch.allclose(loss(METHODS[name](**{key: CHANGED[key]})), loss(METHODS[name]()))
 
 

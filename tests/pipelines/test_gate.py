@@ -311,7 +311,7 @@ def test_a_category_is_bounded_by_itself(run, tmp_path):
             "evaluation of trained is not finished",
         ),
         (lambda run: (run.eval("base") / "summary.json").unlink(), "evaluation of base is not finished"),
-        (lambda run: evaluation(run, "trained", [0.0] * 30 + [None] * 2), "invalid: 2 of 32 answers have no"),
+        (lambda run: evaluation(run, "trained", [0.0] * 30 + [None] * 2), "invalid, 2 of 32 unjudged"),
         (lambda run: evaluation(run, "base", [0.0] * 30 + [None] * 2), "strongreject is invalid"),
         (lambda run: evaluation(run, "trained", [], [False] * 40), "strongreject was not evaluated"),
         (lambda run: evaluation(run, "base", [0.0] * 40, prompts="q"), "evaluated with different prompts"),

@@ -1,4 +1,4 @@
-"""What methods want of the pairs: without scores, and with safety labels."""
+"""What methods require of the pairs: without scores, and with safety labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bdpo.config import Config, parse_config
+from bdpo.config import Config, SelectConfig, parse_config
 from bdpo.data.pairs import pairs_digest, read_pairs
 from bdpo.data.prepare import prepare
 from bdpo.errors import UserError
@@ -39,6 +39,8 @@ from tests.support.helpers import invented_pairs, save_model, tiny_config, write
 from tests.support.training import launch, metrics
 
 PAIRS = 24
+
+SELECT_SAFE = SelectConfig(group="safe")
 
 LABELS = [(True, False), (True, True), (False, True), (False, False)]  # chosen, rejected is safe
 
@@ -122,6 +124,11 @@ def test_safedpo_trains_on_pairs_with_a_safe_response_alone(tmp_path, tiny_chat)
     assert len(usable) == 18
     assert rows["pair_id"].to_pylist() == usable
     assert safety_account(config, run) == {"kept": 12, "swapped": 6, "dropped": 6}
+    safe = config.model_copy(update={"data": config.data.model_copy(update={"select": SELECT_SAFE})})
+    account, selected_rows = safety_account(safe, run), training_rows(safe, run)
+    assert 0 < selected_rows.num_rows < 18
+    assert account["kept"] + account["swapped"] == selected_rows.num_rows
+    assert sum(account.values()) == sum(row["group"] == "safe" for row in labels.values())
 
     data = TrainingPairs.load(config, run, rows)
     assert data.ids.to_pylist() == usable

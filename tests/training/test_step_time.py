@@ -58,8 +58,9 @@ def test_communication_is_a_multiple_of_the_weights(stage, batch, times):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_share_of_an_estimation_is_what_torch_counts(checkpointing):
-    """Two forwards of pairs as long as the model's, against forward and backward; attention is 3 % of it."""
-    shape = Qwen2Config(**SHAPE | {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512})
+    """Two forwards of pairs as long as the model's, against forward and backward; attention is 4 % of it."""
+    wide = {"num_hidden_layers": 1, "vocab_size": 1000, "hidden_size": 512, "intermediate_size": 4096}
+    shape = Qwen2Config(**SHAPE | wide)
     set_attention(shape, "sdpa")
     language_model = Qwen2ForCausalLM(shape).train()
     if checkpointing:

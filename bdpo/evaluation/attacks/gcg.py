@@ -72,11 +72,12 @@ class Gcg:
         direct = direct_record(request, self.workplace.attacked.attempt(request, request.goal))
         if direct.jailbroken:
             return direct
-        state = self.search([request], request.item_id)
-        if state is None:
+        prompt = self._prompt(request)
+        if prompt is None:
             return replace(direct, **self._why_no_search(request))
+        state = self.search([prompt], request.item_id)
         if not (state.succeeded or self._was_asked(state)):
-            state = _with_answers(state, self._attempts([request], state.best))
+            state = _with_answers(state, self._attempts([prompt], state.best))
         return _with_cost(joined(direct, state.record), state)
 
     def prepare(self, requests: Sequence[Request]) -> None:
@@ -85,20 +86,16 @@ class Gcg:
         Raises:
             UserError: `attack.initial_suffix` is not stable behind any of the requests.
         """
-        if self.search(self._trained_on(requests), "universal") is None:
+        prompts = [prompt for prompt in map(self._prompt, self._trained_on(requests)) if prompt is not None]
+        if not prompts:
             raise UserError(
                 "attack.initial_suffix: with this tokenizer and template its text is not tokenised apart "
                 "from the requests; give another one"
             )
+        self.search(prompts, "universal")
 
-    def search(self, requests: Sequence[Request], key: str) -> State | None:
-        """The final state of the search for a suffix over some requests, resumed from the state file `key`.
-
-        None if the initial suffix can stand behind none of them.
-        """
-        prompts = [prompt for prompt in map(self._prompt, requests) if prompt is not None]
-        if not prompts:
-            return None
+    def search(self, prompts: Sequence[SuffixedPrompt], key: str) -> State:
+        """The final state of the search for a suffix in these prompts, resumed from the state file `key`."""
         state = self._saved(key) or self._checked(prompts, self._first_state())
         passes = self.section.candidates + 1
         while not (state.succeeded or state.stuck):
@@ -141,7 +138,7 @@ class Gcg:
 
     def _checked(self, prompts: Sequence[SuffixedPrompt], state: State) -> State:
         """After greedy answers to the active requests: the next joins when all of them are harmful."""
-        attempts = self._attempts([prompt.request for prompt in prompts[: state.active]], state.suffix)
+        attempts = self._attempts(prompts[: state.active], state.suffix)
         state = _with_answers(state, attempts)
         if not all(attempt.succeeded for attempt in attempts):
             return state
@@ -153,14 +150,13 @@ class Gcg:
         """Whether the suffix of least loss is the one that was checked last."""
         return state.best == state.suffix and state.step % self.section.check_steps == 0
 
-    def _attempts(self, requests: Sequence[Request], suffix: Sequence[int]) -> list[Attempt]:
+    def _attempts(self, prompts: Sequence[SuffixedPrompt], suffix: Sequence[int]) -> list[Attempt]:
         """Greedy answers to requests with a suffix behind each."""
-        found = []
-        for request in requests:
-            prompt = self._prompt(request)
-            text = self._first_text if prompt is None else self._text(prompt, suffix)
-            found.append(self.workplace.attacked.attempt(request, request.goal + text))
-        return found
+        attacked = self.workplace.attacked
+        return [
+            attacked.attempt(prompt.request, prompt.request.goal + suffix_text(attacked.chat, prompt, suffix))
+            for prompt in prompts
+        ]
 
     def _with_universal(self, request: Request) -> AttackRecord:
         """The record of the suffix that `prepare` made, whose rate is what is asked for, so of it alone."""
@@ -168,8 +164,12 @@ class Gcg:
         if state is None:
             return AttackRecord(request.item_id, **self._why_no_search(request))
         direct = direct_record(request, self.workplace.attacked.attempt(request, request.goal))
-        record = record_of(request.item_id, self._attempts([request], state.best))
-        record = replace(with_cost_of(record, direct), direct=direct.direct)
+        prompt = self._prompt(request)
+        if prompt is None:
+            record = replace(direct, **self._why_no_search(request))
+        else:
+            record = record_of(request.item_id, self._attempts([prompt], state.best))
+            record = replace(with_cost_of(record, direct), direct=direct.direct)
         first, *others = self._trained_on(self._all_requests)
         if request.item_id == first.item_id:  # so that the sum over requests is what the suffix took
             return _with_cost(with_cost_of(record, state.record), state)
@@ -192,9 +192,6 @@ class Gcg:
         prompt = SuffixedPrompt.of(chat, request, self._first_text, tokens)
         ids = chat.text_ids(self._first_text, continues=True)
         return prompt if prompt is not None and self.workplace.attacked.fits(prompt.tokens(ids)) else None
-
-    def _text(self, prompt: SuffixedPrompt, suffix: Sequence[int]) -> str:
-        return suffix_text(self.workplace.attacked.chat, prompt, suffix)
 
     @property
     def _first_text(self) -> str:
