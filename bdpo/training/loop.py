@@ -1,7 +1,7 @@
 """The training loop of one worker, without Ray: steps, evaluation, checkpoints, export.
 
 The launcher (Ray Train in `pipelines.runtime.fit`, or plain processes) initialises the process group and
-decides where checkpoints go. No reference model is ever loaded: its log-probs of every pair are in the scores.
+decides where checkpoints go. No reference model is ever loaded: the scores have its log-probs of every pair.
 """
 
 from __future__ import annotations
