@@ -62,12 +62,9 @@ def train(
         progress = _resume(engine, run, log, launcher.reported, balance)
         steps = balance.steps(progress.step)
         while progress.step < plan.total_steps:
-            if rungs and progress.step in rungs.steps:
-                launcher.begins(Phase.EXPORT)
-                _export_for_rung(engine, pairs, run, rungs, progress.step)
-                launcher.begins(Phase.DECISION)
-                if not _all_agree(rungs.wait(progress.step)):
-                    return
+            at_rung = rungs if rungs and progress.step in rungs.steps else None
+            if at_rung and not _goes_on(engine, pairs, run, at_rung, progress.step, launcher):
+                return
             work = next(steps)
             launcher.begins(Phase.STEP)
             started = time.perf_counter()
@@ -214,16 +211,21 @@ def _require_reference(pairs: PairLogps, config: Config) -> None:
         )
 
 
-def _export_for_rung(engine: Any, data: TrainingPairs, run: RunDir, rungs: Rungs, step: int) -> None:
-    """Export the model for whoever evaluates it; every worker must call this.
+def _goes_on(
+    engine: Any, data: TrainingPairs, run: RunDir, rungs: Rungs, step: int, launcher: Launcher
+) -> bool:
+    """Export the model for whoever evaluates it, and wait for the decision; every worker must call this.
 
     The model is not exported again if an earlier process of this training did: somebody may be reading it.
     """
+    launcher.begins(Phase.EXPORT)
     if not _all_agree(rungs.exported(step)):
         export_model(engine, data, run, probe=step == rungs.steps[0])
         dist.barrier()
         if dist.get_rank() == 0:
             rungs.mark_exported(step)
+    launcher.begins(Phase.DECISION)
+    return _all_agree(rungs.wait(step))
 
 
 def _all_agree(answer: bool) -> bool:
