@@ -23,6 +23,7 @@ from bdpo.evaluation.attacks.results import public_scores, summarise_attack
 from bdpo.evaluation.attacks.suffixes import SuffixedPrompt, candidate_tokens, stable_suffixes, suffix_text
 from bdpo.evaluation.judges.base import Harm, Question, Verdict
 from bdpo.models.logps import LogpsModel
+from bdpo.models.template import Message
 from bdpo.models.tokenizer import ChatTokenizer
 from tests.support.attacks import REQUESTS, JudgeBy, attack_config, printed_attack
 from tests.support.chats import CHATML
@@ -220,7 +221,10 @@ def test_a_universal_suffix_takes_up_requests_and_is_tried_on_those_held_out(
     assert sum(record.queries for record in records) == 1 + 2 + 3 + 2 * len(records)
     assert all(record.direct for record in records)
 
-    long = replace(requests[-1], goal="x" * 400)  # fits alone, and not with a suffix
+    positions = work.attacked.logps.model.config.max_position_embeddings
+    around = len(tiny_chat.prompt_ids([Message(role="user", content="x")])) - 1
+    room = positions - work.config.evaluate.max_new_tokens - around
+    long = replace(requests[-1], goal="x" * room)  # fits alone, and not with a suffix
     record = attack(long)
     assert (record.jailbroken, record.unanswered, record.direct) == (None, "prompt_too_long", True)
     assert (record.queries, record.held_out) == (1, True)

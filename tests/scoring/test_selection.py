@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bdpo.config import Config, SelectConfig, parse_config
+from bdpo.config import Config, parse_config
+from bdpo.config.data import SelectConfig
 from bdpo.data.pairs import pairs_digest, read_pairs
 from bdpo.data.prepare import prepare
 from bdpo.errors import UserError

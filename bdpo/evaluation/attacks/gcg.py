@@ -35,6 +35,7 @@ from bdpo.evaluation.attacks.records import (
 )
 from bdpo.evaluation.attacks.requests import Request, load_requests
 from bdpo.evaluation.attacks.suffixes import SuffixedPrompt, candidate_tokens, stable_text, suffix_text
+from bdpo.models.template import Message
 from bdpo.storage.paths import StoragePath, read_text, write_text
 
 
@@ -180,9 +181,10 @@ class Gcg:
 
         So the request was not withstood, whatever the answer to it alone was.
         """
-        ids = self.workplace.attacked.chat.text_ids(self._first_text, continues=True)
-        length = len(request.goal.encode()) + len(ids)
-        fits = self.workplace.attacked.fits(length)
+        chat = self.workplace.attacked.chat
+        prompt = chat.prompt_ids([Message(role="user", content=request.goal + self._first_text)])
+        target = chat.prefill_ids(request.target)[: self.section.target_tokens]
+        fits = self.workplace.attacked.fits(len(prompt) + len(target))
         reason = "unstable_suffix" if fits else "prompt_too_long"
         return {"jailbroken": None, "harm": None, "failure": None, "unanswered": reason}
 
