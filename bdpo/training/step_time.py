@@ -88,8 +88,7 @@ def step_time(config: Config, hf_config: PreTrainedConfig) -> StepTime:
     _, width = layout.grid([of_pair] * math.ceil(pairs / micro_steps))
     tokens, responses = round(pairs * of_pair), pairs * sum(lengths[1:])
     parameters, trained = parameter_counts(config, hf_config)
-    head = text.vocab_size * text.hidden_size
-    layers = parameters - (head if hf_config.tie_word_embeddings else 2 * head)
+    layers, head = _layers_and_head(parameters, hf_config)
     passes = 2 + recomputed + trained / parameters  # forward, gradients of inputs, again, of weights
     of_head = 2 * head * responses * (2 + trained / parameters)
     operations = passes * forward_operations(text, layers, tokens, width) + of_head
@@ -115,14 +114,20 @@ def estimation_share(config: Config, hf_config: PreTrainedConfig) -> float:
     Both are of pairs as long as `PAIR`, without attention: two forwards, behind the prompt and alone, against
     forward and backward.
     """
-    text, layout = hf_config.get_text_config(), training_layout(config, hf_config)
+    layout = training_layout(config, hf_config)
     parameters, trained = parameter_counts(config, hf_config)
-    head = text.vocab_size * text.hidden_size
-    layers = parameters - (head if hf_config.tie_word_embeddings else 2 * head)
+    layers, head = _layers_and_head(parameters, hf_config)
     tokens, responses = int(layout.tokens(np.array([PAIR]))[0]), sum(PAIR[1:])
     passes = 2 + trained / parameters
     of_training = layers * tokens * (passes + config.train.gradient_checkpointing) + head * responses * passes
     return (layers * (tokens + responses) + 2 * head * responses) / of_training
+
+
+def _layers_and_head(parameters: int, hf_config: PreTrainedConfig) -> tuple[int, int]:
+    """Of all parameters those of the layers, and those of the head; the embeddings multiply nothing."""
+    text = hf_config.get_text_config()
+    head = text.vocab_size * text.hidden_size
+    return parameters - (head if hf_config.tie_word_embeddings else 2 * head), head
 
 
 def forward_operations(text: PreTrainedConfig, layers: int, tokens: float, width: int) -> float:
